@@ -1,0 +1,266 @@
+"""One run as data: frozen dataclasses, loaded from YAML and dotted overrides.
+
+Free of torch, so that `--help` and `--validate-only` answer at once. Field names are Megatron-Core's wherever
+Megatron-Core has the thing, so that a search finds both sides. The rules that tie fields together (divisibility,
+files, backbone limits) are in `validation.py`; this file only knows shapes and types.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+
+class MoELlavaError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class ConfigError(MoELlavaError):
+    """The run as asked for cannot work; says field, value, rule and fix."""
+
+
+class CheckpointError(MoELlavaError):
+    """A checkpoint is missing, incomplete, damaged or of another model."""
+
+
+class DataError(MoELlavaError):
+    """A data set is missing or a sample is malformed; says file, row and fix."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    path: str  # LLaVA JSON or JSONL, or a folder of WebDataset shards
+    image_folder: str = ""  # image paths of the rows are relative to it
+    weight: float = 1.0  # share of this source in the blend, relative to the others
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    backbone: str  # a name in backbones/, or a folder with a Hugging Face config.json
+    tower: str = "clip-vit-large-patch14-336"  # a name in towers/, or a folder with a config.json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoEConfig:
+    num_experts: int = 4
+    moe_router_topk: int = 2
+    placement: str | tuple[int, ...] = "sparse"  # first_half, second_half, sparse (0, 2, 4, ...), dense, or layer numbers
+    router: str = "megatron"  # "megatron": dropless deterministic top-k; "original": the DeepSpeed 0.9.5 gate
+    moe_aux_loss_coeff: float = 0.01  # per MoE layer, summed over layers
+    moe_z_loss_coeff: float | None = None  # megatron router only
+    moe_router_load_balancing_type: str = "aux_loss"  # aux_loss, seq_aux_loss, global_aux_loss, none (megatron router)
+    moe_router_enable_expert_bias: bool = False  # aux-loss-free balancing (megatron router)
+    moe_router_bias_update_rate: float = 1e-3
+    moe_shared_expert_intermediate_size: int | None = None
+    capacity_factor: float | None = None  # slots per expert = ceil(tokens / experts * factor * top-k); None: dropless
+    eval_capacity_factor: float = 2.0  # original router only
+    min_capacity: int = 0  # original router only
+    second_choice: str = "sampled"  # original router: "sampled" (Gumbel) or "deterministic"
+    aux_loss_gradient: bool = True  # False reproduces the released recipes, whose aux loss has no gradient
+    use_residual: bool = False  # residual MoE: the dense FFN stays beside the experts, mixed by a learned coefficient
+    experts: str = "grouped"  # "grouped" GEMM or "sequential"
+    moe_token_dispatcher_type: str = "alltoall"  # alltoall, allgather, flex (GPU)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    sources: tuple[Source, ...] = ()
+    tokenizer: str = ""  # folder with a Hugging Face tokenizer, or a SentencePiece .model
+    template: str = ""  # conversation version; empty: the backbone's own
+    label_mode: str = "spans"  # "spans": by construction; "original": the original's algorithm with its failures
+    image_aspect_ratio: str = "pad"  # "pad" to a square with the mean colour, or "square" (resize and crop)
+    image_grid: bool = False  # LLaVA-NeXT tiling of high-resolution images
+    seq_length: int = 2048  # tokens per row, image tokens included
+    packing: bool = True  # several samples per row, with block-diagonal attention
+    packing_buffer: int = 64  # samples the packer looks at
+    sampler: str = "shuffle"  # or "modality_length", the original's (padded mode only)
+    num_workers: int = 2
+    max_images: int = 16  # per sample
+    max_skip_share: float = 0.0  # bad samples tolerated, as a share of those read; 0 stops at the first
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    num_layers_in_first_pipeline_stage: int | None = None  # fewer decoder layers beside the vision tower
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None  # None: 1 for MoE, so that each expert is whole
+    sequence_parallel: bool | None = None  # None: on when tensor_model_parallel_size > 1
+    distributed_timeout_minutes: int = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    stage: int  # 1 projector, 2 projector + language model, 3 MoE
+    train_steps: int = 0  # optimizer steps; 0: one epoch
+    micro_batch_size: int = 1  # rows per forward pass and data-parallel rank; 1 when packing
+    global_batch_size: int = 128  # rows per optimizer step, over all data-parallel ranks
+    seed: int = 42
+    precision: str = "bf16"  # "bf16" or "fp32"
+    fp8: str | None = None  # Transformer Engine recipe: delayed, tensorwise, blockwise, mxfp8
+    device: str = "auto"  # "auto", "cpu" or "cuda"
+    trains: tuple[str, ...] | None = None  # roles that receive gradients; None: the stage's own
+    recompute: str = "none"  # none, full, selective (attention), moe
+    recompute_tower: bool = False
+    non_finite_patience: int = 5  # consecutive skipped steps before the run stops
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    lr: float = 2e-5
+    min_lr: float = 0.0
+    projector_lr: float | None = None  # None: lr
+    lr_decay_style: str = "cosine"  # cosine, linear, constant
+    lr_warmup_fraction: float = 0.03  # of train_steps
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0  # global gradient norm; 0: off, as the original in effect
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    load: str | None = None  # where the stage starts from, unless `save` already holds a checkpoint
+    save: str | None = None  # resumed from when it holds a complete checkpoint
+    save_interval: int = 1000  # steps; the end of the run is always saved
+    keep: int = 2  # newest complete checkpoints kept
+    async_save: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingConfig:
+    log_interval: int = 1  # steps per log line
+    routing_interval: int = 10  # steps between router statistics
+    tensorboard: bool = True
+    directory: str | None = None  # TensorBoard and JSONL; None: inside checkpoint.save
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    model: ModelConfig
+    training: TrainingConfig
+    moe: MoEConfig | None = None  # None: dense
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+def load_config(yaml_path: str | None = None, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Build a run from a YAML file and dotted overrides such as `optimizer.lr=1e-4`; overrides win.
+
+    Raises ConfigError that lists every unknown key and every wrong type at once.
+    """
+    tree = read_yaml(yaml_path) if yaml_path else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return from_dict(RunConfig, tree)
+
+
+def read_yaml(path: str) -> dict:
+    """The mapping in a YAML file; ConfigError when the file is missing or is something else."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist; pass --config with an existing YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"config file {path} holds a {type(tree).__name__}; it must map sections such as `model:`")
+    return tree or {}
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.field=value, e.g. optimizer.lr=1e-4")
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    tree[name] = yaml.safe_load(text) if text else ""
+
+
+def from_dict(cls: type, tree: dict):
+    """A dataclass of this file from nested plain data, types checked; see `load_config` for the errors."""
+    problems: list[str] = []
+    value = _build(cls, tree, "", problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return value
+
+
+def to_dict(config) -> dict:
+    """Plain nested data (JSON-able) of a config; `from_dict` reads it back."""
+    return dataclasses.asdict(config)
+
+
+def _build(cls: type, tree: object, path: str, problems: list[str]):
+    if not isinstance(tree, dict):
+        problems.append(f"{path}={tree!r} must be a section with fields of {cls.__name__}")
+        return None
+    known = {item.name: item for item in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in tree.keys() - known.keys():
+        near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.4) or sorted(known)
+        problems.append(f"{path}{key} is not a field; did you mean {', '.join(path + name for name in near)}?")
+    values = {}
+    for name, item in known.items():
+        if name in tree:
+            values[name] = _convert(hints[name], tree[name], path + name, problems)
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            problems.append(f"{path}{name} is required")
+    return cls(**values) if not problems else None
+
+
+def _convert(hint, value, path: str, problems: list[str]):
+    """`value` as the type `hint`: a dataclass, a scalar, a tuple of either, or a union of those."""
+    if isinstance(hint, types.UnionType):
+        return _convert_union(typing.get_args(hint), value, path, problems)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path + ".", problems)
+    if typing.get_origin(hint) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(typing.get_args(hint)[0], item, f"{path}[{i}]", problems) for i, item in enumerate(items))
+    converted = _scalar(hint, value)
+    if converted is None:
+        problems.append(f"{path}={value!r} must be of type {hint.__name__}")
+    return converted
+
+
+def _convert_union(options, value, path: str, problems: list[str]):
+    if value is None and types.NoneType in options:
+        return None
+    options = [option for option in options if option is not types.NoneType]
+    if not isinstance(value, list | tuple):  # `str | tuple[int, ...]`: a list is the tuple, anything else the scalar
+        options = [option for option in options if typing.get_origin(option) is not tuple] or options
+    else:
+        options = [option for option in options if typing.get_origin(option) is tuple] or options
+    return _convert(options[0], value, path, problems)
+
+
+def _scalar(hint: type, value):
+    """`value` if it is a `hint`, with the harmless conversions (1 -> 1.0, YAML's "1e-4" -> 1e-4); else None."""
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if hint is int and isinstance(value, bool):
+        return None
+    return value if isinstance(value, hint) else None
