@@ -1,0 +1,57 @@
+# Everyday commands; `make` alone lists them. Set-up happens by itself and only once (again when setup.py changes).
+#
+#   make test PYTHON=/path/to/python3.12   make .venv with this interpreter instead of searching for one
+#   make test VENV=/path/to/environment    use an environment that is already complete; nothing is installed
+#   make quickstart PRESET=full            see examples/quickstart
+
+PRESET ?= fast
+PYTHON ?=
+WORKERS ?= 2
+TESTS ?=
+PYTEST_ARGS ?=
+
+ifeq ($(origin VENV),undefined)
+VENV := .venv
+READY := $(VENV)/.installed
+endif
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check format test-cluster clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart: $(READY)  ## the three stages on a published benchmark, on this CPU (PRESET=fast or full)
+	$(BIN)/python examples/quickstart/run.py --preset $(PRESET) --out runs/quickstart
+
+# Two test processes of one thread each: oversubscribed threads make small products several times slower.
+test: $(READY)  ## unit, parity and distributed tests (TESTS=tests/unit for a part)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(TESTS)
+
+check: $(READY)  ## format, lint, types, import direction, shell scripts, Dockerfile
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run .ci/find_python $(wildcard examples/*.sh examples/*/*.sh tests/cluster/*.sh)
+	$(BIN)/hadolint Dockerfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --durations=0 tests/unit/test_architecture.py tests/unit/test_packaging.py
+
+format: $(READY)  ## rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test-cluster: $(READY)  ## submit the scripts of examples/ to a real two-node SLURM on this machine (root, Debian or Ubuntu)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
+
+clean:  ## remove .venv, caches and runs/
+	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment is made once; a changed setup.py installs what is new and leaves the rest (torch above all) alone.
+.venv/.installed: setup.py
+	@python=$$(PYTHON="$(PYTHON)" .ci/find_python) && \
+	if ! .venv/bin/python -c pass 2>/dev/null; then echo "Making .venv with $$python"; $$python -m venv --clear .venv; fi
+	@echo "Installing the package and its dependencies (about 6 GB; torch is most of it)"
+	.venv/bin/python -m pip install --disable-pip-version-check --editable '.[quickstart,dev]'
+	@touch $@

