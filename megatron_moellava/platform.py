@@ -1,0 +1,263 @@
+"""CPU or CUDA: the only file that knows the difference.
+
+On a GPU this file picks nccl and Transformer Engine and leaves everything else alone. Without one it lets
+megatron-core, which documents no CPU path, run unchanged on CPU tensors and gloo: modules named `megatron.core.*` are
+handed a facade of `torch` whose `cuda` member and device arguments mean the CPU. The rest of the process keeps the
+real torch. `import megatron_moellava.platform` must come before the first import of megatron.core.
+
+Every adaptation was needed: with one left out megatron-core 0.19.2 stops (docs/numerics.md has the places).
+"""
+
+import builtins
+import contextlib
+import importlib.machinery
+import importlib.util
+import os
+import random
+import sys
+import types
+
+import numpy
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+HAS_TRANSFORMER_ENGINE = HAS_CUDA and importlib.util.find_spec("transformer_engine") is not None
+BACKEND = "nccl" if HAS_CUDA else "gloo"
+
+
+def device() -> torch.device:
+    """The device of this process: its own GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if HAS_CUDA else torch.device("cpu")
+
+
+def claim_device(local_rank: int) -> None:
+    """Bind this process to its GPU; on a CPU, share the cores between the processes of the node."""
+    if HAS_CUDA:
+        torch.cuda.set_device(local_rank)
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if "OMP_NUM_THREADS" not in os.environ or processes == 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a wall clock means something."""
+    if HAS_CUDA:
+        torch.cuda.synchronize()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch of this process (megatron-core's trackers: `parallel.seed_model_parallel`)."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict:
+    """Everything that `seed_everything` seeds, as tensors and plain data that torch.load reads with weights_only."""
+    version, words, gauss = random.getstate()
+    numpy_state = numpy.random.get_state()
+    state = {
+        "python": [version, list(words), gauss],
+        "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
+        "torch": torch.get_rng_state(),
+    }
+    if HAS_CUDA:
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    """Undo of `rng_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, words, *rest = state["numpy"]
+    numpy.random.set_state((name, numpy.array(words, dtype=numpy.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if HAS_CUDA:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory use so far: of the GPU's allocator, or of the process on a CPU."""
+    if HAS_CUDA:
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# --- megatron-core on a CPU -------------------------------------------------------------------------------------------
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event: on a CPU everything is already in order."""
+
+    def __init__(self, *args, **kwargs):
+        self.cuda_stream = 0
+
+    def _nothing(self, *args, **kwargs):
+        return None
+
+    wait_stream = wait_event = record_event = record = wait = synchronize = _nothing
+
+    def query(self) -> bool:
+        return True
+
+
+class _CpuCuda(types.ModuleType):
+    """`torch.cuda` as megatron-core sees it on a CPU."""
+
+    Stream = Event = _NoStream
+    default_generators = (torch.default_generator,)
+
+    def __getattr__(self, name):
+        return getattr(torch.cuda, name)
+
+    def current_device(self):
+        return torch.device("cpu")
+
+    def current_stream(self, *args):
+        return _NoStream()
+
+    default_stream = current_stream
+
+    def device(self, *args):
+        return contextlib.nullcontext()
+
+    stream = device
+
+    def synchronize(self, *args):
+        return None
+
+    _lazy_init = empty_cache = set_device = reset_peak_memory_stats = synchronize
+
+    def _lazy_call(self, function, **kwargs):
+        function()
+
+    def get_rng_state(self, *args, **kwargs):
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state, *args, **kwargs):
+        torch.set_rng_state(state)
+
+    def manual_seed(self, seed):
+        torch.manual_seed(seed)
+
+    manual_seed_all = manual_seed
+
+    @property
+    def random(self):
+        return self
+
+
+class _CpuDistributed(types.ModuleType):
+    """`torch.distributed` as megatron-core sees it on a CPU: gloo lacks two things that nccl has."""
+
+    def __getattr__(self, name):
+        return getattr(torch.distributed, name)
+
+    def all_gather(self, outputs, tensor, group=None, async_op=False):
+        """All-gather of unequal sizes (alltoall dispatcher with expert tensor parallelism): gloo wants them equal."""
+        if len({output.shape for output in outputs}) == 1:
+            return torch.distributed.all_gather(outputs, tensor, group=group, async_op=async_op)
+        assert not async_op, "an uneven all-gather on gloo is synchronous"
+        longest = max(output.shape[0] for output in outputs)
+        padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+        padded[: tensor.shape[0]] = tensor
+        gathered = [torch.empty_like(padded) for _ in outputs]
+        torch.distributed.all_gather(gathered, padded, group=group)
+        for output, item in zip(outputs, gathered, strict=True):
+            output.copy_(item[: output.shape[0]])
+
+    def barrier(self, group=None, async_op=False, device_ids=None):
+        return torch.distributed.barrier(group=group, async_op=async_op)
+
+
+class _CpuTorch(types.ModuleType):
+    """`torch` as megatron-core sees it on a CPU; whatever is not named here is torch's own."""
+
+    cuda = _CpuCuda("torch.cuda")
+    distributed = _CpuDistributed("torch.distributed")
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def compile(self, model=None, **kwargs):
+        """jit_fuser's compiler: on a CPU it costs seconds at first use and gains nothing."""
+        return model if model is not None else (lambda function: function)
+
+
+def _on_cpu(factory):
+    def create(*args, device=None, **kwargs):
+        is_cuda = isinstance(device, int) or str(device).startswith("cuda")
+        return factory(*args, device=torch.device("cpu") if is_cuda else device, **kwargs)
+
+    return staticmethod(create)
+
+
+_FACTORIES = """arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand rand_like randint randn
+tensor zeros zeros_like""".split()
+for _name in _FACTORIES:
+    setattr(_CpuTorch, _name, _on_cpu(getattr(torch, _name)))
+
+_TORCH = _CpuTorch("torch")
+_FACADES = {"torch": _TORCH, "torch.cuda": _TORCH.cuda, "torch.distributed": _TORCH.distributed}
+
+# Where megatron-core asks a tensor instead of torch, the question itself is rewritten: (module, old text, new text).
+_TENSOR_TYPES = [(f"torch.cuda.{kind}Tensor", f"torch.{kind}Tensor") for kind in ("Half", "BFloat16", "Float")]
+_REWRITES = {
+    "megatron.core.optimizer.optimizer": [*_TENSOR_TYPES, (".cuda()", "")],
+    "megatron.core.optimizer.distrib_optimizer": [*_TENSOR_TYPES, (".cuda()", "")],
+    "megatron.core.optimizer.clip_grads": _TENSOR_TYPES,
+    "megatron.core.models.common.language_module.language_module": [(".data.cuda()", ".data")],
+    "megatron.core.dist_checkpointing.exchange_utils": [(".cuda()", "")],
+    "megatron.core.transformer.moe.moe_utils": [  # all_to_all_single on gloo takes split sizes as lists, not tensors
+        ("if torch.is_tensor(tensor) and tensor.is_cuda:", "if torch.is_tensor(tensor):"),
+        ("if record_stream:", "if False:"),
+    ],
+}
+
+
+def _import_with_facade(name, globals=None, locals=None, fromlist=(), level=0):
+    module = builtins.__import__(name, globals, locals, fromlist, level)
+    if level or name.partition(".")[0] != "torch":
+        return module
+    return _FACADES.get(name, module) if fromlist else _TORCH
+
+
+class _CpuLoader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module):
+        module.__dict__["__builtins__"] = {**builtins.__dict__, "__import__": _import_with_facade}
+        super().exec_module(module)
+
+    def get_code(self, fullname):
+        rewrites = _REWRITES.get(fullname)
+        if not rewrites:
+            return super().get_code(fullname)
+        source = self.get_source(fullname)
+        for old, new in rewrites:
+            assert old in source, f"{fullname} no longer contains {old!r}: megatron-core has changed, see platform.py"
+            source = source.replace(old, new)
+        return self.source_to_code(source, self.path)
+
+
+class _CpuFinder:
+    @staticmethod
+    def find_spec(fullname, path=None, target=None):
+        if not fullname.startswith("megatron.core"):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _CpuLoader(fullname, spec.loader.path)
+        return spec
+
+
+def _install() -> None:
+    if "megatron.core" in sys.modules:
+        raise ImportError("import megatron_moellava before megatron.core: without a GPU megatron-core needs platform.py")
+    sys.meta_path.insert(0, _CpuFinder)
+
+
+if not HAS_CUDA:
+    _install()
