@@ -1,0 +1,46 @@
+"""Language models as data: one file per family, `BACKBONES` by name, or any size of a family from its `config.json`."""
+
+import difflib
+from pathlib import Path
+
+from megatron_moellava.backbones import llama, phi2
+from megatron_moellava.backbones.backbone import Backbone, HuggingFace, RopeScaling
+from megatron_moellava.backbones.from_config import (
+    backbone_fields,
+    backbone_from_fields,
+    backbone_from_hf_config,
+    read_json,
+)
+from megatron_moellava.config import ConfigError
+
+__all__ = [
+    "BACKBONES",
+    "FAMILIES",
+    "Backbone",
+    "HuggingFace",
+    "RopeScaling",
+    "backbone_fields",
+    "backbone_from_fields",
+    "backbone_from_hf_config",
+    "get_backbone",
+]
+
+FAMILIES = (llama, phi2)
+BACKBONES: dict[str, Backbone] = {size.name: size for family in FAMILIES for size in family.SIZES}
+
+
+def get_backbone(name: str) -> Backbone:
+    """A backbone by name, or of the size that a folder's `config.json` (or that file itself) says.
+
+    Raises ConfigError with the nearest names, or with every key of the config that this program does not support.
+    """
+    if name in BACKBONES:
+        return BACKBONES[name]
+    path = Path(name)
+    if path.exists():
+        return backbone_from_hf_config(read_json(path), FAMILIES, name=name)
+    near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.3) or sorted(BACKBONES)
+    raise ConfigError(
+        f"model.backbone={name!r} is neither a known backbone nor a folder with a config.json; "
+        f"nearest names: {', '.join(near)}"
+    )

@@ -1,0 +1,140 @@
+"""Backbone <-> `config.json`, driven by the family's `HuggingFace` data, in both directions.
+
+Strict: a key that is neither a field, nor a constant with the supported value, nor known to change no number, is an
+error. A silent quirk in a config (another activation, a logit cap) would otherwise become a model that trains and is
+wrong.
+"""
+
+import dataclasses
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_moellava.backbones.backbone import Backbone, HuggingFace, RopeScaling
+from megatron_moellava.backbones.config_keys import INERT, MULTIMODAL
+from megatron_moellava.config import ConfigError
+
+
+def read_json(path: Path) -> dict:
+    """`config.json` of a folder, or the file itself."""
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give a folder with a Hugging Face config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}); give a folder with a Hugging Face config.json") from None
+
+
+def backbone_from_hf_config(config: dict, families, *, name: str) -> Backbone:
+    """The backbone that `config` describes, under `name`. ConfigError lists every unsupported key at once.
+
+    `config` may be of the text model, of LLaVA-1.5, or of a released MoE-LLaVA model.
+    """
+    family = find_family(config, families)
+    hf = family.SIZES[0].hf
+    settings = normalised(config)
+    problems = _unsupported(settings, hf)
+    if problems:
+        raise ConfigError(f"{name} (model_type {config['model_type']}) is not supported:\n" + "\n".join(problems))
+    values = {hf.fields[key]: value for key, value in hf.defaults.items() if key in hf.fields}
+    values |= {field: settings[key] for key, field in hf.fields.items() if settings.get(key) is not None}
+    if isinstance(values.get("rope_scaling"), dict):
+        values["rope_scaling"] = _rope_scaling(values["rope_scaling"])
+    values.setdefault("num_query_groups", values["num_attention_heads"])
+    values.setdefault("kv_channels", values["hidden_size"] // values["num_attention_heads"])
+    values.setdefault("rope_scaling", None)
+    backbone = replace(family.SIZES[0], name=name, source=name, **values)
+    finish = getattr(family, "finish", None)  # a family whose fields are not one key each (Qwen v1, MiniCPM)
+    return finish(backbone, settings) if finish else backbone
+
+
+def find_family(config: dict, families):
+    """The family file for a config's model_type; families that share a type are told apart by `matches`."""
+    model_type = config.get("model_type")
+    candidates = [
+        family
+        for family in families
+        if model_type in _model_types(family.SIZES[0].hf) and getattr(family, "matches", lambda _: True)(config)
+    ]
+    if not candidates:
+        known = sorted(name for family in families for name in _model_types(family.SIZES[0].hf))
+        raise ConfigError(f"model_type={model_type!r} is not a supported backbone; supported: {', '.join(known)}")
+    return candidates[0]
+
+
+def _model_types(hf: HuggingFace) -> tuple[str, ...]:
+    return (hf.model_type, hf.original.model_type, hf.original.moe_model_type)
+
+
+def normalised(config: dict) -> dict:
+    """transformers 5 nests the rotary settings in `rope_parameters`; give them their older, flat names."""
+    settings = dict(config)
+    rope = dict(settings.pop("rope_parameters", None) or {})
+    rope_type = rope.get("rope_type", "default")
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            settings[key] = rope.pop(key)
+    if rope_type != "default":
+        settings["rope_scaling"] = rope
+    scaling = settings.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
+        settings["rope_scaling"] = None
+    return settings
+
+
+def _unsupported(settings: dict, hf: HuggingFace) -> list[str]:
+    known = INERT | MULTIMODAL | hf.fields.keys() | hf.constants.keys() | set(hf.inert)
+    problems = [
+        f"  {key}={settings[key]!r}: only {value!r} is supported"
+        for key, value in hf.constants.items()
+        if key in settings and settings[key] != value and settings[key] is not None
+    ]
+    for key, value in settings.items():
+        if key not in known and value not in (None, False):
+            problems.append(f"  {key}={value!r}: unknown key that may change the model's numbers; remove it if not")
+    scaling = settings.get("rope_scaling")
+    if "rope_scaling" in hf.fields and isinstance(scaling, dict):
+        kind = scaling.get("rope_type", scaling.get("type"))
+        if kind != "llama3":
+            problems.append(f"  rope_scaling of type {kind!r}: only 'llama3' is supported; remove it for plain rotary")
+    return problems
+
+
+def _rope_scaling(scaling: dict) -> RopeScaling:
+    return RopeScaling(**{item.name: scaling[item.name] for item in dataclasses.fields(RopeScaling)})
+
+
+def hf_config_of(backbone: Backbone) -> dict:
+    """The text part of a `config.json` (flat, as transformers 4 and 5 both read it): the inverse of the above."""
+    hf = backbone.hf
+    config = {"model_type": hf.model_type, "architectures": [hf.architecture], **hf.constants}
+    for key, field in hf.fields.items():
+        config[key] = getattr(backbone, field)
+    if isinstance(config.get("rope_scaling"), RopeScaling):
+        config["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(config["rope_scaling"])}
+    return config
+
+
+def backbone_fields(backbone: Backbone) -> dict:
+    """JSON-able fields, for run.json: a checkpoint says itself which model it holds."""
+    fields = {
+        item.name: getattr(backbone, item.name)
+        for item in dataclasses.fields(Backbone)
+        if item.name not in ("hf", "mapping")
+    }
+    if backbone.rope_scaling:
+        fields["rope_scaling"] = dataclasses.asdict(backbone.rope_scaling)
+    return {"family": backbone.hf.family, **fields}
+
+
+def backbone_from_fields(fields: dict, families) -> Backbone:
+    """The inverse of `backbone_fields`."""
+    values = dict(fields)
+    name = values.pop("family")
+    family = next((family for family in families if family.SIZES[0].hf.family == name), None)
+    if family is None:
+        raise ConfigError(f"family={name!r} is not known to this version; upgrade megatron-moellava")
+    if values.get("rope_scaling"):
+        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+    return replace(family.SIZES[0], **values)

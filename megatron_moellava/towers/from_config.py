@@ -1,0 +1,130 @@
+"""Tower <-> `config.json` and `preprocessor_config.json`, as strict as for backbones: an unknown key is an error."""
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_moellava.backbones.from_config import INERT, read_json
+from megatron_moellava.config import ConfigError
+from megatron_moellava.towers.tower import Tower
+
+FIELDS = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "layer_norm_eps": "layernorm_epsilon",
+    "hidden_act": "activation",
+}
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+
+
+def tower_from_hf_folder(path: Path, families, *, name: str) -> Tower:
+    """The tower of a folder; preprocessing from `preprocessor_config.json` when there is one, else the family's own."""
+    tower = tower_from_hf_config(read_json(path), families, name=name)
+    processor = path / "preprocessor_config.json" if path.is_dir() else path.parent / "preprocessor_config.json"
+    return _with_processor(tower, read_json(processor)) if processor.exists() else tower
+
+
+def tower_from_hf_config(config: dict, families, *, name: str) -> Tower:
+    """The tower of a config of a vision model, or of the `vision_config` inside one of a two-tower model."""
+    family = _family(config.get("model_type"), families)
+    hf = family.SIZES[0].hf
+    if config["model_type"] == hf.wrapper_model_type:
+        config = {"model_type": hf.model_type, **config.get("vision_config", {})}
+    settings = {**hf.defaults, **{key: value for key, value in config.items() if value is not None}}
+    problems = _unsupported(settings, hf)
+    if problems:
+        raise ConfigError(f"{name} (model_type {config['model_type']}) is not supported:\n" + "\n".join(problems))
+    values = {field: settings[key] for key, field in FIELDS.items() if key in settings}
+    values["activation"] = ACTIVATIONS[values["activation"]]
+    return replace(family.SIZES[0], name=name, source=name, **values)
+
+
+def _family(model_type: str | None, families):
+    for family in families:
+        if model_type in (family.SIZES[0].hf.model_type, family.SIZES[0].hf.wrapper_model_type):
+            return family
+    known = ", ".join(family.SIZES[0].hf.model_type for family in families)
+    raise ConfigError(f"model_type={model_type!r} is not a supported vision tower; supported: {known}")
+
+
+def _unsupported(settings: dict, hf) -> list[str]:
+    known = INERT | FIELDS.keys() | hf.constants.keys() | set(hf.inert)
+    problems = [
+        f"  {key}={settings[key]!r}: only {value!r} is supported"
+        for key, value in hf.constants.items()
+        if settings.get(key, value) != value
+    ]
+    if settings.get("hidden_act") not in ACTIVATIONS:
+        problems.append(f"  hidden_act={settings.get('hidden_act')!r}: supported are {', '.join(ACTIVATIONS)}")
+    return problems + [
+        f"  {key}={value!r}: unknown key, it may change the features; remove it if it does not"
+        for key, value in settings.items()
+        if key not in known and value not in (None, False)
+    ]
+
+
+def _with_processor(tower: Tower, processor: dict) -> Tower:
+    crops = processor.get("do_center_crop", tower.resize == "shortest_edge_crop")
+    return replace(
+        tower,
+        image_mean=tuple(processor.get("image_mean", tower.image_mean)),
+        image_std=tuple(processor.get("image_std", tower.image_std)),
+        resize="shortest_edge_crop" if crops else "square",
+    )
+
+
+def hf_config_of(tower: Tower) -> dict:
+    """`config.json` of the tower as transformers reads it: the inverse of `tower_from_hf_config`."""
+    config = {"model_type": tower.hf.model_type, "architectures": [tower.hf.architecture], **tower.hf.constants}
+    config.pop("dropout", None)
+    config |= {key: getattr(tower, field) for key, field in FIELDS.items()}
+    config["hidden_act"] = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[tower.activation]
+    return config
+
+
+def processor_config_of(tower: Tower) -> dict:
+    """`preprocessor_config.json` of the tower."""
+    size = tower.image_size
+    square = {"height": size, "width": size}
+    config = {
+        "image_processor_type": tower.hf.image_processor,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "resample": 3,  # bicubic
+        "rescale_factor": 1 / 255,
+        "image_mean": list(tower.image_mean),
+        "image_std": list(tower.image_std),
+        "size": square,
+    }
+    if tower.resize == "shortest_edge_crop":
+        config |= {"do_center_crop": True, "crop_size": square, "size": {"shortest_edge": size}}
+    return config
+
+
+def tower_fields(tower: Tower) -> dict:
+    """JSON-able fields, for run.json."""
+    skipped = ("hf", "mapping", "unused")
+    fields = {item.name: getattr(tower, item.name) for item in dataclasses.fields(Tower) if item.name not in skipped}
+    return {
+        "family": tower.hf.family,
+        **fields,
+        "image_mean": list(tower.image_mean),
+        "image_std": list(tower.image_std),
+    }
+
+
+def tower_from_fields(fields: dict, families) -> Tower:
+    """The inverse of `tower_fields`."""
+    values = dict(fields)
+    name = values.pop("family")
+    family = next((family for family in families if family.SIZES[0].hf.family == name), None)
+    if family is None:
+        raise ConfigError(f"tower family={name!r} is not known to this version; upgrade megatron-moellava")
+    values["image_mean"], values["image_std"] = tuple(values["image_mean"]), tuple(values["image_std"])
+    return replace(family.SIZES[0], **values)

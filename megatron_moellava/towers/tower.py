@@ -1,0 +1,79 @@
+"""`Tower`: one frozen vision encoder as data, with the rule that turns its hidden states into visual tokens."""
+
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass, field
+
+from megatron_moellava.conversion.mapping import Heads, Mapping
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TowerHuggingFace:
+    """The `config.json` and `preprocessor_config.json` side of a tower family."""
+
+    family: str
+    model_type: str  # "clip_vision_model"
+    wrapper_model_type: str  # "clip": a config of image and text towers, whose `vision_config` is read
+    architecture: str  # "CLIPVisionModel"
+    image_processor: str  # "CLIPImageProcessor"
+    constants: Dict[str, object]  # config key -> the only supported value
+    inert: tuple[str, ...] = ()
+    defaults: Dict[str, object] = field(default_factory=dict)  # what an absent key means
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tower:
+    """One vision tower. Sizes in elements or pixels."""
+
+    name: str  # "clip-vit-large-patch14-336"
+    source: str  # URL of the published config
+    num_layers: int  # all layers of the published model
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    activation: str  # "quick_gelu", "gelu_tanh", "gelu"
+    layernorm_epsilon: float
+    class_token: bool
+    pre_layernorm: bool
+    patch_bias: bool
+    feature_layer: int = -2  # index into transformers' hidden_states (0: embeddings, -1: after the last layer)
+    drop_first_feature: bool  # CLIP: the class token. SigLIP has none, yet MoE-LLaVA drops its first patch (728 of 729)
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    resize: str  # "shortest_edge_crop" or "square"
+    hf: TowerHuggingFace
+    mapping: tuple[Mapping, ...]
+    unused: tuple[str, ...]  # tensors (below `vision_model.`) that no feature needs; `{i}`: every layer not used
+
+    @property
+    def pad_color(self) -> tuple[int, int, int]:
+        """What `image_aspect_ratio: pad` fills the square with: the mean colour, rounded down as the original does."""
+        return tuple(int(value * 255) for value in self.image_mean)
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position embedding: the patches, and the class token if there is one."""
+        return self.num_patches + self.class_token
+
+    @property
+    def num_features(self) -> int:
+        """Visual tokens per image: 576 for CLIP-L/14-336, 729 for SigLIP-so400m-384 (728 with the first dropped)."""
+        return self.num_positions - self.drop_first_feature
+
+    @property
+    def num_used_layers(self) -> int:
+        """Layers that the feature needs: hidden_states has num_layers + 1 entries, so -2 leaves the last layer out."""
+        return self.feature_layer % (self.num_layers + 1)
+
+    @property
+    def heads(self) -> Heads:
+        return Heads(
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_attention_heads,
+            kv_channels=self.hidden_size // self.num_attention_heads,
+        )
