@@ -105,11 +105,16 @@ class _NoStream:
         return True
 
 
+class _CpuGenerators:
+    def __getitem__(self, index):
+        return torch.default_generator
+
+
 class _CpuCuda(types.ModuleType):
     """`torch.cuda` as megatron-core sees it on a CPU."""
 
     Stream = Event = _NoStream
-    default_generators = (torch.default_generator,)
+    default_generators = _CpuGenerators()
 
     def __getattr__(self, name):
         return getattr(torch.cuda, name)
@@ -205,11 +210,12 @@ _TORCH = _CpuTorch("torch")
 _FACADES = {"torch": _TORCH, "torch.cuda": _TORCH.cuda, "torch.distributed": _TORCH.distributed}
 
 # Where megatron-core asks a tensor instead of torch, the question itself is rewritten: (module, old text, new text).
-_TENSOR_TYPES = [(f"torch.cuda.{kind}Tensor", f"torch.{kind}Tensor") for kind in ("Half", "BFloat16", "Float")]
+_TENSOR_TYPES = [("torch.cuda.HalfTensor", "torch.HalfTensor"), ("torch.cuda.BFloat16Tensor", "torch.BFloat16Tensor")]
+_FLOAT_TYPE = ("torch.cuda.FloatTensor", "torch.FloatTensor")
 _REWRITES = {
-    "megatron.core.optimizer.optimizer": [*_TENSOR_TYPES, (".cuda()", "")],
-    "megatron.core.optimizer.distrib_optimizer": [*_TENSOR_TYPES, (".cuda()", "")],
-    "megatron.core.optimizer.clip_grads": _TENSOR_TYPES,
+    "megatron.core.optimizer.optimizer": [*_TENSOR_TYPES, _FLOAT_TYPE, (".cuda()", "")],
+    "megatron.core.optimizer.distrib_optimizer": [*_TENSOR_TYPES, _FLOAT_TYPE, (".cuda()", "")],
+    "megatron.core.optimizer.clip_grads": [_FLOAT_TYPE],
     "megatron.core.models.common.language_module.language_module": [(".data.cuda()", ".data")],
     "megatron.core.dist_checkpointing.exchange_utils": [(".cuda()", "")],
     "megatron.core.transformer.moe.moe_utils": [  # all_to_all_single on gloo takes split sizes as lists, not tensors

@@ -1,0 +1,96 @@
+"""Core attention over torch's scaled_dot_product_attention, for machines without Transformer Engine.
+
+Megatron-core's own DotProductAttention refuses packed rows; this one takes them, grouped queries, padded batches and
+KV caches, with the same interface. Shapes: S sequence, B batch, T packed tokens, N samples in a row, H heads,
+G query groups, D channels of a head.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+# Megatron-core takes the "thd" branch (a Python loop over samples for rotary embeddings) only for that very name. Without
+# Transformer Engine the rows keep their [S, B, H, D] shape, and the segments reach this module alone.
+SEGMENTED = "segmented_sbhd"
+
+
+class SdpaCoreAttention(MegatronModule):
+    """softmax(q k / sqrt(D)) v, causal or full, per packed sample where `packed_seq_params` names them."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__(config=config)
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query_SBHD: torch.Tensor,
+        key_SBGD: torch.Tensor,
+        value_SBGD: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Returns [S, B, H * D]. `attention_mask` [B or 1, 1, Sq, Sk]: True = may not attend; None: by the mask type."""
+        assert attention_bias is None, "attention bias is not supported"
+        if packed_seq_params is not None:
+            return self._packed(query_SBHD, key_SBGD, value_SBGD, packed_seq_params)
+        query, key, value = (item.permute(1, 2, 0, 3) for item in (query_SBHD, key_SBGD, value_SBGD))
+        is_causal = attention_mask is None and (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
+        context = self._attend(query, key, value, None if attention_mask is None else ~attention_mask, is_causal)
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, query_BHSD, key_BGSD, value_BGSD, may_attend, is_causal: bool) -> torch.Tensor:
+        return F.scaled_dot_product_attention(
+            query_BHSD,
+            key_BGSD,
+            value_BGSD,
+            attn_mask=may_attend,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            scale=self.softmax_scale,
+            enable_gqa=query_BHSD.shape[1] != key_BGSD.shape[1],
+        )
+
+    def _packed(self, query_TBHD, key_TBGD, value_TBGD, packed: PackedSeqParams) -> torch.Tensor:
+        """Block-diagonal causal attention: the samples of the row become a batch, right-padded to the longest.
+
+        Causal attention never looks to the right, so the padding needs no mask. Samples of 3 and 2 tokens:
+        rows [0 1 2] and [3 4 4] of the packed row, of which position (1, 2) is thrown away.
+        """
+        rows_NS, valid_NS = segment_rows(packed.cu_seqlens_q, packed.max_seqlen_q, query_TBHD.shape[0])
+        query, key, value = (
+            item.squeeze(1)[rows_NS].transpose(1, 2) for item in (query_TBHD, key_TBGD, value_TBGD)
+        )
+        context_NSHD = self._attend(query, key, value, None, is_causal=True).transpose(1, 2)
+        return context_NSHD[valid_NS].flatten(1).unsqueeze(1)
+
+
+def segment_rows(cu_seqlens: torch.Tensor, max_seqlen: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index [N, max_seqlen] of each sample's tokens in the packed row, and which of them are real.
+
+    cu_seqlens [0, 3, 5] -> [[0, 1, 2], [3, 4, 4]] and [[1, 1, 1], [1, 1, 0]]. `cu_seqlens` must end at num_tokens.
+    """
+    starts_N, ends_N = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    rows_NS = starts_N[:, None] + torch.arange(max_seqlen, device=cu_seqlens.device)
+    valid_NS = rows_NS < ends_N[:, None]
+    return rows_NS.clamp(max=num_tokens - 1), valid_NS

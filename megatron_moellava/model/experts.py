@@ -1,0 +1,110 @@
+"""Where a token meets an expert: grouped-GEMM linear layers over torch's grouped_mm.
+
+Megatron-core's TEGroupedMLP does the rest (activation, routing weights, biases) and accepts any pair of builders with
+the interface of Transformer Engine's GroupedLinear. Shapes: N tokens sorted by expert, E local experts, I input and O
+output features of this shard.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import megatron_moellava.platform as platform
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import divide
+
+
+class GroupedLinear(MegatronModule):
+    """E linear layers in one product. One parameter per expert (`weight0`, `weight1`, ...), as Transformer Engine has.
+
+    `partition_dim` is the weight axis that expert tensor parallelism splits: 0 for fc1 (columns), 1 for fc2 (rows,
+    whose partial sums the token dispatcher reduces).
+    """
+
+    partition_dim: int
+
+    def __init__(
+        self,
+        num_experts: int,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        init_method,
+        bias: bool,
+        skip_bias_add: bool,
+        is_expert: bool,
+        pg_collection: ProcessGroupCollection,
+        tp_comm_buffer_name: str | None = None,
+        name: str | None = None,
+    ):
+        super().__init__(config=config)
+        assert is_expert
+        self.num_experts, self.skip_bias_add, self.pg_collection = num_experts, skip_bias_add, pg_collection
+        split = pg_collection.expt_tp.size()
+        assert not (bias and split > 1), "megatron-core refuses biased experts with expert tensor parallelism"
+        size = [divide(output_size, split), input_size] if self.partition_dim == 0 else [output_size, divide(input_size, split)]
+        device = platform.device()
+        for index in range(num_experts):
+            weight = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=device))
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=self.partition_dim, stride=1)
+            if config.perform_initialization:
+                with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                    init_method(weight)
+            self._add(f"weight{index}", weight)
+            if bias:
+                self._add(f"bias{index}", torch.nn.Parameter(torch.zeros(size[0], dtype=config.params_dtype, device=device)))
+        self.use_bias = bias
+
+    def _add(self, name: str, parameter: torch.nn.Parameter) -> None:
+        parameter.allreduce = False  # reduced over the expert-data-parallel group, also where that is all of the group
+        self.register_parameter(name, parameter)
+
+    def _stacked(self, name: str) -> torch.Tensor:
+        return torch.stack([getattr(self, f"{name}{index}") for index in range(self.num_experts)])
+
+    def forward(self, input_NI: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, list | None]:
+        """[N, I] sorted by expert -> [N, O], and the biases if the caller adds them (weighted by the router)."""
+        offsets_E = torch.tensor(tokens_per_expert, device=input_NI.device).cumsum(0, dtype=torch.int32)
+        output_NO = F.grouped_mm(input_NI, self._stacked("weight").transpose(1, 2), offs=offsets_E)
+        if not self.use_bias:
+            return output_NO, None
+        if self.skip_bias_add:
+            return output_NO, [getattr(self, f"bias{index}") for index in range(self.num_experts)]
+        counts_E = torch.tensor(tokens_per_expert, device=input_NI.device)
+        return output_NO + self._stacked("bias").repeat_interleave(counts_E, dim=0, output_size=input_NI.shape[0]), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """One entry per expert under the key of the sequential experts, so that both read each other's checkpoints."""
+        first, total = self.pg_collection.ep.rank() * self.num_experts, self.pg_collection.ep.size() * self.num_experts
+        state = {}
+        for name in ("weight", "bias") if self.use_bias else ("weight",):
+            for index in range(self.num_experts):
+                offsets = (*sharded_offsets, (len(sharded_offsets), first + index, total))
+                sharded = make_sharded_tensors_for_checkpoint(
+                    {name: getattr(self, f"{name}{index}")},
+                    prefix,
+                    {"weight": self.partition_dim, "bias": 0},
+                    offsets,
+                    tp_group=self.pg_collection.expt_tp,
+                    dp_cp_group=metadata["dp_cp_group"],
+                )[f"{prefix}{name}"]
+                sharded.replica_id = (*sharded.replica_id[:2], self.pg_collection.expt_dp.rank())
+                state[f"{prefix}{name}{index}"] = sharded
+        return state
+
+
+class GroupedColumnLinear(GroupedLinear):
+    """fc1 of every local expert: the output features are split."""
+
+    partition_dim = 0
+
+
+class GroupedRowLinear(GroupedLinear):
+    """fc2 of every local expert: the input features are split."""
+
+    partition_dim = 1

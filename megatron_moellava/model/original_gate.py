@@ -1,0 +1,66 @@
+"""The gate of MoE-LLaVA: DeepSpeed 0.9.5's top-1 and top-2 gating, as pure functions of the router's logits.
+
+It differs from Megatron-Core's top-k in five ways: the second expert is sampled (Gumbel noise on the logits, in
+evaluation too), every expert takes a fixed number of tokens by position (all first choices before any second choice),
+the weights are renormalised over the choices that survive, the balance loss looks at first choices only, and padding
+takes part in everything. Shapes: N tokens in batch-major order, E experts.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    probs_NE: torch.Tensor  # combine weights, fp32, zero where a token is not sent
+    routing_map_NE: torch.Tensor  # bool, where a token is sent
+    aux_loss: torch.Tensor  # E * sum_e(mean softmax_e * share of first choices_e), before dropping; 1 when balanced
+
+
+def expert_capacity(num_tokens: int, num_experts: int, factor: float, topk: int, min_capacity: int) -> int:
+    """Slots per expert: ceil(N / E * factor * k) in fp32 as DeepSpeed multiplies, at least `min_capacity`.
+
+    N=100, E=4, factor=1.5, k=2 -> 75.
+    """
+    slots = torch.tensor(num_tokens / num_experts, dtype=torch.float32) * torch.tensor(factor * topk, dtype=torch.float32)
+    return max(math.ceil(slots.item()), min_capacity)
+
+
+def gumbel(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Gumbel(0, 1) noise in fp32."""
+    return -torch.empty(shape, device=device).exponential_().log()
+
+
+def top2_gate(logits_NE: torch.Tensor, capacity: int, noise_NE: torch.Tensor) -> Gate:
+    """Two experts per token: the best, and one drawn from the rest by `noise` (zeros: the second best)."""
+    gates_NE = logits_NE.softmax(dim=-1)
+    first_NE = _one_hot(gates_NE.argmax(dim=-1), gates_NE)
+    second_NE = _one_hot((logits_NE + noise_NE).masked_fill(first_NE, float("-inf")).argmax(dim=-1), gates_NE)
+
+    # A dropped first choice still takes its place in the queue that second choices join.
+    places_first_NE = first_NE.cumsum(dim=0) - 1
+    places_second_NE = second_NE.cumsum(dim=0) - 1 + first_NE.sum(dim=0)
+    kept_NE = (first_NE & (places_first_NE < capacity)) | (second_NE & (places_second_NE < capacity))
+
+    weights_NE = gates_NE * kept_NE
+    total_N1 = weights_NE.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
+    return Gate(weights_NE / total_N1, kept_NE, _balance_loss(gates_NE, first_NE))
+
+
+def top1_gate(logits_NE: torch.Tensor, capacity: int, uniform_NE: torch.Tensor) -> Gate:
+    """One expert per token, weighted by its raw probability; a full expert keeps random tokens (largest `uniform`)."""
+    gates_NE = logits_NE.softmax(dim=-1)
+    first_NE = _one_hot(gates_NE.argmax(dim=-1), gates_NE)
+    chosen_CE = (first_NE * uniform_NE).topk(min(capacity, len(logits_NE)), dim=0).indices
+    kept_NE = first_NE & torch.zeros_like(first_NE).scatter(0, chosen_CE, True)
+    return Gate(gates_NE * kept_NE, kept_NE, _balance_loss(gates_NE, first_NE))
+
+
+def _one_hot(choice_N: torch.Tensor, like_NE: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like_NE, dtype=torch.bool).scatter(1, choice_N[:, None], True)
+
+
+def _balance_loss(gates_NE: torch.Tensor, first_NE: torch.Tensor) -> torch.Tensor:
+    return (gates_NE.mean(dim=0) * first_NE.float().mean(dim=0)).sum() * gates_NE.shape[1]

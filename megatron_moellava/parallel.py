@@ -1,0 +1,113 @@
+"""Process groups of a run and the few questions about ranks that the rest asks.
+
+Ranks are laid out by megatron-core's order tp-cp-ep-dp-pp; the data-parallel size is what remains of the world.
+"""
+
+import datetime
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+import megatron_moellava.platform as platform
+from megatron.core import parallel_state, tensor_parallel
+from megatron_moellava.config import ParallelConfig
+
+
+def initialize(config: ParallelConfig, seed: int) -> None:
+    """Join the processes that torchrun started (or run as the only one), build the groups, seed every generator."""
+    platform.claim_device(int(os.environ.get("LOCAL_RANK", 0)))
+    timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
+    if not dist.is_initialized():
+        alone = "WORLD_SIZE" not in os.environ
+        where = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        dist.init_process_group(platform.BACKEND, timeout=timeout, **where)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_parallel_size or 1,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
+    )
+    platform.seed_everything(seed)
+    seed_model_parallel(seed)
+
+
+def shutdown() -> None:
+    """Undo of `initialize`; a process may then build another layout."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_model_parallel(seed: int) -> None:
+    """Seed megatron-core's trackers: dropout and initial weights differ between the shards of one tensor."""
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def data_parallel_rank() -> int:
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_parallel_size() -> int:
+    return parallel_state.get_data_parallel_world_size()
+
+
+def is_first_stage() -> bool:
+    return parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+
+
+def is_last_stage() -> bool:
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def is_main_process() -> bool:
+    """The process that prints and writes logs: the last rank, whose pipeline stage knows the loss."""
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+def reads_data() -> bool:
+    """One process of each model-parallel group reads the data and broadcasts it to the others."""
+    return dist.get_rank() == _model_parallel_source()
+
+
+def _model_parallel_source() -> int:
+    return dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
+
+
+def sum_over_data_parallel(values: Iterable[float]) -> torch.Tensor:
+    """fp64 sums of host numbers over the data-parallel ranks, on every rank of the group."""
+    total = torch.tensor(list(values), dtype=torch.float64, device=platform.device())
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return total
+
+
+def broadcast_tensors(tensors: dict[str, torch.Tensor | None] | None, meta: object = None) -> tuple[dict, object]:
+    """Send named tensors (None allowed) and a small picklable `meta` from the reading process to its model-parallel group.
+
+    Returns the tensors on this process's device, and meta. A group of one moves nothing.
+    """
+    group, source = parallel_state.get_model_parallel_group(), _model_parallel_source()
+    device = platform.device()
+    if group.size() == 1:
+        return {name: value if value is None else value.to(device) for name, value in tensors.items()}, meta
+    header = [None]
+    if tensors is not None:
+        header = [({name: value if value is None else (value.shape, value.dtype) for name, value in tensors.items()}, meta)]
+    dist.broadcast_object_list(header, src=source, group=group)
+    shapes, meta = header[0]
+    received = {}
+    for name, shape in shapes.items():
+        if shape is None:
+            received[name] = None
+            continue
+        size, dtype = shape
+        received[name] = (
+            torch.empty(size, dtype=dtype, device=device) if tensors is None else tensors[name].to(device).contiguous()
+        )
+        if received[name].numel():
+            dist.broadcast(received[name], src=source, group=group)
+    return received, meta
