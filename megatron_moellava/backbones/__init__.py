@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-from megatron_moellava.backbones import llama, phi2
+from megatron_moellava.backbones import llama, minicpm, mistral, phi2, qwen, qwen2, qwen3, stablelm2
 from megatron_moellava.backbones.backbone import Backbone, HuggingFace, RopeScaling
 from megatron_moellava.backbones.from_config import (
     backbone_fields,
@@ -25,7 +25,7 @@ __all__ = [
     "get_backbone",
 ]
 
-FAMILIES = (llama, phi2)
+FAMILIES = (llama, mistral, phi2, stablelm2, qwen, qwen2, qwen3, minicpm)
 BACKBONES: dict[str, Backbone] = {size.name: size for family in FAMILIES for size in family.SIZES}
 
 

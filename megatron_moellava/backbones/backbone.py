@@ -5,6 +5,7 @@ which keys must have which value because this program (or Megatron-Core) support
 written for export (`from_config.py`).
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field
 
@@ -40,12 +41,16 @@ class HuggingFace:
     model_type: str  # e.g. "phi"
     architecture: str  # e.g. "PhiForCausalLM"
     original: Original
+    aliases: tuple[str, ...] = ()  # other model types of the same architecture and names
     fields: Dict[str, str]  # config key -> Backbone field; several keys may name one field (two ways to spell it)
     constants: Dict[str, object]  # config key -> the only supported value; `hidden_act` and the like
     defaults: Dict[str, object] = field(default_factory=dict)  # what an absent key means (the config class's default)
     inert: tuple[str, ...] = ()  # keys of this family's configs that change no number here; each says why in its file
     prefix: str = "model."  # where the decoder lives in the state dict; the projector and the tower live beside it
-    exact_moe: bool = False  # transformers' Qwen2-MoE computes the same with experts (RMSNorm, gated)
+    moe_model_type: str = ""  # transformers' model type that computes the same with experts; empty: there is none
+    export_as: str = ""  # family whose names transformers knows this architecture by; empty: its own
+    read: Callable[[dict], dict] = lambda config: {}  # Backbone fields that are not one config key each
+    write: Callable[["Backbone"], dict] = lambda backbone: {}  # the inverse of `read`
     drops: tuple[str, ...] = ()  # published tensors that the original never loads, e.g. Phi-2's lm_head.bias
 
 
@@ -74,6 +79,7 @@ class Backbone:
     rotary_percent: float = 1.0  # share of a head's channels that is rotated
     rope_scaling: RopeScaling | None = None
     share_embeddings_and_output_weights: bool = False
+    sliding_window: int | None = None  # full attention is exact for rows up to this length; longer rows are an error
     # Quirks that Megatron-Core lacks; read in model/layers.py only.
     parallel_residual: bool = False  # Phi: x + attention(norm(x)) + mlp(norm(x)), one norm
     output_layer_bias: bool = False

@@ -43,28 +43,24 @@ def backbone_from_hf_config(config: dict, families, *, name: str) -> Backbone:
         values["rope_scaling"] = _rope_scaling(values["rope_scaling"])
     values.setdefault("num_query_groups", values["num_attention_heads"])
     values.setdefault("kv_channels", values["hidden_size"] // values["num_attention_heads"])
-    values.setdefault("rope_scaling", None)
-    backbone = replace(family.SIZES[0], name=name, source=name, **values)
-    finish = getattr(family, "finish", None)  # a family whose fields are not one key each (Qwen v1, MiniCPM)
-    return finish(backbone, settings) if finish else backbone
+    for optional in ("rope_scaling", "sliding_window"):
+        values.setdefault(optional, None)
+    values |= hf.read(settings)
+    return replace(family.SIZES[0], name=name, source=name, **values)
 
 
 def find_family(config: dict, families):
-    """The family file for a config's model_type; families that share a type are told apart by `matches`."""
+    """The family file for a config's model_type."""
     model_type = config.get("model_type")
-    candidates = [
-        family
-        for family in families
-        if model_type in _model_types(family.SIZES[0].hf) and getattr(family, "matches", lambda _: True)(config)
-    ]
-    if not candidates:
-        known = sorted(name for family in families for name in _model_types(family.SIZES[0].hf))
-        raise ConfigError(f"model_type={model_type!r} is not a supported backbone; supported: {', '.join(known)}")
-    return candidates[0]
+    for family in families:
+        if model_type in _model_types(family.SIZES[0].hf):
+            return family
+    known = sorted(name for family in families for name in _model_types(family.SIZES[0].hf))
+    raise ConfigError(f"model_type={model_type!r} is not a supported backbone; supported: {', '.join(known)}")
 
 
 def _model_types(hf: HuggingFace) -> tuple[str, ...]:
-    return (hf.model_type, hf.original.model_type, hf.original.moe_model_type)
+    return (hf.model_type, hf.original.model_type, hf.original.moe_model_type, *hf.aliases)
 
 
 def normalised(config: dict) -> dict:
@@ -93,6 +89,9 @@ def _unsupported(settings: dict, hf: HuggingFace) -> list[str]:
     for key, value in settings.items():
         if key not in known and value not in (None, False):
             problems.append(f"  {key}={value!r}: unknown key that may change the model's numbers; remove it if not")
+    windows = set(settings.get("layer_types") or ()) - {"full_attention"}
+    if windows and "sliding_window" not in hf.fields:
+        problems.append(f"  layer_types holds {', '.join(sorted(windows))}: only full attention is supported")
     scaling = settings.get("rope_scaling")
     if "rope_scaling" in hf.fields and isinstance(scaling, dict):
         kind = scaling.get("rope_type", scaling.get("type"))
@@ -113,7 +112,7 @@ def hf_config_of(backbone: Backbone) -> dict:
         config[key] = getattr(backbone, field)
     if isinstance(config.get("rope_scaling"), RopeScaling):
         config["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(config["rope_scaling"])}
-    return config
+    return config | hf.write(backbone)
 
 
 def backbone_fields(backbone: Backbone) -> dict:

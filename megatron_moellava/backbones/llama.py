@@ -55,6 +55,7 @@ HF = HuggingFace(
     family="llama",
     model_type="llama",
     architecture="LlamaForCausalLM",
+    aliases=("llava",),  # LLaVA-1.5's first releases
     original=Original(
         model_type="llava_llama",
         moe_model_type="moe_llava_llama",
@@ -66,7 +67,7 @@ HF = HuggingFace(
     defaults=DEFAULTS,
     # pretraining_tp > 1 would only re-order sums, in transformers 4.
     constants={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
-    exact_moe=True,
+    moe_model_type="qwen2_moe",
 )
 
 LLAMA_2_7B = Backbone(
