@@ -1,0 +1,118 @@
+# shellcheck shell=bash
+# What the training scripts share; they source this file and then call `run_stage` with the arguments of tools/train.py.
+#
+# Run on a login node (`bash examples/train_stage1.sh`), run_stage checks the whole request and submits the script.
+# Run as a job (`sbatch examples/train_stage1.sh`), it checks again and starts one launcher per node.
+#
+# Exit codes of a job: 0 trained to the end, 2 the run as asked for cannot work, 3 too many non-finite steps. After 85
+# (checkpoint written on a signal), and after a crash if this attempt had written a checkpoint, the job requeues itself
+# and continues from the newest complete one. A crash without any progress ends the job: it would only repeat itself.
+
+OVERRIDES=("$@")                # what the caller added: dotted fields such as optimizer.lr=1e-5
+PYTHON="${PYTHON:-python3}"     # interpreter of the environment, or of the container
+CONTAINER="${CONTAINER:-}"      # "": bare metal; a .sif file: Apptainer; anything else: an image for enroot/pyxis
+MOUNTS="${MOUNTS:-$REPO,$SAVE}" # folders the container sees, comma-separated
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # communication and GEMMs start in program order
+
+stop() {
+    echo "$2" >&2
+    exit "$1"
+}
+
+# The value of one #SBATCH line of the script that is submitted: sbatch_value nodes -> 1
+sbatch_value() { sed -n "s/^#SBATCH --$1=//p" "$SCRIPT" | head -n 1; }
+
+# a,b -> a:a,b:b
+pyxis_mounts() { tr ',' '\n' <<<"$MOUNTS" | sed 's/.*/&:&/' | paste -sd ','; }
+
+# Run one process: in the container if there is one.
+single() {
+    case "$CONTAINER" in
+        "") "$@" ;;
+        *.sif) apptainer exec --bind "$MOUNTS" "$CONTAINER" "$@" ;;
+        *) srun --nodes=1 --ntasks=1 --container-image="$CONTAINER" --container-mounts="$(pyxis_mounts)" "$@" ;;
+    esac
+}
+
+# Config, files, checkpoint and world size, checked by one CPU: validate NODES GPUS_PER_NODE [arguments of train.py]
+validate() {
+    WORLD_SIZE=$(($1 * $2)) single "$PYTHON" "$REPO/tools/train.py" --validate-only "${@:3}" || exit 2
+}
+
+submit() {
+    local nodes="${NODES:-$(sbatch_value nodes)}" gpus="${GPUS_PER_NODE:-$(sbatch_value gpus-per-node)}"
+    # A pyxis image needs an allocation to run in; there the check is the first step of the job.
+    case "$CONTAINER" in "" | *.sif) validate "$nodes" "$gpus" "$@" ;; esac
+    local request=(--nodes="$nodes" --gpus-per-node="$gpus" "$SCRIPT" "${OVERRIDES[@]}")
+    sbatch --test-only "${request[@]}" || stop 2 "The cluster cannot run this request (see above)."
+    sbatch "${request[@]}"
+}
+
+# One launcher per node; the first node hosts the rendezvous. Leaves the step's process id in STEP.
+start() {
+    local head port command=()
+    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    port=$((20000 + SLURM_JOB_ID % 20000))
+    # Nodes end together; one that still hangs a minute after the first has ended is killed.
+    command=(srun --nodes="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60)
+    case "$CONTAINER" in
+        "") ;;
+        *.sif) command+=(apptainer exec --nv --bind "$MOUNTS" "$CONTAINER") ;;
+        *) command+=(--container-image="$CONTAINER" --container-mounts="$(pyxis_mounts)") ;;
+    esac
+    # tools/launch.py is torchrun with signals and exit codes that pass through.
+    command+=("$PYTHON" "$REPO/tools/launch.py" --nnodes="$SLURM_NNODES" --nproc-per-node="$SLURM_GPUS_ON_NODE"
+        --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+        "$REPO/tools/train.py" "$@")
+    "${command[@]}" &
+    STEP=$!
+}
+
+# SLURM sends USR1 to this shell (#SBATCH --signal=B:...), before the time limit and, if the cluster's PreemptParameters
+# has send_user_signal, before a preemption; the training processes must hear of it.
+forward_signal() {
+    echo "Told to stop soon: asking for a checkpoint"
+    scancel --signal=USR1 "$SLURM_JOB_ID"
+}
+
+# Exit code of the step. `wait` returns early whenever a trap has run, hence the loop.
+wait_for_step() {
+    local code=0
+    while :; do
+        wait "$STEP" && code=0 || code=$?
+        kill -0 "$STEP" 2>/dev/null || return "$code"
+    done
+}
+
+newest_checkpoint() { cat "$SAVE/latest_checkpointed_iteration.txt" 2>/dev/null || echo none; }
+
+# requeue_or_exit EXIT_CODE NEWEST_CHECKPOINT_AT_THE_START
+requeue_or_exit() {
+    local code=$1
+    case "$code" in
+        0 | 2 | 3) exit "$code" ;;
+        85) echo "Checkpoint written; requeueing" ;;
+        *)
+            [ "$(newest_checkpoint)" != "$2" ] || stop "$code" "Crashed with exit code $code and no new checkpoint."
+            echo "Crashed with exit code $code; requeueing to continue from step $(newest_checkpoint)"
+            ;;
+    esac
+    scontrol requeue "$SLURM_JOB_ID" || exit "$code"
+}
+
+run_stage() {
+    if [ -z "${SLURM_JOB_ID:-}" ]; then
+        submit "$@"
+        return
+    fi
+    [ -n "${SLURM_GPUS_ON_NODE:-}" ] || stop 2 "The job has no GPUs; ask for some: sbatch --gpus-per-node=8 ..."
+    validate "$SLURM_NNODES" "$SLURM_GPUS_ON_NODE" "$@"
+    local before code=0
+    before=$(newest_checkpoint)
+    trap forward_signal USR1
+    start "$@"
+    wait_for_step || code=$?
+    requeue_or_exit "$code" "$before"
+}
