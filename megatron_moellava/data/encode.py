@@ -1,0 +1,178 @@
+"""Sample -> token ids and labels.
+
+Two ways to the labels. "spans", the default, knows from the template which characters are answers and trains the
+tokens that start in them. "original" is MoE-LLaVA's algorithm (specification 4.4): it tokenises the prompt, cuts it at
+separators, tokenises the pieces again and counts. Both give the same wherever the original does not fail; it fails
+(and silently masks the whole sample) when an answer is empty or a text contains a separator. Text is parsed for
+special tokens only by "original".
+
+Labels stay aligned with their token until `expand`, which also shifts: labels_S[t] is the target of position t.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_moellava.config import ConfigError
+from megatron_moellava.data import original
+from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, BadSample, ImageRef, Sample
+from megatron_moellava.data.templates import Piece, Template, prompt, render
+from megatron_moellava.data.tokenizer import Tokenizer
+
+IMAGE_TOKEN = -200
+IGNORE = -100
+_CONTROL = re.compile(r"(<s>|</s>|<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|<\|end_of_turn\|>)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class EncodedSample:
+    id: str
+    tag: str
+    tokens_S: np.ndarray  # int64; each image is its number of IMAGE_TOKEN
+    labels_S: np.ndarray  # int64, shifted; IGNORE = no loss
+    images: tuple[ImageRef, ...] = ()
+    features: tuple[int, ...] = ()  # tokens of each image
+    notes: tuple[str, ...] = ()  # what was done to the sample, for the counters
+
+    def __len__(self) -> int:
+        return len(self.tokens_S)
+
+
+def check_template(template: Template, tokenizer: Tokenizer) -> None:
+    """The token that ends an answer must exist, else generation never stops."""
+    if template.sep2 and tokenizer.token_id(template.sep2) is None:
+        raise ConfigError(
+            f"data.template={template.version!r} ends answers with {template.sep2!r}, which the tokenizer does not "
+            "have; use the template that belongs to this tokenizer's language model"
+        )
+
+
+def encode(sample: Sample, template: Template, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """(ids, labels), aligned, one IMAGE_TOKEN per image.
+
+    >>> "USER: hi ASSISTANT: yes</s>" -> labels are IGNORE up to the colon, then the ids of " yes" and "</s>"
+    """
+    builder = _Builder(tokenizer, images=bool(sample.images))
+    builder.add_ids(tokenizer.bos_ids, trained=False)
+    for piece in render(template, sample.turns):
+        builder.add(piece)
+    builder.flush()
+    return builder.ids, builder.labels
+
+
+@dataclass(kw_only=True, slots=True)
+class _Span:
+    start: int  # character in the pending text
+    trained: bool
+    head: int  # leading tokens trained although the span is not
+
+
+class _Builder:
+    """Collects text until a control token or an image ends it: that stretch is what gets tokenised as one."""
+
+    def __init__(self, tokenizer: Tokenizer, *, images: bool):
+        self.tokenizer, self.images = tokenizer, images
+        self.ids: list[int] = []
+        self.labels: list[int] = []
+        self._text, self._spans = "", []
+
+    def add(self, piece: Piece) -> None:
+        head = piece.head
+        for index, part in enumerate(_CONTROL.split(piece.text) if piece.literal else [piece.text]):
+            token = self.tokenizer.token_id(part) if index % 2 else None
+            if token is None:
+                self._add_text(part, piece.trained, head)
+                continue
+            self.flush()
+            self.add_ids([token], trained=piece.trained)
+
+    def _add_text(self, text: str, trained: bool, head: int) -> None:
+        for index, part in enumerate(text.split(IMAGE_PLACEHOLDER) if self.images else [text]):
+            if index:
+                self.flush()
+                self.add_ids([IMAGE_TOKEN], trained=False)
+            if part:
+                self._spans.append(_Span(start=len(self._text), trained=trained, head=head))
+                self._text += part
+
+    def flush(self) -> None:
+        ids, starts = self.tokenizer.encode_text(self._text)
+        spans, current = [*self._spans, _Span(start=len(self._text) + 1, trained=False, head=0)], -1
+        for token, start in zip(ids, starts, strict=True):
+            while start >= spans[current + 1].start:
+                current += 1
+            span = spans[max(current, 0)]
+            self.add_ids([token], trained=span.trained or span.head > 0)
+            span.head -= 1
+        self._text, self._spans = "", []
+
+    def add_ids(self, ids: list[int], *, trained: bool) -> None:
+        self.ids += ids
+        self.labels += ids if trained else [IGNORE] * len(ids)
+
+
+def encode_original(
+    sample: Sample, template: Template, tokenizer: Tokenizer, max_length: int = 2048
+) -> tuple[list[int], list[int], bool]:
+    """(ids, labels, mismatch) by the original's algorithm, failures included. Text-only rows are cut at max_length."""
+    turns = sample.turns if template.style != "plain" else original.one_image(sample.turns)
+    tokenise = original.tokenise_with_images if sample.images else original.tokenise
+    ids = tokenise(prompt(template, turns), tokenizer)
+    if not sample.images and template.style not in ("plain", "mpt"):
+        ids = ids[:max_length]
+    labels, mismatch = original.LABELS[template.labels](ids, turns, template, tokenizer, tokenise, max_length)
+    return ids, labels, mismatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoder:
+    """Everything between a Sample and its tokens, for one run."""
+
+    template: Template
+    tokenizer: Tokenizer
+    num_features: int  # of one image (one tile)
+    seq_length: int
+    label_mode: str = "spans"
+
+    def __call__(self, sample: Sample, features: tuple[int, ...] | None = None) -> EncodedSample:
+        """`features`: tokens of each image, where they differ (tiling)."""
+        features = (self.num_features,) * len(sample.images) if features is None else features
+        notes = []
+        if self.label_mode == "original":
+            ids, labels, mismatch = encode_original(sample, self.template, self.tokenizer, self.seq_length)
+            notes += ["tokenization mismatch, sample masked"] if mismatch else []
+        else:
+            ids, labels = encode(sample, self.template, self.tokenizer)
+        tokens_S, labels_S, images, cut = expand(ids, labels, sample.images, features, self.seq_length)
+        if self.label_mode != "original" and not (labels_S != IGNORE).any():
+            raise BadSample(
+                "too long",
+                f"{sample.origin}: {cut} tokens with its images, and nothing to learn within data.seq_length="
+                f"{self.seq_length}; raise it or shorten the row",
+            )
+        return EncodedSample(
+            id=sample.id,
+            tag=sample.tag,
+            tokens_S=tokens_S,
+            labels_S=labels_S,
+            images=images,
+            features=features[: len(images)],
+            notes=(*notes, *(["truncated"] if cut > self.seq_length else [])),
+        )
+
+
+def expand(ids: list[int], labels: list[int], images: tuple, features: tuple[int, ...], seq_length: int):
+    """(tokens_S, shifted labels_S, images kept, length before the cut).
+
+    A row longer than seq_length is cut there; an image that would be cut goes as a whole, with all that follows it.
+    """
+    widths = iter(features)
+    counts = np.array([next(widths) if token == IMAGE_TOKEN else 1 for token in ids], dtype=np.int64)
+    ends = np.cumsum(counts)
+    length = int(ends[-1]) if len(ends) else 0
+    kept = int(np.searchsorted(ends, seq_length, side="right"))
+    tokens_S = np.repeat(np.array(ids[:kept], dtype=np.int64), counts[:kept])
+    labels_S = np.repeat(np.array(labels[:kept], dtype=np.int64), counts[:kept])
+    shifted_S = np.append(labels_S[1:], IGNORE) if len(labels_S) else labels_S
+    return tokens_S, shifted_S, images[: ids[:kept].count(IMAGE_TOKEN)], length

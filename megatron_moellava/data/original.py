@@ -1,0 +1,107 @@
+"""MoE-LLaVA's label masking, failures included (specification 4.4; LLaVA's `preprocess_*`).
+
+Each rule tokenises the prompt's rounds again and counts. Off-by-ones are the original's: a round's BOS stands in for
+the separator that was split off, and the blank after "ASSISTANT:" merges into the first token of the answer.
+"""
+
+from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Turn
+from megatron_moellava.data.templates import prompt
+from megatron_moellava.data.tokenizer import Tokenizer
+
+IGNORE = -100
+IMAGE_TOKEN = -200
+
+
+def tokenise(text: str, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.bos_ids + tokenizer.encode_parsed(text)
+
+
+def tokenise_with_images(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Chunks around `<image>` are tokenised alone and joined by one IMAGE_TOKEN; only the first BOS stays."""
+    ids = list(tokenizer.bos_ids)
+    for index, chunk in enumerate(text.split(IMAGE_PLACEHOLDER)):
+        ids += [IMAGE_TOKEN] if index else []
+        ids += tokenizer.encode_parsed(chunk) if chunk else []
+    return ids
+
+
+def one_image(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """Version "plain" keeps a single image whatever the human turn says."""
+    return (Turn(role="user", text=IMAGE_PLACEHOLDER), *turns[1:2])
+
+
+def _count_rounds(ids, rounds, tokenizer, tokenise, max_length, *, split, start, extra, back):
+    """Mask the instruction of each round; `extra` and `back` are the off-by-ones of round and instruction."""
+    labels = [IGNORE] * start + ids[start:]
+    current = start
+    for text in rounds:
+        parts = text.split(split)
+        if text == "" or len(parts) != 2:
+            break
+        instruction = len(tokenise(parts[0] + split, tokenizer)) - back
+        stop = min(current + instruction, len(labels))
+        labels[current:stop] = [IGNORE] * max(stop - current, 0)
+        current += len(tokenise(text, tokenizer)) + extra
+    labels[current:] = [IGNORE] * len(labels[current:])
+    total = sum(token != tokenizer.pad_id for token in ids)
+    mismatch = current < max_length and current != total
+    return [IGNORE] * len(ids) if mismatch else labels, mismatch
+
+
+def _two(start: int, extra: int, back: int):
+    def rule(ids, turns, template, tokenizer, tokenise, max_length):
+        rounds = prompt(template, turns).split(template.sep2)
+        split = f"{template.sep}{template.roles[1]}: " if template.style == "two" else "[/INST] "
+        return _count_rounds(
+            ids, rounds, tokenizer, tokenise, max_length, split=split, start=start, extra=extra, back=back
+        )
+
+    return rule
+
+
+def _mpt(ids, turns, template, tokenizer, tokenise, max_length):
+    parts = prompt(template, turns).split(template.sep)
+    rounds = [template.sep.join(parts[:3])]
+    rounds += [template.sep.join(parts[i : i + 2]) for i in range(3, len(parts), 2)]
+    extra = len(tokenise_with_images(template.sep, tokenizer))
+    return _count_rounds(
+        ids,
+        rounds,
+        tokenizer,
+        tokenise_with_images,
+        max_length,
+        split=template.sep + template.roles[1],
+        start=0,
+        extra=extra,
+        back=0,
+    )
+
+
+def _plain(ids, turns, template, tokenizer, tokenise, max_length):
+    masked = len(tokenise_with_images(turns[0].text, tokenizer))
+    return [IGNORE] * masked + ids[masked:], False
+
+
+def _v0(ids, turns, template, tokenizer, tokenise, max_length):
+    """Human sentences are masked but for their first two tokens; every piece is counted with its BOS."""
+    labels = list(ids)
+    current = len(tokenise(f"{template.system}\n\n", tokenizer))
+    labels[:current] = [IGNORE] * current
+    for turn in turns:
+        role = template.roles[turn.role == "assistant"]
+        length = len(tokenise(f"{template.sep} {role}: {turn.text}\n", tokenizer))
+        if turn.role == "user":
+            masked = range(current + 2, min(current + length, len(labels)))
+            labels[current + 2 : current + length] = [IGNORE] * len(masked)
+        current += length
+    return labels[: len(ids)], False
+
+
+LABELS = {
+    "bos": _two(start=1, extra=0, back=2),
+    "no_bos": _two(start=0, extra=1, back=1),
+    "llama_2": _two(start=1, extra=0, back=2),
+    "mpt": _mpt,
+    "plain": _plain,
+    "v0": _v0,
+}
