@@ -71,9 +71,7 @@ _V0 = Template(
     sep="###",
     labels="v0",
 )
-_LLAVA_LLAMA_2 = Template(
-    version="llama_v2", style="llama_2", system=_VISUAL, sep="<s>", sep2="</s>", labels="llama_2"
-)
+_LLAVA_LLAMA_2 = Template(version="llama_v2", style="llama_2", system=_VISUAL, sep="<s>", sep2="</s>", labels="llama_2")
 _PLAIN = Template(version="plain", style="plain", roles=("", ""), sep="\n", labels="plain")
 
 TEMPLATES: dict[str, Template] = {
