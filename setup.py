@@ -25,7 +25,7 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     # Transformer Engine compiles against the torch that is already there: install with --no-build-isolation. NVIDIA's
     # apex comes with the NGC PyTorch image only; the "apex" of PyPI is an unrelated package: never pip-install it.
-    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.10"],
+    "gpu": ["transformer-engine[core_cu13,pytorch]~=2.20"],
     # lmms-eval itself is not listed: it wants an older `av` than Energon, hence an environment of its own (README).
     "eval": ["openpyxl>=3.1", "httpx>=0.27"],
     "demo": ["fastapi>=0.110", "uvicorn>=0.29", "gradio>=6,<7"],
