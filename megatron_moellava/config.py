@@ -42,6 +42,7 @@ class Source:
 class ModelConfig:
     backbone: str  # a name in backbones/, or a folder with a Hugging Face config.json
     tower: str = "clip-vit-large-patch14-336"  # a name in towers/, or a folder with a config.json
+    scale_multimodal_embeddings: bool = True  # MiniCPM: False reproduces the original, which skips scale_emb with images
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,176 @@
+"""Backbone, tower and run -> Megatron-Core's TransformerConfig, one for each of decoder, tower and projector."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import megatron_moellava.platform as platform
+from megatron.core.activations import quick_gelu
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_moellava.backbones import Backbone
+from megatron_moellava.config import MoEConfig, RunConfig
+from megatron_moellava.towers import Tower
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+RECOMPUTE = {  # config value -> (granularity, modules)
+    "none": (None, None),
+    "full": ("full", None),
+    "selective": ("selective", ["core_attn"]),
+    "moe": ("selective", ["core_attn", "moe"]),
+}
+
+
+def moe_layer_freq(placement: str | tuple[int, ...], num_layers: int) -> list[int]:
+    """1 for a MoE layer, 0 for a dense one: "sparse" of 4 layers -> [1, 0, 1, 0]; (1, 3) -> [0, 1, 0, 1]."""
+    half = num_layers // 2
+    named = {
+        "first_half": range(half),
+        "second_half": range(half, num_layers),
+        "sparse": range(0, num_layers, 2),
+        "dense": range(num_layers),
+    }
+    chosen = set(named[placement] if isinstance(placement, str) else placement)
+    return [int(layer in chosen) for layer in range(num_layers)]
+
+
+def transformer_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
+    """Megatron-Core's configuration of the decoder."""
+    granularity, recompute_modules = RECOMPUTE[run.training.recompute]
+    return TransformerConfig(
+        num_layers=backbone.num_layers,
+        hidden_size=backbone.hidden_size,
+        ffn_hidden_size=backbone.ffn_hidden_size,
+        num_attention_heads=backbone.num_attention_heads,
+        num_query_groups=backbone.num_query_groups,
+        kv_channels=backbone.kv_channels,
+        normalization=backbone.normalization,
+        layernorm_epsilon=backbone.layernorm_epsilon,
+        activation_func=ACTIVATIONS[backbone.activation],
+        gated_linear_unit=backbone.gated_linear_unit,
+        add_bias_linear=backbone.add_bias_linear,
+        add_qkv_bias=backbone.add_qkv_bias,
+        qk_layernorm=backbone.qk_layernorm,
+        attention_dropout=backbone.attention_dropout,
+        hidden_dropout=backbone.hidden_dropout,
+        num_layers_in_first_pipeline_stage=run.parallel.num_layers_in_first_pipeline_stage,
+        recompute_granularity=granularity,
+        recompute_modules=recompute_modules,
+        recompute_method="uniform" if granularity == "full" else None,
+        recompute_num_layers=1 if granularity == "full" else None,
+        bias_activation_fusion=platform.HAS_CUDA and _fusable(backbone),
+        apply_rope_fusion=platform.HAS_TRANSFORMER_ENGINE and backbone.rope_scaling is None,
+        **_shared_fields(run),
+        **(_moe_fields(run.moe, backbone) if run.moe else {}),
+        **_fp8_fields(run.training.fp8),
+    )
+
+
+def _fusable(backbone: Backbone) -> bool:
+    """Megatron-Core's fused bias + activation kernels: SwiGLU; its GELU kernel is an approximation of its own."""
+    return backbone.activation == "silu" and backbone.gated_linear_unit
+
+
+def _shared_fields(run: RunConfig, **overrides) -> dict:
+    """Fields that the decoder, the tower and the projector have in common."""
+    parallel, dtype = run.parallel, DTYPES[run.training.precision]
+    tensor_parallel = parallel.tensor_model_parallel_size
+    return {
+        "tensor_model_parallel_size": tensor_parallel,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "sequence_parallel": tensor_parallel > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size or 1,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "batch_p2p_comm": platform.HAS_CUDA,  # on gloo a batch of both directions gives silently wrong numbers
+        "variable_seq_lengths": not run.data.packing,
+        "gradient_accumulation_fusion": platform.HAS_TRANSFORMER_ENGINE,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "bias_dropout_fusion": False,
+        **overrides,
+    }
+
+
+def _moe_fields(moe: MoEConfig, backbone: Backbone) -> dict:
+    balancing = moe.moe_router_load_balancing_type
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_layer_freq": moe_layer_freq(moe.placement, backbone.num_layers),
+        "moe_ffn_hidden_size": backbone.ffn_hidden_size,
+        "moe_router_topk": moe.moe_router_topk,
+        "moe_router_dtype": "fp32",
+        "moe_router_pre_softmax": moe.moe_router_topk == 1,  # Megatron-Core demands it for one expert
+        "moe_router_load_balancing_type": balancing,
+        "moe_aux_loss_coeff": moe.moe_aux_loss_coeff if balancing != "none" and moe.aux_loss_gradient else 0.0,
+        "moe_z_loss_coeff": moe.moe_z_loss_coeff,
+        "moe_router_enable_expert_bias": moe.moe_router_enable_expert_bias,
+        "moe_router_bias_update_rate": moe.moe_router_bias_update_rate,
+        "moe_router_score_function": "sigmoid" if moe.moe_router_enable_expert_bias else "softmax",
+        "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
+        # The dispatcher counts tokens instead of assuming top-k of each whenever a capacity is set.
+        "moe_expert_capacity_factor": 1.0 if moe.router == "original" else moe.capacity_factor,
+        "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
+        "moe_grouped_gemm": moe.experts == "grouped",
+        "moe_permute_fusion": platform.HAS_TRANSFORMER_ENGINE,
+    }
+
+
+def _fp8_fields(recipe: str | None) -> dict:
+    return {"fp8": "hybrid", "fp8_recipe": recipe} if recipe else {}
+
+
+def tower_config(tower: Tower, run: RunConfig) -> TransformerConfig:
+    """Megatron-Core's configuration of the vision tower: whole on the first stage, tensor-parallel, never sequence-parallel."""
+    return TransformerConfig(
+        num_layers=tower.num_used_layers,
+        hidden_size=tower.hidden_size,
+        ffn_hidden_size=tower.ffn_hidden_size,
+        num_attention_heads=tower.num_attention_heads,
+        normalization="LayerNorm",
+        layernorm_epsilon=tower.layernorm_epsilon,
+        activation_func=ACTIVATIONS[tower.activation],
+        add_bias_linear=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        recompute_granularity="full" if run.training.recompute_tower else None,
+        recompute_method="uniform" if run.training.recompute_tower else None,
+        recompute_num_layers=1 if run.training.recompute_tower else None,
+        bias_activation_fusion=False,
+        **_shared_fields(run, **_FIRST_STAGE_ONLY),
+    )
+
+
+# The tower and the projector live whole on the first stage and see every token of their images.
+_FIRST_STAGE_ONLY = {
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "context_parallel_size": 1,
+    "sequence_parallel": False,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
+}
+
+
+def projector_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
+    """The two-layer projector: Linear, exact GELU, Linear, with biases, at the width of the language model."""
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=backbone.hidden_size,
+        ffn_hidden_size=backbone.hidden_size,
+        num_attention_heads=backbone.num_attention_heads,
+        activation_func=F.gelu,
+        add_bias_linear=True,
+        bias_activation_fusion=False,
+        **_shared_fields(run, **_FIRST_STAGE_ONLY),
+    )

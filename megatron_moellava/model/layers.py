@@ -1,0 +1,187 @@
+"""Backbone and run -> Megatron-Core's layer specs. With configuration.py the only reader of a backbone's quirks.
+
+A block is a list of layer specs, one per decoder layer of this pipeline stage, dense or MoE by the run's placement.
+Local modules without Transformer Engine, its fused modules with it; parameter names in checkpoints are the same.
+"""
+
+from functools import partial
+
+import megatron_moellava.platform as platform
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from megatron_moellava.backbones import Backbone
+from megatron_moellava.config import MoEConfig
+from megatron_moellava.model.attention import SdpaCoreAttention
+from megatron_moellava.model.experts import GroupedColumnLinear, GroupedRowLinear
+from megatron_moellava.model.moe_layer import ResidualMoELayer
+from megatron_moellava.model.norms import Norm
+from megatron_moellava.model.router import router_class
+
+class LocalModules(LocalSpecProvider):
+    """Megatron-Core's own linear layers, torch's norms, SDPA and grouped GEMM: any machine."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False):
+        return Norm
+
+    def core_attention(self):
+        return SdpaCoreAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool):
+        if moe_use_grouped_gemm:
+            return partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(GroupedColumnLinear, GroupedRowLinear))
+        return partial(SequentialMLP, submodules=MLPSubmodules(ColumnParallelLinear, RowParallelLinear))
+
+
+def modules():
+    """The module provider of this machine."""
+    return TESpecProvider() if platform.HAS_TRANSFORMER_ENGINE else LocalModules()
+
+
+def decoder_spec(
+    backbone: Backbone, config: TransformerConfig, moe: MoEConfig | None, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Layer specs of this pipeline stage (or of one of its virtual stages)."""
+    provider = modules()
+    dense = _layer_spec(backbone, provider, _dense_mlp(provider, backbone))
+    sparse = _layer_spec(backbone, provider, _moe_mlp(provider, moe), is_moe=True) if moe else dense
+    freq = config.moe_layer_freq if moe else [0] * backbone.num_layers
+    offset = get_transformer_layer_offset(config, vp_stage)
+    built = freq[offset : offset + get_num_layers_to_build(config, vp_stage)]
+    norm = provider.layer_norm(rms_norm=backbone.normalization == "RMSNorm")
+    return TransformerBlockSubmodules(layer_specs=[sparse if is_moe else dense for is_moe in built], layer_norm=norm)
+
+
+def tower_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Pre-norm blocks with full attention, as CLIP and SigLIP have them."""
+    provider = modules()
+    layer = _attention_layer(provider, AttnMaskType.no_mask, get_mlp_module_spec_for_backend(provider), fused=True)
+    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=None)
+
+
+def mlp_submodules(provider=None, fused_norm: bool = False) -> MLPSubmodules:
+    """fc1 (optionally with the norm before it fused in) and fc2 of a dense FFN."""
+    provider = provider or modules()
+    column = provider.column_parallel_layer_norm_linear() if fused_norm else provider.column_parallel_linear()
+    return MLPSubmodules(linear_fc1=column, linear_fc2=provider.row_parallel_linear())
+
+
+def _dense_mlp(provider, backbone: Backbone):
+    fused = provider.fuse_layernorm_and_linear() and not backbone.parallel_residual
+    return partial(MLP.as_mlp_submodule, submodules=mlp_submodules(provider, fused))
+
+
+def _moe_mlp(provider, moe: MoEConfig):
+    dense = mlp_submodules(provider)
+    submodules = MoESubmodules(
+        router=router_class(moe),
+        experts=provider.grouped_mlp_modules(moe.experts == "grouped"),
+        shared_experts=partial(_shared_experts, submodules=dense),
+    )
+    if moe.use_residual:
+        return partial(ResidualMoELayer, submodules=submodules, dense=dense)
+    return partial(MoELayer, submodules=submodules)
+
+
+def _shared_experts(*, config, pg_collection, gate, submodules, name=None):
+    return SharedExpertMLP(config=config, submodules=submodules, gate=gate, pg_collection=pg_collection, name=name)
+
+
+def _layer_spec(backbone: Backbone, provider, mlp, is_moe: bool = False) -> ModuleSpec:
+    add = get_bias_dropout_add
+    if backbone.residual_multiplier != 1.0:
+        add = partial(_scaled_add, backbone.residual_multiplier)
+    fused = provider.fuse_layernorm_and_linear() and not backbone.parallel_residual
+    spec = _attention_layer(provider, AttnMaskType.causal, mlp, fused, is_moe, backbone, add)
+    if backbone.parallel_residual:
+        spec.module = ParallelResidualLayer
+        spec.submodules.pre_mlp_layernorm = IdentityOp
+    return spec
+
+
+def _attention_layer(provider, mask_type, mlp, fused, is_moe=False, backbone=None, add=get_bias_dropout_add) -> ModuleSpec:
+    """One transformer layer. `fused`: norms live inside the linear layers that follow them, if the provider can."""
+    fused = fused and provider.fuse_layernorm_and_linear()
+    rms = backbone is not None and backbone.normalization == "RMSNorm"
+    norm = provider.layer_norm(rms_norm=rms)
+    qk_norm = provider.layer_norm(rms_norm=rms, for_qk=True) if backbone and backbone.qk_layernorm else IdentityOp
+    qkv = provider.column_parallel_layer_norm_linear() if fused else provider.column_parallel_linear()
+    attention = SelfAttentionSubmodules(
+        linear_qkv=qkv,
+        core_attention=provider.core_attention(),
+        linear_proj=provider.row_parallel_linear(),
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
+    )
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=IdentityOp if fused else norm,
+        self_attention=ModuleSpec(SelfAttention, params={"attn_mask_type": mask_type}, submodules=attention),
+        self_attn_bda=add,
+        pre_mlp_layernorm=IdentityOp if fused and not is_moe else norm,
+        mlp=mlp,
+        mlp_bda=add,
+        sharded_state_dict_keys_map={
+            "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+            "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+        }
+        if fused
+        else {},
+    )
+    return ModuleSpec(TransformerLayer, submodules=submodules)
+
+
+def _scaled_add(multiplier: float, training: bool, fused: bool):
+    """bias-dropout-add whose branch is scaled before it joins the residual stream (MiniCPM)."""
+    add = get_bias_dropout_add(training, fused)
+
+    def scaled(branch_with_bias, residual, dropout):
+        branch, bias = branch_with_bias
+        return add((branch * multiplier, None if bias is None else bias * multiplier), residual, dropout)
+
+    return scaled
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """x + attention(norm(x)) + mlp(norm(x)), one norm for both (Phi)."""
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        context=None,
+        context_mask=None,
+        padding_mask=None,
+        inference_context=None,
+        rotary_pos_cos_sin=None,
+        **attention_arguments,
+    ):
+        normed = self.input_layernorm(hidden_states)
+        attended = self.self_attention(
+            normed,
+            attention_mask=attention_mask,
+            inference_context=inference_context,
+            rotary_pos_cos_sin=rotary_pos_cos_sin,
+            **attention_arguments,
+        )
+        fed = self.mlp(normed, padding_mask=padding_mask)
+        add_attention = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        add_mlp = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
+        hidden_states = add_attention(attended, hidden_states, self.hidden_dropout)
+        return add_mlp(fed, hidden_states, self.hidden_dropout), context

@@ -1,0 +1,260 @@
+"""The model: images -> tower -> projector -> rows of the word embeddings -> decoder -> loss of every token.
+
+One instance is one pipeline stage. The first stage holds tower, projector and embeddings, the last the output layer.
+Megatron's [S, B, D] order begins after the embedding and ends at the logits. Shapes: B rows, S positions, D width,
+V vocabulary, N images, F visual tokens per image.
+"""
+
+import torch
+
+import megatron_moellava.platform as platform
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron_moellava.backbones import Backbone
+from megatron_moellava.config import RunConfig
+from megatron_moellava.model.attention import SEGMENTED
+from megatron_moellava.model.configuration import projector_config, tower_config, transformer_config
+from megatron_moellava.model.layers import decoder_spec
+from megatron_moellava.model.vision import Projector, VisionTower
+from megatron_moellava.towers import Tower
+
+IMAGE_TOKEN = -200  # id of the placeholder rows that image features overwrite (the original's IMAGE_TOKEN_INDEX)
+IGNORE_INDEX = -100  # label of a position without loss
+
+
+class MoELlava(MegatronModule):
+    """A pipeline stage of the vision-language model, dense or MoE by `run.moe`."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        backbone: Backbone,
+        tower: Tower,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ):
+        config = transformer_config(backbone, run)
+        super().__init__(config=config)
+        self.run, self.backbone, self.tower = run, backbone, tower
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.language_model = LanguageModel(run, backbone, config, pre_process, post_process, vp_stage)
+        self.share_embeddings_and_output_weights = backbone.share_embeddings_and_output_weights
+        if pre_process:
+            self.vision_tower = VisionTower(tower_config(tower, run), tower)
+            self.projector = Projector(projector_config(backbone, run), tower.hidden_size)
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """Megatron-Core's schedules hand over the hidden states of the stage before."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self):
+        """Megatron-Core keeps the two copies of a tied embedding equal through this."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def encode_images(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+        """Projected visual tokens [N, F, D]. The tower runs without a graph unless it is trained."""
+        trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            features_NFT = self.vision_tower(pixels_NCHW)
+        return self.projector(features_NFT)
+
+    def embed(self, tokens_BS: torch.Tensor, pixels_NCHW: torch.Tensor | None) -> torch.Tensor:
+        """Word embeddings [S, B, D]; the rows of IMAGE_TOKEN are overwritten by the visual tokens, in batch order.
+
+        tokens [[5, -200, -200, 7]] with one image of two visual tokens -> [word 5, visual 0, visual 1, word 7].
+        Raises ValueError when the number of placeholder rows differs from the number of visual tokens.
+        """
+        is_image_BS = tokens_BS == IMAGE_TOKEN
+        words_SBD = self.language_model.embedding(tokens_BS.masked_fill(is_image_BS, 0), position_ids=None)
+        has_images = pixels_NCHW is not None and len(pixels_NCHW) > 0
+        words_SBD = self._scale_words(words_SBD, has_images)
+        if not has_images:
+            return words_SBD + self._untouched_projector()
+        features_RD = self.encode_images(pixels_NCHW).flatten(0, 1).to(words_SBD.dtype)
+        if features_RD.shape[0] != (rows := int(is_image_BS.sum())):
+            raise ValueError(f"{rows} placeholder rows for {features_RD.shape[0]} visual tokens of {len(pixels_NCHW)} images")
+        words_BSD = words_SBD.transpose(0, 1)
+        return words_BSD.masked_scatter(is_image_BS.unsqueeze(-1), features_RD).transpose(0, 1).contiguous()
+
+    def _scale_words(self, words_SBD: torch.Tensor, has_images: bool) -> torch.Tensor:
+        multiplier = self.backbone.embedding_multiplier
+        if multiplier == 1.0 or (has_images and not self.run.model.scale_multimodal_embeddings):
+            return words_SBD
+        return words_SBD * multiplier
+
+    def _untouched_projector(self) -> torch.Tensor:
+        """Zero, with the projector in its graph: a micro-batch without images must not leave a rank waiting for gradients."""
+        nothing = self.projector.linear_fc1.weight.new_zeros(1, 1, self.tower.hidden_size)
+        return self.projector(nothing).sum() * 0.0
+
+    def forward(
+        self,
+        tokens_BS: torch.Tensor,
+        position_ids_BS: torch.Tensor,
+        labels_BS: torch.Tensor | None = None,
+        padding_mask_BS: torch.Tensor | None = None,
+        pixels_NCHW: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        embeddings_SBD: torch.Tensor | None = None,
+        inference_context=None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Losses [B, S] (fp32, zero where the label is IGNORE_INDEX), or logits [B, S, V] without labels.
+
+        A stage that is not the last returns its hidden states. `padding_mask_BS`: True where a token is real. Packed
+        rows (B = 1) bring `cu_seqlens` [n + 1] and `max_seqlen`; `embeddings_SBD` replaces tokens and images.
+        """
+        if self.pre_process and embeddings_SBD is None:
+            embeddings_SBD = self.embed(tokens_BS, pixels_NCHW)
+        if embeddings_SBD is not None and self.config.sequence_parallel:
+            embeddings_SBD = scatter_to_sequence_parallel_region(embeddings_SBD)
+        if attention_mask is None and padding_mask_BS is not None and self._attends_like_the_original():
+            attention_mask = causal_padding_mask(padding_mask_BS)
+        with self.language_model.positions(position_ids_BS if cu_seqlens is not None else None):
+            output = self.language_model(
+                input_ids=None,
+                position_ids=None,
+                attention_mask=attention_mask,
+                decoder_input=embeddings_SBD,
+                labels=None if labels_BS is None else labels_BS.clamp(min=0),
+                inference_context=inference_context,
+                packed_seq_params=packed_seq_params(cu_seqlens, max_seqlen),
+                padding_mask=self._router_padding(padding_mask_BS),
+                runtime_gather_output=labels_BS is None,
+            )
+        if labels_BS is None or not self.post_process:
+            return output
+        return output * (labels_BS != IGNORE_INDEX)
+
+    def _attends_like_the_original(self) -> bool:
+        """The states of padding rows matter only to a router that counts padding (original mode)."""
+        return self.run.moe is not None and self.run.moe.router == "original" and not self.run.data.packing
+
+    def _router_padding(self, padding_mask_BS: torch.Tensor | None) -> torch.Tensor | None:
+        """Megatron-Core's mask for routing statistics, [B, S of this rank], True = padding."""
+        if padding_mask_BS is None or self.run.moe is None or self.run.moe.router == "original":
+            return None
+        padding_BS = ~padding_mask_BS
+        if self.config.sequence_parallel:
+            size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+            padding_BS = padding_BS.chunk(size, dim=1)[rank].contiguous()
+        return padding_BS
+
+
+class LanguageModel(GPTModel):
+    """Megatron-Core's GPT with what the backbones need beside it. The one place that chooses the decoder class."""
+
+    def __init__(self, run: RunConfig, backbone: Backbone, config, pre_process: bool, post_process: bool, vp_stage: int | None):
+        self.backbone = backbone
+        split = run.parallel.tensor_model_parallel_size
+        super().__init__(
+            config=config,
+            transformer_layer_spec=decoder_spec(backbone, config, run.moe, vp_stage),
+            vocab_size=-(-backbone.vocab_size // split) * split,
+            max_sequence_length=backbone.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=backbone.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_percent=backbone.rotary_percent,
+            rotary_base=backbone.rotary_base,
+            scatter_embedding_sequence_parallel=False,
+            vp_stage=vp_stage,
+        )
+        self.rotary_pos_emb = PositionedRotary(backbone)
+        if post_process:
+            self._finish_output_layer(backbone)
+
+    def _finish_output_layer(self, backbone: Backbone) -> None:
+        if backbone.output_layer_bias:
+            self.output_layer = ColumnParallelLinear(
+                self.config.hidden_size,
+                self.vocab_size,
+                config=self.config,
+                init_method=self.config.init_method,
+                bias=True,
+                gather_output=False,
+                skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+            )
+        self.output_layer.register_forward_hook(self._mask_vocabulary_padding)
+
+    def _mask_vocabulary_padding(self, layer, inputs, output):
+        """Rows that only make the vocabulary divisible must not take part in the softmax."""
+        logits, bias = output
+        first = 0 if logits.shape[-1] == self.vocab_size else parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        valid = self.backbone.vocab_size - first
+        if valid < logits.shape[-1]:
+            logits = torch.cat([logits[..., :valid], torch.full_like(logits[..., valid:], float("-inf"))], dim=-1)
+        return logits, bias
+
+    def _postprocess(self, hidden_states, **arguments):
+        if self.post_process and self.backbone.logits_divisor != 1.0:
+            hidden_states = hidden_states / self.backbone.logits_divisor
+        logits_or_losses = super()._postprocess(hidden_states, **arguments)
+        if self.post_process and arguments["labels"] is None:
+            return logits_or_losses[..., : self.backbone.vocab_size]
+        return logits_or_losses
+
+    def positions(self, position_ids_BS: torch.Tensor | None):
+        """Within this context the rotary embedding uses these positions (packed rows) instead of 0 .. S - 1."""
+        return self.rotary_pos_emb.at(None if platform.HAS_TRANSFORMER_ENGINE else position_ids_BS)
+
+
+class PositionedRotary(RotaryEmbedding):
+    """Rotary embedding whose positions restart in a packed row; Transformer Engine does that from `cu_seqlens`."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__(
+            kv_channels=backbone.kv_channels, rotary_percent=backbone.rotary_percent, rotary_base=backbone.rotary_base
+        )
+        scaling = backbone.rope_scaling
+        if scaling is not None:
+            self.inv_freq = self._apply_scaling(
+                self.inv_freq,
+                scaling.factor,
+                scaling.low_freq_factor,
+                scaling.high_freq_factor,
+                scaling.original_max_position_embeddings,
+            )
+        self._positions_S = None
+
+    def at(self, position_ids_BS: torch.Tensor | None) -> "PositionedRotary":
+        self._positions_S = None if position_ids_BS is None else position_ids_BS[0]
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._positions_S = None
+
+    def forward(self, max_seq_len: int, **arguments) -> torch.Tensor:
+        """Angles [S, 1, 1, rotated channels]."""
+        angles = super().forward(max_seq_len, **arguments)
+        return angles if self._positions_S is None else angles[self._positions_S]
+
+
+def packed_seq_params(cu_seqlens: torch.Tensor | None, max_seqlen: int | None) -> PackedSeqParams | None:
+    """Megatron-Core's description of a packed row; the last entry of `cu_seqlens` is the length of the row."""
+    if cu_seqlens is None:
+        return None
+    return PackedSeqParams(
+        qkv_format="thd" if platform.HAS_TRANSFORMER_ENGINE else SEGMENTED,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )
+
+
+def causal_padding_mask(padding_mask_BS: torch.Tensor) -> torch.Tensor:
+    """[B, 1, S, S], True = may not attend: later positions and padding, as the original's attention."""
+    length = padding_mask_BS.shape[1]
+    later_SS = torch.ones(length, length, dtype=torch.bool, device=padding_mask_BS.device).triu(1)
+    return later_SS | ~padding_mask_BS[:, None, None, :]
