@@ -17,8 +17,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from megatron_moellava.config import DataError
 from megatron_moellava.evaluation.metrics import Confusion, answers_yes
 
-EXISTENCE_TYPES = ("existence",)
 Row = Mapping[str, object]
+
+
+def is_existence(kind: object) -> bool:
+    """The types "existence" and "digits existence" ask whether something is there."""
+    return str(kind).endswith("existence")
 
 
 def normalise(text: object) -> str:
@@ -54,11 +58,11 @@ def score_existence(rows: Sequence[Row]) -> dict:
     return {"count": len(rows), "yes": counts["yes"], "no": counts["no"], "unclear": unclear, **confusion.percent()}
 
 
-def score_quickstart(predictions: Iterable[Row], *, existence_types: Sequence[str] = EXISTENCE_TYPES) -> dict:
+def score_quickstart(predictions: Iterable[Row]) -> dict:
     """Rows with `question`, `answer`, `type`, `prediction` -> accuracy over all and per type, and existence scores.
 
-    Everything is in percent: {"count", "accuracy", "standard_error", "types": {type: {"count", "accuracy"}},
-    "existence": {"f1", "accuracy", "precision", "recall", "yes_ratio", ...} or None without such questions}.
+    Everything is in percent: {"count", "accuracy", "standard_error", "types": {type: {"count", "accuracy", and "f1" for
+    existence types}}, "existence": {"f1", "accuracy", "precision", "recall", "yes_ratio", ...}, None if none is asked}.
     """
     rows = list(predictions)
     if not rows:
@@ -66,14 +70,33 @@ def score_quickstart(predictions: Iterable[Row], *, existence_types: Sequence[st
     by_type: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_type[str(row["type"])].append(row)
-    existence = [row for row in rows if row["type"] in existence_types]
+    existence = [row for row in rows if is_existence(row["type"])]
     return {
         "count": len(rows),
         "accuracy": _percent(rows),
         "standard_error": standard_error(rows),
-        "types": {name: {"count": len(part), "accuracy": _percent(part)} for name, part in sorted(by_type.items())},
+        "types": {name: _score_type(name, part) for name, part in sorted(by_type.items())},
         "existence": score_existence(existence) if existence else None,
     }
+
+
+def _score_type(name: str, rows: Sequence[Row]) -> dict:
+    score = {"count": len(rows), "accuracy": _percent(rows)}
+    return score | {"f1": score_existence(rows)["f1"]} if is_existence(name) else score
+
+
+def questions_of(conversations: Iterable[Mapping]) -> list[dict]:
+    """LLaVA conversations with pictures -> rows for the baseline; `tag` holds the types of the turns, joined by "+"."""
+    rows = []
+    for sample in conversations:
+        if not sample.get("image"):
+            continue
+        turns = [turn["value"].replace("<image>", "").strip() for turn in sample["conversations"]]
+        kinds = sample.get("tag", "").split("+")
+        pairs = list(zip(turns[::2], turns[1::2], strict=True))
+        kinds += [""] * (len(pairs) - len(kinds))
+        rows += [{"question": q, "answer": a, "type": kind} for (q, a), kind in zip(pairs, kinds, strict=False)]
+    return rows
 
 
 class QuestionOnlyBaseline:

@@ -6,6 +6,7 @@ from megatron_moellava.config import DataError
 from megatron_moellava.evaluation.quickstart_metrics import (
     QuestionOnlyBaseline,
     compare_blanked,
+    questions_of,
     score_quickstart,
 )
 
@@ -36,8 +37,10 @@ def test_accuracy_per_type_is_exact_match_after_case_and_full_stop():
 def test_existence_f1_weighs_yes_and_no_half_each():
     # 1 yes (found), 4 no (one called yes). Weighted: TP = 0.5, FN = 0, FP = 0.5 / 4 = 0.125, TN = 0.375.
     rows = [row("is there a circle?", "yes", "existence", "Yes.")]
-    rows += [row("is there a circle?", "no", "existence", text) for text in ("no", "No.", "There is not", "yes")]
-    scores = score_quickstart(rows)["existence"]
+    rows += [row("is there a 3?", "no", "digits existence", text) for text in ("no", "No.", "There is not", "yes")]
+    everything = score_quickstart(rows)
+    assert everything["types"]["existence"] == {"count": 1, "accuracy": 100.0, "f1": 100.0}
+    scores = everything["existence"]
     assert scores["f1"] == pytest.approx(100.0 * 1.0 / 1.125)
     assert scores["accuracy"] == pytest.approx(87.5)
     assert scores["precision"] == pytest.approx(80.0)
@@ -69,6 +72,26 @@ def test_question_only_baseline_uses_wording_then_type_then_everything():
     assert baseline(row("new wording", "", "color")) == "red"
     assert baseline(row("new wording", "", "unheard of")) == "circle"
     assert baseline.predict([row("what color?", "blue", "color")])[0]["prediction"] == "red"
+
+
+def test_training_conversations_become_rows_and_text_only_ones_do_not_count():
+    conversations = [
+        {
+            "image": "a.png",
+            "tag": "shape+existence",
+            "conversations": [
+                {"from": "human", "value": "<image>\nwhat is it?"},
+                {"from": "gpt", "value": "circle"},
+                {"from": "human", "value": "is there a square?"},
+                {"from": "gpt", "value": "no"},
+            ],
+        },
+        {"tag": "text", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+    ]
+    assert questions_of(conversations) == [
+        {"question": "what is it?", "answer": "circle", "type": "shape"},
+        {"question": "is there a square?", "answer": "no", "type": "existence"},
+    ]
 
 
 def test_blanked_pictures_must_fall_to_the_baseline():
