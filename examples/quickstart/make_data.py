@@ -61,14 +61,16 @@ def write_easy_vqa(out: Path, rng: random.Random):
         folder.mkdir(parents=True, exist_ok=True)
         for number, path in tqdm(sorted(paths.items()), desc=f"easy-VQA {split} images", unit=""):
             shutil.copyfile(path, folder / f"{number}.png")
-    train = [(f"easy_vqa/train/{i}.png", q, a, kind(a)) for q, a, i in zip(*easy_vqa.get_train_questions())]
+    train = [
+        (f"easy_vqa/train/{i}.png", q, a, kind(a)) for q, a, i in zip(*easy_vqa.get_train_questions(), strict=True)
+    ]
     captions = [
         row(image, [("<image>\ndescribe the image.", rng.choice(CAPTIONS).format(text))])
         for image, text in describe(train).items()
     ]
     tests = [
         {"question_id": n, "image": f"easy_vqa/test/{i}.png", "question": q, "answer": a, "type": kind(a)}
-        for n, (q, a, i) in enumerate(zip(*easy_vqa.get_test_questions()))
+        for n, (q, a, i) in enumerate(zip(*easy_vqa.get_test_questions(), strict=True))
     ]
     return train, captions, tests
 

@@ -1,1 +1,1 @@
-"""From a folder of images and a LLaVA JSON to packed, resumable batches. Imports neither the model nor Megatron-Core."""
+"""From images and a LLaVA JSON to packed, resumable batches. Imports neither the model nor Megatron-Core."""

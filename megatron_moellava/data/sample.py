@@ -40,7 +40,8 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRef:
-    name: str  # path below the image folder, member of a tar sample, or a data: URI
+    name: str  # path below the image folder, or a data: URI
+    data: bytes | None = None  # the file itself, when it came from a tar
     frame: tuple[int, int] | None = None  # (i, n): the i-th of n frames spread evenly over a video
 
 
@@ -135,11 +136,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict | BadSample]]:
     where the next row begins, so there it is a DataError.
     """
     path = Path(path)
-    try:
-        stream = open(path, "rb")
-    except OSError as error:
-        raise DataError(f"data.sources.path={path}: {error.strerror}; give a LLaVA JSON or JSONL file") from None
-    with stream:
+    if not path.is_file():
+        raise DataError(f"data.sources.path={path} is not a file; give a LLaVA JSON or JSONL file")
+    with open(path, "rb") as stream:
         first = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
         stream.seek(3 if stream.seek(0) == 0 and stream.read(3) == codecs.BOM_UTF8 else 0)
         yield from _read_list(path, stream) if first.startswith(b"[") else _read_lines(path, stream)

@@ -1,0 +1,73 @@
+"""`Batch`: one micro-batch, packed or padded. Suffixes: B rows, S positions, N images, C H W channels and pixels."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from megatron_moellava.data.encode import IGNORE, EncodedSample
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    tokens_BS: torch.Tensor  # int64; an image is its number of IMAGE_TOKEN
+    labels_BS: torch.Tensor  # int64, shifted: the target of this position; -100 = no loss
+    position_ids_BS: torch.Tensor  # int64, from 0 in every sample
+    padding_mask_BS: torch.Tensor  # bool, True = real token
+    cu_seqlens: torch.Tensor | None  # int32 [n + 1]: packed samples of the one row, the pad tail is the last; or None
+    max_seqlen: int  # longest sample
+    pixel_values_NCHW: torch.Tensor  # float32, in the order of the image tokens; N may be 0
+    sample_ids: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+
+
+def pack(samples: list[EncodedSample], pixels: list[np.ndarray], seq_length: int, pad_id: int, shape) -> Batch:
+    """One row of exactly seq_length.
+
+    >>> lengths 3 and 2, seq_length 8 -> cu_seqlens [0, 3, 5, 8], position_ids [0 1 2 0 1 0 1 2]
+    """
+    lengths = [len(sample) for sample in samples]
+    tail = seq_length - sum(lengths)
+    assert tail >= 0, "more tokens than the row holds"
+    segments = [*lengths, tail] if tail else lengths
+    tokens = np.concatenate([*(sample.tokens_S for sample in samples), np.full(tail, pad_id, dtype=np.int64)])
+    labels = np.concatenate([*(sample.labels_S for sample in samples), np.full(tail, IGNORE, dtype=np.int64)])
+    positions = np.concatenate([np.arange(length) for length in segments])
+    return Batch(
+        tokens_BS=torch.from_numpy(tokens)[None],
+        labels_BS=torch.from_numpy(labels)[None],
+        position_ids_BS=torch.from_numpy(positions)[None],
+        padding_mask_BS=(torch.arange(seq_length) < seq_length - tail)[None],
+        cu_seqlens=torch.tensor(np.cumsum([0, *segments]), dtype=torch.int32),
+        max_seqlen=max(segments),
+        pixel_values_NCHW=_stack(pixels, shape),
+        sample_ids=[sample.id for sample in samples],
+        tags=[sample.tag for sample in samples],
+    )
+
+
+def pad(samples: list[EncodedSample], pixels: list[np.ndarray], multiple: int, pad_id: int, shape) -> Batch:
+    """One row per sample, right-padded to the longest, rounded up to a multiple."""
+    longest = max(len(sample) for sample in samples)
+    width = -(-longest // multiple) * multiple
+    tokens_BS = torch.full((len(samples), width), pad_id, dtype=torch.int64)
+    labels_BS = torch.full((len(samples), width), IGNORE, dtype=torch.int64)
+    lengths_B = torch.tensor([len(sample) for sample in samples])
+    for row, sample in enumerate(samples):
+        tokens_BS[row, : len(sample)] = torch.from_numpy(sample.tokens_S)
+        labels_BS[row, : len(sample)] = torch.from_numpy(sample.labels_S)
+    return Batch(
+        tokens_BS=tokens_BS,
+        labels_BS=labels_BS,
+        position_ids_BS=torch.arange(width).repeat(len(samples), 1),
+        padding_mask_BS=torch.arange(width) < lengths_B[:, None],
+        cu_seqlens=None,
+        max_seqlen=width,
+        pixel_values_NCHW=_stack(pixels, shape),
+        sample_ids=[sample.id for sample in samples],
+        tags=[sample.tag for sample in samples],
+    )
+
+
+def _stack(pixels: list[np.ndarray], shape: tuple[int, int, int]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(0, *shape)

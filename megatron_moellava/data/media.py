@@ -1,0 +1,97 @@
+"""Where the bytes of an image come from: a file below the image folder, a tar member, base64 text, a frame of a video."""
+
+import base64
+import binascii
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageSequence
+
+from megatron_moellava.data import images
+from megatron_moellava.data.sample import BadSample, ImageRef
+
+STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+ANIMATED = (".gif", ".webp", ".apng", ".png")
+
+
+def locate(folder: str, name: str, where: str) -> str:
+    """The file of an image name, which must lie below the folder, also after following symlinks. Raises BadSample."""
+    if "\0" in name:
+        raise BadSample("missing image", f"{where}: image name {name!r} holds a zero byte; correct it")
+    root = os.path.realpath(folder or ".")
+    path = os.path.realpath(os.path.join(root, name))
+    if os.path.isabs(name) or not path.startswith(root.rstrip(os.sep) + os.sep):
+        raise BadSample(
+            "outside image folder",
+            f"{where}: image {name!r} leads outside image_folder={folder!r}; move it inside, or name a folder above both",
+        )
+    return path
+
+
+def source(ref: ImageRef, folder: str, where: str) -> bytes | str:
+    """Bytes or path of an image that is not a video frame."""
+    if ref.data is not None:
+        return ref.data
+    if ref.name.startswith("data:"):
+        try:
+            return base64.b64decode(ref.name.partition(",")[2], validate=True)
+        except binascii.Error as error:
+            raise BadSample("unreadable image", f"{where}: broken base64 image ({error}); encode it again") from None
+    return locate(folder, ref.name, where)
+
+
+def open_ref(ref: ImageRef, folder: str, where: str) -> tuple[Image.Image, tuple[str, ...]]:
+    """RGB image and notes."""
+    if ref.frame is not None:
+        return _frame(source(ref, folder, where), *ref.frame, where), ()
+    return images.open_image(source(ref, folder, where), f"{where}, image {ref.name[:80]!r}")
+
+
+def pixels(ref: ImageRef, folder: str, where: str, tower, aspect_ratio: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Normalised pixels [3, H, W] and notes."""
+    image, notes = open_ref(ref, folder, where)
+    return images.preprocess(image, tower, aspect_ratio), notes
+
+
+def _frame(origin: bytes | str, index: int, count: int, where: str) -> Image.Image:
+    """The index-th of `count` frames, each from the middle of its share of the video."""
+    if isinstance(origin, str) and Path(origin).is_dir():
+        files = sorted(file for file in Path(origin).iterdir() if file.suffix.lower() in STILLS)
+        if not files:
+            raise BadSample("unreadable video", f"{where}: folder {origin} holds no frames; add images or name a file")
+        return images.open_image(str(files[_pick(index, count, len(files))]), where)[0]
+    if isinstance(origin, str) and not Path(origin).exists():
+        raise BadSample("missing image", f"{where}: no such video; check image_folder and the row's `video`")
+    if isinstance(origin, str) and not origin.lower().endswith(ANIMATED):
+        return _decode_video(origin, index, count, where)
+    try:
+        with Image.open(origin) as video:
+            total = getattr(video, "n_frames", 1)
+            return ImageSequence.Iterator(video)[_pick(index, count, total)].convert("RGB")
+    except Exception as error:
+        raise BadSample("unreadable video", f"{where}: cannot be decoded ({error}); replace the file") from None
+
+
+def _decode_video(path: str, index: int, count: int, where: str) -> Image.Image:
+    if importlib.util.find_spec("av") is None:  # only for containers such as mp4
+        raise BadSample("unreadable video", f"{where}: decoding {path} needs `pip install av`")
+    import av
+
+    try:
+        with av.open(path) as container:
+            stream = container.streams.video[0]
+            total = stream.frames or sum(1 for _ in container.decode(stream))
+            container.seek(0)
+            wanted = _pick(index, count, total)
+            for number, frame in enumerate(container.decode(stream)):
+                if number == wanted:
+                    return frame.to_image()
+    except Exception as error:
+        raise BadSample("unreadable video", f"{where}: cannot be decoded ({error}); replace the file") from None
+    raise BadSample("unreadable video", f"{where}: {path} ends before frame {wanted}; replace the file")
+
+
+def _pick(index: int, count: int, total: int) -> int:
+    return min((2 * index + 1) * total // (2 * count), total - 1)
