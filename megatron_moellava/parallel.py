@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 import megatron_moellava.platform as platform
-from megatron.core import parallel_state, tensor_parallel
 from megatron_moellava.config import ParallelConfig
+
+from megatron.core import parallel_state, tensor_parallel
 
 
 def initialize(config: ParallelConfig, seed: int) -> None:
@@ -71,11 +72,7 @@ def is_main_process() -> bool:
 
 def reads_data() -> bool:
     """One process of each model-parallel group reads the data and broadcasts it to the others."""
-    return dist.get_rank() == _model_parallel_source()
-
-
-def _model_parallel_source() -> int:
-    return dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
+    return dist.get_rank() == dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
 
 
 def sum_over_data_parallel(values: Iterable[float]) -> torch.Tensor:
@@ -85,18 +82,29 @@ def sum_over_data_parallel(values: Iterable[float]) -> torch.Tensor:
     return total
 
 
-def broadcast_tensors(tensors: dict[str, torch.Tensor | None] | None, meta: object = None) -> tuple[dict, object]:
+def broadcast_from_reader(tensors: dict[str, torch.Tensor | None] | None, meta: object = None) -> tuple[dict, object]:
     """Send named tensors (None allowed) and a small picklable `meta` from the reading process to its model-parallel group.
 
     Returns the tensors on this process's device, and meta. A group of one moves nothing.
     """
-    group, source = parallel_state.get_model_parallel_group(), _model_parallel_source()
+    return _broadcast(tensors, meta, parallel_state.get_model_parallel_group())
+
+
+def broadcast_on_first_stage(tensors: dict[str, torch.Tensor | None] | None) -> dict:
+    """The same among the tensor-parallel ranks of the first stage, for what only that stage needs (pixels)."""
+    return _broadcast(tensors, None, parallel_state.get_tensor_model_parallel_group())[0]
+
+
+def _broadcast(tensors, meta, group) -> tuple[dict, object]:
     device = platform.device()
     if group.size() == 1:
         return {name: value if value is None else value.to(device) for name, value in tensors.items()}, meta
+    source = dist.get_process_group_ranks(group)[0]
     header = [None]
     if tensors is not None:
-        header = [({name: value if value is None else (value.shape, value.dtype) for name, value in tensors.items()}, meta)]
+        header = [
+            ({name: value if value is None else (value.shape, value.dtype) for name, value in tensors.items()}, meta)
+        ]
     dist.broadcast_object_list(header, src=source, group=group)
     shapes, meta = header[0]
     received = {}

@@ -12,10 +12,12 @@ import builtins
 import contextlib
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import random
 import sys
 import types
+import warnings
 
 import numpy
 import torch
@@ -204,8 +206,25 @@ def _on_cpu(factory):
     return staticmethod(create)
 
 
-_FACTORIES = """arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand rand_like randint randn
-tensor zeros zeros_like""".split()
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]
 for _name in _FACTORIES:
     setattr(_CpuTorch, _name, _on_cpu(getattr(torch, _name)))
 
@@ -264,9 +283,19 @@ class _CpuFinder:
 
 def _install() -> None:
     if "megatron.core" in sys.modules:
-        raise ImportError("import megatron_moellava before megatron.core: without a GPU megatron-core needs platform.py")
+        raise ImportError(
+            "import megatron_moellava before megatron.core: without a GPU megatron-core needs platform.py"
+        )
     sys.meta_path.insert(0, _CpuFinder)
 
 
 if not HAS_CUDA:
     _install()
+    # On a CPU the generator of the "GPU" is the CPU's own: the tracker's warning that it changed says nothing.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+# Megatron-core says at every start that Transformer Engine is missing and that some of its modules are experimental.
+warnings.filterwarnings("ignore", module=r"megatron\.core")
+warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*grad attribute of a Tensor that is not a leaf.*")
+# GPTModel advertises HybridModel at every construction; the choice of class is in model/moe_llava.py.
+logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)

@@ -78,9 +78,7 @@ class SdpaCoreAttention(MegatronModule):
         rows [0 1 2] and [3 4 4] of the packed row, of which position (1, 2) is thrown away.
         """
         rows_NS, valid_NS = segment_rows(packed.cu_seqlens_q, packed.max_seqlen_q, query_TBHD.shape[0])
-        query, key, value = (
-            item.squeeze(1)[rows_NS].transpose(1, 2) for item in (query_TBHD, key_TBGD, value_TBGD)
-        )
+        query, key, value = (item.squeeze(1)[rows_NS].transpose(1, 2) for item in (query_TBHD, key_TBGD, value_TBGD))
         context_NSHD = self._attend(query, key, value, None, is_causal=True).transpose(1, 2)
         return context_NSHD[valid_NS].flatten(1).unsqueeze(1)
 

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 
 import megatron_moellava.platform as platform
-from megatron.core.activations import quick_gelu
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoEConfig, RunConfig
 from megatron_moellava.towers import Tower
+
+from megatron.core.activations import quick_gelu
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 ACTIVATIONS = {
     "silu": F.silu,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import megatron_moellava.platform as platform
+
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -47,7 +48,11 @@ class GroupedLinear(MegatronModule):
         self.num_experts, self.skip_bias_add, self.pg_collection = num_experts, skip_bias_add, pg_collection
         split = pg_collection.expt_tp.size()
         assert not (bias and split > 1), "megatron-core refuses biased experts with expert tensor parallelism"
-        size = [divide(output_size, split), input_size] if self.partition_dim == 0 else [output_size, divide(input_size, split)]
+        size = (
+            [divide(output_size, split), input_size]
+            if self.partition_dim == 0
+            else [output_size, divide(input_size, split)]
+        )
         device = platform.device()
         for index in range(num_experts):
             weight = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=device))
@@ -57,7 +62,9 @@ class GroupedLinear(MegatronModule):
                     init_method(weight)
             self._add(f"weight{index}", weight)
             if bias:
-                self._add(f"bias{index}", torch.nn.Parameter(torch.zeros(size[0], dtype=config.params_dtype, device=device)))
+                self._add(
+                    f"bias{index}", torch.nn.Parameter(torch.zeros(size[0], dtype=config.params_dtype, device=device))
+                )
         self.use_bias = bias
 
     def _add(self, name: str, parameter: torch.nn.Parameter) -> None:

@@ -7,6 +7,14 @@ Local modules without Transformer Engine, its fused modules with it; parameter n
 from functools import partial
 
 import megatron_moellava.platform as platform
+from megatron_moellava.backbones import Backbone
+from megatron_moellava.config import MoEConfig
+from megatron_moellava.model.attention import SdpaCoreAttention
+from megatron_moellava.model.experts import GroupedColumnLinear, GroupedRowLinear
+from megatron_moellava.model.moe_layer import ResidualMoELayer
+from megatron_moellava.model.norms import Norm
+from megatron_moellava.model.router import router_class
+
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
@@ -27,13 +35,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
-from megatron_moellava.backbones import Backbone
-from megatron_moellava.config import MoEConfig
-from megatron_moellava.model.attention import SdpaCoreAttention
-from megatron_moellava.model.experts import GroupedColumnLinear, GroupedRowLinear
-from megatron_moellava.model.moe_layer import ResidualMoELayer
-from megatron_moellava.model.norms import Norm
-from megatron_moellava.model.router import router_class
+
 
 class LocalModules(LocalSpecProvider):
     """Megatron-Core's own linear layers, torch's norms, SDPA and grouped GEMM: any machine."""
@@ -116,7 +118,9 @@ def _layer_spec(backbone: Backbone, provider, mlp, is_moe: bool = False) -> Modu
     return spec
 
 
-def _attention_layer(provider, mask_type, mlp, fused, is_moe=False, backbone=None, add=get_bias_dropout_add) -> ModuleSpec:
+def _attention_layer(
+    provider, mask_type, mlp, fused, is_moe=False, backbone=None, add=get_bias_dropout_add
+) -> ModuleSpec:
     """One transformer layer. `fused`: norms live inside the linear layers that follow them, if the provider can."""
     fused = fused and provider.fuse_layernorm_and_linear()
     rms = backbone is not None and backbone.normalization == "RMSNorm"

@@ -8,12 +8,6 @@ V vocabulary, N images, F visual tokens per image.
 import torch
 
 import megatron_moellava.platform as platform
-from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import ColumnParallelLinear, scatter_to_sequence_parallel_region
-from megatron.core.transformer.module import MegatronModule
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import RunConfig
 from megatron_moellava.model.attention import SEGMENTED
@@ -21,6 +15,14 @@ from megatron_moellava.model.configuration import projector_config, tower_config
 from megatron_moellava.model.layers import decoder_spec
 from megatron_moellava.model.vision import Projector, VisionTower
 from megatron_moellava.towers import Tower
+
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
 
 IMAGE_TOKEN = -200  # id of the placeholder rows that image features overwrite (the original's IMAGE_TOKEN_INDEX)
 IGNORE_INDEX = -100  # label of a position without loss
@@ -40,6 +42,7 @@ class MoELlava(MegatronModule):
     ):
         config = transformer_config(backbone, run)
         super().__init__(config=config)
+        self.model_type = ModelType.encoder_or_decoder  # Megatron-Core's schedules ask for it
         self.run, self.backbone, self.tower = run, backbone, tower
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.language_model = LanguageModel(run, backbone, config, pre_process, post_process, vp_stage)
@@ -77,7 +80,9 @@ class MoELlava(MegatronModule):
             return words_SBD + self._untouched_projector()
         features_RD = self.encode_images(pixels_NCHW).flatten(0, 1).to(words_SBD.dtype)
         if features_RD.shape[0] != (rows := int(is_image_BS.sum())):
-            raise ValueError(f"{rows} placeholder rows for {features_RD.shape[0]} visual tokens of {len(pixels_NCHW)} images")
+            raise ValueError(
+                f"{rows} placeholder rows for {features_RD.shape[0]} visual tokens of {len(pixels_NCHW)} images"
+            )
         words_BSD = words_SBD.transpose(0, 1)
         return words_BSD.masked_scatter(is_image_BS.unsqueeze(-1), features_RD).transpose(0, 1).contiguous()
 
@@ -142,7 +147,10 @@ class MoELlava(MegatronModule):
             return None
         padding_BS = ~padding_mask_BS
         if self.config.sequence_parallel:
-            size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+            size, rank = (
+                parallel_state.get_tensor_model_parallel_world_size(),
+                parallel_state.get_tensor_model_parallel_rank(),
+            )
             padding_BS = padding_BS.chunk(size, dim=1)[rank].contiguous()
         return padding_BS
 
@@ -150,7 +158,9 @@ class MoELlava(MegatronModule):
 class LanguageModel(GPTModel):
     """Megatron-Core's GPT with what the backbones need beside it. The one place that chooses the decoder class."""
 
-    def __init__(self, run: RunConfig, backbone: Backbone, config, pre_process: bool, post_process: bool, vp_stage: int | None):
+    def __init__(
+        self, run: RunConfig, backbone: Backbone, config, pre_process: bool, post_process: bool, vp_stage: int | None
+    ):
         self.backbone = backbone
         split = run.parallel.tensor_model_parallel_size
         super().__init__(
@@ -187,7 +197,11 @@ class LanguageModel(GPTModel):
     def _mask_vocabulary_padding(self, layer, inputs, output):
         """Rows that only make the vocabulary divisible must not take part in the softmax."""
         logits, bias = output
-        first = 0 if logits.shape[-1] == self.vocab_size else parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        first = (
+            0
+            if logits.shape[-1] == self.vocab_size
+            else parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        )
         valid = self.backbone.vocab_size - first
         if valid < logits.shape[-1]:
             logits = torch.cat([logits[..., :valid], torch.full_like(logits[..., valid:], float("-inf"))], dim=-1)

@@ -24,7 +24,9 @@ def expert_capacity(num_tokens: int, num_experts: int, factor: float, topk: int,
 
     N=100, E=4, factor=1.5, k=2 -> 75.
     """
-    slots = torch.tensor(num_tokens / num_experts, dtype=torch.float32) * torch.tensor(factor * topk, dtype=torch.float32)
+    slots = torch.tensor(num_tokens / num_experts, dtype=torch.float32) * torch.tensor(
+        factor * topk, dtype=torch.float32
+    )
     return max(math.ceil(slots.item()), min_capacity)
 
 

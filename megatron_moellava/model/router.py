@@ -9,15 +9,16 @@ import math
 
 import torch
 
+from megatron_moellava import parallel
+from megatron_moellava.config import MoEConfig
+from megatron_moellava.model.original_gate import expert_capacity, gumbel, top1_gate, top2_gate
+
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron_moellava import parallel
-from megatron_moellava.config import MoEConfig
-from megatron_moellava.model.original_gate import expert_capacity, gumbel, top1_gate, top2_gate
 
 
 class MegatronRouter(TopKRouter):
@@ -77,7 +78,9 @@ class OriginalRouter(MegatronRouter):
             return self.injected_noise_NE.to(logits_NE)
         name, tracker = f"router-{self.layer_number}", get_cuda_rng_tracker()
         if name not in tracker.get_states():
-            tracker.add(name, torch.initial_seed() % 2**31 + 100_003 * self.layer_number + parallel.data_parallel_rank())
+            tracker.add(
+                name, torch.initial_seed() % 2**31 + 100_003 * self.layer_number + parallel.data_parallel_rank()
+            )
         with tracker.fork(name):
             return draw(tuple(logits_NE.shape), device=logits_NE.device)
 

@@ -6,12 +6,13 @@ V visual tokens, D width of the tower, L width of the language model.
 
 import torch
 
+from megatron_moellava.model.layers import mlp_submodules, modules, tower_spec
+from megatron_moellava.towers import Tower
+
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron_moellava.model.layers import mlp_submodules, modules, tower_spec
-from megatron_moellava.towers import Tower
 
 
 class VisionTower(MegatronModule):
@@ -27,7 +28,9 @@ class VisionTower(MegatronModule):
         self.position_embeddings = torch.nn.Embedding(tower.num_positions, tower.hidden_size, dtype=dtype)
         torch.nn.init.normal_(self.position_embeddings.weight, std=config.init_method_std)
         if tower.class_token:
-            self.class_token = torch.nn.Parameter(torch.randn(1, 1, tower.hidden_size, dtype=dtype) * config.init_method_std)
+            self.class_token = torch.nn.Parameter(
+                torch.randn(1, 1, tower.hidden_size, dtype=dtype) * config.init_method_std
+            )
         if tower.pre_layernorm:
             self.ln_pre = modules().layer_norm()(
                 config=config, hidden_size=tower.hidden_size, eps=tower.layernorm_epsilon
@@ -55,9 +58,7 @@ class Projector(MLP):
     """Linear, exact GELU, Linear: visual features -> word embeddings (LLaVA-1.5's `mlp2x_gelu`)."""
 
     def __init__(self, config: TransformerConfig, tower_width: int):
-        super().__init__(
-            config, mlp_submodules(), input_size=tower_width, ffn_hidden_size=config.ffn_hidden_size
-        )
+        super().__init__(config, mlp_submodules(), input_size=tower_width, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(self, features_NVD: torch.Tensor) -> torch.Tensor:
         """[N, V, D] -> [N, V, L]."""

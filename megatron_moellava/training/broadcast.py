@@ -1,0 +1,23 @@
+"""One process of each model-parallel group reads a batch; the others receive it here."""
+
+import dataclasses
+
+from megatron_moellava import parallel
+from megatron_moellava.data.batch import Batch
+
+_PIXELS = "pixel_values_NCHW"  # only the first pipeline stage looks at images
+_META = ("max_seqlen", "sample_ids", "tags")
+
+
+def broadcast_batch(batch: Batch | None) -> Batch:
+    """The reading process passes its batch, the others None; all return it on their device (pixels: first stage only)."""
+    tensors = meta = pixels = None
+    if batch is not None:
+        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        meta = {name: fields.pop(name) for name in _META}
+        pixels = {_PIXELS: fields.pop(_PIXELS)}
+        tensors = fields
+    tensors, meta = parallel.broadcast_from_reader(tensors, meta)
+    first_stage = parallel.is_first_stage()
+    pixels = parallel.broadcast_on_first_stage(pixels) if first_stage else {_PIXELS: None}
+    return Batch(**tensors, **pixels, **meta)

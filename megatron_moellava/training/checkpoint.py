@@ -1,0 +1,300 @@
+"""Sharded checkpoints: where an expert meets a file.
+
+    SAVE/latest_checkpointed_iteration.txt
+    SAVE/iter_0000100/  .metadata, *.distcp   tensors of the model and the optimizer, any layout loads them
+                        ranks/                random generators by rank, data position by data-parallel rank
+                        run.json              written last: a folder without it is incomplete
+
+Optimizer state is kept in a canonical form (three tensors per parameter and one step count): Megatron-Core's own form
+cannot change between one and several expert-parallel ranks. Nothing in a folder needs unpickling of arbitrary objects.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import megatron_moellava
+from megatron_moellava import parallel, platform
+from megatron_moellava.backbones import backbone_fields
+from megatron_moellava.config import CheckpointError, RunConfig, to_dict
+from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.towers import tower_fields
+from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
+
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RUN_FILE = "run.json"
+FORMAT = 1
+UNUSED_TOWER = "vision_tower.unused."  # tensors of the published tower that features do not need; they ride along
+_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+@dataclass(slots=True)
+class TrainingState:
+    """What a run must hold to go on as if it had not stopped."""
+
+    iteration: int  # optimizer steps done, skipped ones included
+    consumed_samples: int
+    data: dict | None  # the loader's own state, of this data-parallel rank; None where this process does not read
+
+
+# --- finding checkpoints ----------------------------------------------------------------------------------------------
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete iteration folder below `folder`, or `folder` itself if it is one; None if there is none."""
+    folder = Path(folder)
+    if (folder / RUN_FILE).exists():
+        return folder
+    complete = [path.parent for path in folder.glob(f"iter_*/{RUN_FILE}") if not path.parent.name.endswith(".tmp")]
+    return max(complete, default=None, key=lambda path: path.name)
+
+
+def require_checkpoint(folder: str | Path) -> Path:
+    """`newest_checkpoint`, or CheckpointError that says what is there instead."""
+    found = newest_checkpoint(folder)
+    if found is not None:
+        return found
+    raise CheckpointError(
+        f"checkpoint.load={folder} holds no complete checkpoint (a folder iter_*/ with {RUN_FILE}); "
+        + ("make one with tools/convert.py" if Path(folder).exists() else "the folder does not exist")
+    )
+
+
+def read_run_file(checkpoint: Path) -> dict:
+    """The `run.json` of an iteration folder."""
+    description = json.loads((checkpoint / RUN_FILE).read_text())
+    if description.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint} has format {description.get('format')}; this program reads format {FORMAT}"
+        )
+    return description
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: str | Path,
+    run: RunConfig,
+    chunks: list[MoELlava],
+    state: TrainingState,
+    optimizer: ChainedOptimizer | None = None,
+    keep: int = 2,
+) -> Path:
+    """Write one iteration folder, on all ranks together. It gets its name only when it is complete."""
+    final = Path(folder) / f"iter_{state.iteration:07d}"
+    unfinished = final.with_name(final.name + ".tmp")
+    _on_first_rank(lambda: (shutil.rmtree(unfinished, ignore_errors=True), (unfinished / "ranks").mkdir(parents=True)))
+
+    tensors = {"model": _model_state(chunks)}
+    steps = None
+    if optimizer is not None:
+        tensors["optimizer"] = _optimizer_state(optimizer, tensors["model"], is_loading=False)
+        steps = optimizer_step_count(optimizer)
+    tensors["model"].update(_unused_tower_state(chunks[0]))
+    dist_checkpointing.save(tensors, str(unfinished))
+    _save_rank_state(unfinished / "ranks", state)
+    dist.barrier()
+
+    def finish() -> None:
+        description = _describe(run, chunks[0], state, steps)
+        (unfinished / RUN_FILE).write_text(json.dumps(description, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        _write_tracker(Path(folder), state.iteration)
+        _remove_old(Path(folder), keep)
+
+    _on_first_rank(finish)
+    return final
+
+
+def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_steps: int | None) -> dict:
+    return {
+        "format": FORMAT,
+        "iteration": state.iteration,
+        "stage": run.training.stage,
+        "consumed_samples": state.consumed_samples,
+        "optimizer_steps": optimizer_steps,
+        "world_size": dist.get_world_size(),
+        "data_parallel_size": parallel.data_parallel_size(),
+        "model": {
+            "backbone": run.model.backbone,
+            "tower": run.model.tower,
+            "moe": to_dict(run.moe) if run.moe else None,
+            "backbone_fields": backbone_fields(model.backbone),
+            "tower_fields": tower_fields(model.tower),
+        },
+        "config": to_dict(run),
+        "provenance": {"written_by": f"megatron-moellava {megatron_moellava.__version__} training"},
+    }
+
+
+def _model_state(chunks: list[MoELlava]) -> dict:
+    """Sharded tensors of the model by local name; names of virtual stages are told apart by a prefix."""
+    metadata = {
+        "non_homogeneous_layers": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state = {}
+    for index, chunk in enumerate(chunks):
+        for name, value in chunk.sharded_state_dict(metadata=metadata).items():
+            if not name.endswith("_extra_state"):  # Transformer Engine's FP8 bookkeeping, rebuilt in a few steps
+                state[f"chunk{index}.{name}"] = value
+    return state
+
+
+def _optimizer_state(optimizer: ChainedOptimizer, model_state: dict, is_loading: bool) -> dict:
+    state = {}
+    for index, item in enumerate(distributed_optimizers(optimizer)):
+        item.init_state_fn(item.optimizer)  # moments exist only after the first step
+        state[index] = item.sharded_param_state_fully_reshardable(model_state, is_loading, _OPTIMIZER_METADATA)
+    return state
+
+
+def _unused_tower_state(model: MoELlava) -> dict:
+    carried = getattr(model, "unused_tower_tensors", {})
+    rank = dist.get_rank()
+    return {name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=rank) for name, tensor in carried.items()}
+
+
+def _save_rank_state(folder: Path, state: TrainingState) -> None:
+    generators = {"generators": platform.rng_state(), "trackers": tensor_parallel.get_cuda_rng_tracker().get_states()}
+    torch.save(generators, folder / f"generators_{dist.get_rank():05d}.pt")
+    if state.data is not None and parallel_state.get_context_parallel_rank() == 0:
+        torch.save(state.data, folder / f"data_{parallel.data_parallel_rank():05d}.pt")
+
+
+def _on_first_rank(action) -> None:
+    """Run on rank 0 while the others wait; if it fails there, every rank raises instead of waiting for ever."""
+    failure = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise CheckpointError(
+            f"cannot write the checkpoint: {failure[0]}; check space and permissions of checkpoint.save"
+        )
+
+
+def _write_tracker(folder: Path, iteration: int) -> None:
+    temporary = folder / (TRACKER + ".tmp")
+    temporary.write_text(f"{iteration}\n")
+    temporary.rename(folder / TRACKER)
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    complete = sorted(path.parent for path in folder.glob(f"iter_*/{RUN_FILE}"))
+    for old in complete[: -max(keep, 1)]:
+        shutil.rmtree(old)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_weights(checkpoint: Path, chunks: list[MoELlava]) -> None:
+    """Fill the model from a checkpoint of any layout. Raises CheckpointError that lists every missing or surplus tensor."""
+    state = _model_state(chunks)
+    stored = _stored_tensors(checkpoint)
+    _check_tensors(checkpoint, state, stored)
+    _carry_unused_tower(checkpoint, chunks[0], stored)
+    loaded = dist_checkpointing.load({"model": state}, str(checkpoint))["model"]
+    for index, chunk in enumerate(chunks):
+        prefix = f"chunk{index}."
+        own = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
+        problems = chunk.load_state_dict(own, strict=False)
+        missing = [name for name in problems.missing_keys if not name.endswith("_extra_state")]
+        assert not missing and not problems.unexpected_keys, (missing, problems.unexpected_keys)
+
+
+def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[MoELlava], steps: int) -> None:
+    """Restore main parameters and Adam's moments of any layout, and the number of updates done."""
+    state = _optimizer_state(optimizer, _model_state(chunks), is_loading=True)
+    loaded = dist_checkpointing.load({"optimizer": state}, str(checkpoint))["optimizer"]
+    for index, item in enumerate(distributed_optimizers(optimizer)):
+        adam = item.optimizer
+        for moments in adam.state.values():
+            moments.pop("step", None)  # Megatron-Core looks for it in the file when torch's Adam keeps it here
+        with torch.no_grad():
+            item.load_parameter_state_from_fully_reshardable(loaded[index])
+        if isinstance(adam, torch.optim.AdamW):
+            for moments in adam.state.values():
+                moments["step"] = torch.tensor(float(steps))
+        else:  # Transformer Engine's and apex's FusedAdam count in the group
+            for group in adam.param_groups:
+                group["step"] = steps
+
+
+def load_rank_state(checkpoint: Path, description: dict) -> dict | None:
+    """Restore the random generators; returns the loader's state of this data-parallel rank.
+
+    Raises CheckpointError when the number of data-parallel ranks differs, since the order of the data would.
+    """
+    folder = checkpoint / "ranks"
+    if description["world_size"] == dist.get_world_size():
+        saved = torch.load(folder / f"generators_{dist.get_rank():05d}.pt", weights_only=True)
+        platform.set_rng_state(saved["generators"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(saved["trackers"])
+    if not parallel.reads_data():
+        return None
+    if description["data_parallel_size"] != parallel.data_parallel_size():
+        raise CheckpointError(
+            f"{checkpoint} was written by {description['data_parallel_size']} data-parallel ranks, this run has "
+            f"{parallel.data_parallel_size()}: the order of the data cannot be continued; use the same number, or start "
+            f"from its weights with checkpoint.load={checkpoint.parent} and a new checkpoint.save"
+        )
+    path = folder / f"data_{parallel.data_parallel_rank():05d}.pt"
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing: the data position is lost; resume from an older checkpoint")
+    return torch.load(path, weights_only=True)
+
+
+def _stored_tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    return {name: tuple(value.global_shape) for name, value in metadata.items() if not name.startswith("optimizer.")}
+
+
+def _check_tensors(checkpoint: Path, state: dict, stored: dict[str, tuple[int, ...]]) -> None:
+    """Compare the keys of the whole model (over all stages and experts) with the checkpoint's."""
+    here = {value.key for value in nested_values(state) if isinstance(value, ShardedBase)}
+    everywhere: list[set[str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, here)
+    wanted = set().union(*everywhere)
+    surplus = {name for name in stored if not name.startswith(UNUSED_TOWER)} - wanted
+    missing = wanted - stored.keys()
+    if missing or surplus:
+        raise CheckpointError(
+            f"{checkpoint} does not fit this model.\n  missing: {_some(missing)}\n  not wanted: {_some(surplus)}\n"
+            "  A dense checkpoint becomes a MoE one with `tools/convert.py upcycle`; `tools/convert.py inspect` shows it."
+        )
+
+
+def _some(names: set[str], limit: int = 12) -> str:
+    listed = sorted(names)
+    rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return (", ".join(listed[:limit]) or "none") + rest
+
+
+def _carry_unused_tower(checkpoint: Path, model: MoELlava, stored: dict[str, tuple[int, ...]]) -> None:
+    """Keep the tower's unneeded tensors on the CPU, so that an export of this run is complete."""
+    names = [name for name in stored if name.startswith(UNUSED_TOWER)]
+    wanted = {}
+    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    for name in names:
+        empty = torch.empty(stored[name], dtype=metadata[name].dtype)
+        wanted[name] = ShardedTensor.from_rank_offsets(name, empty, replica_id=dist.get_rank())
+    model.unused_tower_tensors = (
+        dist_checkpointing.load({"unused": wanted}, str(checkpoint))["unused"] if wanted else {}
+    )

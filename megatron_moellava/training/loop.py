@@ -1,0 +1,293 @@
+"""The training loop: batches -> Megatron-Core's schedules -> update -> log -> checkpoint.
+
+The loss of a step is the mean over all loss tokens of the global batch: sum(losses * mask) / number of loss tokens,
+wherever the tokens are. `global_loss_scale` makes Megatron-Core's averages over micro-batches and ranks come out so.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_moellava import parallel, platform
+from megatron_moellava.backbones import get_backbone
+from megatron_moellava.config import CheckpointError, MoELlavaError, RunConfig
+from megatron_moellava.data.batch import Batch
+from megatron_moellava.data.loader import Loader
+from megatron_moellava.model.moe_llava import IGNORE_INDEX, MoELlava
+from megatron_moellava.towers import get_tower
+from megatron_moellava.training import checkpoint as checkpoints
+from megatron_moellava.training.broadcast import broadcast_batch
+from megatron_moellava.training.metrics import MODALITIES, RoutingObserver, StepLog, aux_losses
+from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_moellava.training.stages import STAGES, freeze
+
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+INTERRUPTED = 85  # exit code: a checkpoint is written, run the same command again
+DIVERGED = 3  # exit code: too many steps in a row without a finite gradient
+
+
+class TrainingDiverged(MoELlavaError):
+    """Loss or gradient was not finite too often in a row."""
+
+
+def build_model(run: RunConfig) -> list[MoELlava]:
+    """The chunks of this pipeline rank: one, or one for each virtual stage; on the device, parameters in run precision."""
+    backbone, tower = get_backbone(run.model.backbone), get_tower(run.model.tower)
+    virtual = run.parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(virtual or 1):
+        vp_stage = stage if virtual else None
+        chunks.append(
+            MoELlava(
+                run,
+                backbone,
+                tower,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                vp_stage=vp_stage,
+            ).to(platform.device())
+        )
+    return chunks
+
+
+class Trainer:
+    """One stage of training on this rank. `train` runs it to the end or to an interruption."""
+
+    def __init__(self, run: RunConfig, loader: Loader | None, train_steps: int):
+        """`loader` on the processes that read data (`parallel.reads_data`), None elsewhere."""
+        self.run, self.loader, self.train_steps = run, loader, train_steps
+        self.chunks = build_model(run)
+        self.trained = {}
+        for chunk in self.chunks:
+            self.trained |= freeze(chunk, run.training.trains or STAGES[run.training.stage])
+        self.routing = RoutingObserver(self.chunks) if run.moe else None
+        self.state = checkpoints.TrainingState(iteration=0, consumed_samples=0, data=None)
+        resumed = self._load_weights()
+
+        self.wrapped = wrap_data_parallel(run, self.chunks)
+        self.optimizer = build_optimizer(run, self.wrapped)
+        self.scheduler = build_scheduler(run.optimizer, self.optimizer, train_steps)
+        if resumed:
+            self._resume(resumed)
+        self._configure_schedules()
+        self.update = Update(self.optimizer)
+        self.num_microbatches = run.training.global_batch_size // (
+            run.training.micro_batch_size * parallel.data_parallel_size()
+        )
+        self.log = StepLog(self._log_folder(), run.logging.tensorboard, f"stage {run.training.stage}", train_steps)
+        self.stop_signal = None
+
+    # --- start ------------------------------------------------------------------------------------------------------
+
+    def _load_weights(self) -> Path | None:
+        """Weights from `checkpoint.save` if it holds a checkpoint to go on from (returned), else from `checkpoint.load`."""
+        options = self.run.checkpoint
+        resumed = checkpoints.newest_checkpoint(options.save) if options.save else None
+        source = resumed or (checkpoints.require_checkpoint(options.load) if options.load else None)
+        if source is not None:
+            checkpoints.load_weights(source, self.chunks)
+        return resumed
+
+    def _resume(self, checkpoint: Path) -> None:
+        description = checkpoints.read_run_file(checkpoint)
+        if description["optimizer_steps"] is None or description["stage"] != self.run.training.stage:
+            raise CheckpointError(
+                f"checkpoint.save={checkpoint.parent} holds a checkpoint of stage {description['stage']} that cannot be "
+                f"continued as stage {self.run.training.stage}; choose another checkpoint.save"
+            )
+        self.state.iteration = description["iteration"]
+        self.state.consumed_samples = description["consumed_samples"]
+        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description["optimizer_steps"])
+        self.scheduler.step(increment=self.state.iteration)
+        self.state.data = checkpoints.load_rank_state(checkpoint, description)
+        if self.loader is not None:
+            self.loader.load_state_dict(self.state.data)
+
+    def _configure_schedules(self) -> None:
+        for chunk in self.chunks:
+            chunk.config.finalize_model_grads_func = finalize_model_grads
+        config = self.chunks[0].config
+        if self.run.optimizer.overlap_grad_reduce:
+            hooks = [wrapped.no_sync for wrapped in self.wrapped]
+            config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+
+    def _log_folder(self) -> Path | None:
+        folder = self.run.logging.directory or self.run.checkpoint.save
+        return Path(folder) if folder else None
+
+    # --- loop -------------------------------------------------------------------------------------------------------
+
+    def train(self) -> int:
+        """Run to `train_steps`. Returns 0, or INTERRUPTED after SIGTERM or SIGUSR1 with a checkpoint on disk.
+
+        Raises TrainingDiverged after `training.non_finite_patience` skipped steps in a row.
+        """
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            return self._train()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.log.close()
+
+    def _on_signal(self, number, frame) -> None:
+        self.stop_signal = number
+
+    def _train(self) -> int:
+        self.log.say(f"trains {', '.join(f'{role} {count:,}' for role, count in self.trained.items())} (this rank)")
+        skipped_in_a_row = 0
+        for chunk in self.wrapped:
+            chunk.train()
+        while self.state.iteration < self.train_steps:
+            numbers, applied, sample_ids = self.step()
+            self.log.step(self.state.iteration, numbers, self.state.iteration % self.run.logging.log_interval == 0)
+            skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
+            if not applied:
+                self._report_skipped(sample_ids, skipped_in_a_row)
+            interrupted = self._any_rank_interrupted()
+            done = self.state.iteration == self.train_steps
+            if done or interrupted or self.state.iteration % self.run.checkpoint.save_interval == 0:
+                self.save()
+            if interrupted and not done:
+                self.log.say(f"interrupted at step {self.state.iteration}; the same command continues it")
+                return INTERRUPTED
+        return 0
+
+    def step(self) -> tuple[dict[str, float], bool, list[str]]:
+        """One optimizer step over the global batch. Returns (numbers for the log, applied, sample ids of this rank)."""
+        started = time.perf_counter()
+        batches = [self._next_batch() for _ in range(self.num_microbatches)]
+        waited = time.perf_counter() - started
+        counts = [
+            sum(int((batch.labels_BS != IGNORE_INDEX).sum()) for batch in batches),
+            sum(int(batch.padding_mask_BS.sum()) for batch in batches),
+            sum(batch.tokens_BS.numel() for batch in batches),
+            sum(len(batch.sample_ids) for batch in batches),
+        ]
+        loss_tokens, real_tokens, positions, samples = (int(count) for count in parallel.sum_over_data_parallel(counts))
+
+        for wrapped in self.wrapped:
+            wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss_sums = self._forward_backward(batches, loss_tokens)
+        applied, grad_norm = self.update()
+        lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
+        self.scheduler.step(increment=1)
+
+        loss = (
+            float(parallel.sum_over_data_parallel([float(sum(loss_sums))])) / max(loss_tokens, 1) if loss_sums else 0.0
+        )
+        platform.synchronize()
+        seconds = time.perf_counter() - started
+        self.state.iteration += 1
+        self.state.consumed_samples += samples
+        numbers = {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens_per_second": real_tokens / seconds,
+            "samples": samples,
+            "step_seconds": seconds,
+            "data_wait_share": waited / seconds,
+            "padding_share": 1.0 - real_tokens / positions,
+            "skipped": 0.0 if applied else 1.0,
+        }
+        if self.run.moe:
+            numbers |= aux_losses(self.chunks[0].config, self.num_microbatches, self.state.iteration)
+            numbers |= self._routing_numbers()
+        return numbers, applied, [name for batch in batches for name in batch.sample_ids]
+
+    def _next_batch(self) -> Batch:
+        """The next micro-batch of this data-parallel rank, on the device, on every rank that needs it."""
+        return broadcast_batch(next(self.loader) if self.loader is not None else None)
+
+    def _forward_backward(self, batches: list[Batch], loss_tokens: int) -> list[torch.Tensor]:
+        scale = self.num_microbatches * parallel.data_parallel_size() / max(loss_tokens, 1)
+        iterators = [iter(batches) for _ in self.wrapped]
+        return get_forward_backward_func()(
+            forward_step_func=partial(self._forward_step, scale=scale),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.wrapped,
+            num_microbatches=self.num_microbatches,
+            seq_length=self.run.data.seq_length,
+            micro_batch_size=self.run.training.micro_batch_size,
+            forward_only=False,
+        )
+
+    def _forward_step(self, batches: Iterator[Batch], model, scale: float):
+        batch = next(batches)
+        count = self.routing is not None and (self.state.iteration + 1) % self.run.logging.routing_interval == 0
+        with self.routing.observe(batch.tokens_BS, batch.padding_mask_BS) if count else nullcontext():
+            output = model(**model_inputs(batch))
+        return output, partial(global_token_mean, scale=scale)
+
+    def _routing_numbers(self) -> dict[str, float]:
+        """Share of each expert by layer and modality, every `logging.routing_interval` steps."""
+        if self.state.iteration % self.run.logging.routing_interval:
+            return {}
+        counts_LME = self.routing.collect().double()
+        shares_LME = counts_LME / counts_LME.sum(dim=-1, keepdim=True).clamp(min=1)
+        return {
+            f"routing/layer{layer}/{name}/expert{expert}": float(shares_LME[layer, modality, expert])
+            for layer, is_moe in enumerate(self.chunks[0].config.moe_layer_freq)
+            if is_moe
+            for modality, name in enumerate(MODALITIES)
+            for expert in range(shares_LME.shape[-1])
+        }
+
+    # --- trouble and the end ----------------------------------------------------------------------------------------
+
+    def _report_skipped(self, sample_ids: list[str], in_a_row: int) -> None:
+        gathered: list[list[str] | None] = [None] * parallel.data_parallel_size()
+        dist.all_gather_object(gathered, sample_ids, group=parallel_state.get_data_parallel_group())
+        names = ", ".join(name for ids in gathered for name in ids)
+        self.log.say(f"step {self.state.iteration} skipped: the gradient is not finite; samples: {names}")
+        if in_a_row >= self.run.training.non_finite_patience:
+            raise TrainingDiverged(
+                f"{in_a_row} steps in a row without a finite gradient, the last with samples {names}; lower optimizer.lr, "
+                f"look at these samples, or raise training.non_finite_patience={self.run.training.non_finite_patience}"
+            )
+
+    def _any_rank_interrupted(self) -> bool:
+        flag = torch.tensor(int(self.stop_signal is not None), device=platform.device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment to `checkpoint.save`, if the run has one."""
+        if self.run.checkpoint.save is None:
+            return
+        state = replace(self.state, data=self.loader.state_dict() if self.loader is not None else None)
+        path = checkpoints.save_checkpoint(
+            self.run.checkpoint.save, self.run, self.chunks, state, self.optimizer, keep=self.run.checkpoint.keep
+        )
+        self.log.say(f"checkpoint {path}")
+
+
+def model_inputs(batch: Batch) -> dict:
+    """The arguments of `MoELlava.forward` for a batch."""
+    return {
+        "tokens_BS": batch.tokens_BS,
+        "position_ids_BS": batch.position_ids_BS,
+        "labels_BS": batch.labels_BS,
+        "padding_mask_BS": batch.padding_mask_BS,
+        "pixels_NCHW": batch.pixel_values_NCHW,
+        "cu_seqlens": batch.cu_seqlens,
+        "max_seqlen": batch.max_seqlen,
+    }
+
+
+def global_token_mean(losses_BS: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss for the schedule, sum for the log). Megatron-Core averages the former over micro-batches and ranks."""
+    total = losses_BS.sum()
+    return total * scale, total.detach()

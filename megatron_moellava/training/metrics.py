@@ -1,0 +1,162 @@
+"""What a step reports: one line on the screen, one JSON line, TensorBoard, and the router's load by modality.
+
+Shapes: B rows, S positions, N tokens, E experts.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_moellava import parallel, platform
+from megatron_moellava.model.moe_llava import IMAGE_TOKEN, MoELlava
+
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+MODALITIES = ("text", "image")
+
+
+class StepLog:
+    """Writes each step's numbers to the terminal, to `steps.jsonl` and to TensorBoard; on the main process only."""
+
+    def __init__(self, folder: Path | None, tensorboard: bool, title: str, train_steps: int):
+        self.active = parallel.is_main_process()
+        self.title, self.train_steps = title, train_steps
+        self.file = self.writer = None
+        if self.active and folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = (folder / "steps.jsonl").open("a", buffering=1)
+            self.writer = SummaryWriter(str(folder / "tensorboard")) if tensorboard else None
+        self.first_iteration, self.started = None, time.monotonic()
+
+    def step(self, iteration: int, numbers: dict[str, float], show: bool) -> None:
+        """Numbers of one finished optimizer step."""
+        if not self.active:
+            return
+        if self.file:
+            self.file.write(json.dumps({"iteration": iteration, **numbers}) + "\n")
+        if self.writer:
+            for name, value in numbers.items():
+                self.writer.add_scalar(f"train/{name}", value, iteration)
+        if show:
+            print(
+                f"{self.title} step {iteration}/{self.train_steps} | {_line(numbers)} | {self._left(iteration)}",
+                flush=True,
+            )
+
+    def _left(self, iteration: int) -> str:
+        if self.first_iteration is None:  # the first step pays for warming up, and says nothing about the others
+            self.first_iteration, self.started = iteration, time.monotonic()
+            return "..."
+        seconds = (
+            (time.monotonic() - self.started) / (iteration - self.first_iteration) * (self.train_steps - iteration)
+        )
+        return f"{seconds / 60:.0f} min left" if seconds > 120 else f"{seconds:.0f} s left"
+
+    def say(self, text: str) -> None:
+        if self.active:
+            print(f"{self.title} {text}", flush=True)
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+        if self.file:
+            self.file.close()
+
+
+def _line(numbers: dict[str, float]) -> str:
+    formats = {
+        "loss": "loss {:.4f}",
+        "load_balancing_loss": "aux {:.3f}",
+        "lr": "lr {:.2e}",
+        "grad_norm": "grad {:.3f}",
+        "tokens_per_second": "{:,.0f} tok/s",
+        "step_seconds": "{:.2f} s",
+        "data_wait_share": "wait {:.0%}",
+        "padding_share": "pad {:.1%}",
+    }
+    return " | ".join(text.format(numbers[name]) for name, text in formats.items() if name in numbers)
+
+
+class RoutingObserver:
+    """Counts how many image and text tokens each expert of each layer takes, exactly, under any layout.
+
+    Active only inside a model's forward pass, so that recomputed layers are not counted twice.
+    """
+
+    def __init__(self, chunks: list[MoELlava]):
+        self.config = chunks[0].config
+        self.layers = [
+            layer
+            for chunk in chunks
+            for layer in chunk.language_model.decoder.layers
+            if isinstance(layer.mlp, MoELayer)
+        ]
+        self.counts_LME = torch.zeros(
+            self.config.num_layers, len(MODALITIES), self.config.num_moe_experts, dtype=torch.int64
+        )
+        self.modality_N: torch.Tensor | None = None
+        for layer in self.layers:
+            layer.mlp.router.register_forward_hook(self._count(layer.layer_number - 1))
+
+    def observe(self, tokens_BS: torch.Tensor, padding_mask_BS: torch.Tensor | None):
+        """Context in which routers are counted. Padding belongs to no modality."""
+        modality_BS = (tokens_BS == IMAGE_TOKEN).long()
+        if padding_mask_BS is not None:
+            modality_BS = modality_BS.masked_fill(~padding_mask_BS, -1)
+        if self.config.sequence_parallel:
+            size, rank = (
+                parallel_state.get_tensor_model_parallel_world_size(),
+                parallel_state.get_tensor_model_parallel_rank(),
+            )
+            modality_BS = modality_BS.chunk(size, dim=1)[rank]
+        self.modality_N = modality_BS.transpose(0, 1).reshape(-1)
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.modality_N = None
+
+    def _count(self, layer: int):
+        def hook(router, inputs, output):
+            if self.modality_N is None:
+                return
+            _, map_NE = output
+            for modality in range(len(MODALITIES)):
+                self.counts_LME[layer, modality] += map_NE[self.modality_N == modality].sum(dim=0).cpu()
+
+        return hook
+
+    def collect(self) -> torch.Tensor:
+        """Counts [layers, modality, experts] of all ranks since the last call; each token counted once."""
+        total = self.counts_LME.to(platform.device())
+        if not self.config.sequence_parallel and parallel_state.get_tensor_model_parallel_rank() > 0:
+            total = torch.zeros_like(
+                total
+            )  # without sequence parallelism every tensor-parallel rank saw the same tokens
+        dist.all_reduce(total)
+        self.counts_LME.zero_()
+        return total.cpu()
+
+
+def aux_losses(config, num_microbatches: int, iteration: int) -> dict[str, float]:
+    """Mean over MoE layers and micro-batches of the router's losses, before their coefficients; collective."""
+    names = ["load_balancing_loss"] + (["z_loss"] if config.moe_z_loss_coeff else [])
+    losses: dict[str, torch.Tensor] = {}
+    get_moe_metrics_tracker().report(
+        loss_scale=1.0 / num_microbatches,
+        iteration=iteration,
+        force_initialize=True,
+        track_names=names,
+        num_layers=config.num_layers,
+        moe_layer_freq=config.moe_layer_freq,
+        total_loss_dict=losses,
+    )
+    return {name: float(value) for name, value in losses.items()}

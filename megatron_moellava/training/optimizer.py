@@ -1,0 +1,102 @@
+"""Megatron-Core's DDP, distributed Adam and learning-rate schedule, built from the run's configuration."""
+
+import math
+
+import torch
+
+from megatron_moellava.config import OptimizerConfig, RunConfig
+from megatron_moellava.model.moe_llava import MoELlava
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+
+
+def wrap_data_parallel(run: RunConfig, chunks: list[MoELlava]) -> list[DistributedDataParallel]:
+    """Gradients in contiguous fp32 buffers, reduced over the data-parallel ranks, sharded for the optimizer."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=run.optimizer.overlap_grad_reduce,
+        overlap_param_gather=run.optimizer.overlap_param_gather,
+    )
+    return [DistributedDataParallel(chunk.config, config, chunk) for chunk in chunks]
+
+
+def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:
+    """AdamW in fp32 main parameters. The projector may have a learning rate of its own."""
+    options = run.optimizer
+    config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=run.training.precision == "bf16",
+        params_dtype=chunks[0].module.config.params_dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=options.overlap_param_gather,
+    )
+    overrides = get_standard_config_overrides(config)
+    if options.projector_lr is not None:
+        overrides[ParamKey(name="*projector.*")] = ParamGroupOverride(
+            max_lr=options.projector_lr, min_lr=options.min_lr
+        )
+    return get_megatron_optimizer(config, chunks, config_overrides=overrides)
+
+
+def build_scheduler(options: OptimizerConfig, optimizer: ChainedOptimizer, train_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then decay to `min_lr` at the last step (transformers' cosine schedule)."""
+    warmup_steps = math.ceil(options.lr_warmup_fraction * train_steps)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=max(train_steps, warmup_steps + 1),
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=train_steps,
+        wd_incr_style="constant",
+    )
+
+
+class Update:
+    """One optimizer step that leaves everything as it was when a gradient is not finite."""
+
+    def __init__(self, optimizer: ChainedOptimizer):
+        self.optimizer = optimizer
+
+    def __call__(self) -> tuple[bool, float]:
+        """Returns (applied, gradient norm before clipping). The norm covers all ranks, so all of them agree."""
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm() or 0.0)
+        if not math.isfinite(grad_norm):
+            self.optimizer.zero_grad()
+            return False, grad_norm
+        self.optimizer.step()
+        return True, grad_norm
+
+
+def distributed_optimizers(optimizer: ChainedOptimizer) -> list:
+    """The optimizers of dense and of expert parameters, without stand-ins for ranks that train nothing."""
+    return [item for item in optimizer.chained_optimizers if not getattr(item, "is_stub_optimizer", False)]
+
+
+def optimizer_step_count(optimizer: ChainedOptimizer) -> int:
+    """Updates applied so far (skipped steps do not count), which Adam's bias correction needs."""
+    counts = [0]
+    for item in distributed_optimizers(optimizer):
+        counts += [int(group["step"]) for group in item.optimizer.param_groups if "step" in group]
+        counts += [int(state["step"]) for state in item.optimizer.state.values() if "step" in state]
+    count = torch.tensor(max(counts))
+    torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+    return int(count)
