@@ -30,6 +30,7 @@ EXTRAS_REQUIRE = {
     "eval": ["openpyxl>=3.1", "httpx>=0.27"],
     "demo": ["fastapi>=0.110", "uvicorn>=0.29", "gradio>=6,<7"],
     "quickstart": ["easy-vqa~=1.0", "scikit-learn>=1.4"],
+    "video": ["av>=17"],  # the release that Energon 7.4 decodes with
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.6",

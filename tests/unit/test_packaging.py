@@ -1,0 +1,234 @@
+"""setup.py, Makefile, Dockerfile and documents say the same, and name only what exists."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+TEXTS = [REPO / "Dockerfile", *REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("examples/**/*.y*ml")]
+TEXTS += [path for path in REPO.glob("examples/**/*") if path.suffix in (".sh", ".md")]
+SCRIPTS = [REPO / ".ci/run", REPO / ".ci/find_python", *REPO.glob("examples/**/*.sh")]
+
+
+def setup_lists() -> tuple[list[str], dict[str, list[str]]]:
+    """INSTALL_REQUIRES and EXTRAS_REQUIRE, read without running setup()."""
+    values = {}
+    for node in ast.parse((REPO / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign):
+            values[ast.unparse(node.targets[0])] = ast.literal_eval(node.value)
+    return values["INSTALL_REQUIRES"], values["EXTRAS_REQUIRE"]
+
+
+def name_of(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+
+def all_requirements() -> dict[str, str]:
+    """{name: requirement}, extras included."""
+    install, extras = setup_lists()
+    return {name_of(item): item for group in (install, *extras.values()) for item in group}
+
+
+def dockerfile_stages() -> dict[str, list[tuple[str, str]]]:
+    """{stage: [(instruction, arguments)]}, continuation lines joined, comments dropped."""
+    lines = [line for line in (REPO / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\\n", " ", "\n".join(lines))
+    stages: dict[str, list[tuple[str, str]]] = {}
+    for line in filter(str.strip, joined.splitlines()):
+        instruction, _, arguments = line.strip().partition(" ")
+        if instruction == "FROM":
+            stages[arguments.split()[-1]] = []
+        stages[list(stages)[-1]].append((instruction, arguments))
+    return stages
+
+
+STAGES = dockerfile_stages()
+COPIES = [args for stage in STAGES.values() for name, args in stage if name == "COPY" and "--from" not in args]
+
+
+def tool(name: str) -> str:
+    """A linter of the dev extra: beside the interpreter, or on PATH."""
+    return shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or name
+
+
+@pytest.mark.parametrize("arguments", sorted(set(COPIES)))
+def test_copied_paths_exist_and_reach_the_builder(arguments):
+    allowed = {line[1:] for line in (REPO / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for source in shlex.split(arguments)[:-1]:
+        assert (REPO / source).exists(), f"Dockerfile copies {source}, which does not exist"
+        assert source.split("/")[0] in allowed, f".dockerignore withholds {source}"
+
+
+def test_each_stage_copies_what_its_installation_reads():
+    """setup.py needs its own file, the tool settings with the build system, and the license."""
+    for name in ("cpu-build", "gpu"):
+        words = {word for instruction, args in STAGES[name] if instruction == "COPY" for word in args.split()}
+        assert {"setup.py", "pyproject.toml", "LICENSE", "megatron_moellava"} <= words, name
+
+
+def test_commands_of_the_images_are_make_targets():
+    for stage in STAGES.values():
+        for instruction, arguments in stage:
+            if instruction == "CMD":
+                program, target = ast.literal_eval(arguments)
+                assert program == "make" and re.search(rf"^{target}:", (REPO / "Makefile").read_text(), re.M)
+
+
+def test_gpu_stage_installs_neither_torch_nor_apex_nor_transformer_engine():
+    """They come with the NGC image; and the image's pip constraints stay in force."""
+    for instruction, arguments in STAGES["gpu"]:
+        assert "PIP_CONSTRAINT" not in arguments
+        if instruction == "RUN":
+            for command in re.findall(r"pip install ([^&|]*)", arguments):
+                assert not re.search(r"\b(torch|apex|transformer.engine|flash.attn)\b|\[gpu\]", command), command
+
+
+def test_extras_of_the_dockerfile_exist():
+    _, extras = setup_lists()
+    named = re.findall(r"'\.\[([\w,-]+)\]'", (REPO / "Dockerfile").read_text() + (REPO / "Makefile").read_text())
+    assert named
+    for group in named:
+        assert set(group.split(",")) <= set(extras)
+
+
+def test_python_version_agrees_everywhere():
+    settings = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]
+    version = re.search(r'python_requires=">=([\d.]+)"', (REPO / "setup.py").read_text())[1]
+    assert settings["ruff"]["target-version"] == "py" + version.replace(".", "")
+    assert settings["mypy"]["python_version"] == version
+    assert set(re.findall(r"FROM python:([\d.]+)", (REPO / "Dockerfile").read_text())) == {version}
+
+
+def test_pyproject_holds_only_tool_settings():
+    assert set(tomllib.loads((REPO / "pyproject.toml").read_text())) == {"tool", "build-system"}
+
+
+def test_one_ngc_image_is_named_everywhere():
+    tags = {tag: path.name for path in TEXTS for tag in re.findall(r"pytorch:(\d\d\.\d\d-py3)", path.read_text())}
+    assert len(tags) == 1, tags
+
+
+@pytest.mark.parametrize("name", ["megatron-core", "megatron-energon", "transformer-engine"])
+def test_versions_in_documents_are_those_of_setup(name):
+    """`megatron-core 0.19.2` in a document must satisfy setup.py's `megatron-core~=0.19.2`."""
+    pinned = re.search(r"~=([\d.]+)", all_requirements()[name])[1]
+    pattern = name.replace("-", "[- ]") + r"(?:\[[\w,]+\])?\s*(?:[~=]=)?\s*v?(\d+\.\d+(?:\.\d+)?)"
+    for path in TEXTS:
+        for version in re.findall(pattern, path.read_text(), re.I):
+            assert version.startswith(pinned) or pinned.startswith(version), f"{path.name} says {name} {version}"
+
+
+def test_installed_versions_satisfy_setup():
+    from packaging.requirements import Requirement
+
+    for item in setup_lists()[0]:
+        wanted = Requirement(item)
+        version = importlib.metadata.version(wanted.name)
+        assert wanted.specifier.contains(version, prereleases=True), f"{item}, installed: {version}"
+
+
+def test_apex_is_never_required():
+    assert "apex" not in all_requirements()
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names that a file imports, also inside functions."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level and node.module else []
+    return {name.split(".")[0] for name in names}
+
+
+def siblings(path: Path) -> set[str]:
+    return {other.stem for other in path.parent.glob("*.py")}
+
+
+@pytest.mark.parametrize("folder", ["megatron_moellava", "tools", "examples"])
+def test_every_import_is_a_declared_dependency(folder):
+    declared = set(all_requirements())
+    providers = importlib.metadata.packages_distributions()
+    for path in REPO.glob(f"{folder}/**/*.py"):
+        for top in imported(path) - sys.stdlib_module_names - {"megatron_moellava", "tools", *siblings(path)}:
+            packages = {name_of(item) for item in providers.get(top, [top])}
+            assert packages & declared, f"{path.relative_to(REPO)} imports {top}, which setup.py does not list"
+
+
+def test_hadolint_finds_nothing():
+    result = subprocess.run([tool("hadolint"), str(REPO / "Dockerfile")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))
+def test_shellcheck_finds_nothing(path):
+    result = subprocess.run([tool("shellcheck"), "-x", str(path)], capture_output=True, text=True, cwd=REPO)
+    assert result.returncode == 0, result.stdout
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", *arguments], capture_output=True, text=True, cwd=REPO)
+
+
+def test_make_lists_its_targets():
+    phony = re.search(r"^\.PHONY: (.*)$", (REPO / "Makefile").read_text(), re.M)[1].split()
+    listed = re.findall(r"^  make ([\w-]+)", make().stdout, re.M)
+    assert sorted(phony) == sorted(listed)
+
+
+def test_files_named_in_the_makefile_exist():
+    commands = re.findall(r"^\t.*$", (REPO / "Makefile").read_text(), re.M)
+    for path in re.findall(r"(?:examples|tests|tools)/[\w/.-]+", "\n".join(commands)):
+        assert (REPO / path).exists(), path
+
+
+def test_a_given_environment_is_used_as_it_is():
+    commands = make("--dry-run", "test", f"VENV={sys.prefix}").stdout
+    assert f"{sys.prefix}/bin/python -m pytest" in commands
+    assert "pip install" not in commands
+
+
+def find_python(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess:
+    """.ci/find_python where PATH has only the basic tools and a python3.12 that fails, as pyenv's shim does."""
+    shims = tmp_path / "shims"
+    shims.mkdir()
+    for name in ("ls", "cat", "sh"):
+        (shims / name).symlink_to(shutil.which(name))
+    for name in ("python3.12", "python3.13", "python3", "python"):
+        (shims / name).write_text("#!/bin/sh\necho 'pyenv: command not found' >&2\nexit 127\n")
+        (shims / name).chmod(0o755)
+    environment = {"PATH": str(shims), "HOME": str(tmp_path), **variables}
+    return subprocess.run([str(REPO / ".ci/find_python")], env=environment, capture_output=True, text=True)
+
+
+def system_python() -> bool:
+    return any(Path(path).exists() for path in ("/usr/bin/python3.12", "/usr/local/bin/python3.12", "/opt/conda/bin"))
+
+
+def test_a_python_that_does_not_run_is_passed_over(tmp_path):
+    folder = tmp_path / ".pyenv/versions/3.12.9/bin"
+    folder.mkdir(parents=True)
+    (folder / "python3.12").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (folder / "python3.12").chmod(0o755)
+    assert find_python(tmp_path).stdout.strip() == str(folder / "python3.12")
+
+
+@pytest.mark.skipif(system_python(), reason="this machine has a Python 3.12 where the search cannot miss it")
+def test_no_python_at_all_says_what_to_install(tmp_path):
+    result = find_python(tmp_path)
+    assert result.returncode == 1
+    assert "PYTHON=/path/to/python3.12" in result.stderr
+
+
+def test_a_named_python_that_does_not_run_is_an_error(tmp_path):
+    result = find_python(tmp_path, PYTHON="python3.12")
+    assert result.returncode == 1
+    assert "does not run" in result.stderr
