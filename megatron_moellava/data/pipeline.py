@@ -41,10 +41,10 @@ class Work:
 class Pipeline(TaskEncoder):
     decoder = None  # crude bytes; Energon's own decoding would hide what is wrong with a sample
 
-    def __init__(self, encoder: Encoder, tower, data, *, folders: list[str], micro_batch_size: int, pad_multiple: int):
+    def __init__(self, encoder: Encoder, tower, data, *, folders: list[str], pad_multiple: int):
         self.cookers = [Cooker(self.cook)]
         self.encoder, self.tower, self.data = encoder, tower, data
-        self.folders, self.micro_batch_size, self.pad_multiple = folders, micro_batch_size, pad_multiple
+        self.folders, self.pad_multiple = folders, pad_multiple
         self.pixel_shape = (3, tower.image_size, tower.image_size)
         self.events = Events()
         self.total, self.bad = 0, 0  # of this worker, since it started
@@ -123,7 +123,7 @@ class Pipeline(TaskEncoder):
         encoded = [sample["work"].encoded for sample in samples]
         return encoded, [pixels for sample in samples for pixels in sample["pixels"]]
 
-    def deliver(self, made: Batch) -> dict:
+    def deliver(self, made: Batch | None) -> dict:
         events, self.events = self.events, Events()
         return {"__key__": "", "__restore_key__": (), "batch": made, "events": events}
 
