@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -121,10 +122,11 @@ class Predictions:
 
 
 def _row(question: Question, prompt: str, text: str, model: str) -> dict:
-    """The original's columns; the round and its options are written for MMBench only, as there."""
+    """The original's columns, and the round where the id alone would not tell which question was answered."""
     row: dict[str, object] = {"question_id": question.id}
-    if "option_char" in question.fields:
+    if question.round or "option_char" in question.fields:
         row["round_id"] = question.round
+    if "option_char" in question.fields:
         row |= {name: list(question.fields[name]) for name in ("options", "option_char")}
     answer_id = hashlib.sha256("\0".join((*map(str, question.key), text)).encode()).hexdigest()[:22]
     return row | {"prompt": prompt, "text": text, "answer_id": answer_id, "model_id": model, "metadata": {}}
@@ -165,7 +167,14 @@ def read_predictions(path: Path, questions: Sequence[Question]) -> list[str]:
 
 
 def _keyed_rows(path: Path) -> Iterator[tuple[tuple[str, int], dict]]:
+    """Rows with the key of their question. Where the original wrote no round, the n-th row of an id is round n - 1."""
+    seen: Counter = Counter()
     for row in read_jsonl(path):
         if "question_id" not in row or "text" not in row:
             raise DataError(f"{path}: a row lacks question_id or text; it has {sorted(row)}")
-        yield (str(row["question_id"]), int(row.get("round_id", 0))), row
+        id_ = str(row["question_id"])
+        if "round_id" not in row:
+            yield (id_, seen[id_]), row
+            seen[id_] += 1
+        else:
+            yield (id_, int(row["round_id"])), row

@@ -9,9 +9,11 @@ import base64
 import binascii
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -45,8 +47,8 @@ class Question:
     id: int | str
     text: str  # without <image> and without the suffix that the driver adds
     picture: Picture | None = None
-    round: int = 0  # MMBench's rotations of the options
-    fields: Mapping[str, object] = field(default_factory=dict)  # what the scorer needs of the row
+    round: int = 0  # tells apart questions of one id: MMBench's rotations of the options, a picture's several questions
+    fields: Mapping[str, Any] = field(default_factory=dict)  # what the scorer needs of the row
 
     @property
     def key(self) -> tuple[str, int]:
@@ -54,7 +56,7 @@ class Question:
         return str(self.id), self.round
 
 
-def read_json(path: Path) -> object:
+def read_json(path: Path) -> Any:
     """A JSON file; DataError that names the file when it is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -85,7 +87,7 @@ def _parse_row(line: str, path: Path, number: int) -> dict:
     return row
 
 
-def field_of(row: Mapping, name: str, path: Path) -> object:
+def field_of(row: Mapping, name: str, path: Path) -> Any:
     """row[name], or a DataError that says which fields the row has."""
     if name not in row:
         raise DataError(f"{path}: a row lacks the field {name!r}; it has {sorted(map(str, row))}")
@@ -93,16 +95,19 @@ def field_of(row: Mapping, name: str, path: Path) -> object:
 
 
 def read_llava_jsonl(questions: Path, images: Path) -> list[Question]:
-    """{"question_id", "image", "text", "category"?} a line: VQAv2, GQA, VisWiz, TextVQA, POPE, MME, SEED, ..."""
-    return [
-        Question(
-            id=field_of(row, "question_id", questions),
-            text=str(field_of(row, "text", questions)),
-            picture=Picture(path=images / str(field_of(row, "image", questions))),
-            fields=row,
-        )
-        for row in read_jsonl(questions)
-    ]
+    """{"question_id", "image", "text", "category"?} a line: VQAv2, GQA, VisWiz, TextVQA, POPE, MME, SEED, ...
+
+    In TextVQA and MME all questions of a picture have the picture's id: the second one gets round 1, and so on.
+    """
+    seen: Counter = Counter()
+    asked = []
+    for row in read_jsonl(questions):
+        id_ = field_of(row, "question_id", questions)
+        picture = Picture(path=images / str(field_of(row, "image", questions)))
+        text = str(field_of(row, "text", questions))
+        asked.append(Question(id=id_, text=text, picture=picture, round=seen[str(id_)], fields=row))
+        seen[str(id_)] += 1
+    return asked
 
 
 def read_science_qa(questions: Path, images: Path) -> list[Question]:

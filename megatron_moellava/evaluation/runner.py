@@ -74,8 +74,8 @@ class Asked:
     chosen: Sequence[Question]  # after --limit, with blank pictures if so asked
 
 
-def read_questions(task: Task, data: Path, options: Options) -> Asked:
-    questions = task.read(data, circular=options.circular)
+def read_questions(task: Task, data: Path, options: Options, *, asking: bool = True) -> Asked:
+    questions = task.read(data, circular=options.circular, asking=asking)
     chosen = questions[: options.limit] if options.limit else questions
     if options.blank_images:
         chosen = [replace(q, picture=replace(q.picture, blank=True)) if q.picture else q for q in chosen]
@@ -148,7 +148,7 @@ def score_file(
     task: Task, data: Path, out: Path, file: Path, *, model: str, judge: Judge | None, options: Options
 ) -> dict:
     """Scores a predictions file, ours or the original's, without a model."""
-    chosen = read_questions(task, data, options).chosen
+    chosen = read_questions(task, data, options, asking=False).chosen
     return _score(task, data, out, model, chosen, read_predictions(file, chosen), judge, options)
 
 

@@ -44,27 +44,29 @@ class Task:
     server: str = ""  # where the submission file goes
     judge: str = ""  # the original's judge, where one is needed
     needs: tuple[str, ...] = ()  # other files and folders that scoring reads, inside the folder
+    pictures: tuple[str, ...] = ()  # folders below `images` that asking reads
     packages: tuple[str, ...] = ()  # Python packages of the `eval` extra
     origin: str  # where the data come from
 
-    def check_data(self, data: Path) -> Path:
+    def check_data(self, data: Path, *, asking: bool = True) -> Path:
         """The task's folder. DataError when anything is missing: what, where it comes from, what the folder needs."""
         folder = data / self.folder
-        wanted = [name for name in (self.questions, self.images, *self.needs) if name]
+        pictures = (self.images, *self.pictures) if asking else ()
+        wanted = list(dict.fromkeys(name for name in (self.questions, *pictures, *self.needs) if name))
         missing = [name for name in wanted if not (folder / name).exists()]
         if missing:
             tree = "\n".join(f"  {folder / name}{'   <- missing' if name in missing else ''}" for name in wanted)
-            raise DataError(
-                f"{self.title}: {len(missing)} of {len(wanted)} files are missing.\n{tree}\nFrom: {self.origin}"
-            )
+            raise DataError(f"{self.title}: {len(missing)} of {len(wanted)} are missing.\n{tree}\nFrom: {self.origin}")
         for package in self.packages:
             if importlib.util.find_spec(package) is None:
                 raise ConfigError(f"{self.title} needs the package {package!r}; pip install 'megatron-moellava[eval]'")
         return folder
 
-    def read(self, data: Path, *, circular: bool = False) -> list[Question]:
-        """All questions in the file's order. DataError when the file is empty or an id repeats."""
-        folder = self.check_data(data)
+    def read(self, data: Path, *, circular: bool = False, asking: bool = True) -> list[Question]:
+        """All questions in the file's order; `asking` also wants the pictures. DataError: empty, or an id repeats."""
+        folder = self.check_data(data, asking=asking)
+        if circular and f"{self.reader}_circular" not in READERS:
+            raise ConfigError(f"circular=True: {self.title} has no options to rotate; only the MMBench tasks have")
         reader = READERS[f"{self.reader}_circular" if circular else self.reader]
         questions = reader(folder / self.questions, folder / self.images)
         if not questions:
@@ -172,6 +174,7 @@ _ALL = (
         reader="llava_jsonl",
         images="MME_Benchmark_release_version",
         score=yes_no.mme,
+        needs=("MME_Benchmark_release_version",),
         origin=f"questions: {_EVAL_ZIP}; the rest: github.com/BradyFU/Awesome-Multimodal-Large-Language-Models",
     ),
     _mmbench("mmbench", "MMB", "mmbench_dev_20230712.tsv", _OPTION_SUFFIX),
@@ -186,7 +189,8 @@ _ALL = (
         score=choice.seed,
         submit=submission.seed,
         server="https://huggingface.co/spaces/AILab-CVC/SEED-Bench_Leaderboard",
-        needs=("SEED-Bench.json", "SEED-Bench-image"),
+        needs=("SEED-Bench.json",),
+        pictures=("SEED-Bench-image",),
         origin=f"{_EVAL_ZIP}; the rest: github.com/AILab-CVC/SEED-Bench, DATASET.md (of a video: the middle frame)",
     ),
     Task(

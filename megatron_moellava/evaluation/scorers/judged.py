@@ -101,7 +101,7 @@ def llava_bench(answered: Answered) -> Score | None:
         key = _digest(answered.judge.url, answered.judge.model, str(question.id), words)
         make = _Review(answered.judge, words, question.id, category)
         rows.append(reviews.get(key, make))
-    return _llava_bench_score(rows, answered, "the original's" if rules else "our")
+    return _llava_bench_score(rows, answered.judge, "the original's" if rules else "our")
 
 
 def _rule_of(rules: object, category: str, path: Path) -> Mapping[str, str]:
@@ -151,7 +151,7 @@ def _relative(sums_K: np.ndarray) -> float:
     return float(100.0 * sums_K[1] / sums_K[0]) if sums_K[0] else 0.0
 
 
-def _llava_bench_score(rows: list[dict], answered: Answered, wording: str) -> Score:
+def _llava_bench_score(rows: list[dict], judge: Judge, wording: str) -> Score:
     sums_UK = np.array([row["tuple"] for row in rows], dtype=np.float64)
     readable = sums_UK[:, 0] >= 0
     categories: dict[str, list[list[float]]] = defaultdict(list)
@@ -165,7 +165,7 @@ def _llava_bench_score(rows: list[dict], answered: Answered, wording: str) -> Sc
         unit="question",
         details={name: _relative(np.array(part).sum(axis=0)) for name, part in sorted(categories.items())}
         | {"unreadable reviews": int((~readable).sum()), "without them": _relative(sums_UK[readable].sum(axis=0))},
-        notes=[_judge_note(answered.judge, (row["judge"] for row in rows), LLAVA_BENCH_JUDGE, wording)],
+        notes=[_judge_note(judge, (row["judge"] for row in rows), LLAVA_BENCH_JUDGE, wording)],
     )
 
 

@@ -1,0 +1,66 @@
+"""What tools/evaluate.py calls: from its arguments to files and a table."""
+
+import argparse
+
+from megatron_moellava.config import ConfigError
+from megatron_moellava.evaluation.judge import Judge
+from megatron_moellava.evaluation.report import write_summary
+from megatron_moellava.evaluation.runner import Options, score_file
+from megatron_moellava.evaluation.tasks import TASKS, Task, get_task
+
+
+def list_tasks() -> str:
+    """One paragraph per benchmark: the name to give, the files it needs and where they come from."""
+    return "\n".join(_describe(task) for task in TASKS.values())
+
+
+def _describe(task: Task) -> str:
+    files = ", ".join(name for name in (task.questions, task.images, *task.needs) if name not in ("", "."))
+    scored = "scored here" if task.score else f"scored by {task.server}"
+    judged = f", needs a judge (the original's: {task.judge})" if task.judge else ""
+    return f"{task.name:12} {task.title}: {scored}{judged}\n{'':13}{task.folder}/: {files}\n{'':13}from {task.origin}"
+
+
+def chosen_tasks(names: str) -> list[Task]:
+    """`"pope,gqa"` -> the tasks. ConfigError for none or an unknown name."""
+    tasks = [get_task(name.strip()) for name in names.split(",") if name.strip()]
+    if not tasks:
+        raise ConfigError(f"benchmark is empty: name one or more of {', '.join(TASKS)}, separated by commas")
+    return tasks
+
+
+def judge_of(args: argparse.Namespace) -> Judge | None:
+    if bool(args.judge_url) != bool(args.judge_model):
+        raise ConfigError("--judge-url and --judge-model go together: give both or neither")
+    return (
+        Judge(url=args.judge_url, model=args.judge_model, key_variable=args.judge_key_variable)
+        if args.judge_url
+        else None
+    )
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    if args.limit < 0:
+        raise ConfigError(f"limit={args.limit} must be 0 (all questions) or a positive number")
+    if args.bootstrap < 2:
+        raise ConfigError(f"bootstrap={args.bootstrap} must be at least 2; 1000 is usual")
+    return Options(limit=args.limit, circular=args.circular, bootstrap_samples=args.bootstrap)
+
+
+def score_predictions(args: argparse.Namespace) -> str:
+    """--score-only: the table over everything scored so far into --out."""
+    tasks = chosen_tasks(args.benchmark)
+    if args.score_only is None:
+        raise ConfigError("give --score-only FILE: a JSONL with question_id and text a line, ours or the original's")
+    if len(tasks) > 1:
+        raise ConfigError(f"benchmark={args.benchmark!r}: --score-only scores one file, so name one benchmark")
+    score_file(
+        tasks[0],
+        args.data,
+        args.out,
+        args.score_only,
+        model=args.model_name or args.score_only.stem,
+        judge=judge_of(args),
+        options=options_of(args),
+    )
+    return write_summary(args.out)
