@@ -18,6 +18,8 @@ import yaml
 class MoELlavaError(Exception):
     """Base of every error that a user can cause and mend."""
 
+    exit_code = 2
+
 
 class ConfigError(MoELlavaError):
     """The run as asked for cannot work; says field, value, rule and fix."""
@@ -35,21 +37,25 @@ class DataError(MoELlavaError):
 class Source:
     path: str  # LLaVA JSON or JSONL, or a folder of WebDataset shards
     image_folder: str = ""  # image paths of the rows are relative to it
-    weight: float = 1.0  # share of this source in the blend, relative to the others
+    weight: float = 1.0  # how often each row is seen in an epoch; 1.0 for all sources: their concatenation, as LLaVA does
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     backbone: str  # a name in backbones/, or a folder with a Hugging Face config.json
     tower: str = "clip-vit-large-patch14-336"  # a name in towers/, or a folder with a config.json
-    scale_multimodal_embeddings: bool = True  # MiniCPM: False reproduces the original, which skips scale_emb with images
+    scale_multimodal_embeddings: bool = (
+        True  # MiniCPM: False reproduces the original, which skips scale_emb with images
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoEConfig:
     num_experts: int = 4
     moe_router_topk: int = 2
-    placement: str | tuple[int, ...] = "sparse"  # first_half, second_half, sparse (0, 2, 4, ...), dense, or layer numbers
+    placement: str | tuple[int, ...] = (
+        "sparse"  # first_half, second_half, sparse (0, 2, 4, ...), dense, or layer numbers
+    )
     router: str = "megatron"  # "megatron": dropless deterministic top-k; "original": the DeepSpeed 0.9.5 gate
     moe_aux_loss_coeff: float = 0.01  # per MoE layer, summed over layers
     moe_z_loss_coeff: float | None = None  # megatron router only
@@ -125,7 +131,6 @@ class OptimizerConfig:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     clip_grad: float = 1.0  # global gradient norm; 0: off, as the original in effect
-    use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
 
@@ -136,7 +141,6 @@ class CheckpointConfig:
     save: str | None = None  # resumed from when it holds a complete checkpoint
     save_interval: int = 1000  # steps; the end of the run is always saved
     keep: int = 2  # newest complete checkpoints kept
-    async_save: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,7 +170,7 @@ def load_config(yaml_path: str | None = None, overrides: typing.Sequence[str] = 
     """
     tree = read_yaml(yaml_path) if yaml_path else {}
     for override in overrides:
-        _apply_override(tree, override)
+        set_override(tree, *split_override(override))
     return from_dict(RunConfig, tree)
 
 
@@ -183,16 +187,22 @@ def read_yaml(path: str) -> dict:
     return tree or {}
 
 
-def _apply_override(tree: dict, override: str) -> None:
+def split_override(override: str) -> tuple[str, object]:
+    """`"optimizer.lr=1e-4"` -> ("optimizer.lr", "1e-4"); the value is read as YAML."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not of the form section.field=value, e.g. optimizer.lr=1e-4")
-    *sections, name = key.split(".")
+    return key, yaml.safe_load(text) if text else ""
+
+
+def set_override(tree: dict, path: str, value: object) -> None:
+    """Set a dotted path in nested plain data."""
+    *sections, name = path.split(".")
     for section in sections:
         if not isinstance(tree.get(section), dict):
             tree[section] = {}
         tree = tree[section]
-    tree[name] = yaml.safe_load(text) if text else ""
+    tree[name] = value
 
 
 def from_dict(cls: type, tree: dict):
@@ -211,7 +221,7 @@ def to_dict(config) -> dict:
 
 def _build(cls: type, tree: object, path: str, problems: list[str]):
     if not isinstance(tree, dict):
-        problems.append(f"{path}={tree!r} must be a section with fields of {cls.__name__}")
+        problems.append(f"{path.rstrip('.')}={tree!r} must be a section with the fields of {cls.__name__}")
         return None
     known = {item.name: item for item in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)

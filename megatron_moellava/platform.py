@@ -291,11 +291,10 @@ def _install() -> None:
 
 if not HAS_CUDA:
     _install()
-    # On a CPU the generator of the "GPU" is the CPU's own: the tracker's warning that it changed says nothing.
-    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 # Megatron-core says at every start that Transformer Engine is missing and that some of its modules are experimental.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
 warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated.*", category=FutureWarning)
 warnings.filterwarnings("ignore", message=".*grad attribute of a Tensor that is not a leaf.*")
-# GPTModel advertises HybridModel at every construction; the choice of class is in model/moe_llava.py.
-logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+# Its own warnings (deprecated classes, defaults it fills in) are about choices made in this package.
+for _logger in ("megatron.core", "torch.utils.cpp_extension"):
+    logging.getLogger(_logger).setLevel(logging.ERROR)

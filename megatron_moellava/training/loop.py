@@ -33,11 +33,12 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 INTERRUPTED = 85  # exit code: a checkpoint is written, run the same command again
-DIVERGED = 3  # exit code: too many steps in a row without a finite gradient
 
 
 class TrainingDiverged(MoELlavaError):
     """Loss or gradient was not finite too often in a row."""
+
+    exit_code = 3
 
 
 def build_model(run: RunConfig) -> list[MoELlava]:

@@ -1,0 +1,106 @@
+"""From a command line to a finished stage: gather the run, validate it, build loader and trainer, train."""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_moellava import parallel
+from megatron_moellava.backbones import get_backbone
+from megatron_moellava.config import ConfigError, RunConfig, from_dict, read_yaml, set_override, split_override
+from megatron_moellava.data.loader import Loader, build_train_loader
+from megatron_moellava.data.tokenizer import load_tokenizer
+from megatron_moellava.towers import get_tower
+from megatron_moellava.training.checkpoint import newest_checkpoint, read_run_file
+from megatron_moellava.training.loop import Trainer
+from megatron_moellava.training.validate import validate
+
+
+def load_run(arguments: argparse.Namespace) -> RunConfig:
+    """The run of a command line. Weakest first: the model of the loaded checkpoint, the YAML file, flags, overrides."""
+    tree = _model_of_checkpoint(arguments.load)
+    for section, fields in (read_yaml(arguments.config) if arguments.config else {}).items():
+        tree[section] = {**tree[section], **fields} if section in tree and isinstance(fields, dict) else fields
+    flags = {
+        "training.stage": arguments.stage,
+        "model.backbone": arguments.backbone,
+        "model.tower": arguments.tower,
+        "checkpoint.load": arguments.load,
+        "checkpoint.save": arguments.save,
+        "data.sources": [{"path": path, "image_folder": arguments.image_folder} for path in arguments.data],
+    }
+    for name, value in flags.items():
+        if value:
+            set_override(tree, name, value)
+    for override in arguments.overrides:
+        set_override(tree, *split_override(override))
+    return from_dict(RunConfig, tree)
+
+
+def _model_of_checkpoint(load: str | None) -> dict:
+    checkpoint = newest_checkpoint(load) if load else None
+    if checkpoint is None:
+        return {}
+    model = read_run_file(checkpoint)["model"]
+    tree = {"model": {"backbone": model["backbone"], "tower": model["tower"]}}
+    return tree | ({"moe": dict(model["moe"])} if model["moe"] else {})
+
+
+def validate_run(run: RunConfig) -> None:
+    """Raises ConfigError when the run cannot work with the processes that torchrun (or SLURM) has been asked for."""
+    validate(run, int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def train(run: RunConfig) -> int:
+    """Train the stage that the run describes. Returns the exit code; see tools/train.py."""
+    validate_run(run)
+    parallel.initialize(run.parallel, run.training.seed)
+    try:
+        loader = build_loader(run) if parallel.reads_data() else None
+        trainer = Trainer(run, loader, train_steps(run, loader))
+        return trainer.train()
+    finally:
+        parallel.shutdown()
+
+
+def build_loader(run: RunConfig) -> Loader:
+    """The training loader of this data-parallel rank."""
+    backbone = get_backbone(run.model.backbone)
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    if tokenizer.vocab_size > backbone.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer={run.data.tokenizer} has {tokenizer.vocab_size} tokens, more than the vocab_size="
+            f"{backbone.vocab_size} of {backbone.name}; use the tokenizer of this backbone"
+        )
+    return build_train_loader(
+        run.data,
+        tokenizer,
+        get_tower(run.model.tower),
+        seed=run.training.seed,
+        rank=parallel.data_parallel_rank(),
+        world_size=parallel.data_parallel_size(),
+        micro_batch_size=run.training.micro_batch_size,
+        pad_multiple=run.parallel.tensor_model_parallel_size,
+        template=run.data.template or backbone.template,
+        cache_folder=str(Path(run.checkpoint.save) / "data_index") if run.checkpoint.save else None,
+    )
+
+
+def rows_per_epoch(run: RunConfig, loader: Loader) -> int:
+    """Rows that one epoch fills, over all ranks: its samples, or an estimate of its packed rows."""
+    if not run.data.packing:
+        return loader.num_samples
+    raise ConfigError("training.train_steps=0 (one epoch) is not known in advance with data.packing=true; set a number")
+
+
+def train_steps(run: RunConfig, loader: Loader | None) -> int:
+    """`training.train_steps`, or the steps of one epoch."""
+    steps = [run.training.train_steps]
+    if not steps[0]:
+        if loader is not None:
+            steps = [max(1, math.ceil(rows_per_epoch(run, loader) / run.training.global_batch_size))]
+        dist.broadcast_object_list(steps, src=0)
+    return steps[0]
+

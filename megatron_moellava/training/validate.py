@@ -1,0 +1,252 @@
+"""Every rule that ties the fields of a run together, checked before any weight is touched; all problems in one error."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_moellava import platform
+from megatron_moellava.backbones import Backbone, get_backbone
+from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig
+from megatron_moellava.data.templates import get_template
+from megatron_moellava.towers import get_tower
+from megatron_moellava.training.checkpoint import newest_checkpoint, require_checkpoint
+from megatron_moellava.training.stages import ROLES, STAGES
+
+PLACEMENTS = ("first_half", "second_half", "sparse", "dense")
+CHOICES = {
+    "training.stage": tuple(STAGES),
+    "training.precision": ("bf16", "fp32"),
+    "training.device": ("auto", "cpu", "cuda"),
+    "training.recompute": ("none", "full", "selective", "moe"),
+    "training.fp8": (None, "delayed", "tensorwise", "blockwise", "mxfp8"),
+    "optimizer.lr_decay_style": ("cosine", "linear", "constant"),
+    "data.image_aspect_ratio": ("pad", "square"),
+    "data.label_mode": ("spans", "original"),
+    "data.sampler": ("shuffle", "modality_length"),
+    "moe.router": ("megatron", "original"),
+    "moe.second_choice": ("sampled", "deterministic"),
+    "moe.experts": ("grouped", "sequential"),
+    "moe.moe_token_dispatcher_type": ("alltoall", "allgather", "flex"),
+    "moe.moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+}
+
+
+def validate(run: RunConfig, world_size: int) -> None:
+    """Raises ConfigError that lists every problem of the run on `world_size` processes: field, value, rule, fix."""
+    problems = [*_choices(run), *_files(run)]
+    try:
+        backbone = get_backbone(run.model.backbone)
+    except MoELlavaError as error:
+        problems.append(str(error))
+    else:
+        problems += [*_parallel(run, backbone, world_size), *_moe(run, backbone)]
+    for look_up in (lambda: get_tower(run.model.tower), lambda: run.data.template and get_template(run.data.template)):
+        try:
+            look_up()
+        except MoELlavaError as error:
+            problems.append(str(error))
+    problems += [*_batches(run, world_size), *_training(run)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _choices(run: RunConfig) -> Iterator[str]:
+    for path, allowed in CHOICES.items():
+        section, name = path.split(".")
+        owner = getattr(run, section)
+        if owner is not None and getattr(owner, name) not in allowed:
+            listed = ", ".join(str(value) for value in allowed)
+            yield f"{path}={getattr(owner, name)!r} is not supported; use one of: {listed}"
+
+
+def _files(run: RunConfig) -> Iterator[str]:
+    if not run.data.sources:
+        yield "data.sources is empty; pass --data FILE.json (and --image-folder DIR)"
+    for index, source in enumerate(run.data.sources):
+        if not Path(source.path).exists():
+            yield f"data.sources[{index}].path={source.path} does not exist; docs/data.md says where the data sets come from"
+        if source.image_folder and not Path(source.image_folder).is_dir():
+            yield f"data.sources[{index}].image_folder={source.image_folder} is not a folder; pass --image-folder DIR"
+    if not run.data.tokenizer:
+        yield "data.tokenizer is empty; pass data.tokenizer=FOLDER with the backbone's tokenizer, or a SentencePiece .model"
+    elif not Path(run.data.tokenizer).exists():
+        yield f"data.tokenizer={run.data.tokenizer} does not exist; it is a tokenizer folder or a SentencePiece .model"
+    options = run.checkpoint
+    resumes = options.save is not None and newest_checkpoint(options.save) is not None
+    if options.load is not None and not resumes:
+        try:
+            require_checkpoint(options.load)
+        except MoELlavaError as error:
+            yield str(error)
+    if options.keep < 1:
+        yield f"checkpoint.keep={options.keep} must be at least 1; the newest checkpoint is never deleted"
+    if options.save_interval < 1:
+        yield f"checkpoint.save_interval={options.save_interval} must be at least 1 step"
+
+
+def _parallel(run: RunConfig, backbone: Backbone, world_size: int) -> Iterator[str]:
+    parallel = run.parallel
+    tensor = parallel.tensor_model_parallel_size
+    sizes = {
+        "num_attention_heads": backbone.num_attention_heads,
+        "num_query_groups": backbone.num_query_groups,
+        "ffn_hidden_size": backbone.ffn_hidden_size,
+    }
+    for name, size in sizes.items():
+        if size % tensor:
+            yield (
+                f"parallel.tensor_model_parallel_size={tensor} does not divide {name}={size} ({backbone.name}); "
+                f"use {_divisors(size)}"
+            )
+    yield from _pipeline(run, backbone)
+    if parallel.context_parallel_size > 1 and not platform.HAS_TRANSFORMER_ENGINE:
+        yield (
+            f"parallel.context_parallel_size={parallel.context_parallel_size} needs Transformer Engine's attention, which "
+            "is not installed here; use 1"
+        )
+    model = tensor * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    if world_size % model:
+        yield (
+            f"{world_size} processes cannot be divided into groups of tensor x pipeline x context = {model}; start a "
+            f"multiple of {model} processes, or change parallel.*"
+        )
+    expert = parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or 1)
+    per_stage = world_size // parallel.pipeline_model_parallel_size
+    if per_stage % expert:
+        yield (
+            f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} x expert_tensor_parallel_size="
+            f"{parallel.expert_tensor_parallel_size or 1} does not divide the {per_stage} processes of a pipeline stage; "
+            f"use {_divisors(per_stage)}"
+        )
+    if parallel.sequence_parallel and tensor == 1:
+        yield "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; leave it unset"
+    if parallel.sequence_parallel is False and tensor > 1 and run.moe is not None:
+        yield "parallel.sequence_parallel=false: Megatron-Core's MoE layers need it with tensor parallelism; leave it unset"
+    if tensor > 1 and run.data.seq_length % tensor:
+        yield f"data.seq_length={run.data.seq_length} must be a multiple of parallel.tensor_model_parallel_size={tensor}"
+
+
+def _pipeline(run: RunConfig, backbone: Backbone) -> Iterator[str]:
+    parallel = run.parallel
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    first = parallel.num_layers_in_first_pipeline_stage
+    if first is not None and (stages == 1 or not 0 < first < backbone.num_layers):
+        yield (
+            f"parallel.num_layers_in_first_pipeline_stage={first} needs several pipeline stages and a number between 1 "
+            f"and {backbone.num_layers - 1} ({backbone.name})"
+        )
+    elif first is not None and (backbone.num_layers - first) % (stages - 1):
+        yield (
+            f"parallel.num_layers_in_first_pipeline_stage={first} leaves {backbone.num_layers - first} layers, which the "
+            f"other {stages - 1} stages cannot share equally"
+        )
+    elif first is None and backbone.num_layers % (stages * (virtual or 1)):
+        yield (
+            f"parallel.pipeline_model_parallel_size={stages} x virtual stages {virtual or 1} does not divide num_layers="
+            f"{backbone.num_layers} ({backbone.name}); use {_divisors(backbone.num_layers)} in all, or "
+            "num_layers_in_first_pipeline_stage"
+        )
+    if virtual is not None and stages == 1:
+        yield f"parallel.virtual_pipeline_model_parallel_size={virtual} needs pipeline_model_parallel_size > 1"
+
+
+def _moe(run: RunConfig, backbone: Backbone) -> Iterator[str]:
+    moe, parallel = run.moe, run.parallel
+    if moe is None:
+        if run.training.stage == 3 and run.training.trains is None:
+            yield (
+                "training.stage=3 trains MoE layers, and this model has none; start from a checkpoint made by "
+                "`tools/convert.py upcycle`, or set moe.num_experts"
+            )
+        if parallel.expert_model_parallel_size > 1:
+            yield f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} needs a MoE model; use 1"
+        return
+    if moe.num_experts % parallel.expert_model_parallel_size:
+        yield (
+            f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} does not divide moe.num_experts="
+            f"{moe.num_experts}; use {_divisors(moe.num_experts)}"
+        )
+    if not 1 <= moe.moe_router_topk <= moe.num_experts:
+        yield f"moe.moe_router_topk={moe.moe_router_topk} must lie between 1 and moe.num_experts={moe.num_experts}"
+    yield from _placement(moe.placement, backbone)
+    if (parallel.expert_tensor_parallel_size or 1) > 1 and backbone.add_bias_linear:
+        yield (
+            f"parallel.expert_tensor_parallel_size={parallel.expert_tensor_parallel_size}: the experts of {backbone.name} "
+            "have biases, which Megatron-Core cannot split; use 1"
+        )
+    if moe.moe_token_dispatcher_type == "flex" and not platform.HAS_CUDA:
+        yield "moe.moe_token_dispatcher_type=flex (DeepEP) needs GPUs; use alltoall"
+    yield from _original_router(run) if moe.router == "original" else _megatron_router(run)
+
+
+def _placement(placement, backbone: Backbone) -> Iterator[str]:
+    if isinstance(placement, str):
+        if placement not in PLACEMENTS:
+            yield f"moe.placement={placement!r} is unknown; use {', '.join(PLACEMENTS)} or a list of layers such as [0, 2]"
+        return
+    if not placement or not all(0 <= layer < backbone.num_layers for layer in placement):
+        yield f"moe.placement={list(placement)} must name layers between 0 and {backbone.num_layers - 1} ({backbone.name})"
+
+
+def _original_router(run: RunConfig) -> Iterator[str]:
+    moe = run.moe
+    if moe.moe_router_topk > 2:
+        yield f"moe.moe_router_topk={moe.moe_router_topk}: the original router has 1 or 2; use moe.router=megatron"
+    if moe.capacity_factor is None:
+        yield "moe.capacity_factor is unset: the original router always has one; the released recipes use 1.5"
+    if run.data.packing:
+        yield "moe.router=original counts places in padded batches; set data.packing=false"
+    for name in ("moe_z_loss_coeff", "moe_router_enable_expert_bias"):
+        if getattr(moe, name):
+            yield f"moe.{name}={getattr(moe, name)}: the original router has no such thing; use moe.router=megatron"
+    if run.parallel.context_parallel_size > 1:
+        yield "parallel.context_parallel_size: the original router counts places over the whole sequence; use 1"
+
+
+def _megatron_router(run: RunConfig) -> Iterator[str]:
+    if run.moe.capacity_factor is not None and run.parallel.tensor_model_parallel_size > 1:
+        yield (
+            f"moe.capacity_factor={run.moe.capacity_factor} with tensor parallelism: Megatron-Core counts places in each "
+            "rank's share of the sequence, so the result would depend on the layout; leave it unset (dropless)"
+        )
+
+
+def _batches(run: RunConfig, world_size: int) -> Iterator[str]:
+    training, parallel = run.training, run.parallel
+    model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    rows = training.micro_batch_size * max(world_size // model, 1)
+    if training.micro_batch_size < 1 or training.global_batch_size < 1 or training.global_batch_size % rows:
+        yield (
+            f"training.global_batch_size={training.global_batch_size} must be a multiple of micro_batch_size "
+            f"{training.micro_batch_size} x data-parallel ranks {max(world_size // model, 1)} = {rows}"
+        )
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if virtual and (training.global_batch_size // max(rows, 1)) % parallel.pipeline_model_parallel_size:
+        yield (
+            "parallel.virtual_pipeline_model_parallel_size: the number of micro-batches per step, "
+            f"{training.global_batch_size // rows}, must be a multiple of the {parallel.pipeline_model_parallel_size} stages"
+        )
+    if run.data.packing and training.micro_batch_size != 1:
+        yield (
+            f"training.micro_batch_size={training.micro_batch_size}: a packed micro-batch is one row; use 1 and a longer "
+            "data.seq_length, or data.packing=false"
+        )
+    if run.data.packing and run.data.sampler == "modality_length":
+        yield "data.sampler=modality_length orders padded batches; set data.packing=false"
+
+
+def _training(run: RunConfig) -> Iterator[str]:
+    training = run.training
+    for role in training.trains or ():
+        if role not in ROLES:
+            yield f"training.trains: {role!r} is not a role; roles are {', '.join(ROLES)}"
+    if training.fp8 is not None and not platform.HAS_TRANSFORMER_ENGINE:
+        yield f"training.fp8={training.fp8} needs a GPU with Transformer Engine; leave it unset"
+    if training.train_steps < 0:
+        yield f"training.train_steps={training.train_steps} must be 0 (one epoch) or positive"
+    if not 0 <= run.optimizer.lr_warmup_fraction <= 1:
+        yield f"optimizer.lr_warmup_fraction={run.optimizer.lr_warmup_fraction} must lie between 0 and 1"
+
+
+def _divisors(number: int) -> str:
+    found = [str(divisor) for divisor in range(1, number + 1) if number % divisor == 0 and divisor <= 64]
+    return " or ".join([", ".join(found[:-1]), found[-1]]) if len(found) > 1 else found[0]
