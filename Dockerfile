@@ -31,11 +31,7 @@ RUN apt-get update \
 ENV PATH=/opt/venv/bin:$PATH VENV=/opt/venv
 WORKDIR /opt/megatron-moellava
 COPY --from=cpu-build /opt/venv /opt/venv
-COPY setup.py pyproject.toml LICENSE README.md Makefile ./
-COPY megatron_moellava megatron_moellava
-COPY tools tools
-COPY examples examples
-COPY tests tests
+COPY . .
 RUN mkdir runs && chown 1000 runs
 USER 1000
 CMD ["make", "quickstart"]
