@@ -27,7 +27,7 @@ EXTRAS_REQUIRE = {
     # apex comes with the NGC PyTorch image only; the "apex" of PyPI is an unrelated package: never pip-install it.
     "gpu": ["transformer-engine[core_cu13,pytorch]~=2.20"],
     # lmms-eval itself is not listed: it wants an older `av` than Energon, hence an environment of its own (README).
-    "eval": ["openpyxl>=3.1", "httpx>=0.27"],
+    "eval": ["openpyxl>=3.1", "httpx>=0.27"],  # openpyxl: MMBench submission tables
     "demo": ["fastapi>=0.110", "uvicorn>=0.29", "gradio>=6,<7"],
     "quickstart": ["easy-vqa~=1.0", "scikit-learn>=1.4"],
     "video": ["av>=17"],  # the release that Energon 7.4 decodes with
@@ -36,6 +36,7 @@ EXTRAS_REQUIRE = {
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "jsonschema>=4.20",
+        "openpyxl>=3.1",  # the tests read back what `eval` writes
         "ruff~=0.17.6",  # another minor may format differently
         "mypy>=1.14",
         "types-PyYAML",

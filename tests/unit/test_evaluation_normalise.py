@@ -79,7 +79,8 @@ def test_pope_reads_yes_or_no(answer, yes):
 
 
 @pytest.mark.parametrize(
-    ("answer", "word"), [("Yes", "yes"), ("yes, it is", "yes"), ("No.", "no"), ("Snow", "no"), ("There", "other")]
+    ("answer", "word"),
+    [("Yes", "yes"), ("yes, it is", "yes"), ("No.", "no"), ("Snow", "no"), ("is no", "other"), ("There", "other")],
 )
 def test_mme_reads_the_first_four_characters(answer, word):
     assert normalise.mme(answer) == word

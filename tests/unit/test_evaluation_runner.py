@@ -185,7 +185,7 @@ def test_several_processes_agree_with_one(tmp_path, places, asked):
 
 def test_answers_that_rank_0_cannot_see_are_an_error(tmp_path):
     miniatures.gqa(tmp_path)
-    with pytest.raises(DataError, match="1 of 3 answers are missing.*shared file system"):
+    with pytest.raises(DataError, match=r"1 of 3 answers are missing.*shared file system"):
         run("gqa", tmp_path, Oracle({}), place=Place(rank=0, world_size=2))
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_moellava.config import ConfigError, DataError
 from megatron_moellava.evaluation.answered import Answered
-from megatron_moellava.evaluation.metrics import Score, mean_percent, sum_by_unit
+from megatron_moellava.evaluation.metrics import Confusion, Score, mean_percent, sum_by_unit
 from megatron_moellava.evaluation.scorers.text import soft_accuracies
 from megatron_moellava.evaluation.tasks import get_task
 
@@ -51,6 +51,15 @@ def test_pope_means_the_f1_of_the_categories(tmp_path):
     assert len(result.sums_UK) == 2
 
 
+def test_f1_counts_misses_and_false_alarms():
+    confusion = Confusion()
+    for predicted, truth in ((True, True), (True, False), (False, True), (False, True), (False, False)):
+        confusion.add(predicted=predicted, truth=truth)
+    # 1 hit, 1 false alarm, 2 misses: precision 1/2, recall 1/3.
+    scores = {"accuracy": 40.0, "precision": 50.0, "recall": 100 / 3, "f1": 40.0, "yes_ratio": 40.0}
+    assert confusion.percent() == pytest.approx(scores)
+
+
 def test_pope_refuses_labels_of_another_picture(tmp_path):
     folder = miniatures.pope(tmp_path)
     labels = folder / "coco" / "coco_pope_random.json"
@@ -73,6 +82,12 @@ def test_mme_adds_accuracy_and_accuracy_plus_per_subtask(tmp_path):
 def test_mme_counts_an_answer_in_neither_word_as_wrong(tmp_path):
     miniatures.mme(tmp_path)
     assert score("mme", tmp_path, ["maybe", "perhaps"] * 3).value == 0.0
+
+
+def test_mme_half_asked_picture_is_not_whole(tmp_path):
+    miniatures.mme(tmp_path)
+    result = score("mme", tmp_path, ["Yes"], limit=1)
+    assert (result.value, result.notes) == (100.0, ["subset: 1 of 6 questions"])
 
 
 def test_science_qa_scores_questions_with_a_picture(tmp_path):
@@ -102,6 +117,24 @@ def test_mmbench_one_round_and_all_rounds(tmp_path):
     result = score("mmbench", tmp_path, ["B", "B", "C", "A", "B"], circular=True)
     assert (result.value, result.metric, result.details["one round"]) == (50.0, "circular accuracy (%)", 100.0)
     assert "not the server's" in result.notes[0]
+
+
+def test_mmbench_groups_the_rotated_copies_of_the_published_table(tmp_path):
+    table = miniatures.mmbench(tmp_path) / get_task("mmbench").questions
+    header, first = table.read_text().splitlines()[:2]
+    copy = first.replace('"5"', '"1000005"').replace('"cat"\t"dog"\t"cow"', '"dog"\t"cow"\t"cat"').replace('"B"', '"A"')
+    other = first.replace('"5"', '"6"')
+    table.write_text("\n".join([header, first, copy, other]) + "\n")
+    result = score("mmbench", tmp_path, ["B", "B", "B"])  # the copy is answered wrong, so question 5 is
+    assert (result.value, result.details) == (50.0, {"one round": 100.0, "questions": 2})
+    assert score("mmbench", tmp_path, ["B", "A", "B"]).value == 100.0
+    assert len(get_task("mmbench").read(tmp_path, circular=True)) == 6  # our own rotations replace the copies
+
+
+def test_mmbench_options_end_at_the_first_missing_one(tmp_path):
+    table = miniatures.mmbench(tmp_path) / get_task("mmbench").questions
+    table.write_text(table.read_text().replace('"dog"', '"None"'))
+    assert get_task("mmbench").read(tmp_path)[0].text.endswith("Which one?\nA. cat")
 
 
 def test_mmbench_without_published_answers_is_left_to_the_server(tmp_path):
