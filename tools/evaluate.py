@@ -1,5 +1,7 @@
 """Score answers to the paper's benchmarks, with the paper's rows beside ours.
 
+This version scores files of answers; it cannot ask a checkpoint (that needs the generation engine).
+
 python tools/evaluate.py --benchmark pope --data eval --score-only answers.jsonl --out runs/eval
 python tools/evaluate.py --list
 """

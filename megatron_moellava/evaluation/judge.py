@@ -25,6 +25,16 @@ class JudgeError(MoELlavaError):
     """The judge cannot be reached or refuses; what it has judged so far is kept."""
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """urllib would follow a redirect with all headers, and so hand the key to another host."""
+
+    def redirect_request(self, *args: object) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
     text: str
@@ -77,7 +87,7 @@ class Judge:
             request.add_header("Authorization", f"Bearer {key}")
         for name, value in self.headers.items():
             request.add_header(name, value)
-        with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
+        with _OPENER.open(request, timeout=self.timeout_seconds) as response:
             payload = response.read()
         try:
             answer = json.loads(payload)

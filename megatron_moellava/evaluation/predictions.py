@@ -133,11 +133,11 @@ def _row(question: Question, prompt: str, text: str, model: str) -> dict:
 
 
 def _read_part(path: Path) -> Iterator[tuple[tuple[str, int], dict]]:
-    _drop_torn_line(path)
+    drop_torn_line(path)
     return _keyed_rows(path)
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """A process killed while writing leaves half a line without its line break: it is cut off, and asked again."""
     if not path.exists():
         return

@@ -31,12 +31,18 @@ class StubJudge:
                 answer = {"model": model, "choices": [{"message": {"role": "assistant", "content": reply}}]}
                 payload = json.dumps(answer if status == 200 else {"error": {"message": "busy"}}).encode()
                 self.send_response(status)
+                if status == 302:
+                    self.send_header("Location", f"{stub.url}/elsewhere")
                 self.send_header("Content-Length", str(len(payload)))
                 self.end_headers()
                 self.wfile.write(payload)
 
             def log_message(self, *args):
                 pass
+
+            def do_GET(self):  # where a followed redirect would arrive
+                stub.requests.append({"path": self.path})
+                self.send_error(404)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
@@ -47,7 +53,8 @@ class StubJudge:
 
 
 @pytest.fixture
-def stub():
+def stub(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     started = []
 
     def start(script, **more):
@@ -175,7 +182,27 @@ def test_the_key_travels_as_a_bearer_token_and_only_when_set(stub, monkeypatch):
     assert server.headers[1]["Authorization"] == "Bearer secret"
 
 
-def test_an_unreachable_judge_is_a_clear_error():
+def test_a_redirect_is_not_followed_with_the_key(stub):
+    server = stub([302, "stolen"])
+    with pytest.raises(JudgeError, match="HTTP 302"):
+        server.judge().ask([], temperature=0.0, max_tokens=1)
+    assert len(server.requests) == 1
+
+
+def test_a_review_torn_by_a_kill_is_asked_again(tmp_path, stub):
+    miniatures.mm_vet(tmp_path)
+    server = stub(["0.5", "0.9"])
+    get_task("mm_vet").score(answered("mm_vet", tmp_path, ["x", "y"], server.judge()))
+    path = tmp_path / "work" / "grades.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    server.script = ["0.1"]
+    assert get_task("mm_vet").score(answered("mm_vet", tmp_path, ["x", "y"], server.judge())).value == pytest.approx(
+        30.0
+    )
+
+
+def test_an_unreachable_judge_is_a_clear_error(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     judge = Judge(url="http://127.0.0.1:9/v1", model="m", retries=0)
     with pytest.raises(JudgeError, match=r"judge\.url=http://127\.0\.0\.1:9/v1"):
         judge.ask([], temperature=0.0, max_tokens=1)

@@ -19,6 +19,7 @@ from megatron_moellava.config import DataError
 from megatron_moellava.evaluation.answered import Answered
 from megatron_moellava.evaluation.judge import Judge
 from megatron_moellava.evaluation.metrics import Score, mean_percent
+from megatron_moellava.evaluation.predictions import drop_torn_line
 from megatron_moellava.evaluation.questions import Question, read_json, read_jsonl
 
 LLAVA_BENCH_JUDGE = "gpt-3.5-turbo"  # the released script's; the paper's LLaVA-1.5 rows come from another
@@ -59,6 +60,7 @@ class Reviews:
 
     @classmethod
     def load(cls, path: Path) -> "Reviews":
+        drop_torn_line(path)
         rows = read_jsonl(path) if path.exists() else ()
         return cls(path, {row["key"]: row for row in rows})
 
