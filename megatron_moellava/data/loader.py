@@ -29,6 +29,14 @@ class Loader:
         self.notes: Counter[str] = Counter()
         self.messages: list[str] = []  # of the samples skipped since the last batch
 
+    def close(self) -> None:
+        """End the worker processes."""
+        self._iterator = None
+        self._engine.close()
+
+    def __del__(self):
+        self.close()
+
     def __iter__(self) -> "Loader":
         return self
 

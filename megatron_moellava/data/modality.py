@@ -128,6 +128,9 @@ class ModalityEngine:
                 yield delivered
             self.epoch, self.position = self.epoch + 1, 0
 
+    def close(self) -> None:
+        """Nothing to do: an epoch's workers end with its iterator."""
+
     def save(self) -> dict:
         return {"epoch": self.epoch, "position": self.position}
 

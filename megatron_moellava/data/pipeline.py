@@ -17,7 +17,7 @@ from megatron_moellava.data.sample import BadSample, ImageRef, parse_record
 from megatron.energon import Cooker, SkipSample, TaskEncoder, stateless
 
 MEMBER_TYPES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
-PATIENCE = 1000  # samples from which a share of bad ones is judged
+PATIENCE = 200  # samples from which a share of bad ones is judged
 
 
 @dataclass(kw_only=True, slots=True)

@@ -95,6 +95,12 @@ class EnergonEngine:
     def __iter__(self):
         return iter(self._loader)
 
+    def close(self) -> None:
+        """Left to the garbage collector, every worker would take five seconds to notice."""
+        workers = self._loader._iterator
+        if workers is not None and self._loader.num_workers:
+            workers._shutdown_workers()
+
     def save(self) -> dict:
         return state.to_json(self._loader.save_state_rank())
 

@@ -95,7 +95,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, folder: str | Path):
         from transformers import AutoTokenizer
 
-        self.model = AutoTokenizer.from_pretrained(str(folder))
+        self.model = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         if not self.model.is_fast:
             raise ConfigError(
                 f"data.tokenizer={folder}: {type(self.model).__name__} has no character offsets; "
