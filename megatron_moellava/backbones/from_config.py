@@ -14,6 +14,15 @@ from megatron_moellava.backbones.backbone import Backbone, HuggingFace, RopeScal
 from megatron_moellava.backbones.config_keys import INERT, MULTIMODAL
 from megatron_moellava.config import ConfigError
 
+# Sizes that no family can guess.
+REQUIRED = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
 
 def read_json(path: Path) -> dict:
     """`config.json` of a folder, or the file itself."""
@@ -39,6 +48,9 @@ def backbone_from_hf_config(config: dict, families, *, name: str) -> Backbone:
         raise ConfigError(f"{name} (model_type {config['model_type']}) is not supported:\n" + "\n".join(problems))
     values = {hf.fields[key]: value for key, value in hf.defaults.items() if key in hf.fields}
     values |= {field: settings[key] for key, field in hf.fields.items() if settings.get(key) is not None}
+    missing = [key for key, field in hf.fields.items() if field in REQUIRED and field not in values]
+    if missing:
+        raise ConfigError(f"{name}: config.json lacks {', '.join(missing)}; add what the published model has")
     if isinstance(values.get("rope_scaling"), dict):
         values["rope_scaling"] = _rope_scaling(values["rope_scaling"])
     values.setdefault("num_query_groups", values["num_attention_heads"])

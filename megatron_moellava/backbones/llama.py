@@ -64,7 +64,16 @@ HF = HuggingFace(
         train_modules=("up_proj", "down_proj", "gate_proj", "wg"),
     ),
     fields=FIELDS,
-    defaults=DEFAULTS,
+    # LLaVA exports of transformers 4 leave out what equals the config class's own defaults.
+    defaults=DEFAULTS
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+    },
     # pretraining_tp > 1 would only re-order sums, in transformers 4.
     constants={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
     moe_model_type="qwen2_moe",

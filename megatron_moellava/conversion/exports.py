@@ -1,0 +1,311 @@
+"""A Megatron checkpoint -> any layout: MoE-LLaVA's or LLaVA-1.5's releases, transformers, the parts one by one."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_moellava.backbones.from_config import hf_config_of, read_json
+from megatron_moellava.config import CheckpointError, ConfigError
+from megatron_moellava.conversion import huggingface, original
+from megatron_moellava.conversion.checkpoint import Checkpoint, expected_of, open_checkpoint
+from megatron_moellava.conversion.engine import Part, Recipe, check, export_recipes, identity
+from megatron_moellava.conversion.imports import TOWER_FILE, is_unused, tower_file
+from megatron_moellava.conversion.initial import language_dtype, zeros
+from megatron_moellava.conversion.layout import (
+    LANGUAGE_MODEL,
+    LAYOUTS,
+    LLAVA,
+    ORIGINAL,
+    TRANSFORMERS,
+    VISION_TOWER,
+    Layout,
+    entries,
+)
+from megatron_moellava.conversion.model import LANGUAGE, PROJECTOR, TOWER, UNUSED, Model, megatron_tensors
+from megatron_moellava.conversion.tensors import Files, Tensor
+from megatron_moellava.conversion.writers import Progress, staged, write_safetensors
+from megatron_moellava.towers.from_config import hf_config_of as tower_config_of
+from megatron_moellava.towers.from_config import processor_config_of
+
+TOKENIZER_FILES = (
+    "token",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "spiece",
+    "qwen.tiktoken",
+)
+EXPORT_LAYOUTS = (*LAYOUTS, "projector")
+MODELLING_FILE = "modeling_moe_llava.py"
+# In memory (and on disk, for a class of our own) transformers 5 has these names.
+OWN = replace(
+    TRANSFORMERS,
+    name="own",
+    title="transformers with modeling_moe_llava.py",
+    language="",
+    moved_decoder="model.language_model.",
+    tower="model.vision_tower.",
+    projector=tuple(f"model.{name}" for name in TRANSFORMERS.projector),
+)
+
+
+@dataclass(slots=True)
+class Export:
+    """What will be written: weights, and small files by name."""
+
+    recipes: list[Recipe]
+    tensors: dict[str, Tensor]
+    files: dict[str, dict | Path]  # JSON content, or a file to copy
+    title: str
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    *,
+    save: Path,
+    layout: str,
+    tokenizer: Path | None = None,
+    tower: Path | None = None,
+    dtype: str | None = None,
+    progress: Progress = lambda count: None,
+    begin: Callable[[int], object] = lambda total: None,
+) -> dict:
+    """Write `checkpoint` in `layout` (one of EXPORT_LAYOUTS) to folder `save`, with config and tokenizer files.
+
+    `tower`: a folder with the published tower, for its tensors that training does not keep (the last layer).
+    Raises ConfigError or CheckpointError before anything is written.
+    """
+    source = open_checkpoint(checkpoint)
+    _check_complete(source)
+    if tower:
+        source = _with_unused(source, Path(tower))
+    if layout == "projector":
+        return _export_projector(source, Path(save))
+    job = PLANS[layout](source, tokenizer, dtype)
+    if tokenizer:
+        job.files |= _tokenizer_files(Path(tokenizer), job.files)
+    begin(sum(recipe.nbytes for recipe in job.recipes))
+    with staged(Path(save)) as staging:
+        write_safetensors(staging, job.recipes, job.tensors, progress)
+        _write_files(staging, job.files)
+    return {"folder": str(save), "layout": job.title, "tensors": len(job.recipes), "files": sorted(job.files)}
+
+
+def _check_complete(source: Checkpoint) -> None:
+    """Every Megatron tensor of the model is there, once, in the right shape."""
+    if source.model.moe and source.model.moe.moe_shared_expert_intermediate_size:
+        raise ConfigError("moe.moe_shared_expert_intermediate_size: shared experts cannot be exported to any layout")
+    riding = {name: tensor for name, tensor in source.tensors.items() if not name.startswith(UNUSED)}
+    wanted = megatron_tensors(source.model)
+    recipes = [Recipe(key, shape, "", (Part(key, 0, _numel(shape)),)) for key, shape in wanted.items()]
+    check(recipes, riding, what=str(source.folder), expected=expected_of(source.model, riding))
+
+
+def _numel(shape) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _with_unused(source: Checkpoint, folder: Path) -> Checkpoint:
+    """The checkpoint with the published tower's unused tensors beside it."""
+    found = {
+        UNUSED + name.removeprefix(TOWER_FILE): tensor
+        for name, tensor in tower_file(folder).items()
+        if is_unused(name.removeprefix(TOWER_FILE), source.model.tower)
+    }
+    return replace(source, tensors=found | source.tensors)
+
+
+def _weights(source: Checkpoint, model: Model, layout: Layout, dtype: str | None) -> list[Recipe]:
+    """All tensors of a layout, the tower's unused ones included."""
+    lines = entries(model, layout)
+    recipes = export_recipes(lines, source.tensors, dtype)
+    if model.tower and any(entry.megatron.startswith(TOWER) for entry in lines):
+        prefix = layout.tower.format(decoder=model.backbone.hf.prefix)
+        recipes += [
+            _cast(identity(name, tensor, prefix + name.removeprefix(UNUSED)), dtype)
+            for name, tensor in source.tensors.items()
+            if name.startswith(UNUSED)
+        ]
+    return recipes
+
+
+def _cast(recipe: Recipe, dtype: str | None) -> Recipe:
+    return replace(recipe, dtype=dtype) if dtype else recipe
+
+
+def _needs_unused(source: Checkpoint) -> None:
+    if source.model.tower is None:
+        raise ConfigError(f"{source.folder} has no vision tower; export it with --layout language-model")
+    if not any(name.startswith(UNUSED) for name in source.tensors):
+        raise CheckpointError(
+            f"{source.folder} lacks the tower's last layer, which training does not need; give --tower the tower's folder"
+        )
+
+
+def _plan_original(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
+    _needs_unused(source)
+    config = original.original_config(source.model, source.provenance.get("hf_config") or {})
+    return Export(
+        _weights(source, source.model, ORIGINAL, dtype), source.tensors, {"config.json": config}, ORIGINAL.title
+    )
+
+
+def _plan_llava(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
+    _needs_unused(source)
+    if source.model.moe or source.model.backbone.hf.family != "llama":
+        raise ConfigError(
+            "--layout llava is LLaVA-1.5's: a dense Llama or Vicuna; use --layout original or transformers"
+        )
+    config = original.llava_config(source.model, source.provenance.get("hf_config") or {})
+    return Export(_weights(source, source.model, LLAVA, dtype), source.tensors, {"config.json": config}, LLAVA.title)
+
+
+def _plan_language_model(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
+    model = Model(backbone=source.model.backbone, moe=source.model.moe)
+    config = hf_config_of(model.backbone)
+    recipes, tensors = _weights(source, model, LANGUAGE_MODEL, dtype), dict(source.tensors)
+    for name in set(model.backbone.hf.drops) - {recipe.name for recipe in recipes}:  # transformers' Phi insists on it
+        tensors[name] = zeros((model.backbone.vocab_size,), dtype or language_dtype(source.tensors))
+        recipes.append(identity(name, tensors[name]))
+    return Export(recipes, tensors, {"config.json": config}, LANGUAGE_MODEL.title)
+
+
+def _plan_tower(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
+    _needs_unused(source)
+    tower = source.model.tower
+    recipes = _weights(source, source.model, replace(ORIGINAL, tower=VISION_TOWER.tower), dtype)
+    recipes = [recipe for recipe in recipes if recipe.name.startswith(VISION_TOWER.tower)]
+    files = {"config.json": tower_config_of(tower), "preprocessor_config.json": processor_config_of(tower)}
+    return Export(recipes, source.tensors, files, VISION_TOWER.title)
+
+
+def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
+    """LlavaForConditionalGeneration, stock where it computes the same, else with a modelling file beside the weights."""
+    _needs_unused(source)
+    reason = huggingface.needs_modelling_file(source.model)
+    model = huggingface.as_transformers(source.model)
+    layout = OWN if reason else TRANSFORMERS
+    tensors = source.tensors | _missing_biases(model, source)
+    recipes = _weights(replace(source, tensors=tensors), model, layout, dtype)
+    vocab, image_token = _image_token(model, tokenizer)
+    recipes, tensors = _with_vocabulary(recipes, tensors, model, vocab)
+    added = list(range(model.backbone.vocab_size, vocab))
+    files: dict[str, dict | Path] = {
+        "config.json": huggingface.export_config(model, vocab, image_token),
+        "preprocessor_config.json": processor_config_of(model.tower),
+        "generation_config.json": {"suppress_tokens": added} if added else {},
+    }
+    if reason:
+        files[MODELLING_FILE] = Path(__file__).with_name(MODELLING_FILE)
+    return Export(recipes, tensors, files, f"{layout.title}{f' ({reason})' if reason else ''}")
+
+
+PLANS = {
+    ORIGINAL.name: _plan_original,
+    LLAVA.name: _plan_llava,
+    LANGUAGE_MODEL.name: _plan_language_model,
+    VISION_TOWER.name: _plan_tower,
+    TRANSFORMERS.name: _plan_transformers,
+}
+
+
+def _missing_biases(model: Model, source: Checkpoint) -> dict[str, Tensor]:
+    """Zeros for the biases that the target family has and the model has not."""
+    dtype = language_dtype(source.tensors)
+    return {
+        name: zeros(shape, dtype)
+        for name, shape in megatron_tensors(model).items()
+        if name.endswith("linear_qkv.bias") and name not in source.tensors
+    }
+
+
+def _image_token(model: Model, tokenizer: Path | None) -> tuple[int, int]:
+    """(rows of the vocabulary, id of <image>). The id needs a row of its own; it is the first that the tokenizer lacks.
+
+    Rows are added, in steps of 64 as transformers' own LLaVA has them, when the published vocabulary is full.
+    """
+    vocab = model.backbone.vocab_size
+    token = _tokenizer_length(Path(tokenizer)) if tokenizer else vocab
+    return (vocab, token) if token < vocab else (token // 64 * 64 + 64, token)
+
+
+def _tokenizer_length(folder: Path) -> int:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    known = tokenizer.get_vocab().get("<image>")
+    return len(tokenizer) if known is None else known
+
+
+def _with_vocabulary(
+    recipes: list[Recipe], tensors: dict[str, Tensor], model: Model, vocab: int
+) -> tuple[list[Recipe], dict[str, Tensor]]:
+    """Embedding and output rows of zeros up to `vocab`; generation_config forbids their ids."""
+    added = vocab - model.backbone.vocab_size
+    if not added:
+        return recipes, tensors
+    keys = [
+        f"{LANGUAGE}{name}" for name in ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
+    ]
+    grown = []
+    for recipe in recipes:
+        if recipe.parts[0].source in keys:
+            extra = (added, *recipe.shape[1:])
+            name = f"{recipe.name} (added rows)"
+            tensors = tensors | {name: zeros(extra, tensors[recipe.parts[0].source].dtype)}
+            parts = (*recipe.parts, Part(name, 0, _numel(extra)))
+            recipe = replace(recipe, shape=(vocab, *recipe.shape[1:]), parts=parts)
+        grown.append(recipe)
+    return grown, tensors
+
+
+def _tokenizer_files(folder: Path, taken: dict) -> dict[str, Path]:
+    """The tokenizer's files; the image token is for the user to add, as its text is the tokenizer's business."""
+    files = {
+        file.name: file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.name not in taken and (file.name.startswith(TOKENIZER_FILES) or file.suffix == ".py")
+    }
+    if not files:
+        raise ConfigError(f"--tokenizer {folder} holds no tokenizer files; give the folder of the language model")
+    return files
+
+
+def _write_files(folder: Path, files: dict[str, dict | Path]) -> None:
+    for name, content in files.items():
+        if isinstance(content, Path):
+            shutil.copyfile(content, folder / name)
+        else:
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _export_projector(source: Checkpoint, save: Path) -> dict:
+    """`mm_projector.bin`, what stage 1 leaves and the original's stage 2 begins with; config.json beside it."""
+    import torch
+
+    lines = [line for line in entries(source.model, ORIGINAL) if line.megatron.startswith(PROJECTOR)]
+    if not lines:
+        raise ConfigError(f"{source.folder} has no projector")
+    state = {}
+    with Files() as files:
+        for line in lines:
+            tensor = source.tensors[line.megatron]
+            content = bytearray().join(bytes(block) for block in files.blocks(tensor, 0, tensor.numel))
+            state[line.names[0]] = torch.frombuffer(content, dtype=getattr(torch, tensor.dtype)).view(line.shape)
+    config = original.original_config(source.model, source.provenance.get("hf_config") or {})
+    with staged(save) as staging:
+        torch.save(state, staging / "mm_projector.bin")
+        _write_files(staging, {"config.json": config})
+    return {"folder": str(save), "layout": "mm_projector.bin", "tensors": len(state), "files": ["config.json"]}
+
+
+def read_config(folder: Path) -> dict:
+    """`config.json` of an export, for those who call from Python."""
+    return read_json(folder)

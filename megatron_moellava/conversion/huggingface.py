@@ -1,0 +1,160 @@
+"""transformers' side: configs of LlavaForConditionalGeneration, dense and MoE, and which model needs a modelling file.
+
+Qwen2-MoE (Qwen3-MoE with QK norm) with `norm_topk_prob`, `mlp_only_layers` and no shared expert computes exactly what a
+deterministic MoE-LLaVA computes on RMSNorm + SwiGLU backbones. Everything else goes with `modeling_moe_llava.py`.
+"""
+
+from dataclasses import replace
+
+from megatron_moellava.backbones import FAMILIES, Backbone
+from megatron_moellava.backbones.from_config import backbone_from_hf_config, hf_config_of
+from megatron_moellava.config import ConfigError, MoEConfig
+from megatron_moellava.conversion.model import Model
+from megatron_moellava.towers.from_config import hf_config_of as tower_config
+
+MOE_TYPES = {"qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
+# Keys of a MoE text config that `moe_config` reads, or that have no meaning for these models.
+MOE_KEYS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "norm_topk_prob",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "router_aux_loss_coef",
+    "output_router_logits",
+    "qkv_bias",
+    "num_local_experts",
+)
+
+
+def text_backbone(config: dict, name: str) -> Backbone:
+    """The backbone of a language model's config, or of the text part of a vision-language model's."""
+    text = dict(config.get("text_config") or config)
+    if text.get("model_type") in MOE_TYPES:
+        text["model_type"] = MOE_TYPES[text["model_type"]]
+        text = {key: value for key, value in text.items() if key not in MOE_KEYS}
+    if "tie_word_embeddings" not in text and "text_config" in config:
+        text["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
+    return backbone_from_hf_config(text, FAMILIES, name=name)
+
+
+def moe_config(config: dict) -> MoEConfig | None:
+    """The MoE section of a Qwen2-MoE or Qwen3-MoE text config that this program could have exported."""
+    text = config.get("text_config") or config
+    if text.get("model_type") not in MOE_TYPES:
+        return None
+    layers = range(text["num_hidden_layers"])
+    step, dense = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or []
+    placement = tuple(i for i in layers if i not in dense and (i + 1) % step == 0)
+    normalises = text.get("norm_topk_prob", False) == (text["num_experts_per_tok"] > 1)
+    if text.get("shared_expert_intermediate_size") or text["moe_intermediate_size"] != text["intermediate_size"]:
+        raise ConfigError("experts must have the dense MLP's size and there must be no shared expert")
+    if not normalises:
+        raise ConfigError("norm_topk_prob must be true (and false for one expert per token)")
+    return MoEConfig(num_experts=text["num_experts"], moe_router_topk=text["num_experts_per_tok"], placement=placement)
+
+
+def needs_modelling_file(model: Model) -> str:
+    """Why stock transformers cannot run the model; empty when it can."""
+    backbone, moe = model.backbone, model.moe
+    if backbone.logits_divisor != 1 or backbone.residual_multiplier != 1:
+        return f"{backbone.hf.family} scales residual branches and logits"
+    if backbone.output_layer_bias:
+        return "the output layer has a bias"
+    if moe and not backbone.hf.moe_model_type:
+        return f"transformers has no {backbone.hf.family} with experts"
+    if moe and moe.use_residual:
+        return "transformers has no residual MoE"
+    return ""
+
+
+def as_transformers(model: Model) -> Model:
+    """The same model under the family whose names transformers knows, with the biases that it insists on.
+
+    Qwen v1 becomes Qwen2; a MoE on Llama or Mistral becomes Qwen2-MoE, with zero q, k and v biases.
+    """
+    backbone = model.backbone
+    stock_moe = model.moe and not needs_modelling_file(model)
+    family = MOE_TYPES[backbone.hf.moe_model_type] if stock_moe else backbone.hf.export_as
+    if not family:
+        return model
+    target = next(item.SIZES[0] for item in FAMILIES if item.SIZES[0].hf.family == family)
+    bias = target.add_qkv_bias if stock_moe else backbone.add_qkv_bias
+    return replace(model, backbone=replace(backbone, hf=target.hf, mapping=target.mapping, add_qkv_bias=bias))
+
+
+def export_config(model: Model, vocab_size: int, image_token: int) -> dict:
+    """`config.json` of the export; `model` as `as_transformers` gives it."""
+    backbone, tower = model.backbone, model.tower
+    reason = needs_modelling_file(model)
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "text_config": text_config(model, vocab_size),
+        "vision_config": tower_config(tower),
+        "image_token_index": image_token,
+        "image_token_id": image_token,
+        "image_seq_length": tower.num_features,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": tower.feature_layer,
+        "vision_feature_select_strategy": "default" if tower.drop_first_feature else "full",
+        "tie_word_embeddings": backbone.share_embeddings_and_output_weights,
+    }
+    return config | own_config(model) if reason else config
+
+
+def text_config(model: Model, vocab_size: int) -> dict:
+    text = hf_config_of(model.backbone) | {"vocab_size": vocab_size}
+    text.pop("sliding_window", None)
+    if model.backbone.hf.family == "minicpm":  # Granite is Llama with MiniCPM's scalings
+        text |= {
+            "model_type": "granite",
+            "architectures": ["GraniteForCausalLM"],
+            "residual_multiplier": model.backbone.residual_multiplier,
+            "attention_multiplier": model.backbone.kv_channels**-0.5,
+            "embedding_multiplier": 1.0,  # the original does not scale the embeddings of a multimodal row
+            "logits_scaling": 1.0,  # the wrapper divides
+        }
+    if model.moe and not needs_modelling_file(model):
+        text |= _moe_text(model)
+    return text
+
+
+def _moe_text(model: Model) -> dict:
+    moe, backbone = model.moe, model.backbone
+    kind = {family: kind for kind, family in MOE_TYPES.items()}[backbone.hf.family]
+    name = kind.replace("qwen", "Qwen").replace("_moe", "Moe")
+    return {
+        "model_type": kind,
+        "architectures": [f"{name}ForCausalLM"],
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.moe_router_topk,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i in range(backbone.num_layers) if i not in model.moe_layers],
+        "norm_topk_prob": moe.moe_router_topk > 1,
+        "moe_intermediate_size": backbone.ffn_hidden_size,
+        "router_aux_loss_coef": moe.moe_aux_loss_coeff,
+    } | ({"shared_expert_intermediate_size": 0, "qkv_bias": True} if kind == "qwen2_moe" else {})
+
+
+def own_config(model: Model) -> dict:
+    """What `modeling_moe_llava.py` reads on top."""
+    moe, backbone = model.moe, model.backbone
+    return {
+        "architectures": ["MoELlavaForConditionalGeneration"],
+        "model_type": "moe_llava",
+        "auto_map": {
+            "AutoConfig": "modeling_moe_llava.MoELlavaConfig",
+            "AutoModel": "modeling_moe_llava.MoELlavaForConditionalGeneration",
+            "AutoModelForImageTextToText": "modeling_moe_llava.MoELlavaForConditionalGeneration",
+        },
+        "moe_layers": list(model.moe_layers),
+        "num_experts": moe.num_experts if moe else 0,
+        "num_experts_per_tok": moe.moe_router_topk if moe else 0,
+        "use_residual": bool(moe and moe.use_residual),
+        "logits_divisor": backbone.logits_divisor,
+        "output_layer_bias": backbone.output_layer_bias,
+    }

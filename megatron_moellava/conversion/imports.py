@@ -1,0 +1,232 @@
+"""Any checkpoint from outside -> a Megatron checkpoint. The layout is told from the tensors' names.
+
+A language model and a tower make the start of stage 1; a `mm_projector.bin` with them is what stage 1 made; LLaVA-1.5
+and MoE-LLaVA folders hold everything, or everything but the tower.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from megatron_moellava.backbones import BACKBONES, Backbone
+from megatron_moellava.backbones.from_config import read_json
+from megatron_moellava.config import CheckpointError, ConfigError
+from megatron_moellava.conversion import huggingface, original
+from megatron_moellava.conversion.checkpoint import write_checkpoint
+from megatron_moellava.conversion.engine import Recipe, check, identity, import_recipes
+from megatron_moellava.conversion.initial import new_projector
+from megatron_moellava.conversion.layout import (
+    LANGUAGE_MODEL,
+    LLAVA,
+    ORIGINAL,
+    TRANSFORMERS,
+    Layout,
+    entries,
+)
+from megatron_moellava.conversion.model import PROJECTOR, UNUSED, Model
+from megatron_moellava.conversion.readers import open_huggingface
+from megatron_moellava.conversion.tensors import Files, Tensor
+from megatron_moellava.conversion.writers import Progress
+
+# Constants that older versions of transformers saved with the weights, and the halves of CLIP and SigLIP that are not
+# the vision tower. They are left out, and counted in the report.
+BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids", "self_attn.bias", "self_attn.masked_bias")
+OTHER_HALF = ("text_model.", "logit_scale", "logit_bias", "visual_projection.", "text_projection.")
+TOWER_FILE, PROJECTOR_FILE = "tower file: ", "projector file: "  # put before names, so that files cannot clash
+
+
+@dataclass(slots=True)
+class Import:
+    """What one import reads, and what it decided; `report` is for the user and for run.json."""
+
+    layout: Layout
+    tensors: dict[str, Tensor]
+    report: dict = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
+
+    def drop(self, names, why: str) -> None:
+        names = sorted(set(names) - self.dropped)
+        if names:
+            self.dropped |= set(names)
+            self.report.setdefault("dropped", {})[why] = names
+
+
+def import_checkpoint(
+    source: Path,
+    *,
+    save: Path,
+    tower: str | None = None,
+    projector: Path | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    keep_output_bias: bool = False,
+    progress: Progress = lambda count: None,
+    begin: Callable[[int], object] = lambda total: None,
+) -> dict:
+    """Convert `source` into a Megatron checkpoint under `save`; returns the report that run.json keeps as provenance.
+
+    `tower`: a folder with the tower's weights; or, when `source` has the weights, a name or folder that defines it.
+    `projector`: a mm_projector file; without one, and without one in `source`, a new projector is drawn with `seed`.
+    Raises ConfigError or CheckpointError that list every problem, before anything is written.
+    """
+    source = Path(source)
+    config = read_json(source)
+    job = Import(_detect(tensors := open_huggingface(source)), tensors)
+    job.tensors = _renamed(job.tensors, job.layout)
+    backbone = _backbone(config, source, job, keep_output_bias)
+    moe = original.moe_config(config) or huggingface.moe_config(config)
+    model = Model(backbone=backbone, tower=original.tower_of(config, job.layout, tower), moe=moe)
+    layout, stage = _add_tower_and_projector(job, model, tower, projector, seed)
+    lines = entries(model, layout)
+    recipes = import_recipes(lines, job.tensors, dtype) + _riding(job, model, layout)
+    _drop_inert(job, model, layout)
+    check(
+        recipes,
+        job.tensors,
+        what=f"{source} ({job.layout.title})",
+        expected={name: shape for entry in lines for name, shape in zip(entry.names, entry.shapes, strict=True)},
+        dropped=job.dropped,
+    )
+    provenance = {"operation": "import", "layout": job.layout.name, "source": source.name, **job.report}
+    provenance["hf_config"] = config
+    begin(sum(recipe.nbytes for recipe in recipes))
+    stage = 3 if moe else stage
+    folder = write_checkpoint(save, model, recipes, job.tensors, stage=stage, provenance=provenance, progress=progress)
+    return {"folder": str(folder), "stage": stage, "model": model, "tensors": len(recipes), **provenance}
+
+
+def _detect(tensors: dict[str, Tensor]) -> Layout:
+    """Which layout the names belong to."""
+    marks = (
+        (ORIGINAL, ("mm_projector.image_spatial_proj.", ".image_tower.", "deepspeed_moe.")),
+        (LLAVA, ("mm_projector.", "model.vision_tower.vision_tower.")),
+        (TRANSFORMERS, ("multi_modal_projector.",)),
+    )
+    for layout, parts in marks:
+        if any(part in name for name in tensors for part in parts):
+            return layout
+    return LANGUAGE_MODEL
+
+
+def _renamed(tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """transformers 5 leaves "vision_model." out where version 4 and the published checkpoints have it."""
+    if layout is not TRANSFORMERS:
+        return tensors
+    missing, full = "vision_tower.", "vision_tower.vision_model."
+    return {
+        full + name.removeprefix(missing) if name.startswith(missing) and not name.startswith(full) else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _backbone(config: dict, source: Path, job: Import, keep_output_bias: bool) -> Backbone:
+    """From the text part of the config; the name of a published size when it is one."""
+    backbone = named(huggingface.text_backbone(config, source.name), source.name)
+    if keep_output_bias:
+        return replace(backbone, output_layer_bias=True)
+    prefix = job.layout.language
+    job.drop(
+        (prefix + name for name in backbone.hf.drops if prefix + name in job.tensors),
+        "the original has no such tensor (import with --keep-output-bias to have it)",
+    )
+    return backbone
+
+
+def named(backbone: Backbone, hint: str) -> Backbone:
+    """The registry's backbone with the same numbers, preferably one whose name is in `hint` (a folder's name)."""
+    twins = [
+        other
+        for other in BACKBONES.values()
+        if replace(backbone, name=other.name, source=other.source, template=other.template) == other
+    ]
+    return max(twins, key=lambda twin: twin.name in hint.lower(), default=backbone)
+
+
+def _add_tower_and_projector(
+    job: Import, model: Model, tower: str | None, projector: Path | None, seed: int
+) -> tuple[Layout, int]:
+    """Bring the tensors of other files in, and say where the lines find them. Second result: the stage that is done."""
+    layout, decoder = job.layout, model.backbone.hf.prefix
+    if model.tower is None:
+        return layout, 0
+    has_tower = layout.tower and any(name.startswith(layout.tower.format(decoder=decoder)) for name in job.tensors)
+    if not has_tower:
+        if not (tower and Path(tower).exists()):
+            raise ConfigError(
+                f"{model.tower.name}: the source has no tower weights; give --tower a folder that has them"
+            )
+        layout = replace(layout, tower=TOWER_FILE)
+        job.tensors = job.tensors | tower_file(Path(tower))
+    if projector:
+        job.tensors = job.tensors | _projector_file(projector)
+        layout = replace(layout, projector=(f"{PROJECTOR_FILE}0", f"{PROJECTOR_FILE}2"))
+        return layout, 1
+    if layout.projector:
+        return layout, 2
+    job.tensors = job.tensors | new_projector(model, job.tensors, seed)
+    job.report["projector"] = f"new, as torch's Linear default, seed {seed}"
+    return replace(layout, projector=(f"{PROJECTOR}linear_fc1", f"{PROJECTOR}linear_fc2")), 0
+
+
+def tower_file(folder: Path) -> dict[str, Tensor]:
+    tensors = open_huggingface(folder)
+    return {TOWER_FILE + name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}
+
+
+def _projector_file(file: Path) -> dict[str, Tensor]:
+    """`mm_projector.bin`: what follows "mm_projector." names the layer, whatever stands before."""
+    tensors = {}
+    for name, tensor in open_huggingface(file).items():
+        tail = name.split("mm_projector.")[-1].removeprefix("image_spatial_proj.")
+        tensors[PROJECTOR_FILE + tail] = tensor
+    return tensors
+
+
+def _riding(job: Import, model: Model, layout: Layout) -> list[Recipe]:
+    """Tower tensors that no feature needs (the last layer, the pooling head) go along, so that an export is complete."""
+    if model.tower is None:
+        return []
+    prefix = layout.tower.format(decoder=model.backbone.hf.prefix)
+    recipes = []
+    for name, tensor in job.tensors.items():
+        rest = name.removeprefix(prefix)
+        if rest != name and name not in job.dropped and is_unused(rest, model.tower):
+            recipes.append(identity(name, tensor, UNUSED + rest))
+    return recipes
+
+
+def is_unused(name: str, tower) -> bool:
+    """Whether a tower tensor (its name below "vision_model.") is needed by no feature."""
+    for pattern in tower.unused:
+        before, layered, _ = pattern.partition("{i}")
+        if name.startswith(before):
+            number = name.removeprefix(before).split(".")[0]
+            if not layered or int(number) >= tower.num_used_layers:
+                return True
+    return False
+
+
+def _drop_inert(job: Import, model: Model, layout: Layout) -> None:
+    job.drop((name for name in job.tensors if name.endswith(BUFFERS)), "buffers that are computed, not learned")
+    halves = tuple(TOWER_FILE + part for part in OTHER_HALF)
+    job.drop((name for name in job.tensors if name.startswith(halves)), "not part of the vision tower")
+    head, embedding = (
+        next(m.hf[0] for m in model.backbone.mapping if m.megatron == key)
+        for key in ("output_layer.weight", "embedding.word_embeddings.weight")
+    )
+    head, embedding = layout.language + head, layout.language + embedding
+    if model.backbone.share_embeddings_and_output_weights and head in job.tensors:
+        if not _equal(job.tensors[head], job.tensors[embedding]):
+            raise CheckpointError(
+                f"{head} differs from {embedding}, but tie_word_embeddings is true; set it to false in config.json"
+            )
+        job.drop([head], "tied to the embeddings")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    with Files() as files, Files() as others:
+        left = files.blocks(one, 0, one.numel)
+        right = others.blocks(other, 0, other.numel)
+        return all(a == b for a, b in zip(left, right, strict=True))

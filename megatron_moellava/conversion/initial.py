@@ -1,0 +1,72 @@
+"""New weights, drawn while they are written: a projector for stage 1, routers and coefficients for upcycling.
+
+All are torch's default for a Linear layer, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), weight and bias alike, as in the
+original. Each tensor has its own random stream, from the seed and its name, so the numbers depend on nothing else.
+"""
+
+import math
+import zlib
+from functools import partial
+
+from megatron_moellava.conversion.engine import Edit, Tensors
+from megatron_moellava.conversion.mapping import Shape
+from megatron_moellava.conversion.model import LANGUAGE, PROJECTOR, Model, megatron_tensors
+from megatron_moellava.conversion.tensors import Tensor
+
+
+def generator(seed: int, name: str):
+    """A torch.Generator of its own for each name."""
+    import torch
+
+    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+
+
+def _uniform(name: str, shape: Shape, fan_in: int, dtype: str, seed: int):
+    import torch
+
+    bound = 1 / math.sqrt(fan_in)
+    values = torch.empty(shape).uniform_(-bound, bound, generator=generator(seed, name))
+    return values.to(getattr(torch, dtype))
+
+
+def linear_default(name: str, shape: Shape, fan_in: int, dtype: str, seed: int) -> Tensor:
+    """A tensor of torch's default Linear initialisation."""
+    return Tensor(shape, dtype, make=partial(_uniform, name, shape, fan_in, dtype, seed))
+
+
+def new_projector(model: Model, tensors: Tensors, seed: int) -> dict[str, Tensor]:
+    """The four tensors of a fresh projector, in the language model's dtype."""
+    dtype = next(tensor.dtype for name, tensor in tensors.items() if name.endswith((".mlp.fc1.weight", "norm.weight")))
+    shapes = {name: shape for name, shape in megatron_tensors(model).items() if name.startswith(PROJECTOR)}
+    fans = {name: shapes[name.rsplit(".", 1)[0] + ".weight"][1] for name in shapes}
+    return {name: linear_default(name, shape, fans[name], dtype, seed) for name, shape in shapes.items()}
+
+
+def zeros(shape: Shape, dtype: str) -> Tensor:
+    """Zeros: biases that a layout demands and the model lacks."""
+    return Tensor(shape, dtype, make=partial(_zeros, shape, dtype))
+
+
+def _zeros(shape: Shape, dtype: str):
+    import torch
+
+    return torch.zeros(shape, dtype=getattr(torch, dtype))
+
+
+def noise(name: str, std: float, seed: int) -> Edit:
+    """Adds N(0, std * standard deviation of the block) to what passes; computed in fp32."""
+    import torch
+
+    state = generator(seed, name)
+
+    def add(block):
+        values = block.float()
+        scale = std * values.std(correction=0)
+        return (values + scale * torch.randn(values.shape, generator=state)).to(block.dtype)
+
+    return add
+
+
+def language_dtype(tensors: Tensors) -> str:
+    """Of the embeddings of a Megatron checkpoint."""
+    return tensors[f"{LANGUAGE}embedding.word_embeddings.weight"].dtype

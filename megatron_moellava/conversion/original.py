@@ -1,0 +1,176 @@
+"""The released layouts' `config.json`: MoE-LLaVA's (all stages) and LLaVA-1.5's. Read for import, written for export."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_moellava.backbones.from_config import hf_config_of
+from megatron_moellava.config import ConfigError, MoEConfig
+from megatron_moellava.conversion.layout import LANGUAGE_MODEL, LLAVA, ORIGINAL, Layout
+from megatron_moellava.conversion.model import Model, moe_layers
+from megatron_moellava.towers import FAMILIES, TOWERS, Tower, get_tower
+from megatron_moellava.towers.from_config import tower_from_hf_config
+
+# Multimodal settings that this program supports in one way only.
+SUPPORTED = {
+    "image_projector_type": ("mlp2x_gelu",),
+    "mm_projector_type": ("mlp2x_gelu",),
+    "mm_vision_select_feature": ("patch",),
+    "mm_use_im_start_end": (False,),
+    "mm_video_tower": (None,),
+    "mm_patch_merge_type": ("flat",),
+    "vision_feature_select_strategy": ("default", "full"),
+    "projector_hidden_act": ("gelu",),
+    "multimodal_projector_bias": (True,),
+}
+
+
+def moe_config(config: dict) -> MoEConfig | None:
+    """`config.moe` of a released MoE checkpoint; it runs with the original's router."""
+    moe = config.get("moe") or {}
+    if not moe.get("moe_enable"):
+        return None
+    experts = moe["num_experts"] if isinstance(moe["num_experts"], list) else [moe["num_experts"]]
+    if len(set(experts)) != 1:
+        raise ConfigError(f"config.moe.num_experts={experts}: all MoE layers must have equally many experts")
+    return MoEConfig(
+        num_experts=experts[0],
+        moe_router_topk=moe["top_k_experts"],
+        placement=tuple(moe.get("moe_layers_idx") or moe_layers(moe["moe_mode"], config["num_hidden_layers"])),
+        router="original",
+        moe_aux_loss_coeff=moe["router_aux_loss_coef"],
+        capacity_factor=moe.get("capacity_factor", 1.0),
+        eval_capacity_factor=moe.get("eval_capacity_factor", 1.0),
+        min_capacity=moe.get("min_capacity", 4),  # the original's class default, where a config has none
+        use_residual=moe.get("use_residual", False),
+    )
+
+
+def tower_of(config: dict, layout: Layout, given: str | None) -> Tower | None:
+    """The vision tower of a source: as given, or as its config says. None for a language model alone."""
+    problems = [
+        f"  {key}={config[key]!r}: only {' or '.join(map(repr, values))} is supported"
+        for key, values in SUPPORTED.items()
+        if key in config and config[key] not in values
+    ]
+    if problems:
+        raise ConfigError("the source's multimodal settings are not supported:\n" + "\n".join(problems))
+    if layout is LANGUAGE_MODEL:
+        return get_tower(given) if given else None
+    if layout in (ORIGINAL, LLAVA):
+        tower = get_tower(given) if given else _published(config)
+        if layout is ORIGINAL and not tower.drop_first_feature:  # released SigLIP models were trained without patch 0
+            tower = get_tower(f"{tower.name}@original")
+        return _with_layer(tower, config.get("mm_vision_select_layer", -2))
+    tower = get_tower(given) if given else _inside(config)
+    drops = config.get("vision_feature_select_strategy", "default") == "default"
+    return _with_layer(replace(tower, drop_first_feature=drops), config.get("vision_feature_layer", -2))
+
+
+def _with_layer(tower: Tower, layer: int) -> Tower:
+    return tower if layer == tower.feature_layer else replace(tower, feature_layer=layer)
+
+
+def _published(config: dict) -> Tower:
+    name = config.get("mm_image_tower") or config.get("mm_vision_tower")
+    if not name:
+        raise ConfigError("config.json has neither mm_image_tower nor mm_vision_tower; give --tower")
+    if Path(name).exists():
+        return get_tower(name)
+    stem = name.rstrip("/").split("/")[-1]
+    if stem not in TOWERS:
+        raise ConfigError(f"tower {name!r} is not a known one ({', '.join(TOWERS)}); give --tower a folder with it")
+    return TOWERS[stem]
+
+
+def _inside(config: dict) -> Tower:
+    """Of transformers' `vision_config`; the name of a published size when it is one."""
+    tower = tower_from_hf_config(config["vision_config"], FAMILIES, name="vision_config")
+    for other in TOWERS.values():
+        if replace(tower, name=other.name, source=other.source) == other:
+            return other
+    return tower
+
+
+def original_config(model: Model, source: dict) -> dict:
+    """`config.json` of MoE-LLaVA: the imported one where there is one, with what the checkpoint now is."""
+    backbone, original = model.backbone, model.backbone.hf.original
+    config = _base(model, source)
+    config |= {
+        "model_type": original.moe_model_type if model.moe else original.model_type,
+        "architectures": [original.moe_architecture if model.moe else original.architecture],
+        "mm_image_tower": source.get("mm_image_tower") or source.get("mm_vision_tower") or _hub_name(model.tower),
+        "mm_video_tower": None,
+        "mm_hidden_size": model.tower.hidden_size,
+        "image_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": model.tower.feature_layer,
+        "mm_vision_select_feature": "patch",
+        "use_mm_proj": True,
+    }
+    for key, value in ORIGINAL_DEFAULTS.items():
+        config.setdefault(key, value)
+    config.pop("moe", None)
+    if model.moe:
+        config["moe"] = _moe_section(model, source.get("moe") or {}, backbone.hf.original.train_modules)
+    return config
+
+
+ORIGINAL_DEFAULTS = {
+    "video_projector_type": "linear",
+    "video_global_proj": False,
+    "video_temproal_proj": False,  # the original's spelling
+    "video_spatial_proj": False,
+    "image_aspect_ratio": "pad",
+    "tokenizer_padding_side": "right",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+}
+
+
+def llava_config(model: Model, source: dict) -> dict:
+    """`config.json` of LLaVA-1.5."""
+    config = _base(model, source)
+    return config | {
+        "model_type": "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "mm_vision_tower": source.get("mm_vision_tower") or source.get("mm_image_tower") or _hub_name(model.tower),
+        "mm_hidden_size": model.tower.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": model.tower.feature_layer,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "image_aspect_ratio": config.get("image_aspect_ratio", "pad"),
+    }
+
+
+def _base(model: Model, source: dict) -> dict:
+    """The source's own config if it is flat and of the same family, else one from the backbone's fields."""
+    hf = model.backbone.hf
+    kinds = (hf.model_type, hf.original.model_type, hf.original.moe_model_type, *hf.aliases)
+    same = source.get("model_type") in kinds and "text_config" not in source
+    return dict(source) if same else hf_config_of(model.backbone)
+
+
+def _hub_name(tower: Tower) -> str:
+    """The published tower's name, from which the original chooses its class ("openai/...", "google/...")."""
+    marker = "https://huggingface.co/"
+    return "/".join(tower.source.removeprefix(marker).split("/")[:2]) if tower.source.startswith(marker) else tower.name
+
+
+def _moe_section(model: Model, source: dict, train_modules: tuple[str, ...]) -> dict:
+    moe, layers = model.moe, list(model.moe_layers)
+    return source | {
+        "moe_enable": True,
+        "moe_mode": moe.placement if isinstance(moe.placement, str) else source.get("moe_mode", "sparse"),
+        "moe_layers_idx": layers,
+        "ep_size": source.get("ep_size", 1),
+        "top_k_experts": moe.moe_router_topk,
+        "capacity_factor": moe.capacity_factor or source.get("capacity_factor", 1.5),
+        "eval_capacity_factor": moe.eval_capacity_factor,
+        "min_capacity": moe.min_capacity,
+        "use_residual": moe.use_residual,
+        "router_aux_loss_coef": moe.moe_aux_loss_coeff,
+        "train_modules": source.get("train_modules") or list(train_modules),
+        "num_experts": [moe.num_experts] * len(layers),
+    }
