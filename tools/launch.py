@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 
+INTERRUPTED = 85  # tools/train.py's answer to a signal: not a failure
+
 
 def _forward(signum: int, _frame) -> None:
     """Hand the signal to this node's workers; they write a checkpoint and exit, and torchrun ends by itself."""
@@ -36,9 +38,10 @@ def launch(arguments: list[str]) -> int:
     try:
         run.run(options)
     except ChildFailedError as error:
-        _, first_failure = error.get_first_failure()
-        print(error, file=sys.stderr)
-        return exit_code(first_failure.exitcode)
+        code = exit_code(error.get_first_failure()[1].exitcode)
+        if code != INTERRUPTED:
+            print(error, file=sys.stderr)
+        return code
     return 0
 
 

@@ -111,6 +111,8 @@ run_stage() {
     validate "$SLURM_NNODES" "$SLURM_GPUS_ON_NODE" "$@"
     local before code=0
     before=$(newest_checkpoint)
+    echo "Job $SLURM_JOB_ID, attempt $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NNODES nodes ($SLURM_JOB_NODELIST)" \
+        "x $SLURM_GPUS_ON_NODE processes, newest checkpoint: $before"
     trap forward_signal USR1
     start "$@"
     wait_for_step || code=$?

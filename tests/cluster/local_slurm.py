@@ -127,11 +127,14 @@ class LocalSlurm:
 
     def stop(self) -> None:
         self.run("scancel", "--user=root", check=False)
-        time.sleep(1)
+        time.sleep(2)  # a slurmd that still has a job would wait for it
         for daemon in reversed(self.daemons.values()):
             daemon.terminate()
         for daemon in self.daemons.values():
-            daemon.wait(timeout=30)
+            try:
+                daemon.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
         hosts = Path("/etc/hosts")
         hosts.write_text(hosts.read_text().replace(HOSTS_LINE, ""))
 

@@ -1,0 +1,89 @@
+"""The quickstart's starting weights: a tiny language model and a tiny CLIP tower, as Hugging Face folders.
+
+A real run starts from published weights; these are made on the spot. The language model is random. The tower is
+pretrained here on the train images, in well under a minute: a linear layer on the mean of its patch features must name
+the words of each image's caption (weak supervision by words, arXiv 1511.02251). Then it is frozen, as a real tower is.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+STEPS = 500
+BATCH = 64
+LEARNING_RATE = 2e-3
+STOP_WORDS = {"a", "the", "image", "shows", "picture", "of", "this", "is", "and"}
+
+
+def write_language_model(out: Path, backbone, tokenizer_model: Path, seed: int) -> None:
+    """A random language model of the backbone's size, with the tokenizer beside it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from megatron_moellava.backbones.from_config import hf_config_of
+
+    torch.manual_seed(seed)
+    config = hf_config_of(backbone)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    model.save_pretrained(out)
+    shutil.copyfile(tokenizer_model, out / "tokenizer.model")
+
+
+def write_tower(out: Path, tower, captions: Path, image_folder: Path, seed: int) -> float:
+    """A CLIP vision model pretrained on the captioned images. Returns the share of words named right at the end."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    from megatron_moellava.towers.from_config import hf_config_of, processor_config_of
+
+    torch.manual_seed(seed)
+    config = hf_config_of(tower)
+    config.pop("model_type", None)
+    model = CLIPVisionModel(CLIPVisionConfig(**config))
+    share = _pretrain(model, tower, *_load(captions, image_folder, tower), seed)
+    model.save_pretrained(out)
+    (out / "preprocessor_config.json").write_text(json.dumps(processor_config_of(tower), indent=1))
+    return share
+
+
+def _load(captions: Path, image_folder: Path, tower):
+    """Pixels [N, 3, H, W] and which words of the captions each image has [N, words]."""
+    import numpy as np
+    import torch
+
+    from megatron_moellava.data.images import open_image, preprocess
+
+    rows = json.loads(captions.read_text())
+    texts = [set(re.findall(r"[a-z]+", row["conversations"][1]["value"])) - STOP_WORDS for row in rows]
+    words = sorted(set().union(*texts))
+    pixels = np.stack([preprocess(open_image(str(image_folder / row["image"]), "caption")[0], tower, "pad") for row in rows])
+    return torch.from_numpy(pixels), torch.tensor([[float(word in text) for word in words] for text in texts])
+
+
+def _pretrain(model, tower, pixels_NCHW, words_NW, seed: int) -> float:
+    import torch
+    from tqdm import trange
+
+    head = torch.nn.Linear(tower.hidden_size, words_NW.shape[1])
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1)
+    order = torch.Generator().manual_seed(seed)
+    right = 0.0
+    bar = trange(STEPS, desc="Pretraining the tower on captions", unit="step")
+    for _ in bar:
+        chosen = torch.randint(len(pixels_NCHW), (BATCH,), generator=order)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = model(pixels_NCHW[chosen], output_hidden_states=True).hidden_states[tower.num_used_layers]
+            logits_BW = head(hidden[:, int(tower.drop_first_feature) :].mean(dim=1)).float()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits_BW, words_NW[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        named = ((logits_BW > 0) == (words_NW[chosen] > 0)).all(dim=1).float().mean().item()
+        right += 0.05 * (named - right)
+        bar.set_postfix(loss=f"{loss.item():.4f}", all_words_right=f"{right:.0%}")
+    return right
