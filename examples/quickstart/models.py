@@ -57,7 +57,9 @@ def _load(captions: Path, image_folder: Path, tower):
     rows = json.loads(captions.read_text())
     texts = [set(re.findall(r"[a-z]+", row["conversations"][1]["value"])) - STOP_WORDS for row in rows]
     words = sorted(set().union(*texts))
-    pixels = np.stack([preprocess(open_image(str(image_folder / row["image"]), "caption")[0], tower, "pad") for row in rows])
+    pixels = np.stack(
+        [preprocess(open_image(str(image_folder / row["image"]), "caption")[0], tower, "pad") for row in rows]
+    )
     return torch.from_numpy(pixels), torch.tensor([[float(word in text) for word in words] for text in texts])
 
 

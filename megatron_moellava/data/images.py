@@ -116,3 +116,9 @@ def normalise(image: Image.Image, tower) -> np.ndarray:
         np.multiply(levels_HWC[:, :, channel], np.float32(1 / (255 * std)), out=pixels_CHW[channel])
         pixels_CHW[channel] -= np.float32(mean / std)
     return pixels_CHW
+
+
+def file_type(data: bytes, types: dict[str, str]) -> str:
+    """The file extension that belongs to the content, whatever the file was called."""
+    with Image.open(io.BytesIO(data)) as image:
+        return types.get(image.format or "", "png")

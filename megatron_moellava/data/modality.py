@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from megatron.energon import SkipSample
 
 from megatron_moellava.config import DataError
 from megatron_moellava.data.index import Index
 from megatron_moellava.data.pipeline import Pipeline
+
+from megatron.energon import SkipSample
 
 
 def epoch_order(lengths: np.ndarray, micro_batch_size: int, chunks: int, generator: torch.Generator) -> list[int]:
@@ -96,7 +97,9 @@ class Rows(torch.utils.data.Dataset):
 class ModalityEngine:
     """Endless batches of one rank; the state is epoch and position, whatever the number of workers."""
 
-    def __init__(self, rows: Rows, lengths: np.ndarray, *, seed, rank, world_size, micro_batch_size, chunks, num_workers):
+    def __init__(
+        self, rows: Rows, lengths: np.ndarray, *, seed, rank, world_size, micro_batch_size, chunks, num_workers
+    ):
         self.rows, self.lengths, self.seed = rows, np.asarray(lengths), seed
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
         self.micro_batch_size, self.chunks = micro_batch_size, chunks

@@ -5,7 +5,9 @@ is a counted event that travels to the main process with the next batch; there i
 """
 
 import json
-from dataclasses import dataclass, field
+import struct
+import tarfile
+from dataclasses import dataclass, field, replace
 
 from megatron_moellava.config import DataError
 from megatron_moellava.data import media
@@ -15,6 +17,8 @@ from megatron_moellava.data.packing import CarryOverPacking, select_rows
 from megatron_moellava.data.sample import BadSample, ImageRef, parse_record
 
 from megatron.energon import Cooker, SkipSample, TaskEncoder, stateless
+from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLoaderDataset
+from megatron.energon.flavors.webdataset.structs import FilteredSample
 
 MEMBER_TYPES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 PATIENCE = 200  # samples from which a share of bad ones is judged
@@ -89,6 +93,11 @@ class Pipeline(TaskEncoder):
         self.events.notes += [note for _, notes in decoded for note in notes]
         return sample | {"pixels": [pixels for pixels, _ in decoded]}
 
+    def build_cook_crude_sample(self, dataset, **kwargs):
+        for source in find(dataset, WebdatasetSampleLoaderDataset):
+            source.join_readers = [GuardedReader(reader) for reader in source.join_readers]
+        return super().build_cook_crude_sample(dataset, **kwargs)
+
     def build_batch(self, dataset, *, packing_buffer_size=None, worker_config, **kwargs):
         if packing_buffer_size is None:
             return super().build_batch(dataset, worker_config=worker_config, **kwargs)
@@ -128,6 +137,33 @@ class Pipeline(TaskEncoder):
         return {"__key__": "", "__restore_key__": (), "batch": made, "events": events}
 
 
+class GuardedReader:
+    """A tar reader whose failures become bad samples: one damaged spot must not end the run or cost its neighbours."""
+
+    def __init__(self, reader):
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int):
+        try:
+            return self.reader[index]
+        except (ValueError, OSError, EOFError, tarfile.TarError, AssertionError, struct.error) as error:
+            message = f"{self.reader}: sample {index} cannot be read ({error}); write the shard again"
+            bad = json.dumps({"bad": ["corrupt shard", message]}).encode()
+            key = ("Webdataset", index)
+            return FilteredSample(__key__=str(index), __shard__="", __restore_key__=key, __sources__=(), json=bad)
+
+
+def find(dataset, kind):
+    """The data sets of a class in a stack of Energon's wrappers."""
+    while dataset is not None:
+        if isinstance(dataset, kind):
+            yield dataset
+        dataset = getattr(dataset, "dataset", None)
+
+
 def read_record(sample: dict) -> tuple[dict, str, dict[str, bytes]]:
     """(record, origin, image members) of a crude sample: a line of an index, or the files of one key in a tar."""
     content = sample.get("json")
@@ -149,8 +185,6 @@ def read_record(sample: dict) -> tuple[dict, str, dict[str, bytes]]:
 
 def _with_members(sample, members: dict[str, bytes]):
     """Attach the tar's image members: by name where the record names them, else in their order."""
-    from dataclasses import replace
-
     if len(members) == len(sample.images) and not all(ref.name in members for ref in sample.images):
         members = dict(zip((ref.name for ref in sample.images), (members[key] for key in sorted(members)), strict=True))
     missing = [ref.name for ref in sample.images if ref.name not in members]

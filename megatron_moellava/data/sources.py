@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
-from megatron.energon.errors import reraise_exception
 
 from megatron_moellava.config import DataError
 from megatron_moellava.data import state
 from megatron_moellava.data.index import Index, index_json
 from megatron_moellava.data.pipeline import Pipeline
+
+from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
+from megatron.energon.errors import reraise_exception
 
 MAX_SLICES = 50_000  # of a worker and source; the state remembers each until it is opened
 SHARD_SLICE = 32  # samples read in sequence from a tar

@@ -13,7 +13,7 @@ from megatron_moellava.towers import get_tower
 
 ASSETS = Path(__file__).parents[1] / "golden" / "assets"
 TOWER = get_tower(str(ASSETS / "openai/clip-tiny"))  # 28 px, 16 tokens
-WORDS = "Is it raining? No, the sky is clear and blue over lake car tree chair cat picture image".split()
+WORDS = ("Is", "it", "raining?", "No,", "the", "sky", "is", "clear", "and", "blue", "over", "lake", "car", "tree")
 
 
 def conversation(*texts: str) -> list[dict]:

@@ -101,7 +101,7 @@ def test_exif_rotation_is_applied_and_noted():
 def test_damaged_images_are_refused_by_name():
     whole = encoded(noise(400, 300), "JPEG")
     for data in (whole[: len(whole) // 2], b"", b"no image", whole[:200], encoded(noise(90, 90), "PNG")[:-3000]):
-        with pytest.raises(BadSample, match="rows.json row 3: cannot be decoded") as caught:
+        with pytest.raises(BadSample, match=r"rows.json row 3: cannot be decoded") as caught:
             images.open_image(data, "rows.json row 3")
         assert caught.value.reason == "unreadable image"
 

@@ -1,5 +1,6 @@
 """The loader's contract: rows, labels, order, shares of ranks and workers, resume, blending, bad rows."""
 
+import itertools
 import json
 
 import pytest
@@ -22,8 +23,8 @@ def test_packed_rows_keep_their_contract(tmp_path):
         assert batch.tokens_BS.shape == batch.labels_BS.shape == (1, 256)
         bounds = batch.cu_seqlens.tolist()
         assert bounds[0] == 0 and bounds[-1] == 256 and bounds == sorted(set(bounds))
-        assert batch.max_seqlen == max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        assert batch.max_seqlen == max(end - start for start, end in itertools.pairwise(bounds))
+        for start, end in itertools.pairwise(bounds):
             assert batch.position_ids_BS[0, start:end].tolist() == list(range(end - start))
             assert batch.labels_BS[0, end - 1] == -100  # never the first token of the next sample
         real = int(batch.padding_mask_BS.sum())
@@ -178,9 +179,7 @@ def test_bad_rows_are_skipped_and_counted_up_to_the_share(tmp_path, workers):
     rows = [row(i) for i in range(20)]
     rows[3], rows[5] = row(3, "gone.png"), row(5, conversations=[])
     path = write_rows(tmp_path, rows)
-    loader = make_loader(
-        config(path, packing=False, num_workers=workers, max_skip_share=0.2), micro_batch_size=1
-    )
+    loader = make_loader(config(path, packing=False, num_workers=workers, max_skip_share=0.2), micro_batch_size=1)
     batches = take(loader, 36)
     assert not {"id3", "id5"} & set(ids(batches))
     assert set(ids(batches)) == {f"id{i}" for i in range(20)} - {"id3", "id5"}  # no good sample is lost
@@ -190,7 +189,7 @@ def test_bad_rows_are_skipped_and_counted_up_to_the_share(tmp_path, workers):
 
 def test_only_bad_rows_end_with_an_error_not_a_hang(tmp_path):
     path = write_rows(tmp_path, [row(i, "gone.png") for i in range(5)])
-    with pytest.raises(DataError, match="of .* samples so far are bad"):
+    with pytest.raises(DataError, match=r"of .* samples so far are bad"):
         next(make_loader(config(path, max_skip_share=0.5)))
 
 
@@ -234,7 +233,7 @@ def test_rows_longer_than_the_sequence_are_cut_and_counted(tmp_path):
     take(loader, 4)
     assert loader.notes["truncated"] > 0
     hopeless = row(0, None, conversations=conversation("Is it raining? " * 200, "No"))
-    with pytest.raises(DataError, match="nothing to learn within data.seq_length=256"):
+    with pytest.raises(DataError, match=r"nothing to learn within data.seq_length=256"):
         take(make_loader(config(write_rows(tmp_path, [hopeless], "b.json"))), 4)
 
 

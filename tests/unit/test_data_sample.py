@@ -102,12 +102,12 @@ def test_invalid_bytes_cost_only_their_row(tmp_path):
 def test_a_damaged_list_is_an_error_not_a_shorter_list(tmp_path, damage):
     path = tmp_path / "rows.json"
     path.write_bytes(damage)
-    with pytest.raises(DataError, match="rows.json"):
+    with pytest.raises(DataError, match=r"rows.json"):
         list(read_rows(path))
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match="data.sources.path=.*gone.json"):
+    with pytest.raises(DataError, match=r"data.sources.path=.*gone.json"):
         list(read_rows(tmp_path / "gone.json"))
 
 

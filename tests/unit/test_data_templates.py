@@ -84,9 +84,9 @@ def test_mmtag_surrounds_images():
 
 
 def random_sample(rng: random.Random, *, one_turn: bool):
-    words = "is it raining no the sky clear and blue over lake car tree Yes. What? it's 42, naïve café \n ☃".split(" ")
-    text = lambda: " ".join(rng.choices(words, k=rng.randint(1, 8))).strip() or "ok"  # noqa: E731
-    turns = [text() for _ in range(2 if one_turn else 2 * rng.randint(1, 4))]
+    words = ("is", "it", "raining", "no", "the", "clear", "and", "lake", "Yes.", "it's", "42,", "naïve", "☃", "\n")
+    count = 2 if one_turn else 2 * rng.randint(1, 4)
+    turns = [" ".join(rng.choices(words, k=rng.randint(1, 8))).strip() or "ok" for _ in range(count)]
     image = one_turn or rng.random() < 0.7
     if image:
         turns[0] = f"<image>\n{turns[0]}"

@@ -1,0 +1,240 @@
+"""LLaVA JSON + images -> Energon WebDataset shards, in parallel, resumable and verified.
+
+A shard is written beside its place and renamed when it is whole; its report comes last, so a shard with a report is
+never written again. Images keep their bytes (base64 is decoded, video frames become PNG) and are decoded once, so that
+nothing undecodable gets in. Rows are in random order across shards.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import shutil
+import tarfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_moellava.config import DataError
+from megatron_moellava.data import images, media
+from megatron_moellava.data.index import Index, index_json
+from megatron_moellava.data.sample import BadSample, ImageRef, Sample, parse_record
+
+TYPES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+ROLES = {"user": "human", "assistant": "gpt"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    source: str
+    image_folder: str
+    out: str
+    rows_per_shard: int
+    max_images: int
+    video_frames: int
+    max_skip_share: float
+    fingerprint: str
+
+    def shard(self, number: int) -> Path:
+        return Path(self.out) / f"shard-{number:06}.tar"
+
+    def report(self, number: int) -> Path:
+        return Path(self.out) / "reports" / f"shard-{number:06}.json"
+
+
+def make_shards(
+    source: str | Path,
+    image_folder: str | Path,
+    out: str | Path,
+    *,
+    rows_per_shard: int = 1000,
+    workers: int = 1,
+    max_images: int = 16,
+    video_frames: int = 8,
+    max_skip_share: float = 0.0,
+) -> dict:
+    """Write what is missing; returns (and writes as report.json) what went in and what was skipped, by row."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    index = index_json(source, out / "index")
+    plan = Plan(
+        source=str(source),
+        image_folder=str(image_folder),
+        out=str(out),
+        rows_per_shard=rows_per_shard,
+        max_images=max_images,
+        video_frames=video_frames,
+        max_skip_share=max_skip_share,
+        fingerprint=index.fingerprint,
+    )
+    _claim(plan)
+    reports = _run(plan, index, workers)
+    total = _summary(plan, index, reports)
+    _verify(plan, reports)
+    _write_energon_index(plan, len(reports), workers)
+    (out / "report.json").write_text(json.dumps(total, indent=1))
+    shutil.rmtree(out / "index")
+    return total
+
+
+def _claim(plan: Plan) -> None:
+    """One folder, one source and layout; else shards of two runs would mix."""
+    values = (plan.fingerprint, plan.rows_per_shard, plan.max_images, plan.video_frames, plan.image_folder)
+    claim, wanted = Path(plan.out) / "reports" / "plan", hashlib.sha256(repr(values).encode()).hexdigest()
+    claim.parent.mkdir(exist_ok=True)
+    if claim.exists() and claim.read_text() != wanted:
+        raise DataError(f"{plan.out} holds shards of another source or with other settings; choose an empty folder")
+    claim.write_text(wanted)
+
+
+def _run(plan: Plan, index: Index, workers: int) -> list[dict]:
+    from tqdm import tqdm
+
+    offsets = _line_offsets(index.path)
+    starts = range(0, index.rows, plan.rows_per_shard)
+    missing = [n for n in range(len(starts)) if not plan.report(n).exists()]
+    skipped = sum(
+        len(json.loads(plan.report(n).read_text())["skipped"]) for n in range(len(starts)) if n not in missing
+    )
+    done = index.rows - sum(min(plan.rows_per_shard, index.rows - starts[n]) for n in missing)
+    bar = tqdm(total=index.rows, initial=done, desc="Writing shards", unit=" rows", mininterval=1)
+    with bar, ProcessPoolExecutor(max(1, workers), mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = {
+            pool.submit(
+                _write_shard, plan, n, str(index.path), offsets[starts[n] : starts[n] + plan.rows_per_shard + 1]
+            )
+            for n in missing
+        }
+        for job in as_completed(jobs):
+            report = job.result()
+            skipped += len(report["skipped"])
+            bar.update(report["rows"])
+            if skipped > plan.max_skip_share * index.rows:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise DataError(
+                    f"{skipped} of {index.rows} rows are bad, more than --max-skip-share {plan.max_skip_share} allows; "
+                    f"for example: {report['skipped'][-1][1]}"
+                )
+    return [json.loads(plan.report(n).read_text()) for n in range(len(starts))]
+
+
+def _line_offsets(rows: Path) -> list[int]:
+    import numpy as np
+
+    return np.fromfile(rows.with_suffix(".jsonl.idx"), dtype=np.uint64).tolist()
+
+
+def _write_shard(plan: Plan, number: int, rows: str, offsets: list[int]) -> dict:
+    report = {"rows": len(offsets) - 1, "written": 0, "images": 0, "bytes": 0, "skipped": [], "notes": []}
+    work = plan.shard(number).with_suffix(".partial")
+    with open(rows, "rb") as source, tarfile.open(work, "w") as tar:
+        for start, end in itertools.pairwise(offsets):
+            source.seek(start)
+            line = json.loads(source.read(end - start))
+            try:
+                record, files, notes = _members(plan, line)
+            except BadSample as error:
+                report["skipped"].append([error.reason, str(error)])
+                continue
+            key = f"{line['row']:09}"
+            for name, data in ({"json": json.dumps(record).encode()} | files).items():
+                _add(tar, f"{key}.{name}", data)
+                report["bytes"] += len(data)
+            report["written"] += 1
+            report["images"] += len(files)
+            report["notes"] += notes
+    work.rename(plan.shard(number))
+    temporary = plan.report(number).with_suffix(".partial")
+    temporary.write_text(json.dumps(report))
+    temporary.rename(plan.report(number))
+    return report
+
+
+def _members(plan: Plan, line: dict) -> tuple[dict, dict[str, bytes], list[str]]:
+    """(record with member names, image files by member name, notes)"""
+    if "bad" in line:
+        raise BadSample(*line["bad"])
+    origin = f"{line['file']} row {line['row']}"
+    sample = parse_record(line["record"], origin=origin, max_images=plan.max_images, video_frames=plan.video_frames)
+    files, notes = {}, []
+    for number, ref in enumerate(sample.images):
+        data, kind, found = _image_file(ref, plan.image_folder, origin)
+        files[f"{number}.{kind}"] = data
+        notes += found
+    return _record(sample, list(files)), files, notes
+
+
+def _image_file(ref: ImageRef, folder: str, origin: str) -> tuple[bytes, str, tuple[str, ...]]:
+    if ref.frame is not None:
+        buffer = io.BytesIO()
+        media.open_ref(ref, folder, origin)[0].save(buffer, "PNG")
+        return buffer.getvalue(), "png", ()
+    origin = f"{origin}, image {ref.name[:80]!r}"
+    found = media.source(ref, folder, origin)
+    try:
+        data = found if isinstance(found, bytes) else Path(found).read_bytes()
+    except OSError as error:
+        raise BadSample("missing image", f"{origin}: {error.strerror}; check --image-folder and the row") from None
+    _, notes = images.open_image(data, origin)
+    return data, images.file_type(data, TYPES), notes
+
+
+def _record(sample: Sample, names: list[str]) -> dict:
+    turns = [{"from": ROLES[turn.role], "value": turn.text} for turn in sample.turns]
+    record = {"id": sample.id, "conversations": turns}
+    return record | ({"image": names} if names else {}) | ({"tag": sample.tag} if sample.tag else {})
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+
+
+def _summary(plan: Plan, index: Index, reports: list[dict]) -> dict:
+    skipped = [entry for report in reports for entry in report["skipped"]]
+    return {
+        "source": plan.source,
+        "rows": index.rows,
+        "written": sum(report["written"] for report in reports),
+        "images": sum(report["images"] for report in reports),
+        "bytes": sum(report["bytes"] for report in reports),
+        "shards": len(reports),
+        "rows_with_duplicate_id": index.duplicates,
+        "skipped": dict(Counter(reason for reason, _ in skipped)),
+        "skipped_rows": [message for _, message in skipped],
+        "notes": dict(Counter(note for report in reports for note in report["notes"])),
+    }
+
+
+def _verify(plan: Plan, reports: list[dict]) -> None:
+    """What is on disk is what was counted."""
+    for number, report in enumerate(reports):
+        try:
+            with tarfile.open(plan.shard(number)) as tar:
+                members = tar.getmembers()
+        except (OSError, tarfile.TarError) as error:
+            members, report = [], report | {"error": str(error)}
+        rows = sum(member.name.endswith(".json") for member in members)
+        size = sum(member.size for member in members)
+        if (rows, size) != (report["written"], report["bytes"]):
+            plan.report(number).unlink()
+            raise DataError(
+                f"{plan.shard(number)} holds {rows} rows and {size:,} bytes where {report['written']} and "
+                f"{report['bytes']:,} were written; run the same command again, it will write this shard anew"
+            )
+
+
+def _write_energon_index(plan: Plan, shards: int, workers: int) -> None:
+    from megatron.energon.flavors import BaseWebdatasetFactory
+
+    BaseWebdatasetFactory.prepare_dataset(
+        plan.out,
+        [plan.shard(number).name for number in range(shards)],
+        split_parts_ratio=[("train", 1.0)],
+        workers=max(1, workers),
+    )
+    dataset = "__module__: megatron.energon\n__class__: CrudeWebdataset\nsubflavors: {}\n"
+    (Path(plan.out) / ".nv-meta" / "dataset.yaml").write_text(dataset)

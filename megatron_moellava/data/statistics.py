@@ -1,0 +1,77 @@
+"""Token lengths of a source, and how well they pack."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_moellava.data.encode import Encoder
+from megatron_moellava.data.index import Index
+from megatron_moellava.data.packing import select_rows
+from megatron_moellava.data.sample import BadSample, parse_record
+
+
+def token_lengths(index: Index, encoder: Encoder, *, limit: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, images) of up to `limit` rows (they are in random order), images expanded, cut at seq_length."""
+    import json
+
+    from tqdm import tqdm
+
+    tokens, images = [], []
+    with open(index.path) as file:
+        for number, line in enumerate(tqdm(file, total=min(index.rows, limit), desc="Tokenising", unit=" rows")):
+            if number == limit:
+                break
+            try:
+                content = json.loads(line)
+                encoded = encoder(parse_record(content["record"], origin=str(content["row"]), max_images=10**6))
+            except (BadSample, KeyError):
+                continue
+            tokens.append(len(encoded))
+            images.append(len(encoded.images))
+    return np.array(tokens), np.array(images)
+
+
+def packing(lengths: np.ndarray, seq_length: int, buffer: int) -> list[list[int]]:
+    """The rows that the loader would make of these samples in this order, as indices."""
+    waiting: list[int] = []
+    rows, arriving = [], iter(range(len(lengths)))
+    while True:
+        waiting += [index for index, _ in zip(arriving, range(buffer - len(waiting)), strict=False)]
+        if len(waiting) < buffer:
+            return rows  # the stream is endless in training: what is left would be packed with what comes
+        chosen, rest = select_rows([int(lengths[i]) for i in waiting], seq_length)
+        rows += [[waiting[i] for i in row] for row in chosen]
+        waiting = [waiting[i] for i in rest]
+
+
+def describe(tokens: np.ndarray, images: np.ndarray, seq_length: int, buffer: int) -> dict:
+    rows = packing(tokens, seq_length, buffer)
+    filled = [int(tokens[row].sum()) for row in rows]
+    grouped = np.array_split(tokens, max(1, len(tokens) // 8))
+    padded = sum(len(part) * int(part.max()) for part in grouped if len(part))
+    return {
+        "samples": len(tokens),
+        "images": int(images.sum()),
+        "text_only_share": float((images == 0).mean()),
+        "tokens_mean": float(tokens.mean()),
+        "tokens_median": float(np.median(tokens)),
+        "tokens_max": int(tokens.max()),
+        "samples_per_row": len(tokens) / max(1, sum(tokens) / seq_length),
+        "packed_useful_share": sum(filled) / (seq_length * len(rows)) if rows else None,
+        "padded_useful_share": float(tokens.sum() / padded),  # micro-batches of 8 in random order
+    }
+
+
+def plot(tokens: np.ndarray, images: np.ndarray, path: str | Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    groups = [tokens[images > 0], tokens[images == 0]]
+    axis.hist(groups, bins=60, stacked=True, label=["with images", "text only"], color=["#3572b0", "#e08a2e"])
+    axis.set(xlabel="tokens per sample, images included", ylabel="samples", title=title)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
