@@ -4,13 +4,14 @@
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moellava import __version__
-from megatron_moellava.config import CheckpointError
-from megatron_moellava.conversion.engine import Recipe, Tensors
+from megatron_moellava.config import CheckpointError, ConfigError
+from megatron_moellava.conversion.engine import Part, Recipe, Tensors, check
 from megatron_moellava.conversion.model import (
     LANGUAGE,
     PROJECTOR,
@@ -93,10 +94,17 @@ def _first_rows(tensor: Tensor, rows: int) -> Tensor:
     return Tensor((rows, *tensor.shape[1:]), tensor.dtype, tiles)
 
 
-def expected_of(model: Model, tensors: Tensors) -> dict:
-    """Shapes that a checkpoint of this model must have; what rides along is as it is."""
-    riding = {name: tensor.shape for name, tensor in tensors.items() if name.startswith(UNUSED)}
-    return megatron_tensors(model) | riding
+def check_complete(source: Checkpoint) -> None:
+    """CheckpointError unless every tensor of the model is there, whole, in its shape, and no other (but what rides along)."""
+    moe = source.model.moe
+    if moe and moe.moe_shared_expert_intermediate_size:
+        raise ConfigError(
+            "moe.moe_shared_expert_intermediate_size: checkpoints with a shared expert cannot be converted"
+        )
+    own = {name: tensor for name, tensor in source.tensors.items() if not name.startswith(UNUSED)}
+    wanted = megatron_tensors(source.model)
+    recipes = [Recipe(key, shape, "", (Part(key, 0, math.prod(shape)),)) for key, shape in wanted.items()]
+    check(recipes, own, what=str(source.folder), expected=wanted)
 
 
 def write_checkpoint(

@@ -1,6 +1,7 @@
 """A Megatron checkpoint -> any layout: MoE-LLaVA's or LLaVA-1.5's releases, transformers, the parts one by one."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,8 +10,8 @@ from pathlib import Path
 from megatron_moellava.backbones.from_config import hf_config_of, read_json
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion import huggingface, original
-from megatron_moellava.conversion.checkpoint import Checkpoint, expected_of, open_checkpoint
-from megatron_moellava.conversion.engine import Part, Recipe, check, export_recipes, identity
+from megatron_moellava.conversion.checkpoint import Checkpoint, check_complete, open_checkpoint
+from megatron_moellava.conversion.engine import Part, Recipe, export_recipes, identity
 from megatron_moellava.conversion.imports import TOWER_FILE, is_unused, tower_file
 from megatron_moellava.conversion.initial import language_dtype, zeros
 from megatron_moellava.conversion.layout import (
@@ -80,7 +81,8 @@ def export_checkpoint(
     Raises ConfigError or CheckpointError before anything is written.
     """
     source = open_checkpoint(checkpoint)
-    _check_complete(source)
+    check_complete(source)
+    _check_exportable(source, layout)
     if tower:
         source = _with_unused(source, Path(tower))
     if layout == "projector":
@@ -95,21 +97,14 @@ def export_checkpoint(
     return {"folder": str(save), "layout": job.title, "tensors": len(job.recipes), "files": sorted(job.files)}
 
 
-def _check_complete(source: Checkpoint) -> None:
-    """Every Megatron tensor of the model is there, once, in the right shape."""
-    if source.model.moe and source.model.moe.moe_shared_expert_intermediate_size:
-        raise ConfigError("moe.moe_shared_expert_intermediate_size: shared experts cannot be exported to any layout")
-    riding = {name: tensor for name, tensor in source.tensors.items() if not name.startswith(UNUSED)}
-    wanted = megatron_tensors(source.model)
-    recipes = [Recipe(key, shape, "", (Part(key, 0, _numel(shape)),)) for key, shape in wanted.items()]
-    check(recipes, riding, what=str(source.folder), expected=expected_of(source.model, riding))
-
-
-def _numel(shape) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+def _check_exportable(source: Checkpoint, layout: str) -> None:
+    """What Megatron-Core can train and no layout can hold."""
+    moe = source.model.moe
+    if moe and moe.moe_router_enable_expert_bias and layout != "projector":
+        raise ConfigError(
+            "moe.moe_router_enable_expert_bias: its sigmoid router has no counterpart in any layout; "
+            "export only --layout projector, or train with a load-balancing loss"
+        )
 
 
 def _with_unused(source: Checkpoint, folder: Path) -> Checkpoint:
@@ -260,7 +255,7 @@ def _with_vocabulary(
             extra = (added, *recipe.shape[1:])
             name = f"{recipe.name} (added rows)"
             tensors = tensors | {name: zeros(extra, tensors[recipe.parts[0].source].dtype)}
-            parts = (*recipe.parts, Part(name, 0, _numel(extra)))
+            parts = (*recipe.parts, Part(name, 0, math.prod(extra)))
             recipe = replace(recipe, shape=(vocab, *recipe.shape[1:]), parts=parts)
         grown.append(recipe)
     return grown, tensors

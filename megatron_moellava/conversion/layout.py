@@ -126,6 +126,8 @@ def _router_entries(model: Model, layer: int, layout: Layout, wanted: dict[str, 
     mlp = next(mapping for mapping in model.backbone.mapping if MLP in mapping.megatron)
     ours, theirs = (name.split(MLP)[0] + MLP for name in (mlp.megatron, mlp.hf[0]))
     tensors = [("router.weight", f"{layout.router}weight")]
+    if model.moe.moe_router_enable_expert_bias:
+        tensors.append(("router.expert_bias", f"{layout.router}expert_bias"))
     if model.moe.use_residual:
         tensors += [(f"coefficient.{part}", f"{layout.coefficient}{part}") for part in ("weight", "bias")]
     for megatron, hf in tensors:

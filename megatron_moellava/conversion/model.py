@@ -143,6 +143,8 @@ def _mlp(backbone: Backbone) -> dict[str, Shape]:
 def _moe(model: Model) -> dict[str, Shape]:
     experts, dense = model.moe.num_experts, _mlp(model.backbone)
     tensors: dict[str, Shape] = {"router.weight": (experts, model.backbone.hidden_size)}
+    if model.moe.moe_router_enable_expert_bias:
+        tensors["router.expert_bias"] = (experts,)
     tensors |= {EXPERTS + key: (experts, *shape) for key, shape in dense.items()}
     if model.moe.use_residual:
         tensors |= _prefixed(RESIDUAL, dense)

@@ -1,0 +1,237 @@
+"""What is in a checkpoint, as a table, and how two of them differ. Reads Megatron checkpoints and Hugging Face folders."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_moellava.conversion.checkpoint import open_checkpoint
+from megatron_moellava.conversion.engine import Tensors
+from megatron_moellava.conversion.model import EXPERTS, LANGUAGE, PROJECTOR, TOWER, UNUSED, Model, megatron_tensors
+from megatron_moellava.conversion.readers import open_huggingface
+from megatron_moellava.conversion.tensors import Files, Tensor
+
+# End of a Megatron key -> which axis each parallel group cuts. Norms, routers and what is not listed are copied.
+PARALLEL_LAYOUT = (
+    (f"{EXPERTS}linear_fc1.weight", "EP 0, ETP 1"),
+    (f"{EXPERTS}linear_fc1.bias", "EP 0, ETP 1"),
+    (f"{EXPERTS}linear_fc2.weight", "EP 0, ETP 2"),
+    (f"{EXPERTS}linear_fc2.bias", "EP 0"),
+    ("word_embeddings.weight", "TP 0"),
+    ("output_layer.weight", "TP 0"),
+    ("output_layer.bias", "TP 0"),
+    ("linear_qkv.weight", "TP 0"),
+    ("linear_qkv.bias", "TP 0"),
+    ("linear_proj.weight", "TP 1"),
+    ("mlp.linear_fc1.weight", "TP 0"),
+    ("mlp.linear_fc1.bias", "TP 0"),
+    ("mlp.linear_fc2.weight", "TP 1"),
+)
+STAGES = {0: "start of stage 1", 1: "stage 1: projector", 2: "stage 2: projector + language model", 3: "stage 3: MoE"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameters:
+    """Counts of one model. `total` and `activated` are of the language model, as the papers count: no tower, no projector."""
+
+    total: int
+    activated: int  # what one token passes through: top-k of the experts
+    tower: int
+    projector: int
+
+
+def count_parameters(model: Model) -> Parameters:
+    """From the sizes alone; activated = total without the experts that a token does not use."""
+    total = activated = tower = projector = 0
+    for name, shape in megatron_tensors(model).items():
+        count = math.prod(shape)
+        if name.startswith(LANGUAGE):
+            total += count
+            used = model.moe.moe_router_topk / model.moe.num_experts if model.moe and EXPERTS in name else 1
+            activated += int(count * used)
+        elif name.startswith(TOWER):
+            tower += count
+        elif name.startswith(PROJECTOR):
+            projector += count
+    return Parameters(total=total, activated=activated, tower=tower, projector=projector)
+
+
+def inspect(path: Path) -> str:
+    """The table of a checkpoint or a Hugging Face folder, as text."""
+    if not _is_megatron(Path(path)):
+        tensors = open_huggingface(Path(path))
+        return "\n".join([f"{path}: Hugging Face tensors", "", *_table(tensors, lambda name: ""), "", _totals(tensors)])
+    source = open_checkpoint(path)
+    lines = [
+        f"{source.folder}",
+        f"  stage        {STAGES.get(source.run.get('stage'), source.run.get('stage'))}, "
+        f"iteration {source.run.get('iteration')}",
+        *_model_lines(source.model),
+        *_provenance_lines(source.provenance),
+        "",
+        *_table(source.tensors, _parallel),
+        "",
+        _totals(source.tensors),
+    ]
+    return "\n".join(lines)
+
+
+def _is_megatron(path: Path) -> bool:
+    return not path.is_file() and ((path / "run.json").exists() or any(path.glob("iter_*/run.json")))
+
+
+def _model_lines(model: Model) -> list[str]:
+    counts = count_parameters(model)
+    lines = [f"  backbone     {model.backbone.name} ({model.backbone.hf.family})"]
+    if model.tower:
+        lines.append(f"  tower        {model.tower.name}, {model.tower.num_features} visual tokens")
+    if model.moe:
+        moe = model.moe
+        lines.append(
+            f"  MoE          {moe.num_experts} experts, top-{moe.moe_router_topk}, layers "
+            f"{', '.join(map(str, model.moe_layers))}{', residual' if moe.use_residual else ''}"
+        )
+    lines.append(
+        f"  parameters   language model {_count(counts.total)}, activated per token {_count(counts.activated)}"
+        + (f"; tower {_count(counts.tower)}, projector {_count(counts.projector)}" if model.tower else "")
+    )
+    return lines
+
+
+def _provenance_lines(provenance: dict) -> list[str]:
+    lines, depth = [], 0
+    while provenance:
+        words = [f"{key} {value}" for key, value in provenance.items() if isinstance(value, str | int | float)]
+        lines.append(f"  {'provenance' if not depth else '':<12} {'  ' * depth}{', '.join(words)}")
+        for why, names in (provenance.get("dropped") or {}).items():
+            lines.append(f"  {'':<12} {'  ' * depth}left out {len(names)} tensors: {why}")
+        provenance, depth = provenance.get("parent") or {}, depth + 1
+    return lines
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e8 else f"{number:,}"
+
+
+def _parallel(name: str) -> str:
+    if name.startswith(UNUSED):
+        return "rides along"
+    if name.startswith(PROJECTOR):
+        return "copied"
+    return next((layout for end, layout in PARALLEL_LAYOUT if name.endswith(end)), "copied")
+
+
+def _table(tensors: Tensors, layout: Callable[[str], str]) -> list[str]:
+    """One line for tensors that differ in the layer (or the expert) only: `layers.0-31`."""
+    groups: dict[tuple, list[str]] = {}
+    for name, tensor in tensors.items():
+        key = (re.sub(r"\.\d+\.", ".*.", name), tensor.shape, tensor.dtype, layout(name))
+        groups.setdefault(key, []).append(name)
+    rows = [("tensor", "shape", "dtype", "parallel", "MB")]
+    for (pattern, shape, dtype, parallel), names in groups.items():
+        size = sum(tensors[name].nbytes for name in names) / 1e6
+        rows.append((_numbered(pattern, names), "x".join(map(str, shape)), dtype, parallel, f"{size:,.1f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return [
+        "  ".join(
+            cell.rjust(width) if column == 4 else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _numbered(pattern: str, names: list[str]) -> str:
+    """`layers.*.mlp` with the numbers that `names` have in the place of each star."""
+    numbers = [re.findall(r"(?<=\.)\d+(?=\.)", name) for name in names]
+    for place in range(pattern.count("*")):
+        pattern = pattern.replace("*", _ranges(sorted({int(found[place]) for found in numbers})), 1)
+    return pattern
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"; [0, 2, 4, 6] -> "0,2,..,6"."""
+    if len(numbers) > 3 and len(steps := {b - a for a, b in zip(numbers, numbers[1:], strict=False)}) == 1:
+        return f"{numbers[0]}-{numbers[-1]}" if steps == {1} else f"{numbers[0]},{numbers[1]},..,{numbers[-1]}"
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _totals(tensors: Tensors) -> str:
+    elements, size = sum(t.numel for t in tensors.values()), sum(t.nbytes for t in tensors.values())
+    return f"{len(tensors)} tensors, {elements:,} elements, {size / 1e9:,.3f} GB"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One way in which two checkpoints differ."""
+
+    name: str
+    what: str
+
+
+def diff(
+    first: Path, second: Path, *, progress: Callable[[int], object] = lambda count: None
+) -> tuple[list[Difference], int]:
+    """All differences of two checkpoints or folders, and how many tensors are bit-identical."""
+    left, right = _open(Path(first)), _open(Path(second))
+    found = [Difference(name, f"only in {first}") for name in left.keys() - right.keys()]
+    found += [Difference(name, f"only in {second}") for name in right.keys() - left.keys()]
+    same = 0
+    with Files() as files, Files() as others:
+        for name in sorted(left.keys() & right.keys()):
+            what = _compare(left[name], right[name], files, others)
+            progress(left[name].nbytes)
+            same += not what
+            if what:
+                found.append(Difference(name, what))
+    return sorted(found, key=lambda item: item.name), same
+
+
+def _open(path: Path) -> dict[str, Tensor]:
+    return open_checkpoint(path).tensors if _is_megatron(path) else open_huggingface(path)
+
+
+def total_bytes(path: Path) -> int:
+    """Bytes of the tensors of a checkpoint, for a progress bar."""
+    return sum(tensor.nbytes for tensor in _open(Path(path)).values())
+
+
+def _compare(one: Tensor, other: Tensor, files: Files, others: Files) -> str:
+    """How two tensors differ; empty when they are bit-identical."""
+    if one.shape != other.shape:
+        return f"shape {list(one.shape)} against {list(other.shape)}"
+    if one.dtype != other.dtype:
+        return f"dtype {one.dtype} against {other.dtype}{_largest(one, other, files, others)}"
+    identical = all(left == right for left, right in _pairs(one, other, files, others))
+    return "" if identical else f"values{_largest(one, other, files, others)}"
+
+
+def _largest(one: Tensor, other: Tensor, files: Files, others: Files) -> str:
+    import torch
+
+    largest, scale = 0.0, 0.0
+    for left, right in _pairs(one, other, files, others):
+        a = torch.frombuffer(left, dtype=getattr(torch, one.dtype)).double()
+        b = torch.frombuffer(right, dtype=getattr(torch, other.dtype)).double()
+        largest = max(largest, (a - b).abs().max().item())
+        scale = max(scale, a.abs().max().item())
+    return f", largest difference {largest:.3g} (largest value {scale:.3g})"
+
+
+def _pairs(one: Tensor, other: Tensor, files: Files, others: Files) -> Iterator[tuple[memoryview, memoryview]]:
+    """The same rows of both, a few at a time."""
+    rows = one.shape[0] if one.shape else 1
+    width = one.numel // max(rows, 1)
+    step = max(1, (1 << 20) // max(1, width * 8))
+    for row in range(0, rows, step):
+        count = min(step, rows - row) * width
+        left = b"".join(bytes(block) for block in files.blocks(one, row * width, count))
+        right = b"".join(bytes(block) for block in others.blocks(other, row * width, count))
+        yield memoryview(bytearray(left)), memoryview(bytearray(right))

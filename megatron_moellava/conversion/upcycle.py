@@ -1,0 +1,176 @@
+"""Dense -> MoE (stage 3's start), and MoE -> MoE with more experts. A Megatron checkpoint in, a Megatron checkpoint out.
+
+Dense: the MLP of each chosen layer is copied into every expert, bit by bit (or with noise), and a new router is drawn;
+residual MoE keeps the MLP beside them. With equal experts the function does not change: the weights of the chosen
+experts sum to 1. More experts: the old ones are repeated in their order, and so are their router rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_moellava.config import ConfigError, MoEConfig
+from megatron_moellava.conversion.checkpoint import Checkpoint, check_complete, open_checkpoint, write_checkpoint
+from megatron_moellava.conversion.engine import Part, Recipe, check, identity
+from megatron_moellava.conversion.initial import language_dtype, linear_default, noise, zeros
+from megatron_moellava.conversion.layout import MLP
+from megatron_moellava.conversion.mapping import Shape
+from megatron_moellava.conversion.model import EXPERTS, RESIDUAL, UNUSED, Model, megatron_tensors
+from megatron_moellava.conversion.tensors import Tensor
+from megatron_moellava.conversion.writers import Progress
+
+ROUTER, EXPERT_BIAS = "router.weight", "router.expert_bias"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Upcycling:
+    """What every new tensor is made from."""
+
+    tensors: dict[str, Tensor]  # the checkpoint's; new ones are added
+    hidden_size: int
+    old_experts: int  # 0: the checkpoint is dense
+    repeats_router: bool  # else new experts get new router rows
+    noise_std: float
+    seed: int
+
+
+def upcycle_checkpoint(
+    checkpoint: Path,
+    *,
+    save: Path,
+    moe: MoEConfig,
+    noise_std: float = 0.0,
+    seed: int = 0,
+    progress: Progress = lambda count: None,
+    begin: Callable[[int], object] = lambda total: None,
+) -> dict:
+    """Write the MoE model `moe` that starts from `checkpoint` to SAVE/iter_0000000.
+
+    `noise_std`: noise on the copies of the experts, relative to the spread of the weights; expert 0 stays exact.
+    `seed`: of the noise, the router and the coefficient. A MoE checkpoint keeps its layers and its residual MLP.
+    """
+    source = open_checkpoint(checkpoint)
+    model = replace(source.model, moe=moe)
+    old = source.model.moe
+    _check_request(source, model)
+    check_complete(source)
+    job = Upcycling(
+        tensors=dict(source.tensors),
+        hidden_size=model.backbone.hidden_size,
+        old_experts=old.num_experts if old else 0,
+        repeats_router=bool(old) and moe.num_experts * old.moe_router_topk == old.num_experts * moe.moe_router_topk,
+        noise_std=noise_std,
+        seed=seed,
+    )
+    recipes = [
+        identity(name, source.tensors[name])
+        if name in source.tensors and source.tensors[name].shape == shape
+        else _made(name, shape, job)
+        for name, shape in megatron_tensors(model).items()
+    ]
+    recipes += [identity(name, tensor) for name, tensor in source.tensors.items() if name.startswith(UNUSED)]
+    tensors = job.tensors
+    check(recipes, tensors, what=str(source.folder), copies=True)
+    provenance = {
+        "operation": "upcycle" if old is None else "grow",
+        "source": source.folder.name,
+        "noise_std": noise_std,
+        "seed": seed,
+        "hf_config": source.provenance.get("hf_config"),
+        "parent": {key: value for key, value in source.provenance.items() if key != "hf_config"},
+    }
+    begin(sum(recipe.nbytes for recipe in recipes))
+    folder = write_checkpoint(
+        save,
+        model,
+        recipes,
+        tensors,
+        stage=source.run.get("stage", 2),
+        provenance=provenance,
+        progress=progress,
+    )
+    return {"folder": str(folder), "model": model, "tensors": len(recipes), **provenance}
+
+
+def request(
+    checkpoint: Path, *, num_experts: int, topk: int | None, placement: list[str] | None, residual: bool
+) -> MoEConfig:
+    """The MoE that a person asked for; what was left out is the checkpoint's own, or the recipes' (top-2, sparse)."""
+    old = open_checkpoint(checkpoint).model.moe
+    start = old or MoEConfig()
+    where: str | tuple[int, ...] = start.placement
+    if placement:
+        numbers = all(part.isdigit() for part in placement)
+        if len(placement) > 1 and not numbers:
+            raise ConfigError(f"--placement {' '.join(placement)}: one name, or layer numbers such as 0 2 4")
+        where = tuple(map(int, placement)) if numbers else placement[0]
+    return replace(
+        start,
+        num_experts=num_experts,
+        moe_router_topk=topk or start.moe_router_topk,
+        placement=where,
+        use_residual=residual or bool(old and old.use_residual),
+    )
+
+
+def _check_request(source: Checkpoint, model: Model) -> None:
+    old, new = source.model.moe, model.moe
+    layers = model.moe_layers  # ConfigError for layers that the backbone does not have
+    if not 1 <= new.moe_router_topk <= new.num_experts:
+        raise ConfigError(f"moe_router_topk={new.moe_router_topk} must be between 1 and num_experts={new.num_experts}")
+    if new.moe_shared_expert_intermediate_size:
+        raise ConfigError("moe_shared_expert_intermediate_size: a dense checkpoint has no shared expert to start from")
+    if old is None:
+        return
+    if source.model.moe_layers != layers:
+        raise ConfigError(
+            f"placement={list(layers)}, but the checkpoint has experts in layers {list(source.model.moe_layers)}; "
+            "leave --placement out"
+        )
+    if new.use_residual != old.use_residual:
+        raise ConfigError(f"use_residual={new.use_residual}, but the checkpoint has {old.use_residual}")
+    if new.num_experts < old.num_experts:
+        raise ConfigError(f"num_experts={new.num_experts}, but the checkpoint has {old.num_experts}; experts only grow")
+
+
+def _made(name: str, shape: Shape, job: "Upcycling") -> Recipe:
+    """A tensor that the checkpoint lacks, or has with fewer experts."""
+    layer, _, tail = name.partition(MLP)
+    if tail.startswith(EXPERTS):
+        dense = name if job.old_experts else f"{layer}{MLP}{tail.removeprefix(EXPERTS)}"
+        return _copies(name, shape, dense, max(job.old_experts, 1), job)
+    if tail.startswith(RESIDUAL):
+        dense = f"{layer}{MLP}{tail.removeprefix(RESIDUAL)}"
+        return identity(dense, job.tensors[dense], name)
+    if tail == EXPERT_BIAS:
+        return _new(name, zeros(shape, "float32"), job)
+    if tail == ROUTER and job.old_experts:
+        return _copies(name, shape, name, job.old_experts, job) if job.repeats_router else _longer(name, shape, job)
+    dtype = "float32" if tail == ROUTER else language_dtype(job.tensors)
+    return _new(name, linear_default(name, shape, job.hidden_size, dtype, job.seed), job)
+
+
+def _copies(name: str, shape: Shape, source: str, experts: int, job: "Upcycling") -> Recipe:
+    """`shape[0]` slices from the `experts` slices of `source`, in turn. The first round is exact, the rest has noise."""
+    tensor = job.tensors[source]
+    size = tensor.numel // experts
+    parts = []
+    for number in range(shape[0]):
+        noisy = job.noise_std and number >= experts and EXPERTS in name
+        edit = noise(f"{name} {number}", job.noise_std, job.seed) if noisy else None
+        parts.append(Part(source, number % experts * size, size, edit))
+    return Recipe(name, shape, tensor.dtype, tuple(parts))
+
+
+def _longer(name: str, shape: Shape, job: "Upcycling") -> Recipe:
+    """The router's old rows and new ones below them."""
+    old = job.tensors[name]
+    added = (shape[0] - old.shape[0], shape[1])
+    extra = f"{name} (new rows)"
+    job.tensors[extra] = linear_default(name, added, job.hidden_size, old.dtype, job.seed)
+    return Recipe(name, shape, old.dtype, (Part(name, 0, old.numel), Part(extra, 0, added[0] * added[1])))
+
+
+def _new(name: str, tensor: Tensor, job: "Upcycling") -> Recipe:
+    job.tensors[name] = tensor
+    return identity(name, tensor)
