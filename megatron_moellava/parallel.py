@@ -17,7 +17,12 @@ from megatron.core import parallel_state, tensor_parallel
 
 
 def initialize(config: ParallelConfig, seed: int) -> None:
-    """Join the processes that torchrun started (or run as the only one), build the groups, seed every generator."""
+    """Join the processes that torchrun started (or run as the only one), build the groups, seed every generator.
+
+    Called again, it replaces the groups of the layout before.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
     platform.claim_device(int(os.environ.get("LOCAL_RANK", 0)))
     timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
     if not dist.is_initialized():

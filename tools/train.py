@@ -26,7 +26,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--load", metavar="CKPT", help="checkpoint.load: where the stage starts from")
     parser.add_argument("--save", metavar="DIR", help="checkpoint.save: written to, and continued from when not empty")
     parser.add_argument("--config", metavar="FILE.yaml", help="the run as YAML; flags and overrides win over it")
-    parser.add_argument("--validate-only", action="store_true", help="check the run and the files, then exit with 0 or 2")
+    parser.add_argument(
+        "--validate-only", action="store_true", help="check the run and the files, then exit with 0 or 2"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. optimizer.lr=1e-4")
     parsed = parser.parse_intermixed_args(arguments)
     settings = [item for item in parsed.data if SETTING.match(item)]  # `--data a.json b.json optimizer.lr=1e-4`
@@ -44,7 +46,7 @@ def main() -> int:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         from megatron_moellava.training.run import load_run, train, validate_run
 
-        run = load_run(arguments)
+        run = load_run(config=arguments.config, flags=flags(arguments), overrides=arguments.overrides)
         if arguments.validate_only:
             validate_run(run)
             print("the run is valid")
@@ -53,6 +55,18 @@ def main() -> int:
     except MoELlavaError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+
+
+def flags(arguments: argparse.Namespace) -> dict[str, object]:
+    """The flags as fields of the run."""
+    return {
+        "training.stage": arguments.stage,
+        "model.backbone": arguments.backbone,
+        "model.tower": arguments.tower,
+        "checkpoint.load": arguments.load,
+        "checkpoint.save": arguments.save,
+        "data.sources": [{"path": path, "image_folder": arguments.image_folder} for path in arguments.data],
+    }
 
 
 def _wants_cpu(arguments: argparse.Namespace) -> bool:

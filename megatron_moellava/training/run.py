@@ -1,8 +1,8 @@
 """From a command line to a finished stage: gather the run, validate it, build loader and trainer, train."""
 
-import argparse
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,23 +18,18 @@ from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.validate import validate
 
 
-def load_run(arguments: argparse.Namespace) -> RunConfig:
-    """The run of a command line. Weakest first: the model of the loaded checkpoint, the YAML file, flags, overrides."""
-    tree = _model_of_checkpoint(arguments.load)
-    for section, fields in (read_yaml(arguments.config) if arguments.config else {}).items():
+def load_run(*, config: str | None = None, flags: dict[str, object], overrides: Sequence[str] = ()) -> RunConfig:
+    """The run of a command line. Weakest first: the model of the loaded checkpoint, the YAML file, flags, overrides.
+
+    `flags`: dotted path -> value; empty values count as not given.
+    """
+    tree = _model_of_checkpoint(flags.get("checkpoint.load"))
+    for section, fields in (read_yaml(config) if config else {}).items():
         tree[section] = {**tree[section], **fields} if section in tree and isinstance(fields, dict) else fields
-    flags = {
-        "training.stage": arguments.stage,
-        "model.backbone": arguments.backbone,
-        "model.tower": arguments.tower,
-        "checkpoint.load": arguments.load,
-        "checkpoint.save": arguments.save,
-        "data.sources": [{"path": path, "image_folder": arguments.image_folder} for path in arguments.data],
-    }
     for name, value in flags.items():
         if value:
             set_override(tree, name, value)
-    for override in arguments.overrides:
+    for override in overrides:
         set_override(tree, *split_override(override))
     return from_dict(RunConfig, tree)
 
@@ -58,11 +53,15 @@ def train(run: RunConfig) -> int:
     validate_run(run)
     parallel.initialize(run.parallel, run.training.seed)
     try:
-        loader = build_loader(run) if parallel.reads_data() else None
-        trainer = Trainer(run, loader, train_steps(run, loader))
-        return trainer.train()
+        return build_trainer(run).train()
     finally:
         parallel.shutdown()
+
+
+def build_trainer(run: RunConfig) -> Trainer:
+    """Model, optimizer, data and state of a validated run; the process groups must exist."""
+    loader = build_loader(run) if parallel.reads_data() else None
+    return Trainer(run, loader, train_steps(run, loader))
 
 
 def build_loader(run: RunConfig) -> Loader:
@@ -103,4 +102,3 @@ def train_steps(run: RunConfig, loader: Loader | None) -> int:
             steps = [max(1, math.ceil(rows_per_epoch(run, loader) / run.training.global_batch_size))]
         dist.broadcast_object_list(steps, src=0)
     return steps[0]
-

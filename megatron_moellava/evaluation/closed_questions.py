@@ -1,0 +1,122 @@
+"""Short answers without generating: one forward pass tells what greedy decoding would have said.
+
+Greedy decoding reproduces the truth exactly when, with the truth as input, the most likely token at every answer position
+is the next one of the truth (its end token included). Where one differs, greedy decoding would have said that token; the
+text up to and including it is the prediction. Questions are packed like training rows. Suffixes: B rows, S positions.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_moellava import parallel
+from megatron_moellava.data import media
+from megatron_moellava.data.batch import Batch, pack
+from megatron_moellava.data.encode import IGNORE, EncodedSample, Encoder
+from megatron_moellava.data.sample import parse_record
+from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.training.broadcast import broadcast_batch
+from megatron_moellava.training.loop import model_inputs
+
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+
+def predict(
+    chunks: list[MoELlava], encoder: Encoder, rows: Sequence[dict], image_folder: str | Path, *, blank: bool = False
+) -> list[str]:
+    """What greedy decoding answers to each row {image, question, answer}, in order, on every rank.
+
+    `blank`: every picture is replaced by the mean colour, to see what the words alone give away.
+    """
+    plan = Plan(encoder, rows, Path(image_folder), blank)
+    mine = plan.of_rank(parallel.data_parallel_rank(), parallel.data_parallel_size())
+    source = plan.batches(mine, chunks[0].tower) if parallel.reads_data() else None
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        guesses = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=[_received(source, len(mine))] * len(chunks)
+            if len(chunks) > 1
+            else _received(source, len(mine)),
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(mine),
+            seq_length=encoder.seq_length,
+            micro_batch_size=1,
+            forward_only=True,
+        )
+    for chunk in chunks:
+        chunk.train()
+    found = {}
+    for packed, guess_S in zip(mine, guesses, strict=False):  # no guesses on stages before the last
+        found |= plan.read(packed, guess_S.numpy())
+    everywhere: list[dict | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, found)
+    merged = {index: text for part in everywhere for index, text in part.items()}
+    return [merged[index] for index in range(len(rows))]
+
+
+def _received(source: Iterator[Batch] | None, count: int) -> Iterator[Batch]:
+    for _ in range(count):
+        yield broadcast_batch(next(source) if source is not None else None)
+
+
+def _forward_step(batches: Iterator[Batch], model):
+    inputs = model_inputs(next(batches)) | {"labels_BS": None}
+    return model(**inputs), lambda logits_BSV: (torch.zeros(1), logits_BSV[0].argmax(dim=-1).cpu())
+
+
+@dataclass(slots=True)
+class Plan:
+    """Which questions share which packed row."""
+
+    encoder: Encoder
+    rows: Sequence[dict]
+    image_folder: Path
+    blank: bool
+
+    def of_rank(self, rank: int, size: int) -> list[list[tuple[int, EncodedSample]]]:
+        """Packed rows of one data-parallel rank; every rank gets equally many (experts meet across ranks)."""
+        packed: list[list[tuple[int, EncodedSample]]] = [[]]
+        space = self.encoder.seq_length
+        for index, row in enumerate(self.rows):
+            sample = self.encoder(parse_record(_record(index, row), origin=f"question {index}"))
+            if len(sample) > space:
+                packed.append([])
+                space = self.encoder.seq_length
+            packed[-1].append((index, sample))
+            space -= len(sample)
+        packed += packed[: -len(packed) % size]
+        return packed[rank::size]
+
+    def batches(self, packed: list[list[tuple[int, EncodedSample]]], tower) -> Iterator[Batch]:
+        shape = (3, tower.image_size, tower.image_size)
+        for row in packed:
+            samples = [sample for _, sample in row]
+            images = [ref for sample in samples for ref in sample.images]
+            if self.blank:
+                pixels = [np.zeros(shape, dtype=np.float32) for _ in images]
+            else:
+                pixels = [media.pixels(ref, str(self.image_folder), "question", tower, "pad")[0] for ref in images]
+            yield pack(samples, pixels, self.encoder.seq_length, self.encoder.tokenizer.pad_id, shape)
+
+    def read(self, packed: list[tuple[int, EncodedSample]], guess_S: np.ndarray) -> dict[int, str]:
+        """Predictions of the questions in one packed row."""
+        found, start = {}, 0
+        for index, sample in packed:
+            answer = sample.labels_S != IGNORE
+            truth, guess = sample.labels_S[answer], guess_S[start : start + len(sample)][answer]
+            wrong = np.flatnonzero(truth != guess)
+            said = truth[:-1] if not len(wrong) else guess[: wrong[0] + 1]
+            found[index] = self.encoder.tokenizer.decode([int(token) for token in said]).strip()
+            start += len(sample)
+        return found
+
+
+def _record(index: int, row: dict) -> dict:
+    turns = [{"from": "human", "value": f"<image>\n{row['question']}"}, {"from": "gpt", "value": row["answer"]}]
+    return {"id": str(index), "image": row["image"], "conversations": turns}
