@@ -107,7 +107,11 @@ class LocalSlurm:
         self.wait_until(lambda: self.node_states() == {"idle"}, 30, "both nodes idle")
 
     def start_node(self, node: str) -> None:
-        self._daemon(node, ["slurmd", "-D", "-N", node, "-f", self.environment["SLURM_CONF"]])
+        # Each node has its own share of this machine's cores, as if it were a machine of its own.
+        cores = sorted(os.sched_getaffinity(0))
+        share = cores[NODES.index(node) :: len(NODES)] or cores
+        pinned = ["taskset", "--cpu-list", ",".join(map(str, share))]
+        self._daemon(node, [*pinned, "slurmd", "-D", "-N", node, "-f", self.environment["SLURM_CONF"]])
 
     def _daemon(self, name: str, command: list[str]) -> None:
         with open(self.root / f"{name}.out", "ab") as log:
