@@ -41,10 +41,12 @@ validate() {
     WORLD_SIZE=$(($1 * $2)) single "$PYTHON" "$REPO/tools/train.py" --validate-only "${@:3}" || exit 2
 }
 
+# On the login node: check, and submit unless VALIDATE_ONLY is set.
 submit() {
     local nodes="${NODES:-$(sbatch_value nodes)}" gpus="${GPUS_PER_NODE:-$(sbatch_value gpus-per-node)}"
     # A pyxis image needs an allocation to run in; there the check is the first step of the job.
     case "$CONTAINER" in "" | *.sif) validate "$nodes" "$gpus" "$@" ;; esac
+    [ -z "${VALIDATE_ONLY:-}" ] || return 0
     local request=(--nodes="$nodes" --gpus-per-node="$gpus" "$SCRIPT" "${OVERRIDES[@]}")
     sbatch --test-only "${request[@]}" || stop 2 "The cluster cannot run this request (see above)."
     sbatch "${request[@]}"

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ TINY = (
     "training.precision=fp32",
     "training.micro_batch_size=2",
     "training.global_batch_size=8",
-    "data.seq_length=256",
+    "data.seq_length=128",
     "data.num_workers=0",
     "checkpoint.save_interval=5",
 )
@@ -45,7 +47,8 @@ class Cluster:
             "RUNS": str(self.folder / name),
             "DATA": str(self.folder / "rows.json"),
             "IMAGES": str(ASSETS / "images"),
-            "TOKENIZER": str(ASSETS / "tok_bpe"),
+            "MODELS": str(self.folder / "models"),
+            "TOKENIZER": str(self.folder / "models/phi-2-tiny"),
             "LOAD": str(self.folder / "base"),
         }
         return {**self.slurm.environment, **settings, **variables}
@@ -72,6 +75,10 @@ def cluster(tmp_path_factory):
         pytest.fail(f"needs root and {missing() or 'nothing else'}: python tests/cluster/local_slurm.py --install")
     folder = tmp_path_factory.mktemp("cluster")
     write_data(folder)
+    write_models(folder / "models")
+    convert = [sys.executable, "tools/convert.py", "import", str(folder / "models/phi-2-tiny")]
+    convert += ["--tower", str(folder / "models/clip-tiny"), "--save", str(folder / "base")]
+    subprocess.run(convert, check=True, cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)})
     slurm = LocalSlurm(folder / "slurm")
     try:
         slurm.start()
@@ -94,3 +101,27 @@ def write_data(folder: Path) -> None:
         for row in range(256)
     ]
     (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def write_models(folder: Path) -> None:
+    """A language model with random weights and a tower, in the folders where a user has the published ones."""
+    import torch
+    from transformers import PhiConfig, PhiForCausalLM
+
+    from megatron_moellava.backbones import get_backbone
+
+    backbone = get_backbone("phi-2-tiny")
+    config = PhiConfig(
+        vocab_size=backbone.vocab_size,
+        hidden_size=backbone.hidden_size,
+        intermediate_size=backbone.ffn_hidden_size,
+        num_hidden_layers=backbone.num_layers,
+        num_attention_heads=backbone.num_attention_heads,
+        partial_rotary_factor=backbone.rotary_percent,
+        max_position_embeddings=backbone.max_position_embeddings,
+        resid_pdrop=0.0,
+    )
+    torch.manual_seed(0)
+    PhiForCausalLM(config).save_pretrained(folder / backbone.name)
+    shutil.copytree(ASSETS / "tok_bpe", folder / backbone.name, dirs_exist_ok=True)
+    shutil.copytree(ASSETS / "openai/clip-tiny", folder / "clip-tiny")

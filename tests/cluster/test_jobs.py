@@ -9,7 +9,8 @@ import pytest
 from conftest import REPO, Cluster
 
 TWO_NODES = ("--nodes=2", "--gpus-per-node=1")
-STEPS = "training.train_steps=40"
+LENGTH = 30
+STEPS = f"training.train_steps={LENGTH}"
 
 
 def run_script(cluster: Cluster, name: str, *overrides: str, **variables: str) -> subprocess.CompletedProcess:
@@ -47,16 +48,16 @@ def reference(cluster):
 
 
 def losses(cluster: Cluster, save: Path) -> list[float]:
-    """Losses of steps 1..40; a step that was trained twice must have given the same loss both times."""
+    """Losses of steps 1..LENGTH; a step that was trained twice must have given the same loss both times."""
     by_step: dict[int, float] = {}
     for record in cluster.steps(save):
-        assert by_step.setdefault(record["step"], record["loss"]) == record["loss"]
-    assert sorted(by_step) == list(range(1, 41))
+        assert by_step.setdefault(record["iteration"], record["loss"]) == record["loss"]
+    assert sorted(by_step) == list(range(1, LENGTH + 1))
     return [by_step[step] for step in sorted(by_step)]
 
 
 def test_two_nodes_train_to_the_end(cluster, reference):
-    assert len(reference) == 40
+    assert len(reference) == LENGTH
     assert reference[-1] < reference[0]
     assert "2 nodes (n[1-2]) x 1 processes" in cluster.log("reference")
 

@@ -1,0 +1,216 @@
+"""The quickstart: three-stage MoE-tuning on a published benchmark, on a CPU, in minutes.
+
+  python examples/quickstart/run.py                          one process
+  torchrun --nproc-per-node 2 examples/quickstart/run.py parallel.expert_model_parallel_size=2
+
+Makes the data, a tiny language model and a tiny pretrained tower; runs stage 1 (projector), stage 2 (projector and
+language model), the upcycling to experts, stage 3 (MoE), and the dense model continued for as long; asks the held-out
+questions after each. Every step is what the tools do (tools/convert.py, tools/train.py). Results: OUT/summary.json,
+curves.png, expert_load.png; TensorBoard logs below OUT.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+# Optimizer steps and peak learning rate of each run, and what it starts from.
+PLAN = {
+    "stage1": {"stage": 1, "from": "start", "steps": 60, "lr": 3e-3, "data": "captions.json"},
+    "stage2": {"stage": 2, "from": "stage1", "steps": 400, "lr": 2e-3, "data": "conversations.json"},
+    "stage3": {"stage": 3, "from": "upcycled", "steps": 150, "lr": 1e-3, "data": "conversations.json"},
+    "dense": {"stage": 2, "from": "stage2", "steps": 150, "lr": 1e-3, "data": "conversations.json"},
+}
+TITLES = {
+    "stage1": "stage 1: projector",
+    "stage2": "stage 2: projector + language model",
+    "stage3": "stage 3: MoE",
+    "dense": "stage 2 continued for as long (dense)",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=("fast", "full"), default="fast", help="easy-VQA, or easy-VQA and digits")
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
+    parser.add_argument("--backbone", default="llama-tiny", help="llama-tiny (default) or phi-2-tiny")
+    parser.add_argument("--seed", type=int, default=1, help="of the weights and the order of the data")
+    parser.add_argument(
+        "--steps-scale", type=float, default=1.0, help="multiplies the steps of every run, for a quick look"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="for every run, as in tools/train.py"
+    )
+    return parser.parse_intermixed_args()
+
+
+@dataclass(slots=True)
+class Quickstart:
+    """One quickstart on this rank; rank 0 makes what only one process can make."""
+
+    arguments: argparse.Namespace
+    seconds: dict[str, float] = field(default_factory=dict)
+    results: dict[str, dict] = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        return self.arguments.out
+
+    def timed(self, name: str, action) -> None:
+        started = time.perf_counter()
+        action()
+        self.seconds[name] = round(time.perf_counter() - started, 1)
+
+    def run(self) -> None:
+        from megatron_moellava import parallel
+
+        say(f"=== quickstart: preset {self.arguments.preset}, seed {self.arguments.seed}, results in {self.out} ===")
+        self.timed("data", lambda: on_first_rank(self.make_data))
+        self.timed("models", lambda: on_first_rank(self.make_models))
+        for name, plan in PLAN.items():
+            if plan["from"] == "upcycled":
+                self.timed("upcycle", lambda: on_first_rank(self.upcycle))
+            self.timed(name, lambda name=name, plan=plan: self.train(name, plan))
+        if parallel.is_main_process():
+            self.report()
+
+    # --- making -----------------------------------------------------------------------------------------------------
+
+    def make_data(self) -> None:
+        from make_data import write_quickstart
+
+        write_quickstart(self.out / "data", preset=self.arguments.preset)
+        for name in ("models", "start", "upcycled", *PLAN):  # a run that was cut short starts again
+            shutil.rmtree(self.out / name, ignore_errors=True)
+
+    def make_models(self) -> None:
+        from models import write_language_model, write_tower
+
+        from megatron_moellava.backbones import get_backbone
+        from megatron_moellava.conversion.imports import import_checkpoint
+        from megatron_moellava.towers import get_tower
+
+        data, models, seed = self.out / "data", self.out / "models", self.arguments.seed
+        backbone = get_backbone(self.arguments.backbone)
+        say(f"--- a random {backbone.name} and a tower pretrained on the captions of the train images")
+        write_language_model(models / "language_model", backbone, data / "tokenizer.model", seed)
+        tower = get_tower("clip-tiny")
+        write_tower(models / "tower", tower, data / "captions.json", data / "images", seed)
+        import_checkpoint(
+            models / "language_model", save=self.out / "start", tower=str(models / "tower"), dtype="bfloat16", seed=seed
+        )
+
+    def upcycle(self) -> None:
+        from megatron_moellava.config import MoEConfig
+        from megatron_moellava.conversion.upcycle import upcycle_checkpoint
+
+        say("--- upcycling: the FFN of layers 0, 2, ... copied into 4 experts, new routers")
+        upcycle_checkpoint(self.out / "stage2", save=self.out / "upcycled", moe=MoEConfig(), seed=self.arguments.seed)
+
+    # --- training and asking ----------------------------------------------------------------------------------------
+
+    def train(self, name: str, plan: dict) -> None:
+        from megatron_moellava import parallel
+        from megatron_moellava.training.run import build_trainer, load_run, validate_run
+
+        data = self.out / "data"
+        run = load_run(
+            config=str(HERE / "quickstart.yaml"),
+            flags={
+                "training.stage": plan["stage"],
+                "training.train_steps": max(2, round(plan["steps"] * self.arguments.steps_scale)),
+                "training.seed": self.arguments.seed,
+                "optimizer.lr": plan["lr"],
+                "checkpoint.load": str(self.out / plan["from"]),
+                "checkpoint.save": str(self.out / name),
+                "data.sources": [{"path": str(data / plan["data"]), "image_folder": str(data / "images")}],
+                "data.tokenizer": str(data / "tokenizer.model"),
+            },
+            overrides=self.arguments.overrides,
+        )
+        validate_run(run)
+        parallel.initialize(run.parallel, run.training.seed)
+        say(f"--- {TITLES[name]}")
+        trainer = build_trainer(run)
+        if trainer.train() != 0:
+            sys.exit(85)
+        self.results[name] = self.ask(name, run, trainer)
+
+    def ask(self, name: str, run, trainer) -> dict:
+        """Held-out accuracy of the trained model; for the MoE also with blanked pictures, and the expert load."""
+        from megatron_moellava.data.loader import build_encoder
+        from megatron_moellava.data.tokenizer import load_tokenizer
+        from megatron_moellava.evaluation.closed_questions import predict
+        from megatron_moellava.evaluation.quickstart_metrics import score_quickstart
+
+        started = time.perf_counter()
+        rows = [json.loads(line) for line in (self.out / "data" / "test.jsonl").open()]
+        images = self.out / "data" / "images"
+        encoder = build_encoder(run.data, load_tokenizer(run.data.tokenizer), trainer.chunks[0].tower)
+        said = predict(trainer.chunks, encoder, rows, images, observer=trainer.routing)
+        answered = [row | {"prediction": text} for row, text in zip(rows, said, strict=True)]
+        result = {"score": score_quickstart(answered), "answered": answered}
+        say(summary_line(result["score"], len(rows), time.perf_counter() - started))
+        if run.moe is not None:
+            counts_LME = trainer.routing.collect()
+            result |= {
+                "expert_load": counts_LME.tolist(),
+                "moe_layers": [i for i, n in enumerate(counts_LME) if n.sum()],
+            }
+            said = predict(trainer.chunks, encoder, rows, images, blank=True)
+            result["blanked"] = [row | {"prediction": text} for row, text in zip(rows, said, strict=True)]
+        return result
+
+    def report(self) -> None:
+        from report import write_report
+
+        write_report(self.out, self.arguments, PLAN, TITLES, self.results, self.seconds)
+
+
+def summary_line(score: dict, count: int, seconds: float) -> str:
+    types = ", ".join(f"{name} {part['accuracy']:.1f} %" for name, part in score["types"].items())
+    existence = f", existence F1 {score['existence']['f1']:.1f}" if score["existence"] else ""
+    return (
+        f"held-out: {score['accuracy']:.1f} % of {count} questions right ({types}{existence}), asked in {seconds:.0f} s"
+    )
+
+
+def say(text: str) -> None:
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def on_first_rank(action) -> None:
+    """Rank 0 acts, the others wait."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        action()
+    dist.barrier()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    sys.path.insert(0, str(HERE))
+    from megatron_moellava import parallel
+    from megatron_moellava.config import MoELlavaError, ParallelConfig
+
+    try:
+        parallel.initialize(ParallelConfig(distributed_timeout_minutes=30), arguments.seed)
+        Quickstart(arguments).run()
+    except MoELlavaError as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    finally:
+        parallel.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
