@@ -22,7 +22,7 @@ class Batch:
 
 
 def pack(samples: list[EncodedSample], pixels: list[np.ndarray], seq_length: int, pad_id: int, shape) -> Batch:
-    """One row of exactly seq_length.
+    """One row of exactly seq_length. `pixels`: [T, 3, H, W] of each image; `shape`: (3, H, W).
 
     >>> lengths 3 and 2, seq_length 8 -> cu_seqlens [0, 3, 5, 8], position_ids [0 1 2 0 1 0 1 2]
     """
@@ -70,4 +70,4 @@ def pad(samples: list[EncodedSample], pixels: list[np.ndarray], multiple: int, p
 
 
 def _stack(pixels: list[np.ndarray], shape: tuple[int, int, int]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(0, *shape)
+    return torch.from_numpy(np.concatenate(pixels)) if pixels else torch.zeros(0, *shape)

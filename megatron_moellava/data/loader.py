@@ -177,5 +177,6 @@ def order_fields(data, encoder: Encoder, tower, opened: list[OpenSource], micro_
         "label_mode": data.label_mode,
         "tokenizer": hashlib.sha256(str((encoder.tokenizer.vocab_size, tokens)).encode()).hexdigest()[:16],
         "num_features": tower.num_features,
+        "image_grid": data.image_grid,
         "max_images": data.max_images,
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
-from megatron_moellava.data import images
+from megatron_moellava.data import grid, images
 from megatron_moellava.data.sample import BadSample, ImageRef
 
 STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -53,6 +53,23 @@ def pixels(ref: ImageRef, folder: str, where: str, tower, aspect_ratio: str) -> 
     """Normalised pixels [3, H, W] and notes."""
     image, notes = open_ref(ref, folder, where)
     return images.preprocess(image, tower, aspect_ratio), notes
+
+
+def tiles(ref: ImageRef, folder: str, where: str, tower, data) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Normalised pixels [T, 3, H, W] and notes; T = 1 unless data.image_grid."""
+    if data.image_grid and ref.frame is None:
+        image, notes = open_ref(ref, folder, where)
+        return grid.tile(image, tower), notes
+    found, notes = pixels(ref, folder, where, tower, data.image_aspect_ratio)
+    return found[None], notes
+
+
+def num_tiles(ref: ImageRef, folder: str, where: str, tower, data) -> int:
+    """T of `tiles`, from the file's header alone."""
+    if not data.image_grid or ref.frame is not None:
+        return 1
+    size = images.image_size(source(ref, folder, where), f"{where}, image {ref.name[:80]!r}")
+    return grid.num_tiles(*size, tower.image_size)
 
 
 def _frame(origin: bytes | str, index: int, count: int, where: str) -> Image.Image:

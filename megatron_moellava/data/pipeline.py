@@ -63,7 +63,9 @@ class Pipeline(TaskEncoder):
         try:
             record, origin, members = read_record(sample)
             parsed = parse_record(record, origin=origin, max_images=self.data.max_images)
-            encoded = self.encoder(_with_members(parsed, members) if members else parsed)
+            parsed = _with_members(parsed, members) if members else parsed
+            tiles = [media.num_tiles(ref, folder, origin, self.tower, self.data) for ref in parsed.images]
+            encoded = self.encoder(parsed, tuple(count * self.tower.num_features for count in tiles))
         except BadSample as error:
             self.skip(error)
         self.events.notes += encoded.notes
@@ -84,10 +86,7 @@ class Pipeline(TaskEncoder):
     def postencode_sample(self, sample: dict) -> dict:
         work = sample["work"]
         try:
-            decoded = [
-                media.pixels(ref, work.folder, work.origin, self.tower, self.data.image_aspect_ratio)
-                for ref in work.encoded.images
-            ]
+            decoded = [media.tiles(ref, work.folder, work.origin, self.tower, self.data) for ref in work.encoded.images]
         except BadSample as error:
             self.skip(error)
         self.events.notes += [note for _, notes in decoded for note in notes]

@@ -141,7 +141,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict | BadSample]]:
     with open(path, "rb") as stream:
         first = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
         stream.seek(3 if stream.seek(0) == 0 and stream.read(3) == codecs.BOM_UTF8 else 0)
-        yield from _read_list(path, stream) if first.startswith(b"[") else _read_lines(path, stream)
+        is_list = first.startswith(b"[") and path.suffix != ".jsonl"  # a broken first line may start with anything
+        yield from _read_list(path, stream) if is_list else _read_lines(path, stream)
 
 
 def _read_lines(path: Path, stream) -> Iterator[tuple[int, dict | BadSample]]:
