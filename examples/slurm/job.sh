@@ -72,8 +72,8 @@ start() {
     STEP=$!
 }
 
-# SLURM sends USR1 to this shell (#SBATCH --signal=B:...), before the time limit and, if the cluster's PreemptParameters
-# has send_user_signal, before a preemption; the training processes must hear of it.
+# SLURM sends USR1 to this shell (#SBATCH --signal=B:...), before the time limit and, if the cluster is set to do so
+# (docs/cluster.md), before a preemption; the training processes must hear of it.
 forward_signal() {
     echo "Told to stop soon: asking for a checkpoint"
     scancel --signal=USR1 "$SLURM_JOB_ID"

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 NODES = ("n1", "n2")
+PATIENCE = float(os.environ.get("PATIENCE", "1"))  # a factor on every time limit, for a machine busy with other work
 HOSTS_LINE = "127.0.0.1 n1 n2 # local SLURM of a test\n"
 REQUIRED = ("munged", "slurmctld", "slurmd", "sbatch")
 
@@ -144,7 +145,7 @@ class LocalSlurm:
 
     def run(self, *command: str, check: bool = True, **options) -> subprocess.CompletedProcess:
         options.setdefault("env", self.environment)
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120 * PATIENCE, **options)
         if check and result.returncode:
             raise AssertionError(f"{' '.join(command)} -> {result.returncode}\n{result.stdout}{result.stderr}")
         return result
@@ -164,7 +165,7 @@ class LocalSlurm:
         return self.job(job_id)
 
     def wait_until(self, condition, seconds: float, what: str) -> None:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * PATIENCE
         while not condition():
             if time.monotonic() > deadline:
                 queue = self.run("squeue", "--all", check=False).stdout
