@@ -1,12 +1,17 @@
 """Which samples share a row, and an Energon packing stage that carries what does not fit into the next round.
 
 Energon packs its whole buffer each round, so the last rows of a round are filled badly: with 64 short samples that
-wastes 6 % of all positions. Here those samples go back into the (savable) buffer and meet the next ones.
+wastes 6 % of all positions. Here only some rows are made per round, from many candidates; the other samples go back into
+the (savable) buffer and meet the next ones.
+
+Data-parallel ranks wait for each other, so their rows of one step should cost the same. Every rank makes the same number
+of rows per round and sorts them by attention cost; as all ranks draw from one distribution, rows of equal rank are alike.
 """
 
 from megatron.energon.wrappers.packing_dataset import PackingDataset
 
-GOOD_FILL = 0.995  # share of a row from which it is emitted although more samples could come
+ROUND_SHARE = 8  # a round makes at most packing_buffer / ROUND_SHARE rows
+RESERVE = 2  # rows' worth of tokens that must wait beside a row, so that there is something to choose from
 
 
 def select_rows(lengths: list[int], capacity: int) -> tuple[list[list[int]], list[int]]:
@@ -18,18 +23,16 @@ def select_rows(lengths: list[int], capacity: int) -> tuple[list[list[int]], lis
     ([[0, 1]], [2, 3])
     """
     waiting, rows = list(range(len(lengths))), []
-    while waiting:
-        oldest, *others = waiting
-        space = capacity - lengths[oldest]
-        chosen = fullest_subset([lengths[i] for i in others], space)
-        row = [oldest, *(others[i] for i in chosen)]
-        filled = sum(lengths[i] for i in row)
-        if rows and filled < GOOD_FILL * capacity:
+    most = max(1, len(lengths) // ROUND_SHARE)
+    while waiting and len(rows) < most:
+        if rows and sum(lengths[i] for i in waiting) < RESERVE * capacity:
             break
-        rows.append(row)
-        taken = set(row)
+        oldest, *others = waiting
+        chosen = fullest_subset([lengths[i] for i in others], capacity - lengths[oldest])
+        rows.append([oldest, *(others[i] for i in chosen)])
+        taken = set(rows[-1])
         waiting = [i for i in waiting if i not in taken]
-    return rows, waiting
+    return sorted(rows, key=lambda row: sum(lengths[i] ** 2 for i in row)), waiting
 
 
 def fullest_subset(lengths: list[int], space: int) -> list[int]:
