@@ -9,6 +9,7 @@ from megatron_moellava.backbones.from_config import (
     backbone_fields,
     backbone_from_fields,
     backbone_from_hf_config,
+    described_model,
     read_json,
 )
 from megatron_moellava.config import ConfigError
@@ -30,7 +31,7 @@ BACKBONES: dict[str, Backbone] = {size.name: size for family in FAMILIES for siz
 
 
 def get_backbone(name: str) -> Backbone:
-    """A backbone by name, or of the size that a folder's `config.json` (or that file itself) says.
+    """A backbone by name, or of the size that a folder's `config.json` says, or that a Megatron checkpoint holds.
 
     Raises ConfigError with the nearest names, or with every key of the config that this program does not support.
     """
@@ -38,6 +39,9 @@ def get_backbone(name: str) -> Backbone:
         return BACKBONES[name]
     path = Path(name)
     if path.exists():
+        described = described_model(path)
+        if described:
+            return backbone_from_fields(described["backbone_fields"], FAMILIES)
         return backbone_from_hf_config(read_json(path), FAMILIES, name=name)
     near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.3) or sorted(BACKBONES)
     raise ConfigError(

@@ -35,6 +35,12 @@ def read_json(path: Path) -> dict:
         raise ConfigError(f"{path} is not JSON ({error}); give a folder with a Hugging Face config.json") from None
 
 
+def described_model(path: Path) -> dict | None:
+    """The `model` section of a Megatron checkpoint's run.json (the newest of a run's folder); None for other folders."""
+    files = [path / "run.json"] if (path / "run.json").exists() else sorted(path.glob("iter_*/run.json"))
+    return json.loads(files[-1].read_text())["model"] if files else None
+
+
 def backbone_from_hf_config(config: dict, families, *, name: str) -> Backbone:
     """The backbone that `config` describes, under `name`. ConfigError lists every unsupported key at once.
 

@@ -1,5 +1,6 @@
 """What is in a checkpoint, as a table, and how two of them differ. Reads Megatron checkpoints and Hugging Face folders."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -152,7 +153,7 @@ def _numbered(pattern: str, names: list[str]) -> str:
 
 def _ranges(numbers: list[int]) -> str:
     """[0, 1, 2, 5] -> "0-2,5"; [0, 2, 4, 6] -> "0,2,..,6"."""
-    if len(numbers) > 3 and len(steps := {b - a for a, b in zip(numbers, numbers[1:], strict=False)}) == 1:
+    if len(numbers) > 3 and len(steps := {b - a for a, b in itertools.pairwise(numbers)}) == 1:
         return f"{numbers[0]}-{numbers[-1]}" if steps == {1} else f"{numbers[0]},{numbers[1]},..,{numbers[-1]}"
     runs: list[list[int]] = []
     for number in numbers:

@@ -28,6 +28,8 @@ SAFETENSORS_TYPES = {
 def open_huggingface(folder: Path) -> dict[str, Tensor]:
     """Tensors of a Hugging Face folder, or of one `.safetensors` or `.bin` file. Safetensors win over `.bin`."""
     folder = Path(folder)
+    if not folder.exists():
+        raise CheckpointError(f"{folder} does not exist")
     if folder.is_file():
         return open_bin(folder) if folder.suffix in (".bin", ".pt", ".pth") else open_safetensors(folder)
     for stem, opener in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_bin)):

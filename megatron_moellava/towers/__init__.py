@@ -7,6 +7,7 @@ import difflib
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_moellava.backbones.from_config import described_model
 from megatron_moellava.config import ConfigError
 from megatron_moellava.towers import clip, siglip
 from megatron_moellava.towers.from_config import tower_fields, tower_from_fields, tower_from_hf_folder
@@ -29,13 +30,16 @@ ORIGINAL = "@original"
 
 
 def get_tower(name: str) -> Tower:
-    """A tower by name, or of the size that a folder's `config.json` says. ConfigError lists nearest names."""
+    """A tower by name, of a folder's `config.json`, or of a Megatron checkpoint. ConfigError lists nearest names."""
     if name.endswith(ORIGINAL):
         return replace(get_tower(name.removesuffix(ORIGINAL)), name=name, drop_first_feature=True)
     if name in TOWERS:
         return TOWERS[name]
     path = Path(name)
     if path.exists():
+        described = described_model(path)
+        if described:
+            return tower_from_fields(described["tower_fields"], FAMILIES)
         return tower_from_hf_folder(path, FAMILIES, name=name)
     near = difflib.get_close_matches(name, TOWERS, n=3, cutoff=0.3) or sorted(TOWERS)
     raise ConfigError(

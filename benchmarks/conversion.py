@@ -1,0 +1,162 @@
+"""Memory and throughput of conversions beside `cp` of the same files, in the same run.
+
+  python benchmarks/conversion.py [--gigabytes 2.5] [--folder DIR]
+
+Writes a synthetic MoE-LLaVA release (bf16, random bytes) as safetensors and as .bin, converts it each way in a process of
+its own, and prints peak memory over the checkpoint's bytes, and bytes per second over those of `cp`. The limits that the
+project set itself: memory at most 0.35, throughput at least 0.5. Start-up (Python, torch) is measured apart.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_moellava.backbones import get_backbone
+from megatron_moellava.config import MoEConfig
+from megatron_moellava.conversion.engine import Part, Recipe
+from megatron_moellava.conversion.inspection import count_parameters
+from megatron_moellava.conversion.layout import ORIGINAL, Entry, entries
+from megatron_moellava.conversion.model import Model
+from megatron_moellava.conversion.original import original_config
+from megatron_moellava.conversion.tensors import Tensor, Tile
+from megatron_moellava.conversion.writers import write_safetensors
+from megatron_moellava.towers import get_tower
+
+TOOL = Path(__file__).parents[1] / "tools" / "convert.py"
+
+
+def sized_model(gigabytes: float) -> Model:
+    """StableLM-2 with 4 experts in every other layer, and as many layers as the size needs."""
+    backbone = get_backbone("stablelm-2-1.6b")
+    for layers in range(2, 200, 2):
+        model = Model(
+            backbone=replace(backbone, name="synthetic", num_layers=layers),
+            tower=get_tower("clip-vit-large-patch14-336"),
+            moe=MoEConfig(router="original", capacity_factor=1.5),
+        )
+        counts = count_parameters(model)
+        if 2 * (counts.total + counts.tower) >= gigabytes * 1e9:
+            return model
+    raise SystemExit("--gigabytes is too large")
+
+
+def release_entries(model: Model) -> list[Entry]:
+    """A release holds all layers of the tower, also the one that features do not need."""
+    return entries(replace(model, tower=replace(model.tower, feature_layer=-1)), ORIGINAL)
+
+
+def write_release(folder: Path, model: Model) -> None:
+    """The right names and shapes over one file of random bytes, which every tensor begins with."""
+    folder.mkdir(parents=True)
+    noise = folder.with_name("noise")
+    shapes = {
+        name: shape for entry in release_entries(model) for name, shape in zip(entry.names, entry.shapes, strict=True)
+    }
+    with noise.open("wb") as file:
+        for _ in range(0, max(2 * math.prod(shape) for shape in shapes.values()) + 1, 1 << 24):
+            file.write(os.urandom(1 << 24))
+    tensors = {name: _random(shape, noise) for name, shape in shapes.items()}
+    recipes = [Recipe(name, t.shape, t.dtype, (Part(name, 0, t.numel),)) for name, t in tensors.items()]
+    write_safetensors(folder, recipes, tensors, lambda count: None)
+    (folder / "config.json").write_text(json.dumps(original_config(model, {})))
+
+
+def _random(shape: tuple[int, ...], noise: Path) -> Tensor:
+    tensor = Tensor(shape, "bfloat16")
+    tile = Tile(str(noise), 0, (0, tensor.numel // tensor.columns), (0, tensor.columns))
+    return replace(tensor, tiles=(tile,))
+
+
+def write_bin(folder: Path, release: Path) -> None:
+    """The same tensors as pytorch_model.bin."""
+    folder.mkdir()
+    shutil.copy(release / "config.json", folder)
+    script = (
+        "import sys, torch; from pathlib import Path; from safetensors.torch import load_file\n"
+        "state = {k: v for f in Path(sys.argv[1]).glob('*.safetensors') for k, v in load_file(f).items()}\n"
+        "torch.save(state, sys.argv[2])\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(release), str(folder / "pytorch_model.bin")], check=True)
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    """The faster of two copies."""
+    seconds = []
+    for _ in range(2):
+        started = time.monotonic()
+        subprocess.run(["cp", "-r", source, target], check=True)
+        seconds.append(time.monotonic() - started)
+        shutil.rmtree(target)
+    return min(seconds)
+
+
+def convert(*arguments: object) -> tuple[float, int]:
+    """Seconds of the whole command and its peak memory in bytes."""
+    script = (
+        "import sys, resource, runpy\n"
+        f"sys.argv = {['convert.py', *map(str, arguments)]!r}\n"
+        "try:\n"
+        f"    runpy.run_path({str(TOOL)!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0, end.code\n"
+        "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True)
+    return time.monotonic() - started, int(done.stdout.split("PEAK")[1]) * 1024
+
+
+def start_up_seconds() -> float:
+    """What starting Python and importing torch takes, whatever the size."""
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch, torch.distributed.checkpoint"], check=True)
+    return time.monotonic() - started
+
+
+def measure(name: str, source: Path, *arguments: object) -> None:
+    """Convert `source` (named in `arguments`), beside `cp` of it."""
+    size = folder_bytes(source)
+    copy, idle = copy_seconds(source, source.with_name("copy")), start_up_seconds()
+    seconds, peak = convert(*arguments)
+    copying = max(seconds - idle, 1e-3)
+    print(
+        f"{name:<24} {size / 1e9:5.2f} GB | cp {copy:5.2f} s | command {seconds:5.2f} s ({copy / seconds:4.2f} x cp), "
+        f"without start-up {copying:5.2f} s ({copy / copying:4.2f} x cp) | memory {peak / 1e6:4.0f} MB ({peak / size:4.2f} x)",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=2.5)
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
+    parsed = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=parsed.folder) as name:
+        work = Path(name)
+        release, pickled, run = work / "release", work / "pickled", work / "run"
+        write_release(release, sized_model(parsed.gigabytes))
+        measure("import, safetensors", release, "import", release, "--save", run)
+        measure("export, original", run, "export", run, "--layout", "original", "--save", work / "out")
+        shutil.rmtree(work / "out")
+        measure("8 experts from 4", run, "upcycle", run, "--num-experts", 8, "--save", work / "out")
+        shutil.rmtree(work / "out")
+        write_bin(pickled, release)
+        measure("import, .bin", pickled, "import", pickled, "--save", work / "out")
+        shutil.rmtree(work / "out")
+        measure("import, to fp16", release, "import", release, "--dtype", "float16", "--save", work / "out")
+
+
+if __name__ == "__main__":
+    main()
