@@ -70,7 +70,10 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     if rotated:
         image = ImageOps.exif_transpose(image)
         notes.append("EXIF rotation applied")
-    return image.convert("RGB"), tuple(notes)
+    if image.mode != "RGB" or "transparency" in image.info:
+        return image.convert("RGB"), tuple(notes)
+    image.load()  # convert() would copy
+    return image, tuple(notes)
 
 
 def preprocess(image: Image.Image, tower, aspect_ratio: str) -> np.ndarray:
@@ -110,11 +113,11 @@ def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def normalise(image: Image.Image, tower) -> np.ndarray:
-    levels_HWC = np.asarray(image)
-    pixels_CHW = np.empty((3, *levels_HWC.shape[:2]), dtype=np.float32)
-    for channel, (mean, std) in enumerate(zip(tower.image_mean, tower.image_std, strict=True)):
-        np.multiply(levels_HWC[:, :, channel], np.float32(1 / (255 * std)), out=pixels_CHW[channel])
-        pixels_CHW[channel] -= np.float32(mean / std)
+    """(level / 255 - mean) / std, [3, H, W]; channel by channel, since strided arrays are slow."""
+    pixels_CHW = np.empty((3, image.height, image.width), dtype=np.float32)
+    for band, plane, mean, std in zip(image.split(), pixels_CHW, tower.image_mean, tower.image_std, strict=True):
+        np.multiply(np.asarray(band), np.float32(1 / (255 * std)), out=plane, dtype=np.float32)
+        plane -= np.float32(mean / std)
     return pixels_CHW
 
 

@@ -1,5 +1,7 @@
 """Token lengths of a source, and how well they pack."""
 
+import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,6 @@ from megatron_moellava.data.sample import BadSample, parse_record
 
 def token_lengths(index: Index, encoder: Encoder, *, limit: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, images) of up to `limit` rows (they are in random order), images expanded, cut at seq_length."""
-    import json
-
     from tqdm import tqdm
 
     tokens, images = [], []
@@ -36,7 +36,7 @@ def packing(lengths: np.ndarray, seq_length: int, buffer: int) -> list[list[int]
     waiting: list[int] = []
     rows, arriving = [], iter(range(len(lengths)))
     while True:
-        waiting += [index for index, _ in zip(arriving, range(buffer - len(waiting)), strict=False)]
+        waiting += itertools.islice(arriving, buffer - len(waiting))
         if len(waiting) < buffer:
             return rows  # the stream is endless in training: what is left would be packed with what comes
         chosen, rest = select_rows([int(lengths[i]) for i in waiting], seq_length)

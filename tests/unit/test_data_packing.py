@@ -38,6 +38,8 @@ def test_no_sample_waits_for_long():
     assert any(0 in row for row in rows[:4])
     waited = [position - row[0] / 2 for position, row in enumerate(rows[1:])]
     assert max(map(abs, waited)) < 40
+    packed = sorted(itertools.chain(*rows))
+    assert packed == list(range(len(packed))) and len(packed) > 3960  # none is passed over
 
 
 def useful(tokens, seq_length, buffer):
