@@ -5,6 +5,7 @@ per data-parallel rank. Its state is plain JSON and goes into the checkpoint; it
 """
 
 import hashlib
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -13,17 +14,21 @@ from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import Encoder, check_template
 from megatron_moellava.data.modality import ModalityEngine, Rows, check_sources
 from megatron_moellava.data.pipeline import Pipeline
-from megatron_moellava.data.sources import EnergonEngine, OpenSource, open_source
+from megatron_moellava.data.sample import BadSample, parse_record
+from megatron_moellava.data.sources import EnergonEngine, OpenSource, open_source, peek_records
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import Tokenizer
+
+MAX_PEEK_IMAGES = 10**6  # an estimate refuses no row
 
 
 class Loader:
     """Endless iterator of Batch. `skipped` and `notes` count samples by reason, `seen` all samples read."""
 
-    def __init__(self, engine, fingerprint: dict, num_samples: int):
+    def __init__(self, engine, fingerprint: dict, opened: list[OpenSource], encoder: Encoder):
         self._engine, self._fingerprint, self._iterator = engine, fingerprint, None
-        self.num_samples = num_samples  # rows of one epoch over all ranks, weights included
+        self._opened, self._encoder = opened, encoder
+        self.num_samples = round(sum(entry.rows * entry.weight for entry in opened))  # of one epoch, over all ranks
         self.seen = 0
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
@@ -62,6 +67,13 @@ class Loader:
         self.notes.update(events.notes)
         self.messages += [message for _, message in events.skipped]
         return delivered["batch"]
+
+    def rows_per_epoch(self) -> int:
+        """Rows that one epoch fills over all ranks: its samples; when packing an estimate, the same on every rank."""
+        if not self._fingerprint["packing"]:
+            return self.num_samples
+        tokens = sum(entry.rows * entry.weight * mean_tokens(entry, self._encoder) for entry in self._opened)
+        return max(1, math.ceil(tokens / self._encoder.seq_length))
 
     def state_dict(self) -> dict:
         """JSON: what to restore, and what must be equal for that to make sense."""
@@ -133,7 +145,18 @@ def build_train_loader(
     else:
         engine = EnergonEngine(data, opened, pipeline, cache_folder=cache_folder, **share)
         fingerprint |= {"num_workers": data.num_workers}
-    return Loader(engine, fingerprint, round(sum(entry.rows * entry.weight for entry in opened)))
+    return Loader(engine, fingerprint, opened, encoder)
+
+
+def mean_tokens(entry: OpenSource, encoder: Encoder, count: int = 1000) -> float:
+    """Tokens per sample of a source, of its first `count` rows; every image counted untiled."""
+    lengths = []
+    for record in peek_records(entry, count):
+        try:
+            lengths.append(len(encoder(parse_record(record, origin="row", max_images=MAX_PEEK_IMAGES))))
+        except BadSample:
+            continue
+    return sum(lengths) / len(lengths) if lengths else 0.0
 
 
 def build_encoder(data, tokenizer: Tokenizer, tower, template: str = "") -> Encoder:

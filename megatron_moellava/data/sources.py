@@ -3,8 +3,10 @@
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,18 @@ def open_source(source, cache_folder: str | Path | None) -> OpenSource:
         fingerprint=index.fingerprint,
         index=index,
     )
+
+
+def peek_records(entry: OpenSource, count: int):
+    """The first rows of a source, which are in random order: LLaVA records, or None for what is not one."""
+    if entry.index is not None:
+        with open(entry.index.path, "rb") as file:
+            yield from (json.loads(line).get("record") for line in itertools.islice(file, count))
+        return
+    with tarfile.open(sorted(Path(entry.path).rglob("*.tar"))[0], "r:") as tar:
+        members = (member for member in tar if member.name.endswith(".json"))
+        for member in itertools.islice(members, count):
+            yield json.loads(tar.extractfile(member).read())
 
 
 def _open_shards(path: Path, weight: float) -> OpenSource:

@@ -82,3 +82,31 @@ def _pack(data: bytes) -> str:
 
 def _unpack(text: str) -> bytes:
     return zlib.decompress(base64.b64decode(text))
+
+
+def redistribute(saved: list[dict], world_size: int, num_workers: int) -> list[dict]:
+    """States of all ranks -> states for another number of ranks and workers, whose product must be the same.
+
+    Energon's workers know their share by global number, so they may move between ranks; the order in which a rank
+    visits its workers must just be at its start, as it is every `num_workers` batches.
+    """
+    workers = [worker for state_ in saved for worker in state_["engine"]["fields"]["worker_states"]["list"]]
+    if world_size * max(1, num_workers) != len(workers):
+        raise DataError(
+            f"the saved data order is that of {len(saved)} ranks x {len(workers) // len(saved)} workers; it can be "
+            f"continued with any ranks x data.num_workers that gives {len(workers)}, not {world_size} x {num_workers}"
+        )
+    if any(state_["engine"]["fields"]["next_worker_id"] for state_ in saved):
+        raise DataError(
+            "the checkpoint was taken between two workers' turns; to continue with other ranks or workers, use one whose "
+            "step is a multiple of data.num_workers micro-batches"
+        )
+    per_rank = len(workers) // world_size
+    result = []
+    for rank in range(world_size):
+        fields = saved[0]["engine"]["fields"] | {"worker_states": {"list": workers[rank * per_rank :][:per_rank]}}
+        changed = {"rank": rank, "world_size": world_size, "num_workers": num_workers}
+        counters = saved[0]["counters"] if rank == 0 else {"seen": 0, "skipped": {}, "notes": {}}
+        engine = saved[0]["engine"] | {"fields": fields}
+        result.append({"fingerprint": saved[0]["fingerprint"] | changed, "engine": engine, "counters": counters})
+    return result

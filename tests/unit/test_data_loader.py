@@ -8,6 +8,7 @@ import torch
 from data_files import ASSETS, config, conversation, ids, make_loader, make_set, row, take, write_images, write_rows
 
 from megatron_moellava.config import ConfigError, DataError
+from megatron_moellava.data.state import redistribute
 from megatron_moellava.data.tokenizer import load_tokenizer
 
 
@@ -244,3 +245,43 @@ def test_several_images_anywhere_in_the_conversation(tmp_path):
     batch = next(make_loader(config(path, packing=False), micro_batch_size=1))
     assert len(batch.pixel_values_NCHW) == 3 and (batch.tokens_BS == -200).sum() == 48
     assert torch.equal(batch.pixel_values_NCHW[0], batch.pixel_values_NCHW[2])
+
+
+@pytest.mark.parametrize("before, after", [((2, 1), (1, 2)), ((1, 2), (2, 1)), ((2, 2), (4, 1))])
+def test_ranks_and_workers_may_change_if_their_product_stays(tmp_path, before, after):
+    """The workers continue where they were, whichever rank they now belong to."""
+    path = make_set(tmp_path, 48)
+
+    def loaders(layout):
+        data = config(path, packing=False, num_workers=layout[1])
+        return [make_loader(data, rank=rank, world_size=layout[0], micro_batch_size=1) for rank in range(layout[0])]
+
+    running = loaders(before)
+    for loader in running:
+        take(loader, 4)
+    saved = [json.loads(json.dumps(loader.state_dict())) for loader in running]
+    expected = sorted(name for loader in running for name in ids(take(loader, 4 * before[1])))
+    resumed = loaders(after)
+    for loader, state in zip(resumed, redistribute(saved, *after), strict=True):
+        loader.load_state_dict(state)
+    assert sorted(name for loader in resumed for name in ids(take(loader, 4 * after[1]))) == expected
+    with pytest.raises(DataError, match=f"ranks x data.num_workers that gives {before[0] * before[1]}, not 3 x 1"):
+        redistribute(saved, 3, 1)
+
+
+def test_an_odd_turn_cannot_be_redistributed(tmp_path):
+    loader = make_loader(config(make_set(tmp_path), num_workers=2))
+    take(loader, 3)
+    with pytest.raises(DataError, match="between two workers' turns"):
+        redistribute([loader.state_dict()], 2, 1)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_per_epoch(tmp_path, packing):
+    loader = make_loader(config(make_set(tmp_path), packing=packing, seq_length=512))
+    rows = loader.rows_per_epoch()
+    if not packing:
+        assert rows == 40
+        return
+    samples = ids(take(loader, 4 * rows))
+    assert 3.6 * 40 <= len(samples) <= 4.4 * 40
