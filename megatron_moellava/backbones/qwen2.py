@@ -23,10 +23,10 @@ HF = HuggingFace(
         moe_architecture="MoELLaVAQwen1_5ForCausalLM",
         train_modules=("up_proj", "down_proj", "gate_proj", "wg"),
     ),
-    fields={key: field for key, field in llama.FIELDS.items() if key not in ("rope_scaling", "head_dim")},
+    fields=llama.FIELDS,
     defaults=llama.DEFAULTS,
-    constants={"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False},
-    inert=("sliding_window", "max_window_layers", "use_mrope", "head_dim"),
+    constants={"hidden_act": "silu", "use_sliding_window": False},
+    inert=("sliding_window", "max_window_layers", "use_mrope"),
     moe_model_type="qwen2_moe",
 )
 

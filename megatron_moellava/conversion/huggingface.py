@@ -108,7 +108,6 @@ def export_config(model: Model, vocab_size: int, image_token: int) -> dict:
 
 def text_config(model: Model, vocab_size: int) -> dict:
     text = hf_config_of(model.backbone) | {"vocab_size": vocab_size}
-    text.pop("sliding_window", None)
     if model.backbone.hf.family == "minicpm":  # Granite is Llama with MiniCPM's scalings
         text |= {
             "model_type": "granite",

@@ -78,7 +78,8 @@ def import_checkpoint(
     model = Model(backbone=backbone, tower=original.tower_of(config, job.layout, tower), moe=moe)
     layout, stage = _add_tower_and_projector(job, model, tower, projector, seed)
     lines = entries(model, layout)
-    recipes = import_recipes(lines, job.tensors, dtype) + _riding(job, model, layout)
+    riding = [replace(recipe, dtype=dtype or recipe.dtype) for recipe in _riding(job, model, layout)]
+    recipes = import_recipes(lines, job.tensors, dtype) + riding
     _drop_inert(job, model, layout)
     check(
         recipes,
@@ -210,6 +211,9 @@ def _drop_inert(job: Import, model: Model, layout: Layout) -> None:
     job.drop((name for name in job.tensors if name.endswith(BUFFERS)), "buffers that are computed, not learned")
     halves = tuple(TOWER_FILE + part for part in OTHER_HALF)
     job.drop((name for name in job.tensors if name.startswith(halves)), "not part of the vision tower")
+    # moe_config has made sure that it has no width; its gate then multiplies nothing.
+    empty = (name for name, tensor in job.tensors.items() if not tensor.numel or ".mlp.shared_expert_gate." in name)
+    job.drop(empty, "empty shared experts")
     head, embedding = (
         next(m.hf[0] for m in model.backbone.mapping if m.megatron == key)
         for key in ("output_layer.weight", "embedding.word_embeddings.weight")

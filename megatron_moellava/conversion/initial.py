@@ -15,10 +15,10 @@ from megatron_moellava.conversion.tensors import Tensor
 
 
 def generator(seed: int, name: str):
-    """A torch.Generator of its own for each name."""
+    """A torch.Generator of its own for each name. Torch's CPU generator looks at 32 bits of a seed only."""
     import torch
 
-    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
 def _uniform(name: str, shape: Shape, fan_in: int, dtype: str, seed: int):

@@ -167,7 +167,7 @@ def _longer(name: str, shape: Shape, job: "Upcycling") -> Recipe:
     old = job.tensors[name]
     added = (shape[0] - old.shape[0], shape[1])
     extra = f"{name} (new rows)"
-    job.tensors[extra] = linear_default(name, added, job.hidden_size, old.dtype, job.seed)
+    job.tensors[extra] = linear_default(extra, added, job.hidden_size, old.dtype, job.seed)
     return Recipe(name, shape, old.dtype, (Part(name, 0, old.numel), Part(extra, 0, added[0] * added[1])))
 
 
