@@ -104,14 +104,15 @@ def write_data(folder: Path) -> None:
 
 
 def write_models(folder: Path) -> None:
-    """A language model with random weights and a tower, in the folders where a user has the published ones."""
+    """A language model and a tower with random weights, in the folders where a user has the published ones."""
     import torch
-    from transformers import PhiConfig, PhiForCausalLM
+    from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig, PhiForCausalLM
 
     from megatron_moellava.backbones import get_backbone
+    from megatron_moellava.towers import get_tower
 
-    backbone = get_backbone("phi-2-tiny")
-    config = PhiConfig(
+    backbone, tower = get_backbone("phi-2-tiny"), get_tower("clip-tiny")
+    phi = PhiConfig(
         vocab_size=backbone.vocab_size,
         hidden_size=backbone.hidden_size,
         intermediate_size=backbone.ffn_hidden_size,
@@ -121,7 +122,17 @@ def write_models(folder: Path) -> None:
         max_position_embeddings=backbone.max_position_embeddings,
         resid_pdrop=0.0,
     )
+    clip = CLIPVisionConfig(
+        hidden_size=tower.hidden_size,
+        intermediate_size=tower.ffn_hidden_size,
+        num_hidden_layers=tower.num_layers,
+        num_attention_heads=tower.num_attention_heads,
+        image_size=tower.image_size,
+        patch_size=tower.patch_size,
+        hidden_act=tower.activation,
+    )
     torch.manual_seed(0)
-    PhiForCausalLM(config).save_pretrained(folder / backbone.name)
+    PhiForCausalLM(phi).save_pretrained(folder / backbone.name)
     shutil.copytree(ASSETS / "tok_bpe", folder / backbone.name, dirs_exist_ok=True)
-    shutil.copytree(ASSETS / "openai/clip-tiny", folder / "clip-tiny")
+    CLIPVisionModel(clip).save_pretrained(folder / tower.name)
+    shutil.copy(ASSETS / "openai/clip-tiny/preprocessor_config.json", folder / tower.name)
