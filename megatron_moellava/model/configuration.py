@@ -68,7 +68,7 @@ def transformer_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
         bias_activation_fusion=platform.HAS_CUDA and _fusable(backbone),
         apply_rope_fusion=platform.HAS_TRANSFORMER_ENGINE and backbone.rope_scaling is None,
         **_shared_fields(run),
-        **(_moe_fields(run.moe, backbone) if run.moe else {}),
+        **(_moe_fields(run.moe, backbone) if run.moe else _DENSE_FIELDS),
         **_fp8_fields(run.training.fp8),
     )
 
@@ -101,6 +101,10 @@ def _shared_fields(run: RunConfig, **overrides) -> dict:
         "bias_dropout_fusion": False,
         **overrides,
     }
+
+
+# Megatron-Core refuses rows of different lengths with its default dispatcher, even in a model without experts.
+_DENSE_FIELDS = {"moe_token_dispatcher_type": "alltoall"}
 
 
 def _moe_fields(moe: MoEConfig, backbone: Backbone) -> dict:
@@ -160,6 +164,7 @@ _FIRST_STAGE_ONLY = {
     "sequence_parallel": False,
     "expert_model_parallel_size": 1,
     "expert_tensor_parallel_size": None,
+    "variable_seq_lengths": False,
 }
 
 

@@ -115,11 +115,14 @@ class MoELlava(MegatronModule):
         A stage that is not the last returns its hidden states. `padding_mask_BS`: True where a token is real. Packed
         rows (B = 1) bring `cu_seqlens` [n + 1] and `max_seqlen`; `embeddings_SBD` replaces tokens and images.
         """
+        padding_counts = padding_mask_BS is not None and self._padding_counts()
         if self.pre_process and embeddings_SBD is None:
             embeddings_SBD = self.embed(tokens_BS, pixels_NCHW)
+            if padding_counts:
+                embeddings_SBD = embeddings_SBD * padding_mask_BS.transpose(0, 1).unsqueeze(-1)
         if embeddings_SBD is not None and self.config.sequence_parallel:
             embeddings_SBD = scatter_to_sequence_parallel_region(embeddings_SBD)
-        if attention_mask is None and padding_mask_BS is not None and self._attends_like_the_original():
+        if attention_mask is None and padding_counts:
             attention_mask = causal_padding_mask(padding_mask_BS)
         with self.language_model.positions(position_ids_BS if cu_seqlens is not None else None):
             output = self.language_model(
@@ -137,15 +140,22 @@ class MoELlava(MegatronModule):
             return output
         return output * (labels_BS != IGNORE_INDEX)
 
-    def _attends_like_the_original(self) -> bool:
-        """The states of padding rows matter only to a router that counts padding (original mode)."""
+    def _padding_counts(self) -> bool:
+        """The states of padding rows matter to a router that counts them: zero embeddings, attending to real rows."""
         return self.run.moe is not None and self.run.moe.router == "original" and not self.run.data.packing
 
     def _router_padding(self, padding_mask_BS: torch.Tensor | None) -> torch.Tensor | None:
-        """Megatron-Core's mask for routing statistics, [B, S of this rank], True = padding."""
-        if padding_mask_BS is None or self.run.moe is None or self.run.moe.router == "original":
+        """What the router leaves out, [B, S of this rank], True = padding.
+
+        The original's router counts padding, but not columns that only make the length divisible (`OriginalRouter`).
+        """
+        if padding_mask_BS is None or self.run.moe is None:
             return None
         padding_BS = ~padding_mask_BS
+        if self.run.moe.router == "original":
+            if not self.config.sequence_parallel:
+                return None
+            padding_BS = padding_BS.all(dim=0, keepdim=True).expand_as(padding_BS)
         if self.config.sequence_parallel:
             size, rank = (
                 parallel_state.get_tensor_model_parallel_world_size(),

@@ -3,7 +3,7 @@
 It differs from Megatron-Core's top-k in five ways: the second expert is sampled (Gumbel noise on the logits, in
 evaluation too), every expert takes a fixed number of tokens by position (all first choices before any second choice),
 the weights are renormalised over the choices that survive, the balance loss looks at first choices only, and padding
-takes part in everything. Shapes: N tokens in batch-major order, E experts.
+takes part in everything. Shapes: N tokens in batch-major order, E experts, K choices of a token.
 """
 
 import math
@@ -16,6 +16,9 @@ import torch
 class Gate:
     probs_NE: torch.Tensor  # combine weights, fp32, zero where a token is not sent
     routing_map_NE: torch.Tensor  # bool, where a token is sent
+    choices_NK: torch.Tensor  # int64, the experts that a token asks for, best first, before dropping
+    slots_NE: torch.Tensor  # int64, the token's place in the expert's batch, -1 where it is not sent
+    capacity: int  # slots per expert
     aux_loss: torch.Tensor  # E * sum_e(mean softmax_e * share of first choices_e), before dropping; 1 when balanced
 
 
@@ -48,7 +51,14 @@ def top2_gate(logits_NE: torch.Tensor, capacity: int, noise_NE: torch.Tensor) ->
 
     weights_NE = gates_NE * kept_NE
     total_N1 = weights_NE.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
-    return Gate(weights_NE / total_N1, kept_NE, _balance_loss(gates_NE, first_NE))
+    return Gate(
+        probs_NE=weights_NE / total_N1,
+        routing_map_NE=kept_NE,
+        choices_NK=torch.stack([first_NE.int().argmax(dim=-1), second_NE.int().argmax(dim=-1)], dim=1),
+        slots_NE=torch.where(first_NE, places_first_NE, places_second_NE).masked_fill(~kept_NE, -1),
+        capacity=capacity,
+        aux_loss=_balance_loss(gates_NE, first_NE),
+    )
 
 
 def top1_gate(logits_NE: torch.Tensor, capacity: int, uniform_NE: torch.Tensor) -> Gate:
@@ -57,7 +67,14 @@ def top1_gate(logits_NE: torch.Tensor, capacity: int, uniform_NE: torch.Tensor) 
     first_NE = _one_hot(gates_NE.argmax(dim=-1), gates_NE)
     chosen_CE = (first_NE * uniform_NE).topk(min(capacity, len(logits_NE)), dim=0).indices
     kept_NE = first_NE & torch.zeros_like(first_NE).scatter(0, chosen_CE, True)
-    return Gate(gates_NE * kept_NE, kept_NE, _balance_loss(gates_NE, first_NE))
+    return Gate(
+        probs_NE=gates_NE * kept_NE,
+        routing_map_NE=kept_NE,
+        choices_NK=first_NE.int().argmax(dim=-1, keepdim=True),
+        slots_NE=(kept_NE.cumsum(dim=0) - 1).masked_fill(~kept_NE, -1),
+        capacity=capacity,
+        aux_loss=_balance_loss(gates_NE, first_NE),
+    )
 
 
 def _one_hot(choice_N: torch.Tensor, like_NE: torch.Tensor) -> torch.Tensor:

@@ -8,10 +8,11 @@ import copy
 import math
 
 import torch
+import torch.nn.functional as F
 
 from megatron_moellava import parallel
 from megatron_moellava.config import MoEConfig
-from megatron_moellava.model.original_gate import expert_capacity, gumbel, top1_gate, top2_gate
+from megatron_moellava.model.original_gate import Gate, expert_capacity, gumbel, top1_gate, top2_gate
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
@@ -39,6 +40,10 @@ class MegatronRouter(TopKRouter):
         unbiased.init_method = uniform_router_init
         super().__init__(config=unbiased, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
 
+    def _apply_expert_bias(self, routing_map_NE: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+        """Megatron-Core 0.19.2 masks the [N, E] map by a mask [N], which does not broadcast."""
+        super()._apply_expert_bias(routing_map_NE, None if padding_mask is None else padding_mask.unsqueeze(-1))
+
 
 class OriginalRouter(MegatronRouter):
     """The gate of DeepSpeed 0.9.5 (`original_gate.py`), the same under any tensor, sequence, expert, pipeline layout."""
@@ -47,22 +52,34 @@ class OriginalRouter(MegatronRouter):
     injected_noise_NE: torch.Tensor | None = None  # for tests: used instead of fresh noise, batch-major
 
     def routing(self, logits_SBE: torch.Tensor, padding_mask: torch.Tensor | None = None):
-        """Returns weights [N, E] (fp32) and map [N, E] (bool) in Megatron-Core's order. Padding takes part."""
+        """Returns weights [N, E] (fp32) and map [N, E] (bool) in Megatron-Core's order. Padding takes part.
+
+        `padding_mask` [S, B], with sequence parallelism only: True in the columns beyond the longest row. They are
+        there to make the length divisible, the original's batch does not have them, and they get no expert.
+        """
         split = self.tp_group.size() if self.config.sequence_parallel else 1
         if split > 1:
             logits_SBE = gather_from_sequence_parallel_region(logits_SBE, group=self.tp_group)
         length, batch, experts = logits_SBE.shape
-        logits_NE = logits_SBE.transpose(0, 1).reshape(-1, experts)
-        gate = self._gate(logits_NE)
+        width = length - self._added_columns(padding_mask)
+        gate = self.gate(logits_SBE[:width].transpose(0, 1).reshape(-1, experts))
 
-        probs_NE, map_NE = (
-            item.view(batch, length, experts).transpose(0, 1).chunk(split)[self.tp_group.rank() if split > 1 else 0]
-            for item in (gate.probs_NE, gate.routing_map_NE)
-        )
-        probs_NE = self._attach(probs_NE.reshape(-1, experts), gate.aux_loss, split)
-        return probs_NE, map_NE.reshape(-1, experts)
+        def of_this_rank(item_NE: torch.Tensor) -> torch.Tensor:
+            item_SBE = F.pad(item_NE.view(batch, width, experts).transpose(0, 1), (0, 0, 0, 0, 0, length - width))
+            return item_SBE.chunk(split)[self.tp_group.rank() if split > 1 else 0].reshape(-1, experts)
 
-    def _gate(self, logits_NE: torch.Tensor):
+        probs_NE = self._attach(of_this_rank(gate.probs_NE), gate.aux_loss, split)
+        return probs_NE, of_this_rank(gate.routing_map_NE)
+
+    def _added_columns(self, padding_mask: torch.Tensor | None) -> int:
+        if padding_mask is None:
+            return 0
+        count = padding_mask[:, 0].sum()
+        torch.distributed.all_reduce(count, group=self.tp_group)
+        return int(count)
+
+    def gate(self, logits_NE: torch.Tensor) -> Gate:
+        """The choices of all tokens of a micro-batch, from their logits in batch-major order."""
         moe = self.moe
         factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
         slots = expert_capacity(*logits_NE.shape, factor, moe.moe_router_topk, moe.min_capacity)

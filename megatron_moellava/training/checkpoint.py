@@ -96,7 +96,7 @@ def save_checkpoint(
     unfinished = final.with_name(final.name + ".tmp")
     _on_first_rank(lambda: (shutil.rmtree(unfinished, ignore_errors=True), (unfinished / "ranks").mkdir(parents=True)))
 
-    tensors = {"model": _model_state(chunks)}
+    tensors = {"model": model_state(chunks)}
     steps = None
     if optimizer is not None:
         tensors["optimizer"] = _optimizer_state(optimizer, tensors["model"], is_loading=False)
@@ -139,7 +139,7 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
     }
 
 
-def _model_state(chunks: list[MoELlava]) -> dict:
+def model_state(chunks: list[MoELlava]) -> dict:
     """Sharded tensors of the model by local name; names of virtual stages are told apart by a prefix."""
     metadata = {
         "non_homogeneous_layers": True,
@@ -206,7 +206,7 @@ def _remove_old(folder: Path, keep: int) -> None:
 
 def load_weights(checkpoint: Path, chunks: list[MoELlava]) -> None:
     """Fill the model from a checkpoint of any layout. Raises CheckpointError that lists every missing or surplus tensor."""
-    state = _model_state(chunks)
+    state = model_state(chunks)
     stored = _stored_tensors(checkpoint)
     _check_tensors(checkpoint, state, stored)
     _carry_unused_tower(checkpoint, chunks[0], stored)
@@ -221,7 +221,7 @@ def load_weights(checkpoint: Path, chunks: list[MoELlava]) -> None:
 
 def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[MoELlava], steps: int) -> None:
     """Restore main parameters and Adam's moments of any layout, and the number of updates done."""
-    state = _optimizer_state(optimizer, _model_state(chunks), is_loading=True)
+    state = _optimizer_state(optimizer, model_state(chunks), is_loading=True)
     loaded = dist_checkpointing.load({"optimizer": state}, str(checkpoint))["optimizer"]
     for index, item in enumerate(distributed_optimizers(optimizer)):
         adam = item.optimizer
