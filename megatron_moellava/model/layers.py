@@ -37,6 +37,18 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 
+class SequentialRowLinear(RowParallelLinear):
+    """fc2 of one expert; the token dispatcher reduces its partial sums.
+
+    Megatron-Core knows that only with several ranks. With one it reduces over a group of one, which returns a view,
+    and then adds the bias to it in place, which autograd forbids.
+    """
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.explicit_expert_comm = True
+
+
 class LocalModules(LocalSpecProvider):
     """Megatron-Core's own linear layers, torch's norms, SDPA and grouped GEMM: any machine."""
 
@@ -49,7 +61,7 @@ class LocalModules(LocalSpecProvider):
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool):
         if moe_use_grouped_gemm:
             return partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(GroupedColumnLinear, GroupedRowLinear))
-        return partial(SequentialMLP, submodules=MLPSubmodules(ColumnParallelLinear, RowParallelLinear))
+        return partial(SequentialMLP, submodules=MLPSubmodules(ColumnParallelLinear, SequentialRowLinear))
 
 
 def modules():
