@@ -61,8 +61,7 @@ class MoELlava(MegatronModule):
 
     def encode_images(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         """Projected visual tokens [N, F, D]. The tower runs without a graph unless it is trained."""
-        trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self._trains_tower() and torch.is_grad_enabled()):
             features_NFT = self.vision_tower(pixels_NCHW)
         return self.projector(features_NFT)
 
@@ -77,7 +76,7 @@ class MoELlava(MegatronModule):
         has_images = pixels_NCHW is not None and len(pixels_NCHW) > 0
         words_SBD = self._scale_words(words_SBD, has_images)
         if not has_images:
-            return words_SBD + self._untouched_projector()
+            return words_SBD + self._untouched()
         features_RD = self.encode_images(pixels_NCHW).flatten(0, 1).to(words_SBD.dtype)
         if features_RD.shape[0] != (rows := int(is_image_BS.sum())):
             raise ValueError(
@@ -92,10 +91,15 @@ class MoELlava(MegatronModule):
             return words_SBD
         return words_SBD * multiplier
 
-    def _untouched_projector(self) -> torch.Tensor:
-        """Zero, with the projector in its graph: a micro-batch without images must not leave a rank waiting for gradients."""
-        nothing = self.projector.linear_fc1.weight.new_zeros(1, 1, self.tower.hidden_size)
-        return self.projector(nothing).sum() * 0.0
+    def _untouched(self) -> torch.Tensor:
+        """Zero, with what is trained in its graph: a micro-batch without images must not leave a rank waiting for gradients."""
+        like = self.projector.linear_fc1.weight
+        if self._trains_tower():
+            return self.encode_images(like.new_zeros(1, 3, self.tower.image_size, self.tower.image_size)).sum() * 0.0
+        return self.projector(like.new_zeros(1, 1, self.tower.hidden_size)).sum() * 0.0
+
+    def _trains_tower(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.vision_tower.parameters())
 
     def forward(
         self,
