@@ -14,6 +14,7 @@ import megatron_moellava.platform as platform
 from megatron_moellava.config import ParallelConfig
 
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 
 def initialize(config: ParallelConfig, seed: int) -> None:
@@ -22,7 +23,7 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     Called again, it replaces the groups of the layout before.
     """
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _forget_layout()
     platform.claim_device(int(os.environ.get("LOCAL_RANK", 0)))
     timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
     if not dist.is_initialized():
@@ -44,9 +45,14 @@ def initialize(config: ParallelConfig, seed: int) -> None:
 
 def shutdown() -> None:
     """Undo of `initialize`; a process may then build another layout."""
-    parallel_state.destroy_model_parallel()
+    _forget_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _forget_layout() -> None:
+    parallel_state.destroy_model_parallel()
+    destroy_moe_metrics_tracker()  # it holds groups of the layout
 
 
 def seed_model_parallel(seed: int) -> None:
