@@ -264,10 +264,18 @@ class Trainer:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
+    def gather_parameters(self) -> None:
+        """With `overlap_param_gather` an update reaches the other ranks in the next forward pass only; whoever reads
+        parameters before that (a checkpoint) needs this."""
+        if self.run.optimizer.overlap_param_gather:
+            for wrapped in self.wrapped:
+                wrapped.start_param_sync(force_sync=True)
+
     def save(self) -> None:
         """Write a checkpoint of this moment to `checkpoint.save`, if the run has one."""
         if self.run.checkpoint.save is None:
             return
+        self.gather_parameters()
         state = replace(self.state, data=self.loader.state_dict() if self.loader is not None else None)
         path = checkpoints.save_checkpoint(
             self.run.checkpoint.save, self.run, self.chunks, state, self.optimizer, keep=self.run.checkpoint.keep
