@@ -175,6 +175,8 @@ def _moe(run: RunConfig, backbone: Backbone) -> Iterator[str]:
         )
     if moe.moe_token_dispatcher_type == "flex" and not platform.HAS_CUDA:
         yield "moe.moe_token_dispatcher_type=flex (DeepEP) needs GPUs; use alltoall"
+    if moe.moe_token_dispatcher_type == "allgather" and not run.data.packing:
+        yield "moe.moe_token_dispatcher_type=allgather needs rows of one length (data.packing=true); use alltoall"
     yield from _original_router(run) if moe.router == "original" else _megatron_router(run)
 
 
