@@ -61,7 +61,7 @@ def verify_folder(folder: Folder, run: RunConfig) -> Table:
     if conversations:
         verify_conversations(conversations, conversations.parents[1] / "assets", table)
     with shared_folder() as place:
-        names = [name for name in CHECKPOINTS if folder.has(f"{name}/config.json")]
+        names = [name for name in CHECKPOINTS if folder.has_checkpoint(name)]
         on_first_rank(lambda: import_all(folder, names, place))
         subjects = {
             name: Subject(folder.path / name, open_checkpoint(place / name).model, str(place / name)) for name in names

@@ -26,6 +26,10 @@ class Folder:
     def has(self, name: str) -> bool:
         return (self.path / name).exists()
 
+    def has_checkpoint(self, name: str) -> bool:
+        """Whether folder `name` has weights beside its config.json."""
+        return any(file.suffix in (".safetensors", ".bin") for file in (self.path / name).glob("*"))
+
     def load(self, name: str):
         """A .pt file or a .json file."""
         file = self.path / name

@@ -190,9 +190,10 @@ def open_session(run: RunConfig, subject: Subject, moe: MoEConfig | None = None)
 
 
 def routers(chunks: list[MoELlava]) -> dict[int, OriginalRouter]:
-    """Routers of this rank by layer, from 0."""
+    """The original's gates of this rank by layer, from 0."""
     layers = (layer for chunk in chunks for layer in chunk.language_model.decoder.layers)
-    return {layer.layer_number - 1: layer.mlp.router for layer in layers if hasattr(layer.mlp, "router")}
+    found = {layer.layer_number - 1: getattr(layer.mlp, "router", None) for layer in layers}
+    return {layer: router for layer, router in found.items() if isinstance(router, OriginalRouter)}
 
 
 def gate_names(model: Model) -> dict[int, str]:
