@@ -3,13 +3,14 @@
     SAVE/latest_checkpointed_iteration.txt
     SAVE/iter_0000100/  .metadata, *.distcp   tensors of the model and the optimizer, any layout loads them
                         ranks/                random generators by rank, data position by data-parallel rank
-                        run.json              written last: a folder without it is incomplete
+                        run.json              written last: a folder without it is incomplete; SHA-256 of all files
 
 Optimizer state is kept in a canonical form (three tensors per parameter and one step count): Megatron-Core's own form
 cannot change between one and several expert-parallel ranks. Nothing in a folder needs unpickling of arbitrary objects.
 """
 
 import json
+import queue
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,14 @@ from megatron_moellava.backbones import backbone_fields
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.towers import tower_fields
+from megatron_moellava.training.integrity import file_digests, verify_files
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
 
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -55,8 +58,12 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     folder = Path(folder)
     if (folder / RUN_FILE).exists():
         return folder
-    complete = [path.parent for path in folder.glob(f"iter_*/{RUN_FILE}") if not path.parent.name.endswith(".tmp")]
-    return max(complete, default=None, key=lambda path: path.name)
+    return max(_complete(folder), default=None)
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Complete iteration folders, oldest first. An interrupted save may leave a `.tmp` folder that has a run.json."""
+    return sorted(path.parent for path in folder.glob(f"iter_*/{RUN_FILE}") if path.parent.suffix != ".tmp")
 
 
 def require_checkpoint(folder: str | Path) -> Path:
@@ -102,12 +109,13 @@ def save_checkpoint(
         tensors["optimizer"] = _optimizer_state(optimizer, tensors["model"], is_loading=False)
         steps = optimizer_step_count(optimizer)
     tensors["model"].update(_unused_tower_state(chunks[0]))
-    dist_checkpointing.save(tensors, str(unfinished))
+    _save_tensors(tensors, unfinished)
     _save_rank_state(unfinished / "ranks", state)
     dist.barrier()
+    digests = file_digests(unfinished)
 
     def finish() -> None:
-        description = _describe(run, chunks[0], state, steps)
+        description = _describe(run, chunks[0], state, steps) | {"sha256": digests}
         (unfinished / RUN_FILE).write_text(json.dumps(description, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
@@ -116,6 +124,12 @@ def save_checkpoint(
 
     _on_first_rank(finish)
     return final
+
+
+def _save_tensors(tensors: dict, folder: Path) -> None:
+    """Megatron-Core's save, in this process: a queue in place spares it the manager process that it would start for one."""
+    filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(tensors, str(folder))
 
 
 def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_steps: int | None) -> dict:
@@ -196,8 +210,7 @@ def _write_tracker(folder: Path, iteration: int) -> None:
 
 
 def _remove_old(folder: Path, keep: int) -> None:
-    complete = sorted(path.parent for path in folder.glob(f"iter_*/{RUN_FILE}"))
-    for old in complete[: -max(keep, 1)]:
+    for old in _complete(folder)[: -max(keep, 1)]:
         shutil.rmtree(old)
 
 
@@ -206,6 +219,7 @@ def _remove_old(folder: Path, keep: int) -> None:
 
 def load_weights(checkpoint: Path, chunks: list[MoELlava]) -> None:
     """Fill the model from a checkpoint of any layout. Raises CheckpointError that lists every missing or surplus tensor."""
+    verify_files(checkpoint, read_run_file(checkpoint).get("sha256", {}))
     state = model_state(chunks)
     stored = _stored_tensors(checkpoint)
     _check_tensors(checkpoint, state, stored)
@@ -267,18 +281,30 @@ def _stored_tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _check_tensors(checkpoint: Path, state: dict, stored: dict[str, tuple[int, ...]]) -> None:
-    """Compare the keys of the whole model (over all stages and experts) with the checkpoint's."""
-    here = {value.key for value in nested_values(state) if isinstance(value, ShardedBase)}
-    everywhere: list[set[str] | None] = [None] * dist.get_world_size()
+    """Compare keys and shapes of the whole model (over all stages and experts) with the checkpoint's."""
+    here = {value.key: _shape(value) for value in nested_values(state) if isinstance(value, ShardedBase)}
+    everywhere: list[dict[str, tuple[int, ...] | None]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
-    wanted = set().union(*everywhere)
-    surplus = {name for name in stored if not name.startswith(UNUSED_TOWER)} - wanted
-    missing = wanted - stored.keys()
-    if missing or surplus:
+    wanted = {name: shape for rank in everywhere for name, shape in rank.items()}
+    surplus = {name for name in stored if not name.startswith(UNUSED_TOWER)} - wanted.keys()
+    missing = wanted.keys() - stored.keys()
+    other = {
+        f"{name} {stored[name]} there, {shape} here"
+        for name, shape in wanted.items()
+        if shape is not None and name in stored and stored[name] != shape
+    }
+    if missing or surplus or other:
         raise CheckpointError(
             f"{checkpoint} does not fit this model.\n  missing: {_some(missing)}\n  not wanted: {_some(surplus)}\n"
+            f"  other shape: {_some(other)}\n"
             "  A dense checkpoint becomes a MoE one with `tools/convert.py upcycle`; `tools/convert.py inspect` shows it."
         )
+
+
+def _shape(value: ShardedBase) -> tuple[int, ...] | None:
+    """The whole tensor's shape; None where vocabulary padding may change it, and for what is split up later (gated fc1)."""
+    fixed = isinstance(value, ShardedTensor) and not value.allow_shape_mismatch
+    return tuple(value.global_shape) if fixed else None
 
 
 def _some(names: set[str], limit: int = 12) -> str:
