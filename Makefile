@@ -3,12 +3,15 @@
 #   make test PYTHON=/path/to/python3.12   make .venv with this interpreter instead of searching for one
 #   make test VENV=/path/to/environment    use an environment that is already complete; nothing is installed
 #   make quickstart PRESET=full            see examples/quickstart
+#   make quickstart ARGS=parallel.expert_model_parallel_size=2
 
 PRESET ?= fast
 PYTHON ?=
 WORKERS ?= 2
 TESTS ?=
 PYTEST_ARGS ?=
+PROCESSES ?= $(if $(filter 1,$(shell nproc)),1,2)# of the quickstart, one core each: data parallel unless ARGS say otherwise
+ARGS ?=
 
 ifeq ($(origin VENV),undefined)
 VENV := .venv
@@ -23,7 +26,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(READY)  ## the three stages on a published benchmark, on this CPU (PRESET=fast or full)
-	$(BIN)/python examples/quickstart/run.py --preset $(PRESET) --out runs/quickstart
+	$(BIN)/torchrun --nproc-per-node $(PROCESSES) examples/quickstart/run.py --preset $(PRESET) --out runs/quickstart $(ARGS)
 
 # Two test processes of one thread each: oversubscribed threads make small products several times slower.
 test: $(READY)  ## unit, parity and distributed tests (TESTS=tests/unit for a part)

@@ -20,10 +20,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 # Optimizer steps and peak learning rate of each run, and what it starts from.
 PLAN = {
-    "stage1": {"stage": 1, "from": "start", "steps": 60, "lr": 3e-3, "data": "captions.json"},
-    "stage2": {"stage": 2, "from": "stage1", "steps": 400, "lr": 2e-3, "data": "conversations.json"},
-    "stage3": {"stage": 3, "from": "upcycled", "steps": 150, "lr": 1e-3, "data": "conversations.json"},
-    "dense": {"stage": 2, "from": "stage2", "steps": 150, "lr": 1e-3, "data": "conversations.json"},
+    "stage1": {"stage": 1, "from": "start", "steps": 50, "lr": 3e-3, "data": "captions.json"},
+    "stage2": {"stage": 2, "from": "stage1", "steps": 700, "lr": 2e-3, "data": "conversations.json"},
+    "stage3": {"stage": 3, "from": "upcycled", "steps": 250, "lr": 1e-3, "data": "conversations.json"},
+    "dense": {"stage": 2, "from": "stage2", "steps": 250, "lr": 1e-3, "data": "conversations.json"},
 }
 TITLES = {
     "stage1": "stage 1: projector",

@@ -6,7 +6,9 @@ text up to and including it is the prediction. Questions are packed like trainin
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +23,24 @@ from megatron_moellava.data.sample import parse_record
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.loop import model_inputs
+from megatron_moellava.training.metrics import RoutingObserver
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 
 def predict(
-    chunks: list[MoELlava], encoder: Encoder, rows: Sequence[dict], image_folder: str | Path, *, blank: bool = False
+    chunks: list[MoELlava],
+    encoder: Encoder,
+    rows: Sequence[dict],
+    image_folder: str | Path,
+    *,
+    blank: bool = False,
+    observer: RoutingObserver | None = None,
 ) -> list[str]:
     """What greedy decoding answers to each row {image, question, answer}, in order, on every rank.
 
-    `blank`: every picture is replaced by the mean colour, to see what the words alone give away.
+    `blank`: every picture is replaced by the mean colour, to see what the words alone give away. `observer`: counts
+    which experts the tokens go to.
     """
     plan = Plan(encoder, rows, Path(image_folder), blank)
     mine = plan.of_rank(parallel.data_parallel_rank(), parallel.data_parallel_size())
@@ -39,7 +49,7 @@ def predict(
         chunk.eval()
     with torch.no_grad():
         guesses = get_forward_backward_func()(
-            forward_step_func=_forward_step,
+            forward_step_func=partial(_forward_step, observer=observer),
             data_iterator=[_received(source, len(mine))] * len(chunks)
             if len(chunks) > 1
             else _received(source, len(mine)),
@@ -65,9 +75,11 @@ def _received(source: Iterator[Batch] | None, count: int) -> Iterator[Batch]:
         yield broadcast_batch(next(source) if source is not None else None)
 
 
-def _forward_step(batches: Iterator[Batch], model):
-    inputs = model_inputs(next(batches)) | {"labels_BS": None}
-    return model(**inputs), lambda logits_BSV: (torch.zeros(1), logits_BSV[0].argmax(dim=-1).cpu())
+def _forward_step(batches: Iterator[Batch], model, observer: RoutingObserver | None):
+    batch = next(batches)
+    with observer.observe(batch.tokens_BS, batch.padding_mask_BS) if observer else nullcontext():
+        logits = model(**(model_inputs(batch) | {"labels_BS": None}))
+    return logits, lambda logits_BSV: (torch.zeros(1), logits_BSV[0].argmax(dim=-1).cpu())
 
 
 @dataclass(slots=True)
@@ -99,9 +111,11 @@ class Plan:
             samples = [sample for _, sample in row]
             images = [ref for sample in samples for ref in sample.images]
             if self.blank:
-                pixels = [np.zeros(shape, dtype=np.float32) for _ in images]
+                pixels = [np.zeros((1, *shape), dtype=np.float32) for _ in images]
             else:
-                pixels = [media.pixels(ref, str(self.image_folder), "question", tower, "pad")[0] for ref in images]
+                pixels = [
+                    media.pixels(ref, str(self.image_folder), "question", tower, "pad")[0][None] for ref in images
+                ]
             yield pack(samples, pixels, self.encoder.seq_length, self.encoder.tokenizer.pad_id, shape)
 
     def read(self, packed: list[tuple[int, EncodedSample]], guess_S: np.ndarray) -> dict[int, str]:

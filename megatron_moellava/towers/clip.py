@@ -72,11 +72,11 @@ CLIP_TINY = replace(
     CLIP_L_336,
     name="clip-tiny",
     source="this project: the quickstart and the tests",
-    num_layers=4,
-    hidden_size=128,
-    ffn_hidden_size=512,
+    num_layers=3,
+    hidden_size=96,
+    ffn_hidden_size=384,
     num_attention_heads=4,
-    image_size=64,
-    patch_size=16,
+    image_size=72,
+    patch_size=12,
 )
 SIZES = (CLIP_L_336, CLIP_L_224, CLIP_TINY)
