@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 # Megatron-core takes the "thd" branch (a Python loop over samples for rotary embeddings) only for that very name. Without
 # Transformer Engine the rows keep their [S, B, H, D] shape, and the segments reach this module alone.
 SEGMENTED = "segmented_sbhd"
+SHORT = 256  # tokens of a packed row's longest sample up to which attention is spelt out
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -71,6 +72,16 @@ class SdpaCoreAttention(MegatronModule):
             enable_gqa=query_BHSD.shape[1] != key_BGSD.shape[1],
         )
 
+    def _attend_short(self, query_NHSD, key_NGSD, value_NGSD) -> torch.Tensor:
+        """Causal attention spelt out: for many short samples several times as fast as torch's fused kernel on a CPU."""
+        groups = query_NHSD.shape[1] // key_NGSD.shape[1]
+        key_NHSD, value_NHSD = key_NGSD.repeat_interleave(groups, 1), value_NGSD.repeat_interleave(groups, 1)
+        length = query_NHSD.shape[2]
+        future_SS = torch.full((length, length), float("-inf"), device=query_NHSD.device).triu(1)
+        scores_NHSS = (query_NHSD * self.softmax_scale) @ key_NHSD.transpose(-1, -2)
+        probs_NHSS = (scores_NHSS.float() + future_SS).softmax(dim=-1).to(query_NHSD.dtype)
+        return F.dropout(probs_NHSS, self.dropout, self.training) @ value_NHSD
+
     def _packed(self, query_TBHD, key_TBGD, value_TBGD, packed: PackedSeqParams) -> torch.Tensor:
         """Block-diagonal causal attention: the samples of the row become a batch, right-padded to the longest.
 
@@ -79,7 +90,10 @@ class SdpaCoreAttention(MegatronModule):
         """
         rows_NS, valid_NS = segment_rows(packed.cu_seqlens_q, packed.max_seqlen_q, query_TBHD.shape[0])
         query, key, value = (item.squeeze(1)[rows_NS].transpose(1, 2) for item in (query_TBHD, key_TBGD, value_TBGD))
-        context_NSHD = self._attend(query, key, value, None, is_causal=True).transpose(1, 2)
+        if packed.max_seqlen_q <= SHORT:
+            context_NSHD = self._attend_short(query, key, value).transpose(1, 2)
+        else:
+            context_NSHD = self._attend(query, key, value, None, is_causal=True).transpose(1, 2)
         return context_NSHD[valid_NS].flatten(1).unsqueeze(1)
 
 
