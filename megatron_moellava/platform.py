@@ -179,6 +179,7 @@ class _CpuDistributed(types.ModuleType):
         torch.distributed.all_gather(gathered, padded, group=group)
         for output, item in zip(outputs, gathered, strict=True):
             output.copy_(item[: output.shape[0]])
+        return None
 
     def barrier(self, group=None, async_op=False, device_ids=None):
         return torch.distributed.barrier(group=group, async_op=async_op)
@@ -294,6 +295,7 @@ if not HAS_CUDA:
 # Megatron-core says at every start that Transformer Engine is missing and that some of its modules are experimental.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
 warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 warnings.filterwarnings("ignore", message=".*grad attribute of a Tensor that is not a leaf.*")
 # Its own warnings (deprecated classes, defaults it fills in) are about choices made in this package.
 for _logger in ("megatron.core", "torch.utils.cpp_extension"):

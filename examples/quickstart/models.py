@@ -33,7 +33,7 @@ def write_language_model(out: Path, backbone, tokenizer_model: Path, seed: int) 
 
 
 def write_tower(out: Path, tower, captions: Path, image_folder: Path, seed: int) -> float:
-    """A CLIP vision model pretrained on the captioned images. Returns the share of images matched to their captions at the end."""
+    """A CLIP vision model pretrained on the captioned images. Returns the share matched to their captions at the end."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 

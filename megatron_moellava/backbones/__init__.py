@@ -9,10 +9,9 @@ from megatron_moellava.backbones.from_config import (
     backbone_fields,
     backbone_from_fields,
     backbone_from_hf_config,
-    described_model,
-    read_json,
 )
 from megatron_moellava.config import ConfigError
+from megatron_moellava.config_json import described_model, read_json
 
 __all__ = [
     "BACKBONES",

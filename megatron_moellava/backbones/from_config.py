@@ -6,13 +6,11 @@ wrong.
 """
 
 import dataclasses
-import json
 from dataclasses import replace
-from pathlib import Path
 
 from megatron_moellava.backbones.backbone import Backbone, HuggingFace, RopeScaling
-from megatron_moellava.backbones.config_keys import INERT, MULTIMODAL
 from megatron_moellava.config import ConfigError
+from megatron_moellava.config_json import INERT, MULTIMODAL
 
 # Sizes that no family can guess.
 REQUIRED = (
@@ -22,23 +20,6 @@ REQUIRED = (
     "vocab_size",
     "max_position_embeddings",
 )
-
-
-def read_json(path: Path) -> dict:
-    """`config.json` of a folder, or the file itself."""
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give a folder with a Hugging Face config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); give a folder with a Hugging Face config.json") from None
-
-
-def described_model(path: Path) -> dict | None:
-    """The `model` section of a Megatron checkpoint's run.json (the newest of a run's folder); None for other folders."""
-    files = [path / "run.json"] if (path / "run.json").exists() else sorted(path.glob("iter_*/run.json"))
-    return json.loads(files[-1].read_text())["model"] if files else None
 
 
 def backbone_from_hf_config(config: dict, families, *, name: str) -> Backbone:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_moellava.backbones.from_config import hf_config_of, read_json
+from megatron_moellava.backbones.from_config import hf_config_of
 from megatron_moellava.config import CheckpointError, ConfigError
+from megatron_moellava.config_json import read_json
 from megatron_moellava.conversion import huggingface, original
 from megatron_moellava.conversion.checkpoint import Checkpoint, check_complete, open_checkpoint
 from megatron_moellava.conversion.engine import Part, Recipe, export_recipes, identity

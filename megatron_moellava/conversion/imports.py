@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_moellava.backbones import BACKBONES, Backbone
-from megatron_moellava.backbones.from_config import read_json
 from megatron_moellava.config import CheckpointError, ConfigError
+from megatron_moellava.config_json import read_json
 from megatron_moellava.conversion import huggingface, original
 from megatron_moellava.conversion.checkpoint import write_checkpoint
 from megatron_moellava.conversion.engine import Recipe, check, identity, import_recipes

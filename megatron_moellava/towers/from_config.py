@@ -4,8 +4,8 @@ import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_moellava.backbones.from_config import INERT, read_json
 from megatron_moellava.config import ConfigError
+from megatron_moellava.config_json import INERT, read_json
 from megatron_moellava.towers.tower import Tower
 
 FIELDS = {

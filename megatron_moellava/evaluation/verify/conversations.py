@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from megatron_moellava.backbones import read_json
 from megatron_moellava.config import MoELlavaError
+from megatron_moellava.config_json import read_json
 from megatron_moellava.data.encode import encode_original
 from megatron_moellava.data.sample import Sample, Turn, parse_record
 from megatron_moellava.data.templates import get_template, prompt

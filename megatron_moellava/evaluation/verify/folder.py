@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_moellava.backbones import read_json
 from megatron_moellava.config import DataError
+from megatron_moellava.config_json import read_json
 from megatron_moellava.data.batch import Batch, pad
 from megatron_moellava.data.encode import IMAGE_TOKEN, EncodedSample, expand
 

@@ -16,14 +16,15 @@ import torch.distributed as dist
 
 from megatron_moellava import platform
 from megatron_moellava.config import MoEConfig, RunConfig
-from megatron_moellava.conversion.layout import ORIGINAL, Entry, entries
+from megatron_moellava.conversion.layout import ORIGINAL, Entry, Layout, entries
 from megatron_moellava.conversion.model import Model
 from megatron_moellava.data.batch import Batch
+from megatron_moellava.model.build import build_model
+from megatron_moellava.model.checkpoint import load_weights, model_state, require_checkpoint
 from megatron_moellava.model.moe_llava import IGNORE_INDEX, MoELlava
 from megatron_moellava.model.original_gate import Gate
 from megatron_moellava.model.router import OriginalRouter
-from megatron_moellava.training.checkpoint import load_weights, model_state, require_checkpoint
-from megatron_moellava.training.loop import build_model, global_token_mean, model_inputs
+from megatron_moellava.training.loop import global_token_mean, model_inputs
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -170,12 +171,12 @@ class Session:
             found |= {names[layer]: gating for layer, gating in part.items()}
         return found
 
-    def tensors(self, pick: Pick) -> dict[str, torch.Tensor]:
-        """`pick` of every parameter (None: left out), whole, by the original's names."""
-        return to_original(self.model, gathered(self.chunks, pick))
+    def tensors(self, pick: Pick, layout: Layout = ORIGINAL) -> dict[str, torch.Tensor]:
+        """`pick` of every parameter (None: left out), whole, by the names of a layout."""
+        return to_layout(self.model, gathered(self.chunks, pick), layout)
 
-    def gradients(self) -> dict[str, torch.Tensor]:
-        return self.tensors(lambda parameter: getattr(parameter, "main_grad", None))
+    def gradients(self, layout: Layout = ORIGINAL) -> dict[str, torch.Tensor]:
+        return self.tensors(lambda parameter: getattr(parameter, "main_grad", None), layout)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return self.tensors(lambda parameter: parameter.detach())
@@ -242,10 +243,10 @@ def gathered(chunks: list[MoELlava], pick: Pick) -> dict[str, torch.Tensor]:
     return whole
 
 
-def to_original(model: Model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Megatron tensors taken apart into the original's, through the mapping that converts checkpoints."""
+def to_layout(model: Model, tensors: dict[str, torch.Tensor], layout: Layout) -> dict[str, torch.Tensor]:
+    """Megatron tensors taken apart into those of a layout, through the mapping that converts checkpoints."""
     found: dict[str, torch.Tensor] = {}
-    for entry in entries(model, ORIGINAL):
+    for entry in entries(model, layout):
         if entry.megatron in tensors:
             found |= _taken_apart(entry, tensors[entry.megatron])
     return found

@@ -1,4 +1,12 @@
-"""Keys of a `config.json` that are known and need no field. Any other unknown key stops a conversion."""
+"""Reading a `config.json`: of a Hugging Face folder, or the model section of a Megatron checkpoint's `run.json`.
+
+The keys below are known and need no field. Any other unknown key stops a conversion.
+"""
+
+import json
+from pathlib import Path
+
+from megatron_moellava.config import ConfigError
 
 # fmt: off
 # Change no number of a forward or backward pass here: book-keeping, tokenizer ids, generation defaults, initialisation
@@ -29,3 +37,21 @@ MULTIMODAL = frozenset((
     "mm_resampler_type", "pretrain_mm_mlp_adapter", "freeze_mm_vision_resampler", "vision_config",
     "text_config",
 ))
+# fmt: on
+
+
+def read_json(path: Path) -> dict:
+    """`config.json` of a folder, or the file itself."""
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give a folder with a Hugging Face config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}); give a folder with a Hugging Face config.json") from None
+
+
+def described_model(path: Path) -> dict | None:
+    """The `model` section of a Megatron checkpoint's run.json (the newest of a run's folder); None for other folders."""
+    files = [path / "run.json"] if (path / "run.json").exists() else sorted(path.glob("iter_*/run.json"))
+    return json.loads(files[-1].read_text())["model"] if files else None
