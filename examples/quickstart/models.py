@@ -1,7 +1,7 @@
 """The quickstart's starting weights: a tiny language model and a tiny CLIP tower, as Hugging Face folders.
 
 A real run starts from published weights; these are made on the spot. The language model is random. The tower is
-pretrained here on the train images in about a minute, with CLIP's aim: the mean of an image's patch features, through a
+pretrained here on the train images in a minute or two, with CLIP's aim: the mean of an image's patch features, through a
 linear layer, must be closest to its own caption among all captions, where a caption is the sum of a learned vector for
 each of its words. Then it is frozen, as a real tower is.
 """
@@ -12,7 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
-STEPS = 900
+STEPS = 1400
 BATCH = 64
 LEARNING_RATE = 3e-3
 STOP_WORDS = {"a", "the", "image", "shows", "picture", "of", "this", "is", "and"}

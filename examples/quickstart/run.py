@@ -21,9 +21,9 @@ HERE = Path(__file__).parent
 # Optimizer steps and peak learning rate of each run, and what it starts from.
 PLAN = {
     "stage1": {"stage": 1, "from": "start", "steps": 50, "lr": 3e-3, "data": "captions.json"},
-    "stage2": {"stage": 2, "from": "stage1", "steps": 700, "lr": 2e-3, "data": "conversations.json"},
-    "stage3": {"stage": 3, "from": "upcycled", "steps": 250, "lr": 1e-3, "data": "conversations.json"},
-    "dense": {"stage": 2, "from": "stage2", "steps": 250, "lr": 1e-3, "data": "conversations.json"},
+    "stage2": {"stage": 2, "from": "stage1", "steps": 800, "lr": 2e-3, "data": "conversations.json"},
+    "stage3": {"stage": 3, "from": "upcycled", "steps": 280, "lr": 1e-3, "data": "conversations.json"},
+    "dense": {"stage": 2, "from": "stage2", "steps": 280, "lr": 1e-3, "data": "conversations.json"},
 }
 TITLES = {
     "stage1": "stage 1: projector",
@@ -154,6 +154,7 @@ class Quickstart:
         said = predict(trainer.chunks, encoder, rows, images, observer=trainer.routing)
         answered = [row | {"prediction": text} for row, text in zip(rows, said, strict=True)]
         result = {"score": score_quickstart(answered), "answered": answered}
+        on_first_rank(lambda: write_jsonl(self.out / name / "predictions.jsonl", answered))
         say(summary_line(result["score"], len(rows), time.perf_counter() - started))
         if run.moe is not None:
             counts_LME = trainer.routing.collect()
@@ -177,6 +178,10 @@ def summary_line(score: dict, count: int, seconds: float) -> str:
     return (
         f"held-out: {score['accuracy']:.1f} % of {count} questions right ({types}{existence}), asked in {seconds:.0f} s"
     )
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def say(text: str) -> None:
