@@ -136,7 +136,7 @@ class RoutingObserver:
 
     def collect(self) -> torch.Tensor:
         """Counts [layers, modality, experts] of all ranks since the last call; each token counted once."""
-        total = self.counts_LME.to(platform.device())
+        total = self.counts_LME.clone().to(platform.device())
         if not self.config.sequence_parallel and parallel_state.get_tensor_model_parallel_rank() > 0:
             total = torch.zeros_like(
                 total
