@@ -37,7 +37,7 @@ class DataError(MoELlavaError):
 class Source:
     path: str  # LLaVA JSON or JSONL, or a folder of WebDataset shards
     image_folder: str = ""  # image paths of the rows are relative to it
-    weight: float = 1.0  # how often each row is seen in an epoch; 1.0 for all sources: their concatenation, as LLaVA does
+    weight: float = 1.0  # how often each row is seen in an epoch; 1.0 for all: their concatenation, as LLaVA does
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,6 +161,10 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def num_microbatches(self, data_parallel_size: int) -> int:
+        """Micro-batches per optimizer step and data-parallel rank."""
+        return self.training.global_batch_size // (self.training.micro_batch_size * data_parallel_size)
 
 
 def load_config(yaml_path: str | None = None, overrides: typing.Sequence[str] = ()) -> RunConfig:

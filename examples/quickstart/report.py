@@ -6,6 +6,7 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
+SHORT = {"stage1": "stage 1", "stage2": "stage 2", "stage3": "stage 3\nMoE", "dense": "stage 2\ncontinued"}
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "sentencepiece")
 
 
@@ -83,24 +84,31 @@ def plot_curves(steps: dict, summary: dict, titles: dict, path: Path) -> None:
     first["stage3"] = first["dense"] = first["stage2"] + len(steps["stage2"])
     for name, rows in steps.items():
         x = [first[name] + row["iteration"] for row in rows]
-        left.plot(x, [row["loss"] for row in rows], label=titles[name], alpha=0.9, linewidth=1.2)
-    left.set(xlabel="optimizer step", ylabel="loss per trained token", yscale="log", title="training loss")
+        left.plot(x, running_mean([row["loss"] for row in rows]), label=titles[name], linewidth=1.5)
+    left.set(
+        xlabel="optimizer step", ylabel="loss per trained token", yscale="log", title="training loss (running mean)"
+    )
     left.legend()
     names = list(summary["results"])
     scores = [summary["results"][name]["accuracy"] for name in names]
-    bars = right.bar(
-        [title.split(":")[0].replace(" (dense)", "") for title in titles.values()], scores, color="tab:green"
-    )
+    bars = right.bar([SHORT[name] for name in names], scores, color="tab:green")
     bars[names.index("dense")].set_color("tab:gray")
     right.bar_label(bars, [f"{score:.1f}" for score in scores])
     baseline = summary["question_only_baseline"]["accuracy"]
     right.axhline(baseline, color="k", linestyle="--", linewidth=1)
     right.text(-0.4, baseline + 1, f"question-only baseline {baseline:.1f}", fontsize=9)
     right.set(ylim=(0, 105), ylabel="held-out questions right, %", title="held-out accuracy")
-    right.tick_params(axis="x", labelrotation=12)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def running_mean(values: list[float], share: float = 0.1) -> list[float]:
+    """Exponential mean that forgets by `share` a step."""
+    means = values[:1]
+    for value in values[1:]:
+        means.append(means[-1] + share * (value - means[-1]))
+    return means
 
 
 def print_table(summary: dict, titles: dict) -> None:

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
-from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import CheckpointError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.loader import Loader
-from megatron_moellava.model.moe_llava import IGNORE_INDEX, MoELlava
-from megatron_moellava.towers import get_tower
+from megatron_moellava.model.build import build_model
+from megatron_moellava.model.checkpoint import load_weights, newest_checkpoint, read_run_file, require_checkpoint
+from megatron_moellava.model.moe_llava import IGNORE_INDEX
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.metrics import MODALITIES, RoutingObserver, StepLog, aux_losses
@@ -39,26 +39,6 @@ class TrainingDiverged(MoELlavaError):
     """Loss or gradient was not finite too often in a row."""
 
     exit_code = 3
-
-
-def build_model(run: RunConfig) -> list[MoELlava]:
-    """The chunks of this pipeline rank: one, or one for each virtual stage; on the device, parameters in run precision."""
-    backbone, tower = get_backbone(run.model.backbone), get_tower(run.model.tower)
-    virtual = run.parallel.virtual_pipeline_model_parallel_size
-    chunks = []
-    for stage in range(virtual or 1):
-        vp_stage = stage if virtual else None
-        chunks.append(
-            MoELlava(
-                run,
-                backbone,
-                tower,
-                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-                vp_stage=vp_stage,
-            ).to(platform.device())
-        )
-    return chunks
 
 
 class Trainer:
@@ -82,9 +62,7 @@ class Trainer:
             self._resume(resumed)
         self._configure_schedules()
         self.update = Update(self.optimizer)
-        self.num_microbatches = run.training.global_batch_size // (
-            run.training.micro_batch_size * parallel.data_parallel_size()
-        )
+        self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
         self.log = StepLog(self._log_folder(), run.logging.tensorboard, f"stage {run.training.stage}", train_steps)
         self.stop_signal = None
 
@@ -93,14 +71,14 @@ class Trainer:
     def _load_weights(self) -> Path | None:
         """Weights from `checkpoint.save` if it holds a checkpoint to go on from (returned), else from `checkpoint.load`."""
         options = self.run.checkpoint
-        resumed = checkpoints.newest_checkpoint(options.save) if options.save else None
-        source = resumed or (checkpoints.require_checkpoint(options.load) if options.load else None)
+        resumed = newest_checkpoint(options.save) if options.save else None
+        source = resumed or (require_checkpoint(options.load) if options.load else None)
         if source is not None:
-            checkpoints.load_weights(source, self.chunks)
+            load_weights(source, self.chunks)
         return resumed
 
     def _resume(self, checkpoint: Path) -> None:
-        description = checkpoints.read_run_file(checkpoint)
+        description = read_run_file(checkpoint)
         if description["optimizer_steps"] is None or description["stage"] != self.run.training.stage:
             raise CheckpointError(
                 f"checkpoint.save={checkpoint.parent} holds a checkpoint of stage {description['stage']} that cannot be "
@@ -159,6 +137,9 @@ class Trainer:
             done = self.state.iteration == self.train_steps
             if done or interrupted or self.state.iteration % self.run.checkpoint.save_interval == 0:
                 self.save()
+            if (interrupted or done) and self.loader is not None and self.loader.skipped:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in self.loader.skipped.most_common())
+                print(f"skipped {self.loader.skipped.total():,} of {self.loader.seen:,} samples: {reasons}", flush=True)
             if interrupted and not done:
                 self.log.say(f"interrupted at step {self.state.iteration}; the same command continues it")
                 return INTERRUPTED
@@ -210,7 +191,12 @@ class Trainer:
 
     def _next_batch(self) -> Batch:
         """The next micro-batch of this data-parallel rank, on the device, on every rank that needs it."""
-        return broadcast_batch(next(self.loader) if self.loader is not None else None)
+        batch = None
+        if self.loader is not None:
+            batch = next(self.loader)
+            for message in self.loader.messages:
+                print(f"skipped: {message}", flush=True)
+        return broadcast_batch(batch)
 
     def _forward_backward(self, batches: list[Batch], loss_tokens: int) -> list[torch.Tensor]:
         scale = self.num_microbatches * parallel.data_parallel_size() / max(loss_tokens, 1)

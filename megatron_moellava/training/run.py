@@ -12,8 +12,8 @@ from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, RunConfig, from_dict, read_yaml, set_override, split_override
 from megatron_moellava.data.loader import Loader, build_train_loader
 from megatron_moellava.data.tokenizer import load_tokenizer
+from megatron_moellava.model.checkpoint import newest_checkpoint, read_run_file
 from megatron_moellava.towers import get_tower
-from megatron_moellava.training.checkpoint import newest_checkpoint, read_run_file
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.validate import validate
 
@@ -82,16 +82,10 @@ def build_loader(run: RunConfig) -> Loader:
         world_size=parallel.data_parallel_size(),
         micro_batch_size=run.training.micro_batch_size,
         pad_multiple=run.parallel.tensor_model_parallel_size,
+        accumulation_steps=run.num_microbatches(parallel.data_parallel_size()),
         template=run.data.template or backbone.template,
         cache_folder=str(Path(run.checkpoint.save) / "data_index") if run.checkpoint.save else None,
     )
-
-
-def rows_per_epoch(run: RunConfig, loader: Loader) -> int:
-    """Rows that one epoch fills, over all ranks: its samples, or an estimate of its packed rows."""
-    if not run.data.packing:
-        return loader.num_samples
-    raise ConfigError("training.train_steps=0 (one epoch) is not known in advance with data.packing=true; set a number")
 
 
 def train_steps(run: RunConfig, loader: Loader | None) -> int:
@@ -99,6 +93,6 @@ def train_steps(run: RunConfig, loader: Loader | None) -> int:
     steps = [run.training.train_steps]
     if not steps[0]:
         if loader is not None:
-            steps = [max(1, math.ceil(rows_per_epoch(run, loader) / run.training.global_batch_size))]
+            steps = [max(1, math.ceil(loader.rows_per_epoch() / run.training.global_batch_size))]
         dist.broadcast_object_list(steps, src=0)
     return steps[0]

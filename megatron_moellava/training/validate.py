@@ -7,8 +7,8 @@ from megatron_moellava import platform
 from megatron_moellava.backbones import Backbone, get_backbone
 from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig
 from megatron_moellava.data.templates import get_template
+from megatron_moellava.model.checkpoint import newest_checkpoint, require_checkpoint
 from megatron_moellava.towers import get_tower
-from megatron_moellava.training.checkpoint import newest_checkpoint, require_checkpoint
 from megatron_moellava.training.stages import ROLES, STAGES
 
 PLACEMENTS = ("first_half", "second_half", "sparse", "dense")

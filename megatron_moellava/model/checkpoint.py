@@ -1,0 +1,139 @@
+"""Reading checkpoints: find a complete folder, check it, fill a model of any layout. training/checkpoint.py writes them.
+
+SAVE/iter_0000100/  .metadata, *.distcp   tensors by global name, any layout loads them
+                    run.json              the model and the run; a folder without it is incomplete
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_moellava.config import CheckpointError
+from megatron_moellava.model.integrity import verify_files
+from megatron_moellava.model.moe_llava import MoELlava
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+
+RUN_FILE = "run.json"
+FORMAT = 1
+UNUSED_TOWER = "vision_tower.unused."  # tensors of the published tower that features do not need; they ride along
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete iteration folder below `folder`, or `folder` itself if it is one; None if there is none."""
+    folder = Path(folder)
+    if (folder / RUN_FILE).exists():
+        return folder
+    return max(complete_checkpoints(folder), default=None)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete iteration folders, oldest first. An interrupted save may leave a `.tmp` folder that has a run.json."""
+    return sorted(path.parent for path in folder.glob(f"iter_*/{RUN_FILE}") if path.parent.suffix != ".tmp")
+
+
+def require_checkpoint(folder: str | Path) -> Path:
+    """`newest_checkpoint`, or CheckpointError that says what is there instead."""
+    found = newest_checkpoint(folder)
+    if found is not None:
+        return found
+    raise CheckpointError(
+        f"checkpoint.load={folder} holds no complete checkpoint (a folder iter_*/ with {RUN_FILE}); "
+        + ("make one with tools/convert.py" if Path(folder).exists() else "the folder does not exist")
+    )
+
+
+def read_run_file(checkpoint: Path) -> dict:
+    """The `run.json` of an iteration folder."""
+    description = json.loads((checkpoint / RUN_FILE).read_text())
+    if description.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint} has format {description.get('format')}; this program reads format {FORMAT}"
+        )
+    return description
+
+
+def model_state(chunks: list[MoELlava]) -> dict:
+    """Sharded tensors of the model by local name; names of virtual stages are told apart by a prefix."""
+    metadata = {
+        "non_homogeneous_layers": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state = {}
+    for index, chunk in enumerate(chunks):
+        for name, value in chunk.sharded_state_dict(metadata=metadata).items():
+            if not name.endswith("_extra_state"):  # Transformer Engine's FP8 bookkeeping, rebuilt in a few steps
+                state[f"chunk{index}.{name}"] = value
+    return state
+
+
+def load_weights(checkpoint: Path, chunks: list[MoELlava]) -> None:
+    """Fill the model from a checkpoint of any layout. Raises CheckpointError that lists every missing or surplus tensor."""
+    verify_files(checkpoint, read_run_file(checkpoint).get("sha256", {}))
+    state = model_state(chunks)
+    stored = _stored_tensors(checkpoint)
+    _check_tensors(checkpoint, state, stored)
+    _carry_unused_tower(checkpoint, chunks[0], stored)
+    loaded = dist_checkpointing.load({"model": state}, str(checkpoint))["model"]
+    for index, chunk in enumerate(chunks):
+        prefix = f"chunk{index}."
+        own = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
+        problems = chunk.load_state_dict(own, strict=False)
+        missing = [name for name in problems.missing_keys if not name.endswith("_extra_state")]
+        assert not missing and not problems.unexpected_keys, (missing, problems.unexpected_keys)
+
+
+def _stored_tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    return {name: tuple(value.global_shape) for name, value in metadata.items() if not name.startswith("optimizer.")}
+
+
+def _check_tensors(checkpoint: Path, state: dict, stored: dict[str, tuple[int, ...]]) -> None:
+    """Compare keys and shapes of the whole model (over all stages and experts) with the checkpoint's."""
+    here = {value.key: _shape(value) for value in nested_values(state) if isinstance(value, ShardedBase)}
+    everywhere: list[dict[str, tuple[int, ...] | None]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everywhere, here)
+    wanted = {name: shape for rank in everywhere for name, shape in rank.items()}
+    surplus = {name for name in stored if not name.startswith(UNUSED_TOWER)} - wanted.keys()
+    missing = wanted.keys() - stored.keys()
+    other = {
+        f"{name} {stored[name]} there, {shape} here"
+        for name, shape in wanted.items()
+        if shape is not None and name in stored and stored[name] != shape
+    }
+    if missing or surplus or other:
+        raise CheckpointError(
+            f"{checkpoint} does not fit this model.\n  missing: {_some(missing)}\n  not wanted: {_some(surplus)}\n"
+            f"  other shape: {_some(other)}\n"
+            "  A dense checkpoint becomes a MoE one with `tools/convert.py upcycle`; `tools/convert.py inspect` shows it."
+        )
+
+
+def _shape(value: ShardedBase) -> tuple[int, ...] | None:
+    """The whole tensor's shape; None where vocabulary padding may change it, and for what is split up later (gated fc1)."""
+    fixed = isinstance(value, ShardedTensor) and not value.allow_shape_mismatch
+    return tuple(value.global_shape) if fixed else None
+
+
+def _some(names: set[str], limit: int = 12) -> str:
+    listed = sorted(names)
+    rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return (", ".join(listed[:limit]) or "none") + rest
+
+
+def _carry_unused_tower(checkpoint: Path, model: MoELlava, stored: dict[str, tuple[int, ...]]) -> None:
+    """Keep the tower's unneeded tensors on the CPU, so that an export of this run is complete."""
+    names = [name for name in stored if name.startswith(UNUSED_TOWER)]
+    wanted = {}
+    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    for name in names:
+        empty = torch.empty(stored[name], dtype=metadata[name].dtype)
+        wanted[name] = ShardedTensor.from_rank_offsets(name, empty, replica_id=dist.get_rank())
+    model.unused_tower_tensors = (
+        dist_checkpointing.load({"unused": wanted}, str(checkpoint))["unused"] if wanted else {}
+    )
