@@ -5,6 +5,7 @@ per data-parallel rank. Its state is plain JSON and goes into the checkpoint; it
 """
 
 import hashlib
+import logging
 import math
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_moellava.data.sources import EnergonEngine, OpenSource, open_sourc
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import Tokenizer
 
+_LOG = logging.getLogger(__name__)
 MAX_PEEK_IMAGES = 10**6  # an estimate refuses no row
 
 
@@ -33,6 +35,11 @@ class Loader:
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.messages: list[str] = []  # of the samples skipped since the last batch
+
+    def summary(self) -> str:
+        """`skipped 12 of 665,298 samples: 9 missing image, 3 undecodable`"""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
+        return f"skipped {self.skipped.total():,} of {self.seen:,} samples: {reasons or 'none'}"
 
     def close(self) -> None:
         """End the worker processes."""
@@ -66,6 +73,8 @@ class Loader:
         self.skipped.update(reason for reason, _ in events.skipped)
         self.notes.update(events.notes)
         self.messages += [message for _, message in events.skipped]
+        for _, message in events.skipped:
+            _LOG.warning("skipped: %s", message)
         return delivered["batch"]
 
     def rows_per_epoch(self) -> int:

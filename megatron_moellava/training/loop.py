@@ -137,9 +137,6 @@ class Trainer:
             done = self.state.iteration == self.train_steps
             if done or interrupted or self.state.iteration % self.run.checkpoint.save_interval == 0:
                 self.save()
-            if (interrupted or done) and self.loader is not None and self.loader.skipped:
-                reasons = ", ".join(f"{count} {reason}" for reason, count in self.loader.skipped.most_common())
-                print(f"skipped {self.loader.skipped.total():,} of {self.loader.seen:,} samples: {reasons}", flush=True)
             if interrupted and not done:
                 self.log.say(f"interrupted at step {self.state.iteration}; the same command continues it")
                 return INTERRUPTED
@@ -191,12 +188,7 @@ class Trainer:
 
     def _next_batch(self) -> Batch:
         """The next micro-batch of this data-parallel rank, on the device, on every rank that needs it."""
-        batch = None
-        if self.loader is not None:
-            batch = next(self.loader)
-            for message in self.loader.messages:
-                print(f"skipped: {message}", flush=True)
-        return broadcast_batch(batch)
+        return broadcast_batch(next(self.loader) if self.loader is not None else None)
 
     def _forward_backward(self, batches: list[Batch], loss_tokens: int) -> list[torch.Tensor]:
         scale = self.num_microbatches * parallel.data_parallel_size() / max(loss_tokens, 1)

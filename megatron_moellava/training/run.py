@@ -53,7 +53,11 @@ def train(run: RunConfig) -> int:
     validate_run(run)
     parallel.initialize(run.parallel, run.training.seed)
     try:
-        return build_trainer(run).train()
+        trainer = build_trainer(run)
+        code = trainer.train()
+        if trainer.loader is not None and trainer.loader.skipped:
+            print(trainer.loader.summary(), flush=True)
+        return code
     finally:
         parallel.shutdown()
 
