@@ -2,21 +2,23 @@
 
   python benchmarks/conversion.py [--gigabytes 2.5] [--folder DIR]
 
-Writes a synthetic MoE-LLaVA release (bf16, random bytes) as safetensors and as .bin, converts it each way in a process of
-its own, and prints peak memory over the checkpoint's bytes, and bytes per second over those of `cp`. The limits that the
-project set itself: memory at most 0.35, throughput at least 0.5. Start-up (Python, torch) is measured apart.
+Writes a synthetic MoE-LLaVA release (bf16, random bytes) as safetensors and as .bin, converts it each way in a
+process of its own, and prints peak memory over the checkpoint's bytes, and bytes per second over those of `cp`. The
+limits that the project set itself: memory at most 0.35, throughput at least 0.5. Start-up (Python, torch) is measured
+apart, and processor time beside wall-clock time.
 """
 
 import argparse
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_moellava.backbones import get_backbone
@@ -91,19 +93,33 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def copy_seconds(source: Path, target: Path) -> float:
-    """The faster of two copies."""
-    seconds = []
-    for _ in range(2):
-        started = time.monotonic()
-        subprocess.run(["cp", "-r", source, target], check=True)
-        seconds.append(time.monotonic() - started)
-        shutil.rmtree(target)
-    return min(seconds)
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one process: wall-clock seconds, processor seconds (which other work on the machine disturbs less), memory."""
+
+    wall: float
+    processor: float
+    peak_bytes: int = 0
 
 
-def convert(*arguments: object) -> tuple[float, int]:
-    """Seconds of the whole command and its peak memory in bytes."""
+def run(command: list, **options) -> tuple[Cost, str]:
+    """What a command costs, and its output."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **options)
+    wall, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Cost(wall, processor), done.stdout
+
+
+def copied(source: Path) -> Cost:
+    target = source.with_name("copy")
+    cost, _ = run(["cp", "-r", source, target])
+    shutil.rmtree(target)
+    return cost
+
+
+def converted(*arguments: object) -> Cost:
+    """One run of tools/convert.py."""
     script = (
         "import sys, resource, runpy\n"
         f"sys.argv = {['convert.py', *map(str, arguments)]!r}\n"
@@ -113,29 +129,28 @@ def convert(*arguments: object) -> tuple[float, int]:
         "    assert end.code == 0, end.code\n"
         "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
-    started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True)
-    return time.monotonic() - started, int(done.stdout.split("PEAK")[1]) * 1024
+    cost, output = run([sys.executable, "-c", script])
+    return replace(cost, peak_bytes=int(output.split("PEAK")[1]) * 1024)
 
 
-def start_up_seconds() -> float:
-    """What starting Python and importing torch takes, whatever the size."""
-    started = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import torch, torch.distributed.checkpoint"], check=True)
-    return time.monotonic() - started
+def started_up() -> Cost:
+    """Starting Python and importing torch, which costs the same whatever the size."""
+    return run([sys.executable, "-c", "import torch, torch.distributed.checkpoint"])[0]
 
 
 def measure(name: str, source: Path, *arguments: object) -> None:
-    """Convert `source` (named in `arguments`), beside `cp` of it."""
+    """Convert `source` (named in `arguments`), beside `cp` of it: bytes per second relative to cp's."""
     size = folder_bytes(source)
-    copy, idle = copy_seconds(source, source.with_name("copy")), start_up_seconds()
-    seconds, peak = convert(*arguments)
-    copying = max(seconds - idle, 1e-3)
-    print(
-        f"{name:<24} {size / 1e9:5.2f} GB | cp {copy:5.2f} s | command {seconds:5.2f} s ({copy / seconds:4.2f} x cp), "
-        f"without start-up {copying:5.2f} s ({copy / copying:4.2f} x cp) | memory {peak / 1e6:4.0f} MB ({peak / size:4.2f} x)",
-        flush=True,
-    )
+    copy, idle, cost = copied(source), started_up(), converted(*arguments)
+    lines = []
+    for unit in ("wall", "processor"):
+        cp, start, all_of_it = getattr(copy, unit), getattr(idle, unit), getattr(cost, unit)
+        relative = cp / max(all_of_it - start, 1e-3)
+        lines.append(
+            f"{unit}: cp {cp:.2f} s, start-up {start:.2f} s, command {all_of_it:.2f} s, copying {relative:.2f} x cp"
+        )
+    print(f"{name}, {size / 1e9:.2f} GB; memory {cost.peak_bytes / 1e6:.0f} MB = {cost.peak_bytes / size:.2f} x")
+    print("  " + "\n  ".join(lines), flush=True)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ accounted for before anything is written; an interrupted conversion leaves nothi
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -135,6 +136,8 @@ class Bar:
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
+    # Blocks are 1 MB: more threads only wait for each other (converting 2.7 GB took 38 s with two, 4 s with one).
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from megatron_moellava.config import MoELlavaError
 
     try:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOWER = GOLDEN / "assets/openai/clip-tiny"
@@ -22,8 +22,6 @@ def original_state(backbone: str, kind: str) -> dict[str, torch.Tensor]:
         name: torch.randn(shape, generator=generator).to(torch.float32 if ".wg." in name else torch.bfloat16)
         for name, shape in shapes.items()
     }
-    from safetensors.torch import load_file
-
     return state | {
         TOWER_PREFIX + name: value.bfloat16() for name, value in load_file(TOWER / "model.safetensors").items()
     }
@@ -31,14 +29,14 @@ def original_state(backbone: str, kind: str) -> dict[str, torch.Tensor]:
 
 def residual(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A MoE state with what residual MoE adds: the MLP beside the experts, and the coefficient."""
-    added = {}
+    added, generator = {}, torch.Generator().manual_seed(1)
     for name, value in state.items():
         root, _, tail = name.partition(".mlp.deepspeed_moe.experts.deepspeed_experts.0.")
         if tail:
             added[f"{root}.mlp.mlp.{tail}"] = value + 1
             hidden = state["model.embed_tokens.weight"].shape[1]
-            added[f"{root}.mlp.coefficient.weight"] = torch.randn(2, hidden).bfloat16()
-            added[f"{root}.mlp.coefficient.bias"] = torch.randn(2).bfloat16()
+            added[f"{root}.mlp.coefficient.weight"] = torch.randn(2, hidden, generator=generator).bfloat16()
+            added[f"{root}.mlp.coefficient.bias"] = torch.randn(2, generator=generator).bfloat16()
     return state | added
 
 
