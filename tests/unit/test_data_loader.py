@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -285,3 +286,11 @@ def test_rows_per_epoch(tmp_path, packing):
         return
     samples = ids(take(loader, 4 * rows))
     assert 3.6 * 40 <= len(samples) <= 4.4 * 40
+
+
+def test_packing_passes_over_no_sample(tmp_path):
+    loader = make_loader(config(make_set(tmp_path), seq_length=200))
+    found = Counter()
+    while found.total() < 400:  # ten epochs of 40 rows, of which up to 16 still wait
+        found.update(next(loader).sample_ids)
+    assert len(found) == 40 and min(found.values()) >= 9 and max(found.values()) <= 11
