@@ -90,6 +90,14 @@ wait_for_step() {
 
 newest_checkpoint() { cat "$SAVE/latest_checkpointed_iteration.txt" 2>/dev/null || echo none; }
 
+# SLURM requeues a job by itself when it notices that a node has died. Requeued before that, the job comes back without
+# GPUs (seen with 22.05).
+leave_dead_nodes_to_slurm() {
+    timeout 120 srun --nodes="$SLURM_NNODES" --ntasks-per-node=1 true && return
+    echo "A node does not answer; waiting for SLURM to give it up and to requeue the job"
+    sleep 900
+}
+
 # requeue_or_exit EXIT_CODE NEWEST_CHECKPOINT_AT_THE_START
 requeue_or_exit() {
     local code=$1
@@ -98,6 +106,7 @@ requeue_or_exit() {
         85) echo "Checkpoint written; requeueing" ;;
         *)
             [ "$(newest_checkpoint)" != "$2" ] || stop "$code" "Crashed with exit code $code and no new checkpoint."
+            leave_dead_nodes_to_slurm
             echo "Crashed with exit code $code; requeueing to continue from step $(newest_checkpoint)"
             ;;
     esac

@@ -151,7 +151,7 @@ class LocalSlurm:
         return result
 
     def node_states(self) -> set[str]:
-        return set(self.run("sinfo", "--noheader", "--format=%T", check=False).stdout.split())
+        return set(self.run("sinfo", "--noheader", "--format=%T", check=False).stdout.replace("*", "").split())
 
     def job(self, job_id: str) -> dict[str, str]:
         """The fields of `scontrol show job`."""

@@ -54,7 +54,7 @@ def test_a_finished_chain_does_nothing_twice(cluster):
 
 
 def test_a_broken_part_cancels_those_after_it(cluster):
-    poison = ("optimizer.lr=1e38", "optimizer.lr_warmup_fraction=0", "training.non_finite_patience=2")
+    poison = ("optimizer.lr=1e30", "optimizer.lr_warmup_fraction=0", "training.non_finite_patience=2")
     result, ids = train_all(cluster, "broken", "training.train_steps=20", *poison)
     assert result.returncode == 0, result.stdout + result.stderr
     first, second, *rest = states(cluster, ids)

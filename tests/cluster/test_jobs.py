@@ -9,7 +9,7 @@ import pytest
 from conftest import REPO, Cluster
 
 TWO_NODES = ("--nodes=2", "--gpus-per-node=1")
-LENGTH = 30
+LENGTH = 150
 STEPS = f"training.train_steps={LENGTH}"
 
 
@@ -81,7 +81,7 @@ def test_preempted_job_saves_requeues_and_continues_bit_by_bit(cluster, referenc
     state = cluster.slurm.wait_for_job(job, 240)
     log = cluster.log("preempted")
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), log
-    assert "asking for a checkpoint" in log and "Checkpoint written; requeueing" in log
+    assert "asking for a checkpoint" in log and "Checkpoint written; requeueing" in log, log
     assert losses(cluster, save) == reference
 
 
@@ -115,6 +115,7 @@ def test_job_survives_the_loss_of_a_node(cluster, reference):
     cluster.wait_for_step(save, 5)
     cluster.slurm.fail_node("n2")
     cluster.slurm.wait_until(lambda: cluster.slurm.job(job)["JobState"] == "PENDING", 120, "job back in the queue")
+    cluster.slurm.wait_until(lambda: "down" in cluster.slurm.node_states(), 60, "n2 is given up")
     cluster.slurm.start_node("n2")
     state = cluster.slurm.wait_for_job(job, 300)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), cluster.log("lost")
@@ -175,7 +176,7 @@ def test_job_without_gpus_says_so(cluster):
 
 
 def test_too_many_non_finite_steps_end_the_job_with_3(cluster):
-    poison = ("optimizer.lr=1e38", "optimizer.lr_warmup_fraction=0", "training.non_finite_patience=2")
+    poison = ("optimizer.lr=1e30", "optimizer.lr_warmup_fraction=0", "training.non_finite_patience=2")
     job = cluster.submit("train_stage1.sh", STEPS, *poison, name="poison", options=TWO_NODES)
     state = cluster.slurm.wait_for_job(job, 180)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "3:0", "0"), cluster.log("poison")
