@@ -58,7 +58,7 @@ MINICPM_2B = Backbone(
     num_query_groups=36,
     kv_channels=64,
     vocab_size=122753,
-    max_position_embeddings=2048,
+    max_position_embeddings=4096,
     share_embeddings_and_output_weights=True,
     embedding_multiplier=12.0,
     residual_multiplier=1.4 / math.sqrt(40),
@@ -78,6 +78,7 @@ MINICPM_TINY = replace(
     num_query_groups=4,
     kv_channels=32,
     vocab_size=512,
+    max_position_embeddings=2048,
     residual_multiplier=1.4 / math.sqrt(4),
     logits_divisor=128 / 64,
 )
