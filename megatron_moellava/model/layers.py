@@ -121,7 +121,7 @@ def _shared_experts(*, config, pg_collection, gate, submodules, name=None):
 def _layer_spec(backbone: Backbone, provider, mlp, is_moe: bool = False) -> ModuleSpec:
     add = get_bias_dropout_add
     if backbone.residual_multiplier != 1.0:
-        add = partial(_scaled_add, backbone.residual_multiplier)
+        add = _scaled_add(backbone.residual_multiplier)
     fused = provider.fuse_layernorm_and_linear() and not backbone.parallel_residual
     spec = _attention_layer(provider, AttnMaskType.causal, mlp, fused, is_moe, backbone, add)
     if backbone.parallel_residual:
@@ -163,15 +163,22 @@ def _attention_layer(
     return ModuleSpec(TransformerLayer, submodules=submodules)
 
 
-def _scaled_add(multiplier: float, training: bool, fused: bool):
-    """bias-dropout-add whose branch is scaled before it joins the residual stream (MiniCPM)."""
-    add = get_bias_dropout_add(training, fused)
+def _scaled_add(multiplier: float):
+    """bias-dropout-add whose branch is scaled before it joins the residual stream (MiniCPM).
 
-    def scaled(branch_with_bias, residual, dropout):
-        branch, bias = branch_with_bias
-        return add((branch * multiplier, None if bias is None else bias * multiplier), residual, dropout)
+    A plain function: Megatron-Core takes any other callable for a class to build.
+    """
 
-    return scaled
+    def get_scaled_add(training: bool, fused: bool):
+        add = get_bias_dropout_add(training, fused)
+
+        def scaled(branch_with_bias, residual, dropout):
+            branch, bias = branch_with_bias
+            return add((branch * multiplier, None if bias is None else bias * multiplier), residual, dropout)
+
+        return scaled
+
+    return get_scaled_add
 
 
 class ParallelResidualLayer(TransformerLayer):

@@ -1,0 +1,250 @@
+"""What a launch can run: one layout, one continuation of a checkpoint, one whole run on the real loader.
+
+Every function runs on all ranks of the job and returns plain numbers on rank 0.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from layouts import BY_ID, MODELS, REFERENCES, SAVED_AT, SOURCES, STEPS, Layout
+from rows import MICRO_BATCH, NUM_ROWS, SEQ_LENGTH, Rows
+from shards import draw, fill, gather_gradients, gather_parameters
+
+from megatron_moellava import parallel
+from megatron_moellava.backbones import BACKBONES
+from megatron_moellava.config import RunConfig, from_dict, set_override
+from megatron_moellava.model import checkpoint as reading
+from megatron_moellava.model.router import OriginalRouter
+from megatron_moellava.training import checkpoint as checkpoints
+from megatron_moellava.training.loop import Trainer
+
+torch.set_num_threads(1)
+TINY = {
+    "llama-tiny-tied": replace(BACKBONES["llama-tiny"], share_embeddings_and_output_weights=True, vocab_size=509),
+    "phi-2-tiny-biased-output": replace(BACKBONES["phi-2-tiny"], output_layer_bias=True, vocab_size=509),
+    "llama-tiny-wide": replace(BACKBONES["llama-tiny"], hidden_size=64, kv_channels=16),
+    "phi-2-tiny-dropout": replace(BACKBONES["phi-2-tiny"], hidden_dropout=0.2, attention_dropout=0.2),
+}
+BACKBONES.update(TINY)
+
+
+def run_config(layout: Layout, **more) -> RunConfig:
+    model = MODELS[layout.model]
+    tree: dict = {"moe": dict(model.moe)} if model.moe else {}
+    settings = {
+        "model.backbone": model.backbone,
+        "model.tower": "clip-tiny",
+        "data.packing": model.rows != "padded",
+        "data.seq_length": SEQ_LENGTH,
+        "parallel.distributed_timeout_minutes": 1,
+        "training.stage": 2,
+        "training.trains": model.roles,
+        "training.precision": "fp32",
+        "training.micro_batch_size": MICRO_BATCH[model.rows],
+        "training.global_batch_size": NUM_ROWS[model.rows],
+        "training.train_steps": STEPS,
+        "optimizer.lr": 3e-3,
+        # Where a gradient is nothing but rounding, Adam with a small epsilon would blow the rounding up to a full step.
+        "optimizer.adam_eps": 1e-4,
+        "optimizer.weight_decay": 0.1,
+        "optimizer.lr_warmup_fraction": 0.0,
+        "logging.routing_interval": 1,
+        "logging.tensorboard": False,
+    }
+    for name, value in (settings | model.run | layout.run | more).items():
+        set_override(tree, name, value)
+    return from_dict(RunConfig, tree)
+
+
+class Recorder:
+    """Stands before the trainer's update and keeps the gradients of the first step."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.update, self.gradients = trainer, trainer.update, None
+
+    def __call__(self):
+        if self.gradients is None:
+            self.gradients, self.difference = gather_gradients(self.trainer.chunks, self.trainer.optimizer)
+        return self.update()
+
+
+def start(layout: Layout, first_step: int = 0, **more) -> tuple[Trainer, Recorder, list]:
+    """A trainer with the weights of `shards.fill`, what records its gradients, and its counts of routed tokens."""
+    run = run_config(layout, **more)
+    parallel.initialize(run.parallel, run.training.seed)
+    trainer = Trainer(run, None, STEPS)
+    if parallel.reads_data():
+        trainer.loader = Rows(
+            MODELS[layout.model].rows,
+            trainer.chunks[0].backbone.vocab_size,
+            trainer.chunks[0].tower,
+            parallel.data_parallel_rank(),
+            parallel.data_parallel_size(),
+            first_step,
+        )
+    fill(trainer.chunks)
+    trainer.optimizer.reload_model_params()
+    if MODELS[layout.model].moe and not layout.model.endswith("-noise"):
+        inject_noise(trainer)
+    trainer.update = recorder = Recorder(trainer)
+    routed: list = []
+    if trainer.routing is not None:
+        collect = trainer.routing.collect
+        trainer.routing.collect = lambda: routed.append(collect()) or routed[-1]
+    for chunk in trainer.wrapped:
+        chunk.train()
+    return trainer, recorder, routed
+
+
+def inject_noise(trainer: Trainer) -> None:
+    """The same noise in every layout; a fresh draw would depend on the data-parallel rank."""
+    for chunk in trainer.chunks:
+        for layer in chunk.language_model.decoder.layers:
+            router = getattr(layer.mlp, "router", None)
+            if isinstance(router, OriginalRouter):
+                router.register_forward_pre_hook(partial(_set_noise, chunk.config))
+
+
+def _set_noise(config, router, inputs) -> None:
+    split = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    rows = inputs[0].shape[0] * inputs[0].shape[1] * split
+    router.injected_noise_NE = draw(f"noise {router.layer_number}", [rows, config.num_moe_experts]).abs()
+
+
+# --- one layout -------------------------------------------------------------------------------------------------------
+
+
+def run_layout(job: dict, folder: Path) -> dict:
+    """STEPS optimizer steps; writes them down for a reference, compares with the reference otherwise."""
+    layout = BY_ID[job["layout"]]
+    is_reference = layout == REFERENCES[layout.model]
+    if not is_reference and not reference_file(layout, folder).exists():
+        raise RuntimeError("the one-process run of this model has failed")
+    save = {"checkpoint.save": str(folder / layout.id)} if layout.id in SOURCES else {}
+    trainer, recorder, routed = start(layout, **save)
+    initial, _ = gather_parameters(trainer.chunks)
+    steps = []
+    for number in range(1, STEPS + 1):
+        numbers, applied, _ = trainer.step()
+        steps.append(numbers)
+        assert applied
+        if number == SAVED_AT and layout.id in SOURCES:
+            trainer.save()
+    trainer.gather_parameters()
+    final, difference = gather_parameters(trainer.chunks)
+    result = {
+        "loss": everywhere([step["loss"] for step in steps]),
+        "grad_norm": [step["grad_norm"] for step in steps],
+        "aux_loss": everywhere([step.get("load_balancing_loss", 0.0) for step in steps]),
+        "z_loss": everywhere([step.get("z_loss", 0.0) for step in steps]),
+        "gradients": recorder.gradients,
+        "initial": initial,
+        "final": final,
+        "routed": torch.stack(routed) if routed else None,
+        "copies": max(difference, recorder.difference),
+    }
+    if torch.distributed.get_rank():
+        return {}
+    return finish(result, layout, folder)
+
+
+def everywhere(values: list[float]) -> list[float]:
+    """The largest over all ranks: a rank that does not know a number reports zero."""
+    gathered: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, values)
+    return [max(column) for column in zip(*gathered, strict=True)]
+
+
+def finish(result: dict, layout: Layout, folder: Path) -> dict:
+    if layout == REFERENCES[layout.model]:
+        torch.save(result, reference_file(layout, folder))
+        moved = {name for name, value in result["final"].items() if not torch.equal(value, result["initial"][name])}
+        return {
+            "loss": result["loss"],
+            "copies": result["copies"],
+            "moved": sorted(moved),
+            "gradients": sorted(result["gradients"]),
+            "zero": sorted(name for name, value in result["gradients"].items() if not value.any()),
+        }
+    return compare(result, torch.load(reference_file(layout, folder), weights_only=True))
+
+
+def reference_file(layout: Layout, folder: Path) -> Path:
+    return folder / f"{layout.model}.reference.pt"
+
+
+def compare(result: dict, reference: dict) -> dict:
+    """Largest relative differences, each with the name of the tensor where it is."""
+    same_routing = result["routed"] is None or torch.equal(result["routed"], reference["routed"])
+    still = [name for name, value in reference["final"].items() if torch.equal(value, reference["initial"][name])]
+    return {
+        **{
+            name: worst({str(i): (a, b) for i, (a, b) in enumerate(zip(result[name], reference[name], strict=True))})
+            for name in ("loss", "grad_norm", "aux_loss", "z_loss")
+        },
+        "gradients": worst(pairs(result["gradients"], reference["gradients"])),
+        "parameters": worst(pairs(result["final"], reference["final"])),
+        "updates": worst(pairs(updates(result), updates(reference))),
+        "copies": result["copies"],
+        "same_routing": same_routing,
+        "frozen_moved": [name for name in still if not torch.equal(result["final"][name], reference["final"][name])],
+    }
+
+
+def updates(result: dict) -> dict:
+    return {name: value - result["initial"][name] for name, value in result["final"].items()}
+
+
+def pairs(here: dict, there: dict) -> dict:
+    assert here.keys() == there.keys(), sorted(here.keys() ^ there.keys())
+    return {name: (here[name], there[name]) for name in here}
+
+
+def worst(values: dict) -> tuple[float, str]:
+    """max |a - b| / max |b| per entry, the largest of all; where b is all zero a must be as well."""
+    found = (0.0, "")
+    for name, (here, there) in values.items():
+        here, there = torch.as_tensor(here), torch.as_tensor(there)
+        assert here.shape == there.shape, (name, here.shape, there.shape)
+        difference, size = float((here - there).abs().max()), float(there.abs().max())
+        error = difference / size if size else (float("inf") if difference else 0.0)
+        found = max(found, (error if error == error else float("inf"), name))
+    return found
+
+
+# --- a checkpoint of one layout continued in another ------------------------------------------------------------------
+
+
+def run_continuation(job: dict, folder: Path) -> dict:
+    """The last step of a run whose first steps another layout made; compared with one process that made them all.
+
+    Negative controls: `zero_moments` forgets Adam's state, `skip_weights` the parameters. Both must be seen.
+    """
+    layout = BY_ID[job["layout"]]
+    checkpoint = reading.require_checkpoint(folder / job["source"])
+    description = reading.read_run_file(checkpoint)
+    trainer, _, _ = start(layout, first_step=SAVED_AT)
+    if not job.get("skip_weights"):
+        reading.load_weights(checkpoint, trainer.chunks)
+    trainer.optimizer.reload_model_params()
+    if not job.get("zero_moments"):
+        checkpoints.load_optimizer(checkpoint, trainer.optimizer, trainer.chunks, description["optimizer_steps"])
+    if job.get("skip_weights"):  # the optimizer's copy has filled them
+        fill(trainer.chunks)
+        trainer.optimizer.reload_model_params()
+    trainer.state.iteration = SAVED_AT
+    trainer.scheduler.step(increment=SAVED_AT)
+    numbers, _, _ = trainer.step()
+    trainer.gather_parameters()
+    final, difference = gather_parameters(trainer.chunks)
+    loss = everywhere([numbers["loss"]])
+    if torch.distributed.get_rank():
+        return {}
+    reference = torch.load(reference_file(layout, folder), weights_only=True)
+    return {
+        "loss": worst({"": (loss[0], reference["loss"][-1])}),
+        "parameters": worst(pairs(final, reference["final"])),
+        "copies": difference,
+    }

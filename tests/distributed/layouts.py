@@ -1,0 +1,224 @@
+"""The table of layouts: what is computed (MODELS), how it is spread over processes (LAYOUTS), and who continues whom.
+
+Every layout is compared with one process that computes the same model on the same rows. All of it is data; `worker.py`
+runs it and `test_layouts.py` asserts it.
+"""
+
+from dataclasses import dataclass, field
+
+STEPS = 3  # optimizer steps of every run
+SAVED_AT = 2  # the step after which a source of CONTINUATIONS writes its checkpoint
+ROLES = [
+    "tower",
+    "projector",
+    "language.embedding",
+    "language.attention",
+    "language.norm",
+    "language.ffn",
+    "experts",
+    "router",
+]
+# Coefficients far above the recipes', so that the losses of the router have a say in every gradient.
+MOE = {"num_experts": 4, "placement": "sparse", "moe_aux_loss_coeff": 0.1}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """What is computed. `run` holds dotted fields of RunConfig."""
+
+    backbone: str = "llama-tiny"
+    moe: dict | None = None
+    roles: list | None = field(default_factory=lambda: ROLES)
+    run: dict = field(default_factory=dict)
+    rows: str = "packed"  # "packed", "padded", or "text": packed without any image
+
+
+MODELS = {
+    "llama": Model(moe=MOE),
+    "phi": Model(backbone="phi-2-tiny", moe=MOE),
+    "llama-dense": Model(),
+    "phi-dense": Model(backbone="phi-2-tiny"),
+    # Tied embeddings, and a vocabulary that no tensor-parallel size divides.
+    "tied": Model(backbone="llama-tiny-tied", moe=MOE),
+    "tied-dense": Model(backbone="llama-tiny-tied"),
+    "biased-output": Model(backbone="phi-2-tiny-biased-output", moe=MOE),
+    **{
+        f"{name}-stage{stage}": Model(
+            backbone=backbone, moe=MOE if stage == 3 else None, roles=None, run={"training.stage": stage}
+        )
+        for name, backbone in (("llama", "llama-tiny"), ("phi", "phi-2-tiny"))
+        for stage in (1, 2, 3)
+    },
+    "text-only": Model(moe=MOE, rows="text"),
+    "padded": Model(moe=MOE, rows="padded"),
+    "padded-phi": Model(backbone="phi-2-tiny", moe=MOE, rows="padded"),
+    "router-losses": Model(moe=MOE | {"moe_z_loss_coeff": 0.05}),
+    "sequence-aux-loss": Model(moe=MOE | {"moe_router_load_balancing_type": "seq_aux_loss"}, rows="padded"),
+    "shared-experts": Model(moe=MOE | {"moe_shared_expert_intermediate_size": 64}),
+    "expert-bias": Model(moe=MOE | {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01}),
+    "residual": Model(backbone="phi-2-tiny", moe=MOE | {"use_residual": True}),
+    "top1": Model(moe=MOE | {"moe_router_topk": 1}),
+    # DeepSpeed's gate: half of the slots that are needed, so that tokens are dropped; the noise is injected.
+    "original": Model(moe=MOE | {"router": "original", "capacity_factor": 0.5}, rows="padded"),
+    "original-phi": Model(
+        backbone="phi-2-tiny", moe=MOE | {"router": "original", "capacity_factor": 0.5}, rows="padded"
+    ),
+    "original-top1": Model(
+        moe=MOE | {"router": "original", "capacity_factor": 0.5, "moe_router_topk": 1}, rows="padded"
+    ),
+    # The same with the router's own noise, which must not depend on tensor and pipeline layout.
+    "original-noise": Model(moe=MOE | {"router": "original", "capacity_factor": 1.0}, rows="padded"),
+    "bf16": Model(moe=MOE, run={"training.precision": "bf16"}),
+    "bf16-phi": Model(backbone="phi-2-tiny", moe=MOE, run={"training.precision": "bf16"}),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How a model is spread, and switches that must not change a number. `run` holds dotted fields of RunConfig."""
+
+    model: str
+    name: str  # of the layout alone
+    world: int = 1
+    run: dict = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return f"{self.model}:{self.name}"
+
+
+SHORT = {
+    "tp": "parallel.tensor_model_parallel_size",
+    "pp": "parallel.pipeline_model_parallel_size",
+    "vpp": "parallel.virtual_pipeline_model_parallel_size",
+    "ep": "parallel.expert_model_parallel_size",
+    "etp": "parallel.expert_tensor_parallel_size",
+    "first": "parallel.num_layers_in_first_pipeline_stage",
+    "recompute": "training.recompute",
+    "recompute_tower": "training.recompute_tower",
+    "experts": "moe.experts",
+    "dispatcher": "moe.moe_token_dispatcher_type",
+    "overlap_grads": "optimizer.overlap_grad_reduce",
+    "overlap_params": "optimizer.overlap_param_gather",
+}
+
+
+def _layouts(models: str, name: str, world: int, **options) -> list[Layout]:
+    run = {SHORT[option]: value for option, value in options.items()}
+    return [Layout(model=model, name=name, world=world, run=run) for model in models.split()]
+
+
+REFERENCES = {model: Layout(model=model, name="one") for model in MODELS}
+LAYOUTS = [
+    # one process, other switches
+    *_layouts("llama phi", "sequential", 1, experts="sequential"),
+    *_layouts("llama phi", "allgather", 1, dispatcher="allgather"),
+    *_layouts("llama phi original-noise", "recompute-full", 1, recompute="full"),
+    *_layouts("llama", "recompute-selective", 1, recompute="selective"),
+    *_layouts("llama phi original-noise", "recompute-moe", 1, recompute="moe"),
+    *_layouts("llama", "recompute-tower", 1, recompute_tower=True),
+    # two processes
+    *_layouts("llama phi", "dp2", 2),
+    *_layouts("llama phi", "tp2", 2, tp=2),
+    *_layouts("llama phi", "pp2", 2, pp=2),
+    *_layouts("llama phi", "ep2", 2, ep=2),
+    *_layouts("llama phi", "tp2-ep2-etp1", 2, tp=2, ep=2, etp=1),
+    *_layouts("llama", "tp2-etp2", 2, tp=2, etp=2),
+    *_layouts("llama phi", "pp2-vpp2", 2, pp=2, vpp=2),
+    *_layouts("llama", "pp2-first1", 2, pp=2, first=1),
+    *_layouts("phi", "pp2-first3", 2, pp=2, first=3),
+    *_layouts("llama-dense phi-dense", "dp2", 2),
+    *_layouts("llama-dense phi-dense", "tp2", 2, tp=2),
+    *_layouts("llama-dense phi-dense", "pp2", 2, pp=2),
+    *_layouts("llama", "dp2-overlap-grads", 2, overlap_grads=True),
+    *_layouts("llama llama-stage3", "ep2-overlap", 2, ep=2, overlap_grads=True, overlap_params=True),
+    *_layouts("llama", "dp2-overlap", 2, overlap_grads=True, overlap_params=True),
+    *_layouts("llama", "pp2-vpp2-overlap", 2, pp=2, vpp=2, overlap_grads=True),
+    *_layouts("llama", "ep2-allgather", 2, ep=2, dispatcher="allgather"),
+    *_layouts("llama", "tp2-ep2-allgather", 2, tp=2, ep=2, dispatcher="allgather"),
+    *_layouts("llama phi", "ep2-sequential", 2, ep=2, experts="sequential"),
+    *_layouts("llama", "tp2-etp2-sequential", 2, tp=2, etp=2, experts="sequential"),
+    *_layouts("llama", "tp2-ep2-recompute-full", 2, tp=2, ep=2, recompute="full"),
+    *_layouts("llama", "pp2-recompute-moe", 2, pp=2, recompute="moe"),
+    *_layouts("llama", "ep2-recompute-tower", 2, ep=2, recompute_tower=True),
+    *_layouts("llama-stage1 phi-stage1 llama-stage2", "dp2", 2),
+    *_layouts("llama-stage1 phi-stage1 llama-stage2", "tp2", 2, tp=2),
+    *_layouts("llama-stage1 phi-stage1 llama-stage2", "pp2", 2, pp=2),  # stage 1: the second rank trains nothing
+    *_layouts("llama-stage3 phi-stage3", "ep2", 2, ep=2),
+    *_layouts("llama-stage3", "tp2-ep2-etp1", 2, tp=2, ep=2),
+    *_layouts("llama-stage3", "pp2-vpp2", 2, pp=2, vpp=2),
+    *_layouts("text-only", "dp2", 2),
+    *_layouts("text-only", "tp2-ep2-etp1", 2, tp=2, ep=2),
+    *_layouts("text-only", "pp2", 2, pp=2),
+    *_layouts("tied", "tp2-ep2-etp1", 2, tp=2, ep=2),
+    *_layouts("tied tied-dense", "pp2", 2, pp=2),
+    *_layouts("tied-dense", "pp2-vpp2", 2, pp=2, vpp=2),
+    *_layouts("biased-output", "tp2", 2, tp=2),
+    *_layouts("padded padded-phi", "ep2", 2, ep=2),
+    *_layouts("padded", "tp2", 2, tp=2),
+    *_layouts("padded", "pp2", 2, pp=2),
+    *_layouts("router-losses sequence-aux-loss shared-experts expert-bias residual top1", "ep2", 2, ep=2),
+    *_layouts("router-losses sequence-aux-loss shared-experts expert-bias residual top1", "tp2", 2, tp=2),
+    *_layouts("router-losses expert-bias residual", "pp2", 2, pp=2),
+    *_layouts("original original-phi original-top1", "ep2", 2, ep=2),
+    *_layouts("original original-phi original-top1 original-noise", "tp2-ep2-etp1", 2, tp=2, ep=2),
+    *_layouts("original original-noise", "pp2", 2, pp=2),
+    *_layouts("bf16 bf16-phi", "ep2", 2, ep=2),
+    *_layouts("bf16 bf16-phi", "tp2", 2, tp=2),
+    *_layouts("bf16", "pp2", 2, pp=2),
+    # four processes
+    *_layouts("llama", "dp4", 4),
+    *_layouts("llama phi", "ep4", 4, ep=4),
+    *_layouts("llama", "tp4", 4, tp=4),
+    *_layouts("llama", "dp2-ep2-tp2", 4, tp=2, ep=2),
+    *_layouts("llama phi", "pp2-ep2", 4, pp=2, ep=2),
+    *_layouts("llama", "pp2-tp2", 4, pp=2, tp=2),
+    *_layouts("llama", "tp2-ep2-etp2", 4, tp=2, ep=2, etp=2),
+    *_layouts("llama", "pp2-vpp2-tp2-ep2", 4, pp=2, vpp=2, tp=2, ep=2),
+    *_layouts("tied", "pp2-tp2", 4, pp=2, tp=2),
+    *_layouts("llama-stage1", "pp2-tp2", 4, pp=2, tp=2),
+    *_layouts("llama-stage3", "pp2-ep2", 4, pp=2, ep=2),
+    *_layouts("original", "pp2-tp2", 4, pp=2, tp=2),
+]  # fmt: skip
+# Too long for everyday: `make test-layouts`.
+SLOW_LAYOUTS = [
+    *_layouts("llama phi tied", "pp2-tp2-ep2", 8, pp=2, tp=2, ep=2),
+    *_layouts("llama", "tp2-ep4", 8, tp=2, ep=4),
+    *_layouts("llama", "pp2-vpp2-tp2-ep4", 8, pp=2, vpp=2, tp=2, ep=4),
+    *_layouts("llama", "pp2-tp2-ep2-etp2", 8, pp=2, tp=2, ep=2, etp=2),
+    *_layouts("llama", "tp4-ep2-overlap", 8, tp=4, ep=2, overlap_grads=True, overlap_params=True),
+    *_layouts("llama", "pp4-ep2-recompute-full", 8, pp=4, ep=2, recompute="full"),
+    *_layouts("llama-stage1", "pp4-tp2", 8, pp=4, tp=2),
+    *_layouts("llama-stage3", "pp2-vpp2-ep4", 8, pp=2, vpp=2, ep=4),
+    *_layouts("original", "pp2-tp2-ep2", 8, pp=2, tp=2, ep=2),
+    *_layouts("bf16", "pp2-tp2-ep2", 8, pp=2, tp=2, ep=2),
+]
+BY_ID = {layout.id: layout for layout in [*REFERENCES.values(), *LAYOUTS, *SLOW_LAYOUTS]}
+
+# (checkpoint of, continued as): weights and Adam's state must arrive whatever both layouts are.
+CONTINUATIONS = [
+    ("llama:one", "llama:dp2"),
+    ("llama:one", "llama:pp2-vpp2"),
+    ("llama:dp2", "llama:one"),
+    ("llama:dp2-overlap", "llama:one"),
+    ("llama:tp2", "llama:ep2"),
+    ("llama:ep2", "llama:tp2"),
+    ("llama:ep2", "llama:ep2"),
+    ("llama:ep2-sequential", "llama:tp2-etp2"),
+    ("llama:tp2-ep2-etp1", "llama:pp2"),
+    ("llama:pp2", "llama:sequential"),
+    ("llama:pp2-vpp2", "llama:tp2"),
+    ("phi:ep2-sequential", "phi:one"),
+    ("phi:pp2-vpp2", "phi:tp2-ep2-etp1"),
+    ("tied:pp2", "tied:one"),
+    ("tied:tp2-ep2-etp1", "tied:pp2"),
+    ("llama-stage1:pp2", "llama-stage1:dp2"),
+    ("llama-stage1:tp2", "llama-stage1:pp2"),
+    ("llama-stage3:ep2", "llama-stage3:pp2-vpp2"),
+    ("shared-experts:tp2", "shared-experts:ep2"),
+    ("expert-bias:ep2", "expert-bias:tp2"),
+    ("residual:tp2", "residual:pp2"),
+    ("llama:tp2-ep2-etp2", "llama:pp2-ep2"),
+    ("llama:pp2-vpp2-tp2-ep2", "llama:ep4"),
+]
+SOURCES = {source for source, _ in CONTINUATIONS} | {"llama-dense:one", "llama:one"}

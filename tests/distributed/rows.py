@@ -1,0 +1,68 @@
+"""The rows that every layout trains on: some with two images, some with one, some with none.
+
+With two data-parallel ranks or more the odd ones never see an image, and with packed rows every row is its own
+micro-batch, so that half of the micro-batches have none.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from megatron_moellava.data.batch import Batch, pack, pad
+from megatron_moellava.data.encode import IGNORE, IMAGE_TOKEN, EncodedSample
+from megatron_moellava.towers import Tower
+
+SEQ_LENGTH = 96
+NUM_ROWS = {"packed": 4, "text": 4, "padded": 8}  # of the global batch
+MICRO_BATCH = {"packed": 1, "text": 1, "padded": 2}
+IMAGES = (2, 0, 1, 0)  # of each micro-batch
+
+
+def micro_batches(kind: str, vocab_size: int, tower: Tower, step: int) -> list[Batch]:
+    """The four micro-batches of one optimizer step."""
+    return [_micro_batch(kind, vocab_size, tower, 10 * step + index, images) for index, images in enumerate(IMAGES)]
+
+
+class Rows:
+    """An endless loader with the interface of data.loader.Loader: data-parallel rank r takes micro-batches r, r + n, ..."""
+
+    def __init__(self, kind: str, vocab_size: int, tower: Tower, rank: int, world_size: int, first_step: int = 0):
+        self._arguments = (kind, vocab_size, tower)
+        self._rank, self._world_size, self._step = rank, world_size, first_step
+        self._iterator = self._batches()
+
+    def _batches(self) -> Iterator[Batch]:
+        while True:
+            yield from micro_batches(*self._arguments, self._step)[self._rank :: self._world_size]
+            self._step += 1
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def state_dict(self) -> dict:
+        return {"step": self._step}
+
+
+def _micro_batch(kind: str, vocab_size: int, tower: Tower, seed: int, images: int) -> Batch:
+    images = 0 if kind == "text" else images
+    draw = np.random.default_rng(seed)
+    shape = (3, tower.image_size, tower.image_size)
+    pixels = [draw.standard_normal((1, *shape), dtype=np.float32) for _ in range(images)]  # one tile each
+    if kind == "padded":
+        per_sample = {0: (0, 0), 1: (0, 1), 2: (1, 1)}[images]
+        samples = [_sample(draw, f"{seed}.{i}", vocab_size, tower, n, 30 + 10 * i) for i, n in enumerate(per_sample)]
+        return pad(
+            samples, pixels, 1, 0, shape
+        )  # the longest row is a multiple of 4, so that every layout has this width
+    samples = [_sample(draw, f"{seed}.{i}", vocab_size, tower, 1, 11 + i) for i in range(images)]
+    samples += [_sample(draw, f"{seed}.{i}", vocab_size, tower, 0, 13 + i) for i in range(images, 3)]
+    return pack(samples, pixels, SEQ_LENGTH, 0, shape)
+
+
+def _sample(draw, name: str, vocab_size: int, tower: Tower, images: int, words: int) -> EncodedSample:
+    """`words` random words after the images; the later two thirds are trained on."""
+    text = draw.integers(3, vocab_size, words)
+    tokens = np.concatenate([np.full(images * tower.num_features, IMAGE_TOKEN), text])
+    labels = np.append(tokens[1:], IGNORE)
+    labels[: len(tokens) - 2 * words // 3] = IGNORE
+    return EncodedSample(id=name, tag="", tokens_S=tokens.astype(np.int64), labels_S=labels.astype(np.int64))

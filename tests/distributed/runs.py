@@ -1,0 +1,212 @@
+"""Jobs beyond one layout: whole runs on the real loader, checkpoints that do not fit, gradients that are not finite."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import data_files
+import torch
+import torch.distributed as dist
+from jobs import run_config, start
+from layouts import BY_ID
+from shards import gather_parameters
+
+from megatron_moellava import parallel
+from megatron_moellava.config import CheckpointError, RunConfig, from_dict
+from megatron_moellava.model import checkpoint as reading
+from megatron_moellava.model.build import build_model
+from megatron_moellava.training import checkpoint as checkpoints
+from megatron_moellava.training.loop import TrainingDiverged
+from megatron_moellava.training.optimizer import optimizer_step_count
+from megatron_moellava.training.run import train
+
+from megatron.core import dist_checkpointing
+
+TRAIN_STEPS, SAVE_INTERVAL = 4, 2
+
+
+def stage_settings(rows: Path, save: Path) -> dict:
+    """A packed stage-3 run on the real loader, with dropout."""
+    return {
+        "model": {"backbone": "phi-2-tiny-dropout", "tower": str(data_files.ASSETS / "openai/clip-tiny")},
+        "moe": {"num_experts": 2, "placement": "second_half"},
+        "data": {
+            "sources": [{"path": str(rows), "image_folder": str(rows.parent)}],
+            "tokenizer": str(data_files.ASSETS / "tok_bpe"),
+            "template": "phi",
+            "seq_length": 160,
+            "packing": True,
+            "packing_buffer": 8,
+            "num_workers": 1,
+        },
+        "training": {"stage": 3, "precision": "fp32", "train_steps": TRAIN_STEPS, "global_batch_size": 2},
+        "optimizer": {"lr": 1e-3},
+        "checkpoint": {"save": str(save), "save_interval": SAVE_INTERVAL, "keep": 9},
+        "logging": {"tensorboard": False, "routing_interval": 2},
+    }
+
+
+def _run(job: dict, folder: Path) -> RunConfig:
+    rows = folder / "rows" / "rows.json"
+    if dist.get_rank() == 0 and not rows.exists():
+        data_files.make_set(rows.parent, 40)
+    dist.barrier()
+    return from_dict(RunConfig, stage_settings(rows, folder / job["id"]))
+
+
+def run_whole(job: dict, folder: Path) -> dict:
+    """TRAIN_STEPS steps without an interruption, with checkpoints on the way."""
+    return {"exit": train(_run(job, folder))}
+
+
+def run_resumed(job: dict, folder: Path) -> dict:
+    """The same command where only the first checkpoint of `source` exists: what an interruption leaves behind.
+
+    `other_generators`: a negative control that loses the state of the random generators.
+    """
+    run = _run(job, folder)
+    first = folder / job["source"] / f"iter_{SAVE_INTERVAL:07d}"
+    copy = Path(run.checkpoint.save) / first.name
+    if dist.get_rank() == 0:
+        shutil.copytree(first, copy)
+        if job.get("other_generators"):
+            for file in (folder / job["source"] / f"iter_{TRAIN_STEPS:07d}" / "ranks").glob("generators*"):
+                shutil.copy(file, copy / "ranks" / file.name)
+            _forget_digests(copy)
+    dist.barrier()
+    return {"exit": train(run)}
+
+
+def _forget_digests(checkpoint: Path) -> None:
+    description = json.loads((checkpoint / "run.json").read_text())
+    del description["sha256"]
+    (checkpoint / "run.json").write_text(json.dumps(description))
+
+
+def run_differences(job: dict, folder: Path) -> dict:
+    """Names of everything that is not bit-equal in the last checkpoints of two runs."""
+    one, two = (folder / name / f"iter_{TRAIN_STEPS:07d}" for name in job["sources"])
+    return {"different": different_tensors(one, two) + different_rank_files(one, two)}
+
+
+def different_tensors(one: Path, two: Path) -> list[str]:
+    here, there = (dist_checkpointing.load_plain_tensors(str(path)) for path in (one, two))
+    assert here.keys() == there.keys()
+    return sorted(name for name in here if not torch.equal(here[name], there[name]))
+
+
+def different_rank_files(one: Path, two: Path) -> list[str]:
+    names = sorted(path.name for path in (one / "ranks").iterdir())
+    assert names == sorted(path.name for path in (two / "ranks").iterdir())
+    read = [[torch.load(path / "ranks" / name, weights_only=True) for name in names] for path in (one, two)]
+    return [name for name, a, b in zip(names, *read, strict=True) if not _equal(a, b)]
+
+
+def _equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+# --- checkpoints that must be refused ---------------------------------------------------------------------------------
+
+
+def run_refused(job: dict, folder: Path) -> dict:
+    """The message of loading a layout's checkpoint into another model, or a damaged copy of it into the same."""
+    source = reading.require_checkpoint(folder / job["source"])
+    run = run_config(BY_ID[job["layout"]])
+    if "backbone" in job:
+        run = replace(run, model=replace(run.model, backbone=job["backbone"]))
+    parallel.initialize(run.parallel, 1)
+    copy = folder / job["id"] / source.name
+    if dist.get_rank() == 0:
+        shutil.copytree(source, copy)
+        damage(copy, job.get("damage"))
+    dist.barrier()
+    try:
+        reading.load_weights(copy, build_model(run))
+    except CheckpointError as error:
+        return {"message": str(error)}
+    return {"message": "no error"}
+
+
+def damage(checkpoint: Path, kind: str | None) -> None:
+    data = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    if kind == "bit":
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    if kind == "file":
+        data.unlink()
+
+
+def run_retention(job: dict, folder: Path) -> dict:
+    """What is left after saves with keep=1, beside what a crash between writing and renaming leaves behind."""
+    trainer, _, _ = start(BY_ID[job["layout"]])
+    save = folder / job["id"]
+    crashed = save / "iter_0000009.tmp"
+    if dist.get_rank() == 0:
+        crashed.mkdir(parents=True)
+        (crashed / reading.RUN_FILE).write_text("{}")
+    left, newest = [], []
+    for iteration in (6, 8):
+        state = checkpoints.TrainingState(iteration=iteration, consumed_samples=0, data={})
+        checkpoints.save_checkpoint(save, trainer.run, trainer.chunks, state, keep=1)
+        left.append(sorted(path.name for path in save.glob("iter_*") if path != crashed))
+        newest.append(str(reading.newest_checkpoint(save).name))
+    return {"left": left, "newest": newest, "tracker": (save / checkpoints.TRACKER).read_text().strip()}
+
+
+# --- not finite -------------------------------------------------------------------------------------------------------
+
+
+class Poisoned:
+    """Rows whose images are NaN while `poisoned` is set; rows without images stay good."""
+
+    def __init__(self, rows):
+        self.rows, self.poisoned = rows, True
+
+    def __next__(self):
+        batch = next(self.rows)
+        if self.poisoned:
+            batch.pixel_values_NCHW = torch.full_like(batch.pixel_values_NCHW, float("nan"))
+        return batch
+
+    def state_dict(self) -> dict:
+        return {}
+
+
+def run_not_finite(job: dict, folder: Path) -> dict:
+    """One poisoned step, one good one, then poisoned ones until the run gives up."""
+    more = {"training.non_finite_patience": 2, "checkpoint.save": str(folder / job["id"])}
+    trainer, _, _ = start(BY_ID[job["layout"]], **more)
+    poison = Poisoned(trainer.loader) if trainer.loader is not None else Poisoned(None)
+    trainer.loader = poison if trainer.loader is not None else None
+    trainer.update = trainer.update.update
+    before, _ = gather_parameters(trainer.chunks)
+    numbers, applied, ids = trainer.step()
+    after, _ = gather_parameters(trainer.chunks)
+    result = {
+        "first_applied": applied,
+        "skipped": numbers["skipped"],
+        "moved": sorted(name for name in before if not torch.equal(before[name], after[name])),
+        "updates": optimizer_step_count(trainer.optimizer),
+        "ids": ids,
+    }
+    poison.poisoned = False
+    result["second_applied"] = trainer.step()[1]
+    result["updates_after"] = optimizer_step_count(trainer.optimizer)
+    moved, _ = gather_parameters(trainer.chunks)
+    result["finite"] = all(bool(value.isfinite().all()) for value in moved.values())
+    poison.poisoned = True
+    trainer.train_steps = 10
+    try:
+        trainer.train()
+    except TrainingDiverged as error:
+        result |= {"message": str(error), "exit": error.exit_code, "iteration": trainer.state.iteration}
+    return result

@@ -1,0 +1,26 @@
+"""A step whose gradient is not finite changes nothing on any rank; several in a row end the run and name the samples."""
+
+import pytest
+from layouts import BY_ID
+
+LAYOUTS = ("llama-stage3:one", "llama-stage3:ep2", "llama-stage3:pp2-vpp2", "llama-stage1:tp2", "llama-stage1:pp2")
+jobs = [
+    {"id": f"not finite {layout}", "run": "run_not_finite", "layout": layout, "world": BY_ID[layout].world}
+    for layout in LAYOUTS
+]
+
+
+@pytest.mark.parametrize("job", jobs, ids=LAYOUTS)
+def test_step_without_finite_gradient_is_skipped_and_counted(job, result):
+    assert (result["first_applied"], result["skipped"], result["updates"]) == (False, 1.0, 0)
+    assert result["moved"] == []
+    assert (result["second_applied"], result["updates_after"], result["finite"]) == (True, 1, True)
+
+
+@pytest.mark.parametrize("job", jobs, ids=LAYOUTS)
+def test_run_stops_after_patience_and_names_the_samples_of_all_ranks(job, result):
+    assert result["exit"] == 3
+    assert result["iteration"] == 4  # poisoned, good, poisoned, poisoned
+    assert "2 steps in a row" in result["message"]
+    for micro_batch in range(4):
+        assert f"3{micro_batch}.0" in result["message"]
