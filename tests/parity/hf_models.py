@@ -166,7 +166,9 @@ def names_on_disk(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     """transformers 5 stacks experts and moves prefixes in memory; files keep one tensor per expert and older names."""
     renamed = {}
     for name, gradient in gradients.items():
-        name = name.replace("model.language_model.", "language_model.model.").replace("lm_head", "language_model.lm_head")
+        name = name.replace("model.language_model.", "language_model.model.").replace(
+            "lm_head", "language_model.lm_head"
+        )
         if name.endswith("experts.gate_up_proj"):
             for expert, (gate, up) in enumerate(part.chunk(2) for part in gradient):
                 renamed[name.replace("gate_up_proj", f"{expert}.gate_proj.weight")] = gate
