@@ -245,7 +245,7 @@ def _convert(hint, value, path: str, problems: list[str]):
     """`value` as the type `hint`: a dataclass, a scalar, a tuple of either, or a union of those."""
     if isinstance(hint, types.UnionType):
         return _convert_union(typing.get_args(hint), value, path, problems)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, value, path + ".", problems)
     if typing.get_origin(hint) is tuple:
         items = value if isinstance(value, list | tuple) else [value]

@@ -109,8 +109,9 @@ def hf_config_of(backbone: Backbone) -> dict:
     config = {"model_type": hf.model_type, "architectures": [hf.architecture], **hf.constants}
     for key, field in hf.fields.items():
         config[key] = getattr(backbone, field)
-    if isinstance(config.get("rope_scaling"), RopeScaling):
-        config["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(config["rope_scaling"])}
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, RopeScaling):
+        config["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(scaling)}
     return config | hf.write(backbone)
 
 

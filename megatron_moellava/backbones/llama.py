@@ -121,14 +121,15 @@ LLAMA_3_8B = replace(
     rotary_base=500000.0,
     template="chat",
 )
+LLAMA_3_1_SCALING = RopeScaling(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
 LLAMA_3_1_8B = replace(
     LLAMA_3_8B,
     name="llama-3.1-8b",
     source="https://huggingface.co/meta-llama/Llama-3.1-8B/blob/main/config.json",
     max_position_embeddings=131072,
-    rope_scaling=RopeScaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-    ),
+    rope_scaling=LLAMA_3_1_SCALING,
 )
 LLAMA_3_2_1B = replace(
     LLAMA_3_1_8B,
@@ -138,7 +139,7 @@ LLAMA_3_2_1B = replace(
     hidden_size=2048,
     ffn_hidden_size=8192,
     kv_channels=64,
-    rope_scaling=replace(LLAMA_3_1_8B.rope_scaling, factor=32.0),
+    rope_scaling=replace(LLAMA_3_1_SCALING, factor=32.0),
     share_embeddings_and_output_weights=True,
 )
 LLAMA_3_2_3B = replace(

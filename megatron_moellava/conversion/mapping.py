@@ -118,7 +118,10 @@ def copy(megatron: str, hf: str) -> Mapping:
 
 def both(make: type[Mapping], megatron: str, *hf: str) -> tuple[Mapping, Mapping]:
     """The weight and the bias of one module: `both(QKV, "attn.qkv", "q", "k", "v")` gives two mappings."""
-    return tuple(make(f"{megatron}.{part}", tuple(f"{name}.{part}" for name in hf)) for part in ("weight", "bias"))
+    weights, biases = (
+        make(f"{megatron}.{part}", tuple(f"{name}.{part}" for name in hf)) for part in ("weight", "bias")
+    )
+    return weights, biases
 
 
 def weight(make: type[Mapping], megatron: str, *hf: str) -> tuple[Mapping]:

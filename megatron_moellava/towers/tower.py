@@ -49,7 +49,8 @@ class Tower:
     @property
     def pad_color(self) -> tuple[int, int, int]:
         """What `image_aspect_ratio: pad` fills the square with: the mean colour, rounded down as the original does."""
-        return tuple(int(value * 255) for value in self.image_mean)
+        red, green, blue = (int(value * 255) for value in self.image_mean)
+        return red, green, blue
 
     @property
     def num_patches(self) -> int:
