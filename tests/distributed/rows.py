@@ -12,7 +12,7 @@ from megatron_moellava.data.batch import Batch, pack, pad
 from megatron_moellava.data.encode import IGNORE, IMAGE_TOKEN, EncodedSample
 from megatron_moellava.towers import Tower
 
-SEQ_LENGTH = 96
+SEQ_LENGTH = 128
 NUM_ROWS = {"packed": 4, "text": 4, "padded": 8}  # of the global batch
 MICRO_BATCH = {"packed": 1, "text": 1, "padded": 2}
 IMAGES = (2, 0, 1, 0)  # of each micro-batch
