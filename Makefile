@@ -20,7 +20,7 @@ endif
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check format test-cluster clean
+.PHONY: help quickstart test test-layouts check format test-cluster clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,8 +29,11 @@ quickstart: $(READY)  ## the three stages on a published benchmark, on this CPU 
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) examples/quickstart/run.py --preset $(PRESET) --out runs/quickstart $(ARGS)
 
 # Two test processes of one thread each: oversubscribed threads make small products several times slower.
-test: $(READY)  ## unit, parity and distributed tests (TESTS=tests/unit for a part)
+test: $(READY)  ## unit and parity tests (TESTS=tests/unit for a part)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(TESTS)
+
+test-layouts: $(READY)  ## every parallel layout against one process, resume, interruption (2 to 4 processes; many minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributed
 
 check: $(READY)  ## format, lint, types, import direction, shell scripts, Dockerfile
 	$(BIN)/ruff format --check .
