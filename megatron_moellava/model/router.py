@@ -50,6 +50,14 @@ class OriginalRouter(MegatronRouter):
 
     moe: MoEConfig  # a subclass made by `router_class` carries it
     injected_noise_NE: torch.Tensor | None = None  # for tests: used instead of fresh noise, batch-major
+    drops: bool = True  # False: every token has a place, as if it were alone (decoding: requests must not compete)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Start the layer's noise stream here, before any state of the generators is taken for a recomputation."""
+        super().set_layer_number(layer_number)
+        name, tracker = f"router-{layer_number}", get_cuda_rng_tracker()
+        if name not in tracker.get_states():
+            tracker.add(name, torch.initial_seed() % 2**31 + 100_003 * layer_number + parallel.data_parallel_rank())
 
     def routing(self, logits_SBE: torch.Tensor, padding_mask: torch.Tensor | None = None):
         """Returns weights [N, E] (fp32) and map [N, E] (bool) in Megatron-Core's order. Padding takes part.
@@ -83,6 +91,7 @@ class OriginalRouter(MegatronRouter):
         moe = self.moe
         factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
         slots = expert_capacity(*logits_NE.shape, factor, moe.moe_router_topk, moe.min_capacity)
+        slots = slots if self.drops else len(logits_NE)
         if moe.moe_router_topk == 1:
             return top1_gate(logits_NE, slots, self._noise(logits_NE, torch.rand))
         if moe.second_choice == "deterministic":
@@ -93,12 +102,7 @@ class OriginalRouter(MegatronRouter):
         """Fresh noise from this layer's own stream, so that it depends neither on the layout nor on recomputation."""
         if self.injected_noise_NE is not None:
             return self.injected_noise_NE.to(logits_NE)
-        name, tracker = f"router-{self.layer_number}", get_cuda_rng_tracker()
-        if name not in tracker.get_states():
-            tracker.add(
-                name, torch.initial_seed() % 2**31 + 100_003 * self.layer_number + parallel.data_parallel_rank()
-            )
-        with tracker.fork(name):
+        with get_cuda_rng_tracker().fork(f"router-{self.layer_number}"):
             return draw(tuple(logits_NE.shape), device=logits_NE.device)
 
     def _attach(self, probs_NE: torch.Tensor, aux_loss: torch.Tensor, split: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from megatron_moellava import parallel
 from megatron_moellava.config import CheckpointConfig, MoEConfig, OptimizerConfig, RunConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.evaluation.verify.folder import Folder, to_batch
-from megatron_moellava.evaluation.verify.session import Session, Subject
+from megatron_moellava.evaluation.verify.session import Session, Subject, without_tied_head
 from megatron_moellava.evaluation.verify.table import Table, relative_errors
 from megatron_moellava.training.loop import Trainer
 
@@ -76,10 +76,11 @@ def take_step(trainer: Trainer, session: Session, noise: dict | None, step: int)
 def compare_final(table: Table, case: str, session: Session, curve: dict) -> None:
     """Weights after the last step: norms of all trained ones, and some element by element."""
     ours = session.parameters()
-    norms = {name: float(ours[name].norm()) for name in curve["final_norms"] if name in ours}
-    table.named(case, "final norms", relative_errors(norms, curve["final_norms"]), FINAL)
-    kept = {name: ours[name] for name in curve["final"] if name in ours}
-    table.named(case, "final weights", relative_errors(kept, curve["final"]), FINAL)
+    final_norms, final = (without_tied_head(session.model, curve[key]) for key in ("final_norms", "final"))
+    norms = {name: float(ours[name].norm()) for name in final_norms if name in ours}
+    table.named(case, "final norms", relative_errors(norms, final_norms), FINAL)
+    kept = {name: ours[name] for name in final if name in ours}
+    table.named(case, "final weights", relative_errors(kept, final), FINAL)
 
 
 def moe_of(moe: MoEConfig, case: str) -> MoEConfig:

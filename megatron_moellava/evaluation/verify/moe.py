@@ -62,7 +62,7 @@ def _verify_case(
         for chunk in session.chunks:
             freeze(chunk, ("projector", *LANGUAGE) if settings.get("all_grad") else STAGES[3])
         ce = session.backward(batch)
-        compare_gradients(table, case, session.gradients(), recorded)
+        compare_gradients(table, case, session, recorded)
     else:
         ce = session.loss(batch)
     table.close(case, "cross-entropy", ce, recorded["ce"], LOSS)

@@ -243,6 +243,14 @@ def gathered(chunks: list[MoELlava], pick: Pick) -> dict[str, torch.Tensor]:
     return whole
 
 
+def without_tied_head(model: Model, recorded: dict) -> dict:
+    """What is recorded by name, less an output layer that is the word embedding: it has no tensor of its own here."""
+    if not model.backbone.share_embeddings_and_output_weights:
+        return recorded
+    heads = {mapping.hf[0] for mapping in model.backbone.mapping if mapping.megatron == "output_layer.weight"}
+    return {name: value for name, value in recorded.items() if name not in heads}
+
+
 def to_layout(model: Model, tensors: dict[str, torch.Tensor], layout: Layout) -> dict[str, torch.Tensor]:
     """Megatron tensors taken apart into those of a layout, through the mapping that converts checkpoints."""
     found: dict[str, torch.Tensor] = {}

@@ -7,7 +7,7 @@ from megatron_moellava.conversion.layout import ORIGINAL, entries
 from megatron_moellava.conversion.model import PROJECTOR, TOWER, Model, moe_layers
 from megatron_moellava.conversion.original import moe_config
 from megatron_moellava.evaluation.verify.folder import Folder
-from megatron_moellava.evaluation.verify.session import Session, Subject, open_session
+from megatron_moellava.evaluation.verify.session import Session, Subject, open_session, without_tied_head
 from megatron_moellava.evaluation.verify.table import Table
 from megatron_moellava.model.configuration import moe_layer_freq
 from megatron_moellava.training.stages import STAGES, freeze
@@ -29,8 +29,10 @@ def verify_names(folder: Folder, subjects: dict[str, Subject], table: Table) -> 
     names = folder.load("names.json")
     for checkpoint, key in (("dense", "all_dense_names"), ("moe", "all_moe_names")):
         if checkpoint in subjects and key in names:
-            theirs = {name: tuple(shape) for name, shape in names[key].items() if "image_tower" not in name}
-            ours = names_and_shapes(subjects[checkpoint].model)
+            model = subjects[checkpoint].model
+            listed = without_tied_head(model, names[key]).items()
+            theirs = {name: tuple(shape) for name, shape in listed if "image_tower" not in name}
+            ours = names_and_shapes(model)
             wrong = ours.items() ^ theirs.items()
             table.add(
                 f"names {checkpoint}", "names and shapes", len(wrong), 0, ", ".join(sorted(name for name, _ in wrong))
@@ -56,7 +58,8 @@ def verify_trained(folder: Folder, run: RunConfig, subjects: dict[str, Subject],
         if checkpoint not in subjects:
             continue
         session = open_session(run, subjects[checkpoint])
-        wrong = trained_names(session, STAGES[number]) ^ set(expected)
+        theirs = without_tied_head(session.model, dict.fromkeys(expected))
+        wrong = trained_names(session, STAGES[number]) ^ theirs.keys()
         table.add("trained names", stage, len(wrong), 0, ", ".join(sorted(wrong)))
 
 
