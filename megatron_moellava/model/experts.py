@@ -46,6 +46,7 @@ class GroupedLinear(MegatronModule):
         super().__init__(config=config)
         assert is_expert
         self.num_experts, self.skip_bias_add, self.pg_collection = num_experts, skip_bias_add, pg_collection
+        self.fused: dict[str, torch.Tensor] = {}
         split = pg_collection.expt_tp.size()
         assert not (bias and split > 1), "megatron-core refuses biased experts with expert tensor parallelism"
         size = (
@@ -71,7 +72,16 @@ class GroupedLinear(MegatronModule):
         parameter.allreduce = False  # reduced over the expert-data-parallel group, also where that is all of the group
         self.register_parameter(name, parameter)
 
+    def fuse(self) -> None:
+        """Lay the experts' parameters into one tensor, once, instead of stacking them at every call: for inference."""
+        for name in ("weight", "bias") if self.use_bias else ("weight",):
+            self.fused[name] = self._stacked(name).detach()
+            for index, part in enumerate(self.fused[name]):
+                getattr(self, f"{name}{index}").data = part
+
     def _stacked(self, name: str) -> torch.Tensor:
+        if name in self.fused:
+            return self.fused[name]
         return torch.stack([getattr(self, f"{name}{index}") for index in range(self.num_experts)])
 
     def forward(self, input_NI: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, list | None]:

@@ -11,6 +11,7 @@ from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoEConfig
 from megatron_moellava.model.attention import SdpaCoreAttention
 from megatron_moellava.model.experts import GroupedColumnLinear, GroupedRowLinear
+from megatron_moellava.model.kv_cache import CachedSelfAttention
 from megatron_moellava.model.moe_layer import ResidualMoELayer
 from megatron_moellava.model.norms import Norm
 from megatron_moellava.model.router import router_class
@@ -20,7 +21,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -148,7 +149,7 @@ def _attention_layer(
     )
     submodules = TransformerLayerSubmodules(
         input_layernorm=IdentityOp if fused else norm,
-        self_attention=ModuleSpec(SelfAttention, params={"attn_mask_type": mask_type}, submodules=attention),
+        self_attention=ModuleSpec(CachedSelfAttention, params={"attn_mask_type": mask_type}, submodules=attention),
         self_attn_bda=add,
         pre_mlp_layernorm=IdentityOp if fused and not is_moe else norm,
         mlp=mlp,

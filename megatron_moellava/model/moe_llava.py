@@ -12,6 +12,7 @@ from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import RunConfig
 from megatron_moellava.model.attention import SEGMENTED
 from megatron_moellava.model.configuration import projector_config, tower_config, transformer_config
+from megatron_moellava.model.kv_cache import KVCache
 from megatron_moellava.model.layers import decoder_spec
 from megatron_moellava.model.vision import Projector, VisionTower
 from megatron_moellava.towers import Tower
@@ -65,22 +66,31 @@ class MoELlava(MegatronModule):
             features_NFT = self.vision_tower(pixels_NCHW)
         return self.projector(features_NFT)
 
-    def embed(self, tokens_BS: torch.Tensor, pixels_NCHW: torch.Tensor | None) -> torch.Tensor:
+    def embed(
+        self,
+        tokens_BS: torch.Tensor,
+        pixels_NCHW: torch.Tensor | None,
+        features_NFD: torch.Tensor | None = None,
+        has_images: bool = False,
+    ) -> torch.Tensor:
         """Word embeddings [S, B, D]; the rows of IMAGE_TOKEN are overwritten by the visual tokens, in batch order.
 
         tokens [[5, -200, -200, 7]] with one image of two visual tokens -> [word 5, visual 0, visual 1, word 7].
+        `features_NFD`: the result of `encode_images`, instead of pixels. `has_images`: the tokens continue a text with
+        images (only MiniCPM's embeddings depend on it).
         Raises ValueError when the number of placeholder rows differs from the number of visual tokens.
         """
         is_image_BS = tokens_BS == IMAGE_TOKEN
         words_SBD = self.language_model.embedding(tokens_BS.masked_fill(is_image_BS, 0), position_ids=None)
-        has_images = pixels_NCHW is not None and len(pixels_NCHW) > 0
-        words_SBD = self._scale_words(words_SBD, has_images)
-        if not has_images:
-            return words_SBD + self._untouched()
-        features_RD = self.encode_images(pixels_NCHW).flatten(0, 1).to(words_SBD.dtype)
+        if features_NFD is None and pixels_NCHW is not None and len(pixels_NCHW) > 0:
+            features_NFD = self.encode_images(pixels_NCHW)
+        words_SBD = self._scale_words(words_SBD, has_images or features_NFD is not None)
+        if features_NFD is None:
+            return words_SBD + self._untouched() if torch.is_grad_enabled() else words_SBD
+        features_RD = features_NFD.flatten(0, 1).to(words_SBD.dtype)
         if features_RD.shape[0] != (rows := int(is_image_BS.sum())):
             raise ValueError(
-                f"{rows} placeholder rows for {features_RD.shape[0]} visual tokens of {len(pixels_NCHW)} images"
+                f"{rows} placeholder rows for {features_RD.shape[0]} visual tokens of {len(features_NFD)} images"
             )
         words_BSD = words_SBD.transpose(0, 1)
         return words_BSD.masked_scatter(is_image_BS.unsqueeze(-1), features_RD).transpose(0, 1).contiguous()
@@ -222,6 +232,9 @@ class LanguageModel(GPTModel):
         return logits, bias
 
     def _postprocess(self, hidden_states, **arguments):
+        cache = arguments["inference_context"]
+        if self.post_process and isinstance(cache, KVCache):
+            hidden_states = hidden_states[cache.step.last_tokens()]
         if self.post_process and self.backbone.logits_divisor != 1.0:
             hidden_states = hidden_states / self.backbone.logits_divisor
         logits_or_losses = super()._postprocess(hidden_states, **arguments)

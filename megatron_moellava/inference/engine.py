@@ -1,0 +1,260 @@
+"""Continuous batching: each step is one forward pass over whole prompts of new requests and one token of running ones.
+
+A request enters as soon as a cache row is free and leaves when it ends; nobody waits for the longest of a batch, and no
+row is padded. Rows stay dense: the last one moves into a gap. Requests do not influence each other: experts have room for
+every token, except that a prompt whose gate can drop tokens (the original router with more experts than its evaluation
+capacity covers) gets a step of its own, as if it had come alone.
+
+All ranks of a model-parallel group run the same engine on the same requests; the last stage chooses and tells the others.
+Data-parallel ranks have requests of their own, and where experts are shared between them they step together until all
+are done; or, `replicated`, all ranks follow the same requests (serving).
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+
+import torch
+import torch.distributed as dist
+
+from megatron_moellava import platform
+from megatron_moellava.config import DataError
+from megatron_moellava.inference.forward import Forward
+from megatron_moellava.inference.prompts import Prompt, Prompter
+from megatron_moellava.inference.requests import Completion, Event, Request
+from megatron_moellava.inference.routing import RoutingRecord, RoutingWatch
+from megatron_moellava.inference.running import Running
+from megatron_moellava.inference.sampling import Beam
+from megatron_moellava.inference.text import TextStream
+from megatron_moellava.model.experts import GroupedLinear
+from megatron_moellava.model.kv_cache import KVCache, Step
+from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.model.router import OriginalRouter
+
+from megatron.core import parallel_state
+
+
+class Engine:
+    def __init__(
+        self,
+        model: MoELlava,
+        prompter: Prompter,
+        *,
+        max_batch_size: int = 32,
+        max_sequence_length: int = 0,
+        max_prompt_tokens: int = 8192,
+        replicated: bool = False,
+        seed: int = 0,
+    ):
+        """`max_sequence_length`: prompt and answer of one request, 0: all positions of the model. `max_prompt_tokens`: new
+        prompts of one step together (a longer single prompt gets a step of its own)."""
+        limit = model.backbone.max_position_embeddings
+        self.model, self.prompter, self.replicated, self.seed = (
+            model.eval().requires_grad_(False),
+            prompter,
+            replicated,
+            seed,
+        )
+        self.max_batch_size, self.max_prompt_tokens = max_batch_size, max_prompt_tokens
+        self.max_sequence_length = min(max_sequence_length or limit, limit)
+        self.cache = KVCache(max_batch_size, self.max_sequence_length)
+        self.forward = Forward(model, self.cache, prompter.tokenizer.vocab_size)
+        self.watch = RoutingWatch(model)
+        self.waiting: deque[Running] = deque()
+        self.rows: list[Running] = []  # owner of each cache row in use
+        self.steps = self.generated_tokens = 0
+        self._numbers = count()
+        self._routers = [module for module in model.modules() if isinstance(module, OriginalRouter)]
+        for module in model.modules():
+            if isinstance(module, GroupedLinear):
+                module.fuse()
+
+    # --- what callers use -------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """One completion per request, each as soon as it is finished."""
+        for request in requests:
+            self.submit(request)
+        while self.anyone_busy():
+            yield from (event.completion for event in self.step() if event.completion is not None)
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """The events of one request."""
+        self.submit(request)
+        while self.anyone_busy():
+            yield from (event for event in self.step() if event.request_id == request.id)
+
+    def submit(self, request: Request, prompt: Prompt | None = None) -> None:
+        """Queue a request. `prompt`: what `prepare` made of it. Raises DataError when it cannot be answered."""
+        prompt = prompt or self.prepare(request)
+        seed = request.sampling.seed
+        number = next(self._numbers)
+        self.waiting.append(
+            Running(
+                request=request,
+                prompt=prompt,
+                stop_ids=self.prompter.stop_ids,
+                stream=TextStream(self.prompter.tokenizer, (*request.sampling.stop, *self.prompter.stop_strings)),
+                random=torch.Generator().manual_seed(self.seed + 7919 * number if seed is None else seed),
+                record=RoutingRecord() if request.record_routing else None,
+            )
+        )
+
+    def prepare(self, request: Request) -> Prompt:
+        """Tokens and pixels; may run in another thread than the engine. Raises DataError when it does not fit."""
+        sampling = request.sampling
+        if not 1 <= sampling.num_beams <= self.max_batch_size:
+            raise DataError(f"num_beams={sampling.num_beams} must lie between 1 and {self.max_batch_size}")
+        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.max_new_tokens < 1:
+            raise DataError("temperature must be at least 0, top_p in (0, 1], max_new_tokens at least 1")
+        prompt = self.prompter(request)
+        needed = len(prompt.tokens) + sampling.max_new_tokens
+        if needed > self.max_sequence_length:
+            raise DataError(
+                f"prompt of {len(prompt.tokens)} tokens and max_new_tokens={sampling.max_new_tokens} exceed the "
+                f"{self.max_sequence_length} positions of this model; ask for fewer tokens or send a shorter prompt"
+            )
+        return prompt
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request; it gives no more events."""
+        self.waiting = deque(item for item in self.waiting if item.request.id != request_id)
+        for running in self._running():
+            if running.request.id == request_id:
+                self._release(running)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.rows)
+
+    def anyone_busy(self) -> bool:
+        """Whether this rank must step: it has work, or another rank's tokens may need its experts."""
+        if not self._steps_together():
+            return self.busy
+        flag = torch.tensor(int(self.busy), device=platform.device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    # --- a step -----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Event]:
+        """One forward pass, and what it made certain."""
+        admitted = self._admit()
+        decoding = [] if admitted and self._prompts_go_alone() else list(self.rows)
+        if not admitted and not decoding:
+            self._step_for_others()
+            return []
+        logits_LV = self._run(admitted, decoding)
+        self.steps += 1
+        for running in admitted:
+            self.rows += [running] * running.width
+        order = admitted + list({id(running): running for running in decoding}.values())
+        choices = self._agree(self._choose(logits_LV, admitted, decoding) if logits_LV is not None else None)
+        events = [self._advance(running, choice) for running, choice in zip(order, choices, strict=True)]
+        return [event for event in events if event is not None]
+
+    def _admit(self) -> list[Running]:
+        """Requests whose prompts join this step, with their cache rows."""
+        admitted, tokens, used = [], 0, len(self.rows)
+        while self.waiting and used + self.waiting[0].width <= self.max_batch_size:
+            tokens += len(self.waiting[0].prompt.tokens)
+            if admitted and (tokens > self.max_prompt_tokens or self._prompts_go_alone()):
+                break
+            running = self.waiting.popleft()
+            running.rows = list(range(used, used + running.width))
+            used += running.width
+            admitted.append(running)
+        return admitted
+
+    def _prompts_go_alone(self) -> bool:
+        return any(
+            router.moe.eval_capacity_factor * router.moe.moe_router_topk < router.moe.num_experts
+            for router in self._routers[:1]
+        )
+
+    def _run(self, admitted: Sequence[Running], decoding: Sequence[Running]) -> torch.Tensor | None:
+        positions = [position for running in admitted for position in range(len(running.prompt.tokens))]
+        positions += self.cache.lengths_R[: len(decoding)]
+        step = Step(
+            prompts=tuple((running.rows[0], len(running.prompt.tokens)) for running in admitted),
+            decoding=len(decoding),
+            positions_T=torch.tensor(positions, device=platform.device()),
+        )
+        tokens = [running.next_tokens()[running.rows.index(row)] for row, running in enumerate(decoding)]
+        for router in self._routers:
+            router.drops = bool(admitted) and self._prompts_go_alone()
+        self.watch.active = any(running.record for running in (*admitted, *decoding))
+        logits_LV = self.forward(
+            step, [running.prompt for running in admitted], tokens, [running.has_images for running in decoding]
+        )
+        if self.watch.active:
+            self._record(admitted, decoding)
+        for running in admitted:
+            for row in running.rows[1:]:
+                self.cache.copy_row(running.rows[0], row)
+        return logits_LV
+
+    def _record(self, admitted: Sequence[Running], decoding: Sequence[Running]) -> None:
+        start = 0
+        for running, length in [(r, len(r.prompt.tokens)) for r in admitted] + [(r, 1) for r in decoding]:
+            if running.record and running.beams is None:
+                running.record.add(self.watch, slice(start, start + length))
+            start += length
+
+    def _choose(self, logits_LV: torch.Tensor, admitted: Sequence[Running], decoding: Sequence[Running]) -> list:
+        """A choice for each request: those admitted, then the others by their first row."""
+        likeliest = logits_LV.argmax(dim=-1).tolist()
+        choices = [running.choose(logits_LV[[i]], likeliest[i]) for i, running in enumerate(admitted)]
+        first = len(admitted)
+        for running in {id(running): running for running in decoding}.values():
+            lines = [first + row for row in running.rows]
+            choices.append(running.choose(logits_LV[lines], likeliest[lines[0]]))
+        return choices
+
+    def _advance(self, running: Running, choice: int | list[Beam]) -> Event | None:
+        delta, sources = running.accept(choice)
+        self.generated_tokens += 1
+        if running.finish_reason:
+            self._release(running)
+            event = running.complete()
+            return Event(request_id=event.request_id, delta=delta + event.delta, completion=event.completion)
+        if sources:
+            self.cache.reorder(running.rows, [running.rows[source] for source in sources])
+        return Event(request_id=running.request.id, delta=delta) if delta else None
+
+    def _release(self, running: Running) -> None:
+        """Give its rows back; the last rows move into the gaps."""
+        for row in sorted(running.rows, reverse=True):
+            last = len(self.rows) - 1
+            if row != last:
+                owner = self.rows[row] = self.rows[last]
+                owner.rows[owner.rows.index(last)] = row
+                self.cache.copy_row(last, row)
+            self.rows.pop()
+        running.rows = []
+
+    def _running(self) -> list[Running]:
+        return list({id(running): running for running in self.rows}.values())
+
+    # --- several ranks ----------------------------------------------------------------------------------------------
+
+    def _agree(self, choices: list | None) -> list:
+        """The last stage's choices, on every rank that runs the same requests."""
+        group = None if self.replicated else parallel_state.get_model_parallel_group()
+        size = dist.get_world_size() if group is None else group.size()
+        if size == 1:
+            return choices
+        ranks = range(size) if group is None else dist.get_process_group_ranks(group)
+        box = [choices]
+        dist.broadcast_object_list(box, src=ranks[-1], group=group)
+        return box[0]
+
+    def _steps_together(self) -> bool:
+        shares_experts = parallel_state.get_expert_model_parallel_world_size() > 1
+        return shares_experts and not self.replicated and parallel_state.get_data_parallel_world_size() > 1
+
+    def _step_for_others(self) -> None:
+        """A forward pass of one idle token: the experts of this rank serve other ranks' tokens."""
+        self.cache.lengths_R[0] = 0
+        step = Step(prompts=(), decoding=1, positions_T=torch.zeros(1, dtype=torch.int64, device=platform.device()))
+        self.forward(step, [], [self.prompter.tokenizer.eos_id], [False])

@@ -1,0 +1,91 @@
+"""From a checkpoint folder to an engine: what is not said is what the checkpoint was trained with."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_moellava import parallel
+from megatron_moellava.backbones import get_backbone
+from megatron_moellava.config import CheckpointError, ConfigError, ParallelConfig, RunConfig, from_dict
+from megatron_moellava.data.templates import get_template
+from megatron_moellava.data.tokenizer import load_tokenizer
+from megatron_moellava.inference.engine import Engine
+from megatron_moellava.inference.prompts import Prompter
+from megatron_moellava.model.build import build_model
+from megatron_moellava.model.checkpoint import load_weights, read_run_file, require_checkpoint
+
+from megatron.core import parallel_state
+
+
+def load_for_inference(
+    checkpoint: str | Path,
+    *,
+    tokenizer: str = "",
+    template: str = "",
+    precision: str = "",
+    layout: ParallelConfig | None = None,
+    **engine_options,
+) -> Engine:
+    """An engine over the newest checkpoint of a folder. Joins the processes of torchrun unless that has been done.
+
+    Empty strings mean what the checkpoint's run.json says (the backbone's own template, bf16, where it says nothing).
+    `engine_options` go to `Engine`. Raises CheckpointError, or ConfigError for a missing tokenizer.
+    """
+    folder = require_checkpoint(checkpoint)
+    layout = inference_layout(layout or ParallelConfig())
+    run = inference_run(folder, layout, tokenizer=tokenizer, template=template, precision=precision)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel.initialize(layout, run.training.seed)
+    prompter_parts = load_tokenizer(run.data.tokenizer), get_template(run.data.template)
+    (model,) = build_model(run)
+    load_weights(folder, [model])
+    model.unused_tower_tensors = {}  # they ride along for exports only
+    prompter = Prompter(template=prompter_parts[1], tokenizer=prompter_parts[0], tower=model.tower, data=run.data)
+    return Engine(model, prompter, **engine_options)
+
+
+def inference_layout(layout: ParallelConfig) -> ParallelConfig:
+    """One token a step cannot be cut along the sequence, and a stage is one piece."""
+    if layout.context_parallel_size > 1:
+        raise ConfigError("parallel.context_parallel_size must be 1 for generation")
+    return replace(layout, sequence_parallel=False, virtual_pipeline_model_parallel_size=None)
+
+
+def inference_run(folder: Path, layout: ParallelConfig, *, tokenizer: str, template: str, precision: str) -> RunConfig:
+    """The run of a checkpoint, changed for generation."""
+    description = read_run_file(folder)
+    model, stored = description["model"], description["config"] or {}
+    data = dict(stored.get("data") or {}) | {"packing": False, "sources": ()}
+    # The names may be folders that are gone; the checkpoint itself says which model it holds.
+    names = {"backbone": str(folder), "tower": str(folder)} if "backbone_fields" in model else model
+    tree = {
+        "model": dict(stored.get("model") or {}) | {"backbone": names["backbone"], "tower": names["tower"]},
+        "training": {"stage": description["stage"] or 2},
+        "moe": dict(model["moe"]) if model["moe"] else None,
+        "data": data,
+    }
+    run = from_dict(RunConfig, tree)
+    run = replace(
+        run,
+        parallel=layout,
+        training=replace(run.training, precision=precision or (stored.get("training") or {}).get("precision", "bf16")),
+        data=replace(
+            run.data,
+            tokenizer=_tokenizer(folder, tokenizer or run.data.tokenizer),
+            template=template or run.data.template or get_backbone(run.model.backbone).template,
+        ),
+    )
+    if run.moe is not None and run.moe.router == "megatron":
+        run = replace(run, moe=replace(run.moe, capacity_factor=None))  # a request must not crowd out another
+    return run
+
+
+def _tokenizer(folder: Path, name: str) -> str:
+    if not name:
+        raise CheckpointError(
+            f"{folder} does not say which tokenizer belongs to it; pass --tokenizer FOLDER or FILE.model"
+        )
+    if not Path(name).exists():
+        raise CheckpointError(
+            f"the tokenizer of {folder}, {name}, does not exist; pass --tokenizer FOLDER or FILE.model"
+        )
+    return name

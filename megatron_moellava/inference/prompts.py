@@ -1,0 +1,80 @@
+"""A request -> tokens with room for its images, and their pixels, by the code that training uses."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megatron_moellava.config import DataConfig, DataError
+from megatron_moellava.data import grid, images
+from megatron_moellava.data.encode import IMAGE_TOKEN, check_template, encode
+from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
+from megatron_moellava.data.templates import Template
+from megatron_moellava.data.tokenizer import Tokenizer
+from megatron_moellava.inference.requests import Request
+from megatron_moellava.towers import Tower
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Prompt:
+    tokens: list[int]  # every visual token is an IMAGE_TOKEN
+    pixels_NCHW: torch.Tensor  # the tiles of all images; N may be 0
+    tiles: tuple[int, ...]  # of each image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompter:
+    template: Template
+    tokenizer: Tokenizer
+    tower: Tower
+    data: DataConfig
+
+    def __post_init__(self) -> None:
+        check_template(self.template, self.tokenizer)
+
+    def __call__(self, request: Request) -> Prompt:
+        """Raises DataError when turns and images do not belong together."""
+        turns = request.turns
+        if not turns or turns[-1].role != "user":
+            raise DataError(f"request {request.id}: the last turn must be the user's")
+        if any(turn.role != ("user", "assistant")[number % 2] for number, turn in enumerate(turns)):
+            raise DataError(f"request {request.id}: turns must alternate user, assistant, user")
+        placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+        if request.images and placeholders != len(request.images):
+            raise DataError(f"request {request.id}: {placeholders} `<image>` for {len(request.images)} images")
+        pixels = [self._pixels(image, request.image_aspect_ratio) for image in request.images]
+        names = tuple(ImageRef(name=str(number)) for number in range(len(pixels)))
+        ids, _ = encode(
+            Sample(id=request.id, origin=request.id, turns=turns, images=names), self.template, self.tokenizer
+        )
+        size = self.tower.image_size
+        return Prompt(
+            tokens=expand(ids, [len(part) * self.tower.num_features for part in pixels]),
+            pixels_NCHW=torch.from_numpy(np.concatenate(pixels)) if pixels else torch.zeros(0, 3, size, size),
+            tiles=tuple(len(part) for part in pixels),
+        )
+
+    def _pixels(self, image: Image.Image, aspect_ratio: str) -> np.ndarray:
+        if self.data.image_grid:
+            return grid.tile(image, self.tower)
+        shape = self.data.image_aspect_ratio if aspect_ratio == "model" else aspect_ratio
+        return images.preprocess(image, self.tower, shape)[None]
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the tokenizer's end of text, and the template's end if it is one token."""
+        end = self.tokenizer.token_id(self.template.end)
+        return frozenset({self.tokenizer.eos_id} | ({end} if end is not None else set()))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The template's end as text, where it is not one token."""
+        end = self.template.end.strip()
+        return (end,) if end and self.tokenizer.token_id(self.template.end) is None else ()
+
+
+def expand(ids: list[int], features: list[int]) -> list[int]:
+    """[5, IMAGE_TOKEN, 7], [2] -> [5, IMAGE_TOKEN, IMAGE_TOKEN, 7]."""
+    widths = iter(features)
+    return [part for token in ids for part in ([token] * next(widths) if token == IMAGE_TOKEN else [token])]

@@ -1,0 +1,80 @@
+"""Logits -> the next token of a request. Shapes: V vocabulary, K beams."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_moellava.inference.requests import Sampling
+
+
+def draw(logits_V: torch.Tensor, sampling: Sampling, random: torch.Generator) -> int:
+    """A token at a temperature, from the smallest set of tokens whose probabilities reach top_p (arXiv 1904.09751)."""
+    probs_V = (logits_V.float() / sampling.temperature).softmax(dim=-1).cpu()
+    if sampling.top_p < 1.0:
+        sorted_V, order_V = probs_V.sort(descending=True)
+        before_V = sorted_V.cumsum(dim=0) - sorted_V
+        probs_V[order_V[before_V >= sampling.top_p]] = 0.0
+    return int(torch.multinomial(probs_V, 1, generator=random))
+
+
+@dataclass(frozen=True, slots=True)
+class Beam:
+    source: int  # which of the K beams it continues
+    token: int
+    score: float  # sum of log-probabilities
+
+
+@dataclass(slots=True)
+class BeamSearch:
+    """The K most likely beginnings of one request, and its finished answers, as in transformers' beam search."""
+
+    num_beams: int
+    length_penalty: float
+    tokens: list[list[int]] = field(default_factory=list)  # of each running beam
+    scores: list[float] = field(default_factory=list)
+    finished: list[tuple[float, list[int]]] = field(default_factory=list)  # (final score, tokens), at most K
+
+    def propose(self, logits_KV: torch.Tensor, stop_ids: frozenset[int]) -> list[Beam]:
+        """The best continuations: enough that K of them go on even if every beam's best one is an end.
+
+        The first call brings one row, the prompt's.
+        """
+        scores_KV = logits_KV.float().log_softmax(dim=-1)
+        if self.scores:
+            scores_KV = scores_KV + torch.tensor(self.scores, device=scores_KV.device)[:, None]
+        count = min(self.num_beams * (1 + len(stop_ids)), scores_KV.numel())
+        best, index = (item.tolist() for item in scores_KV.flatten().topk(count))
+        size = scores_KV.shape[1]
+        return [Beam(at // size, at % size, score) for score, at in zip(best, index, strict=True)]
+
+    def advance(self, proposed: list[Beam], stop_ids: frozenset[int]) -> list[int]:
+        """Take the proposals over; returns the source of each beam that goes on."""
+        before = self.tokens or [[]]
+        going: list[Beam] = []
+        for rank, beam in enumerate(proposed):
+            if beam.token in stop_ids:
+                if rank < self.num_beams:  # an end that is not among the K best is none
+                    self._finish(beam.score, [*before[beam.source], beam.token])
+            elif len(going) < self.num_beams:
+                going.append(beam)
+        self.tokens = [[*before[beam.source], beam.token] for beam in going]
+        self.scores = [beam.score for beam in going]
+        return [beam.source for beam in going]
+
+    def _finish(self, score: float, tokens: list[int]) -> None:
+        self.finished.append((score / len(tokens) ** self.length_penalty, tokens))
+        self.finished = sorted(self.finished, key=lambda item: item[0], reverse=True)[: self.num_beams]
+
+    def is_done(self) -> bool:
+        """No running beam can still beat the worst of K finished ones."""
+        if len(self.finished) < self.num_beams:
+            return False
+        length = len(self.tokens[0])
+        return max(self.scores) / length**self.length_penalty <= self.finished[-1][0]
+
+    def best(self) -> list[int]:
+        """The best answer so far, running ones included only where fewer than K have ended."""
+        if len(self.finished) < self.num_beams:
+            for score, tokens in zip(self.scores, self.tokens, strict=True):
+                self._finish(score, tokens)
+        return self.finished[0][1]

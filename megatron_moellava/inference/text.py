@@ -1,0 +1,48 @@
+"""Tokens -> text as it becomes certain.
+
+Two things hold text back: half a character at the end (a byte-level tokenizer may split one over several tokens), and
+an end that may still become a stop string.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_moellava.data.tokenizer import Tokenizer
+
+HALF = "\ufffd"  # what decoding shows for an incomplete character
+
+
+@dataclass(slots=True)
+class TextStream:
+    tokenizer: Tokenizer
+    stop: Sequence[str] = ()
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""  # certain so far
+    stopped: bool = False
+
+    def add(self, token: int) -> str:
+        """The text that one more token makes certain."""
+        self.tokens.append(token)
+        return self._advance(final=False)
+
+    def finish(self) -> str:
+        """What was held back."""
+        return "" if self.stopped else self._advance(final=True)
+
+    def _advance(self, final: bool) -> str:
+        whole = self.tokenizer.decode(self.tokens).lstrip() if self.tokens else ""
+        found = [position for mark in self.stop if (position := whole.find(mark)) >= 0]
+        if found:
+            self.stopped = True
+            whole = whole[: min(found)]
+        elif not final:
+            whole = whole.rstrip(HALF)
+            whole = whole[: len(whole) - max((_overlap(whole, mark) for mark in self.stop), default=0)]
+        new = whole[len(self.text) :]
+        self.text += new
+        return new
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Length of the longest end of `text` that begins `mark`: ("a#", "###") -> 1."""
+    return next((size for size in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:size])), 0)

@@ -1,0 +1,164 @@
+"""Keys and values of running requests, and the attention that reads them.
+
+One forward pass may hold whole prompts and single next tokens of many requests side by side: all of them lie in one
+packed row [T, 1, H], without padding. `Step` says which request (cache row) and which position each token belongs to.
+Keys are stored rotated, so that a step rotates only its new tokens. Plain torch operations on every device.
+
+Shapes: T tokens of a step, R cache rows, N requests that get one token, P tokens of a prompt, S positions, H heads,
+G query groups, D channels of a head, C rotated channels.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from megatron.core.transformer.attention import SelfAttention
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """The tokens of one forward pass: first the prompts, one after the other, then one token for each of rows 0 .. N-1.
+
+    Rows 1 and 2 get prompts of 3 and 2 tokens while row 0 continues at position 7: prompts ((1, 3), (2, 2)),
+    decoding 1, positions [0 1 2 0 1 7].
+    """
+
+    prompts: tuple[tuple[int, int], ...]  # (cache row, tokens)
+    decoding: int  # N
+    positions_T: torch.Tensor
+
+    def last_tokens(self) -> list[int]:
+        """Indices of the tokens whose logits are wanted: the end of each prompt, and every single token."""
+        ends, end = [], 0
+        for _, length in self.prompts:
+            end += length
+            ends.append(end - 1)
+        return ends + list(range(end, end + self.decoding))
+
+
+@dataclass(slots=True)
+class KVCache:
+    """Megatron-Core hands it to every layer as `inference_context`. Rows are independent of each other."""
+
+    max_batch_size: int
+    max_sequence_length: int
+    step: Step | None = None
+    lengths_R: list[int] = field(default_factory=list)  # tokens stored in each row; rows 0 .. N-1 decode together
+    _layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # [R, G, S, D] each
+    _rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # of this step
+    _hidden_R1S: torch.Tensor | None = None  # True where a single token may not look
+
+    def __post_init__(self) -> None:
+        self.lengths_R = [0] * self.max_batch_size
+
+    def is_static_batching(self) -> bool:  # asked by Megatron-Core
+        return True
+
+    def is_decode_only(self) -> bool:  # asked by Megatron-Core
+        return not self.step.prompts
+
+    def begin(self, step: Step) -> None:
+        """Announce the tokens of the next forward pass."""
+        self.step, self._rotation = step, None
+        for row, length in step.prompts:
+            self.lengths_R[row] = length
+        for row in range(step.decoding):
+            self.lengths_R[row] += 1
+        if step.decoding:
+            lengths_N = torch.tensor(self.lengths_R[: step.decoding], device=step.positions_T.device)
+            longest = max(self.lengths_R[: step.decoding])
+            hidden_NS = torch.arange(longest, device=lengths_N.device) >= lengths_N[:, None]
+            self._hidden_R1S = hidden_NS[:, None, None, :]
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make a row equal to another one."""
+        length = self.lengths_R[target] = self.lengths_R[source]
+        for keys_RGSD, values_RGSD in self._layers.values():
+            keys_RGSD[target, :, :length] = keys_RGSD[source, :, :length]
+            values_RGSD[target, :, :length] = values_RGSD[source, :, :length]
+
+    def reorder(self, rows: list[int], sources: list[int]) -> None:
+        """Row rows[i] becomes what row sources[i] was, all at once (beams that change places)."""
+        length = max(self.lengths_R[source] for source in sources)
+        for layer in self._layers.values():
+            for stored_RGSD in layer:
+                stored_RGSD[rows, :, :length] = stored_RGSD[sources, :, :length]
+        lengths = [self.lengths_R[source] for source in sources]
+        for row, length in zip(rows, lengths, strict=True):
+            self.lengths_R[row] = length
+
+    def attend(self, layer: int, query_THD, key_TGD, value_TGD, angles_S11C) -> torch.Tensor:
+        """Store the new keys and values, and let every token look at its own request's past. Returns [T, H * D]."""
+        cosine_T1C, sine_T1C = self._rotate(angles_S11C, query_THD.dtype)
+        query_THD, key_TGD = rotate(query_THD, cosine_T1C, sine_T1C), rotate(key_TGD, cosine_T1C, sine_T1C)
+        keys_RGSD, values_RGSD = self._memory(layer, key_TGD)
+        scale, step, start, parts = query_THD.shape[-1] ** -0.5, self.step, 0, []
+        for row, length in step.prompts:
+            new = slice(start, start + length)
+            key_GPD, value_GPD = key_TGD[new].transpose(0, 1), value_TGD[new].transpose(0, 1)
+            keys_RGSD[row, :, :length], values_RGSD[row, :, :length] = key_GPD, value_GPD
+            parts.append(_attend_prompt(query_THD[new], key_GPD, value_GPD, scale))
+            start += length
+        if step.decoding:
+            rows_N = torch.arange(step.decoding, device=key_TGD.device)
+            keys_RGSD[rows_N, :, step.positions_T[start:]] = key_TGD[start:]
+            values_RGSD[rows_N, :, step.positions_T[start:]] = value_TGD[start:]
+            part = slice(0, step.decoding), slice(None), slice(0, self._hidden_R1S.shape[-1])
+            parts.append(_attend_single(query_THD[start:], keys_RGSD[part], values_RGSD[part], self._hidden_R1S, scale))
+        return torch.cat(parts)
+
+    def _memory(self, layer: int, like_TGD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Zeros, not uninitialised memory: what the mask hides still gets multiplied by zero."""
+        if layer not in self._layers:
+            shape = (self.max_batch_size, like_TGD.shape[1], self.max_sequence_length, like_TGD.shape[2])
+            self._layers[layer] = like_TGD.new_zeros(shape), like_TGD.new_zeros(shape)
+        return self._layers[layer]
+
+    def _rotate(self, angles_S11C: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of this step's positions, the same for all layers."""
+        if self._rotation is None:
+            angles_T1C = angles_S11C[self.step.positions_T, 0]
+            self._rotation = angles_T1C.cos().to(dtype), angles_T1C.sin().to(dtype)
+        return self._rotation
+
+
+def rotate(x_THD: torch.Tensor, cosine_T1C: torch.Tensor, sine_T1C: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of the first C channels, half-split as in GPT-NeoX; the others pass."""
+    turned, rest = x_THD.split([cosine_T1C.shape[-1], x_THD.shape[-1] - cosine_T1C.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cosine_T1C + torch.cat([-second, first], dim=-1) * sine_T1C
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+
+def _attend_prompt(query_PHD, key_GPD, value_GPD, scale: float) -> torch.Tensor:
+    context_HPD = F.scaled_dot_product_attention(
+        query_PHD.transpose(0, 1)[None],
+        key_GPD[None],
+        value_GPD[None],
+        is_causal=True,
+        scale=scale,
+        enable_gqa=query_PHD.shape[1] != key_GPD.shape[0],
+    )[0]
+    return context_HPD.transpose(0, 1).flatten(1)
+
+
+def _attend_single(query_NHD, keys_NGSD, values_NGSD, hidden_N11S, scale: float) -> torch.Tensor:
+    """Spelt out: the heads of a query group become the rows of one product, and keys are read once, uncopied."""
+    query_NGQD = query_NHD.unflatten(1, (keys_NGSD.shape[1], -1)) * scale
+    scores_NGQS = (query_NGQD @ keys_NGSD.transpose(-1, -2)).masked_fill(hidden_N11S, float("-inf"))
+    probs_NGQS = scores_NGQS.float().softmax(dim=-1).to(query_NHD.dtype)
+    return (probs_NGQS @ values_NGSD).flatten(1)
+
+
+class CachedSelfAttention(SelfAttention):
+    """Megatron-Core's self-attention; with a `KVCache` as inference context it attends through that."""
+
+    def forward(self, hidden_states, attention_mask, inference_context=None, rotary_pos_emb=None, **arguments):
+        if inference_context is None:
+            return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **arguments)
+        query_T1HD, key_T1GD, value_T1GD = self.get_query_key_value_tensors(hidden_states)
+        context_TH = inference_context.attend(
+            self.layer_number, query_T1HD.squeeze(1), key_T1GD.squeeze(1), value_T1GD.squeeze(1), rotary_pos_emb
+        )
+        return self.linear_proj(context_TH.unsqueeze(1))
