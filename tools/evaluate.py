@@ -1,9 +1,11 @@
-"""Score answers to the paper's benchmarks, with the paper's rows beside ours.
+"""Ask a checkpoint the paper's benchmarks, score the answers, and put the paper's rows beside ours.
 
-This version scores files of answers; it cannot ask a checkpoint (that needs the generation engine).
-
-python tools/evaluate.py --benchmark pope --data eval --score-only answers.jsonl --out runs/eval
 python tools/evaluate.py --list
+python tools/evaluate.py --load runs/stage3 --benchmark pope,gqa --data eval --out runs/eval
+torchrun --nproc-per-node 8 tools/evaluate.py --load runs/stage3 --benchmark pope parallel.expert_model_parallel_size=4
+python tools/evaluate.py --benchmark pope --data eval --score-only answers.jsonl --out runs/eval
+
+An interrupted run goes on where it stopped when the same command is given again.
 """
 
 import argparse
@@ -21,6 +23,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--score-only", type=Path, metavar="JSONL", help="score this file of answers (question_id, text)"
     )
+    parser.add_argument("--load", default="", metavar="CKPT", help="ask this checkpoint")
+    parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
+    parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
+    parser.add_argument("--precision", default="", choices=("", "bf16", "fp32"), help="(the checkpoint's own)")
+    parser.add_argument("--batch-size", type=int, default=32, help="questions answered at the same time (32)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (0)")
+    parser.add_argument("--blank-images", action="store_true", help="grey pictures: what the model answers unseeing")
     parser.add_argument("--model-name", default="", help="our row's name in the table and in submission files")
     parser.add_argument("--limit", type=int, default=0, help="only the first N questions (0: all)")
     parser.add_argument(
@@ -34,8 +43,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--judge-key-variable", default="OPENAI_API_KEY", help="environment variable with the judge's key"
     )
+    parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
     parser.add_argument("--list", action="store_true", help="show the benchmarks and what each folder must hold")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_moellava.evaluation import command
 
     try:
-        print(command.list_tasks() if args.list else command.score_predictions(args))
+        if args.list:
+            print(command.list_tasks())
+        elif args.load:
+            from megatron_moellava.evaluation.ask import ask_checkpoint
+
+            print(ask_checkpoint(args), end="")
+        else:
+            print(command.score_predictions(args))
     except MoELlavaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -44,14 +44,20 @@ def options_of(args: argparse.Namespace) -> Options:
         raise ConfigError(f"limit={args.limit} must be 0 (all questions) or a positive number")
     if args.bootstrap < 2:
         raise ConfigError(f"bootstrap={args.bootstrap} must be at least 2; 1000 is usual")
-    return Options(limit=args.limit, circular=args.circular, bootstrap_samples=args.bootstrap)
+    return Options(
+        limit=args.limit,
+        circular=args.circular,
+        blank_images=args.blank_images,
+        temperature=args.temperature,
+        bootstrap_samples=args.bootstrap,
+    )
 
 
 def score_predictions(args: argparse.Namespace) -> str:
     """--score-only: the table over everything scored so far into --out."""
     tasks = chosen_tasks(args.benchmark)
     if args.score_only is None:
-        raise ConfigError("give --score-only FILE: a JSONL with question_id and text a line, ours or the original's")
+        raise ConfigError("give --load CKPT, or --score-only FILE: a JSONL with question_id and text a line")
     if len(tasks) > 1:
         raise ConfigError(f"benchmark={args.benchmark!r}: --score-only scores one file, so name one benchmark")
     score_file(

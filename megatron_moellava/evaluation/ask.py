@@ -1,0 +1,58 @@
+"""What `tools/evaluate.py --load` calls: a checkpoint under the layout of the command line answers the benchmarks."""
+
+import argparse
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_moellava import parallel
+from megatron_moellava.config import ParallelConfig, RunConfig, from_dict, set_override, split_override
+from megatron_moellava.evaluation.command import chosen_tasks, judge_of, options_of
+from megatron_moellava.evaluation.engine import CheckpointEngine
+from megatron_moellava.evaluation.predictions import Place
+from megatron_moellava.evaluation.report import write_summary
+from megatron_moellava.evaluation.runner import evaluate
+from megatron_moellava.inference.load import load_for_inference
+
+
+def ask_checkpoint(args: argparse.Namespace) -> str:
+    """The table over everything scored so far into --out, on the leading process; the others return an empty text."""
+    tasks, judge, options = chosen_tasks(args.benchmark), judge_of(args), options_of(args)
+    engine = load_for_inference(
+        args.load,
+        tokenizer=args.tokenizer,
+        template=args.template,
+        precision=args.precision,
+        layout=layout_of(args.overrides),
+        max_batch_size=args.batch_size,
+    )
+    place = Place(
+        rank=parallel.data_parallel_rank(),
+        world_size=parallel.data_parallel_size(),
+        writes=parallel.reads_data(),
+        barrier=dist.barrier,
+    )
+    name = args.model_name or Path(args.load).resolve().name
+    try:
+        for task in tasks:
+            evaluate(
+                task,
+                args.data,
+                args.out,
+                CheckpointEngine(engine),
+                model=name,
+                judge=judge,
+                place=place,
+                options=options,
+            )
+    finally:
+        parallel.shutdown()
+    return write_summary(args.out) + "\n" if place.leads else ""
+
+
+def layout_of(overrides: list[str]) -> ParallelConfig:
+    """`["parallel.tensor_model_parallel_size=2"]` -> ParallelConfig. ConfigError for anything else."""
+    tree: dict = {"model": {"backbone": ""}, "training": {"stage": 2}}
+    for override in overrides:
+        set_override(tree, *split_override(override))
+    return from_dict(RunConfig, tree).parallel
