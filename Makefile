@@ -32,8 +32,8 @@ quickstart: $(READY)  ## the three stages on a published benchmark, on this CPU 
 test: $(READY)  ## unit and parity tests (TESTS=tests/unit for a part)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(TESTS)
 
-test-layouts: $(READY)  ## every parallel layout against one process, resume, interruption (2 to 4 processes; many minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributed
+test-layouts: $(READY)  ## every parallel layout against one process, every family against transformers, resume (many minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributed tests/parity/test_hf_logits.py
 
 check: $(READY)  ## format, lint, types, import direction, shell scripts, Dockerfile
 	$(BIN)/ruff format --check .
