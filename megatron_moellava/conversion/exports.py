@@ -175,7 +175,7 @@ def _plan_language_model(source: Checkpoint, tokenizer: Path | None, dtype: str 
 
 def _plan_tower(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
     _needs_unused(source)
-    tower = source.model.tower
+    tower = source.model.required_tower
     recipes = _weights(source, source.model, replace(ORIGINAL, tower=VISION_TOWER.tower), dtype)
     recipes = [recipe for recipe in recipes if recipe.name.startswith(VISION_TOWER.tower)]
     files = {"config.json": tower_config_of(tower), "preprocessor_config.json": processor_config_of(tower)}
@@ -195,7 +195,7 @@ def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | 
     added = list(range(model.backbone.vocab_size, vocab))
     files: dict[str, dict | Path] = {
         "config.json": huggingface.export_config(model, vocab, image_token),
-        "preprocessor_config.json": processor_config_of(model.tower),
+        "preprocessor_config.json": processor_config_of(model.required_tower),
         "generation_config.json": {"suppress_tokens": added} if added else {},
     }
     if reason:

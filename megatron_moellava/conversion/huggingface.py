@@ -87,7 +87,7 @@ def as_transformers(model: Model) -> Model:
 
 def export_config(model: Model, vocab_size: int, image_token: int) -> dict:
     """`config.json` of the export; `model` as `as_transformers` gives it."""
-    backbone, tower = model.backbone, model.tower
+    backbone, tower = model.backbone, model.required_tower
     reason = needs_modelling_file(model)
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -123,7 +123,7 @@ def text_config(model: Model, vocab_size: int) -> dict:
 
 
 def _moe_text(model: Model) -> dict:
-    moe, backbone = model.moe, model.backbone
+    moe, backbone = model.required_moe, model.backbone
     kind = {family: kind for kind, family in MOE_TYPES.items()}[backbone.hf.family]
     name = kind.replace("qwen", "Qwen").replace("_moe", "Moe")
     return {

@@ -66,8 +66,7 @@ def inspect(path: Path) -> str:
     source = open_checkpoint(path)
     lines = [
         f"{source.folder}",
-        f"  stage        {STAGES.get(source.run.get('stage'), source.run.get('stage'))}, "
-        f"iteration {source.run.get('iteration')}",
+        f"  stage        {STAGES[source.run['stage']]}, iteration {source.run.get('iteration')}",
         *_model_lines(source.model),
         *_provenance_lines(source.provenance),
         "",

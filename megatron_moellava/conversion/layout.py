@@ -116,9 +116,9 @@ def _lifted(mapping: Mapping, layer: int, layout: Layout, model: Model) -> Itera
         names = tuple(name.replace(MLP, MLP + part, 1) for part in hf for name in mapping.hf)
         return type(mapping)(mapping.megatron.replace(MLP, MLP + megatron, 1), names)
 
-    experts = model.moe.num_experts
+    experts = model.required_moe.num_experts
     yield renamed(EXPERTS, *(layout.expert.format(k=expert) for expert in range(experts))), experts
-    if model.moe.use_residual:
+    if model.required_moe.use_residual:
         yield renamed(RESIDUAL, layout.residual), 0
 
 
@@ -126,9 +126,9 @@ def _router_entries(model: Model, layer: int, layout: Layout, wanted: dict[str, 
     mlp = next(mapping for mapping in model.backbone.mapping if MLP in mapping.megatron)
     ours, theirs = (name.split(MLP)[0] + MLP for name in (mlp.megatron, mlp.hf[0]))
     tensors = [("router.weight", f"{layout.router}weight")]
-    if model.moe.moe_router_enable_expert_bias:
+    if model.required_moe.moe_router_enable_expert_bias:
         tensors.append(("router.expert_bias", f"{layout.router}expert_bias"))
-    if model.moe.use_residual:
+    if model.required_moe.use_residual:
         tensors += [(f"coefficient.{part}", f"{layout.coefficient}{part}") for part in ("weight", "bias")]
     for megatron, hf in tensors:
         mapping = Mapping(ours + megatron, (theirs + hf,))
@@ -160,7 +160,7 @@ def _entry(
     if key not in wanted:
         return None
     names = tuple(outside_name(name.replace("{i}", str(layer)), ours, layout, model) for name in mapping.hf)
-    heads: Heads = model.tower.heads if ours == TOWER else model.backbone.heads
+    heads: Heads = model.required_tower.heads if ours == TOWER else model.backbone.heads
     shape = wanted[key]
     dense = shape[1:] if experts else shape  # of one expert; the experts lie behind each other
     width, stride = math.prod(dense[1:]), len(names) // max(experts, 1)

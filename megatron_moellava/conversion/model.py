@@ -29,6 +29,18 @@ class Model:
     def moe_layers(self) -> tuple[int, ...]:
         return moe_layers(self.moe.placement, self.backbone.num_layers) if self.moe else ()
 
+    @property
+    def required_moe(self) -> MoEConfig:
+        """For code that only MoE models reach."""
+        assert self.moe is not None
+        return self.moe
+
+    @property
+    def required_tower(self) -> Tower:
+        """For code that only models with a tower reach."""
+        assert self.tower is not None
+        return self.tower
+
     def to_json(self) -> dict:
         """The `model` section of run.json."""
         return {
@@ -141,12 +153,12 @@ def _mlp(backbone: Backbone) -> dict[str, Shape]:
 
 
 def _moe(model: Model) -> dict[str, Shape]:
-    experts, dense = model.moe.num_experts, _mlp(model.backbone)
+    experts, dense = model.required_moe.num_experts, _mlp(model.backbone)
     tensors: dict[str, Shape] = {"router.weight": (experts, model.backbone.hidden_size)}
-    if model.moe.moe_router_enable_expert_bias:
+    if model.required_moe.moe_router_enable_expert_bias:
         tensors["router.expert_bias"] = (experts,)
     tensors |= {EXPERTS + key: (experts, *shape) for key, shape in dense.items()}
-    if model.moe.use_residual:
+    if model.required_moe.use_residual:
         tensors |= _prefixed(RESIDUAL, dense)
         tensors |= _prefixed("coefficient.", _linear(2, model.backbone.hidden_size, bias=True))
     return tensors
@@ -173,5 +185,5 @@ def _tower(tower: Tower) -> dict[str, Shape]:
 def _projector(model: Model) -> dict[str, Shape]:
     """LLaVA's mlp2x_gelu."""
     hidden = model.backbone.hidden_size
-    fc1, fc2 = _linear(hidden, model.tower.hidden_size, bias=True), _linear(hidden, hidden, bias=True)
+    fc1, fc2 = _linear(hidden, model.required_tower.hidden_size, bias=True), _linear(hidden, hidden, bias=True)
     return _prefixed("linear_fc1.", fc1) | _prefixed("linear_fc2.", fc2)

@@ -98,11 +98,13 @@ def original_config(model: Model, source: dict) -> dict:
     config |= {
         "model_type": original.moe_model_type if model.moe else original.model_type,
         "architectures": [original.moe_architecture if model.moe else original.architecture],
-        "mm_image_tower": source.get("mm_image_tower") or source.get("mm_vision_tower") or _hub_name(model.tower),
+        "mm_image_tower": source.get("mm_image_tower")
+        or source.get("mm_vision_tower")
+        or _hub_name(model.required_tower),
         "mm_video_tower": None,
-        "mm_hidden_size": model.tower.hidden_size,
+        "mm_hidden_size": model.required_tower.hidden_size,
         "image_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": model.tower.feature_layer,
+        "mm_vision_select_layer": model.required_tower.feature_layer,
         "mm_vision_select_feature": "patch",
         "use_mm_proj": True,
     }
@@ -132,10 +134,12 @@ def llava_config(model: Model, source: dict) -> dict:
     return config | {
         "model_type": "llava_llama",
         "architectures": ["LlavaLlamaForCausalLM"],
-        "mm_vision_tower": source.get("mm_vision_tower") or source.get("mm_image_tower") or _hub_name(model.tower),
-        "mm_hidden_size": model.tower.hidden_size,
+        "mm_vision_tower": source.get("mm_vision_tower")
+        or source.get("mm_image_tower")
+        or _hub_name(model.required_tower),
+        "mm_hidden_size": model.required_tower.hidden_size,
         "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": model.tower.feature_layer,
+        "mm_vision_select_layer": model.required_tower.feature_layer,
         "mm_vision_select_feature": "patch",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
@@ -159,7 +163,7 @@ def _hub_name(tower: Tower) -> str:
 
 
 def _moe_section(model: Model, source: dict, train_modules: tuple[str, ...]) -> dict:
-    moe, layers = model.moe, list(model.moe_layers)
+    moe, layers = model.required_moe, list(model.moe_layers)
     return source | {
         "moe_enable": True,
         "moe_mode": moe.placement if isinstance(moe.placement, str) else source.get("moe_mode", "sparse"),

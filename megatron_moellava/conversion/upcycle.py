@@ -15,7 +15,7 @@ from megatron_moellava.conversion.engine import Part, Recipe, check, identity
 from megatron_moellava.conversion.initial import language_dtype, linear_default, noise, zeros
 from megatron_moellava.conversion.layout import MLP
 from megatron_moellava.conversion.mapping import Shape
-from megatron_moellava.conversion.model import EXPERTS, RESIDUAL, UNUSED, Model, megatron_tensors
+from megatron_moellava.conversion.model import EXPERTS, RESIDUAL, UNUSED, megatron_tensors
 from megatron_moellava.conversion.tensors import Tensor
 from megatron_moellava.conversion.writers import Progress
 
@@ -52,7 +52,7 @@ def upcycle_checkpoint(
     source = open_checkpoint(checkpoint)
     model = replace(source.model, moe=moe)
     old = source.model.moe
-    _check_request(source, model)
+    _check_request(source, moe, model.moe_layers)
     check_complete(source)
     job = Upcycling(
         tensors=dict(source.tensors),
@@ -113,9 +113,8 @@ def request(
     )
 
 
-def _check_request(source: Checkpoint, model: Model) -> None:
-    old, new = source.model.moe, model.moe
-    layers = model.moe_layers  # ConfigError for layers that the backbone does not have
+def _check_request(source: Checkpoint, new: MoEConfig, layers: tuple[int, ...]) -> None:
+    old = source.model.moe
     if not 1 <= new.moe_router_topk <= new.num_experts:
         raise ConfigError(f"moe_router_topk={new.moe_router_topk} must be between 1 and num_experts={new.num_experts}")
     if new.moe_shared_expert_intermediate_size:

@@ -117,10 +117,10 @@ class _Distcp:
     """The numbered data files of rank 0; a new one is begun when the last is full."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._number, self.file = folder, 0, None
+        self._folder, self._number = folder, 0
+        self._open()
 
     def __enter__(self) -> "_Distcp":
-        self._open()
         return self
 
     def __exit__(self, *_) -> None:
