@@ -255,9 +255,15 @@ class Trainer:
             return
         self.gather_parameters()
         state = replace(self.state, data=self.loader.state_dict() if self.loader is not None else None)
-        path = checkpoints.save_checkpoint(
-            self.run.checkpoint.save, self.run, self.chunks, state, self.optimizer, keep=self.run.checkpoint.keep
-        )
+        # A scheduler may signal every process of a job, and megatron-core's save runs a helper that would die of it.
+        waiting = {signal.SIGTERM, signal.SIGUSR1}
+        signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
+        try:
+            path = checkpoints.save_checkpoint(
+                self.run.checkpoint.save, self.run, self.chunks, state, self.optimizer, keep=self.run.checkpoint.keep
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting)
         self.log.say(f"checkpoint {path}")
 
 
