@@ -28,7 +28,7 @@ EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[core_cu13,pytorch]~=2.20"],
     # lmms-eval itself is not listed: it wants an older `av` than Energon, hence an environment of its own (README).
     "eval": ["openpyxl>=3.1", "httpx>=0.27"],  # openpyxl: MMBench submission tables
-    "demo": ["fastapi>=0.110", "uvicorn>=0.29", "gradio>=6,<7"],
+    "demo": ["fastapi>=0.110", "starlette", "uvicorn>=0.29", "prometheus-client>=0.20"],
     "quickstart": ["easy-vqa~=1.0", "scikit-learn>=1.4"],
     "video": ["av>=17"],  # the release that Energon 7.4 decodes with
     "dev": [

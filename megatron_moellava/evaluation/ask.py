@@ -6,13 +6,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_moellava import parallel
-from megatron_moellava.config import ParallelConfig, RunConfig, from_dict, set_override, split_override
 from megatron_moellava.evaluation.command import chosen_tasks, judge_of, options_of
 from megatron_moellava.evaluation.engine import CheckpointEngine
 from megatron_moellava.evaluation.predictions import Place
 from megatron_moellava.evaluation.report import write_summary
 from megatron_moellava.evaluation.runner import evaluate
-from megatron_moellava.inference.load import load_for_inference
+from megatron_moellava.inference.load import layout_of, load_for_inference
 
 
 def ask_checkpoint(args: argparse.Namespace) -> str:
@@ -48,11 +47,3 @@ def ask_checkpoint(args: argparse.Namespace) -> str:
     finally:
         parallel.shutdown()
     return write_summary(args.out) + "\n" if place.leads else ""
-
-
-def layout_of(overrides: list[str]) -> ParallelConfig:
-    """`["parallel.tensor_model_parallel_size=2"]` -> ParallelConfig. ConfigError for anything else."""
-    tree: dict = {"model": {"backbone": ""}, "training": {"stage": 2}}
-    for override in overrides:
-        set_override(tree, *split_override(override))
-    return from_dict(RunConfig, tree).parallel

@@ -12,6 +12,7 @@ are done; or, `replicated`, all ranks follow the same requests (serving).
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 
 import torch
@@ -100,14 +101,27 @@ class Engine:
             )
         )
 
-    def prepare(self, request: Request) -> Prompt:
+    def fit(self, request: Request) -> tuple[Request, Prompt]:
+        """`prepare`, with an answer no longer than the room that the prompt leaves. Raises DataError when it leaves none."""
+        prompt = self.prompter(request)
+        room = self.max_sequence_length - len(prompt.tokens)
+        if room < 1:
+            raise DataError(
+                f"the conversation has {len(prompt.tokens)} tokens, and this model's {self.max_sequence_length} positions "
+                "are full; begin a new one"
+            )
+        tokens = min(request.sampling.max_new_tokens, room)
+        request = replace(request, sampling=replace(request.sampling, max_new_tokens=tokens))
+        return request, self.prepare(request, prompt)
+
+    def prepare(self, request: Request, prompt: Prompt | None = None) -> Prompt:
         """Tokens and pixels; may run in another thread than the engine. Raises DataError when it does not fit."""
         sampling = request.sampling
         if not 1 <= sampling.num_beams <= self.max_batch_size:
             raise DataError(f"num_beams={sampling.num_beams} must lie between 1 and {self.max_batch_size}")
         if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.max_new_tokens < 1:
             raise DataError("temperature must be at least 0, top_p in (0, 1], max_new_tokens at least 1")
-        prompt = self.prompter(request)
+        prompt = prompt or self.prompter(request)
         needed = len(prompt.tokens) + sampling.max_new_tokens
         if needed > self.max_sequence_length:
             raise DataError(

@@ -1,11 +1,20 @@
 """From a checkpoint folder to an engine: what is not said is what the checkpoint was trained with."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_moellava import parallel
 from megatron_moellava.backbones import get_backbone
-from megatron_moellava.config import CheckpointError, ConfigError, ParallelConfig, RunConfig, from_dict
+from megatron_moellava.config import (
+    CheckpointError,
+    ConfigError,
+    ParallelConfig,
+    RunConfig,
+    from_dict,
+    set_override,
+    split_override,
+)
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.inference.engine import Engine
@@ -37,10 +46,20 @@ def load_for_inference(
         parallel.initialize(layout, run.training.seed)
     prompter_parts = load_tokenizer(run.data.tokenizer), get_template(run.data.template)
     (model,) = build_model(run)
-    load_weights(folder, [model])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's distributed checkpoints, about its own future
+        load_weights(folder, [model])
     model.unused_tower_tensors = {}  # they ride along for exports only
     prompter = Prompter(template=prompter_parts[1], tokenizer=prompter_parts[0], tower=model.tower, data=run.data)
     return Engine(model, prompter, **engine_options)
+
+
+def layout_of(overrides: list[str]) -> ParallelConfig:
+    """`["parallel.tensor_model_parallel_size=2"]` -> ParallelConfig. ConfigError for anything else."""
+    tree: dict = {"model": {"backbone": ""}, "training": {"stage": 2}}
+    for override in overrides:
+        set_override(tree, *split_override(override))
+    return from_dict(RunConfig, tree).parallel
 
 
 def inference_layout(layout: ParallelConfig) -> ParallelConfig:

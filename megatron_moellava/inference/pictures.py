@@ -1,0 +1,96 @@
+"""Pictures that strangers send: data URLs, and remote ones where they are allowed. Everything is checked before decoding."""
+
+import base64
+import binascii
+import http.client
+import io
+import ipaddress
+import socket
+import ssl
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from megatron_moellava.config import DataError
+from megatron_moellava.data.images import open_image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow's other decoders start programs or are rarely looked at
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PictureLimits:
+    max_bytes: int = 20_000_000  # of one encoded picture
+    max_pixels: int = 50_000_000  # of one decoded picture
+    allow_remote: bool = False  # fetch http and https URLs of public hosts
+    remote_seconds: float = 10.0
+
+
+def open_url(url: str, limits: PictureLimits) -> Image.Image:
+    """An RGB picture from a URL. Raises DataError that says what is wrong with it."""
+    if url.startswith("data:"):
+        data = _from_data_url(url, limits)
+    elif url.startswith(("http://", "https://")):
+        if not limits.allow_remote:
+            raise DataError("remote image URLs are not allowed here; send the picture as a data: URL")
+        data = _fetch(url, limits)
+    else:
+        raise DataError("image_url must be a data: URL (data:image/png;base64,...)")
+    _check(data, limits)
+    return open_image(data, "image")[0]
+
+
+def _from_data_url(url: str, limits: PictureLimits) -> bytes:
+    head, comma, text = url.partition(",")
+    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise DataError("image_url must have the form data:image/<type>;base64,<data>")
+    if len(text) > limits.max_bytes * 4 / 3 + 4:
+        raise DataError(f"the image has more than {limits.max_bytes:,} bytes; send a smaller one")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise DataError("the image's base64 text is broken") from None
+
+
+def _check(data: bytes, limits: PictureLimits) -> None:
+    """Format and size from the header alone: a bomb is never unpacked."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+    except Exception:
+        raise DataError(f"the image cannot be read; use one of {', '.join(FORMATS)}") from None
+    if width * height > limits.max_pixels or width * height == 0:
+        raise DataError(f"the image has {width} x {height} pixels, more than {limits.max_pixels:,}; send a smaller one")
+
+
+def _fetch(url: str, limits: PictureLimits) -> bytes:
+    """GET without redirects, from a public address that is resolved once: a name that changes cannot lead inside."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        address = _public_address(parts.hostname or "", port)
+        raw = socket.create_connection((address, port), timeout=limits.remote_seconds)
+        if parts.scheme == "https":
+            raw = ssl.create_default_context().wrap_socket(raw, server_hostname=parts.hostname)
+        connection = http.client.HTTPConnection(parts.hostname, port, timeout=limits.remote_seconds)
+        connection.sock = raw
+        try:
+            connection.request("GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
+            response = connection.getresponse()
+            if response.status != 200:
+                raise DataError(f"the image's server answered {response.status}")
+            data = response.read(limits.max_bytes + 1)
+        finally:
+            connection.close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise DataError(f"the image cannot be fetched ({type(error).__name__})") from None
+    if len(data) > limits.max_bytes:
+        raise DataError(f"the image has more than {limits.max_bytes:,} bytes; send a smaller one")
+    return data
+
+
+def _public_address(host: str, port: int) -> str:
+    addresses = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    if not addresses or not all(ipaddress.ip_address(address).is_global for address in addresses):
+        raise DataError("the image's host is not a public one")
+    return sorted(addresses)[0]
