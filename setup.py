@@ -37,6 +37,11 @@ EXTRAS_REQUIRE = {
         "hypothesis>=6.100",
         "jsonschema>=4.20",
         "openpyxl>=3.1",  # the tests read back what `eval` writes
+        "fastapi>=0.110",  # `demo`, and OpenAI's own client against it
+        "uvicorn>=0.29",
+        "prometheus-client>=0.20",
+        "openai>=2",
+        "playwright>=1.45",  # drives the system's Chromium; only `make test-browser` uses it
         "ruff~=0.17.6",  # another minor may format differently
         "mypy>=1.14",
         "types-PyYAML",
@@ -54,6 +59,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.12",  # what megatron-core 0.19 asks for
     packages=find_packages(include=["megatron_moellava", "megatron_moellava.*"]),
+    package_data={"megatron_moellava.inference": ["web/index.html"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     classifiers=[

@@ -30,6 +30,9 @@ from megatron_moellava.inference.server_metrics import ServerMetrics
 from megatron_moellava.inference.service import EngineFailed, Service
 
 logger = logging.getLogger(__name__)
+DISCARDED = (
+    64_000_000  # bytes read of a body that is too large: a client that is still sending would not see the answer
+)
 PAGE = Path(__file__).parent / "web" / "index.html"
 PAGE_POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -179,21 +182,19 @@ class Answering:
             raise Refused(415, "Content-Type must be application/json")
         if request.headers.get("content-encoding", "identity") != "identity":
             raise Refused(415, "compressed bodies are not accepted")
-        limit = self.options.max_body_bytes
-        if (
-            request.headers.get("content-length", "0").isdigit()
-            and int(request.headers.get("content-length", 0)) > limit
-        ):
-            raise Refused(413, f"the body has more than {limit:,} bytes")
+        limit, size, data = self.options.max_body_bytes, 0, bytearray()
         try:
             async with asyncio.timeout(self.options.body_seconds):
-                data = bytearray()
                 async for part in request.stream():
-                    data += part
-                    if len(data) > limit:
-                        raise Refused(413, f"the body has more than {limit:,} bytes")
+                    size += len(part)
+                    if size <= limit:
+                        data += part
+                    elif size > max(limit, DISCARDED):
+                        break
         except TimeoutError:
             raise Refused(408, f"the body did not arrive within {self.options.body_seconds:g} s") from None
+        if size > limit:
+            raise Refused(413, f"the body has more than {limit:,} bytes")
         return bytes(data)
 
     async def _prepare(self, data: bytes) -> tuple[ChatRequest, Prompt]:

@@ -98,7 +98,7 @@ class Service:
             logger.exception("the engine has failed")
             with self._lock:
                 self.failure = f"{type(error).__name__}: {error}"
-                for caller in self._callers.values():
+                for caller in list(self._callers.values()):
                     caller.tell(None)
 
     def _next_commands(self) -> list[tuple]:
