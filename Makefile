@@ -20,13 +20,19 @@ endif
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-layouts check format test-cluster clean
+.PHONY: help quickstart chat serve test test-browser test-layouts check format test-cluster clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(READY)  ## the three stages on a published benchmark, on this CPU (PRESET=fast or full)
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) examples/quickstart/run.py --preset $(PRESET) --out runs/quickstart $(ARGS)
+
+chat: $(READY)  ## talk with the quickstart's model in the terminal (ARGS="--load CKPT --image a.jpg")
+	$(BIN)/python tools/chat.py $(ARGS)
+
+serve: $(READY)  ## the same in a browser, and as an OpenAI-compatible API, on http://127.0.0.1:8000
+	$(BIN)/python tools/serve.py $(ARGS)
 
 # Two test processes of one thread each: oversubscribed threads make small products several times slower.
 test: $(READY)  ## unit and parity tests (TESTS=tests/unit for a part)
@@ -46,6 +52,9 @@ check: $(READY)  ## format, lint, types, import direction, shell scripts, Docker
 format: $(READY)  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+test-browser: $(READY)  ## the web page in a real Chromium (apt-get install chromium)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/browser
 
 test-cluster: $(READY)  ## submit the scripts of examples/ to a real two-node SLURM on this machine (root, Debian or Ubuntu)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)

@@ -12,6 +12,7 @@ from inference_models import tiny_engine
 from megatron_moellava import parallel
 from megatron_moellava.config import MoEConfig
 from megatron_moellava.inference.engine import Engine
+from megatron_moellava.inference.load import load_for_inference
 from megatron_moellava.inference.openai_api import ApiLimits
 from megatron_moellava.inference.pictures import PictureLimits
 from megatron_moellava.inference.server import ServerOptions, build_app
@@ -27,8 +28,12 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(**changes) -> Iterator[Running]:
-    engine = tiny_engine(MoEConfig(), max_batch_size=4)
+def serving(checkpoint: str | None = None, **changes) -> Iterator[Running]:
+    """`checkpoint`: serve this one instead; `changes`: of the server's options."""
+    if checkpoint:
+        engine = load_for_inference(checkpoint, max_batch_size=4)
+    else:
+        engine = tiny_engine(MoEConfig(), max_batch_size=4)
     service = Service(engine)
     options = {
         "model_name": "tiny",

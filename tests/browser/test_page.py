@@ -1,0 +1,187 @@
+"""The page in a real Chromium, against a server of its own (`make test-browser`).
+
+MOELLAVA_CHECKPOINT=FOLDER serves that checkpoint instead of a tiny random model, for the screenshots;
+MOELLAVA_SCREENSHOTS=FOLDER keeps them.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from inference_models import picture
+from serving import serving
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def server():
+    checkpoint = os.environ.get("MOELLAVA_CHECKPOINT")
+    with serving(checkpoint=checkpoint) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # CI runs as root
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    context = browser.new_context(viewport={"width": 1360, "height": 860})
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: complaints.append(request.url) if is_outside(request.url, server.url) else None)
+    page.goto(server.url)
+    page.wait_for_selector("#examples img")
+    yield page
+    context.close()
+    assert not [text for text in complaints if "the server responded with" not in text], complaints
+
+
+def is_outside(url: str, own: str) -> bool:
+    return not url.startswith((own, "data:", "blob:"))
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "picture.png"
+    picture(2, (64, 48)).save(path)
+    return path
+
+
+def ask(page: Page, text: str) -> str:
+    answers = page.locator(".turn.assistant .meta").count()
+    page.fill("#question", text)
+    page.click("#send")
+    page.wait_for_function(f"document.querySelectorAll('.turn.assistant .meta').length > {answers}", timeout=60_000)
+    return page.locator(".turn.assistant .said").last.inner_text()
+
+
+def keep(page: Page, name: str) -> None:
+    folder = os.environ.get("MOELLAVA_SCREENSHOTS")
+    if folder:
+        page.wait_for_timeout(300)
+        page.screenshot(path=str(Path(folder) / name))
+
+
+def test_upload_ask_overlay_and_second_question(page, file):
+    keep(page, "page_start.png")
+    page.set_input_files("#file", str(file))
+    page.wait_for_selector("#thumbs img")
+    assert ask(page, "What shape is in the image?")
+    assert page.locator("#pictures canvas").count() == 1
+    assert page.locator("#layers button").count() == page.locator("#small button").count() > 0
+    assert page.locator(".word").count() > 4
+    box = page.locator("#pictures canvas").bounding_box()
+    page.mouse.move(box["x"] + 60, box["y"] + 60)
+    assert "expert" in page.inner_text("#under")
+    keep(page, "page_experts.png")
+    before = page.evaluate("document.querySelector('#pictures canvas').toDataURL()")
+    page.locator("#layers button").last.click()
+    assert page.evaluate("document.querySelector('#pictures canvas').toDataURL()") != before
+    assert ask(page, "Is there a circle?")
+    assert page.locator(".turn.user").count() == 2
+
+
+def test_the_answer_appears_while_it_is_said(page, server):
+    page.evaluate("document.getElementById('max_tokens').value = 200")
+    with slowed(server.engine):
+        page.fill("#question", "Say something long")
+        page.click("#send")
+        page.wait_for_function("document.querySelector('.turn.running .said')?.textContent.length > 0", timeout=60_000)
+        lengths = []
+        for _ in range(2):
+            page.wait_for_timeout(400)
+            lengths.append(len(page.locator(".turn.assistant .said").inner_text()))
+        page.click("#stop")
+    assert lengths[0] < lengths[1], "the text did not grow"
+    page.wait_for_selector("#send")
+    deadline = time.monotonic() + 20
+    while server.service.open_requests:
+        assert time.monotonic() < deadline, "stopping did not cancel the request"
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def slowed(engine):
+    """A model whose every token takes a moment, as a large one's does."""
+    step = engine.step
+    engine.step = lambda: (time.sleep(0.05), step())[1]
+    yield
+    engine.step = step
+
+
+def test_paste_drop_and_examples_give_pictures(page):
+    make = """(kind) => {
+        const canvas = document.createElement('canvas'); canvas.width = canvas.height = 20;
+        canvas.getContext('2d').fillRect(0, 0, 9, 9);
+        const bytes = Uint8Array.from(atob(canvas.toDataURL().split(',')[1]), c => c.charCodeAt(0));
+        const data = new DataTransfer();
+        data.items.add(new File([bytes], 'a.png', {type: 'image/png'}));
+        const options = {bubbles: true, cancelable: true, [kind === 'paste' ? 'clipboardData' : 'dataTransfer']: data};
+        document.body.dispatchEvent(new (kind === 'paste' ? ClipboardEvent : DragEvent)(kind, options));
+    }"""
+    for number, kind in enumerate(("paste", "drop"), start=1):
+        page.evaluate(make, kind)
+        page.wait_for_function(f"document.querySelectorAll('#thumbs img').length === {number}")
+    page.locator("#examples button").first.click()
+    page.wait_for_function("document.querySelectorAll('#thumbs img').length === 3")
+    page.locator("#thumbs button").first.click()
+    assert page.locator("#thumbs img").count() == 2
+
+
+def test_regenerate_replaces_the_answer_and_history_survives_a_reload(page, file):
+    page.set_input_files("#file", str(file))
+    page.wait_for_selector("#thumbs img")
+    ask(page, "What color is the shape?")
+    page.click("#regenerate")
+    page.wait_for_selector(".turn.assistant .meta", timeout=60_000)
+    page.wait_for_function("!document.getElementById('regenerate').disabled", timeout=60_000)
+    assert page.locator(".turn.assistant").count() == page.locator(".turn.user").count() == 1
+    page.reload()
+    page.wait_for_selector("#history button")
+    page.locator("#history button").first.click()
+    assert page.locator(".turn.user img").count() == 1
+    assert page.locator("#pictures canvas").count() == 1
+    page.click("#new")
+    assert page.locator(".turn").count() == 0
+
+
+def test_errors_are_shown_and_the_page_goes_on(page, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    page.set_input_files("#file", str(broken))
+    assert "not a picture" in page.wait_for_selector(".turn.error").inner_text()
+    page.evaluate("document.getElementById('temperature').value = 9")
+    page.fill("#question", "hello")
+    page.click("#send")
+    page.wait_for_function("document.querySelectorAll('.turn.error').length > 0")
+    assert "temperature" in page.locator(".turn.error").last.inner_text()
+    page.evaluate("document.getElementById('temperature').value = 0")
+    assert ask(page, "hello") is not None
+
+
+def test_an_answer_cannot_smuggle_in_a_script(page, server):
+    """The model's words are text: whatever a picture makes it say must not run."""
+    stream = server.engine.prompter.tokenizer.decode
+    server.engine.prompter.tokenizer.decode = lambda ids: '<img src=x onerror="window.owned=1"><b>bold</b>'
+    try:
+        said = ask(page, "<i>question</i>")
+    finally:
+        server.engine.prompter.tokenizer.decode = stream
+    assert "<b>bold</b>" in said
+    assert page.evaluate("window.owned") is None
