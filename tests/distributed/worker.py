@@ -55,12 +55,12 @@ def main() -> None:
 def _release_groups() -> None:
     """Free the groups of a finished job: each has threads that poll 100 times a second, and dozens add up to a standstill.
 
-    A DistributedDataParallel keeps them alive through the hooks of its gradient accumulators, a cycle that the garbage
-    collector cannot see through.
+    A DistributedDataParallel keeps them alive: module -> dispatcher -> last activations -> graph -> gradient accumulator
+    -> hook -> DistributedDataParallel, a cycle that the garbage collector cannot see through.
     """
     for item in gc.get_objects():
         if isinstance(item, DistributedDataParallel):
-            item.grad_accs.clear()
+            vars(item).clear()
     gc.collect()
 
 
