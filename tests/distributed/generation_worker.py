@@ -1,0 +1,35 @@
+"""One rank of a generation under a layout: generation_worker.py CHECKPOINT OUT {"layout": {...}, "replicated": false}"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from inference_models import ask, mixed_requests
+
+from megatron_moellava import parallel
+from megatron_moellava.config import ParallelConfig
+from megatron_moellava.inference.load import load_for_inference
+
+
+def requests_of_the_test():
+    return [*mixed_requests(), ask(7, num_beams=3, max_new_tokens=5)]
+
+
+def main() -> None:
+    checkpoint, out, job = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    engine = load_for_inference(
+        checkpoint, layout=ParallelConfig(**job["layout"]), max_batch_size=4, replicated=job["replicated"]
+    )
+    share = requests_of_the_test()
+    if not job["replicated"]:
+        share = share[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
+    answers = {completion.request_id: completion.tokens for completion in engine.generate(share)}
+    out.mkdir(exist_ok=True)
+    (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(answers))
+    dist.barrier()
+    parallel.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Generation under tensor, pipeline and expert parallelism says what one process says."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from generation_worker import requests_of_the_test
+from inference_models import GATES, scatter, tiny_run
+
+from megatron_moellava import parallel
+from megatron_moellava.config import ParallelConfig
+from megatron_moellava.inference.load import load_for_inference
+from megatron_moellava.model.build import build_model
+from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
+
+HERE = Path(__file__).parent
+LAYOUTS = {
+    "tp2": {"tensor_model_parallel_size": 2},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "ep2": {"expert_model_parallel_size": 2},
+    "dp2": {},
+    "tp2 ep2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+}
+CASES = [
+    *(("megatron", name, False) for name in LAYOUTS),
+    ("megatron", "ep2", True),
+    ("original deterministic", "tp2", False),
+    ("original deterministic", "ep2", False),
+    ("residual", "pp2", False),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, tuple[Path, dict]]:
+    """(checkpoint, answers of one process) by gate."""
+    found = {}
+    for gate in {gate for gate, *_ in CASES}:
+        folder = tmp_path_factory.mktemp("generation")
+        parallel.initialize(ParallelConfig(), seed=1)
+        run = tiny_run(GATES[gate])
+        chunks = build_model(run)
+        scatter(chunks[0])
+        save_checkpoint(folder, run, chunks, TrainingState(iteration=1, consumed_samples=0, data=None))
+        engine = load_for_inference(folder, max_batch_size=4)
+        answers = {item.request_id: list(item.tokens) for item in engine.generate(requests_of_the_test())}
+        parallel.shutdown()
+        found[gate] = folder, answers
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def answers_under(checkpoint: Path, out: Path, layout: dict, replicated: bool) -> list[dict]:
+    """What each of two ranks answered."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parents[1], HERE.parent / "unit"))),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    job = json.dumps({"layout": layout, "replicated": replicated})
+    command = [sys.executable, str(HERE / "generation_worker.py"), str(checkpoint), str(out), job]
+    processes = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize(("gate", "layout", "replicated"), CASES)
+def test_every_layout_says_what_one_process_says(checkpoints, tmp_path, gate, layout, replicated):
+    checkpoint, expected = checkpoints[gate]
+    first, second = answers_under(checkpoint, tmp_path / "out", LAYOUTS[layout], replicated)
+    assert first | second == expected
+    shared = layout in ("ep2", "dp2") and not replicated
+    assert (not first.keys() & second.keys()) if shared else first == second
