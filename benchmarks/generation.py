@@ -102,12 +102,12 @@ def _drop_empty_shared_experts(file: Path) -> None:
     save_file({name: value for name, value in load_file(file).items() if "shared_expert" not in name}, file)
 
 
-def open_engine(folder: Path, batch: int) -> Engine:
+def open_engine(folder: Path, batch: int, precision: str) -> Engine:
     import_checkpoint(folder, save=folder / "megatron", dtype="float32", seed=1)
     checkpoint = require_checkpoint(folder / "megatron")
     layout = inference_layout(ParallelConfig())
     parallel.initialize(layout, 1)
-    run = inference_run(checkpoint, layout, tokenizer=str(folder), template="v0", precision="fp32")
+    run = inference_run(checkpoint, layout, tokenizer=str(folder), template="v0", precision=precision)
     (model,) = build_model(run)
     load_weights(checkpoint, [model])
     prompter = Prompter(template=get_template("v0"), tokenizer=Numbers(), tower=model.tower, data=DataConfig())
@@ -146,7 +146,9 @@ def ask_transformers(model, jobs: list[Job], batch: int) -> list[list[int]]:
         ids = torch.tensor([[IMAGE_ID if t == IMAGE_TOKEN else t for t in job.prompt.tokens] for job in part])
         pixels = torch.cat([job.prompt.pixels_NCHW for job in part])
         longest = max(job.new_tokens for job in part)
-        out = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=longest, do_sample=False)
+        out = model.generate(
+            input_ids=ids, pixel_values=pixels.to(model.dtype), max_new_tokens=longest, do_sample=False
+        )
         answers += [row[: job.new_tokens].tolist() for row, job in zip(out[:, ids.shape[1] :], part, strict=True)]
     return answers
 
@@ -194,13 +196,16 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dense", action="store_true")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: rounding may part answers")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = write_reference(Path(folder), args)
-        engine = open_engine(Path(folder), args.batch)
+        engine = open_engine(Path(folder), args.batch, args.precision)
+        model = model.to(torch.bfloat16) if args.precision == "bf16" else model
         size = sum(parameter.numel() for parameter in engine.model.parameters())
         print(
-            f"{size / 1e6:.0f} M parameters, fp32, {torch.get_num_threads()} threads, {platform.device()}", flush=True
+            f"{size / 1e6:.0f} M parameters, {args.precision}, {torch.get_num_threads()} threads, {platform.device()}",
+            flush=True,
         )
         equal = make_jobs(engine, args, mixed=False)
         compare("equal", engine, model, equal, args)
