@@ -165,13 +165,14 @@ def _remove_old(folder: Path, keep: int) -> None:
 def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[MoELlava], steps: int) -> None:
     """Restore main parameters and Adam's moments of any layout, and the number of updates done."""
     state = _optimizer_state(optimizer, model_state(chunks), is_loading=True)
-    loaded = dist_checkpointing.load({"optimizer": state}, str(checkpoint))["optimizer"]
+    # What is empty does not come back: the state of a stage that trains nothing, or has no experts.
+    loaded = dist_checkpointing.load({"optimizer": state}, str(checkpoint)).get("optimizer", {})
     for index, item in enumerate(distributed_optimizers(optimizer)):
         adam = item.optimizer
         for moments in adam.state.values():
             moments.pop("step", None)  # Megatron-Core looks for it in the file when torch's Adam keeps it here
         with torch.no_grad():
-            item.load_parameter_state_from_fully_reshardable(loaded[index])
+            item.load_parameter_state_from_fully_reshardable(loaded.get(index, {}))
         if isinstance(adam, torch.optim.AdamW):
             for moments in adam.state.values():
                 moments["step"] = torch.tensor(float(steps))
