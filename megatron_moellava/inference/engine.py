@@ -218,11 +218,14 @@ class Engine:
     def _choose(self, logits_LV: torch.Tensor, admitted: Sequence[Running], decoding: Sequence[Running]) -> list:
         """A choice for each request: those admitted, then the others by their first row."""
         likeliest = logits_LV.argmax(dim=-1).tolist()
-        choices = [running.choose(logits_LV[[i]], likeliest[i]) for i, running in enumerate(admitted)]
+        choices = [running.choose(logits_LV[i : i + 1], likeliest[i]) for i, running in enumerate(admitted)]
         first = len(admitted)
         for running in {id(running): running for running in decoding}.values():
-            lines = [first + row for row in running.rows]
-            choices.append(running.choose(logits_LV[lines], likeliest[lines[0]]))
+            line = first + running.rows[0]
+            logits_KV = (
+                logits_LV[line : line + 1] if running.width == 1 else logits_LV[[first + row for row in running.rows]]
+            )
+            choices.append(running.choose(logits_KV, likeliest[line]))
         return choices
 
     def _advance(self, running: Running, choice: int | list[Beam]) -> Event | None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
 from megatron_moellava.inference.prompts import Prompt
+from megatron_moellava.inference.straight import StraightDecoder, can_go_straight
 from megatron_moellava.model.kv_cache import KVCache, Step
 from megatron_moellava.model.moe_llava import MoELlava
 
@@ -29,6 +30,11 @@ class Forward:
     vocab_size: int  # of the tokenizer; the model's may be larger, and nothing can be said with the rest
     features: OrderedDict[bytes, torch.Tensor] = field(default_factory=OrderedDict)  # digest of an image's pixels
     images_encoded: int = 0
+    straight: StraightDecoder | None = None
+
+    def __post_init__(self) -> None:
+        if can_go_straight():
+            self.straight = StraightDecoder(self.model)
 
     @torch.no_grad()
     def __call__(
@@ -43,6 +49,8 @@ class Forward:
             )
         else:
             self._receive(len(step.positions_T))
+        if self.straight is not None:
+            return self.straight(embeddings_T1D, self.cache)[:, : self.vocab_size]
         output = self.model(
             tokens_BS=None, position_ids_BS=None, embeddings_SBD=embeddings_T1D, inference_context=self.cache
         )

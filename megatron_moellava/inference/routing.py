@@ -20,12 +20,24 @@ class RoutingWatch:
     """The routers' choices of the last forward pass, on this pipeline stage."""
 
     def __init__(self, model: MoELlava):
-        self.active = False
         self.weights_TE: dict[int, torch.Tensor] = {}  # by layer, from 0
+        self.routers = []
         layers = [layer for layer in model.language_model.decoder.layers if isinstance(layer.mlp, MoELayer)]
         for layer in layers:
             layer.mlp.router.register_forward_hook(self._keep(layer.layer_number - 1))
+            self.routers.append(layer.mlp.router)
+        self.active = False
         self.layers = [layer.layer_number - 1 for layer in layers]
+
+    @property
+    def active(self) -> bool:
+        return self._active
+
+    @active.setter
+    def active(self, on: bool) -> None:
+        self._active = on
+        for router in self.routers:
+            router.watched = on
 
     def _keep(self, layer: int):
         def hook(router, inputs, output):

@@ -28,6 +28,8 @@ class MegatronRouter(TopKRouter):
     Megatron-Core adds a bias to the router of every model whose MLPs have one (Phi-2); the original has none.
     """
 
+    watched = False  # somebody's hook wants every call, so no shortcut may be taken around the module
+
     def __init__(
         self,
         config: TransformerConfig,

@@ -23,6 +23,12 @@ GATES = {
     "original without noise": MoEConfig(router="original", capacity_factor=1.5),
     "residual": MoEConfig(use_residual=True),
     "sequential experts": MoEConfig(experts="sequential"),
+    "one choice": MoEConfig(moe_router_topk=1),
+    "original, one choice": MoEConfig(
+        router="original", moe_router_topk=1, capacity_factor=1.5, eval_capacity_factor=4.0
+    ),
+    "shared experts": MoEConfig(moe_shared_expert_intermediate_size=96),
+    "balanced by a bias": MoEConfig(moe_router_enable_expert_bias=True),
 }
 
 

@@ -45,9 +45,13 @@ def uncached(engine, request, tokens) -> torch.Tensor:
     return logits_1SV[0, len(prompt.tokens) - 1 :, : engine.prompter.tokenizer.vocab_size]
 
 
+@pytest.mark.parametrize("straight", [True, False], ids=["straight", "modules"])
 @pytest.mark.parametrize("gate", GATES)
-def test_cached_batched_logits_equal_the_uncached_ones(gate, seen):
+def test_cached_batched_logits_equal_the_uncached_ones(gate, straight, seen):
     engine = tiny_engine(GATES[gate], max_batch_size=3)
+    assert engine.forward.straight is not None
+    if not straight:
+        engine.forward.straight = None
     requests = mixed_requests()
     completions = {completion.request_id: completion for completion in engine.generate(requests)}
     assert len(completions) == len(requests)

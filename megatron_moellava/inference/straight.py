@@ -1,0 +1,130 @@
+"""The decoder spelt out for a rank that holds all of it.
+
+With one token per request, a layer of Megatron-Core's modules spends most of its time on the way to the products:
+process groups, autograd functions, the token dispatcher. Here the same parameters (shared, not copied) go through plain
+torch operations; the experts of all tokens are two grouped products. tests/unit/test_inference_engine.py compares every
+logit with the modules' own. What is not spelt out (shared experts, unusual routers) runs through its module.
+
+Shapes: T tokens of a step, H hidden, E experts, K choices of a token, G query groups, D channels of a head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from megatron_moellava import platform
+from megatron_moellava.model.experts import GroupedLinear
+from megatron_moellava.model.kv_cache import KVCache
+from megatron_moellava.model.moe_layer import ResidualMoELayer
+from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.model.router import MegatronRouter
+
+from megatron.core import parallel_state
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+
+def can_go_straight() -> bool:
+    """Whether this rank holds every parameter, in modules whose names are known here."""
+    sizes = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+    )
+    return max(sizes) == 1 and not platform.HAS_TRANSFORMER_ENGINE
+
+
+@dataclass(slots=True)
+class StraightDecoder:
+    model: MoELlava
+    angles_S11C: torch.Tensor | None = None
+
+    def __call__(self, hidden_T1H: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits [L, V] of the tokens that the step asks for."""
+        language, backbone = self.model.language_model, self.model.backbone
+        if self.angles_S11C is None:
+            self.angles_S11C = language.rotary_pos_emb(cache.max_sequence_length)
+        hidden_TH = hidden_T1H.squeeze(1)
+        for layer in language.decoder.layers:
+            normed_TH = layer.input_layernorm(hidden_TH)
+            attended_TH = self._attention(layer, normed_TH, cache) * backbone.residual_multiplier
+            if backbone.parallel_residual:
+                hidden_TH = hidden_TH + attended_TH + feed_forward(layer.mlp, normed_TH)
+                continue
+            hidden_TH = hidden_TH + attended_TH
+            fed_TH = feed_forward(layer.mlp, layer.pre_mlp_layernorm(hidden_TH))
+            hidden_TH = hidden_TH + fed_TH * backbone.residual_multiplier
+        hidden_LH = language.decoder.final_layernorm(hidden_TH[cache.step.last_tokens()]) / backbone.logits_divisor
+        tied = language.share_embeddings_and_output_weights
+        weight_VH = language.shared_embedding_or_output_weight() if tied else language.output_layer.weight
+        return F.linear(hidden_LH, weight_VH, language.output_layer.bias)[:, : backbone.vocab_size]
+
+    def _attention(self, layer, normed_TH: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        attention, backbone = layer.self_attention, self.model.backbone
+        qkv_TN = F.linear(normed_TH, attention.linear_qkv.weight, attention.linear_qkv.bias)
+        qkv_TGXD = qkv_TN.view(len(qkv_TN), backbone.num_query_groups, -1, backbone.kv_channels)
+        query_THD, key_TGD, value_TGD = qkv_TGXD[:, :, :-2].flatten(1, 2), qkv_TGXD[:, :, -2], qkv_TGXD[:, :, -1]
+        if attention.q_layernorm is not None:
+            query_THD, key_TGD = attention.q_layernorm(query_THD), attention.k_layernorm(key_TGD)
+        context_TH = cache.attend(attention.layer_number, query_THD, key_TGD, value_TGD, self.angles_S11C)
+        return F.linear(context_TH, attention.linear_proj.weight, attention.linear_proj.bias)
+
+
+def feed_forward(mlp, x_TH: torch.Tensor) -> torch.Tensor:
+    """The output of a layer's MLP or experts."""
+    if isinstance(mlp, MLP):
+        return dense(mlp, x_TH)
+    if isinstance(mlp, ResidualMoELayer) and is_plain(mlp):
+        share_T2 = mlp.coefficient(x_TH).softmax(dim=-1)
+        return experts(mlp, x_TH) * share_T2[:, :1] + dense(mlp.residual_mlp, x_TH) * share_T2[:, 1:]
+    if type(mlp) is MoELayer and is_plain(mlp):
+        return experts(mlp, x_TH)
+    output_T1H, bias_H = mlp(x_TH.unsqueeze(1))
+    return output_T1H.squeeze(1) if bias_H is None else output_T1H.squeeze(1) + bias_H
+
+
+def is_plain(mlp: MoELayer) -> bool:
+    """Grouped experts without shared ones beside them."""
+    return mlp.shared_experts is None and isinstance(getattr(mlp.experts, "linear_fc1", None), GroupedLinear)
+
+
+def dense(mlp: MLP, x_TH: torch.Tensor) -> torch.Tensor:
+    inner_TF = activate(mlp.config, F.linear(x_TH, mlp.linear_fc1.weight, mlp.linear_fc1.bias))
+    return F.linear(inner_TF, mlp.linear_fc2.weight, mlp.linear_fc2.bias)
+
+
+def activate(config, inner_TF: torch.Tensor) -> torch.Tensor:
+    if not config.gated_linear_unit:
+        return config.activation_func(inner_TF)
+    gate_TF, up_TF = inner_TF.chunk(2, dim=-1)
+    return config.activation_func(gate_TF) * up_TF
+
+
+def experts(mlp: MoELayer, x_TH: torch.Tensor) -> torch.Tensor:
+    """Tokens sorted by expert -> two grouped products -> back, weighted by the router."""
+    weights_TK, experts_TK = choices(mlp.router, x_TH)
+    fc1, fc2 = mlp.experts.linear_fc1, mlp.experts.linear_fc2
+    order_N = experts_TK.flatten().argsort(stable=True)  # N = T * K
+    tokens_N, sorted_N = order_N // experts_TK.shape[1], experts_TK.flatten()[order_N]
+    numbers_E = torch.arange(fc1.num_experts, device=sorted_N.device)
+    offsets_E = torch.searchsorted(sorted_N, numbers_E, right=True).to(torch.int32)
+    inner_NF = F.grouped_mm(x_TH[tokens_N], fc1.fused["weight"].transpose(1, 2), offs=offsets_E)
+    if fc1.use_bias:
+        inner_NF = inner_NF + fc1.fused["bias"][sorted_N]
+    output_NH = F.grouped_mm(activate(mlp.config, inner_NF), fc2.fused["weight"].transpose(1, 2), offs=offsets_E)
+    if fc2.use_bias:
+        output_NH = output_NH + fc2.fused["bias"][sorted_N]
+    weights_N1 = weights_TK.flatten()[order_N].unsqueeze(1).to(x_TH.dtype)
+    return torch.zeros_like(x_TH).index_add(0, tokens_N, output_NH * weights_N1)
+
+
+def choices(router: MegatronRouter, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights, experts) [T, K]. The default router in four operations; any other, and a watched one, by its module."""
+    config = router.config
+    simple = type(router) is MegatronRouter and config.moe_router_score_function == "softmax"
+    if not simple or config.moe_router_topk == 1 or router.watched:
+        probs_TE, _ = router(x_TH.unsqueeze(1))
+        return probs_TE.topk(config.moe_router_topk, dim=-1)
+    logits_TK, experts_TK = F.linear(x_TH.float(), router.weight).topk(config.moe_router_topk, dim=-1)
+    return logits_TK.softmax(dim=-1), experts_TK
