@@ -3,8 +3,8 @@
   python benchmarks/serving.py [--load runs/quickstart/stage3] [--clients 32] [--seconds 120] [--batch-size 16]
 
 Half of the clients stream, some leave in the middle, a few send rubbish. Prints answers, tokens per second, the time to
-the first token and to the last, and the server's memory after a warm-up and at the end. Exit code 1 when an honest
-request fails, rubbish is not refused, or memory grows by more than 5 %.
+the first token and to the last, and the server's memory by quarters of the time. Exit code 1 when an honest request
+fails, rubbish is not refused, or memory grows by more than 2 % from the second quarter to the last.
 """
 
 import argparse
@@ -116,6 +116,18 @@ def resident_megabytes(process: subprocess.Popen) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+class Memory(threading.Thread):
+    """Samples the server's resident memory until `done`."""
+
+    def __init__(self, process: subprocess.Popen):
+        super().__init__()
+        self.process, self.done, self.samples = process, threading.Event(), []
+
+    def run(self) -> None:
+        while not self.done.wait(0.25):
+            self.samples.append(resident_megabytes(self.process))
+
+
 def start_server(args: argparse.Namespace) -> tuple[subprocess.Popen, int]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -153,17 +165,19 @@ def main() -> int:
     args = parser.parse_args()
     process, port = start_server(args)
     try:
-        run(port, args.clients, args.seconds / 6)  # caches, threads and pools fill
-        before = resident_megabytes(process)
+        run(port, args.clients, args.seconds / 4)  # caches, threads and pools fill
+        memory = Memory(process)
+        memory.start()
         tally = run(port, args.clients, args.seconds)
-        after = resident_megabytes(process)
+        memory.done.set()
+        memory.join()
     finally:
         process.terminate()
         process.wait(30)
-    return report(args, tally, before, after)
+    return report(args, tally, memory.samples)
 
 
-def report(args: argparse.Namespace, tally: Tally, before: float, after: float) -> int:
+def report(args: argparse.Namespace, tally: Tally, memory: list[float]) -> int:
     print(
         f"{args.clients} clients, {args.seconds:g} s: {len(tally.seconds)} answers, {tally.left} left in the middle, "
         f"{tally.refused} times rubbish, {len(tally.errors)} errors"
@@ -173,10 +187,12 @@ def report(args: argparse.Namespace, tally: Tally, before: float, after: float) 
             f"{tally.tokens / args.seconds:.1f} tokens/s; first token median {statistics.median(tally.first):.2f} s; "
             f"answer median {statistics.median(tally.seconds):.2f} s, worst {max(tally.seconds):.2f} s"
         )
-    print(f"memory {before:.0f} MB -> {after:.0f} MB")
+    quarter = len(memory) // 4
+    means = [statistics.mean(memory[i * quarter : (i + 1) * quarter]) for i in range(4)]
+    print("memory by quarters: " + ", ".join(f"{mean:.0f} MB" for mean in means))
     for error in tally.errors[:5]:
         print(f"error: {error}")
-    return int(bool(tally.errors) or not tally.seconds or after > 1.05 * before)
+    return int(bool(tally.errors) or not tally.seconds or means[3] > 1.02 * means[1])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ class Running:
     beams: BeamSearch | None = None
     record: RoutingRecord | None = None
     finish_reason: str = ""
+    num_steps: int = 0  # of a beam search
 
     def __post_init__(self) -> None:
         sampling = self.request.sampling
@@ -48,11 +49,11 @@ class Running:
     def accept(self, choice: int | list[Beam]) -> tuple[str, list[int]]:
         """Take a choice over; returns (text that is certain now, source of each row where beams changed places)."""
         if self.beams is not None:
-            sources = self.beams.advance(choice, self.stop_ids)
+            self.num_steps += 1
+            is_last = self.num_steps == self.request.sampling.max_new_tokens
+            sources = self.beams.advance(choice, self.stop_ids, is_last)
             if self.beams.is_done():
-                self.finish_reason = "stop"
-            elif len(self.beams.tokens[0]) >= self.request.sampling.max_new_tokens:
-                self.finish_reason = "length"
+                self.finish_reason = "stop" if self.beams.best()[-1] in self.stop_ids else "length"
             return "", sources
         delta = ""
         if choice in self.stop_ids:
@@ -73,7 +74,7 @@ class Running:
     def complete(self) -> Event:
         """The last event."""
         if self.beams is not None:
-            best = self.beams.best() if self.beams.tokens else []
+            best = self.beams.best()
             delta = "".join(self.stream.add(token) for token in best if token not in self.stop_ids)
             tokens = tuple(best)
         else:

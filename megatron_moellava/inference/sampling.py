@@ -47,12 +47,12 @@ class BeamSearch:
         size = scores_KV.shape[1]
         return [Beam(at // size, at % size, score) for score, at in zip(best, index, strict=True)]
 
-    def advance(self, proposed: list[Beam], stop_ids: frozenset[int]) -> list[int]:
-        """Take the proposals over; returns the source of each beam that goes on."""
+    def advance(self, proposed: list[Beam], stop_ids: frozenset[int], is_last: bool = False) -> list[int]:
+        """Take the proposals over; returns the source of each beam that goes on. The last step ends all of them."""
         before = self.tokens or [[]]
         going: list[Beam] = []
         for rank, beam in enumerate(proposed):
-            if beam.token in stop_ids:
+            if is_last or beam.token in stop_ids:
                 if rank < self.num_beams:  # an end that is not among the K best is none
                     self._finish(beam.score, [*before[beam.source], beam.token])
             elif len(going) < self.num_beams:
@@ -66,15 +66,14 @@ class BeamSearch:
         self.finished = sorted(self.finished, key=lambda item: item[0], reverse=True)[: self.num_beams]
 
     def is_done(self) -> bool:
-        """No running beam can still beat the worst of K finished ones."""
+        """No running beam can still beat the worst of K finished ones, or none is left."""
+        if not self.tokens:
+            return True
         if len(self.finished) < self.num_beams:
             return False
         length = len(self.tokens[0])
         return max(self.scores) / length**self.length_penalty <= self.finished[-1][0]
 
     def best(self) -> list[int]:
-        """The best answer so far, running ones included only where fewer than K have ended."""
-        if len(self.finished) < self.num_beams:
-            for score, tokens in zip(self.scores, self.tokens, strict=True):
-                self._finish(score, tokens)
+        """The best of the finished answers."""
         return self.finished[0][1]

@@ -70,7 +70,7 @@ def test_beam_search_finds_the_likelier_sentence_that_greedy_misses():
     search.advance(search.propose(torch.tensor([[0.6, 0.4, 1e-9, 1e-9]]).log(), stop), stop)
     assert search.tokens == [[0], [1]]
     after = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1e-9, 1e-9, 1.0, 1e-9]]).log()
-    search.advance(search.propose(after, stop), stop)
+    search.advance(search.propose(after, stop), stop, is_last=True)
     assert search.best() == [1, 2]
 
 
