@@ -17,7 +17,7 @@ from megatron_moellava.model.original_gate import Gate, expert_capacity, gumbel,
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -45,6 +45,23 @@ class MegatronRouter(TopKRouter):
     def _apply_expert_bias(self, routing_map_NE: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
         """Megatron-Core 0.19.2 masks the [N, E] map by a mask [N], which does not broadcast."""
         super()._apply_expert_bias(routing_map_NE, None if padding_mask is None else padding_mask.unsqueeze(-1))
+
+    def apply_z_loss(self, logits_NE: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The mean over the real tokens of the micro-batch. Megatron-Core averages the means of the tensor-parallel ranks,
+        though one may hold more padding than another: the result would depend on the layout."""
+        ranks, coefficient = self.tp_cp_group.size(), self.config.moe_z_loss_coeff
+        if padding_mask is None or ranks == 1 or not coefficient:
+            return super().apply_z_loss(logits_NE, padding_mask)
+        if not (self.training and torch.is_grad_enabled()):
+            return logits_NE
+        here = (~padding_mask).sum()
+        everywhere = here.clone()
+        torch.distributed.all_reduce(everywhere, group=self.tp_cp_group)
+        z_loss = z_loss_func(logits_NE, 1.0, padding_mask) * (here / everywhere.clamp(min=1))
+        get_moe_metrics_tracker().record(
+            "z_loss", z_loss.detach() * ranks, self.layer_number, self.config.num_layers, avg_group=self.tp_dp_cp_group
+        )
+        return MoEAuxLossAutoScaler.apply(logits_NE, z_loss * coefficient)
 
 
 class OriginalRouter(MegatronRouter):
