@@ -18,6 +18,7 @@ import random
 import sys
 import types
 import warnings
+from collections.abc import Iterator
 
 import numpy
 import torch
@@ -67,6 +68,18 @@ def rng_state() -> dict:
     if HAS_CUDA:
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave the host's generators as they are, whatever happens inside (torch's DataLoader draws a seed when it starts)."""
+    state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        numpy.random.set_state(state[1])
+        torch.set_rng_state(state[2])
 
 
 def set_rng_state(state: dict) -> None:

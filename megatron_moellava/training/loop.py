@@ -187,8 +187,12 @@ class Trainer:
         return numbers, applied, [name for batch in batches for name in batch.sample_ids]
 
     def _next_batch(self) -> Batch:
-        """The next micro-batch of this data-parallel rank, on the device, on every rank that needs it."""
-        return broadcast_batch(next(self.loader) if self.loader is not None else None)
+        """The next micro-batch of this data-parallel rank, on the device, on every rank that needs it.
+
+        A loader that starts draws from the generators: dropout after a resume would be another than without it.
+        """
+        with platform.generators_kept():
+            return broadcast_batch(next(self.loader) if self.loader is not None else None)
 
     def _forward_backward(self, batches: list[Batch], loss_tokens: int) -> list[torch.Tensor]:
         scale = self.num_microbatches * parallel.data_parallel_size() / max(loss_tokens, 1)
