@@ -44,7 +44,7 @@ def test_run_would_show_an_error(job, result):
     """What is compared is there: every trained tensor has a gradient and moves, and only those move."""
     model = MODELS[job["layout"].split(":")[0]]
     moved = {name for name in result["moved"] if not name.endswith("expert_bias")}
-    assert moved == set(result["gradients"])
+    assert set(result["gradients"]) - set(result["zero"]) <= moved <= set(result["gradients"])  # decay moves the rest
     tower = [name for name in result["gradients"] if name.startswith("vision_tower.")]
     assert bool(tower) == (model.roles is not None)
     image_only = [name for name in result["gradients"] if name.startswith(("vision_tower.", "projector."))]
