@@ -20,7 +20,7 @@ endif
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart chat serve test test-browser test-layouts check format test-cluster clean
+.PHONY: help quickstart chat serve test test-browser test-layouts test-layouts-8 check format test-cluster clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test: $(READY)  ## unit and parity tests (TESTS=tests/unit for a part)
 
 test-layouts: $(READY)  ## every parallel layout against one process, every family against transformers, resume (many minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributed tests/parity/test_hf_logits.py
+
+test-layouts-8: $(READY)  ## layouts of eight processes
+	SLOW_LAYOUTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributed/test_layouts.py
 
 check: $(READY)  ## format, lint, types, import direction, shell scripts, Dockerfile
 	$(BIN)/ruff format --check .

@@ -180,7 +180,7 @@ LAYOUTS = [
     *_layouts("llama-stage3", "pp2-ep2", 4, pp=2, ep=2),
     *_layouts("original", "pp2-tp2", 4, pp=2, tp=2),
 ]  # fmt: skip
-# Too long for everyday: `make test-layouts`.
+# Eight processes: `make test-layouts-8`.
 SLOW_LAYOUTS = [
     *_layouts("llama phi tied", "pp2-tp2-ep2", 8, pp=2, tp=2, ep=2),
     *_layouts("llama", "tp2-ep4", 8, tp=2, ep=4),
@@ -189,7 +189,7 @@ SLOW_LAYOUTS = [
     *_layouts("llama", "tp4-ep2-overlap", 8, tp=4, ep=2, overlap_grads=True, overlap_params=True),
     *_layouts("llama", "pp4-ep2-recompute-full", 8, pp=4, ep=2, recompute="full"),
     *_layouts("llama-stage1", "pp4-tp2", 8, pp=4, tp=2),
-    *_layouts("llama-stage3", "pp2-vpp2-ep4", 8, pp=2, vpp=2, ep=4),
+    *_layouts("llama-stage3", "pp2-vpp2-tp2-ep2", 8, pp=2, vpp=2, tp=2, ep=2),
     *_layouts("original", "pp2-tp2-ep2", 8, pp=2, tp=2, ep=2),
     *_layouts("bf16", "pp2-tp2-ep2", 8, pp=2, tp=2, ep=2),
 ]

@@ -12,10 +12,10 @@ TOLERANCE = 1e-5
 # bf16 keeps 8 bits: a sum in another order moves single gradients by a per cent, the loss and the norm by far less.
 BF16_LOSS, BF16_GRAD_NORM = 2e-3, 2e-2
 
-chosen = LAYOUTS + (SLOW_LAYOUTS if os.environ.get("SLOW_LAYOUTS") else [])
+chosen = SLOW_LAYOUTS if os.environ.get("SLOW_LAYOUTS") else LAYOUTS
 fp32 = [layout_job(layout) for layout in chosen if not layout.model.startswith("bf16")]
 bf16 = [layout_job(layout) for layout in chosen if layout.model.startswith("bf16")]
-references = [layout_job(layout) for layout in REFERENCES.values()]
+references = [layout_job(REFERENCES[model]) for model in dict.fromkeys(layout.model for layout in chosen)]
 
 
 def each(jobs: list[dict]):
