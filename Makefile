@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 .PHONY: help quickstart chat serve test test-browser test-layouts test-layouts-8 check format test-cluster clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(READY)  ## the three stages on a published benchmark, on this CPU (PRESET=fast or full)
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) examples/quickstart/run.py --preset $(PRESET) --out runs/quickstart $(ARGS)
