@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_moellava.backbones import BACKBONES, backbone_fields
 from megatron_moellava.config import CheckpointError
 from megatron_moellava.model.integrity import verify_files
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.towers import TOWERS, tower_fields
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -56,6 +58,23 @@ def read_run_file(checkpoint: Path) -> dict:
             f"{checkpoint} has format {description.get('format')}; this program reads format {FORMAT}"
         )
     return description
+
+
+def model_names(checkpoint: Path) -> dict:
+    """`model.backbone` and `model.tower` of a run that goes on from a checkpoint.
+
+    A known name, if that is what the checkpoint holds; else the checkpoint itself, which has every field: it may come from
+    a folder that is gone, or have another feature layer.
+    """
+    model = read_run_file(checkpoint)["model"]
+    known = {"backbone": (BACKBONES, backbone_fields), "tower": (TOWERS, tower_fields)}
+    return {
+        part: model[part]
+        if model[part] in registry and fields_of(registry[model[part]]) == model[f"{part}_fields"]
+        else str(checkpoint)
+        for part, (registry, fields_of) in known.items()
+        if model[part] is not None
+    }
 
 
 def model_state(chunks: list[MoELlava]) -> dict:

@@ -12,7 +12,7 @@ cannot change between one and several expert-parallel ranks. Nothing in a folder
 import json
 import queue
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ import megatron_moellava
 from megatron_moellava import parallel, platform
 from megatron_moellava.backbones import backbone_fields
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
-from megatron_moellava.model.checkpoint import FORMAT, RUN_FILE, complete_checkpoints, model_state
+from megatron_moellava.model.checkpoint import FORMAT, RUN_FILE, complete_checkpoints, model_state, read_run_file
 from megatron_moellava.model.integrity import file_digests
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.towers import tower_fields
@@ -44,6 +44,7 @@ class TrainingState:
     iteration: int  # optimizer steps done, skipped ones included
     consumed_samples: int
     data: dict | None  # the loader's own state, of this data-parallel rank; None where this process does not read
+    provenance: dict = field(default_factory=dict)  # of the weights; run.json keeps it
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -101,14 +102,26 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
         "world_size": dist.get_world_size(),
         "data_parallel_size": parallel.data_parallel_size(),
         "model": {
-            "backbone": run.model.backbone,
-            "tower": run.model.tower,
+            "backbone": model.backbone.name,
+            "tower": model.tower.name,
             "moe": to_dict(run.moe) if run.moe else None,
             "backbone_fields": backbone_fields(model.backbone),
             "tower_fields": tower_fields(model.tower),
         },
         "config": to_dict(run),
-        "provenance": {"written_by": f"megatron-moellava {megatron_moellava.__version__} training"},
+        "provenance": state.provenance,
+    }
+
+
+def provenance_of(run: RunConfig, source: Path) -> dict:
+    """Where the weights of a stage come from: `source`, and whatever that came from; the imported config goes along."""
+    earlier = read_run_file(source).get("provenance") or {}
+    return {
+        "operation": f"training of stage {run.training.stage}",
+        "source": f"{source.parent.name}/{source.name}",
+        "version": megatron_moellava.__version__,
+        "hf_config": earlier.get("hf_config"),
+        "parent": {key: value for key, value in earlier.items() if key != "hf_config"},
     }
 
 

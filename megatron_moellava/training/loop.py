@@ -75,6 +75,10 @@ class Trainer:
         source = resumed or (require_checkpoint(options.load) if options.load else None)
         if source is not None:
             load_weights(source, self.chunks)
+            if resumed:
+                self.state.provenance = read_run_file(resumed).get("provenance") or {}
+            else:
+                self.state.provenance = checkpoints.provenance_of(self.run, source)
         return resumed
 
     def _resume(self, checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, RunConfig, from_dict, read_yaml, set_override, split_override
 from megatron_moellava.data.loader import Loader, build_train_loader
 from megatron_moellava.data.tokenizer import load_tokenizer
-from megatron_moellava.model.checkpoint import newest_checkpoint, read_run_file
+from megatron_moellava.model.checkpoint import model_names, newest_checkpoint, read_run_file
 from megatron_moellava.towers import get_tower
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.validate import validate
@@ -39,8 +39,7 @@ def _model_of_checkpoint(load: str | None) -> dict:
     if checkpoint is None:
         return {}
     model = read_run_file(checkpoint)["model"]
-    tree = {"model": {"backbone": model["backbone"], "tower": model["tower"]}}
-    return tree | ({"moe": dict(model["moe"])} if model["moe"] else {})
+    return {"model": model_names(checkpoint)} | ({"moe": dict(model["moe"])} if model["moe"] else {})
 
 
 def validate_run(run: RunConfig) -> None:
