@@ -9,7 +9,21 @@ import tiktoken
 from megatron_moellava.data.qwen_tokenizer import RANKS, SPECIALS, SPLIT
 from megatron_moellava.data.tokenizer import load_tokenizer
 
-WORDS = (b"th", b"the", b" t", b" the", b"un", b"unk", b"<u", b"<unk", b"<unk>", "\u00e9".encode(), b"\n\n", b"12", b"'s")
+WORDS = (
+    b"th",
+    b"the",
+    b" t",
+    b" the",
+    b"un",
+    b"unk",
+    b"<u",
+    b"<unk",
+    b"<unk>",
+    "\u00e9".encode(),
+    b"\n\n",
+    b"12",
+    b"'s",
+)
 TEXTS = (
     "the unk <unk> isn't the cat's",
     "caf\u00e9 cafe\u0301 123 12\n\n  the\t",  # composed and decomposed: NFC makes them one
