@@ -11,7 +11,7 @@ import json
 import random
 import re
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 from digits import write_digits
@@ -19,13 +19,12 @@ from digits import write_digits
 COLORS = "black|blue|brown|gray|green|red|teal|yellow"
 SHAPES = "circle|rectangle|triangle"
 CAPTIONS = ("{}.", "the image shows {}.", "a picture of {}.", "this is {}.")
-REPEATS = 3  # at most, of a training question whose answer is the rarer one for its kind
 VOCABULARY = 512  # pieces of the SentencePiece model, 256 of them bytes
 
 
 def write_quickstart(out: Path, *, preset: str = "fast", turns: int = 3, text_rows: int = 400, seed: int = 0) -> dict:
     """Write everything; returns the counts. A folder that already holds the same data is left alone."""
-    wanted = {"preset": preset, "turns": turns, "text_rows": text_rows, "seed": seed, "format": 2}
+    wanted = {"preset": preset, "turns": turns, "text_rows": text_rows, "seed": seed, "format": 1}
     summary_file = out / "summary.json"
     if summary_file.exists() and (summary := json.loads(summary_file.read_text()))["wanted"] == wanted:
         print(f"{out} already holds this data")
@@ -73,7 +72,7 @@ def write_easy_vqa(out: Path, rng: random.Random):
         {"question_id": n, "image": f"easy_vqa/test/{i}.png", "question": q, "answer": a, "type": kind(a)}
         for n, (q, a, i) in enumerate(zip(*easy_vqa.get_test_questions(), strict=True))
     ]
-    return train + repeats(train), captions, tests
+    return train, captions, tests
 
 
 def kind(answer: str) -> str:
@@ -81,26 +80,6 @@ def kind(answer: str) -> str:
     if answer in ("yes", "no"):
         return "existence"
     return "color" if re.fullmatch(COLORS, answer) else "shape"
-
-
-def repeats(questions: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
-    """More of the existence questions that are answered the rarer way.
-
-    "is there a red shape?" is answered no seven times in eight: without them the model is long content to say no.
-    Questions of one kind ask for a colour or for a shape, and are negated or not.
-    """
-
-    def kind_of(question: str) -> tuple[bool, bool]:
-        return bool(re.search(COLORS, question)), bool(re.search(r"\bno(t)?\b", question))
-
-    existence = [question for question in questions if question[3] == "existence"]
-    counts = Counter((kind_of(question), answer) for _, question, answer, _ in existence)
-    more = []
-    for asked in existence:
-        _, question, answer, _ = asked
-        same, other = (counts[kind_of(question), word] for word in (answer, "no" if answer == "yes" else "yes"))
-        more.extend([asked] * (min(REPEATS, round(other / same)) - 1))
-    return more
 
 
 def describe(questions: list[tuple[str, str, str, str]]) -> dict[str, str]:
