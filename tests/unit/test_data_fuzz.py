@@ -103,7 +103,7 @@ def test_a_mutated_list_gives_rows_or_an_error(tmp_path, data):
 def encoder(request):
     template = get_template("phi" if request.param == "tok_bpe" else "v1")
     tokenizer = load_tokenizer(ASSETS / request.param)
-    return Encoder(template=template, tokenizer=tokenizer, num_features=16, seq_length=400)
+    return Encoder(template=template, tokenizer=tokenizer, num_features=16, max_length=400)
 
 
 @fuzz(300)
