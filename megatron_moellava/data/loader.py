@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_moellava.config import DataError
-from megatron_moellava.data.batch import Batch
+from megatron_moellava.data.batch import Batch, from_wire
 from megatron_moellava.data.encode import Encoder, check_template
 from megatron_moellava.data.modality import ModalityEngine, Rows, check_sources
 from megatron_moellava.data.pipeline import Pipeline
@@ -85,7 +85,7 @@ class Loader:
         self.messages += [message for _, message in events.skipped]
         for _, message in events.skipped:
             _LOG.warning("skipped: %s", message)
-        return delivered["batch"]
+        return delivered["batch"] and from_wire(delivered["batch"])
 
     def rows_per_epoch(self) -> int:
         """Rows that one epoch fills over all ranks: its samples; when packing an estimate, the same on every rank."""
@@ -107,7 +107,7 @@ class Loader:
         if first and first["fingerprint"]["world_size"] != now["world_size"]:
             check_fingerprint(first["fingerprint"], now, ignore=("rank", "world_size", "num_workers"))
             states = redistribute([saved[rank] for rank in sorted(saved)], now["world_size"], now.get("num_workers"))
-            return self.load_state_dict(states[now["rank"]])
+            saved = dict(enumerate(states))
         self.load_state_dict(saved[now["rank"]])
 
     def load_state_dict(self, saved: dict) -> None:
@@ -172,7 +172,8 @@ def build_train_loader(
     """`data` is a DataConfig; `template` stands in when data.template is empty (the backbone's own).
 
     rank and world_size are data-parallel. `accumulation_steps` (micro-batches per step and rank) matters to the
-    modality sampler only. `context_length` is the backbone's: no sample is longer. `cache_folder` keeps the row indices (default: beside each JSON).
+    modality sampler only. `context_length` is the backbone's: no sample is longer. `cache_folder` keeps the row indices
+    (default: beside each JSON).
     """
     if not data.sources:
         raise DataError("data.sources is empty; name at least one LLaVA JSON or a folder of shards")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_moellava.config import DataError
 from megatron_moellava.data import media
-from megatron_moellava.data.batch import Batch, pack, pad
+from megatron_moellava.data.batch import Batch, pack, pad, to_wire
 from megatron_moellava.data.encode import EncodedSample, Encoder
 from megatron_moellava.data.packing import CarryOverPacking, select_rows
 from megatron_moellava.data.sample import BadSample, ImageRef, parse_record
@@ -150,7 +150,7 @@ class Pipeline(TaskEncoder):
 
     def deliver(self, made: Batch | None) -> dict:
         events, self.events = self.events, Events()
-        return {"__key__": "", "__restore_key__": (), "batch": made, "events": events}
+        return {"__key__": "", "__restore_key__": (), "batch": made and to_wire(made), "events": events}
 
 
 class GuardedReader:

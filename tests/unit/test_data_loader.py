@@ -316,7 +316,7 @@ def test_a_position_moves_between_ranks(tmp_path):
     resumed.load_states(saved)
     assert sorted(ids(take(resumed, 16))) == expected and resumed.seen == 48
     odd = {rank: state | {"engine": state["engine"] | {"position": 3}} for rank, state in saved.items()}
-    with pytest.raises(DataError, match="after 6 micro-batches of the epoch, which 4 ranks cannot have shared"):
+    with pytest.raises(DataError, match=r"after 6 micro-batches of the epoch, which 4 ranks cannot have shared"):
         loaders(4)[0].load_states(odd)
 
 
@@ -331,7 +331,7 @@ def test_a_loader_takes_the_states_of_another_number_of_ranks(tmp_path):
     resumed.load_states(saved)
     assert resumed.seen == sum(state["counters"]["seen"] for state in saved.values())
     assert [ids([batch]) for batch in take(resumed, 6)] == expected
-    with pytest.raises(DataError, match="2 ranks x 1 workers; it can be continued with any .* gives 2, not 1 x 1"):
+    with pytest.raises(DataError, match=r"2 ranks x 1 workers; it can be continued with any .* gives 2, not 1 x 1"):
         make_loader(config(path, num_workers=1)).load_states(saved)
     with pytest.raises(DataError, match="packing_buffer: 16 then, 8 now"):
         make_loader(config(path, num_workers=2, packing_buffer=8)).load_states(saved)
