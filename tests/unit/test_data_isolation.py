@@ -26,7 +26,6 @@ TOLERANCE = 1e-5
 MODELS = {
     "dense": None,
     "experts": MoEConfig(moe_aux_loss_coeff=0.0),  # the balancing loss is of the micro-batch, not of a sample
-    "sequential experts": MoEConfig(moe_aux_loss_coeff=0.0, experts="sequential"),
 }
 
 
@@ -113,7 +112,7 @@ def test_a_samples_loss_is_the_same_packed_and_unpacked(model, data_set, packed,
 def test_no_other_samples_loss_changes_by_a_bit(model, packed, part):
     tried = {True: 0, False: 0}  # rows whose changed sample comes first, or later
     with torch.no_grad():
-        for batch, sample in itertools.product(packed[:4], range(3)):
+        for batch, sample in itertools.product(packed[:2], range(2)):
             if sample >= len(batch.sample_ids) or (part == "pixels" and not has_image(batch, sample)):
                 continue
             before, after = (losses_of(model, row) for row in (batch, edited(batch, sample, part)))
@@ -123,16 +122,15 @@ def test_no_other_samples_loss_changes_by_a_bit(model, packed, part):
     assert tried[True] and tried[False]
 
 
-def test_gradients_end_at_the_samples_bounds(model, packed):
+@pytest.mark.parametrize("sample", [0, 1])
+def test_gradients_end_at_the_samples_bounds(model, packed, sample):
     for batch in packed[:2]:
-        tokens_BS, pixels = batch.tokens_BS, batch.pixel_values_NCHW
-        embeddings_SBD = model.embed(tokens_BS, pixels).detach().requires_grad_()
-        inputs = model_inputs(batch) | {"embeddings_SBD": embeddings_SBD, "pixels_NCHW": None}
-        losses_BS = model(**inputs)
-        for _, start, end in spans(batch):
-            (slope_SBD,) = torch.autograd.grad(losses_BS[0, start:end].sum(), embeddings_SBD, retain_graph=True)
-            own = slope_SBD[start:end]
-            assert own.abs().sum() > 0 and slope_SBD.abs().sum() == own.abs().sum()
+        embeddings_SBD = model.embed(batch.tokens_BS, batch.pixel_values_NCHW).detach().requires_grad_()
+        losses_BS = model(**model_inputs(batch) | {"embeddings_SBD": embeddings_SBD, "pixels_NCHW": None})
+        _, start, end = spans(batch)[sample]
+        losses_BS[0, start:end].sum().backward()
+        reached = embeddings_SBD.grad[:, 0].abs().sum(dim=1).nonzero().flatten()
+        assert len(reached) > 10 and start <= reached.min() and reached.max() < end
 
 
 def test_the_tests_above_would_see_a_leak(packed):

@@ -9,6 +9,7 @@ import torch
 from data_files import ASSETS, config, conversation, ids, make_set, row, take, write_images, write_rows
 from PIL import Image
 
+from megatron_moellava.data.grid import num_tiles
 from megatron_moellava.data.loader import build_train_loader
 from megatron_moellava.data.shards import make_shards
 from megatron_moellava.data.tokenizer import load_tokenizer
@@ -60,9 +61,10 @@ def test_every_kind_from_json_and_from_shards(tmp_path, family, grid):
             images = rows[name][1]
             assert (batch.tokens_BS == -200).sum() == tower.num_features * len(pixels)
             video = "video" in rows[name][0]
-            expected = images if not grid or (video and source == path) else 3 * images  # 40 x 30: overview and 2 tiles
+            tiled = grid and not (video and source == path)  # in a shard a frame is an image like any other
+            expected = images * (num_tiles(40, 30, tower.image_size) if tiled else 1)
             assert len(pixels) == expected, (name, source)
-            if not (grid and video):  # in a shard a frame is an image like any other
+            if not (grid and video):
                 before = found.setdefault(name, (batch.tokens_BS, pixels))
                 assert torch.equal(before[0], batch.tokens_BS) and torch.equal(before[1], pixels)
         assert loader.seen >= len(rows) and not loader.skipped

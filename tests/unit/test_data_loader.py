@@ -337,7 +337,7 @@ def test_a_loader_takes_the_states_of_another_number_of_ranks(tmp_path):
         make_loader(config(path, num_workers=2, packing_buffer=8)).load_states(saved)
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_epochs_of_workers_overlap_by_little(tmp_path, workers):
     """Workers take turns by packed rows, so one with shorter samples begins its second epoch before the others end
     their first. No sample is skipped for it, and hardly any comes twice before the last has come once."""
@@ -364,8 +364,8 @@ def test_long_rows_are_named_cut_or_skipped(tmp_path, caplog):
     long = row(0, None, conversations=conversation("Is it raining?", "No, the sky is clear. " * 200))
     path = write_rows(tmp_path, [long, row(1, None)])
     loader = make_loader(config(path, packing_buffer=2), context_length=100)
-    assert max(batch.max_seqlen for batch in take(loader, 2)) > 100  # the pad tail
-    assert all(bounds.diff()[:-1].max() <= 100 for bounds in (batch.cu_seqlens for batch in take(loader, 3)))
+    lengths = [batch.cu_seqlens.diff()[: len(batch.sample_ids)].tolist() for batch in take(loader, 3)]
+    assert max(itertools.chain(*lengths)) == 100
     assert "rows.json row 0: cut at 100 of" in caplog.text and "raise data.max_sample_length" in caplog.text
     with pytest.raises(DataError, match=r"rows.json row 0: .* tokens with its images, more than the 100 of a sample"):
         take(make_loader(config(path, long_samples="skip"), context_length=100), 3)
