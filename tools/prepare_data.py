@@ -85,7 +85,7 @@ def _statistics(arguments: argparse.Namespace) -> None:
     from megatron_moellava.config import ConfigError, DataConfig
     from megatron_moellava.data.index import index_json
     from megatron_moellava.data.loader import build_encoder
-    from megatron_moellava.data.statistics import describe, plot, token_lengths
+    from megatron_moellava.data.statistics import LIMIT, describe, plot, token_lengths
     from megatron_moellava.data.tokenizer import load_tokenizer
     from megatron_moellava.towers import get_tower
 
@@ -97,8 +97,10 @@ def _statistics(arguments: argparse.Namespace) -> None:
     encoder = build_encoder(data, load_tokenizer(arguments.tokenizer), get_tower(arguments.tower))
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    tokens, images = token_lengths(index_json(arguments.data, out / "index"), encoder)
-    found = describe(tokens, images, arguments.seq_length, arguments.packing_buffer)
+    index = index_json(arguments.data, out / "index")
+    tokens, images = token_lengths(index, encoder)
+    found = {"rows": index.rows, "unusable_rows": min(index.rows, LIMIT) - len(tokens)}
+    found |= describe(tokens, images, arguments.seq_length, arguments.packing_buffer)
     plot(tokens, images, out / "token_lengths.png", f"{Path(arguments.data).name}: {len(tokens):,} samples")
     (out / "statistics.json").write_text(json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))

@@ -121,7 +121,8 @@ def normalise(image: Image.Image, tower) -> np.ndarray:
     """(level / 255 - mean) / std, [3, H, W]; channel by channel, since strided arrays are slow."""
     pixels_CHW = np.empty((3, image.height, image.width), dtype=np.float32)
     for band, plane, mean, std in zip(image.split(), pixels_CHW, tower.image_mean, tower.image_std, strict=True):
-        np.multiply(np.asarray(band), np.float32(1 / (255 * std)), out=plane, dtype=np.float32)
+        plane[...] = np.asarray(band)  # converting by itself: numpy's mixed product would go through a small buffer
+        plane *= np.float32(1 / (255 * std))
         plane -= np.float32(mean / std)
     return pixels_CHW
 

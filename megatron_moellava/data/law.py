@@ -38,7 +38,7 @@ def sample_lengths(count: int, num_features: int, max_length: int, seed: int = 0
 
 
 def packing_bound(tokens: np.ndarray, capacity: int, grid: int = 16) -> float:
-    """No packing of many such samples into rows of `capacity` has a larger useful share. Needs scipy (extra: quickstart).
+    """No packing of many such samples into rows of `capacity` has a larger useful share. Needs scipy (extra: dev).
 
     Samples are rounded down to the grid, which only helps the packing, and may be split over rows in any fraction
     (the linear relaxation): a row is a path from 0 to `capacity`, a sample an arc of its length, and the arcs of each

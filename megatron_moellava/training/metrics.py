@@ -88,7 +88,7 @@ class StepLog:
         }
         if self.folder is not None:
             (self.folder / "data.json").write_text(json.dumps(report, indent=1))
-        wait = f", waited for them {report['data_wait_share']:.1%} of the time" if self.seconds else ""
+        wait = f"; steps waited {report['data_wait_share']:.1%} of the time" if self.seconds else ""
         even = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
         self.say(f"data: {summary(counters)}{wait}; busiest rank over the mean: {even}")
 
