@@ -82,8 +82,12 @@ class DataConfig:
     image_aspect_ratio: str = "pad"  # "pad" to a square with the mean colour, or "square" (resize and crop)
     image_grid: bool = False  # LLaVA-NeXT tiling of high-resolution images
     seq_length: int = 2048  # tokens per row, image tokens included
+    max_sample_length: int | None = (
+        None  # of one sample; None: seq_length, or the backbone's context where that is shorter
+    )
+    long_samples: str = "cut"  # samples beyond it: "cut" there and count, as the original, or "skip" them as bad
     packing: bool = True  # several samples per row, with block-diagonal attention
-    packing_buffer: int = 64  # samples the packer looks at
+    packing_buffer: int = 128  # samples the packer looks at
     sampler: str = "shuffle"  # or "modality_length", the original's (padded mode only)
     num_workers: int = 2
     max_images: int = 16  # per sample

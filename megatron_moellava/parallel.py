@@ -93,6 +93,14 @@ def sum_over_data_parallel(values: Iterable[float]) -> torch.Tensor:
     return total
 
 
+def gather_over_data_parallel(values: Iterable[float]) -> torch.Tensor:
+    """fp64 [ranks, values]: the host numbers of every data-parallel rank, on every rank of the group."""
+    own = torch.tensor(list(values), dtype=torch.float64, device=platform.device())
+    gathered = own.new_empty(data_parallel_size(), len(own))
+    dist.all_gather(list(gathered.unbind()), own, group=parallel_state.get_data_parallel_group())
+    return gathered.cpu()
+
+
 def broadcast_from_reader(tensors: dict[str, torch.Tensor | None] | None, meta: object = None) -> tuple[dict, object]:
     """Send named tensors (None allowed) and a small picklable `meta` from the reading process to its model-parallel group.
 

@@ -194,10 +194,10 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
                 group["step"] = steps
 
 
-def load_rank_state(checkpoint: Path, description: dict) -> dict | None:
-    """Restore the random generators; returns the loader's state of this data-parallel rank.
+def load_rank_state(checkpoint: Path, description: dict) -> dict[int, dict] | None:
+    """Restore the random generators; where data is read, returns the loader's state by data-parallel rank.
 
-    Raises CheckpointError when the number of data-parallel ranks differs, since the order of the data would.
+    That of this rank, or of all if their number has changed.
     """
     folder = checkpoint / "ranks"
     if description["world_size"] == dist.get_world_size():
@@ -206,13 +206,10 @@ def load_rank_state(checkpoint: Path, description: dict) -> dict | None:
         tensor_parallel.get_cuda_rng_tracker().set_states(saved["trackers"])
     if not parallel.reads_data():
         return None
-    if description["data_parallel_size"] != parallel.data_parallel_size():
-        raise CheckpointError(
-            f"{checkpoint} was written by {description['data_parallel_size']} data-parallel ranks, this run has "
-            f"{parallel.data_parallel_size()}: the order of the data cannot be continued; use the same number, or start "
-            f"from its weights with checkpoint.load={checkpoint.parent} and a new checkpoint.save"
-        )
-    path = folder / f"data_{parallel.data_parallel_rank():05d}.pt"
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing: the data position is lost; resume from an older checkpoint")
-    return torch.load(path, weights_only=True)
+    saved = description["data_parallel_size"]
+    ranks = [parallel.data_parallel_rank()] if saved == parallel.data_parallel_size() else range(saved)
+    paths = {rank: folder / f"data_{rank:05d}.pt" for rank in ranks}
+    missing = [path for path in paths.values() if not path.exists()]
+    if missing:
+        raise CheckpointError(f"{missing[0]} is missing: the data position is lost; resume from an older checkpoint")
+    return {rank: torch.load(path, weights_only=True) for rank, path in paths.items()}

@@ -24,7 +24,15 @@ from megatron_moellava.model.checkpoint import load_weights, newest_checkpoint, 
 from megatron_moellava.model.moe_llava import IGNORE_INDEX
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.broadcast import broadcast_batch
-from megatron_moellava.training.metrics import MODALITIES, RoutingObserver, StepLog, aux_losses
+from megatron_moellava.training.metrics import (
+    COSTS,
+    MODALITIES,
+    RoutingObserver,
+    StepLog,
+    aux_losses,
+    costs,
+    imbalance,
+)
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_moellava.training.stages import STAGES, freeze
 
@@ -92,9 +100,9 @@ class Trainer:
         self.state.consumed_samples = description["consumed_samples"]
         checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description["optimizer_steps"])
         self.scheduler.step(increment=self.state.iteration)
-        self.state.data = checkpoints.load_rank_state(checkpoint, description)
+        loaders = checkpoints.load_rank_state(checkpoint, description)
         if self.loader is not None:
-            self.loader.load_state_dict(self.state.data)
+            self.loader.load_states(loaders)
 
     def _configure_schedules(self) -> None:
         for chunk in self.chunks:
@@ -142,8 +150,10 @@ class Trainer:
             if done or interrupted or self.state.iteration % self.run.checkpoint.save_interval == 0:
                 self.save()
             if interrupted and not done:
+                self._report_data()
                 self.log.say(f"interrupted at step {self.state.iteration}; the same command continues it")
                 return INTERRUPTED
+        self._report_data()
         return 0
 
     def step(self) -> tuple[dict[str, float], bool, list[str]]:
@@ -152,12 +162,13 @@ class Trainer:
         batches = [self._next_batch() for _ in range(self.num_microbatches)]
         waited = time.perf_counter() - started
         counts = [
+            *costs(batches),
             sum(int((batch.labels_BS != IGNORE_INDEX).sum()) for batch in batches),
-            sum(int(batch.padding_mask_BS.sum()) for batch in batches),
             sum(batch.tokens_BS.numel() for batch in batches),
             sum(len(batch.sample_ids) for batch in batches),
         ]
-        loss_tokens, real_tokens, positions, samples = (int(count) for count in parallel.sum_over_data_parallel(counts))
+        counts_RC = parallel.gather_over_data_parallel(counts)
+        real_tokens, *_, loss_tokens, positions, samples = (int(count) for count in counts_RC.sum(dim=0))
 
         for wrapped in self.wrapped:
             wrapped.zero_grad_buffer()
@@ -184,6 +195,7 @@ class Trainer:
             "data_wait_share": waited / seconds,
             "padding_share": 1.0 - real_tokens / positions,
             "skipped": 0.0 if applied else 1.0,
+            **imbalance(counts_RC[:, : len(COSTS)]),
         }
         if self.run.moe:
             numbers |= aux_losses(self.chunks[0].config, self.num_microbatches, self.state.iteration)
@@ -256,6 +268,11 @@ class Trainer:
         if self.run.optimizer.overlap_param_gather:
             for wrapped in self.wrapped:
                 wrapped.start_param_sync(force_sync=True)
+
+    def _report_data(self) -> None:
+        counters: list[dict | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(counters, self.loader.counters() if self.loader is not None else None)
+        self.log.data_report([counter for counter in counters if counter is not None])
 
     def save(self) -> None:
         """Write a checkpoint of this moment to `checkpoint.save`, if the run has one."""

@@ -53,10 +53,7 @@ def train(run: RunConfig) -> int:
     parallel.initialize(run.parallel, run.training.seed)
     try:
         trainer = build_trainer(run)
-        code = trainer.train()
-        if trainer.loader is not None and trainer.loader.skipped:
-            print(trainer.loader.summary(), flush=True)
-        return code
+        return trainer.train()
     finally:
         parallel.shutdown()
 
@@ -87,6 +84,7 @@ def build_loader(run: RunConfig) -> Loader:
         pad_multiple=run.parallel.tensor_model_parallel_size,
         accumulation_steps=run.num_microbatches(parallel.data_parallel_size()),
         template=run.data.template or backbone.template,
+        context_length=backbone.context_length,
         cache_folder=str(Path(run.checkpoint.save) / "data_index") if run.checkpoint.save else None,
     )
 

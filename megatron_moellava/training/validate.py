@@ -21,6 +21,7 @@ CHOICES = {
     "optimizer.lr_decay_style": ("cosine", "linear", "constant"),
     "data.image_aspect_ratio": ("pad", "square"),
     "data.label_mode": ("spans", "original"),
+    "data.long_samples": ("cut", "skip"),
     "data.sampler": ("shuffle", "modality_length"),
     "moe.router": ("megatron", "original"),
     "moe.second_choice": ("sampled", "deterministic"),
@@ -38,7 +39,7 @@ def validate(run: RunConfig, world_size: int) -> None:
     except MoELlavaError as error:
         problems.append(str(error))
     else:
-        problems += [*_parallel(run, backbone, world_size), *_moe(run, backbone)]
+        problems += [*_parallel(run, backbone, world_size), *_moe(run, backbone), *_lengths(run, backbone)]
     for look_up in (lambda: get_tower(run.model.tower), lambda: run.data.template and get_template(run.data.template)):
         try:
             look_up()
@@ -210,6 +211,27 @@ def _megatron_router(run: RunConfig) -> Iterator[str]:
             f"moe.capacity_factor={run.moe.capacity_factor} with tensor parallelism: Megatron-Core counts places in each "
             "rank's share of the sequence, so the result would depend on the layout; leave it unset (dropless)"
         )
+
+
+def _lengths(run: RunConfig, backbone: Backbone) -> Iterator[str]:
+    """No sample may be longer than the backbone's context. A packed row may: positions restart in every sample."""
+    data, context = run.data, backbone.context_length
+    window = context < backbone.max_position_embeddings
+    limit = f"{'sliding_window' if window else 'max_position_embeddings'}={context} ({backbone.name})"
+    if data.max_sample_length is None and not data.packing and data.seq_length > context:
+        yield f"data.seq_length={data.seq_length} is more than {limit}; use at most {context}, or set data.packing=true"
+    if data.max_sample_length is not None and data.max_sample_length > min(context, data.seq_length):
+        yield (
+            f"data.max_sample_length={data.max_sample_length} must be at most {limit} and data.seq_length="
+            f"{data.seq_length}; use {min(context, data.seq_length)} or leave it unset"
+        )
+    least = {"seq_length": 1, "max_sample_length": 1, "packing_buffer": 1, "num_workers": 0, "max_images": 0}
+    for name, minimum in least.items():
+        value = getattr(data, name)
+        if value is not None and value < minimum:
+            yield f"data.{name}={value} must be at least {minimum}"
+    if not 0 <= data.max_skip_share < 1:
+        yield f"data.max_skip_share={data.max_skip_share} must lie between 0 (stop at the first bad row) and 1"
 
 
 def _batches(run: RunConfig, world_size: int) -> Iterator[str]:
