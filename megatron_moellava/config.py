@@ -7,6 +7,7 @@ files, backbone limits) are in `validation.py`; this file only knows shapes and 
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class MoEConfig:
     use_residual: bool = False  # residual MoE: the dense FFN stays beside the experts, mixed by a learned coefficient
     experts: str = "grouped"  # "grouped" GEMM or "sequential"
     moe_token_dispatcher_type: str = "alltoall"  # alltoall, allgather, flex (GPU)
+    moe_router_padding_for_quantization: bool = False  # FP8 on a GPU: the router fills experts up, instead of zero rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +104,12 @@ class ParallelConfig:
     sequence_parallel: bool | None = None  # None: on when tensor_model_parallel_size > 1
     distributed_timeout_minutes: int = 10
 
+    @property
+    def sequence_multiple(self) -> int:
+        """Rows must have a multiple of so many tokens: sequence parallelism, and two chunks per context-parallel rank."""
+        chunks = 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
+        return self.tensor_model_parallel_size * chunks
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
@@ -111,7 +119,9 @@ class TrainingConfig:
     global_batch_size: int = 128  # rows per optimizer step, over all data-parallel ranks
     seed: int = 42
     precision: str = "bf16"  # "bf16" or "fp32"
-    fp8: str | None = None  # Transformer Engine recipe: delayed, tensorwise, blockwise, mxfp8
+    fp8: str | None = None  # recipe: delayed, tensorwise, blockwise, mxfp8; on a CPU its numerics are emulated
+    num_layers_at_start_in_bf16: int = 0  # decoder layers that stay out of FP8 (not with the delayed recipe)
+    num_layers_at_end_in_bf16: int = 0
     device: str = "auto"  # "auto", "cpu" or "cuda"
     trains: tuple[str, ...] | None = None  # roles that receive gradients; None: the stage's own
     recompute: str = "none"  # none, full, selective (attention), moe
@@ -161,6 +171,12 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows are padded to a multiple of so many tokens: by the parallel layout, and by FP8 products on each rank."""
+        fp8 = {None: 1, "mxfp8": 32}.get(self.training.fp8, 16)
+        return math.lcm(self.parallel.sequence_multiple, fp8 * self.parallel.context_parallel_size)
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Micro-batches per optimizer step and data-parallel rank."""

@@ -1,5 +1,6 @@
 """Backbone, tower and run -> Megatron-Core's TransformerConfig, one for each of decoder, tower and projector."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,6 +26,26 @@ RECOMPUTE = {  # config value -> (granularity, modules)
     "full": ("full", None),
     "selective": ("selective", ["core_attn"]),
     "moe": ("selective", ["core_attn", "moe"]),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Recipe:
+    """How Transformer Engine's recipe of the same name scales; `fp8.py` does it where there is no GPU."""
+
+    format: str  # "e4m3" for all operands, or "hybrid": gradients in E5M2
+    history: int = 0  # optimizer steps whose amaxes set the scale; 0: the operand's own
+    block: int | None = None  # entries of a row that share a scale; None: the whole tensor
+    square_weights: bool = False  # weights in blocks of block x block
+    power_of_two: bool = False  # scales are powers of two (E8M0 in MXFP8)
+    multiple: int = 16  # rows of each expert are padded to it
+
+
+FP8_RECIPES = {
+    "delayed": Fp8Recipe(format="hybrid", history=1024),
+    "tensorwise": Fp8Recipe(format="hybrid"),
+    "blockwise": Fp8Recipe(format="e4m3", block=128, square_weights=True, power_of_two=True),
+    "mxfp8": Fp8Recipe(format="e4m3", block=32, power_of_two=True, multiple=32),
 }
 
 
@@ -69,7 +90,7 @@ def transformer_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
         apply_rope_fusion=platform.HAS_TRANSFORMER_ENGINE and backbone.rope_scaling is None,
         **_shared_fields(run),
         **(_moe_fields(run.moe, backbone) if run.moe else _DENSE_FIELDS),
-        **_fp8_fields(run.training.fp8),
+        **_fp8_fields(run),
     )
 
 
@@ -131,8 +152,27 @@ def _moe_fields(moe: MoEConfig, backbone: Backbone) -> dict:
     }
 
 
-def _fp8_fields(recipe: str | None) -> dict:
-    return {"fp8": "hybrid", "fp8_recipe": recipe} if recipe else {}
+def _fp8_fields(run: RunConfig) -> dict:
+    """Which layers stay in high precision; on a GPU also Transformer Engine's recipe (on a CPU `fp8.py` has its own)."""
+    training = run.training
+    if training.fp8 is None:
+        return {}
+    first, last = training.num_layers_at_start_in_bf16, training.num_layers_at_end_in_bf16
+    fields = {
+        "first_last_layers_bf16": first + last > 0,
+        "num_layers_at_start_in_bf16": first,
+        "num_layers_at_end_in_bf16": last,
+    }
+    if not platform.HAS_TRANSFORMER_ENGINE:
+        return fields
+    recipe = FP8_RECIPES[training.fp8]
+    return fields | {
+        "fp8": recipe.format,
+        "fp8_recipe": training.fp8,
+        "fp8_amax_history_len": recipe.history or 1,
+        "fp8_amax_compute_algo": "max",
+        "moe_router_padding_for_quantization": run.moe is not None and run.moe.moe_router_padding_for_quantization,
+    }
 
 
 def tower_config(tower: Tower, run: RunConfig) -> TransformerConfig:

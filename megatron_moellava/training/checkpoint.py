@@ -12,7 +12,7 @@ cannot change between one and several expert-parallel ranks. Nothing in a folder
 import json
 import queue
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from megatron_moellava import parallel, platform
 from megatron_moellava.backbones import backbone_fields
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
 from megatron_moellava.model.checkpoint import FORMAT, RUN_FILE, complete_checkpoints, model_state
+from megatron_moellava.model.fp8 import Emulation
 from megatron_moellava.model.integrity import file_digests
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.towers import tower_fields
@@ -44,6 +45,7 @@ class TrainingState:
     iteration: int  # optimizer steps done, skipped ones included
     consumed_samples: int
     data: dict | None  # the loader's own state, of this data-parallel rank; None where this process does not read
+    fp8: list[torch.Tensor] = field(default_factory=list)  # amax histories of this rank, where FP8 is emulated
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -127,8 +129,8 @@ def _unused_tower_state(model: MoELlava) -> dict:
 
 
 def _save_rank_state(folder: Path, state: TrainingState) -> None:
-    generators = {"generators": platform.rng_state(), "trackers": tensor_parallel.get_cuda_rng_tracker().get_states()}
-    torch.save(generators, folder / f"generators_{dist.get_rank():05d}.pt")
+    own = {"generators": platform.rng_state(), "trackers": tensor_parallel.get_cuda_rng_tracker().get_states()}
+    torch.save(own | {"fp8": state.fp8}, folder / f"generators_{dist.get_rank():05d}.pt")
     if state.data is not None and parallel_state.get_context_parallel_rank() == 0:
         torch.save(state.data, folder / f"data_{parallel.data_parallel_rank():05d}.pt")
 
@@ -181,8 +183,10 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
                 group["step"] = steps
 
 
-def load_rank_state(checkpoint: Path, description: dict) -> dict | None:
-    """Restore the random generators; returns the loader's state of this data-parallel rank.
+def load_rank_state(checkpoint: Path, description: dict, fp8: Emulation | None = None) -> dict | None:
+    """Restore the random generators and FP8's histories; returns the loader's state of this data-parallel rank.
+
+    Both belong to a rank: under another number of processes they start anew.
 
     Raises CheckpointError when the number of data-parallel ranks differs, since the order of the data would.
     """
@@ -191,6 +195,8 @@ def load_rank_state(checkpoint: Path, description: dict) -> dict | None:
         saved = torch.load(folder / f"generators_{dist.get_rank():05d}.pt", weights_only=True)
         platform.set_rng_state(saved["generators"])
         tensor_parallel.get_cuda_rng_tracker().set_states(saved["trackers"])
+        if fp8 is not None:
+            fp8.load_state(saved["fp8"])
     if not parallel.reads_data():
         return None
     if description["data_parallel_size"] != parallel.data_parallel_size():

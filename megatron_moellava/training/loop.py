@@ -21,6 +21,7 @@ from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.loader import Loader
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.checkpoint import load_weights, newest_checkpoint, read_run_file, require_checkpoint
+from megatron_moellava.model.fp8 import Emulation, emulate_fp8
 from megatron_moellava.model.moe_llava import IGNORE_INDEX
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.broadcast import broadcast_batch
@@ -52,6 +53,7 @@ class Trainer:
         for chunk in self.chunks:
             self.trained |= freeze(chunk, run.training.trains or STAGES[run.training.stage])
         self.routing = RoutingObserver(self.chunks) if run.moe else None
+        self.fp8 = self._emulated_fp8()
         self.state = checkpoints.TrainingState(iteration=0, consumed_samples=0, data=None)
         resumed = self._load_weights()
 
@@ -67,6 +69,12 @@ class Trainer:
         self.stop_signal = None
 
     # --- start ------------------------------------------------------------------------------------------------------
+
+    def _emulated_fp8(self) -> Emulation | None:
+        recipe = self.run.training.fp8
+        if recipe is None or platform.HAS_TRANSFORMER_ENGINE:
+            return None
+        return emulate_fp8(self.chunks, recipe, self.chunks[0].config)
 
     def _load_weights(self) -> Path | None:
         """Weights from `checkpoint.save` if it holds a checkpoint to go on from (returned), else from `checkpoint.load`."""
@@ -88,7 +96,7 @@ class Trainer:
         self.state.consumed_samples = description["consumed_samples"]
         checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description["optimizer_steps"])
         self.scheduler.step(increment=self.state.iteration)
-        self.state.data = checkpoints.load_rank_state(checkpoint, description)
+        self.state.data = checkpoints.load_rank_state(checkpoint, description, self.fp8)
         if self.loader is not None:
             self.loader.load_state_dict(self.state.data)
 
@@ -124,6 +132,8 @@ class Trainer:
 
     def _train(self) -> int:
         self.log.say(f"trains {', '.join(f'{role} {count:,}' for role, count in self.trained.items())} (this rank)")
+        if self.fp8 is not None:
+            self.log.say(f"training.fp8={self.run.training.fp8} is emulated here: FP8's rounding, not its speed")
         skipped_in_a_row = 0
         for chunk in self.wrapped:
             chunk.train()
@@ -160,12 +170,12 @@ class Trainer:
         self.optimizer.zero_grad()
         loss_sums = self._forward_backward(batches, loss_tokens)
         applied, grad_norm = self.update()
+        if self.fp8 is not None:
+            self.fp8.advance()
         lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
         self.scheduler.step(increment=1)
 
-        loss = (
-            float(parallel.sum_over_data_parallel([float(sum(loss_sums))])) / max(loss_tokens, 1) if loss_sums else 0.0
-        )
+        loss = self._mean_loss(loss_sums, loss_tokens) if loss_sums else 0.0
         platform.synchronize()
         seconds = time.perf_counter() - started
         self.state.iteration += 1
@@ -185,6 +195,10 @@ class Trainer:
             numbers |= aux_losses(self.chunks[0].config, self.num_microbatches, self.state.iteration)
             numbers |= self._routing_numbers()
         return numbers, applied, [name for batch in batches for name in batch.sample_ids]
+
+    def _mean_loss(self, loss_sums: list[torch.Tensor], loss_tokens: int) -> float:
+        total = parallel.sum_over_data_parallel([float(sum(loss_sums))], with_context_parallel=True)
+        return float(total) / max(loss_tokens, 1)
 
     def _next_batch(self) -> Batch:
         """The next micro-batch of this data-parallel rank, on the device, on every rank that needs it.
@@ -258,7 +272,8 @@ class Trainer:
         if self.run.checkpoint.save is None:
             return
         self.gather_parameters()
-        state = replace(self.state, data=self.loader.state_dict() if self.loader is not None else None)
+        data = self.loader.state_dict() if self.loader is not None else None
+        state = replace(self.state, data=data, fp8=self.fp8.state() if self.fp8 is not None else [])
         # A scheduler may signal every process of a job, and megatron-core's save runs a helper that would die of it.
         waiting = {signal.SIGTERM, signal.SIGUSR1}
         signal.pthread_sigmask(signal.SIG_BLOCK, waiting)

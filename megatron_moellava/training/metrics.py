@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_moellava import parallel, platform
+from megatron_moellava.model.context_parallel import share
 from megatron_moellava.model.moe_llava import IMAGE_TOKEN, MoELlava
 
 from megatron.core import parallel_state
@@ -109,6 +110,7 @@ class RoutingObserver:
         modality_BS = (tokens_BS == IMAGE_TOKEN).long()
         if padding_mask_BS is not None:
             modality_BS = modality_BS.masked_fill(~padding_mask_BS, -1)
+        modality_BS = share(modality_BS)
         if self.config.sequence_parallel:
             size, rank = (
                 parallel_state.get_tensor_model_parallel_world_size(),

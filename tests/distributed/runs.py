@@ -1,5 +1,6 @@
 """Jobs beyond one layout: whole runs on the real loader, checkpoints that do not fit, gradients that are not finite."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -111,6 +112,30 @@ def _equal(a, b) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
     return a == b
+
+
+# --- FP8 ----------------------------------------------------------------------------------------------------------
+
+
+class SameRows:
+    """The first global batch again and again, so that a run learns it by heart."""
+
+    def __init__(self, rows):
+        self._batches = itertools.cycle([next(rows) for _ in range(4)])
+
+    def __next__(self):
+        return next(self._batches)
+
+
+def run_fp8(job: dict, folder: Path) -> dict:
+    """Losses of a stage-3 run in bf16 and in every recipe of `job`, from the same weights on the same rows."""
+    losses = {}
+    for recipe in (None, *job["recipes"]):
+        more = {"training.precision": "bf16", "training.fp8": recipe, "training.train_steps": job["steps"]}
+        trainer, _, _ = start(BY_ID[job["layout"]], **more, **{"optimizer.lr": 1e-3})
+        trainer.loader = SameRows(trainer.loader)
+        losses[recipe or "bf16"] = [trainer.step()[0]["loss"] for _ in range(job["steps"])]
+    return {"losses": losses}
 
 
 # --- checkpoints that must be refused ---------------------------------------------------------------------------------
