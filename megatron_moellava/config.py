@@ -151,6 +151,7 @@ class CheckpointConfig:
     save: str | None = None  # resumed from when it holds a complete checkpoint
     save_interval: int = 1000  # steps; the end of the run is always saved
     keep: int = 2  # newest complete checkpoints kept
+    async_save: bool = False  # write while the training goes on; costs the host memory of one more state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,6 @@ cannot change between one and several expert-parallel ranks. Nothing in a folder
 """
 
 import json
-import queue
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +26,11 @@ from megatron_moellava.model.fp8 import Emulation
 from megatron_moellava.model.integrity import file_digests
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.towers import tower_fields
+from megatron_moellava.training.background import BackgroundSave, Writing
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
 
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -58,8 +57,12 @@ def save_checkpoint(
     state: TrainingState,
     optimizer: ChainedOptimizer | None = None,
     keep: int = 2,
+    background: BackgroundSave | None = None,
 ) -> Path:
-    """Write one iteration folder, on all ranks together. It gets its name only when it is complete."""
+    """Write one iteration folder, on all ranks together. It gets its name only when it is complete.
+
+    With `background` the folder is planned and the state copied now; the caller polls it until it is complete.
+    """
     final = Path(folder) / f"iter_{state.iteration:07d}"
     unfinished = final.with_name(final.name + ".tmp")
     _on_first_rank(lambda: (shutil.rmtree(unfinished, ignore_errors=True), (unfinished / "ranks").mkdir(parents=True)))
@@ -70,27 +73,29 @@ def save_checkpoint(
         tensors["optimizer"] = _optimizer_state(optimizer, tensors["model"], is_loading=False)
         steps = optimizer_step_count(optimizer)
     tensors["model"].update(_unused_tower_state(chunks[0]))
-    _save_tensors(tensors, unfinished)
+    writing = Writing(tensors, unfinished)
     _save_rank_state(unfinished / "ranks", state)
-    dist.barrier()
-    digests = file_digests(unfinished)
+    description = _describe(run, chunks[0], state, steps)
 
-    def finish() -> None:
-        description = _describe(run, chunks[0], state, steps) | {"sha256": digests}
+    def complete() -> Path:
+        writing.finish()
+        digests = file_digests(unfinished, writing.digests)
+        _on_first_rank(lambda: finish(description | {"sha256": digests}))
+        return final
+
+    def finish(description: dict) -> None:
         (unfinished / RUN_FILE).write_text(json.dumps(description, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         _write_tracker(Path(folder), state.iteration)
         _remove_old(Path(folder), keep)
 
-    _on_first_rank(finish)
-    return final
-
-
-def _save_tensors(tensors: dict, folder: Path) -> None:
-    """Megatron-Core's save, in this process: a queue in place spares it the manager process that it would start for one."""
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(tensors, str(folder))
+    if background is not None:
+        background.start(writing, complete)
+        return final
+    writing.write()
+    dist.barrier()
+    return complete()
 
 
 def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_steps: int | None) -> dict:

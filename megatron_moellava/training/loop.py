@@ -24,6 +24,7 @@ from megatron_moellava.model.checkpoint import load_weights, newest_checkpoint, 
 from megatron_moellava.model.fp8 import Emulation, emulate_fp8
 from megatron_moellava.model.moe_llava import IGNORE_INDEX
 from megatron_moellava.training import checkpoint as checkpoints
+from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.metrics import MODALITIES, RoutingObserver, StepLog, aux_losses
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, wrap_data_parallel
@@ -67,6 +68,7 @@ class Trainer:
         self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
         self.log = StepLog(self._log_folder(), run.logging.tensorboard, f"stage {run.training.stage}", train_steps)
         self.stop_signal = None
+        self.background = BackgroundSave() if run.checkpoint.async_save else None
 
     # --- start ------------------------------------------------------------------------------------------------------
 
@@ -143,10 +145,14 @@ class Trainer:
             skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
             if not applied:
                 self._report_skipped(sample_ids, skipped_in_a_row)
+            if self.background is not None:
+                self._saved(self.background.poll())
             interrupted = self._any_rank_interrupted()
             done = self.state.iteration == self.train_steps
             if done or interrupted or self.state.iteration % self.run.checkpoint.save_interval == 0:
                 self.save()
+            if done or interrupted:
+                self._finish_save()
             if interrupted and not done:
                 self.log.say(f"interrupted at step {self.state.iteration}; the same command continues it")
                 return INTERRUPTED
@@ -250,6 +256,7 @@ class Trainer:
         names = ", ".join(name for ids in gathered for name in ids)
         self.log.say(f"step {self.state.iteration} skipped: the gradient is not finite; samples: {names}")
         if in_a_row >= self.run.training.non_finite_patience:
+            self._finish_save()
             raise TrainingDiverged(
                 f"{in_a_row} steps in a row without a finite gradient, the last with samples {names}; lower optimizer.lr, "
                 f"look at these samples, or raise training.non_finite_patience={self.run.training.non_finite_patience}"
@@ -268,9 +275,10 @@ class Trainer:
                 wrapped.start_param_sync(force_sync=True)
 
     def save(self) -> None:
-        """Write a checkpoint of this moment to `checkpoint.save`, if the run has one."""
+        """Write a checkpoint of this moment to `checkpoint.save`, if the run has one; in the background if it asks for it."""
         if self.run.checkpoint.save is None:
             return
+        self._finish_save()
         self.gather_parameters()
         data = self.loader.state_dict() if self.loader is not None else None
         state = replace(self.state, data=data, fp8=self.fp8.state() if self.fp8 is not None else [])
@@ -278,12 +286,21 @@ class Trainer:
         waiting = {signal.SIGTERM, signal.SIGUSR1}
         signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
         try:
+            options = self.run.checkpoint
             path = checkpoints.save_checkpoint(
-                self.run.checkpoint.save, self.run, self.chunks, state, self.optimizer, keep=self.run.checkpoint.keep
+                options.save, self.run, self.chunks, state, self.optimizer, options.keep, self.background
             )
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting)
-        self.log.say(f"checkpoint {path}")
+        self._saved(path if self.background is None else None)
+
+    def _finish_save(self) -> None:
+        if self.background is not None:
+            self._saved(self.background.finish())
+
+    def _saved(self, path: Path | None) -> None:
+        if path is not None:
+            self.log.say(f"checkpoint {path}")
 
 
 def model_inputs(batch: Batch) -> dict:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megatron_moellava import parallel
 from megatron_moellava.config import CheckpointError, RunConfig, from_dict
 from megatron_moellava.model import checkpoint as reading
 from megatron_moellava.model.build import build_model
+from megatron_moellava.training import background
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.loop import TrainingDiverged
 from megatron_moellava.training.optimizer import optimizer_step_count
@@ -112,6 +114,34 @@ def _equal(a, b) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
     return a == b
+
+
+# --- checkpoints in the background ------------------------------------------------------------------------------------
+
+
+def run_async(job: dict, folder: Path) -> dict:
+    """A save whose writing is held up while the training goes on, beside one that is made at once at the same moment."""
+    save = folder / job["id"]
+    trainer, _, _ = start(BY_ID[job["layout"]], **{"checkpoint.save": str(save / "async"), "checkpoint.async_save": True})
+    trainer.step()
+    state = checkpoints.TrainingState(iteration=1, consumed_samples=0, data=None)
+    at_once = checkpoints.save_checkpoint(save / "sync", trainer.run, trainer.chunks, state, trainer.optimizer)
+
+    may_write, write = threading.Event(), background.Writing.write
+    background.Writing.write = lambda self: (may_write.wait(60), write(self))
+    trainer.save()
+    trainer.step()
+    trainer.step()
+    result = {"early": [trainer.background.poll(), reading.newest_checkpoint(save / "async")]}
+    may_write.set()
+    trainer.save()  # of step 3; waits for that of step 1
+    background.Writing.write = write
+    result["names"] = sorted(path.name for path in (save / "async").glob("iter_*") if path.suffix != ".tmp")
+    trainer._finish_save()
+    first, third = (save / "async" / f"iter_{iteration:07d}" for iteration in (1, 3))
+    dist.barrier()
+    reading.load_weights(third, trainer.chunks)  # its digests are right
+    return result | {"different": different_tensors(at_once, first), "later": len(different_tensors(at_once, third))}
 
 
 # --- FP8 ----------------------------------------------------------------------------------------------------------
