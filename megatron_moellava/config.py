@@ -98,6 +98,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     num_layers_in_first_pipeline_stage: int | None = None  # fewer decoder layers beside the vision tower
+    pipeline_split: str | tuple[int, ...] = "even"  # "cost": level with the tower; or the layers of each (virtual) stage
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None  # None: 1 for MoE, so that each expert is whole

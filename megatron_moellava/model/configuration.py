@@ -9,6 +9,8 @@ import torch.nn.functional as F
 import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoEConfig, RunConfig
+from megatron_moellava.model.pipeline import stage_layers
+from megatron_moellava.model.placement import moe_layer_freq
 from megatron_moellava.towers import Tower
 
 from megatron.core.activations import quick_gelu
@@ -49,19 +51,6 @@ FP8_RECIPES = {
 }
 
 
-def moe_layer_freq(placement: str | tuple[int, ...], num_layers: int) -> list[int]:
-    """1 for a MoE layer, 0 for a dense one: "sparse" of 4 layers -> [1, 0, 1, 0]; (1, 3) -> [0, 1, 0, 1]."""
-    half = num_layers // 2
-    named = {
-        "first_half": range(half),
-        "second_half": range(half, num_layers),
-        "sparse": range(0, num_layers, 2),
-        "dense": range(num_layers),
-    }
-    chosen = set(named[placement] if isinstance(placement, str) else placement)
-    return [int(layer in chosen) for layer in range(num_layers)]
-
-
 def transformer_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
     """Megatron-Core's configuration of the decoder."""
     granularity, recompute_modules = RECOMPUTE[run.training.recompute]
@@ -82,6 +71,7 @@ def transformer_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
         attention_dropout=backbone.attention_dropout,
         hidden_dropout=backbone.hidden_dropout,
         num_layers_in_first_pipeline_stage=run.parallel.num_layers_in_first_pipeline_stage,
+        pipeline_model_parallel_layout=_pipeline_layout(stage_layers(run, backbone)),
         recompute_granularity=granularity,
         recompute_modules=recompute_modules,
         recompute_method="uniform" if granularity == "full" else None,
@@ -92,6 +82,14 @@ def transformer_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
         **(_moe_fields(run.moe, backbone) if run.moe else _DENSE_FIELDS),
         **_fp8_fields(run),
     )
+
+
+def _pipeline_layout(layers: list[int] | None) -> list[list[str]] | None:
+    """Megatron-Core's way to say it: [1, 3] -> [[embedding, decoder], [decoder, decoder, decoder, loss]]."""
+    if layers is None:
+        return None
+    stages = [["decoder"] * count for count in layers]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def _fusable(backbone: Backbone) -> bool:

@@ -127,6 +127,9 @@ def _pipeline(run: RunConfig, backbone: Backbone) -> Iterator[str]:
     parallel = run.parallel
     stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     first = parallel.num_layers_in_first_pipeline_stage
+    if parallel.pipeline_split != "even":
+        yield from _pipeline_split(run, backbone)
+        return
     if first is not None and (stages == 1 or not 0 < first < backbone.num_layers):
         yield (
             f"parallel.num_layers_in_first_pipeline_stage={first} needs several pipeline stages and a number between 1 "
@@ -145,6 +148,24 @@ def _pipeline(run: RunConfig, backbone: Backbone) -> Iterator[str]:
         )
     if virtual is not None and stages == 1:
         yield f"parallel.virtual_pipeline_model_parallel_size={virtual} needs pipeline_model_parallel_size > 1"
+
+
+def _pipeline_split(run: RunConfig, backbone: Backbone) -> Iterator[str]:
+    parallel, split = run.parallel, run.parallel.pipeline_split
+    stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    if parallel.num_layers_in_first_pipeline_stage is not None:
+        yield f"parallel.pipeline_split={split} already says the layers of the first stage; drop num_layers_in_first_pipeline_stage"
+    if parallel.pipeline_model_parallel_size == 1:
+        yield f"parallel.pipeline_split={split} needs pipeline_model_parallel_size > 1"
+    if isinstance(split, str) and split != "cost":
+        yield f"parallel.pipeline_split={split!r} is unknown; use even, cost, or the layers of each stage such as [3, 5]"
+    elif split == "cost" and stages > backbone.num_layers:
+        yield f"parallel.pipeline_split=cost: {stages} stages for {backbone.num_layers} layers ({backbone.name}); use fewer"
+    elif split != "cost" and (len(split) != stages or sum(split) != backbone.num_layers or min(split) < 1):
+        yield (
+            f"parallel.pipeline_split={list(split)} must be {stages} numbers from 1 on, in all {backbone.num_layers} "
+            f"({backbone.name}), in the order of the model"
+        )
 
 
 def _moe(run: RunConfig, backbone: Backbone) -> Iterator[str]:
