@@ -98,7 +98,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     num_layers_in_first_pipeline_stage: int | None = None  # fewer decoder layers beside the vision tower
-    pipeline_split: str | tuple[int, ...] = "even"  # "cost": level with the tower; or the layers of each (virtual) stage
+    pipeline_split: str | tuple[int, ...] = (
+        "even"  # "cost": level with the tower; or the layers of each (virtual) stage
+    )
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None  # None: 1 for MoE, so that each expert is whole
@@ -142,8 +144,9 @@ class OptimizerConfig:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     clip_grad: float = 1.0  # global gradient norm; 0: off, as the original in effect
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
+    overlap_grad_reduce: bool | None = None  # during the backward pass; None: on GPUs with several data-parallel ranks
+    overlap_param_gather: bool | None = None  # during the forward pass; likewise, and only with overlap_grad_reduce
+    gradient_accumulation_fusion: bool | None = None  # None: where Transformer Engine and apex's kernel are installed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,8 +1,9 @@
 """Core attention over torch's scaled_dot_product_attention, for machines without Transformer Engine.
 
 Megatron-core's own DotProductAttention refuses packed rows and context parallelism; this one takes them, grouped queries,
-padded batches and KV caches, with the same interface. Under context parallelism it serves GPUs as well. Shapes: S sequence, B batch, T packed tokens, N samples in a row, H heads,
-G query groups, D channels of a head.
+padded batches and KV caches, with the same interface. Under context parallelism it serves GPUs as well. Shapes: S
+sequence, L positions of this rank, B batch, T packed tokens, N samples in a row, H heads, G query groups, D channels of a
+head.
 """
 
 import math

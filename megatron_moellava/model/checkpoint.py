@@ -121,7 +121,15 @@ def differing_fields(stored: dict, model: MoELlava) -> list[str]:
 
 
 # A name, how long rows may be, and what regularises training are no part of what the weights mean.
-_FREE_FIELDS = ("name", "source", "family", "template", "max_position_embeddings", "attention_dropout", "hidden_dropout")
+_FREE_FIELDS = (
+    "name",
+    "source",
+    "family",
+    "template",
+    "max_position_embeddings",
+    "attention_dropout",
+    "hidden_dropout",
+)
 
 
 def _moe_fields(moe: dict | None, num_layers: int) -> dict:
@@ -131,7 +139,9 @@ def _moe_fields(moe: dict | None, num_layers: int) -> dict:
     placement = moe["placement"]
     layers = moe_layer_freq(placement if isinstance(placement, str) else tuple(placement), num_layers)
     names = ("num_experts", "use_residual", "moe_shared_expert_intermediate_size")
-    return {name: moe[name] for name in names if name in moe} | {"layers": [i for i, is_moe in enumerate(layers) if is_moe]}
+    return {name: moe[name] for name in names if name in moe} | {
+        "layers": [i for i, is_moe in enumerate(layers) if is_moe]
+    }
 
 
 def _check_tensors(checkpoint: Path, state: dict, stored: dict[str, tuple[int, ...]], fields: list[str]) -> None:
@@ -149,7 +159,8 @@ def _check_tensors(checkpoint: Path, state: dict, stored: dict[str, tuple[int, .
     }
     if fields or missing or surplus or other:
         raise CheckpointError(
-            f"{checkpoint} does not fit this model.\n  other fields: {'; '.join(fields) or 'none'}\n  missing: {_some(missing)}\n  not wanted: {_some(surplus)}\n"
+            f"{checkpoint} does not fit this model.\n  other fields: {'; '.join(fields) or 'none'}\n"
+            f"  missing: {_some(missing)}\n  not wanted: {_some(surplus)}\n"
             f"  other shape: {_some(other)}\n"
             "  A dense checkpoint becomes a MoE one with `tools/convert.py upcycle`; `tools/convert.py inspect` shows it."
         )

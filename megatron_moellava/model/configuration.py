@@ -100,7 +100,7 @@ def _fusable(backbone: Backbone) -> bool:
 def _shared_fields(run: RunConfig, **overrides) -> dict:
     """Fields that the decoder, the tower and the projector have in common."""
     parallel, dtype = run.parallel, DTYPES[run.training.precision]
-    tensor_parallel = parallel.tensor_model_parallel_size
+    tensor_parallel, fusion = parallel.tensor_model_parallel_size, run.optimizer.gradient_accumulation_fusion
     return {
         "tensor_model_parallel_size": tensor_parallel,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
@@ -114,7 +114,7 @@ def _shared_fields(run: RunConfig, **overrides) -> dict:
         "bf16": dtype == torch.bfloat16,
         "batch_p2p_comm": platform.HAS_CUDA,  # on gloo a batch of both directions gives silently wrong numbers
         "variable_seq_lengths": not run.data.packing,
-        "gradient_accumulation_fusion": platform.HAS_TRANSFORMER_ENGINE,
+        "gradient_accumulation_fusion": platform.HAS_GRADIENT_FUSION if fusion is None else fusion,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "bias_dropout_fusion": False,

@@ -11,8 +11,8 @@ import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import RunConfig
 from megatron_moellava.model.attention import SEGMENTED
-from megatron_moellava.model.context_parallel import encode_share, share
 from megatron_moellava.model.configuration import projector_config, tower_config, transformer_config
+from megatron_moellava.model.context_parallel import encode_share, share
 from megatron_moellava.model.kv_cache import KVCache
 from megatron_moellava.model.layers import decoder_spec
 from megatron_moellava.model.vision import Projector, VisionTower

@@ -24,7 +24,9 @@ def stage_layers(run: RunConfig, backbone: Backbone) -> list[int] | None:
         return None
     if parallel.pipeline_split == "cost":
         tower = get_tower(run.model.tower)
-        return balanced(layer_costs(run, backbone), stages, first_stage_cost(run, tower), last_stage_cost(run, backbone))
+        return balanced(
+            layer_costs(run, backbone), stages, first_stage_cost(run, tower), last_stage_cost(run, backbone)
+        )
     return list(parallel.pipeline_split)
 
 

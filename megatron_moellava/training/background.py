@@ -34,7 +34,9 @@ class Writing:
     def copy(self) -> None:
         """Take the tensors as they are now, so that they may change before they are written."""
         self._move_to_host()
-        if not platform.HAS_CUDA and self.request.async_fn is not None:  # on the host they are the parameters themselves
+        if (
+            not platform.HAS_CUDA and self.request.async_fn is not None
+        ):  # on the host they are the parameters themselves
             rank, buckets, results = self.request.async_fn_args
             self.request = self.request._replace(async_fn_args=[rank, [_copied(item) for item in buckets], results])
 

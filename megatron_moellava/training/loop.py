@@ -26,8 +26,8 @@ from megatron_moellava.model.moe_llava import IGNORE_INDEX
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
-from megatron_moellava.training.metrics import MODALITIES, RoutingObserver, StepLog, aux_losses
-from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_moellava.training.metrics import MODALITIES, RoutingObserver, StepLog, aux_losses, load_imbalance
+from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
 from megatron_moellava.training.stages import STAGES, freeze
 
 from megatron.core import parallel_state
@@ -106,7 +106,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
         config = self.chunks[0].config
-        if self.run.optimizer.overlap_grad_reduce:
+        if overlaps(self.run)[0]:
             hooks = [wrapped.no_sync for wrapped in self.wrapped]
             config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
 
@@ -240,7 +240,8 @@ class Trainer:
             return {}
         counts_LME = self.routing.collect().double()
         shares_LME = counts_LME / counts_LME.sum(dim=-1, keepdim=True).clamp(min=1)
-        return {
+        load_LE = counts_LME.sum(dim=1)[[bool(is_moe) for is_moe in self.chunks[0].config.moe_layer_freq]]
+        return load_imbalance(load_LE, self.run.parallel.expert_model_parallel_size) | {
             f"routing/layer{layer}/{name}/expert{expert}": float(shares_LME[layer, modality, expert])
             for layer, is_moe in enumerate(self.chunks[0].config.moe_layer_freq)
             if is_moe
@@ -270,7 +271,7 @@ class Trainer:
     def gather_parameters(self) -> None:
         """With `overlap_param_gather` an update reaches the other ranks in the next forward pass only; whoever reads
         parameters before that (a checkpoint) needs this."""
-        if self.run.optimizer.overlap_param_gather:
+        if overlaps(self.run)[1]:
             for wrapped in self.wrapped:
                 wrapped.start_param_sync(force_sync=True)
 

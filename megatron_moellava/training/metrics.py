@@ -74,6 +74,7 @@ def _line(numbers: dict[str, float]) -> str:
     formats = {
         "loss": "loss {:.4f}",
         "load_balancing_loss": "aux {:.3f}",
+        "routing/imbalance/rank": "busiest rank {:.2f}x",
         "lr": "lr {:.2e}",
         "grad_norm": "grad {:.3f}",
         "tokens_per_second": "{:,.0f} tok/s",
@@ -146,6 +147,21 @@ class RoutingObserver:
         dist.all_reduce(total)
         self.counts_LME.zero_()
         return total.cpu()
+
+
+def load_imbalance(load_LE: torch.Tensor, expert_parallel_size: int) -> dict[str, float]:
+    """How much more work the busiest has than the mean, in the layer where it is worst: 1.0 is level.
+
+    `load_LE`: tokens of each expert in each MoE layer. An expert-parallel rank holds E / size neighbours, and the others
+    wait for the busiest: loads [6, 2, 1, 3] on two ranks -> expert 2.0, rank 8 / 6 = 1.33.
+    """
+    load_LE = load_LE.double()
+    load_LR = load_LE.unflatten(1, (expert_parallel_size, -1)).sum(-1)
+    worst = {
+        name: (load.amax(1) / load.mean(1).clamp(min=1e-9)).max()
+        for name, load in (("expert", load_LE), ("rank", load_LR))
+    }
+    return {f"routing/imbalance/{name}": float(value) for name, value in worst.items()}
 
 
 def aux_losses(config, num_microbatches: int, iteration: int) -> dict[str, float]:

@@ -154,7 +154,7 @@ def _pipeline_split(run: RunConfig, backbone: Backbone) -> Iterator[str]:
     parallel, split = run.parallel, run.parallel.pipeline_split
     stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     if parallel.num_layers_in_first_pipeline_stage is not None:
-        yield f"parallel.pipeline_split={split} already says the layers of the first stage; drop num_layers_in_first_pipeline_stage"
+        yield f"parallel.pipeline_split={split} and num_layers_in_first_pipeline_stage exclude each other; drop one of them"
     if parallel.pipeline_model_parallel_size == 1:
         yield f"parallel.pipeline_split={split} needs pipeline_model_parallel_size > 1"
     if isinstance(split, str) and split != "cost":
@@ -227,8 +227,8 @@ def _megatron_router(run: RunConfig) -> Iterator[str]:
     shared = run.parallel.tensor_model_parallel_size * run.parallel.context_parallel_size
     if run.moe.capacity_factor is not None and shared > 1:
         yield (
-            f"moe.capacity_factor={run.moe.capacity_factor} with tensor or context parallelism: Megatron-Core counts places in each "
-            "rank's share of the sequence, so the result would depend on the layout; leave it unset (dropless)"
+            f"moe.capacity_factor={run.moe.capacity_factor} with tensor or context parallelism: Megatron-Core counts places in "
+            "each rank's share of the sequence, so the result would depend on the layout; leave it unset (dropless)"
         )
 
 
@@ -263,6 +263,8 @@ def _training(run: RunConfig) -> Iterator[str]:
             yield f"training.trains: {role!r} is not a role; roles are {', '.join(ROLES)}"
     if training.fp8 is not None:
         yield from _fp8(run)
+    if run.optimizer.overlap_param_gather and run.optimizer.overlap_grad_reduce is False:
+        yield "optimizer.overlap_param_gather=true needs overlap_grad_reduce; set it to true as well, or leave both unset"
     if training.train_steps < 0:
         yield f"training.train_steps={training.train_steps} must be 0 (one epoch) or positive"
     if not 0 <= run.optimizer.lr_warmup_fraction <= 1:

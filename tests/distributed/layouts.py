@@ -69,6 +69,12 @@ MODELS = {
     # The same with the router's own noise, which must not depend on tensor and pipeline layout.
     "original-noise": Model(moe=MOE | {"router": "original", "capacity_factor": 1.0}, rows="padded"),
     "bf16": Model(moe=MOE, run={"training.precision": "bf16"}),
+    # FP8 as a CPU emulates it. In blocks a pipeline stage computes what one process does, and so does a rank with its own
+    # experts; a scale of a whole tensor depends on which tokens and which rows of a weight a rank has.
+    **{
+        f"fp8-{recipe}": Model(moe=MOE, run={"training.fp8": recipe})
+        for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8")
+    },
     "bf16-phi": Model(backbone="phi-2-tiny", moe=MOE, run={"training.precision": "bf16"}),
 }
 
@@ -139,6 +145,8 @@ LAYOUTS = [
     *_layouts("llama llama-stage3", "ep2-overlap", 2, ep=2, overlap_grads=True, overlap_params=True),
     *_layouts("llama", "dp2-overlap", 2, overlap_grads=True, overlap_params=True),
     *_layouts("llama", "pp2-vpp2-overlap", 2, pp=2, vpp=2, overlap_grads=True),
+    # the second rank trains nothing; a tied embedding is reduced across stages
+    *_layouts("llama-stage1 tied", "pp2-overlap", 2, pp=2, overlap_grads=True, overlap_params=True),
     *_layouts("llama", "ep2-allgather", 2, ep=2, dispatcher="allgather"),
     *_layouts("llama", "tp2-ep2-allgather", 2, tp=2, ep=2, dispatcher="allgather"),
     *_layouts("llama phi", "ep2-sequential", 2, ep=2, experts="sequential"),
@@ -164,7 +172,8 @@ LAYOUTS = [
     *_layouts("padded", "pp2", 2, pp=2),
     *_layouts("router-losses sequence-aux-loss shared-experts expert-bias residual top1", "ep2", 2, ep=2),
     *_layouts("router-losses sequence-aux-loss shared-experts expert-bias residual top1", "tp2", 2, tp=2),
-    *_layouts("router-losses expert-bias residual", "pp2", 2, pp=2),
+    *_layouts("router-losses expert-bias residual shared-experts", "pp2", 2, pp=2),
+    *_layouts("shared-experts", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("original original-phi original-top1", "ep2", 2, ep=2),
     *_layouts("original original-phi original-top1 original-noise", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("original original-noise", "pp2", 2, pp=2),
@@ -177,6 +186,10 @@ LAYOUTS = [
     *_layouts("bf16 bf16-phi", "tp2", 2, tp=2),
     *_layouts("bf16", "pp2", 2, pp=2),
     *_layouts("bf16", "cp2", 2, cp=2),
+    *_layouts("fp8-tensorwise fp8-delayed fp8-blockwise fp8-mxfp8", "pp2", 2, pp=2),
+    *_layouts("fp8-tensorwise fp8-mxfp8", "tp2-ep2-etp1", 2, tp=2, ep=2),
+    *_layouts("fp8-blockwise", "ep2-recompute-full", 2, ep=2, recompute="full"),
+    *_layouts("fp8-delayed", "recompute-full", 1, recompute="full"),
     # four processes
     *_layouts("llama", "dp4", 4),
     *_layouts("llama phi", "ep4", 4, ep=4),

@@ -122,7 +122,9 @@ def _equal(a, b) -> bool:
 def run_async(job: dict, folder: Path) -> dict:
     """A save whose writing is held up while the training goes on, beside one that is made at once at the same moment."""
     save = folder / job["id"]
-    trainer, _, _ = start(BY_ID[job["layout"]], **{"checkpoint.save": str(save / "async"), "checkpoint.async_save": True})
+    trainer, _, _ = start(
+        BY_ID[job["layout"]], **{"checkpoint.save": str(save / "async"), "checkpoint.async_save": True}
+    )
     trainer.step()
     state = checkpoints.TrainingState(iteration=1, consumed_samples=0, data=None)
     at_once = checkpoints.save_checkpoint(save / "sync", trainer.run, trainer.chunks, state, trainer.optimizer)
@@ -162,7 +164,9 @@ def run_fp8(job: dict, folder: Path) -> dict:
     losses = {}
     for recipe in (None, *job["recipes"]):
         more = {"training.precision": "bf16", "training.fp8": recipe, "training.train_steps": job["steps"]}
-        trainer, _, _ = start(BY_ID[job["layout"]], **more, **{"optimizer.lr": 1e-3})
+        trainer, _, _ = start(
+            BY_ID[job["layout"]], **more, **{"optimizer.lr": 1e-3, "optimizer.lr_decay_style": "constant"}
+        )
         trainer.loader = SameRows(trainer.loader)
         losses[recipe or "bf16"] = [trainer.step()[0]["loss"] for _ in range(job["steps"])]
     return {"losses": losses}

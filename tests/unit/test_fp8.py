@@ -98,7 +98,9 @@ def test_delayed_scale_comes_from_the_history():
     assert torch.isclose(scaling.round(100 * x, "input", 1).abs().max(), 100 * limit)
     for _ in range(FP8_RECIPES["delayed"].history):
         scaling.advance(torch.full_like(scaling.seen_KE, 1.0))
-    assert torch.isclose(scaling.round(100 * x, "input", 1).abs().max(), torch.tensor(1.0))  # the old ones are forgotten
+    assert torch.isclose(
+        scaling.round(100 * x, "input", 1).abs().max(), torch.tensor(1.0)
+    )  # the old ones are forgotten
 
 
 @each_recipe
