@@ -65,7 +65,13 @@ def save_checkpoint(
     """
     final = Path(folder) / f"iter_{state.iteration:07d}"
     unfinished = final.with_name(final.name + ".tmp")
-    _on_first_rank(lambda: (shutil.rmtree(unfinished, ignore_errors=True), (unfinished / "ranks").mkdir(parents=True)))
+
+    def start() -> None:
+        for left in Path(folder).glob("iter_*.tmp"):  # what processes that died have left
+            shutil.rmtree(left)
+        (unfinished / "ranks").mkdir(parents=True)
+
+    _on_first_rank(start)
 
     tensors = {"model": model_state(chunks)}
     steps = None

@@ -21,7 +21,7 @@ flipped = refused_job("one bit flipped", MOE, "llama:dp2", damage="bit")
 lost = refused_job("one file lost", MOE, MOE, damage="file")
 intact = refused_job("intact", MOE, "llama:dp2")
 retention = {"id": "retention", "run": "run_retention", "layout": "llama-stage1:dp2", "world": 2}
-in_background = {"id": "in background", "run": "run_async", "layout": "llama-stage3:ep2", "world": 2}
+in_background = {"id": "in background", "run": "run_async", "layout": "expert-bias:ep2", "world": 2}
 
 
 @each("job", jobs, ids=[job["id"] for job in jobs])
@@ -85,9 +85,9 @@ def test_retention_keeps_the_newest_complete_checkpoint(job, result):
     assert result["tracker"] == "8"
 
 
-@each("job", [in_background], ids=["ep2"])
+@each("job", [in_background], ids=["expert-bias ep2"])
 def test_save_in_the_background_holds_the_moment_it_was_asked_for(job, result):
-    """Two steps are made while it is written; it is no checkpoint until it is complete, and the next one waits for it."""
+    """Two steps are made while it is written, which move buffers in place (expert biases); it is no checkpoint until it is complete, and the next one waits for it."""
     assert result["early"] == [None, None]
     assert result["names"] == ["iter_0000001"]
     assert result["different"] == []

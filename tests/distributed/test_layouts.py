@@ -12,8 +12,9 @@ TOLERANCE = 1e-5
 # bf16 keeps 8 bits: a sum in another order moves single gradients by a per cent, the loss and the norm by far less.
 BF16_LOSS, BF16_GRAD_NORM = 2e-3, 2e-2
 
-# FP8 has three bits: what two layouts round differently (a scale of another share of a tensor) differs visibly.
-FP8_LOSS, FP8_GRAD_NORM = 1e-2, 5e-2
+# FP8 has three bits: what two layouts round differently (a scale of another share of a tensor, or a value beside the edge
+# of a step after the first update) differs visibly. Measured worst: 2.8e-3 and 1.0e-2.
+FP8_LOSS, FP8_GRAD_NORM = 1e-2, 3e-2
 
 chosen = SLOW_LAYOUTS if os.environ.get("SLOW_LAYOUTS") else LAYOUTS
 fp8 = [layout_job(layout) for layout in chosen if layout.model.startswith("fp8")]
