@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_moellava import parallel, platform
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.loader import summary
+from megatron_moellava.model.context_parallel import share
 from megatron_moellava.model.moe_llava import IMAGE_TOKEN, MoELlava
 
 from megatron.core import parallel_state
@@ -103,6 +104,7 @@ def _line(numbers: dict[str, float]) -> str:
     formats = {
         "loss": "loss {:.4f}",
         "load_balancing_loss": "aux {:.3f}",
+        "routing/imbalance/rank": "busiest rank {:.2f}x",
         "lr": "lr {:.2e}",
         "grad_norm": "grad {:.3f}",
         "tokens_per_second": "{:,.0f} tok/s",
@@ -139,6 +141,7 @@ class RoutingObserver:
         modality_BS = (tokens_BS == IMAGE_TOKEN).long()
         if padding_mask_BS is not None:
             modality_BS = modality_BS.masked_fill(~padding_mask_BS, -1)
+        modality_BS = share(modality_BS)
         if self.config.sequence_parallel:
             size, rank = (
                 parallel_state.get_tensor_model_parallel_world_size(),
@@ -199,6 +202,21 @@ def imbalance(costs_RC: torch.Tensor) -> dict[str, float]:
     """Busiest rank over the mean of R data-parallel ranks, for each of COSTS; 1.0 = even."""
     worst_C = costs_RC.max(dim=0).values / costs_RC.mean(dim=0).clamp(min=1e-9)
     return {f"imbalance/{name}": max(1.0, float(value)) for name, value in zip(COSTS, worst_C, strict=True)}
+
+
+def load_imbalance(load_LE: torch.Tensor, expert_parallel_size: int) -> dict[str, float]:
+    """How much more work the busiest has than the mean, in the layer where it is worst: 1.0 is level.
+
+    `load_LE`: tokens of each expert in each MoE layer. An expert-parallel rank holds E / size neighbours, and the others
+    wait for the busiest: loads [6, 2, 1, 3] on two ranks -> expert 2.0, rank 8 / 6 = 1.33.
+    """
+    load_LE = load_LE.double()
+    load_LR = load_LE.unflatten(1, (expert_parallel_size, -1)).sum(-1)
+    worst = {
+        name: (load.amax(1) / load.mean(1).clamp(min=1e-9)).max()
+        for name, load in (("expert", load_LE), ("rank", load_LR))
+    }
+    return {f"routing/imbalance/{name}": float(value) for name, value in worst.items()}
 
 
 def aux_losses(config, num_microbatches: int, iteration: int) -> dict[str, float]:

@@ -81,7 +81,7 @@ def build_loader(run: RunConfig) -> Loader:
         rank=parallel.data_parallel_rank(),
         world_size=parallel.data_parallel_size(),
         micro_batch_size=run.training.micro_batch_size,
-        pad_multiple=run.parallel.tensor_model_parallel_size,
+        pad_multiple=run.row_multiple,
         accumulation_steps=run.num_microbatches(parallel.data_parallel_size()),
         template=run.data.template or backbone.template,
         context_length=backbone.context_length,
