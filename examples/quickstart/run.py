@@ -157,7 +157,7 @@ class Quickstart:
         on_first_rank(lambda: write_jsonl(self.out / name / "predictions.jsonl", answered))
         say(summary_line(result["score"], len(rows), time.perf_counter() - started))
         if run.moe is not None:
-            counts_LME = trainer.routing.collect()
+            counts_LME = trainer.routing.collect().choices_LME
             result |= {
                 "expert_load": counts_LME.tolist(),
                 "moe_layers": [i for i, n in enumerate(counts_LME) if n.sum()],
