@@ -135,7 +135,7 @@ def pathways(found: dict[str, Pathways], layers: Sequence[int], experts: int) ->
     for panel, (name, ways) in zip(panels, found.items(), strict=True):
         shares_P = ways.shares()
         for rank in reversed(range(len(shares_P))):
-            shift = (rank - len(shares_P) / 2) * 0.06  # so that lines on top of each other can be told apart
+            shift = (rank - len(shares_P) / 2) * 0.03  # so that lines on top of each other can be told apart
             colour = plt.get_cmap("viridis")(rank / max(len(shares_P) - 1, 1))
             width = 1 + 10 * shares_P[rank] / shares_P.max()
             label = f"{shares_P[rank]:.1%}" if rank < 5 else None
@@ -154,7 +154,10 @@ def pathways(found: dict[str, Pathways], layers: Sequence[int], experts: int) ->
         panel.title.set_fontsize(10)
         panel.set_xticklabels([str(layer) for layer in layers])
         if len(shares_P):
-            panel.legend(fontsize=8, loc="upper right")
+            handles, labels = panel.get_legend_handles_labels()  # drawn from the rarest to the most frequent
+            panel.legend(
+                handles[::-1], labels[::-1], fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=5
+            )
     figure.suptitle("Most frequent token pathways (first choices)")
     figure.tight_layout()
     return figure

@@ -8,7 +8,7 @@ from pathlib import Path
 
 STYLE = """
 :root { color-scheme: light dark }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+body { overflow-wrap: anywhere; font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 img { max-width: 100%; background: #fff; border-radius: 4px }
 table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto }
