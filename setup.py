@@ -29,7 +29,7 @@ EXTRAS_REQUIRE = {
     # lmms-eval itself is not listed: it wants an older `av` than Energon, hence an environment of its own (README).
     "eval": ["openpyxl>=3.1", "httpx>=0.27"],  # openpyxl: MMBench submission tables
     "demo": ["fastapi>=0.110", "starlette", "uvicorn>=0.29", "prometheus-client>=0.20"],
-    "quickstart": ["easy-vqa~=1.0", "scikit-learn>=1.4"],
+    "quickstart": ["easy-vqa~=1.0", "scikit-learn>=1.4", "scipy>=1.11"],  # scipy: the paired test of tools/ablate.py
     "video": ["av>=17"],  # the release that Energon 7.4 decodes with
     "dev": [
         "pytest>=8",
