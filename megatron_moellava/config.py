@@ -58,6 +58,7 @@ class MoEConfig:
         "sparse"  # first_half, second_half, sparse (0, 2, 4, ...), dense, or layer numbers
     )
     router: str = "megatron"  # "megatron": dropless deterministic top-k; "original": the DeepSpeed 0.9.5 gate
+    router_dtype: str = "fp32"  # of the router's logits and choices: "fp32", or "bf16" as a plain 16-bit model has them
     moe_aux_loss_coeff: float = 0.01  # per MoE layer, summed over layers
     moe_z_loss_coeff: float | None = None  # megatron router only
     moe_router_load_balancing_type: str = "aux_loss"  # aux_loss, seq_aux_loss, global_aux_loss, none (megatron router)
@@ -143,6 +144,7 @@ class OptimizerConfig:
     projector_lr: float | None = None  # None: lr
     lr_decay_style: str = "cosine"  # cosine, linear, constant
     lr_warmup_fraction: float = 0.03  # of train_steps
+    router_lr_warmup_fraction: float | None = None  # of train_steps, for the routers alone; None: lr_warmup_fraction
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999

@@ -39,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
     parser.add_argument("--backbone", default="llama-tiny", help="llama-tiny (default) or phi-2-tiny")
     parser.add_argument("--seed", type=int, default=1, help="of the weights and the order of the data")
+    parser.add_argument("--prepare-only", action="store_true", help="make data and starting weights, then stop")
     parser.add_argument(
         "--steps-scale", type=float, default=1.0, help="multiplies the steps of every run, for a quick look"
     )
@@ -71,6 +72,8 @@ class Quickstart:
         say(f"=== quickstart: preset {self.arguments.preset}, seed {self.arguments.seed}, results in {self.out} ===")
         self.timed("data", lambda: on_first_rank(self.make_data))
         self.timed("models", lambda: on_first_rank(self.make_models))
+        if self.arguments.prepare_only:
+            return
         for name, plan in PLAN.items():
             if plan["from"] == "upcycled":
                 self.timed("upcycle", lambda: on_first_rank(self.upcycle))
@@ -114,8 +117,8 @@ class Quickstart:
     # --- training and asking ----------------------------------------------------------------------------------------
 
     def train(self, name: str, plan: dict) -> None:
-        from megatron_moellava import parallel
-        from megatron_moellava.training.run import build_trainer, load_run, validate_run
+        from megatron_moellava.experiments.stage import train_stage
+        from megatron_moellava.training.run import load_run
 
         data = self.out / "data"
         run = load_run(
@@ -132,38 +135,25 @@ class Quickstart:
             },
             overrides=self.arguments.overrides,
         )
-        validate_run(run)
-        parallel.initialize(run.parallel, run.training.seed)
         say(f"--- {TITLES[name]}")
-        trainer = build_trainer(run)
-        if trainer.train() != 0:
-            sys.exit(85)
-        self.results[name] = self.ask(name, run, trainer)
+        self.results[name] = self.ask(name, run, train_stage(run))
 
     def ask(self, name: str, run, trainer) -> dict:
         """Held-out accuracy of the trained model; for the MoE also with blanked pictures, and the expert load."""
-        from megatron_moellava.data.loader import build_encoder
-        from megatron_moellava.data.tokenizer import load_tokenizer
-        from megatron_moellava.evaluation.closed_questions import predict
-        from megatron_moellava.evaluation.quickstart_metrics import score_quickstart
+        from megatron_moellava.experiments.stage import ask_closed
 
         started = time.perf_counter()
         rows = [json.loads(line) for line in (self.out / "data" / "test.jsonl").open()]
-        images = self.out / "data" / "images"
-        encoder = build_encoder(run.data, load_tokenizer(run.data.tokenizer), trainer.chunks[0].tower)
-        said = predict(trainer.chunks, encoder, rows, images, observer=trainer.routing)
-        answered = [row | {"prediction": text} for row, text in zip(rows, said, strict=True)]
-        result = {"score": score_quickstart(answered), "answered": answered}
-        on_first_rank(lambda: write_jsonl(self.out / name / "predictions.jsonl", answered))
-        say(summary_line(result["score"], len(rows), time.perf_counter() - started))
-        if run.moe is not None:
-            counts_LME = trainer.routing.collect()
+        answers = ask_closed(trainer, run, rows, self.out / "data" / "images", blank=run.moe is not None)
+        result = {"score": answers.score, "answered": answers.answered}
+        on_first_rank(lambda: write_jsonl(self.out / name / "predictions.jsonl", answers.answered))
+        say(summary_line(answers.score, len(rows), time.perf_counter() - started))
+        if answers.routing is not None:
             result |= {
-                "expert_load": counts_LME.tolist(),
-                "moe_layers": [i for i, n in enumerate(counts_LME) if n.sum()],
+                "expert_load": answers.routing.choices_LME.tolist(),
+                "moe_layers": list(answers.routing.layers),
+                "blanked": answers.blanked,
             }
-            said = predict(trainer.chunks, encoder, rows, images, blank=True)
-            result["blanked"] = [row | {"prediction": text} for row, text in zip(rows, said, strict=True)]
         return result
 
     def report(self) -> None:

@@ -123,6 +123,7 @@ def choices(router: MegatronRouter, x_TH: torch.Tensor) -> tuple[torch.Tensor, t
     """(weights, experts) [T, K]. The default router in four operations; any other, and a watched one, by its module."""
     config = router.config
     simple = type(router) is MegatronRouter and config.moe_router_score_function == "softmax"
+    simple = simple and config.moe_router_dtype == "fp32"
     if not simple or config.moe_router_topk == 1 or router.watched:
         probs_TE, _ = router(x_TH.unsqueeze(1))
         return probs_TE.topk(config.moe_router_topk, dim=-1)

@@ -24,6 +24,7 @@ CHOICES = {
     "data.long_samples": ("cut", "skip"),
     "data.sampler": ("shuffle", "modality_length"),
     "moe.router": ("megatron", "original"),
+    "moe.router_dtype": ("fp32", "bf16"),
     "moe.second_choice": ("sampled", "deterministic"),
     "moe.experts": ("grouped", "sequential"),
     "moe.moe_token_dispatcher_type": ("alltoall", "allgather", "flex"),
@@ -188,6 +189,11 @@ def _moe(run: RunConfig, backbone: Backbone) -> Iterator[str]:
     if not 1 <= moe.moe_router_topk <= moe.num_experts:
         yield f"moe.moe_router_topk={moe.moe_router_topk} must lie between 1 and moe.num_experts={moe.num_experts}"
     yield from _placement(moe.placement, backbone)
+    if moe.router_dtype == "bf16" and run.training.precision != "bf16":
+        yield (
+            f"moe.router_dtype=bf16 with training.precision={run.training.precision}: the router takes the dtype of the "
+            "hidden states; set training.precision=bf16, or moe.router_dtype=fp32"
+        )
     if (parallel.expert_tensor_parallel_size or 1) > 1 and backbone.add_bias_linear:
         yield (
             f"parallel.expert_tensor_parallel_size={parallel.expert_tensor_parallel_size}: the experts of {backbone.name} "
@@ -291,6 +297,13 @@ def _training(run: RunConfig) -> Iterator[str]:
         yield f"training.train_steps={training.train_steps} must be 0 (one epoch) or positive"
     if not 0 <= run.optimizer.lr_warmup_fraction <= 1:
         yield f"optimizer.lr_warmup_fraction={run.optimizer.lr_warmup_fraction} must lie between 0 and 1"
+    router_warmup = run.optimizer.router_lr_warmup_fraction
+    if router_warmup is not None and not 0 <= router_warmup <= 1:
+        yield f"optimizer.router_lr_warmup_fraction={router_warmup} must lie between 0 and 1, or be left unset"
+    if router_warmup is not None and run.moe is None:
+        yield f"optimizer.router_lr_warmup_fraction={router_warmup} needs a MoE model; leave it unset"
+    if run.logging.routing_interval < 1:
+        yield f"logging.routing_interval={run.logging.routing_interval} must be at least 1 step"
 
 
 def _fp8(run: RunConfig) -> Iterator[str]:

@@ -22,6 +22,7 @@ FLOORS = (
     ("conversion", "data"),
     ("training", "inference"),
     ("evaluation", "analysis", "planning"),
+    ("experiments",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
