@@ -12,7 +12,7 @@
 #SBATCH --requeue
 
 # The paper's ablations of stage 3 (tables 5 to 7), one array task each: upcycle the stage-2 checkpoint, then train.
-# The variants are the cells of a grid file; `python tools/ablate.py examples/ablations/stage3.yaml --list` numbers them.
+# The variants are the cells of a grid file; `python tools/ablate.py examples/ablations/cluster/stage3.yaml --list` numbers them.
 #
 #   sbatch examples/ablations.sh
 #   BACKBONE=qwen-1.8b sbatch --array=0,4 examples/ablations.sh training.train_steps=1000
@@ -22,7 +22,7 @@ REPO="${REPO:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}"
 BACKBONE="${BACKBONE:-phi-2}"
 RUNS="${RUNS:-$REPO/runs/$BACKBONE}"
 STAGE2="${STAGE2:-$RUNS/stage2}"
-GRID="${GRID:-$REPO/examples/ablations/stage3.yaml}"
+GRID="${GRID:-$REPO/examples/ablations/cluster/stage3.yaml}"
 
 [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || { echo "an array job: submit it with sbatch $0" >&2 && exit 2; }
 cell=$("${PYTHON:-python3}" "$REPO/tools/ablate.py" "$GRID" --shell "$SLURM_ARRAY_TASK_ID")

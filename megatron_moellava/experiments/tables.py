@@ -31,8 +31,8 @@ def table(grid: Grid, rows: Sequence[dict]) -> str:
         own = [row for row in rows if row["cell"] == cell]
         main = by_metric[grid.metrics[0]].get(cell)
         cells = [f"**{cell}**" if cell == grid.baseline else cell, str(len(own))]
-        cells += [plus_minus(by_metric[metric].get(cell)) for metric in grid.metrics]
-        cells += list(difference(main))
+        cells += [plus_minus(by_metric[metric].get(cell), metric) for metric in grid.metrics]
+        cells += list(difference(main, grid.metrics[0]))
         cells += [_mean(own, key, text) for key, _, text in extra]
         lines.append(_row(cells))
     return "\n".join(lines)
@@ -52,24 +52,25 @@ def _mean(rows: Sequence[dict], key: str, text: str) -> str:
     return text.format(sum(values) / len(values)) if values else ""
 
 
-def number(value: float) -> str:
-    """As many digits as tell something."""
-    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}"
+def number(value: float, metric: str) -> str:
+    """Losses with four digits after the point, percentages and the like with two."""
+    return f"{value:.4f}" if "loss" in metric and "spikes" not in metric else f"{value:.2f}"
 
 
-def plus_minus(summary: Summary | None) -> str:
+def plus_minus(summary: Summary | None, metric: str) -> str:
     if summary is None or summary.mean is None:
         return ""
-    return number(summary.mean) + (f" ± {number(summary.deviation)}" if summary.deviation is not None else "")
+    deviation = summary.deviation
+    return number(summary.mean, metric) + ("" if deviation is None else f" ± {number(deviation, metric)}")
 
 
-def difference(summary: Summary | None) -> tuple[str, str]:
+def difference(summary: Summary | None, metric: str) -> tuple[str, str]:
     """("+0.31 ± 0.12", "0.03"); empty for the baseline itself."""
     against = summary.against if summary else None
     if against is None or against.mean is None:
         return "", ""
-    text = f"{'+' if against.mean >= 0 else ''}{number(against.mean)}"
-    text += f" ± {number(against.deviation)}" if against.deviation is not None else ""
+    text = f"{'+' if against.mean >= 0 else ''}{number(against.mean, metric)}"
+    text += f" ± {number(against.deviation, metric)}" if against.deviation is not None else ""
     return text, "" if against.p is None else f"{against.p:.3f}"
 
 
@@ -81,8 +82,8 @@ def findings(grid: Grid, rows: Sequence[dict]) -> list[str]:
         against = item.against
         if against is None or against.mean is None or against.deviation is None:
             continue
-        size = f"{'+' if against.mean >= 0 else ''}{number(against.mean)} ({against.seeds} seeds, one run's spread "
-        size += f"{number(item.deviation)})" if item.deviation is not None else "unknown)"
+        size = f"{'+' if against.mean >= 0 else ''}{number(against.mean, metric)} ({against.seeds} seeds, one run's spread "
+        size += f"{number(item.deviation, metric)})" if item.deviation is not None else "unknown)"
         if against.p is None:
             verdict = "equal in every seed" if against.mean == 0 else "not tested"
         elif against.p < LEVEL:

@@ -1,7 +1,9 @@
 """Grids of runs: what is shared, what is repeated, in which order, and what the results say."""
 
 import json
+import os
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from megatron_moellava.experiments.schedule import Scheduler
 from megatron_moellava.experiments.tables import findings, paper_table, plot, report, table
 
 REPO = Path(__file__).parents[2]
-GRIDS = sorted(path for path in (REPO / "examples/ablations").glob("*.yaml") if path.stem != "quickstart")
+GRIDS = sorted((REPO / "examples/ablations").glob("*.yaml"))
 BASE = """
 seeds: [1, 2, 3]
 steps:
@@ -98,7 +100,7 @@ def test_shipped_grids_hold_the_papers_tables():
     } <= cells.keys()
 
 
-@pytest.mark.parametrize("path", [path for path in GRIDS if path.stem != "stage3"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_shipped_grids_end_in_stage_3_and_share_their_start(path):
     grid = load_grid(path)
     assert len(grid.seeds) >= 3
@@ -107,6 +109,19 @@ def test_shipped_grids_end_in_stage_3_and_share_their_start(path):
     starts = {tuple(node.name for node in chain[:2]) for chain in chains}
     assert len(starts) == (2 if path.stem == "size" else 1)
     assert set(grid.paper.get("rows", {})) or not grid.paper
+
+
+def test_the_array_script_reads_its_settings_from_the_grid():
+    command = [sys.executable, "tools/ablate.py", "examples/ablations/cluster/stage3.yaml", "--shell", "4"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}
+    )
+    assert result.returncode == 0, result.stderr
+    script = result.stdout + 'echo "$NAME"; printf "%s\n" "${UPCYCLE[@]}" "${SETTINGS[@]}"'
+    words = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True).stdout.split("\n")
+    assert words[0] == "top-1"
+    assert words[words.index("--topk") + 1] == "1"
+    assert {"moe.moe_router_topk=1", "moe.num_experts=4", "training.seed=42"} <= set(words)
 
 
 @pytest.mark.parametrize("text, message", [
@@ -212,7 +227,7 @@ def test_table_has_only_what_was_run(grid):
     rows = rows_of(grid, {"four": [60.0, 61.0, 62.0], "two": [59.0, 60.1, 61.2]})
     text = table(grid, rows)
     assert "| **four** | 3 | 61.00 ± 1.00 |" in text
-    assert "| two | 3 | 60.10 ± 1.10 | -0.9000 ± 0.1000 | 0.004 | 0.5000 |" in text
+    assert "| two | 3 | 60.10 ± 1.10 | -0.90 ± 0.10 | 0.004 | 0.5000 |" in text
     assert "slow" not in text and "diverged" not in text
     (sentence,) = findings(grid, rows)
     assert "beyond the noise, p = 0.004" in sentence
