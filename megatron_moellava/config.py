@@ -210,7 +210,7 @@ def read_yaml(path: str) -> dict:
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist; pass --config with an existing YAML file") from None
+        raise ConfigError(f"config file {path} does not exist; give an existing YAML file") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict | None):

@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -71,6 +71,7 @@ class Quickstart:
 
         say(f"=== quickstart: preset {self.arguments.preset}, seed {self.arguments.seed}, results in {self.out} ===")
         self.timed("data", lambda: on_first_rank(self.make_data))
+        self.check()
         self.timed("models", lambda: on_first_rank(self.make_models))
         if self.arguments.prepare_only:
             return
@@ -116,25 +117,39 @@ class Quickstart:
 
     # --- training and asking ----------------------------------------------------------------------------------------
 
-    def train(self, name: str, plan: dict) -> None:
-        from megatron_moellava.experiments.stage import train_stage
+    def check(self) -> None:
+        """Every run must be able to work before minutes go into the first one."""
+        from megatron_moellava.training.run import validate_run
+
+        for name, plan in PLAN.items():
+            model = {"model.backbone": self.arguments.backbone} | ({"moe.num_experts": 4} if plan["stage"] == 3 else {})
+            validate_run(self.run_config(name, plan, model | {"checkpoint.load": None}))
+
+    def run_config(self, name: str, plan: dict, more: dict | None = None):
         from megatron_moellava.training.run import load_run
 
         data = self.out / "data"
+        flags = {
+            "training.stage": plan["stage"],
+            "training.train_steps": max(2, round(plan["steps"] * self.arguments.steps_scale)),
+            "training.seed": self.arguments.seed,
+            "optimizer.lr": plan["lr"],
+            "checkpoint.load": str(self.out / plan["from"]),
+            "checkpoint.save": str(self.out / name),
+            "data.sources": [{"path": str(data / plan["data"]), "image_folder": str(data / "images")}],
+            "data.tokenizer": str(data / "tokenizer.model"),
+        }
         run = load_run(
-            config=str(HERE / "quickstart.yaml"),
-            flags={
-                "training.stage": plan["stage"],
-                "training.train_steps": max(2, round(plan["steps"] * self.arguments.steps_scale)),
-                "training.seed": self.arguments.seed,
-                "optimizer.lr": plan["lr"],
-                "checkpoint.load": str(self.out / plan["from"]),
-                "checkpoint.save": str(self.out / name),
-                "data.sources": [{"path": str(data / plan["data"]), "image_folder": str(data / "images")}],
-                "data.tokenizer": str(data / "tokenizer.model"),
-            },
-            overrides=self.arguments.overrides,
+            config=str(HERE / "quickstart.yaml"), flags=flags | (more or {}), overrides=self.arguments.overrides
         )
+        if run.moe is None:  # the overrides are for every run, and a dense model has no experts to split
+            run = replace(run, parallel=replace(run.parallel, expert_model_parallel_size=1))
+        return run
+
+    def train(self, name: str, plan: dict) -> None:
+        from megatron_moellava.experiments.stage import train_stage
+
+        run = self.run_config(name, plan)
         say(f"--- {TITLES[name]}")
         self.results[name] = self.ask(name, run, train_stage(run))
 

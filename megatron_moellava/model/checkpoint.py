@@ -14,7 +14,7 @@ from megatron_moellava.backbones import BACKBONES, backbone_fields
 from megatron_moellava.config import CheckpointError, to_dict
 from megatron_moellava.model.integrity import verify_files
 from megatron_moellava.model.moe_llava import MoELlava
-from megatron_moellava.model.placement import moe_layer_freq
+from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import TOWERS, tower_fields
 
 from megatron.core import dist_checkpointing, parallel_state
@@ -154,11 +154,8 @@ def _moe_fields(moe: dict | None, num_layers: int) -> dict:
     if moe is None:
         return {"num_experts": None}
     placement = moe["placement"]
-    layers = moe_layer_freq(placement if isinstance(placement, str) else tuple(placement), num_layers)
     names = ("num_experts", "use_residual", "moe_shared_expert_intermediate_size")
-    return {name: moe[name] for name in names if name in moe} | {
-        "layers": [i for i, is_moe in enumerate(layers) if is_moe]
-    }
+    return {name: moe[name] for name in names if name in moe} | {"layers": list(moe_layers(placement, num_layers))}
 
 
 def _check_tensors(checkpoint: Path, state: dict, stored: dict[str, tuple[int, ...]], fields: list[str]) -> None:

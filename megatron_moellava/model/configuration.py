@@ -10,7 +10,7 @@ import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoEConfig, RunConfig
 from megatron_moellava.model.pipeline import stage_layers
-from megatron_moellava.model.placement import moe_layer_freq
+from megatron_moellava.placement import moe_layer_freq
 from megatron_moellava.towers import Tower
 
 from megatron.core.activations import quick_gelu

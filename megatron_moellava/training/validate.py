@@ -8,10 +8,10 @@ from megatron_moellava.backbones import Backbone, get_backbone
 from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.model.checkpoint import newest_checkpoint, require_checkpoint
+from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import get_tower
 from megatron_moellava.training.stages import ROLES, STAGES
 
-PLACEMENTS = ("first_half", "second_half", "sparse", "dense")
 CHOICES = {
     "training.stage": tuple(STAGES),
     "training.precision": ("bf16", "fp32"),
@@ -188,7 +188,10 @@ def _moe(run: RunConfig, backbone: Backbone) -> Iterator[str]:
         )
     if not 1 <= moe.moe_router_topk <= moe.num_experts:
         yield f"moe.moe_router_topk={moe.moe_router_topk} must lie between 1 and moe.num_experts={moe.num_experts}"
-    yield from _placement(moe.placement, backbone)
+    try:
+        moe_layers(moe.placement, backbone.num_layers)
+    except MoELlavaError as error:
+        yield str(error)
     if moe.router_dtype == "bf16" and run.training.precision != "bf16":
         yield (
             f"moe.router_dtype=bf16 with training.precision={run.training.precision}: the router takes the dtype of the "
@@ -204,15 +207,6 @@ def _moe(run: RunConfig, backbone: Backbone) -> Iterator[str]:
     if moe.moe_token_dispatcher_type == "allgather" and not run.data.packing:
         yield "moe.moe_token_dispatcher_type=allgather needs rows of one length (data.packing=true); use alltoall"
     yield from _original_router(run) if moe.router == "original" else _megatron_router(run)
-
-
-def _placement(placement, backbone: Backbone) -> Iterator[str]:
-    if isinstance(placement, str):
-        if placement not in PLACEMENTS:
-            yield f"moe.placement={placement!r} is unknown; use {', '.join(PLACEMENTS)} or a list of layers such as [0, 2]"
-        return
-    if not placement or not all(0 <= layer < backbone.num_layers for layer in placement):
-        yield f"moe.placement={list(placement)} must name layers between 0 and {backbone.num_layers - 1} ({backbone.name})"
 
 
 def _original_router(run: RunConfig) -> Iterator[str]:

@@ -11,12 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from inference_models import GATES, picture, scatter, tiny_run
-
-from megatron_moellava import parallel
-from megatron_moellava.config import ParallelConfig
-from megatron_moellava.model.build import build_model
-from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
+from inference_models import picture, tiny_checkpoint
 
 REPO = Path(__file__).parents[2]
 QUESTIONS = (
@@ -64,12 +59,7 @@ def ask_ours(where: Path, out: str) -> tuple[list[str], dict]:
 def place(tmp_path_factory) -> tuple[Path, list[str], dict]:
     """(folder with checkpoint and data, our answers, our record)"""
     where = tmp_path_factory.mktemp("lmms")
-    parallel.initialize(ParallelConfig(), seed=1)
-    settings = tiny_run(GATES["megatron"])
-    chunks = build_model(settings)
-    scatter(chunks[0])
-    save_checkpoint(where / "stage3", settings, chunks, TrainingState(iteration=1, consumed_samples=0, data=None))
-    parallel.shutdown()
+    tiny_checkpoint(where / "stage3")
     data = where / "runs/quickstart/data"
     (data / "images").mkdir(parents=True)
     for number in range(7):

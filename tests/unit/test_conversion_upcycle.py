@@ -12,8 +12,8 @@ from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.conversion.inspection import diff, inspect
-from megatron_moellava.conversion.model import moe_layers
 from megatron_moellava.conversion.upcycle import request, upcycle_checkpoint
+from megatron_moellava.placement import moe_layers
 
 EXPERTS = ".mlp.deepspeed_moe.experts.deepspeed_experts."
 GATE = ".mlp.deepspeed_moe.gate.wg.weight"

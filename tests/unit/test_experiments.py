@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import statistics
 import subprocess
 import sys
@@ -81,6 +82,17 @@ def test_a_change_reaches_everything_behind_it_and_nothing_before(tmp_path):
 def test_steps_scale_shortens_every_training(tmp_path):
     chain = made(tmp_path, steps_scale=0.05).chain("four", 1)
     assert [node.settings.get("steps") for node in chain] == [None, 5, None, 2]
+
+
+def test_shipped_grids_train_as_long_and_as_fast_as_the_quickstart():
+    plan = runpy.run_path(str(REPO / "examples/quickstart/run.py"))["PLAN"]
+    grid = load_grid(REPO / "examples/ablations/strategy.yaml")
+    chains = {cell: {node.step: node.settings for node in grid.chain(cell, 1)} for cell in grid.cells}
+    for stage in ("stage1", "stage2", "stage3"):
+        fields = chains["moe-in-stage-3"][stage]
+        assert (fields["steps"], fields["set"]["optimizer"]["lr"]) == (plan[stage]["steps"], plan[stage]["lr"])
+    together = plan["stage2"]["steps"] + plan["stage3"]["steps"]
+    assert {chains[cell]["stage3"]["steps"] for cell in ("moe-from-stage-2", "dense-one-stage")} == {together}
 
 
 def test_shipped_grids_hold_the_papers_tables():
