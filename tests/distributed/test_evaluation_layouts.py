@@ -17,7 +17,7 @@ from megatron_moellava.model.build import build_model
 from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
 
 REPO = Path(__file__).parents[2]
-NUM_PICTURES = 10
+NUM_PICTURES = 6
 LAYOUTS = {
     "dp2": [],
     "tp2": ["parallel.tensor_model_parallel_size=2"],
