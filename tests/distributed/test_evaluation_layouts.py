@@ -12,7 +12,7 @@ import pytest
 from inference_models import picture, tiny_checkpoint
 
 REPO = Path(__file__).parents[2]
-NUM_PICTURES = 10
+NUM_PICTURES = 6
 LAYOUTS = {
     "dp2": [],
     "tp2": ["parallel.tensor_model_parallel_size=2"],
