@@ -87,7 +87,8 @@ def test_retention_keeps_the_newest_complete_checkpoint(job, result):
 
 @each("job", [in_background], ids=["expert-bias ep2"])
 def test_save_in_the_background_holds_the_moment_it_was_asked_for(job, result):
-    """Two steps are made while it is written, which move buffers in place (expert biases); it is no checkpoint until it is complete, and the next one waits for it."""
+    """Two steps are made while it is written, which change buffers in place (expert biases); it is no checkpoint until it
+    is complete, and the next one waits for it."""
     assert result["early"] == [None, None]
     assert result["names"] == ["iter_0000001"]
     assert result["different"] == []
