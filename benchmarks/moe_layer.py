@@ -17,6 +17,7 @@ import importlib.metadata
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -106,12 +107,15 @@ def import_deepspeed(folder: Path | None):
         sys.path.insert(0, str(folder))
     try:
         import deepspeed
+        from deepspeed.moe import sharded_moe
         from deepspeed.moe.layer import MoE
         from deepspeed.utils import logger
     finally:
         if folder is not None:
             sys.path.remove(str(folder))
     logger.setLevel("ERROR")
+    # Its communication wants compiled code; a group of one has nothing to send.
+    sharded_moe._AllToAll = SimpleNamespace(apply=lambda group, tensor: tensor)
     return MoE, deepspeed.__version__
 
 
@@ -227,12 +231,12 @@ def main() -> None:
     parser.add_argument("--most-tokens", type=int, default=16384)
     parser.add_argument("--deepspeed", type=Path, help="folder with a second deepspeed, whose dispatch is an einsum")
     args = parser.parse_args()
+    parallel.initialize(ParallelConfig(), 1)
     deepspeed = {}
     if importlib.metadata.distributions(name="deepspeed"):
         deepspeed["deepspeed newest"] = import_deepspeed(None)
     if args.deepspeed is not None:
         deepspeed["deepspeed einsum"] = import_deepspeed(args.deepspeed)
-    parallel.initialize(ParallelConfig(), 1)
     rows = [measure(*row, args, rivals, deepspeed) for *row, rivals in PLAN if row[0] <= args.most_tokens]
     parallel.shutdown()
     finish(

@@ -51,7 +51,7 @@ def our_trainer(folder: Path, rows: list[Batch]) -> Trainer:
     checkpoint = require_checkpoint(folder / "megatron")
     model = read_run_file(checkpoint)["model"]
     run = RunConfig(
-        model=ModelConfig(backbone=model["backbone"], tower=model["tower"]),
+        model=ModelConfig(backbone=str(checkpoint), tower=str(checkpoint)),
         moe=MoEConfig(**{**model["moe"], "moe_aux_loss_coeff": AUX_LOSS}),
         data=DataConfig(seq_length=QUARTER.seq_length),
         training=TrainingConfig(stage=3, global_batch_size=len(rows)),
@@ -163,12 +163,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--deepspeed", type=Path, help="folder with a deepspeed whose dispatch is an einsum")
     args = parser.parse_args()
-    moe_class, version = import_deepspeed(args.deepspeed)
     samples = make_samples(args.samples, QUARTER)
     rows = packed_rows(samples, QUARTER)
     with tempfile.TemporaryDirectory() as folder:
         models = [write_reference(Path(folder), SIZES) for _ in range(2)]
         trainer = our_trainer(Path(folder), rows)
+        moe_class, version = import_deepspeed(args.deepspeed)
         padded = Padded(models[0], samples, args.batch, lambda block: DeepSpeedExperts(moe_class, block))
         eager = Padded(models[1], samples, args.batch, EagerExperts)
         losses: dict[str, list[float]] = {"ours": [], "padded": [], "eager": []}

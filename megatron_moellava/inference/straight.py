@@ -24,6 +24,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+FEW_TOKENS = 16  # up to which the weights of all experts cost more to read than the products to compute
+
 
 def can_go_straight() -> bool:
     """Whether this rank holds every parameter, in modules whose names are known here."""
@@ -105,6 +107,8 @@ def experts(mlp: MoELayer, x_TH: torch.Tensor) -> torch.Tensor:
     """Tokens sorted by expert -> two grouped products -> back, weighted by the router."""
     weights_TK, experts_TK = choices(mlp.router, x_TH)
     fc1, fc2 = mlp.experts.linear_fc1, mlp.experts.linear_fc2
+    if len(x_TH) <= FEW_TOKENS and fc1.num_experts <= experts_TK.numel():
+        return every_expert(mlp, x_TH, weights_TK, experts_TK)
     order_N = experts_TK.flatten().argsort(stable=True)  # N = T * K
     tokens_N, sorted_N = order_N // experts_TK.shape[1], experts_TK.flatten()[order_N]
     numbers_E = torch.arange(fc1.num_experts, device=sorted_N.device)
@@ -117,6 +121,17 @@ def experts(mlp: MoELayer, x_TH: torch.Tensor) -> torch.Tensor:
         output_NH = output_NH + fc2.fused["bias"][sorted_N]
     weights_N1 = weights_TK.flatten()[order_N].unsqueeze(1).to(x_TH.dtype)
     return torch.zeros_like(x_TH).index_add(0, tokens_N, output_NH * weights_N1)
+
+
+def every_expert(mlp: MoELayer, x_TH, weights_TK, experts_TK) -> torch.Tensor:
+    """The same for few tokens, whose choices reach nearly all experts: reading the weights is the work, so every expert
+    computes every token and nothing is sorted."""
+    fc1, fc2 = mlp.experts.linear_fc1, mlp.experts.linear_fc2
+    weights_TE = weights_TK.new_zeros(len(x_TH), fc1.num_experts).scatter(1, experts_TK, weights_TK).to(x_TH.dtype)
+    inner_TX = F.linear(x_TH, fc1.fused["weight"].flatten(0, 1), fc1.fused["bias"].flatten() if fc1.use_bias else None)
+    inner_TEF = activate(mlp.config, inner_TX.unflatten(1, (fc1.num_experts, -1))) * weights_TE.unsqueeze(2)
+    output_TH = torch.bmm(inner_TEF.transpose(0, 1), fc2.fused["weight"].transpose(1, 2)).sum(dim=0)
+    return output_TH + weights_TE @ fc2.fused["bias"] if fc2.use_bias else output_TH
 
 
 def choices(router: MegatronRouter, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
