@@ -33,4 +33,9 @@ LIBRARY_PATH=$(IFS=:; echo "${libraries[*]}")
 export CUDA_HOME CPATH LIBRARY_PATH NVTE_FRAMEWORK=pytorch PATH="$new/bin:$PATH"
 export MAX_JOBS=${MAX_JOBS:-$(nproc)} NVTE_BUILD_THREADS_PER_JOB=1
 "$new/bin/python" -m pip install --no-build-isolation "transformer-engine[core_cu13,pytorch]==$version"
+# Transformer Engine looks for cuDNN, NVRTC and the like in this environment's own packages only.
+mkdir -p "$site/nvidia"
+for part in "$base"/nvidia/*; do
+    [ -e "$site/nvidia/$(basename "$part")" ] || ln -s "$part" "$site/nvidia/"
+done
 touch "$new/.installed"
