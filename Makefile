@@ -49,7 +49,7 @@ fuzz: $(READY)  ## malformed rows and images by the ten thousand, with the count
 	FUZZ_SCALE=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --capture=no tests/unit/test_data_fuzz.py
 
 test-te: .te-venv/.installed  ## checkpoints of Transformer Engine's modules against the local ones (builds it: nvcc, 10 minutes)
-	OMP_NUM_THREADS=1 PYTHONPATH=. .te-venv/bin/python -m pytest $(PYTEST_ARGS) tests/te
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .te-venv/bin/python -m pytest $(PYTEST_ARGS) tests/te
 
 bench: .bench-venv/.installed  ## measure, then write docs/performance.md (BENCH="moe_layer generation" for a part)
 	.bench-venv/bin/python benchmarks/run.py $(BENCH)

@@ -5,12 +5,13 @@
 Every model of CASES is built for every rank of every layout of LAYOUTS in this one process, on torch's fake process
 group, and its sharded tensors are listed: key, whole shape, shape and place of this rank's part. In mode `te` torch says
 that there is a GPU, so that the package chooses as it does on one; everything that would touch the device is put on the
-CPU. No forward pass: that needs a GPU.
+CPU. No forward pass: that needs a GPU. The numbers of parameters by training role stand beside the tensors.
 """
 
 import contextlib
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -48,10 +49,23 @@ def pretend_gpu() -> None:
         "H100", (), {"multi_processor_count": 132, "major": 9, "minor": 0}
     )
     torch.cuda.Stream = lambda *_, **__: None
+    torch.cuda.synchronize = lambda *_: None
     torch.cuda.set_device = torch.cuda.manual_seed = torch.cuda.manual_seed_all = lambda *_: None
     torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda *_: None
     torch.cuda._lazy_call = lambda *_, **__: None
+
+
+class OnCpu(torch.overrides.TorchFunctionMode):
+    """Whoever asks for the GPU gets the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        if function is torch.Tensor.cuda:
+            return args[0]
+        return function(*args, **kwargs)
 
 
 def fake_groups() -> None:
@@ -67,6 +81,7 @@ def finish_pretending() -> None:
     from megatron.core.tensor_parallel import random
 
     assert platform.HAS_TRANSFORMER_ENGINE
+    OnCpu().__enter__()
     platform.device = lambda: torch.device("cpu")
     for tracker in (random.CudaRNGStatesTracker, random.get_cuda_rng_tracker().__class__):
         tracker.fork = lambda self, name="": contextlib.nullcontext()
@@ -93,12 +108,13 @@ def cases() -> dict[str, tuple[str, str, str, str]]:
 
 
 def describe(backbone: str, tower: str, block: str, layout: str) -> dict:
-    """{key: [whole shape, places of the parts over all ranks]}, or {"refused": message}."""
+    """{key: [whole shape, places of the parts over all ranks]} and roles of each rank, or {"refused": message}."""
     processes, axes = LAYOUTS[layout]
     found: dict[str, list] = {}
+    roles: list[dict] = []
     for rank in range(processes):
         try:
-            parts = sharded(backbone, tower, block, axes, rank, processes)
+            parts = sharded(backbone, tower, block, axes, rank, processes, roles)
         except (AssertionError, ValueError) as error:
             return {"refused": str(error)}
         for item in parts:
@@ -109,15 +125,16 @@ def describe(backbone: str, tower: str, block: str, layout: str) -> dict:
                 places.append(place)
     for _, places in found.values():
         places.sort()
-    return found
+    return {**found, "roles": roles}
 
 
-def sharded(backbone: str, tower: str, block: str, axes: dict, rank: int, processes: int) -> list:
-    """This rank's sharded tensors."""
+def sharded(backbone: str, tower: str, block: str, axes: dict, rank: int, processes: int, roles: list) -> list:
+    """This rank's sharded tensors; its parameters by role are appended to `roles`."""
     from megatron_moellava import parallel
     from megatron_moellava.config import RunConfig, from_dict
     from megatron_moellava.model.build import build_model
     from megatron_moellava.model.checkpoint import model_state
+    from megatron_moellava.training.stages import parameter_roles
 
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
@@ -127,7 +144,12 @@ def sharded(backbone: str, tower: str, block: str, axes: dict, rank: int, proces
     dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
     try:
         parallel.initialize(run.parallel, 1)
-        state = model_state(build_model(run))
+        chunks = build_model(run)
+        counts = Counter()
+        for role, _, parameter in parameter_roles(chunks[0]):
+            counts[role] += parameter.numel()
+        roles.append(dict(sorted(counts.items())))
+        state = model_state(chunks)
         apply_factories(state)
         items = list(nested_values(state))
         objects = [item.key for item in items if isinstance(item, ShardedObject)]

@@ -31,7 +31,7 @@ def described(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("case", cases())
-def test_keys_shapes_and_places_are_those_of_the_local_modules(described, case):
+def test_keys_shapes_places_and_roles_are_those_of_the_local_modules(described, case):
     local, te = described["local"][case], described["te"][case]
     assert te == local
 
@@ -45,8 +45,10 @@ def test_grouped_and_sequential_experts_have_one_checkpoint(described):
 
 
 def test_only_megatron_cores_own_rules_refuse_a_case(described):
+    rules = ("num_moe_experts must be non None", "bias is not supported in the shared", "only supported when ETP==1")
     refused = {case: found["refused"] for case, found in described["te"].items() if "refused" in found}
-    assert all("etp2" in case for case in refused), refused  # biased experts
+    assert all(message.startswith(rules) or rules[2] in message for message in refused.values()), refused
+    assert len(refused) < len(described["te"]) / 5
 
 
 @pytest.fixture(scope="session", params=[("local", "te"), ("te", "local")], ids="{0[0]} to {0[1]}".format)
