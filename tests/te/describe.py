@@ -35,6 +35,7 @@ LAYOUTS: dict[str, tuple[int, dict]] = {  # name: (processes, parallel.*)
     "tp2 ep2": (2, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}),
     "etp2": (2, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
 }
+FP8 = ("delayed", "tensorwise", "blockwise", "mxfp8")
 TOWERS = {"clip-tiny": "llama-tiny", "siglip-tiny": "qwen2-tiny"}  # tower: backbone that it is tried with
 
 
@@ -93,8 +94,8 @@ def backbones() -> list[str]:
     return [name for name in BACKBONES if name.endswith("-tiny")]
 
 
-def cases() -> dict[str, tuple[str, str, str, str]]:
-    """id: (backbone, tower, block, layout). All blocks in one process; the layouts for dense and grouped ones."""
+def cases() -> dict[str, tuple[str, ...]]:
+    """id: (backbone, tower, block, layout[, FP8 recipe]). All blocks in one process; every layout for three of them."""
     made = {}
     for backbone in backbones():
         for block in BLOCKS:
@@ -102,19 +103,23 @@ def cases() -> dict[str, tuple[str, str, str, str]]:
         for layout in LAYOUTS:
             for block in ("dense", "grouped", "sequential"):
                 made[f"{backbone}, {block}, {layout}"] = (backbone, "clip-tiny", block, layout)
+    for recipe in FP8:
+        for block in ("grouped", "sequential"):
+            made[f"llama-tiny, {block}, {recipe}"] = ("llama-tiny", "clip-tiny", block, "one", recipe)
     for tower, backbone in TOWERS.items():
         made[f"{tower}"] = (backbone, tower, "dense", "one")
     return made
 
 
-def describe(backbone: str, tower: str, block: str, layout: str) -> dict:
+def describe(backbone: str, tower: str, block: str, layout: str, recipe: str | None = None) -> dict:
     """{key: [whole shape, places of the parts over all ranks]} and roles of each rank, or {"refused": message}."""
     processes, axes = LAYOUTS[layout]
+    run = run_config(backbone, tower, block, axes, recipe)
     found: dict[str, list] = {}
     roles: list[dict] = []
     for rank in range(processes):
         try:
-            parts = sharded(backbone, tower, block, axes, rank, processes, roles)
+            parts = sharded(run, rank, processes, roles)
         except (AssertionError, ValueError) as error:
             return {"refused": str(error)}
         for item in parts:
@@ -128,10 +133,17 @@ def describe(backbone: str, tower: str, block: str, layout: str) -> dict:
     return {**found, "roles": roles}
 
 
-def sharded(backbone: str, tower: str, block: str, axes: dict, rank: int, processes: int, roles: list) -> list:
+def run_config(backbone: str, tower: str, block: str, axes: dict, recipe: str | None):
+    from megatron_moellava.config import RunConfig, from_dict
+
+    training = {"stage": 3} | ({"fp8": recipe} if recipe else {})
+    tree = {"model": {"backbone": backbone, "tower": tower}, "training": training, "parallel": axes}
+    return from_dict(RunConfig, tree | ({"moe": BLOCKS[block]} if BLOCKS[block] else {}))
+
+
+def sharded(run, rank: int, processes: int, roles: list) -> list:
     """This rank's sharded tensors; its parameters by role are appended to `roles`."""
     from megatron_moellava import parallel
-    from megatron_moellava.config import RunConfig, from_dict
     from megatron_moellava.model.build import build_model
     from megatron_moellava.model.checkpoint import model_state
     from megatron_moellava.training.stages import parameter_roles
@@ -139,8 +151,6 @@ def sharded(backbone: str, tower: str, block: str, axes: dict, rank: int, proces
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 
-    tree = {"model": {"backbone": backbone, "tower": tower}, "training": {"stage": 3}, "parallel": axes}
-    run = from_dict(RunConfig, tree | ({"moe": BLOCKS[block]} if BLOCKS[block] else {}))
     dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
     try:
         parallel.initialize(run.parallel, 1)
