@@ -11,6 +11,7 @@ counts, losses, norms, flags.
 
 import argparse
 import functools
+import inspect
 import json
 import os
 import subprocess
@@ -34,6 +35,35 @@ LAYOUTS: dict[str, tuple[int, bool, dict]] = {  # name: (processes, MoE, paralle
 }
 
 
+def ring(size: int, count: float) -> float:
+    """What each of `size` processes sends of a tensor of `count` bytes that is gathered, scattered or exchanged."""
+    return count * (size - 1) / size
+
+
+def to_others(size: int, call: dict) -> float:
+    """All-to-all: the rows that do not stay."""
+    splits = call.get("input_split_sizes")
+    if splits is None or not len(splits):
+        return ring(size, call["input"].nbytes)
+    return call["input"].nbytes * (1 - splits[call["rank"]] / max(sum(splits), 1))
+
+
+SENT = {  # function of torch.distributed -> bytes that this process sends, from the names of its arguments
+    "all_reduce": lambda size, call: 2 * ring(size, call["tensor"].nbytes),
+    "reduce_scatter_tensor": lambda size, call: ring(size, call["input"].nbytes),
+    "reduce_scatter": lambda size, call: ring(size, sum(part.nbytes for part in call["input_list"])),
+    "all_gather_into_tensor": lambda size, call: ring(size, size * call["input_tensor"].nbytes),
+    "all_gather": lambda size, call: ring(size, size * call["tensor"].nbytes),
+    "all_to_all_single": to_others,
+    "broadcast": lambda size, call: call["tensor"].nbytes if call.get("src") == call["global_rank"] else 0,
+    "send": lambda size, call: call["tensor"].nbytes,
+    "isend": lambda size, call: call["tensor"].nbytes,
+}
+
+# Only batches are broadcast, some of them over the tensor-parallel group; a pipeline of two sends over the world's group.
+ALWAYS = {"broadcast": "batch", "send": "PP", "isend": "PP"}
+
+
 class Counter:
     """Wraps torch.distributed. Must come before megatron.core is imported, which keeps some functions under own names."""
 
@@ -41,48 +71,31 @@ class Counter:
         import torch.distributed as dist
 
         self.dist, self.bytes, self.counting = dist, defaultdict(float), False
-        for name in (
-            "all_reduce",
-            "reduce_scatter_tensor",
-            "all_gather_into_tensor",
-            "all_gather",
-            "reduce_scatter",
-            "all_to_all_single",
-            "broadcast",
-            "send",
-            "isend",
-        ):
-            setattr(dist, name, self._wrapped(getattr(dist, name), getattr(self, f"_{name.removeprefix('i')}")))
+        for name, sent in SENT.items():
+            setattr(dist, name, self._wrapped(name, getattr(dist, name), sent))
 
-    def _wrapped(self, function, sent):
+    def _wrapped(self, name: str, function, sent):
+        signature = inspect.signature(function)
+
         @functools.wraps(function)
         def call(*arguments, **options):
             if self.counting:
-                group = options.get("group")
-                if group is None:
-                    group = next((a for a in arguments if isinstance(a, self.dist.ProcessGroup)), None)
+                named = dict(signature.bind(*arguments, **options).arguments)
+                group = named.get("group")
                 size = self.dist.get_world_size(group)
                 if size > 1:
-                    values = [value for name, value in options.items() if name not in ("group", "async_op", "op")]
-                    self._book(group, sent(size, *arguments, *values))
+                    named |= {"rank": self.dist.get_rank(group), "global_rank": self.dist.get_rank()}
+                    count = sent(size, named)
+                    self.bytes["control" if count < CONTROL else ALWAYS.get(name, self.axis(group))] += count
             return function(*arguments, **options)
 
         return call
 
-    def _book(self, group, count: float) -> None:
-        self.bytes["control" if count < CONTROL else self.axis(group)] += count
-
     def axis(self, group) -> str:
-        """The name of a group in megatron-core's parallel state."""
-        from megatron.core import parallel_state
-
-        for name, value in self.axes.items():
-            if group is value:
-                return name
-        names = [name for name, value in vars(parallel_state).items() if value is group]
-        return names[0] if names and group is not None else "world"
+        return next((name for name, value in self.axes.items() if group is value), "other groups")
 
     def know(self) -> None:
+        """The groups of the layout by axis."""
         from megatron.core import parallel_state as state
 
         self.axes = {
@@ -91,36 +104,7 @@ class Counter:
             "TP": state.get_tensor_model_parallel_group(),
             "PP": state.get_pipeline_model_parallel_group(),
             "EP": state.get_expert_model_parallel_group(),
-            "batch": state.get_model_parallel_group(),
         }
-
-    def _all_reduce(self, size, tensor, *_) -> float:
-        return 2 * tensor.nbytes * (size - 1) / size
-
-    def _reduce_scatter_tensor(self, size, output, whole, *_) -> float:
-        return whole.nbytes * (size - 1) / size
-
-    def _all_gather_into_tensor(self, size, output, part, *_) -> float:
-        return part.nbytes * (size - 1)
-
-    def _all_gather(self, size, outputs, part, *_) -> float:
-        return part.nbytes * (size - 1)
-
-    def _reduce_scatter(self, size, output, parts, *_) -> float:
-        return sum(part.nbytes for part in parts) * (size - 1) / size
-
-    def _all_to_all_single(self, size, output, whole, output_splits=None, input_splits=None, *rest) -> float:
-        if not input_splits:
-            return whole.nbytes * (size - 1) / size
-        group = next(item for item in (*rest, *self.axes.values()) if getattr(item, "size", int)() == size)
-        own = input_splits[group.rank()]
-        return whole.nbytes * (1 - own / max(sum(input_splits), 1))
-
-    def _broadcast(self, size, tensor, src=None, *_) -> float:
-        return float(tensor.nbytes) if src == self.dist.get_rank() else 0.0
-
-    def _send(self, size, tensor, *_) -> float:
-        return float(tensor.nbytes)
 
 
 def theory(layout: str, parameters: dict[str, float], microbatches: int, images: float, scale) -> dict[str, float]:
