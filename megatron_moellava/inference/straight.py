@@ -66,10 +66,15 @@ class StraightDecoder:
         attention, backbone = layer.self_attention, self.model.backbone
         qkv_TN = F.linear(normed_TH, attention.linear_qkv.weight, attention.linear_qkv.bias)
         qkv_TGXD = qkv_TN.view(len(qkv_TN), backbone.num_query_groups, -1, backbone.kv_channels)
-        query_THD, key_TGD, value_TGD = qkv_TGXD[:, :, :-2].flatten(1, 2), qkv_TGXD[:, :, -2], qkv_TGXD[:, :, -1]
+        value_TGD = qkv_TGXD[:, :, -1]
         if attention.q_layernorm is not None:
-            query_THD, key_TGD = attention.q_layernorm(query_THD), attention.k_layernorm(key_TGD)
-        context_TH = cache.attend(attention.layer_number, query_THD, key_TGD, value_TGD, self.angles_S11C)
+            query_THD = attention.q_layernorm(qkv_TGXD[:, :, :-2].flatten(1, 2))
+            key_TGD = attention.k_layernorm(qkv_TGXD[:, :, -2])
+            context_TH = cache.attend(attention.layer_number, query_THD, key_TGD, value_TGD, self.angles_S11C)
+        else:  # queries and keys turn together
+            turned_TGXD = cache.rotate(qkv_TGXD[:, :, :-1], self.angles_S11C)
+            query_THD, key_TGD = turned_TGXD[:, :, :-1].flatten(1, 2), turned_TGXD[:, :, -1]
+            context_TH = cache.look(attention.layer_number, query_THD, key_TGD, value_TGD)
         return F.linear(context_TH, attention.linear_proj.weight, attention.linear_proj.bias)
 
 
@@ -130,7 +135,7 @@ def every_expert(mlp: MoELayer, x_TH, weights_TK, experts_TK) -> torch.Tensor:
     weights_TE = weights_TK.new_zeros(len(x_TH), fc1.num_experts).scatter(1, experts_TK, weights_TK).to(x_TH.dtype)
     inner_TX = F.linear(x_TH, fc1.fused["weight"].flatten(0, 1), fc1.fused["bias"].flatten() if fc1.use_bias else None)
     inner_TEF = activate(mlp.config, inner_TX.unflatten(1, (fc1.num_experts, -1))) * weights_TE.unsqueeze(2)
-    output_TH = torch.bmm(inner_TEF.transpose(0, 1), fc2.fused["weight"].transpose(1, 2)).sum(dim=0)
+    output_TH = F.linear(inner_TEF.flatten(1), fc2.fused["weight"].transpose(0, 1).flatten(1))
     return output_TH + weights_TE @ fc2.fused["bias"] if fc2.use_bias else output_TH
 
 
