@@ -83,6 +83,8 @@ class GroupedLinear(MegatronModule):
                 self.fused[name] = self.fused[name].transpose(0, 1).contiguous().transpose(0, 1)
             for index, part in enumerate(self.fused[name]):
                 getattr(self, f"{name}{index}").data = part
+        side = self.fused["weight"]  # all experts as one matrix: [E O, I] of fc1, [O, E I] of fc2
+        self.fused["matrix"] = side.flatten(0, 1) if self.partition_dim == 0 else side.transpose(0, 1).flatten(1)
 
     def _stacked(self, name: str) -> torch.Tensor:
         if name in self.fused:

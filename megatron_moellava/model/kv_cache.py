@@ -46,6 +46,7 @@ class KVCache:
     step: Step | None = None
     lengths_R: list[int] = field(default_factory=list)  # tokens stored in each row; rows 0 .. N-1 decode together
     _layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # [R, G, S, D] each
+    _table: tuple[torch.Tensor, torch.Tensor] | None = None  # rotations of all positions
     _rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # of this step
     _rows_N: torch.Tensor | None = None
     _longest: int = 0  # of the rows that decode
@@ -100,7 +101,9 @@ class KVCache:
     def rotate(self, x_TAD: torch.Tensor, angles_S11C: torch.Tensor) -> torch.Tensor:
         """Rotary embedding of this step's positions; x [T, ..., D], whatever lies between."""
         if self._rotation is None:
-            self._rotation = rotation(angles_S11C[self.step.positions_T, 0, 0], x_TAD.dtype)
+            if self._table is None:
+                self._table = rotation(angles_S11C[:, 0, 0], x_TAD.dtype)
+            self._rotation = tuple(item_SC[self.step.positions_T] for item_SC in self._table)
         between = (slice(None), *(None,) * (x_TAD.dim() - 2))
         return rotate(x_TAD, *(item_TC[between] for item_TC in self._rotation))
 
