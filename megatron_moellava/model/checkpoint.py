@@ -87,9 +87,14 @@ def model_state(chunks: list[MoELlava]) -> dict:
     state = {}
     for index, chunk in enumerate(chunks):
         for name, value in chunk.sharded_state_dict(metadata=metadata).items():
-            if not name.endswith("_extra_state"):  # Transformer Engine's FP8 bookkeeping, rebuilt in a few steps
+            if not is_bookkeeping(name):
                 state[f"chunk{index}.{name}"] = value
     return state
+
+
+def is_bookkeeping(name: str) -> bool:
+    """Transformer Engine's FP8 state, rebuilt in a few steps: `_extra_state`, and of grouped experts `_extra_state1`, ..."""
+    return name.rpartition(".")[2].startswith("_extra_state")
 
 
 def load_weights(checkpoint: Path, chunks: list[MoELlava]) -> None:
@@ -104,7 +109,7 @@ def load_weights(checkpoint: Path, chunks: list[MoELlava]) -> None:
         prefix = f"chunk{index}."
         own = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
         problems = chunk.load_state_dict(own, strict=False)
-        missing = [name for name in problems.missing_keys if not name.endswith("_extra_state")]
+        missing = [name for name in problems.missing_keys if not is_bookkeeping(name)]
         assert not missing and not problems.unexpected_keys, (missing, problems.unexpected_keys)
 
 

@@ -66,7 +66,11 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Ch
         )
     if options.router_lr_warmup_fraction is not None:
         overrides[ParamKey(name="*.mlp.router.*")] = ParamGroupOverride(**{ROUTER_GROUP: True})
-    return get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    for part in distributed_optimizers(optimizer)[:-1]:
+        # The optimizers of dense and of expert parameters would each gather the parameters of both; the last one does.
+        part._defer_param_sync = True
+    return optimizer
 
 
 class Scheduler(OptimizerParamScheduler):

@@ -12,6 +12,8 @@ from megatron_moellava.config import ConfigError, LoggingConfig, MoEConfig, Opti
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.validate import validate
 
+from megatron.core.distributed import DistributedDataParallel
+
 STEPS = 20
 
 
@@ -50,6 +52,23 @@ def test_bf16_router_computes_in_bf16_and_trains(router):
         outputs[dtype] = seen
     assert {output.dtype for output in outputs["fp32"]} == {torch.float32}
     assert {output.dtype for output in outputs["bf16"]} == {torch.bfloat16}
+
+
+def test_an_update_gathers_every_parameter_once(monkeypatch):
+    """Dense and expert parameters have an optimizer each, and each of them would gather the parameters of both."""
+    started = trainer(MoEConfig())
+    gathered: list = []
+    gather = DistributedDataParallel._start_bucket_group_param_sync
+    monkeypatch.setattr(
+        DistributedDataParallel,
+        "_start_bucket_group_param_sync",
+        lambda self, group, *args, **options: gathered.append(group) or gather(self, group, *args, **options),
+    )
+    started.step()
+    (wrapped,) = started.wrapped
+    groups = [group for group in wrapped.bucket_groups + wrapped.expert_parallel_bucket_groups if group.buckets]
+    assert len(groups) >= 2
+    assert sorted(map(id, gathered)) == sorted(map(id, groups))
 
 
 def test_router_warmup_slows_the_routers_alone():
