@@ -1,0 +1,141 @@
+"""The products of one micro-batch on one rank, as data: what costs prices and what the dry run counts again.
+
+Only matrix products and attention; everything element-wise is priced by the bytes it moves (costs.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_moellava.planning.activations import routed_tokens
+from megatron_moellava.planning.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """[rows, inner] x [inner, columns] on this rank, `times` times, with the gradients that its backward pass makes."""
+
+    part: str
+    rows: float
+    inner: float
+    columns: float
+    times: int = 1
+    weights: float = 1.0  # separate weight matrices that the rows are divided among (local experts)
+    input_gradient: bool = True
+    weight_gradient: bool = False
+
+    @property
+    def forward(self) -> float:
+        return 2.0 * self.rows * self.inner * self.columns * self.times
+
+    @property
+    def backward(self) -> float:
+        return self.forward * (int(self.input_gradient) + int(self.weight_gradient))
+
+    @property
+    def forward_bytes(self) -> float:
+        """bf16 elements read and written once."""
+        elements = self.rows * (self.inner + self.columns) + self.weights * self.inner * self.columns
+        return 2.0 * elements * self.times
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """Flash attention of `rows` queries over `length` keys, all heads of this rank."""
+
+    rows: float
+    length: float
+    width: float  # heads x channels of this rank
+    causal: bool = True
+    with_backward: bool = True
+
+    @property
+    def forward(self) -> float:
+        """Both products in full, as torch's flop counter counts them; the causal half is skipped by real kernels."""
+        return 4.0 * self.rows * self.length * self.width
+
+    @property
+    def backward(self) -> float:
+        """Scores again, and four products of gradients."""
+        return 2.5 * self.forward if self.with_backward else 0.0
+
+
+Work = Product | Attention
+
+
+def linear(part: str, rows: float, inner: float, columns: float, trained: bool) -> Product:
+    return Product(part=part, rows=rows, inner=inner, columns=columns, weight_gradient=trained)
+
+
+def layer_work(layout: Layout, is_moe: bool, tokens: float, length: float) -> Iterator[Work]:
+    """One decoder layer over `tokens`; attention reaches back over samples of `length`."""
+    backbone, tp, trains = layout.backbone, layout.tp, layout.trains
+    width, query = backbone.hidden_size, backbone.num_attention_heads * backbone.kv_channels
+    qkv = query + 2 * backbone.num_query_groups * backbone.kv_channels
+    attention = "language.attention" in trains
+    yield linear("attention", tokens, width, qkv / tp, attention)
+    yield Attention(rows=tokens, length=length, width=query / tp)
+    yield linear("attention", tokens, query / tp, width, attention)
+    if not is_moe or layout.run.moe.use_residual:
+        yield from mlp_work(layout, "ffn", tokens, backbone.ffn_hidden_size / tp, "language.ffn" in trains)
+    if is_moe:
+        yield from moe_work(layout, tokens)
+
+
+def moe_work(layout: Layout, tokens: float) -> Iterator[Work]:
+    """Router, routed experts (balanced), shared experts."""
+    moe, trains = layout.run.moe, layout.trains
+    yield linear("router", tokens / layout.sp, layout.backbone.hidden_size, moe.num_experts, "router" in trains)
+    rows = routed_tokens(layout) * tokens / layout.tokens
+    local, inner = moe.num_experts / layout.ep, layout.backbone.ffn_hidden_size / layout.etp
+    yield from mlp_work(layout, "experts", rows, inner, "experts" in trains, weights=local)
+    if moe.moe_shared_expert_intermediate_size:
+        inner = moe.moe_shared_expert_intermediate_size / layout.tp
+        yield from mlp_work(layout, "shared experts", tokens, inner, "experts" in trains)
+
+
+def mlp_work(
+    layout: Layout, part: str, rows: float, inner: float, trained: bool, weights: float = 1.0
+) -> Iterator[Product]:
+    width, gated = layout.backbone.hidden_size, 2 if layout.backbone.gated_linear_unit else 1
+    for shape in ((width, gated * inner), (inner, width)):
+        yield Product(
+            part=part, rows=rows, inner=shape[0], columns=shape[1], weights=weights, weight_gradient=trained
+        )
+
+
+def first_stage_work(layout: Layout, images: float) -> Iterator[Work]:
+    """Tower and projector over `images`."""
+    tower, tp = layout.tower, layout.tp
+    rows, width, inner = images * tower.num_positions, tower.hidden_size, tower.ffn_hidden_size
+    trained, layers = "tower" in layout.trains, tower.num_used_layers
+    patches = images * tower.num_patches
+    options = {"part": "tower", "input_gradient": trained, "weight_gradient": trained}
+    yield Product(rows=patches, inner=3 * tower.patch_size**2, columns=width, **options | {"input_gradient": False})
+    for shape in ((width, 3 * width / tp), (width / tp, width), (width, inner / tp), (inner / tp, width)):
+        yield Product(rows=rows, inner=shape[0], columns=shape[1], times=layers, **options)
+    attention = Attention(
+        rows=rows, length=tower.num_positions, width=width / tp, causal=False, with_backward=trained
+    )
+    yield from [attention] * layers
+    visual, hidden = images * tower.num_features, layout.backbone.hidden_size
+    projects = "projector" in layout.trains
+    # Megatron-Core's linear layer computes the gradient of the frozen tower's features too.
+    yield linear("projector", visual, width, hidden / tp, projects)
+    yield linear("projector", visual, hidden / tp, hidden, projects)
+
+
+def last_stage_work(layout: Layout, tokens: float) -> Iterator[Work]:
+    """The output layer over every position, image tokens included, as Megatron-Core computes it."""
+    columns = layout.vocabulary / layout.tp
+    yield linear("output", tokens, layout.backbone.hidden_size, columns, "language.embedding" in layout.trains)
+
+
+def stage_work(layout: Layout, pipeline_rank: int, tokens: float, length: float, images: float) -> Iterator[Work]:
+    """Everything that one pipeline rank computes for one micro-batch, recomputation apart."""
+    if pipeline_rank == 0:
+        yield from first_stage_work(layout, images)
+    for chunk in layout.layers_of(pipeline_rank):
+        for layer in chunk:
+            yield from layer_work(layout, bool(layout.moe_layers[layer]), tokens, length)
+    if pipeline_rank == layout.pp - 1:
+        yield from last_stage_work(layout, tokens)

@@ -1,0 +1,114 @@
+"""A run on so many GPUs as the planner sees it: sizes of every axis, and which layers each pipeline rank holds.
+
+Legend used in all of planning/: a rank's `tokens` are those of one micro-batch before tensor parallelism splits them.
+"""
+
+import math
+from dataclasses import dataclass
+
+from megatron_moellava.backbones import Backbone
+from megatron_moellava.config import RunConfig
+from megatron_moellava.model.configuration import moe_layer_freq
+from megatron_moellava.towers import Tower
+from megatron_moellava.training.stages import STAGES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """`run` on `world_size` processes. The backbone is an object, so that models without a name can be planned."""
+
+    run: RunConfig
+    backbone: Backbone
+    tower: Tower
+    world_size: int
+
+    @property
+    def tp(self) -> int:
+        return self.run.parallel.tensor_model_parallel_size
+
+    @property
+    def pp(self) -> int:
+        return self.run.parallel.pipeline_model_parallel_size
+
+    @property
+    def vp(self) -> int:
+        return self.run.parallel.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def ep(self) -> int:
+        return self.run.parallel.expert_model_parallel_size
+
+    @property
+    def etp(self) -> int:
+        return self.run.parallel.expert_tensor_parallel_size or 1
+
+    @property
+    def sp(self) -> int:
+        """Ranks that share the positions of the residual stream."""
+        return 1 if self.run.parallel.sequence_parallel is False else self.tp
+
+    @property
+    def dp(self) -> int:
+        return self.world_size // (self.tp * self.pp * self.run.parallel.context_parallel_size)
+
+    @property
+    def expert_dp(self) -> int:
+        return self.world_size // (self.pp * self.ep * self.etp)
+
+    @property
+    def micro_batches(self) -> int:
+        """Per step and data-parallel rank."""
+        return self.run.num_microbatches(self.dp)
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest possible micro-batch."""
+        return self.run.training.micro_batch_size * self.run.data.seq_length
+
+    @property
+    def images(self) -> int:
+        """Of the fullest micro-batch: whole images with a short text each in a packed row, one per padded row."""
+        fits = self.run.data.seq_length // (self.tower.num_features + 16)
+        return self.run.training.micro_batch_size * (max(fits, 1) if self.run.data.packing else 1)
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """Roles that receive gradients."""
+        return self.run.training.trains or STAGES[self.run.training.stage]
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the word embeddings, padded for tensor parallelism."""
+        return math.ceil(self.backbone.vocab_size / self.tp) * self.tp
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """1 for each MoE layer, 0 for each dense one."""
+        moe = self.run.moe
+        return moe_layer_freq(moe.placement, self.backbone.num_layers) if moe else [0] * self.backbone.num_layers
+
+    @property
+    def activation_bytes(self) -> int:
+        return 2 if self.run.training.precision == "bf16" else 4
+
+    def layers_of(self, pipeline_rank: int) -> list[list[int]]:
+        """Layer numbers of each chunk of a pipeline rank: 8 layers, pp 2, vp 2, rank 0 -> [[0, 1], [4, 5]]."""
+        first = self.run.parallel.num_layers_in_first_pipeline_stage
+        if first is not None:
+            rest = (self.backbone.num_layers - first) // (self.pp - 1)
+            start = 0 if pipeline_rank == 0 else first + (pipeline_rank - 1) * rest
+            return [list(range(start, start + (first if pipeline_rank == 0 else rest)))]
+        size = self.backbone.num_layers // (self.pp * self.vp)
+        starts = [(chunk * self.pp + pipeline_rank) * size for chunk in range(self.vp)]
+        return [list(range(start, start + size)) for start in starts]
+
+    def in_flight(self, pipeline_rank: int) -> float:
+        """Micro-batches whose activations a rank keeps at its peak under Megatron-Core's 1F1B schedules.
+
+        Interleaved: counted in chunks, each a 1/vp share of the rank's layers (megatron.core.pipeline_parallel.schedules,
+        num_warmup_microbatches).
+        """
+        if self.vp == 1:
+            return min(self.pp - pipeline_rank, self.micro_batches)
+        warmup = (self.pp - pipeline_rank - 1) * 2 + (self.vp - 1) * self.pp + 1
+        return min(warmup, self.micro_batches * self.vp) / self.vp
