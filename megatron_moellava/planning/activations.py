@@ -5,6 +5,7 @@ a CPU. `TE` are Transformer Engine's fused modules and flash attention; it follo
 measured. A row applies when all its conditions hold, and is counted `times` the size it names.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_moellava.planning.layout import Layout
@@ -17,7 +18,7 @@ class Saved:
     """One kind of tensor that a backward pass needs."""
 
     what: str
-    part: str  # attention, residual, mlp norm, ffn, moe, residual moe, start, end, projector
+    part: str  # attention, core attention, residual, mlp norm, ffn, moe, residual moe, angles, start, end, projector
     size: str  # a key of `sizes`
     times: int = 1
     bytes: int | None = None  # per element; None: the run's precision
@@ -28,8 +29,9 @@ COMMON = (
     Saved("keys after rotation", "attention", "key"),
     Saved("queries after rotation", "attention", "query"),
     Saved("qkv, kept alive by the values", "attention", "qkv"),
-    Saved("context, input of the output projection", "attention", "query"),
-    Saved("log-sum-exp of the softmax", "attention", "heads", bytes=FP32),
+    Saved("context, input of the output projection", "attention", "query", when=("language.attention",)),
+    Saved("context", "core attention", "query", when=("!language.attention",)),
+    Saved("log-sum-exp of the softmax", "core attention", "heads", bytes=FP32),
     Saved("fc1's output", "ffn", "inner_in"),
     Saved("fc2's input", "ffn", "inner", when=("language.ffn",)),
     Saved("input of the gate", "moe", "hidden", when=("router", "!qkv_input_kept")),
@@ -39,6 +41,7 @@ COMMON = (
     Saved("fc2's input", "moe", "expert_inner", when=("experts",)),
     Saved("shared experts: fc1's output", "moe", "shared_inner_in", when=("shared",)),
     Saved("shared experts: fc2's input", "moe", "shared_inner", when=("shared", "experts")),
+    Saved("rotary angles for recomputed layers, once per chunk", "angles", "rotary", bytes=FP32),
     Saved("softmax of the loss", "end", "logits", bytes=FP32),
     Saved("input of the output layer", "end", "hidden", when=("language.embedding",)),
     Saved("visual features, input of fc1", "projector", "features", when=("projector",)),
@@ -48,6 +51,9 @@ COMMON = (
 LOCAL = (
     *COMMON,
     Saved("input of the norm", "attention", "hidden", when=("layernorm",)),
+    # A tensor rank's share is a view: whoever keeps the first layer's input keeps the embeddings of all ranks.
+    Saved("embeddings of the other tensor ranks", "start", "unsplit", when=("layernorm",)),
+    Saved("embeddings of the other tensor ranks", "start", "unsplit", when=("rmsnorm", "recompute=full")),
     Saved("input of the norm in fp32", "attention", "hidden", bytes=FP32, when=("rmsnorm",)),
     Saved("normed input in fp32", "attention", "hidden", bytes=FP32, when=("rmsnorm", "language.norm")),
     Saved("input of qkv", "attention", "hidden", when=("language.attention",)),
@@ -74,6 +80,7 @@ LOCAL = (
 
 TE = (
     *COMMON,
+    Saved("embeddings of the other tensor ranks", "start", "unsplit"),
     Saved("input of the norm", "attention", "hidden"),
     Saved("input of qkv", "attention", "hidden", when=("language.attention",)),
     Saved("queries for their norm", "attention", "query", when=("qk_norm",)),
@@ -90,9 +97,11 @@ MODULE_SETS = {"local": LOCAL, "te": TE}
 # Parts that a recomputation throws away.
 DROPPED = {
     "none": (),
-    "selective": (),  # flash attention keeps only its log-sum-exp beyond what its neighbours keep
-    "moe": ("moe",),
-    "full": ("attention", "residual", "mlp norm", "ffn", "moe", "residual moe"),
+    "selective": (
+        "core attention",
+    ),  # little: queries, keys and values stay, and the context if its projection is trained
+    "moe": ("core attention", "moe"),
+    "full": ("attention", "core attention", "residual", "mlp norm", "ffn", "moe", "residual moe"),
 }
 
 
@@ -105,6 +114,7 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
     key = tokens * backbone.num_query_groups * backbone.kv_channels / tp
     values = {
         "hidden": tokens * backbone.hidden_size / split,
+        "unsplit": tokens * backbone.hidden_size * (1 - 1 / split),
         "query": query,
         "key": key,
         "qkv": query + 2 * key,
@@ -121,11 +131,11 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
 
 def routed_tokens(layout: Layout, imbalance: float = 1.0) -> float:
     """Rows that the experts of one rank compute: with expert tensor parallelism each rank of the group sees them all."""
-    return layout.tokens / layout.sp * layout.run.moe.moe_router_topk * layout.etp * imbalance
+    return layout.tokens / layout.sp * layout.moe.moe_router_topk * layout.etp * imbalance
 
 
 def _expert_sizes(layout: Layout, imbalance: float, gated: int) -> dict[str, float]:
-    backbone, moe = layout.backbone, layout.run.moe
+    backbone, moe = layout.backbone, layout.moe
     rows, inner = routed_tokens(layout, imbalance), backbone.ffn_hidden_size / layout.etp
     shared = layout.tokens * (moe.moe_shared_expert_intermediate_size or 0) / layout.tp
     return {
@@ -153,7 +163,8 @@ def conditions(layout: Layout) -> set[str]:
         "grouped": moe is not None and moe.experts == "grouped",
         "shared": moe is not None and bool(moe.moe_shared_expert_intermediate_size),
     }
-    return {name for name, holds in held.items() if holds} | set(layout.trains)
+    recompute = f"recompute={layout.run.training.recompute}"
+    return {name for name, holds in held.items() if holds} | set(layout.trains) | {recompute}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,10 +181,10 @@ class Activations:
 
 def layer_parts(layout: Layout, is_moe: bool) -> set[str]:
     """The parts (see `Saved.part`) of one layer."""
-    parts = {"attention", "residual", "mlp norm"}
+    parts = {"attention", "core attention", "residual", "mlp norm"}
     if not is_moe:
         return parts | {"ffn"}
-    return parts | {"moe"} | ({"residual moe", "ffn"} if layout.run.moe.use_residual else set())
+    return parts | {"moe"} | ({"residual moe", "ffn"} if layout.moe.use_residual else set())
 
 
 def part_bytes(layout: Layout, modules: str, imbalance: float = 1.0) -> dict[str, float]:
@@ -194,14 +205,15 @@ def activations_of(layout: Layout, pipeline_rank: int, modules: str, imbalance: 
     dropped = DROPPED[recompute]
     parts: dict[str, float] = {}
     recomputed = 0.0
-    for layer in (layer for chunk in layout.layers_of(pipeline_rank) for layer in chunk):
-        present = layer_parts(layout, bool(layout.moe_layers[layer]))
+    for is_moe, count in Counter(layout.kinds_of(pipeline_rank)).items():
+        present = layer_parts(layout, is_moe)
         for part in present - set(dropped):
-            parts[part] = parts.get(part, 0.0) + bytes_of.get(part, 0.0)
-        again = sum(bytes_of.get(part, 0.0) for part in present & set(dropped))
-        recomputed = max(recomputed, again)
-        if again:  # the input that the recomputation starts from
-            parts["recomputation"] = parts.get("recomputation", 0.0) + kept
+            parts[part] = parts.get(part, 0.0) + count * bytes_of.get(part, 0.0)
+        recomputed = max(recomputed, sum(bytes_of.get(part, 0.0) for part in present & set(dropped)))
+        if present & set(dropped) - {"core attention"}:  # the input that the recomputation starts from
+            parts["recomputation"] = parts.get("recomputation", 0.0) + count * kept
+    if recompute == "full":
+        parts["recomputation"] += layout.vp * bytes_of["angles"]
     if pipeline_rank == 0:
         parts |= {part: bytes_of.get(part, 0.0) for part in ("projector", "start")}
     if pipeline_rank == layout.pp - 1:

@@ -9,13 +9,13 @@ from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, MoEConfig, RunConfig, load_config
 from megatron_moellava.planning import report
 from megatron_moellava.planning.activations import activations_of
-from megatron_moellava.planning.flops import stage_work
+from megatron_moellava.planning.flops import recomputed_work, stage_work
 from megatron_moellava.planning.hardware import GIB, get_gpu
 from megatron_moellava.planning.layout import Layout
 from megatron_moellava.planning.memory import state_bytes
 from megatron_moellava.planning.parameters import parameters_of
 from megatron_moellava.planning.picture import draw, label
-from megatron_moellava.planning.search import Found, Plan, Request, search
+from megatron_moellava.planning.search import Found, Request, search
 from megatron_moellava.planning.workload import STAGE_DATA
 from megatron_moellava.towers import get_tower
 
@@ -31,9 +31,11 @@ def plan(arguments: argparse.Namespace) -> str:
     text = report.text_report(request, found, best, given)
     title = f"{request.backbone.name}, stage {arguments.stage}, {arguments.gpus} {arguments.gpu}"
     draw(best, request.limit, title, Path(arguments.picture))
+    counts = dry_run(best[0].layout) if arguments.dry_run else []
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(report.json_report(request, best, given), indent=1) + "\n")
-    return text + ("\n\n" + dry_run(best[0]) if arguments.dry_run else "")
+        data = report.json_report(request, best, given) | {"dry_run": counts}
+        Path(arguments.json).write_text(json.dumps(data, indent=1) + "\n")
+    return "\n\n".join([text, *report.dry_run_report(best[0], counts)])
 
 
 def settings_of(arguments: argparse.Namespace) -> list[str]:
@@ -91,18 +93,17 @@ def why_nothing(request: Request, found: Found) -> str:
     return "no layout is valid; of the first one tried:\n" + "\n".join(found.refused)
 
 
-def dry_run(best: Plan) -> str:
-    """Build and run every distinct rank of the best plan on fake tensors; counted beside predicted."""
-    from megatron_moellava.planning.dry_run import count_rank
+def dry_run(layout: Layout) -> list[dict[str, dict[str, float]]]:
+    """Build and run each pipeline stage on fake tensors: for each, what was counted and what the formulas say."""
+    from megatron_moellava.planning.dry_run import count_rank  # megatron-core's training code
 
-    layout = best.layout
-    lines = [
-        f"dry run of {label(layout)}: the full-size model of each pipeline stage on fake tensors, balanced routing, CPU modules",
-        "(their activations differ from the GPU's: the tables above plan with Transformer Engine's)",
-    ]
+    rows = []
     for rank in range(layout.pp):
-        lines += ["", report.comparison(rank, count_rank(layout, rank), predicted_counts(layout, rank))]
-    return "\n".join(lines)
+        counted, predicted = count_rank(layout, rank), predicted_counts(layout, rank)
+        rows.append(
+            {name: {"counted": getattr(counted, name), "predicted": value} for name, value in predicted.items()}
+        )
+    return rows
 
 
 def predicted_counts(layout: Layout, rank: int) -> dict[str, float]:
@@ -117,15 +118,6 @@ def predicted_counts(layout: Layout, rank: int) -> dict[str, float]:
         "optimizer": optimizer,
         "activations": activations_of(layout, rank, "local").total,
         "forward_flops": sum(item.forward for item in work),
-        "backward_flops": sum(item.backward for item in work) + recomputed_flops(layout, rank, work),
+        "backward_flops": sum(item.backward for item in work)
+        + sum(item.forward for item in recomputed_work(layout, rank, layout.tokens, length)),
     }
-
-
-def recomputed_flops(layout: Layout, rank: int, work: list) -> float:
-    """Forward FLOPs that the backward pass repeats."""
-    mode = layout.run.training.recompute
-    again = {"none": (), "selective": (), "moe": ("router", "experts", "shared experts")}
-    if mode == "full":
-        decoder = [item for item in work if getattr(item, "part", "attention") not in ("tower", "projector", "output")]
-        return sum(item.forward for item in decoder if getattr(item, "causal", True))
-    return sum(item.forward for item in work if getattr(item, "part", "") in again[mode])

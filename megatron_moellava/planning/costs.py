@@ -5,15 +5,16 @@ A prediction of ours, not a measurement. A micro-batch on one pipeline rank cost
 a step the pipeline's slowest rank over all micro-batches + the bubble + gradients, optimizer, parameters.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_moellava.planning.activations import activations_of, layer_parts, part_bytes, routed_tokens
-from megatron_moellava.planning.flops import Attention, Product, Work, layer_work, stage_work
+from megatron_moellava.planning.flops import Attention, Work, recomputed_work, stage_work
 from megatron_moellava.planning.hardware import CALIBRATION, Efficiency, Gpu
 from megatron_moellava.planning.layout import Layout
 from megatron_moellava.planning.memory import state_bytes
 from megatron_moellava.planning.parameters import parameters_of, role_of
-from megatron_moellava.planning.workload import PACKED_FILL, PADDED_FILL, StageData
+from megatron_moellava.planning.workload import Load
 
 GROUPED = ("experts",)
 # Element-wise kernels move every kept byte about so often: written and read once forwards; read, and its gradient
@@ -23,34 +24,6 @@ MOVES_FORWARD, MOVES_BACKWARD = 2, 3
 LAUNCHES = {False: (30, 60), True: (75, 130)}
 OPTIMIZER_BYTES = 30  # per trained parameter of this rank's share: gradient and three states read, four written
 CAUSAL = 0.5  # share of the scores that a causal kernel computes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Load:
-    """What one micro-batch holds on average (memory plans for the fullest instead)."""
-
-    tokens: float  # positions computed, padding included
-    length: float  # of a sample: how far attention reaches back
-    images: float
-    samples: float
-
-
-def mean_load(layout: Layout, data: StageData) -> Load:
-    """Packed rows are full and hold several samples; padded rows are as long as the longest of their batch."""
-    length = min(data.tokens_per_sample(layout.tower.num_features), layout.run.data.seq_length)
-    rows = layout.run.training.micro_batch_size
-    if layout.run.data.packing:
-        samples = layout.tokens * PACKED_FILL / length
-        return Load(tokens=layout.tokens, length=length, images=samples * data.images, samples=samples)
-    padded = min(length / PADDED_FILL, layout.run.data.seq_length)
-    return Load(tokens=rows * padded, length=padded, images=rows * data.images, samples=rows)
-
-
-def full_load(layout: Layout) -> Load:
-    """Text rows of `seq_length`, as language-model benchmarks have them."""
-    return Load(
-        tokens=layout.tokens, length=layout.run.data.seq_length, images=0.0, samples=layout.run.training.micro_batch_size
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,36 +163,26 @@ def work_seconds(work: Work, pricing: Pricing, forward_only: bool = False) -> fl
     return once * passes * (pricing.imbalance if grouped else 1.0)
 
 
-def _layers(layout: Layout, pipeline_rank: int) -> list[bool]:
-    """is_moe of each layer of a rank."""
-    return [bool(layout.moe_layers[layer]) for chunk in layout.layers_of(pipeline_rank) for layer in chunk]
-
-
 def _elementwise_bytes(layout: Layout, pipeline_rank: int) -> float:
     """What autograd would keep without recomputation is what element-wise kernels move."""
     bytes_of = part_bytes(layout, "te")
     total = 0.0
-    for is_moe in _layers(layout, pipeline_rank):
-        total += sum(bytes_of.get(part, 0.0) for part in layer_parts(layout, is_moe))
+    for is_moe, count in Counter(layout.kinds_of(pipeline_rank)).items():
+        total += count * sum(bytes_of.get(part, 0.0) for part in layer_parts(layout, is_moe))
     return total + (bytes_of["end"] if pipeline_rank == layout.pp - 1 else 0.0)
 
 
 def _recomputation_seconds(layout: Layout, pipeline_rank: int, pricing: Pricing, load: Load) -> float:
-    mode = layout.run.training.recompute
-    if mode in ("none", "selective"):
+    if layout.run.training.recompute == "none":
         return 0.0
-    parts = None if mode == "full" else ("router", "experts", "shared experts")
-    seconds = 0.0
-    for is_moe in _layers(layout, pipeline_rank):
-        for work in layer_work(layout, is_moe, load.tokens, load.length):
-            if parts is None or (isinstance(work, Product) and work.part in parts):
-                seconds += work_seconds(work, pricing, forward_only=True)
-    dropped = activations_of(layout, pipeline_rank, "te").recomputed * len(_layers(layout, pipeline_rank))
+    work = recomputed_work(layout, pipeline_rank, load.tokens, load.length)
+    seconds = sum(work_seconds(item, pricing, forward_only=True) for item in work)
+    dropped = activations_of(layout, pipeline_rank, "te").recomputed * len(layout.kinds_of(pipeline_rank))
     return seconds + dropped * load.tokens / layout.tokens * MOVES_FORWARD / pricing.memory_rate
 
 
 def _launches(layout: Layout, pipeline_rank: int) -> int:
-    layers = _layers(layout, pipeline_rank)
+    layers = layout.kinds_of(pipeline_rank)
     forward = sum(LAUNCHES[is_moe][0] for is_moe in layers)
     backward = sum(LAUNCHES[is_moe][1] for is_moe in layers)
     return forward * (2 if layout.run.training.recompute == "full" else 1) + backward
@@ -235,7 +198,7 @@ def _tensor_seconds(layout: Layout, pipeline_rank: int, pricing: Pricing, load: 
     if layout.tp == 1:
         return 0.0
     bytes_moved = load.tokens * layout.backbone.hidden_size * 2 * (layout.tp - 1) / layout.tp
-    collectives = sum(2 if is_moe else 4 for is_moe in _layers(layout, pipeline_rank))
+    collectives = sum(2 if is_moe else 4 for is_moe in layout.kinds_of(pipeline_rank))
     trained = {"language.attention", "language.ffn"} & set(layout.trains)
     gathered_again = 0.5 if trained else 0.0  # weight gradients need the gathered input once more
     return collectives * (_passes(layout) + gathered_again) * bytes_moved / pricing.link(layout.tp)
@@ -252,7 +215,7 @@ def _expert_seconds(layout: Layout, pipeline_rank: int, pricing: Pricing, load: 
     inside = bytes_moved * (near - 1) / group / pricing.link(near)
     outside = bytes_moved * (group - near) / group / pricing.link(group) if group > near else 0.0
     passes = 3 if layout.run.training.recompute in ("full", "moe") else 2
-    return sum(_layers(layout, pipeline_rank)) * 2 * passes * max(inside, outside)
+    return sum(layout.kinds_of(pipeline_rank)) * 2 * passes * max(inside, outside)
 
 
 def _pipeline_seconds(layout: Layout, pricing: Pricing, load: Load) -> float:
@@ -299,4 +262,3 @@ def _ring(pricing: Pricing, inner: int, group: int) -> float:
 def _optimizer_seconds(layout: Layout, pricing: Pricing) -> float:
     states = max(state_bytes(layout, rank)[2] for rank in range(layout.pp))
     return states / 12 * OPTIMIZER_BYTES / pricing.memory_rate
-

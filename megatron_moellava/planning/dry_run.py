@@ -31,6 +31,7 @@ from megatron_moellava.training.stages import freeze, parameter_roles
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 ADAM_MOMENTS = 8  # bytes per element, made at the first step
 
@@ -118,6 +119,7 @@ def _without_values() -> Iterator[None]:
         (megatron_random.CudaRNGStatesTracker, "fork", lambda *_, **__: contextlib.nullcontext()),
         (megatron_random, "_get_all_rng_states", lambda: ()),
         (megatron_random, "_set_all_rng_states", lambda *_: None),
+        (MoEAuxLossAutoScaler, "main_loss_backward_scale", None),  # it outlives the model, and would stay fake
         (MoELlava, "to", lambda self, *_: self),
         (dist, "all_gather_object", _everyone_says_the_same),
         (parallel_state, "get_data_parallel_group_gloo", lambda *_, **__: parallel_state.get_data_parallel_group()),
@@ -127,17 +129,16 @@ def _without_values() -> Iterator[None]:
             lambda *_, **__: parallel_state.get_expert_data_parallel_group(),
         ),
     )
-    kept = [(owner, name, owner.__dict__.get(name)) for owner, name, _ in stand_ins]
+    kept = [(owner, name, owner.__dict__[name]) for owner, name, _ in stand_ins if name in owner.__dict__]
     for owner, name, stand_in in stand_ins:
         setattr(owner, name, stand_in)
     try:
         yield
     finally:
+        for owner, name, _ in stand_ins:
+            delattr(owner, name)
         for owner, name, original in kept:
-            if original is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, original)
+            setattr(owner, name, original)
 
 
 def _everyone_says_the_same(answers: list, answer: object, group=None) -> None:

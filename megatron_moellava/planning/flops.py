@@ -3,6 +3,7 @@
 Only matrix products and attention; everything element-wise is priced by the bytes it moves (costs.py).
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -47,6 +48,7 @@ class Attention:
     width: float  # heads x channels of this rank
     causal: bool = True
     with_backward: bool = True
+    part: str = "core attention"
 
     @property
     def forward(self) -> float:
@@ -60,6 +62,13 @@ class Attention:
 
 
 Work = Product | Attention
+# Parts of a decoder layer that each recomputation computes again; None: all of it.
+RECOMPUTED: dict[str, tuple[str, ...] | None] = {
+    "none": (),
+    "selective": ("core attention",),
+    "moe": ("core attention", "router", "experts", "shared experts"),
+    "full": None,
+}
 
 
 def linear(part: str, rows: float, inner: float, columns: float, trained: bool) -> Product:
@@ -75,7 +84,7 @@ def layer_work(layout: Layout, is_moe: bool, tokens: float, length: float) -> It
     yield linear("attention", tokens, width, qkv / tp, attention)
     yield Attention(rows=tokens, length=length, width=query / tp)
     yield linear("attention", tokens, query / tp, width, attention)
-    if not is_moe or layout.run.moe.use_residual:
+    if not is_moe or layout.moe.use_residual:
         yield from mlp_work(layout, "ffn", tokens, backbone.ffn_hidden_size / tp, "language.ffn" in trains)
     if is_moe:
         yield from moe_work(layout, tokens)
@@ -83,7 +92,7 @@ def layer_work(layout: Layout, is_moe: bool, tokens: float, length: float) -> It
 
 def moe_work(layout: Layout, tokens: float) -> Iterator[Work]:
     """Router, routed experts (balanced), shared experts."""
-    moe, trains = layout.run.moe, layout.trains
+    moe, trains = layout.moe, layout.trains
     yield linear("router", tokens / layout.sp, layout.backbone.hidden_size, moe.num_experts, "router" in trains)
     rows = routed_tokens(layout) * tokens / layout.tokens
     local, inner = moe.num_experts / layout.ep, layout.backbone.ffn_hidden_size / layout.etp
@@ -98,9 +107,7 @@ def mlp_work(
 ) -> Iterator[Product]:
     width, gated = layout.backbone.hidden_size, 2 if layout.backbone.gated_linear_unit else 1
     for shape in ((width, gated * inner), (inner, width)):
-        yield Product(
-            part=part, rows=rows, inner=shape[0], columns=shape[1], weights=weights, weight_gradient=trained
-        )
+        yield Product(part=part, rows=rows, inner=shape[0], columns=shape[1], weights=weights, weight_gradient=trained)
 
 
 def first_stage_work(layout: Layout, images: float) -> Iterator[Work]:
@@ -108,14 +115,26 @@ def first_stage_work(layout: Layout, images: float) -> Iterator[Work]:
     tower, tp = layout.tower, layout.tp
     rows, width, inner = images * tower.num_positions, tower.hidden_size, tower.ffn_hidden_size
     trained, layers = "tower" in layout.trains, tower.num_used_layers
-    patches = images * tower.num_patches
-    options = {"part": "tower", "input_gradient": trained, "weight_gradient": trained}
-    yield Product(rows=patches, inner=3 * tower.patch_size**2, columns=width, **options | {"input_gradient": False})
-    for shape in ((width, 3 * width / tp), (width / tp, width), (width, inner / tp), (inner / tp, width)):
-        yield Product(rows=rows, inner=shape[0], columns=shape[1], times=layers, **options)
-    attention = Attention(
-        rows=rows, length=tower.num_positions, width=width / tp, causal=False, with_backward=trained
+    patch = 3 * tower.patch_size**2
+    yield Product(
+        part="tower",
+        rows=images * tower.num_patches,
+        inner=patch,
+        columns=width,
+        input_gradient=False,
+        weight_gradient=trained,
     )
+    for inputs, outputs in ((width, 3 * width / tp), (width / tp, width), (width, inner / tp), (inner / tp, width)):
+        yield Product(
+            part="tower",
+            rows=rows,
+            inner=inputs,
+            columns=outputs,
+            times=layers,
+            input_gradient=trained,
+            weight_gradient=trained,
+        )
+    attention = Attention(rows=rows, length=tower.num_positions, width=width / tp, causal=False, with_backward=trained)
     yield from [attention] * layers
     visual, hidden = images * tower.num_features, layout.backbone.hidden_size
     projects = "projector" in layout.trains
@@ -130,12 +149,24 @@ def last_stage_work(layout: Layout, tokens: float) -> Iterator[Work]:
     yield linear("output", tokens, layout.backbone.hidden_size, columns, "language.embedding" in layout.trains)
 
 
+def decoder_work(layout: Layout, pipeline_rank: int, tokens: float, length: float) -> Iterator[Work]:
+    """All decoder layers of a pipeline rank; layers of one kind do the same."""
+    for is_moe, count in Counter(layout.kinds_of(pipeline_rank)).items():
+        yield from list(layer_work(layout, is_moe, tokens, length)) * count
+
+
+def recomputed_work(layout: Layout, pipeline_rank: int, tokens: float, length: float) -> Iterator[Work]:
+    """What the backward pass of one micro-batch computes again."""
+    parts = RECOMPUTED[layout.run.training.recompute]
+    for work in decoder_work(layout, pipeline_rank, tokens, length):
+        if parts is None or work.part in parts:
+            yield work
+
+
 def stage_work(layout: Layout, pipeline_rank: int, tokens: float, length: float, images: float) -> Iterator[Work]:
     """Everything that one pipeline rank computes for one micro-batch, recomputation apart."""
     if pipeline_rank == 0:
         yield from first_stage_work(layout, images)
-    for chunk in layout.layers_of(pipeline_rank):
-        for layer in chunk:
-            yield from layer_work(layout, bool(layout.moe_layers[layer]), tokens, length)
+    yield from decoder_work(layout, pipeline_rank, tokens, length)
     if pipeline_rank == layout.pp - 1:
         yield from last_stage_work(layout, tokens)

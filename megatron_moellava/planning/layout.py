@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_moellava.backbones import Backbone
-from megatron_moellava.config import RunConfig
+from megatron_moellava.config import MoEConfig, RunConfig
 from megatron_moellava.model.configuration import moe_layer_freq
 from megatron_moellava.towers import Tower
 from megatron_moellava.training.stages import STAGES
@@ -82,6 +82,12 @@ class Layout:
         return math.ceil(self.backbone.vocab_size / self.tp) * self.tp
 
     @property
+    def moe(self) -> MoEConfig:
+        """Of a model that has experts."""
+        assert self.run.moe is not None
+        return self.run.moe
+
+    @property
     def moe_layers(self) -> list[int]:
         """1 for each MoE layer, 0 for each dense one."""
         moe = self.run.moe
@@ -101,6 +107,11 @@ class Layout:
         size = self.backbone.num_layers // (self.pp * self.vp)
         starts = [(chunk * self.pp + pipeline_rank) * size for chunk in range(self.vp)]
         return [list(range(start, start + size)) for start in starts]
+
+    def kinds_of(self, pipeline_rank: int) -> list[bool]:
+        """For each layer of a pipeline rank: is it a MoE layer?"""
+        moe_layers = self.moe_layers
+        return [bool(moe_layers[layer]) for chunk in self.layers_of(pipeline_rank) for layer in chunk]
 
     def in_flight(self, pipeline_rank: int) -> float:
         """Micro-batches whose activations a rank keeps at its peak under Megatron-Core's 1F1B schedules.

@@ -24,9 +24,9 @@ def parameters_of(layout: Layout, pipeline_rank: int) -> Counter:
         count["tower"] = tower_parameters(layout.tower, layout.tp)
         count["projector"] = projector_parameters(layout)
         count["language.embedding"] += layout.vocabulary // layout.tp * layout.backbone.hidden_size
-    for chunk in layout.layers_of(pipeline_rank):
-        for layer in chunk:
-            count += layer_parameters(layout, bool(layout.moe_layers[layer]))
+    for is_moe, layers in Counter(layout.kinds_of(pipeline_rank)).items():
+        for part, number in layer_parameters(layout, is_moe).items():
+            count[part] += layers * number
     if pipeline_rank == layout.pp - 1:
         count["language.norm"] += norm_parameters(layout)
         count["language.embedding"] += output_parameters(layout)
@@ -43,7 +43,7 @@ def layer_parameters(layout: Layout, is_moe: bool) -> Counter:
     if not is_moe:
         count["language.ffn"] = mlp_parameters(layout, backbone.ffn_hidden_size)
         return count
-    moe, width = layout.run.moe, backbone.hidden_size
+    moe, width = layout.moe, backbone.hidden_size
     local = moe.num_experts // layout.ep
     count["experts"] = local * mlp_parameters(layout, backbone.ffn_hidden_size, split=layout.etp)
     count["router"] = moe.num_experts * width

@@ -16,11 +16,11 @@ from megatron_moellava.config import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_moellava.planning.costs import Pricing, costs_of, full_load, mean_load, model_flops
+from megatron_moellava.planning.costs import Pricing, costs_of, model_flops
 from megatron_moellava.planning.hardware import GPUS
 from megatron_moellava.planning.layout import Layout
 from megatron_moellava.planning.memory import worst_memory
-from megatron_moellava.planning.workload import STAGE_DATA, StageData
+from megatron_moellava.planning.workload import STAGE_DATA, StageData, full_load, mean_load
 from megatron_moellava.towers import TOWERS
 
 MISTRAL = BACKBONES["mistral-7b-v0.1"]
@@ -48,11 +48,17 @@ QWEN2_57B = replace(
     kv_channels=128,
     vocab_size=151936,
 )
-EVERY_ROLE = ("projector", "language.embedding", "language.attention", "language.norm", "language.ffn", "experts", "router")
-TOP2_OF_8 = MoEConfig(num_experts=8, placement="dense")
-TOP8_OF_64 = MoEConfig(
-    num_experts=64, moe_router_topk=8, placement="dense", moe_shared_expert_intermediate_size=20480
+EVERY_ROLE = (
+    "projector",
+    "language.embedding",
+    "language.attention",
+    "language.norm",
+    "language.ffn",
+    "experts",
+    "router",
 )
+TOP2_OF_8 = MoEConfig(num_experts=8, placement="dense")
+TOP8_OF_64 = MoEConfig(num_experts=64, moe_router_topk=8, placement="dense", moe_shared_expert_intermediate_size=20480)
 TOP2_OF_4 = MoEConfig(num_experts=4)
 OVERLAPPED = OptimizerConfig(overlap_grad_reduce=True, overlap_param_gather=True)
 PAPER = "arXiv 2504.14960"
@@ -241,3 +247,44 @@ def check(run: Published) -> Check:
 
 def check_all() -> list[Check]:
     return [check(run) for run in RUNS]
+
+
+def recipe_hours(backbone: str, gpu: str = "a100-80") -> float:
+    """The three stages of the original's recipe on 8 GPUs; the paper says "within 1 day" on A100 or A800."""
+    total = 0.0
+    for stage, batch in ((1, 32), (2, 8), (3, 8)):
+        run = Published(
+            name=backbone,
+            source=MOE_LLAVA,
+            value=24.0,
+            unit="hours",
+            backbone=BACKBONES[backbone],
+            gpu=gpu,
+            gpus=8,
+            moe=TOP2_OF_4 if stage == 3 else None,
+            stage=stage,
+            micro_batch_size=batch,
+            global_batch_size=STAGE_DATA[stage].global_batch_size,
+            seq_length=2048,
+            data=STAGE_DATA[stage],
+            recompute="full",
+        )
+        total += check(run).predicted
+    return total
+
+
+def markdown_table() -> str:
+    """The table of docs/planning.md."""
+    lines = ["| run | on | measured | predicted | off | source |", "|---|---|---|---|---|---|"]
+    for item in check_all():
+        run = item.run
+        shown = [f"{value:.1%} MFU" if run.unit == "mfu" else f"{value:.1f} h" for value in (run.value, item.predicted)]
+        off = "fitted to it" if run.calibrates else f"{item.off:+.0%}"
+        source = "; ".join(text for text in (run.source, run.note) if text)
+        lines.append(f"| {run.name} | {run.gpus} {run.gpu} | {shown[0]} | {shown[1]} | {off} | {source} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown_table())
+    print({name: round(recipe_hours(name), 1) for name in ("stablelm-2-1.6b", "qwen-1.8b", "phi-2")})

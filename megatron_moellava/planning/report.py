@@ -97,11 +97,20 @@ def json_report(request: Request, best: Sequence[Plan], given: Sequence[str]) ->
     }
 
 
-def comparison(rank: int, counted, predicted: dict[str, float]) -> str:
-    """Counted by the dry run beside predicted, for one pipeline rank."""
-    rows = []
-    for name, value in predicted.items():
-        real = getattr(counted, name)
-        off = f"{value / real - 1:+.1%}" if real else ("0.0%" if not value else "-")
-        rows.append((name.replace("_", " "), f"{real / MEGA:,.1f}", f"{value / MEGA:,.1f}", off))
-    return f"pipeline rank {rank}\n" + table(("millions", "counted", "predicted", "off"), rows)
+def dry_run_report(plan: Plan, counts: list[dict[str, dict[str, float]]]) -> list[str]:
+    """Counted beside predicted, a table for each pipeline rank; nothing without a dry run."""
+    if not counts:
+        return []
+    head = (
+        f"dry run of {label(plan.layout)}: the full-size model of each pipeline stage on fake tensors, balanced routing,\n"
+        "one micro-batch, CPU modules (the GPU's keep other activations, and the tables above plan with those)"
+    )
+    return [head, *(f"pipeline rank {rank}\n{_comparison(rows)}" for rank, rows in enumerate(counts))]
+
+
+def _comparison(rows: dict[str, dict[str, float]]) -> str:
+    lines = []
+    for name, row in rows.items():
+        off = row["predicted"] / row["counted"] - 1 if row["counted"] else 0.0
+        lines.append((name, f"{row['counted'] / MEGA:,.1f}", f"{row['predicted'] / MEGA:,.1f}", f"{off:+.2%}"))
+    return table(("millions", "counted", "predicted", "off"), lines)

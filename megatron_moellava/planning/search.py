@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import RunConfig
-from megatron_moellava.planning.costs import Costs, Pricing, costs_of, mean_load
+from megatron_moellava.planning.costs import Costs, Pricing, costs_of
 from megatron_moellava.planning.hardware import IMBALANCE, Gpu
 from megatron_moellava.planning.layout import Layout
 from megatron_moellava.planning.memory import Memory, worst_memory
-from megatron_moellava.planning.workload import StageData
+from megatron_moellava.planning.workload import StageData, mean_load
 from megatron_moellava.towers import Tower
 from megatron_moellava.training.validate import layout_problems
 
@@ -18,6 +18,7 @@ POWERS = tuple(2**power for power in range(11))
 RECOMPUTE = ("none", "moe", "full")  # `selective` keeps what flash attention keeps anyway
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 VIRTUAL = (None, 2, 4)
+INDISTINCT = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +76,11 @@ class Found:
 
 
 def search(request: Request) -> Found:
-    """Enumerate, ask the run's validation, predict, sort by hours and then by memory."""
-    plans, too_big, refused, tried = [], [], [], 0
+    """Enumerate, ask the run's validation, predict, sort."""
+    plans: list[Plan] = []
+    too_big: list[tuple[Memory, Layout]] = []
+    refused: list[str] = []
+    tried = 0
     for run in candidates(request):
         tried += 1
         problems = layout_problems(run, request.backbone, request.world_size)
@@ -90,9 +94,22 @@ def search(request: Request) -> Found:
         else:
             plans.append(Plan(layout=layout, memory=memory, costs=stage_costs(request, layout)))
     plans = without_needless_recomputation(plans)
-    plans.sort(key=lambda plan: (round(plan.costs.gpu_hours, 2), plan.memory.total))
+    plans = best_first(plans)
     too_big.sort(key=lambda item: item[0].total)
     return Found(plans=plans, too_big=too_big, refused=refused, tried=tried)
+
+
+def best_first(plans: list[Plan]) -> list[Plan]:
+    """By cost; but what lies within `INDISTINCT` of the cheapest no prediction can tell apart: there the simplest first."""
+    cheapest = min((plan.costs.gpu_hours for plan in plans), default=0.0)
+
+    def key(plan: Plan) -> tuple:
+        layout, hours = plan.layout, plan.costs.gpu_hours
+        if hours <= cheapest * (1 + INDISTINCT):
+            return (0, layout.vp * layout.pp * layout.tp, layout.ep, hours)
+        return (1, hours, plan.memory.total)
+
+    return sorted(plans, key=key)
 
 
 def stage_costs(request: Request, layout: Layout) -> Costs:
@@ -119,7 +136,10 @@ def candidates(request: Request) -> Iterator[RunConfig]:
         axes[path] = [getattr(getattr(run, section), name)]
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        if chosen["parallel.virtual_pipeline_model_parallel_size"] and chosen["parallel.pipeline_model_parallel_size"] == 1:
+        if (
+            chosen["parallel.virtual_pipeline_model_parallel_size"]
+            and chosen["parallel.pipeline_model_parallel_size"] == 1
+        ):
             continue
         yield with_settings(run, chosen)
 

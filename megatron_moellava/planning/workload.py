@@ -7,6 +7,7 @@ of the 665k mix from its published counts (`data/law.py`), of the others from th
 from dataclasses import dataclass
 
 from megatron_moellava.data.law import PROMPT_TOKENS, SOURCES
+from megatron_moellava.planning.layout import Layout
 
 
 def _mean_text_tokens() -> float:
@@ -52,3 +53,34 @@ STAGE_DATA = {
 }
 PACKED_FILL = 0.97  # share of a packed row's positions that hold tokens (docs/data.md: 88.7 to 99.97 %)
 PADDED_FILL = 0.85  # share of a padded batch's positions, batches grouped by length
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What one micro-batch holds on average (memory plans for the fullest instead)."""
+
+    tokens: float  # positions computed, padding included
+    length: float  # of a sample: how far attention reaches back
+    images: float
+    samples: float
+
+
+def mean_load(layout: Layout, data: StageData) -> Load:
+    """Packed rows are full and hold several samples; padded rows are as long as the longest of their batch."""
+    length = min(data.tokens_per_sample(layout.tower.num_features), layout.run.data.seq_length)
+    rows = layout.run.training.micro_batch_size
+    if layout.run.data.packing:
+        samples = layout.tokens * PACKED_FILL / length
+        return Load(tokens=layout.tokens, length=length, images=samples * data.images, samples=samples)
+    padded = min(length / PADDED_FILL, layout.run.data.seq_length)
+    return Load(tokens=rows * padded, length=padded, images=rows * data.images, samples=rows)
+
+
+def full_load(layout: Layout) -> Load:
+    """Text rows of `seq_length`, as language-model benchmarks have them."""
+    return Load(
+        tokens=layout.tokens,
+        length=layout.run.data.seq_length,
+        images=0.0,
+        samples=layout.run.training.micro_batch_size,
+    )
