@@ -20,7 +20,7 @@ endif
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart chat serve test test-browser test-layouts test-layouts-8 check format test-cluster clean
+.PHONY: help quickstart chat serve test test-browser test-layouts test-layouts-8 test-planning check format test-cluster clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test-layouts: $(READY)  ## every parallel layout against one process, every fami
 
 test-layouts-8: $(READY)  ## layouts of eight processes
 	SLOW_LAYOUTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributed/test_layouts.py
+
+test-planning: $(READY)  ## the planner's formulas against full-size models on fake tensors (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/planning
 
 check: $(READY)  ## format, lint, types, import direction, shell scripts, Dockerfile
 	$(BIN)/ruff format --check .
