@@ -7,6 +7,7 @@ and rebuilt only from the classes below; anything else is an error.
 import base64
 import dataclasses
 import zlib
+from collections import Counter
 
 import numpy as np
 import torch
@@ -84,12 +85,25 @@ def _unpack(text: str) -> bytes:
     return zlib.decompress(base64.b64decode(text))
 
 
-def redistribute(saved: list[dict], world_size: int, num_workers: int) -> list[dict]:
-    """States of all ranks -> states for another number of ranks and workers, whose product must be the same.
+def redistribute(saved: list[dict], world_size: int, num_workers: int | None = None) -> list[dict]:
+    """States of all ranks -> states for another number of ranks and workers. Raises DataError where that is not exact.
 
-    Energon's workers know their share by global number, so they may move between ranks; the order in which a rank
-    visits its workers must just be at its start, as it is every `num_workers` batches.
+    Energon's workers know their share by global number, so they may move between ranks if ranks x workers stays the
+    same; the order in which a rank visits its workers must just be at its start, as it is every `num_workers` batches.
+    The modality sampler (no `num_workers`) just needs a whole number of micro-batches per rank.
     """
+    moved = _moved_position if num_workers is None else _moved_workers
+    result = moved(saved, world_size, num_workers)
+    counters = {"seen": 0, "skipped": {}, "notes": {}}
+    for rank, state_ in enumerate(result):
+        state_["fingerprint"] = (
+            saved[0]["fingerprint"] | state_["fingerprint"] | {"rank": rank, "world_size": world_size}
+        )
+        state_["counters"] = counters if rank else _added_up([state["counters"] for state in saved])
+    return result
+
+
+def _moved_workers(saved: list[dict], world_size: int, num_workers: int) -> list[dict]:
     workers = [worker for state_ in saved for worker in state_["engine"]["fields"]["worker_states"]["list"]]
     if world_size * max(1, num_workers) != len(workers):
         raise DataError(
@@ -101,12 +115,25 @@ def redistribute(saved: list[dict], world_size: int, num_workers: int) -> list[d
             "the checkpoint was taken between two workers' turns; to continue with other ranks or workers, use one whose "
             "step is a multiple of data.num_workers micro-batches"
         )
-    per_rank = len(workers) // world_size
-    result = []
-    for rank in range(world_size):
-        fields = saved[0]["engine"]["fields"] | {"worker_states": {"list": workers[rank * per_rank :][:per_rank]}}
-        changed = {"rank": rank, "world_size": world_size, "num_workers": num_workers}
-        counters = saved[0]["counters"] if rank == 0 else {"seen": 0, "skipped": {}, "notes": {}}
-        engine = saved[0]["engine"] | {"fields": fields}
-        result.append({"fingerprint": saved[0]["fingerprint"] | changed, "engine": engine, "counters": counters})
-    return result
+    per_rank, first = len(workers) // world_size, saved[0]["engine"]
+    shares = [{"worker_states": {"list": workers[rank * per_rank :][:per_rank]}} for rank in range(world_size)]
+    engines = [first | {"fields": first["fields"] | share} for share in shares]
+    return [{"fingerprint": {"num_workers": num_workers}, "engine": engine} for engine in engines]
+
+
+def _moved_position(saved: list[dict], world_size: int, num_workers: None) -> list[dict]:
+    engine = saved[0]["engine"]
+    position, rest = divmod(engine["position"] * len(saved), world_size)
+    if rest:
+        raise DataError(
+            f"the checkpoint was taken after {engine['position'] * len(saved)} micro-batches of the epoch, which "
+            f"{world_size} ranks cannot have shared equally; use another checkpoint or number of ranks"
+        )
+    return [{"fingerprint": {}, "engine": engine | {"position": position}} for _ in range(world_size)]
+
+
+def _added_up(counters: list[dict]) -> dict:
+    total = {"seen": sum(found["seen"] for found in counters)}
+    for kind in ("skipped", "notes"):
+        total[kind] = dict(sum((Counter(found[kind]) for found in counters), Counter()))
+    return total

@@ -9,9 +9,11 @@ which the original uses (`use_fast=False`, legacy prefix).
 
 import json
 import re
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from megatron_moellava.config import ConfigError
+from megatron_moellava.data.qwen_tokenizer import RANKS, qwen_tokenizer
 
 # Padding is the unknown token, as in the original (specification 3.5): the native one (Llama, Mistral, MiniCPM),
 # StableLM-2's reserved one, Qwen-1's reserved one, else a new token with this name (Phi-2, Qwen1.5).
@@ -19,7 +21,7 @@ UNKNOWN_TOKENS = ("<unk>", "<|reg0|>", "<|extra_0|>")
 BOS_CLASSES = ("Llama", "CodeLlama", "Mistral", "Gemma")  # tokenizer classes that put BOS first by default
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """bos_id (None: the tokenizer adds none), eos_id, pad_id, vocab_size, and the methods below."""
 
     bos_id: int | None
@@ -27,21 +29,21 @@ class Tokenizer:
     pad_id: int
     vocab_size: int  # ids are below this; may exceed the model's when a padding token had to be invented
 
+    @abstractmethod
     def encode_text(self, text: str) -> tuple[list[int], list[int]]:
         """(ids, start character of each), no BOS, special tokens taken as text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_parsed(self, text: str) -> list[int]:
         """ids, no BOS, special tokens parsed: the original's way."""
-        raise NotImplementedError
 
+    @abstractmethod
     def token_id(self, token: str) -> int | None:
         """The id of a token that is in the vocabulary as a whole."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """Text, without special tokens."""
-        raise NotImplementedError
 
     @property
     def bos_ids(self) -> list[int]:
@@ -95,14 +97,17 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, folder: str | Path):
         from transformers import AutoTokenizer
 
-        self.model = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        if (Path(folder) / RANKS).exists() and not (Path(folder) / "tokenizer.json").exists():
+            self.model = qwen_tokenizer(Path(folder))
+        else:
+            self.model = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         if not self.model.is_fast:
             raise ConfigError(
                 f"data.tokenizer={folder}: {type(self.model).__name__} has no character offsets; "
                 "save it as tokenizer.json, or give the SentencePiece .model file"
             )
-        vocabulary = self.model.get_vocab()
-        unknown = next((token for token in UNKNOWN_TOKENS if token in vocabulary), None)
+        reserved = self.model.get_added_vocab()  # in Qwen's vocabulary "<unk>" is a word like any other
+        unknown = next((token for token in UNKNOWN_TOKENS if token in reserved or token == self.model.unk_token), None)
         if unknown is None:
             unknown = UNKNOWN_TOKENS[-1]
             self.model.add_special_tokens({"unk_token": unknown})

@@ -23,7 +23,7 @@ from megatron_moellava.data.sample import parse_record
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.loop import model_inputs
-from megatron_moellava.training.metrics import RoutingObserver
+from megatron_moellava.training.routing import RoutingObserver
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -55,7 +55,7 @@ def predict(
             else _received(source, len(mine)),
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(mine),
-            seq_length=encoder.seq_length,
+            seq_length=encoder.max_length,
             micro_batch_size=1,
             forward_only=True,
         )
@@ -77,7 +77,7 @@ def _received(source: Iterator[Batch] | None, count: int) -> Iterator[Batch]:
 
 def _forward_step(batches: Iterator[Batch], model, observer: RoutingObserver | None):
     batch = next(batches)
-    with observer.observe(batch.tokens_BS, batch.padding_mask_BS) if observer else nullcontext():
+    with observer.observe(batch) if observer else nullcontext():
         logits = model(**(model_inputs(batch) | {"labels_BS": None}))
     return logits, lambda logits_BSV: (torch.zeros(1), logits_BSV[0].argmax(dim=-1).cpu())
 
@@ -94,12 +94,12 @@ class Plan:
     def of_rank(self, rank: int, size: int) -> list[list[tuple[int, EncodedSample]]]:
         """Packed rows of one data-parallel rank; every rank gets equally many (experts meet across ranks)."""
         packed: list[list[tuple[int, EncodedSample]]] = [[]]
-        space = self.encoder.seq_length
+        space = self.encoder.max_length
         for index, row in enumerate(self.rows):
             sample = self.encoder(parse_record(_record(index, row), origin=f"question {index}"))
             if len(sample) > space:
                 packed.append([])
-                space = self.encoder.seq_length
+                space = self.encoder.max_length
             packed[-1].append((index, sample))
             space -= len(sample)
         packed += packed[: -len(packed) % size]
@@ -116,7 +116,7 @@ class Plan:
                 pixels = [
                     media.pixels(ref, str(self.image_folder), "question", tower, "pad")[0][None] for ref in images
                 ]
-            yield pack(samples, pixels, self.encoder.seq_length, self.encoder.tokenizer.pad_id, shape)
+            yield pack(samples, pixels, self.encoder.max_length, self.encoder.tokenizer.pad_id, shape)
 
     def read(self, packed: list[tuple[int, EncodedSample]], guess_S: np.ndarray) -> dict[int, str]:
         """Predictions of the questions in one packed row."""

@@ -73,11 +73,18 @@ class GroupedLinear(MegatronModule):
         self.register_parameter(name, parameter)
 
     def fuse(self) -> None:
-        """Lay the experts' parameters into one tensor, once, instead of stacking them at every call: for inference."""
+        """Lay the experts' parameters into one tensor, once, instead of stacking them at every call: for inference.
+
+        fc2's lie side by side, [O, E, I] in memory, so that all experts of a token are also one product over (E, I).
+        """
         for name in ("weight", "bias") if self.use_bias else ("weight",):
             self.fused[name] = self._stacked(name).detach()
+            if self.partition_dim == 1 and name == "weight":
+                self.fused[name] = self.fused[name].transpose(0, 1).contiguous().transpose(0, 1)
             for index, part in enumerate(self.fused[name]):
                 getattr(self, f"{name}{index}").data = part
+        side = self.fused["weight"]  # all experts as one matrix: [E O, I] of fc1, [O, E I] of fc2
+        self.fused["matrix"] = side.flatten(0, 1) if self.partition_dim == 0 else side.transpose(0, 1).flatten(1)
 
     def _stacked(self, name: str) -> torch.Tensor:
         if name in self.fused:
@@ -86,14 +93,18 @@ class GroupedLinear(MegatronModule):
 
     def forward(self, input_NI: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, list | None]:
         """[N, I] sorted by expert -> [N, O], and the biases if the caller adds them (weighted by the router)."""
-        offsets_E = torch.tensor(tokens_per_expert, device=input_NI.device).cumsum(0, dtype=torch.int32)
-        output_NO = F.grouped_mm(input_NI, self._stacked("weight").transpose(1, 2), offs=offsets_E)
+        output_NO = self.product(input_NI, self._stacked("weight"), tokens_per_expert)
         if not self.use_bias:
             return output_NO, None
         if self.skip_bias_add:
             return output_NO, [getattr(self, f"bias{index}") for index in range(self.num_experts)]
         counts_E = torch.tensor(tokens_per_expert, device=input_NI.device)
         return output_NO + self._stacked("bias").repeat_interleave(counts_E, dim=0, output_size=input_NI.shape[0]), None
+
+    def product(self, input_NI: torch.Tensor, weight_EOI: torch.Tensor, tokens_per_expert: list[int]) -> torch.Tensor:
+        """[N, I] sorted by expert x [E, O, I] -> [N, O]. `fp8.py` puts another one in its place."""
+        offsets_E = torch.tensor(tokens_per_expert, device=input_NI.device).cumsum(0, dtype=torch.int32)
+        return F.grouped_mm(input_NI, weight_EOI.transpose(1, 2), offs=offsets_E)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """One entry per expert under the key of the sequential experts, so that both read each other's checkpoints."""

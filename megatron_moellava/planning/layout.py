@@ -5,10 +5,12 @@ Legend used in all of planning/: a rank's `tokens` are those of one micro-batch 
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoEConfig, RunConfig
-from megatron_moellava.model.configuration import moe_layer_freq
+from megatron_moellava.model.pipeline import stage_layers
+from megatron_moellava.placement import moe_layer_freq
 from megatron_moellava.towers import Tower
 from megatron_moellava.training.stages import STAGES
 
@@ -97,16 +99,23 @@ class Layout:
     def activation_bytes(self) -> int:
         return 2 if self.run.training.precision == "bf16" else 4
 
+    @property
+    def stage_sizes(self) -> list[int]:
+        """Decoder layers of each stage in the order of the model; virtual stages are stages."""
+        chosen = stage_layers(self.run, self.backbone)
+        if chosen is not None:
+            return chosen
+        total, first = self.backbone.num_layers, self.run.parallel.num_layers_in_first_pipeline_stage
+        ranks = [total // self.pp] * self.pp
+        if first is not None:
+            ranks = [first, *[(total - first) // (self.pp - 1)] * (self.pp - 1)]
+        return [layers // self.vp for layers in ranks] * self.vp
+
     def layers_of(self, pipeline_rank: int) -> list[list[int]]:
         """Layer numbers of each chunk of a pipeline rank: 8 layers, pp 2, vp 2, rank 0 -> [[0, 1], [4, 5]]."""
-        first = self.run.parallel.num_layers_in_first_pipeline_stage
-        if first is not None:
-            rest = (self.backbone.num_layers - first) // (self.pp - 1)
-            start = 0 if pipeline_rank == 0 else first + (pipeline_rank - 1) * rest
-            return [list(range(start, start + (first if pipeline_rank == 0 else rest)))]
-        size = self.backbone.num_layers // (self.pp * self.vp)
-        starts = [(chunk * self.pp + pipeline_rank) * size for chunk in range(self.vp)]
-        return [list(range(start, start + size)) for start in starts]
+        edges = [0, *accumulate(self.stage_sizes)]
+        stages = range(pipeline_rank, self.pp * self.vp, self.pp)
+        return [list(range(edges[stage], edges[stage + 1])) for stage in stages]
 
     def kinds_of(self, pipeline_rank: int) -> list[bool]:
         """For each layer of a pipeline rank: is it a MoE layer?"""
