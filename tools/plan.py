@@ -28,6 +28,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-limit", type=float, metavar="GiB", help="per GPU (what the GPU has)")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="plans shown (5)")
     parser.add_argument("--picture", default="plan.png", metavar="PNG", help="(plan.png)")
+    parser.add_argument("--yaml", metavar="FILE", help="write the best plan as a config for tools/train.py --config")
     parser.add_argument("--json", metavar="FILE", help="write the plans as JSON too")
     parser.add_argument("--config", metavar="FILE.yaml", help="a run as tools/train.py takes it, e.g. a recipe")
     parser.add_argument("--dry-run", action="store_true", help="count the best plan on fake tensors")

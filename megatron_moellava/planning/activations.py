@@ -5,7 +5,7 @@ a CPU. `TE` are Transformer Engine's fused modules and flash attention; it follo
 measured. A row applies when all its conditions hold, and is counted `times` the size it names.
 """
 
-from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_moellava.planning.layout import Layout
@@ -18,7 +18,7 @@ class Saved:
     """One kind of tensor that a backward pass needs."""
 
     what: str
-    part: str  # attention, core attention, residual, mlp norm, ffn, moe, residual moe, angles, start, end, projector
+    part: str  # attention, core attention, residual, mlp norm, ffn, moe, residual moe, angles, start, end
     size: str  # a key of `sizes`
     times: int = 1
     bytes: int | None = None  # per element; None: the run's precision
@@ -44,8 +44,10 @@ COMMON = (
     Saved("rotary angles for recomputed layers, once per chunk", "angles", "rotary", bytes=FP32),
     Saved("softmax of the loss", "end", "logits", bytes=FP32),
     Saved("input of the output layer", "end", "hidden", when=("language.embedding",)),
-    Saved("visual features, input of fc1", "projector", "features", when=("projector",)),
-    Saved("fc1's output and fc2's input", "projector", "projected", times=2, when=("projector",)),
+    Saved("visual features, input of fc1", "start", "features", when=("projector",)),
+    Saved("fc1's output and fc2's input", "start", "projected", times=2, when=("projector",)),
+    Saved("trained tower: layers", "start", "tower_layers", when=("tower", "!recompute_tower")),
+    Saved("trained tower: inputs of layers", "start", "tower_inputs", when=("tower", "recompute_tower")),
 )
 
 LOCAL = (
@@ -125,6 +127,11 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
         "logits": tokens * layout.vocabulary / tp,
         "features": layout.images * layout.tower.num_features * layout.tower.hidden_size,
         "projected": layout.images * layout.tower.num_features * backbone.hidden_size / tp,
+        "tower_layers": layout.tower.num_used_layers * tower_layer_elements(layout),
+        "tower_inputs": layout.tower.num_used_layers
+        * layout.images
+        * layout.tower.num_positions
+        * layout.tower.hidden_size,
     }
     return values | (_expert_sizes(layout, imbalance, gated) if layout.run.moe else {})
 
@@ -132,6 +139,13 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
 def routed_tokens(layout: Layout, imbalance: float = 1.0) -> float:
     """Rows that the experts of one rank compute: with expert tensor parallelism each rank of the group sees them all."""
     return layout.tokens / layout.sp * layout.moe.moe_router_topk * layout.etp * imbalance
+
+
+def tower_layer_elements(layout: Layout) -> float:
+    """What one layer of the tower makes for one micro-batch: residual stream and norms whole, products split."""
+    tower = layout.tower
+    whole, split = 4 * tower.hidden_size, 4 * tower.hidden_size + 3 * tower.ffn_hidden_size
+    return layout.images * tower.num_positions * (whole + split / layout.tp)
 
 
 def _expert_sizes(layout: Layout, imbalance: float, gated: int) -> dict[str, float]:
@@ -142,6 +156,7 @@ def _expert_sizes(layout: Layout, imbalance: float, gated: int) -> dict[str, flo
         "expert_hidden": rows * backbone.hidden_size,
         "expert_inner": rows * inner,
         "expert_inner_in": gated * rows * inner,
+        "expert_columns": moe.num_experts / layout.ep * gated * inner,
         "expert_weights": moe.num_experts / layout.ep * (gated + 1) * backbone.hidden_size * inner,
         "shared_inner": shared,
         "shared_inner_in": gated * shared,
@@ -160,6 +175,7 @@ def conditions(layout: Layout) -> set[str]:
         "parallel_residual": backbone.parallel_residual,
         # One norm feeds attention and FFN alike: its output is kept once for both.
         "qkv_input_kept": backbone.parallel_residual and "language.attention" in layout.trains,
+        "recompute_tower": layout.run.training.recompute_tower,
         "grouped": moe is not None and moe.experts == "grouped",
         "shared": moe is not None and bool(moe.moe_shared_expert_intermediate_size),
     }
@@ -169,14 +185,20 @@ def conditions(layout: Layout) -> set[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activations:
-    """Bytes that a rank keeps for one micro-batch, by part; what a recomputation brings back for one layer."""
+    """Bytes that a rank keeps for one micro-batch."""
 
-    parts: dict[str, float]
-    recomputed: float
+    layers: tuple[tuple[tuple[float, float], ...], ...]  # chunk -> layer -> (kept, made again by the recomputation)
+    chunks: tuple[float, ...]  # all that each chunk keeps
+    end: float  # what the loss keeps, part of the last chunk
 
     @property
     def total(self) -> float:
-        return sum(self.parts.values())
+        """Of one micro-batch through all chunks."""
+        return sum(self.chunks)
+
+    def peak(self, states: Iterable[tuple[int, ...]]) -> float:
+        """Of the dearest state of a pipeline schedule (`Layout.in_flight`)."""
+        return max(sum(count * kept for count, kept in zip(counts, self.chunks, strict=True)) for counts in states)
 
 
 def layer_parts(layout: Layout, is_moe: bool) -> set[str]:
@@ -199,23 +221,23 @@ def part_bytes(layout: Layout, modules: str, imbalance: float = 1.0) -> dict[str
 
 
 def activations_of(layout: Layout, pipeline_rank: int, modules: str, imbalance: float = 1.0) -> Activations:
-    """Of one micro-batch through all chunks of a pipeline rank."""
-    bytes_of, kept = part_bytes(layout, modules, imbalance), sizes(layout)["hidden"] * layout.activation_bytes
-    recompute = layout.run.training.recompute
-    dropped = DROPPED[recompute]
-    parts: dict[str, float] = {}
-    recomputed = 0.0
-    for is_moe, count in Counter(layout.kinds_of(pipeline_rank)).items():
-        present = layer_parts(layout, is_moe)
-        for part in present - set(dropped):
-            parts[part] = parts.get(part, 0.0) + count * bytes_of.get(part, 0.0)
-        recomputed = max(recomputed, sum(bytes_of.get(part, 0.0) for part in present & set(dropped)))
-        if present & set(dropped) - {"core attention"}:  # the input that the recomputation starts from
-            parts["recomputation"] = parts.get("recomputation", 0.0) + count * kept
-    if recompute == "full":
-        parts["recomputation"] += layout.vp * bytes_of["angles"]
-    if pipeline_rank == 0:
-        parts |= {part: bytes_of.get(part, 0.0) for part in ("projector", "start")}
-    if pipeline_rank == layout.pp - 1:
-        parts["end"] = bytes_of["end"]
-    return Activations(parts=parts, recomputed=recomputed)
+    """Of one micro-batch on any rank of a pipeline stage."""
+    bytes_of = part_bytes(layout, modules, imbalance)
+    kinds = layout.chunk_kinds(pipeline_rank)
+    layers = tuple(tuple(layer_bytes(layout, bytes_of, is_moe) for is_moe in chunk) for chunk in kinds)
+    chunks = [sum(kept for kept, _ in chunk) for chunk in layers]
+    if layout.run.training.recompute == "full":
+        chunks = [kept + bytes_of["angles"] for kept in chunks]
+    end = bytes_of["end"] if pipeline_rank == layout.pp - 1 else 0.0
+    chunks[0] += bytes_of.get("start", 0.0) if pipeline_rank == 0 else 0.0
+    chunks[-1] += end
+    return Activations(layers=layers, chunks=tuple(chunks), end=end)
+
+
+def layer_bytes(layout: Layout, bytes_of: dict[str, float], is_moe: bool) -> tuple[float, float]:
+    """(kept, made again by the recomputation) of one decoder layer."""
+    present, dropped = layer_parts(layout, is_moe), set(DROPPED[layout.run.training.recompute])
+    kept = sum(bytes_of.get(part, 0.0) for part in present - dropped)
+    if present & (dropped - {"core attention"}):  # the input that the recomputation starts from
+        kept += sizes(layout)["hidden"] * layout.activation_bytes
+    return kept, sum(bytes_of.get(part, 0.0) for part in present & dropped)

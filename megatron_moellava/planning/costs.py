@@ -8,7 +8,7 @@ a step the pipeline's slowest rank over all micro-batches + the bubble + gradien
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_moellava.planning.activations import activations_of, layer_parts, part_bytes, routed_tokens
+from megatron_moellava.planning.activations import layer_bytes, layer_parts, part_bytes, routed_tokens
 from megatron_moellava.planning.flops import Attention, Work, recomputed_work, stage_work
 from megatron_moellava.planning.hardware import CALIBRATION, Efficiency, Gpu
 from megatron_moellava.planning.layout import Layout
@@ -23,6 +23,7 @@ MOVES_FORWARD, MOVES_BACKWARD = 2, 3
 # Kernel launches of a layer, forward and backward, counted from the operations of Megatron-Core's layers.
 LAUNCHES = {False: (30, 60), True: (75, 130)}
 OPTIMIZER_BYTES = 30  # per trained parameter of this rank's share: gradient and three states read, four written
+HIDDEN = 0.9  # share of an overlapped collective that computation hides: the last bucket of each way has none beside it
 CAUSAL = 0.5  # share of the scores that a causal kernel computes
 
 
@@ -177,7 +178,8 @@ def _recomputation_seconds(layout: Layout, pipeline_rank: int, pricing: Pricing,
         return 0.0
     work = recomputed_work(layout, pipeline_rank, load.tokens, load.length)
     seconds = sum(work_seconds(item, pricing, forward_only=True) for item in work)
-    dropped = activations_of(layout, pipeline_rank, "te").recomputed * len(layout.kinds_of(pipeline_rank))
+    bytes_of, kinds = part_bytes(layout, "te"), layout.kinds_of(pipeline_rank)
+    dropped = sum(layer_bytes(layout, bytes_of, is_moe)[1] for is_moe in kinds)
     return seconds + dropped * load.tokens / layout.tokens * MOVES_FORWARD / pricing.memory_rate
 
 
@@ -232,11 +234,11 @@ def _pipeline_seconds(layout: Layout, pricing: Pricing, load: Load) -> float:
 def data_seconds(layout: Layout, pricing: Pricing) -> float:
     """Reduce-scatter of fp32 gradients and all-gather of parameters, of the rank that trains most.
 
-    `optimizer.overlap_grad_reduce` and `overlap_param_gather` hide about nine tenths of theirs behind computation.
+    `optimizer.overlap_grad_reduce` and `overlap_param_gather` hide most of theirs behind computation.
     """
-    options, worst = layout.run.optimizer, 0.0
-    reduce = 0.1 if options.overlap_grad_reduce else 1.0
-    gather = 0.1 if options.overlap_param_gather else 1.0
+    hides_reduce, hides_gather = layout.run.optimizer.overlaps(pays=layout.dp > 1)
+    reduce, gather = (1.0 - HIDDEN if hides else 1.0 for hides in (hides_reduce, hides_gather))
+    worst = 0.0
     for rank in range(layout.pp):
         seconds = 0.0
         for part, count in parameters_of(layout, rank).items():

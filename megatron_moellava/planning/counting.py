@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_moellava.training.optimizer import distributed_optimizers
+
 aten = torch.ops.aten
 
 
@@ -15,6 +17,17 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the distinct storages behind `tensors`."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def optimizer_bytes(optimizer, buffers: Iterable) -> int:
+    """Adam's moments as they are after a step, and the fp32 copies of parameters where those are not in `buffers`."""
+    own = {buffer.param_data.untyped_storage()._cdata for buffer in buffers}
+    tensors: list[torch.Tensor] = []
+    for part in distributed_optimizers(optimizer):
+        tensors += [value for state in part.optimizer.state.values() for value in state.values()]
+        tensors += [shard for group in part.optimizer.param_groups for shard in group["params"]]
+    kept = (tensor for tensor in tensors if torch.is_tensor(tensor))
+    return storage_bytes(tensor for tensor in kept if tensor.untyped_storage()._cdata not in own)
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):

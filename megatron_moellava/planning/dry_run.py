@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import megatron_moellava.platform as platform
 from megatron_moellava import parallel
-from megatron_moellava.config import ConfigError
+from megatron_moellava.config import ConfigError, RunConfig
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.planning.counting import SavedTensors, flop_counter, storage_bytes
@@ -56,7 +56,7 @@ class Counted:
 def count_rank(layout: Layout, pipeline_rank: int) -> Counted:
     """Build and run one rank of a pipeline stage. Its tensor, expert and data peers hold the same shapes."""
     with _fake_world(layout, pipeline_rank), _without_values(), FakeTensorMode():
-        chunks = build_model(_dry(layout).run)
+        chunks = build_model(_dry(layout))
         for chunk in chunks:
             freeze(chunk, layout.trains)
             _balance(chunk)
@@ -81,12 +81,13 @@ def count_rank(layout: Layout, pipeline_rank: int) -> Counted:
     )
 
 
-def _dry(layout: Layout) -> Layout:
-    """The original's gate decides by values; its shapes are those of Megatron-Core's router."""
-    moe = layout.run.moe
-    if moe is None or moe.router == "megatron":
-        return layout
-    return replace(layout, run=replace(layout.run, moe=replace(moe, router="megatron", capacity_factor=None)))
+def _dry(layout: Layout) -> RunConfig:
+    """The original's gate and a capacity decide by values: Megatron-Core's dropless router has the same shapes."""
+    run = layout.run
+    if run.moe is None:
+        return run
+    moe = replace(run.moe, router="megatron", capacity_factor=None, moe_token_dispatcher_type="alltoall")
+    return replace(run, moe=moe)
 
 
 @contextlib.contextmanager

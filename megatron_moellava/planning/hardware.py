@@ -96,9 +96,9 @@ GPUS = {
 
 def get_gpu(name: str) -> Gpu:
     """A GPU by name; ConfigError with the nearest names."""
-    if name in GPUS:
-        return GPUS[name]
-    near = difflib.get_close_matches(name, GPUS, n=3, cutoff=0.3) or sorted(GPUS)
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    near = difflib.get_close_matches(name.lower(), GPUS, n=3, cutoff=0.3) or sorted(GPUS)
     raise ConfigError(f"--gpu {name} is not known; use {', '.join(near)}, or add one to planning/hardware.py")
 
 

@@ -4,7 +4,7 @@ Legend used in all of planning/: a rank's `tokens` are those of one micro-batch 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from megatron_moellava.backbones import Backbone
@@ -23,6 +23,19 @@ class Layout:
     backbone: Backbone
     tower: Tower
     world_size: int
+    stage_sizes: tuple[int, ...] = field(
+        init=False
+    )  # decoder layers in the order of the model; virtual stages are stages
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stage_sizes", tuple(stage_layers(self.run, self.backbone) or self._even_stages()))
+
+    def _even_stages(self) -> list[int]:
+        total, first = self.backbone.num_layers, self.run.parallel.num_layers_in_first_pipeline_stage
+        ranks = [total // self.pp] * self.pp
+        if first is not None:
+            ranks = [first, *[(total - first) // (self.pp - 1)] * (self.pp - 1)]
+        return [layers // self.vp for layers in ranks] * self.vp
 
     @property
     def tp(self) -> int:
@@ -51,7 +64,7 @@ class Layout:
 
     @property
     def dp(self) -> int:
-        return self.world_size // (self.tp * self.pp * self.run.parallel.context_parallel_size)
+        return self.world_size // (self.tp * self.pp)
 
     @property
     def expert_dp(self) -> int:
@@ -99,36 +112,34 @@ class Layout:
     def activation_bytes(self) -> int:
         return 2 if self.run.training.precision == "bf16" else 4
 
-    @property
-    def stage_sizes(self) -> list[int]:
-        """Decoder layers of each stage in the order of the model; virtual stages are stages."""
-        chosen = stage_layers(self.run, self.backbone)
-        if chosen is not None:
-            return chosen
-        total, first = self.backbone.num_layers, self.run.parallel.num_layers_in_first_pipeline_stage
-        ranks = [total // self.pp] * self.pp
-        if first is not None:
-            ranks = [first, *[(total - first) // (self.pp - 1)] * (self.pp - 1)]
-        return [layers // self.vp for layers in ranks] * self.vp
-
     def layers_of(self, pipeline_rank: int) -> list[list[int]]:
         """Layer numbers of each chunk of a pipeline rank: 8 layers, pp 2, vp 2, rank 0 -> [[0, 1], [4, 5]]."""
         edges = [0, *accumulate(self.stage_sizes)]
         stages = range(pipeline_rank, self.pp * self.vp, self.pp)
         return [list(range(edges[stage], edges[stage + 1])) for stage in stages]
 
-    def kinds_of(self, pipeline_rank: int) -> list[bool]:
-        """For each layer of a pipeline rank: is it a MoE layer?"""
+    def chunk_kinds(self, pipeline_rank: int) -> list[list[bool]]:
+        """For each layer of each chunk of a pipeline rank: is it a MoE layer?"""
         moe_layers = self.moe_layers
-        return [bool(moe_layers[layer]) for chunk in self.layers_of(pipeline_rank) for layer in chunk]
+        return [[bool(moe_layers[layer]) for layer in chunk] for chunk in self.layers_of(pipeline_rank)]
 
-    def in_flight(self, pipeline_rank: int) -> float:
-        """Micro-batches whose activations a rank keeps at its peak under Megatron-Core's 1F1B schedules.
+    def kinds_of(self, pipeline_rank: int) -> list[bool]:
+        """The same for all chunks together."""
+        return [is_moe for chunk in self.chunk_kinds(pipeline_rank) for is_moe in chunk]
 
-        Interleaved: counted in chunks, each a 1/vp share of the rank's layers (megatron.core.pipeline_parallel.schedules,
-        num_warmup_microbatches).
+    def in_flight(self, pipeline_rank: int) -> set[tuple[int, ...]]:
+        """How many micro-batches each chunk of a rank keeps activations of: every state that a step passes through.
+
+        Megatron-Core's 1F1B schedules: some forward passes ahead, then forward and backward in turn, chunk by chunk in
+        groups of pp micro-batches (megatron.core.pipeline_parallel.schedules, get_pp_rank_microbatches).
         """
-        if self.vp == 1:
-            return min(self.pp - pipeline_rank, self.micro_batches)
-        warmup = (self.pp - pipeline_rank - 1) * 2 + (self.vp - 1) * self.pp + 1
-        return min(warmup, self.micro_batches * self.vp) / self.vp
+        ahead = self.pp - pipeline_rank
+        if self.vp > 1:
+            ahead = (self.pp - pipeline_rank - 1) * 2 + (self.vp - 1) * self.pp + 1
+        counts, states = [0] * self.vp, set()
+        for step in range(min(self.micro_batches, 4 * self.pp) * self.vp):  # what follows repeats
+            counts[step // self.pp % self.vp] += 1
+            states.add(tuple(counts))
+            if step + 1 >= ahead:
+                counts[-1 - (step + 1 - ahead) // self.pp % self.vp] -= 1
+        return states

@@ -5,14 +5,20 @@ Parts of the prediction, in bytes:
   gradients    fp32 buffers of what is trained
   optimizer    fp32 copy and two moments, shared among the data-parallel ranks (of experts: their own, fewer)
   activations  what autograd keeps for all micro-batches in flight
-  working      the largest of: one layer's backward pass with what it recomputes, the loss, the vision tower
+  working      the largest of: one layer's backward pass with what it recomputes, the logits, the vision tower
   dispatch     send and receive buffers of the experts' tokens
   margin       the tokens that the busiest expert rank gets beyond the mean, fragmentation, the CUDA context
 """
 
 from dataclasses import asdict, dataclass, replace
 
-from megatron_moellava.planning.activations import Activations, activations_of, routed_tokens, sizes
+from megatron_moellava.planning.activations import (
+    Activations,
+    activations_of,
+    routed_tokens,
+    sizes,
+    tower_layer_elements,
+)
 from megatron_moellava.planning.hardware import CONTEXT_BYTES, FRAGMENTATION, IMBALANCE
 from megatron_moellava.planning.layout import Layout
 from megatron_moellava.planning.parameters import FP32_ROLE, parameters_of, role_of
@@ -60,7 +66,7 @@ def state_bytes(layout: Layout, pipeline_rank: int) -> tuple[float, float, float
         if role_of(part) not in layout.trains:
             continue
         gradients += count * FP32
-        shards = layout.expert_dp if part == "experts" else layout.dp * layout.run.parallel.context_parallel_size
+        shards = layout.expert_dp if part == "experts" else layout.dp
         # fp32 parameters are their own main copy.
         optimizer += count * (ADAM_MOMENTS + (0 if is_fp32 else FP32)) / shards
     return weights, gradients, optimizer
@@ -73,7 +79,7 @@ def _balanced_memory(layout: Layout, pipeline_rank: int, modules: str, imbalance
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=kept.total * layout.in_flight(pipeline_rank),
+        activations=kept.peak(layout.in_flight(pipeline_rank)),
         working=working_bytes(layout, pipeline_rank, kept),
         dispatch=dispatch_bytes(layout, imbalance),
         margin=0.0,
@@ -81,26 +87,40 @@ def _balanced_memory(layout: Layout, pipeline_rank: int, modules: str, imbalance
 
 
 def working_bytes(layout: Layout, pipeline_rank: int, kept: Activations) -> float:
-    """The largest short-lived set. They do not meet: tower, then loss, then one layer after the other backwards."""
+    """The largest short-lived set beyond what is kept at the end of a forward pass.
+
+    Either the logits before the loss; or the tower, which runs before its micro-batch keeps anything; or one layer's
+    backward pass with what it recomputes and its gradients, when the layers behind it need nothing any more.
+    """
     elements, width = sizes(layout), layout.activation_bytes
-    layer = kept.recomputed + 2 * width * (elements["inner_in"] + elements["hidden"])
-    loss = elements["logits"] * (width + FP32) if pipeline_rank == layout.pp - 1 else 0.0
-    return max(layer, loss, tower_working_bytes(layout) if pipeline_rank == 0 else 0.0)
+    worst = elements["logits"] * width if pipeline_rank == layout.pp - 1 else 0.0
+    if pipeline_rank == 0:
+        worst = max(worst, tower_layer_elements(layout) * width - kept.chunks[0])
+    for number, kinds in enumerate(layout.chunk_kinds(pipeline_rank)):
+        freed = 0.0
+        for is_moe, (own, again) in reversed(list(zip(kinds, kept.layers[number], strict=True))):
+            worst = max(worst, again + gradient_elements(layout, is_moe) * width - freed)
+            # The loss is let go of once the last layer is through (measured without a pipeline; with one, before it).
+            freed += own + (kept.end if freed == 0.0 and number == layout.vp - 1 else 0.0)
+    return worst
 
 
-def tower_working_bytes(layout: Layout) -> float:
-    """The tower's forward pass keeps one layer at a time; training it keeps them all (`recompute_tower`: one each)."""
-    tower = layout.tower
-    rows = layout.images * tower.num_positions
-    layer = rows * (8 * tower.hidden_size + 2 * tower.ffn_hidden_size) / layout.tp * layout.activation_bytes
-    if "tower" not in layout.trains:
-        return layer
-    hidden = rows * tower.hidden_size * layout.activation_bytes
-    return layer + tower.num_used_layers * (hidden if layout.run.training.recompute_tower else layer)
+def gradient_elements(layout: Layout, is_moe: bool) -> float:
+    """Gradients that one layer's backward pass holds at once: before and after fc1, of its input, and of its weight."""
+    elements, backbone = sizes(layout), layout.backbone
+    if not is_moe:
+        inner, columns, is_trained = elements["inner_in"], elements["inner_in"] / layout.tokens, "language.ffn"
+    else:
+        inner, columns, is_trained = elements["expert_inner_in"], elements["expert_columns"], "experts"
+    weight = backbone.hidden_size * columns if is_trained in layout.trains else 0.0
+    return 1.5 * inner + 2 * elements["hidden"] + weight
 
 
 def dispatch_bytes(layout: Layout, imbalance: float = 1.0) -> float:
-    """Permuted tokens, what the all-to-all receives, and the same on the way back, of one layer."""
+    """Permuted tokens, what the all-to-all receives, and the same on the way back, of one layer.
+
+    Counted even where the peak is elsewhere: a caching allocator keeps buffers of such sizes.
+    """
     if not layout.run.moe:
         return 0.0
     sent = routed_tokens(layout) / layout.etp * layout.backbone.hidden_size

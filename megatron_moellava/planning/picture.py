@@ -26,8 +26,9 @@ def time_parts(plan: Plan) -> dict[str, float]:
 
 
 def label(layout: Layout) -> str:
-    """TP1 PP2v2 EP4 DP32 mb1 full."""
+    """TP1 PP2v2 EP4 DP32 mb1 recompute=full; "PP2 by cost": pipeline stages level in cost."""
     virtual = f"v{layout.vp}" if layout.vp > 1 else ""
+    virtual += " by cost" if layout.run.parallel.pipeline_split == "cost" else ""
     training = layout.run.training
     experts = f"EP{layout.ep} " if layout.run.moe else ""
     size = f"mb{training.micro_batch_size}"
@@ -48,7 +49,7 @@ def draw(plans: Sequence[Plan], limit: float, title: str, path: Path) -> None:
     _stack(seconds, [time_parts(plan) for plan in plans])
     seconds.set_xlabel("seconds per step")
     for row, plan in enumerate(plans):
-        text = f" MFU {plan.costs.mfu:.0%}, {plan.costs.gpu_hours:,.0f} GPU-hours"
+        text = f" MFU {plan.costs.mfu:.0%}, {plan.costs.gpu_hours:,.1f} GPU-hours"
         seconds.text(plan.costs.step_seconds, row, text, va="center", fontsize=8)
     seconds.set_xlim(right=1.45 * max(plan.costs.step_seconds for plan in plans))
     memory.set_yticks(range(len(plans)), [label(plan.layout) for plan in plans], fontsize=8)

@@ -11,7 +11,6 @@ from megatron_moellava.config import (
     DataConfig,
     ModelConfig,
     MoEConfig,
-    OptimizerConfig,
     ParallelConfig,
     RunConfig,
     TrainingConfig,
@@ -60,7 +59,6 @@ EVERY_ROLE = (
 TOP2_OF_8 = MoEConfig(num_experts=8, placement="dense")
 TOP8_OF_64 = MoEConfig(num_experts=64, moe_router_topk=8, placement="dense", moe_shared_expert_intermediate_size=20480)
 TOP2_OF_4 = MoEConfig(num_experts=4)
-OVERLAPPED = OptimizerConfig(overlap_grad_reduce=True, overlap_param_gather=True)
 PAPER = "arXiv 2504.14960"
 ZOO = "Megatron-MoE-ModelZoo, runtime.conf and the Mixtral script"
 LLAVA = "LLaVA's README"
@@ -104,7 +102,6 @@ class Published:
             ),
             data=DataConfig(seq_length=self.seq_length, packing=self.data is None),
             parallel=self.parallel,
-            optimizer=OVERLAPPED,
         )
         tower = TOWERS["clip-vit-large-patch14-336"]
         return Layout(run=run, backbone=self.backbone, tower=tower, world_size=self.gpus)

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import yaml
+
+from megatron_moellava.config import read_yaml, set_override, split_override
 from megatron_moellava.planning.hardware import GIB
 from megatron_moellava.planning.picture import label, time_parts
 from megatron_moellava.planning.search import Found, Plan, Request
@@ -34,7 +37,7 @@ def plan_row(plan: Plan) -> tuple[str, ...]:
         f"{costs.mfu:.1%}",
         f"{costs.steps:,}",
         f"{costs.hours:.1f}",
-        f"{costs.gpu_hours:,.0f}",
+        f"{costs.gpu_hours:,.1f}",
     )
 
 
@@ -45,6 +48,14 @@ def settings_line(plan: Plan, given: Sequence[str]) -> str:
     return " ".join([*(item for item in given if item.partition("=")[0] not in names), *chosen])
 
 
+def yaml_report(plan: Plan, config: str | None, given: Sequence[str]) -> str:
+    """The run of a plan as a file that `tools/train.py --config` takes."""
+    tree = read_yaml(config) if config else {}
+    for item in [*given, *(f"{path}={value}" for path, value in plan.settings.items())]:
+        set_override(tree, *split_override(item))
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
 def text_report(request: Request, found: Found, best: Sequence[Plan], given: Sequence[str]) -> str:
     """Table of the best plans, their settings, and where the first one's memory goes."""
     run, data = request.run, request.data
@@ -52,6 +63,12 @@ def text_report(request: Request, found: Found, best: Sequence[Plan], given: Seq
     lines = [
         f"Predictions for {request.backbone.name}, stage {run.training.stage} on {request.world_size} {request.gpu.name}: "
         f"{data.name}, {data.samples:,} samples of {tokens:,.0f} tokens ({data.images:.2f} images).",
+        f"Rows of {run.data.seq_length:,} tokens, {'packed' if run.data.packing else 'padded'}"
+        + (
+            f"; {run.moe.num_experts} experts, top-{run.moe.moe_router_topk}, {run.moe.placement}."
+            if run.moe
+            else "; dense."
+        ),
         f"{found.tried:,} layouts tried, {len(found.plans)} valid and within {request.limit / GIB:.0f} GiB, "
         f"{len(found.too_big)} too big. Nothing here was measured on a GPU.",
         "",

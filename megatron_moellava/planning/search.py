@@ -43,6 +43,8 @@ class Plan:
         }
         if parallel.virtual_pipeline_model_parallel_size:
             chosen["parallel.virtual_pipeline_model_parallel_size"] = parallel.virtual_pipeline_model_parallel_size
+        if parallel.pipeline_split == "cost":
+            chosen["parallel.pipeline_split"] = "cost"
         return chosen
 
 
@@ -121,27 +123,34 @@ def stage_costs(request: Request, layout: Layout) -> Costs:
 
 def candidates(request: Request) -> Iterator[RunConfig]:
     """Every combination worth asking validation about; what the user has set stays as it is."""
+    axes = _axes(request)
+    for path in axes.keys() & request.fixed:
+        section, name = path.split(".")
+        axes[path] = [getattr(getattr(request.run, section), name)]
+    for values in itertools.product(*axes.values()):
+        run = with_settings(request.run, dict(zip(axes, values, strict=True)))
+        if run.parallel.pipeline_model_parallel_size > 1 or not _asks_for_pipeline(run):
+            yield run
+
+
+def _axes(request: Request) -> dict[str, Sequence[object]]:
     run, world = request.run, request.world_size
     experts = run.moe.num_experts if run.moe else 1
-    axes: dict[str, Sequence[object]] = {
+    layers = min(request.backbone.num_layers, world)
+    is_free = run.parallel.num_layers_in_first_pipeline_stage is None and run.parallel.pipeline_split == "even"
+    return {
         "parallel.tensor_model_parallel_size": [n for n in POWERS if n <= min(request.gpu.gpus_per_node, world)],
-        "parallel.pipeline_model_parallel_size": [n for n in POWERS if n <= min(request.backbone.num_layers, world)],
+        "parallel.pipeline_model_parallel_size": [n for n in range(1, layers + 1) if world % n == 0],
         "parallel.expert_model_parallel_size": [n for n in range(1, min(experts, world) + 1) if experts % n == 0],
         "parallel.virtual_pipeline_model_parallel_size": VIRTUAL,
+        "parallel.pipeline_split": ("even", "cost") if is_free else (run.parallel.pipeline_split,),
         "training.micro_batch_size": [1] if run.data.packing else MICRO_BATCHES,
         "training.recompute": RECOMPUTE if run.moe else ("none", "full"),
     }
-    for path in axes.keys() & request.fixed:
-        section, name = path.split(".")
-        axes[path] = [getattr(getattr(run, section), name)]
-    for values in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, values, strict=True))
-        if (
-            chosen["parallel.virtual_pipeline_model_parallel_size"]
-            and chosen["parallel.pipeline_model_parallel_size"] == 1
-        ):
-            continue
-        yield with_settings(run, chosen)
+
+
+def _asks_for_pipeline(run: RunConfig) -> bool:
+    return run.parallel.virtual_pipeline_model_parallel_size is not None or run.parallel.pipeline_split == "cost"
 
 
 def with_settings(run: RunConfig, settings: dict[str, object]) -> RunConfig:

@@ -28,7 +28,6 @@ class StageData:
     text_tokens: float  # mean per sample, prompt included
     images: float  # mean per sample
     global_batch_size: int  # samples per step of the original's recipe
-    trains_moe: bool
 
     def tokens_per_sample(self, num_features: int) -> float:
         """Mean length with every image expanded to `num_features` tokens."""
@@ -36,19 +35,14 @@ class StageData:
 
 
 STAGE_DATA = {
-    1: StageData(
-        name="LLaVA-PT 558k", samples=558_128, text_tokens=25, images=1.0, global_batch_size=256, trains_moe=False
-    ),
-    2: StageData(
-        name="Hybrid-FT 964k", samples=964_000, text_tokens=200, images=0.95, global_batch_size=128, trains_moe=False
-    ),
+    1: StageData(name="LLaVA-PT 558k", samples=558_128, text_tokens=25, images=1.0, global_batch_size=256),
+    2: StageData(name="Hybrid-FT 964k", samples=964_000, text_tokens=200, images=0.95, global_batch_size=128),
     3: StageData(
         name="LLaVA-FT mix 665k",
         samples=665_298,
         text_tokens=_mean_text_tokens(),
         images=_images_per_sample(),
         global_batch_size=128,
-        trains_moe=True,
     ),
 }
 PACKED_FILL = 0.97  # share of a packed row's positions that hold tokens (docs/data.md: 88.7 to 99.97 %)

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, MoEConfig, load_config
+from megatron_moellava.model.pipeline import stage_layers
 from megatron_moellava.planning import published
 from megatron_moellava.planning.activations import activations_of
 from megatron_moellava.planning.command import plan, request_of, settings_of
@@ -46,6 +47,7 @@ def arguments(**given) -> Namespace:
         "top": 5,
         "picture": "plan.png",
         "json": None,
+        "yaml": None,
         "config": None,
         "dry_run": False,
         "overrides": [],
@@ -90,8 +92,7 @@ def test_every_suggestion_is_accepted_by_the_training_command(given, tmp_path):
     model = [f"model.backbone={options.backbone}", f"training.stage={options.stage}"]
     for suggestion in found.plans:
         pasted = settings_line(suggestion, extra).split()
-        experts = ["moe.num_experts=4"] if options.stage == 3 and not options.config else []
-        run = load_config(options.config, [*model, *files, *experts, *pasted])
+        run = load_config(options.config, [*model, *files, *pasted])
         validate(run, options.gpus)
         assert run.parallel == suggestion.layout.run.parallel
         assert suggestion.memory.total <= GPUS["h100"].memory
@@ -160,11 +161,15 @@ def test_frozen_parameters_need_neither_gradient_nor_optimizer():
 
 def test_first_stages_keep_more_micro_batches():
     four = layout_of(parallel__pipeline_model_parallel_size=4, training__global_batch_size=64)
-    assert [four.in_flight(rank) for rank in range(4)] == [4, 3, 2, 1]
+    assert [max(four.in_flight(rank)) for rank in range(4)] == [(4,), (3,), (2,), (1,)]
     few = layout_of(parallel__pipeline_model_parallel_size=4, training__global_batch_size=4)
-    assert [few.in_flight(rank) for rank in range(4)] == [2, 2, 2, 1]
+    assert [max(few.in_flight(rank)) for rank in range(4)] == [(2,), (2,), (2,), (1,)]
     virtual = {"parallel__pipeline_model_parallel_size": 2, "parallel__virtual_pipeline_model_parallel_size": 2}
-    assert layout_of(**virtual).layers_of(0) == [list(range(8)), list(range(16, 24))]
+    interleaved = layout_of(**virtual)
+    assert interleaved.layers_of(0) == [list(range(8)), list(range(16, 24))]
+    # Megatron-Core's warm-up of the first rank: 2 micro-batches on each chunk, then a third on the first.
+    assert {(1, 0), (2, 0), (2, 1), (2, 2), (3, 2)} <= interleaved.in_flight(0)
+    assert max(map(sum, interleaved.in_flight(0))) == 5 and max(map(sum, interleaved.in_flight(1))) == 3
 
 
 def test_an_imbalance_costs_memory_and_time():
@@ -200,6 +205,30 @@ def test_published_layouts_count_the_published_parameters():
         count = parameters_of(alone, 0)
         language = sum(number for part, number in count.items() if part not in ("tower", "projector"))
         assert language / 1e9 == pytest.approx(total, rel=0.005)
+
+
+# The paper's table 8, in billions: language model with experts in every second layer, without tower and projector.
+@pytest.mark.parametrize(
+    ("name", "total"), [("stablelm-2-1.6b", 2.9), ("qwen-1.8b", 3.1), ("phi-2", 5.3), ("openchat-3.5", 15.2)]
+)
+def test_models_of_the_paper_have_its_number_of_parameters(name, total):
+    run = load_config(None, [f"model.backbone={name}", "training.stage=3", "moe.num_experts=4"])
+    layout = Layout(run=run, backbone=get_backbone(name), tower=get_tower(run.model.tower), world_size=1)
+    language = sum(n for part, n in parameters_of(layout, 0).items() if part not in ("tower", "projector"))
+    assert round(language / 1e9, 1) == total
+
+
+def test_yaml_holds_the_whole_suggestion(tmp_path):
+    """The file is a config of tools/train.py: the recipe's fields, what was asked for, what the planner chose."""
+    recipe, file = str(REPO / "examples" / "recipes" / "stage3.yaml"), tmp_path / "plan.yaml"
+    options = arguments(
+        config=recipe, yaml=str(file), picture=str(tmp_path / "plan.png"), overrides=["optimizer.lr=1e-5"], top=1
+    )
+    text = plan(options)
+    run = load_config(str(file), ["model.backbone=phi-2", "training.stage=3"])
+    assert run.moe.capacity_factor == 1.5 and run.optimizer.lr == 1e-5
+    assert f"training.micro_batch_size={run.training.micro_batch_size}" in text
+    assert layout_problems(run, get_backbone("phi-2"), 8) == []
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +271,27 @@ def test_dry_run_counts_what_the_formulas_say(planned):
     assert peak < 2e9, "a full-size model must not take real memory"
 
 
-def test_moe_is_assumed_in_stage_3_only():
-    assert request_of(arguments(), []).run.moe == MoEConfig()
-    assert request_of(arguments(stage=2), []).run.moe is None
+def test_moe_is_assumed_in_stage_3_only_and_is_pasted():
+    assert request_of(arguments(), settings_of(arguments())).run.moe == MoEConfig()
+    assert settings_of(arguments()) == ["moe.num_experts=4"]
+    assert request_of(arguments(stage=2), settings_of(arguments(stage=2))).run.moe is None
+
+
+def test_context_parallelism_is_refused_rather_than_guessed():
+    with pytest.raises(ConfigError, match="context_parallel_size=2 cannot be planned"):
+        request_of(arguments(), ["moe.num_experts=4", "parallel.context_parallel_size=2"])
+
+
+def test_pipeline_stages_level_in_cost_are_tried_and_win_where_the_tower_weighs():
+    """One stage less one layer beside the tower: the planner knows the split that the model will be built with."""
+    given = {
+        "overrides": ["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=null"]
+    }
+    found = found_for(gpus=16, **given)
+    splits = {item.layout.run.parallel.pipeline_split: item for item in reversed(found.plans)}
+    assert set(splits) == {"even", "cost"}
+    level = splits["cost"]
+    assert level.settings["parallel.pipeline_split"] == "cost"
+    assert level.layout.stage_sizes == tuple(stage_layers(level.layout.run, level.layout.backbone))
+    assert level.layout.stage_sizes[0] < level.layout.backbone.num_layers // 4
+    assert level.costs.bubble < splits["even"].costs.bubble

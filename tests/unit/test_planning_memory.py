@@ -14,12 +14,12 @@ from megatron_moellava.config import DataConfig, ModelConfig, MoEConfig, Paralle
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.moe_llava import IMAGE_TOKEN
 from megatron_moellava.planning.activations import activations_of
-from megatron_moellava.planning.counting import SavedTensors, storage_bytes
+from megatron_moellava.planning.counting import SavedTensors, optimizer_bytes, storage_bytes
 from megatron_moellava.planning.layout import Layout
 from megatron_moellava.planning.memory import state_bytes
 from megatron_moellava.planning.parameters import parameters_of, role_of
 from megatron_moellava.towers import get_tower
-from megatron_moellava.training.optimizer import Update, build_optimizer, distributed_optimizers, wrap_data_parallel
+from megatron_moellava.training.optimizer import Update, build_optimizer, wrap_data_parallel
 from megatron_moellava.training.stages import freeze, parameter_roles
 
 # What is asked for is 10 %. Measured: 0.5 % at most, the rest being masks and indices that the tables leave out.
@@ -128,18 +128,6 @@ def test_formulas_equal_real_allocations(layout, built):
     assert weights == pytest.approx(storage_bytes(model.parameters()), rel=TOLERANCE)
     assert gradients == pytest.approx(storage_bytes(buffer.grad_data for buffer in buffers), rel=TOLERANCE)
     assert states == pytest.approx(optimizer_bytes(optimizer, buffers), rel=TOLERANCE)
-
-
-def optimizer_bytes(optimizer, buffers) -> int:
-    """Adam's moments as they are after a step, and the fp32 copies where those are not the parameters themselves."""
-    own = {buffer.param_data.untyped_storage()._cdata for buffer in buffers}
-    tensors = []
-    for item in distributed_optimizers(optimizer):
-        tensors += [
-            value for state in item.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
-        ]
-        tensors += [shard for group in item.optimizer.param_groups for shard in group["params"]]
-    return storage_bytes(tensor for tensor in tensors if tensor.untyped_storage()._cdata not in own)
 
 
 @pytest.mark.parametrize("layout", ["parallel residual, experts"], indirect=True)
