@@ -224,7 +224,8 @@ def activations_of(layout: Layout, pipeline_rank: int, modules: str, imbalance: 
     """Of one micro-batch on any rank of a pipeline stage."""
     bytes_of = part_bytes(layout, modules, imbalance)
     kinds = layout.chunk_kinds(pipeline_rank)
-    layers = tuple(tuple(layer_bytes(layout, bytes_of, is_moe) for is_moe in chunk) for chunk in kinds)
+    layer = {is_moe: layer_bytes(layout, bytes_of, is_moe) for is_moe in {kind for chunk in kinds for kind in chunk}}
+    layers = tuple(tuple(layer[is_moe] for is_moe in chunk) for chunk in kinds)
     chunks = [sum(kept for kept, _ in chunk) for chunk in layers]
     if layout.run.training.recompute == "full":
         chunks = [kept + bytes_of["angles"] for kept in chunks]

@@ -24,6 +24,7 @@ MOVES_FORWARD, MOVES_BACKWARD = 2, 3
 LAUNCHES = {False: (30, 60), True: (75, 130)}
 OPTIMIZER_BYTES = 30  # per trained parameter of this rank's share: gradient and three states read, four written
 HIDDEN = 0.9  # share of an overlapped collective that computation hides: the last bucket of each way has none beside it
+BACKWARD = 2 / 3  # share of a micro-batch's computation
 CAUSAL = 0.5  # share of the scores that a causal kernel computes
 
 
@@ -96,7 +97,7 @@ def costs_of(layout: Layout, pricing: Pricing, load: Load, samples: int = 0) -> 
     pipeline = _pipeline_seconds(layout, pricing, load) * micro_batches
     busy = micro_batches * slowest.total
     idle = (sum(item.total for item in ranks) - slowest.total) / layout.vp
-    data = data_seconds(layout, pricing)
+    data = data_seconds(layout, pricing, slowest.compute)
     optimizer = _optimizer_seconds(layout, pricing)
     step = busy + idle + pipeline + data + optimizer
     rows = micro_batches * layout.dp
@@ -179,7 +180,7 @@ def _recomputation_seconds(layout: Layout, pipeline_rank: int, pricing: Pricing,
     work = recomputed_work(layout, pipeline_rank, load.tokens, load.length)
     seconds = sum(work_seconds(item, pricing, forward_only=True) for item in work)
     bytes_of, kinds = part_bytes(layout, "te"), layout.kinds_of(pipeline_rank)
-    dropped = sum(layer_bytes(layout, bytes_of, is_moe)[1] for is_moe in kinds)
+    dropped = sum(layer_bytes(layout, bytes_of, is_moe)[1] * count for is_moe, count in Counter(kinds).items())
     return seconds + dropped * load.tokens / layout.tokens * MOVES_FORWARD / pricing.memory_rate
 
 
@@ -231,26 +232,31 @@ def _pipeline_seconds(layout: Layout, pricing: Pricing, load: Load) -> float:
 # --- once a step ------------------------------------------------------------------------------------------------------
 
 
-def data_seconds(layout: Layout, pricing: Pricing) -> float:
+def data_seconds(layout: Layout, pricing: Pricing, compute: float) -> float:
     """Reduce-scatter of fp32 gradients and all-gather of parameters, of the rank that trains most.
 
-    `optimizer.overlap_grad_reduce` and `overlap_param_gather` hide most of theirs behind computation.
+    Overlapped, they run beside the last backward and the first forward pass of a step; a micro-batch computes `compute`.
     """
     hides_reduce, hides_gather = layout.run.optimizer.overlaps(pays=layout.dp > 1)
-    reduce, gather = (1.0 - HIDDEN if hides else 1.0 for hides in (hides_reduce, hides_gather))
-    worst = 0.0
-    for rank in range(layout.pp):
-        seconds = 0.0
-        for part, count in parameters_of(layout, rank).items():
-            if role_of(part) not in layout.trains:
-                continue
+    per_byte = max(_seconds_per_byte(layout, rank, pricing) for rank in range(layout.pp))
+    reduce = _exposed(4 * per_byte, hides_reduce, BACKWARD * compute)
+    return reduce + _exposed(layout.activation_bytes * per_byte, hides_gather, (1 - BACKWARD) * compute)
+
+
+def _exposed(seconds: float, hides: bool, beside: float) -> float:
+    return max(seconds * (1 - HIDDEN), seconds - beside) if hides else seconds
+
+
+def _seconds_per_byte(layout: Layout, pipeline_rank: int, pricing: Pricing) -> float:
+    """Of a collective over all that one rank trains, for one byte of each parameter."""
+    seconds = 0.0
+    for part, count in parameters_of(layout, pipeline_rank).items():
+        if role_of(part) in layout.trains:
             is_expert = part == "experts"
             group = layout.expert_dp if is_expert else layout.dp
             inner = layout.ep * layout.etp if is_expert else layout.tp
-            bytes_moved = count * (4 * reduce + layout.activation_bytes * gather) * (group - 1) / group
-            seconds += bytes_moved / _ring(pricing, inner, group)
-        worst = max(worst, seconds)
-    return worst
+            seconds += count * (group - 1) / group / _ring(pricing, inner, group)
+    return seconds
 
 
 def _ring(pricing: Pricing, inner: int, group: int) -> float:

@@ -3,6 +3,7 @@
 Legend used in all of planning/: a rank's `tokens` are those of one micro-batch before tensor parallelism splits them.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -23,11 +24,13 @@ class Layout:
     backbone: Backbone
     tower: Tower
     world_size: int
-    stage_sizes: tuple[int, ...] = field(
-        init=False
-    )  # decoder layers in the order of the model; virtual stages are stages
+    moe_layers: tuple[bool, ...] = field(init=False)  # for each decoder layer: does it have experts?
+    stage_sizes: tuple[int, ...] = field(init=False)  # decoder layers in model order; virtual stages are stages
 
     def __post_init__(self) -> None:
+        moe, layers = self.run.moe, self.backbone.num_layers
+        freq = moe_layer_freq(moe.placement, layers) if moe else [0] * layers
+        object.__setattr__(self, "moe_layers", tuple(map(bool, freq)))
         object.__setattr__(self, "stage_sizes", tuple(stage_layers(self.run, self.backbone) or self._even_stages()))
 
     def _even_stages(self) -> list[int]:
@@ -103,12 +106,6 @@ class Layout:
         return self.run.moe
 
     @property
-    def moe_layers(self) -> list[int]:
-        """1 for each MoE layer, 0 for each dense one."""
-        moe = self.run.moe
-        return moe_layer_freq(moe.placement, self.backbone.num_layers) if moe else [0] * self.backbone.num_layers
-
-    @property
     def activation_bytes(self) -> int:
         return 2 if self.run.training.precision == "bf16" else 4
 
@@ -120,26 +117,31 @@ class Layout:
 
     def chunk_kinds(self, pipeline_rank: int) -> list[list[bool]]:
         """For each layer of each chunk of a pipeline rank: is it a MoE layer?"""
-        moe_layers = self.moe_layers
-        return [[bool(moe_layers[layer]) for layer in chunk] for chunk in self.layers_of(pipeline_rank)]
+        return [[self.moe_layers[layer] for layer in chunk] for chunk in self.layers_of(pipeline_rank)]
 
     def kinds_of(self, pipeline_rank: int) -> list[bool]:
         """The same for all chunks together."""
         return [is_moe for chunk in self.chunk_kinds(pipeline_rank) for is_moe in chunk]
 
-    def in_flight(self, pipeline_rank: int) -> set[tuple[int, ...]]:
-        """How many micro-batches each chunk of a rank keeps activations of: every state that a step passes through.
+    def in_flight(self, pipeline_rank: int) -> frozenset[tuple[int, ...]]:
+        """How many micro-batches each chunk of a rank keeps activations of: every state that a step passes through."""
+        return schedule_states(self.pp, pipeline_rank, self.vp, min(self.micro_batches, 4 * self.pp))
 
-        Megatron-Core's 1F1B schedules: some forward passes ahead, then forward and backward in turn, chunk by chunk in
-        groups of pp micro-batches (megatron.core.pipeline_parallel.schedules, get_pp_rank_microbatches).
-        """
-        ahead = self.pp - pipeline_rank
-        if self.vp > 1:
-            ahead = (self.pp - pipeline_rank - 1) * 2 + (self.vp - 1) * self.pp + 1
-        counts, states = [0] * self.vp, set()
-        for step in range(min(self.micro_batches, 4 * self.pp) * self.vp):  # what follows repeats
-            counts[step // self.pp % self.vp] += 1
-            states.add(tuple(counts))
-            if step + 1 >= ahead:
-                counts[-1 - (step + 1 - ahead) // self.pp % self.vp] -= 1
-        return states
+
+@functools.cache
+def schedule_states(stages: int, rank: int, chunks: int, micro_batches: int) -> frozenset[tuple[int, ...]]:
+    """Megatron-Core's 1F1B schedules: some forward passes ahead, then forward and backward in turn.
+
+    Interleaved, chunk by chunk in groups of `stages` micro-batches (megatron.core.pipeline_parallel.schedules,
+    get_pp_rank_microbatches). From four such groups on the states repeat.
+    """
+    ahead = stages - rank
+    if chunks > 1:
+        ahead = (stages - rank - 1) * 2 + (chunks - 1) * stages + 1
+    counts, states = [0] * chunks, set()
+    for step in range(micro_batches * chunks):
+        counts[step // stages % chunks] += 1
+        states.add(tuple(counts))
+        if step + 1 >= ahead:
+            counts[-1 - (step + 1 - ahead) // stages % chunks] -= 1
+    return frozenset(states)

@@ -96,10 +96,11 @@ def working_bytes(layout: Layout, pipeline_rank: int, kept: Activations) -> floa
     worst = elements["logits"] * width if pipeline_rank == layout.pp - 1 else 0.0
     if pipeline_rank == 0:
         worst = max(worst, tower_layer_elements(layout) * width - kept.chunks[0])
+    gradients = {is_moe: gradient_elements(layout, is_moe) * width for is_moe in set(layout.kinds_of(pipeline_rank))}
     for number, kinds in enumerate(layout.chunk_kinds(pipeline_rank)):
         freed = 0.0
         for is_moe, (own, again) in reversed(list(zip(kinds, kept.layers[number], strict=True))):
-            worst = max(worst, again + gradient_elements(layout, is_moe) * width - freed)
+            worst = max(worst, again + gradients[is_moe] - freed)
             # The loss is let go of once the last layer is through (measured without a pipeline; with one, before it).
             freed += own + (kept.end if freed == 0.0 and number == layout.vp - 1 else 0.0)
     return worst

@@ -90,6 +90,8 @@ def search(request: Request) -> Found:
             refused = refused or problems
             continue
         layout = Layout(run=run, backbone=request.backbone, tower=request.tower, world_size=request.world_size)
+        if run.parallel.pipeline_split == "cost" and len(set(layout.stage_sizes)) == 1:
+            continue  # the same as "even"
         memory = worst_memory(layout, imbalance=request.imbalance)
         if memory.total > request.limit:
             too_big.append((memory, layout))
