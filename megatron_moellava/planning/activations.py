@@ -144,7 +144,8 @@ def routed_tokens(layout: Layout, imbalance: float = 1.0) -> float:
 def tower_layer_elements(layout: Layout) -> float:
     """What one layer of the tower makes for one micro-batch: residual stream and norms whole, products split."""
     tower = layout.tower
-    whole, split = 4 * tower.hidden_size, 4 * tower.hidden_size + 3 * tower.ffn_hidden_size
+    inner = 3 if tower.activation == "quick_gelu" else 2  # x * sigmoid(1.7 x) keeps one more than a fused GELU
+    whole, split = 4 * tower.hidden_size, 4 * tower.hidden_size + inner * tower.ffn_hidden_size
     return layout.images * tower.num_positions * (whole + split / layout.tp)
 
 

@@ -122,5 +122,5 @@ def predicted_counts(layout: Layout, rank: int) -> dict[str, float]:
         "activations": activations_of(layout, rank, "local").total,
         "forward_flops": sum(item.forward for item in work),
         "backward_flops": sum(item.backward for item in work)
-        + sum(item.forward for item in recomputed_work(layout, rank, layout.tokens, length)),
+        + sum(item.forward for item in recomputed_work(layout, rank, layout.tokens, length, layout.images)),
     }

@@ -17,6 +17,7 @@ from megatron_moellava.planning.parameters import parameters_of, role_of
 from megatron_moellava.planning.workload import Load
 
 GROUPED = ("experts",)
+FP8_PARTS = ("attention", "ffn", "experts", "shared experts")  # router, logits, projector and tower stay in bf16
 # Element-wise kernels move every kept byte about so often: written and read once forwards; read, and its gradient
 # written and read, backwards. Products read theirs besides (flops.py).
 MOVES_FORWARD, MOVES_BACKWARD = 2, 3
@@ -159,7 +160,8 @@ def work_seconds(work: Work, pricing: Pricing, forward_only: bool = False) -> fl
         flops = (work.forward + (0.0 if forward_only else work.backward)) * (CAUSAL if work.causal else 1.0)
         return flops / (pricing.gpu.peak_bf16 * pricing.efficiency.attention)
     grouped = work.part in GROUPED
-    rate = pricing.peak * (pricing.efficiency.grouped_matmul if grouped else pricing.efficiency.matmul)
+    peak = pricing.peak if work.part in FP8_PARTS else pricing.gpu.peak_bf16
+    rate = peak * (pricing.efficiency.grouped_matmul if grouped else pricing.efficiency.matmul)
     once = max(work.forward / rate, work.forward_bytes / pricing.memory_rate)
     passes = 1 if forward_only else 1 + int(work.input_gradient) + int(work.weight_gradient)
     return once * passes * (pricing.imbalance if grouped else 1.0)
@@ -175,9 +177,7 @@ def _elementwise_bytes(layout: Layout, pipeline_rank: int) -> float:
 
 
 def _recomputation_seconds(layout: Layout, pipeline_rank: int, pricing: Pricing, load: Load) -> float:
-    if layout.run.training.recompute == "none":
-        return 0.0
-    work = recomputed_work(layout, pipeline_rank, load.tokens, load.length)
+    work = recomputed_work(layout, pipeline_rank, load.tokens, load.length, load.images)
     seconds = sum(work_seconds(item, pricing, forward_only=True) for item in work)
     bytes_of, kinds = part_bytes(layout, "te"), layout.kinds_of(pipeline_rank)
     dropped = sum(layer_bytes(layout, bytes_of, is_moe)[1] * count for is_moe, count in Counter(kinds).items())

@@ -112,17 +112,30 @@ def mlp_work(
 
 def first_stage_work(layout: Layout, images: float) -> Iterator[Work]:
     """Tower and projector over `images`."""
-    tower, tp = layout.tower, layout.tp
-    rows, width, inner = images * tower.num_positions, tower.hidden_size, tower.ffn_hidden_size
-    trained, layers = "tower" in layout.trains, tower.num_used_layers
-    patch = 3 * tower.patch_size**2
+    tower, hidden = layout.tower, layout.backbone.hidden_size
     yield Product(
         part="tower",
         rows=images * tower.num_patches,
-        inner=patch,
-        columns=width,
+        inner=3 * tower.patch_size**2,
+        columns=tower.hidden_size,
         input_gradient=False,
-        weight_gradient=trained,
+        weight_gradient="tower" in layout.trains,
+    )
+    yield from tower_layers_work(layout, images)
+    visual, projects = images * tower.num_features, "projector" in layout.trains
+    # Megatron-Core's linear layer computes the gradient of the frozen tower's features too.
+    yield linear("projector", visual, tower.hidden_size, hidden / layout.tp, projects)
+    yield linear("projector", visual, hidden / layout.tp, hidden, projects)
+
+
+def tower_layers_work(layout: Layout, images: float) -> Iterator[Work]:
+    """The transformer layers of the tower that features need."""
+    tower, tp, trained = layout.tower, layout.tp, "tower" in layout.trains
+    rows, width, inner, layers = (
+        images * tower.num_positions,
+        tower.hidden_size,
+        tower.ffn_hidden_size,
+        tower.num_used_layers,
     )
     for inputs, outputs in ((width, 3 * width / tp), (width / tp, width), (width, inner / tp), (inner / tp, width)):
         yield Product(
@@ -134,13 +147,16 @@ def first_stage_work(layout: Layout, images: float) -> Iterator[Work]:
             input_gradient=trained,
             weight_gradient=trained,
         )
-    attention = Attention(rows=rows, length=tower.num_positions, width=width / tp, causal=False, with_backward=trained)
-    yield from [attention] * layers
-    visual, hidden = images * tower.num_features, layout.backbone.hidden_size
-    projects = "projector" in layout.trains
-    # Megatron-Core's linear layer computes the gradient of the frozen tower's features too.
-    yield linear("projector", visual, width, hidden / tp, projects)
-    yield linear("projector", visual, hidden / tp, hidden, projects)
+    yield from [
+        Attention(
+            rows=rows,
+            length=tower.num_positions,
+            width=width / tp,
+            causal=False,
+            with_backward=trained,
+            part="tower",
+        )
+    ] * layers
 
 
 def last_stage_work(layout: Layout, tokens: float) -> Iterator[Work]:
@@ -155,8 +171,10 @@ def decoder_work(layout: Layout, pipeline_rank: int, tokens: float, length: floa
         yield from list(layer_work(layout, is_moe, tokens, length)) * count
 
 
-def recomputed_work(layout: Layout, pipeline_rank: int, tokens: float, length: float) -> Iterator[Work]:
+def recomputed_work(layout: Layout, pipeline_rank: int, tokens: float, length: float, images: float) -> Iterator[Work]:
     """What the backward pass of one micro-batch computes again."""
+    if pipeline_rank == 0 and layout.run.training.recompute_tower and "tower" in layout.trains:
+        yield from tower_layers_work(layout, images)
     parts = RECOMPUTED[layout.run.training.recompute]
     for work in decoder_work(layout, pipeline_rank, tokens, length):
         if parts is None or work.part in parts:

@@ -41,6 +41,22 @@ RUNS = {
         8,
         "model.backbone=qwen3-4b training.stage=3 moe.num_experts=8 training.recompute=moe",
     ),
+    "qwen-1.8b with experts": (8, "model.backbone=qwen-1.8b training.stage=3 moe.num_experts=4"),
+    "stablelm-2-1.6b, stages level in cost": (
+        8,
+        "model.backbone=stablelm-2-1.6b training.stage=3 moe.num_experts=4 parallel.pipeline_model_parallel_size=4 "
+        "parallel.pipeline_split=cost",
+    ),
+    "qwen2-0.5b, tower trained and recomputed": (
+        8,
+        "model.backbone=qwen2-0.5b training.stage=2 training.trains=[tower,projector] training.recompute_tower=true "
+        "data.packing=false training.micro_batch_size=4",
+    ),
+    "qwen2-0.5b, another tower trained": (
+        8,
+        "model.backbone=qwen2-0.5b model.tower=siglip-so400m-patch14-384 training.stage=2 "
+        "training.trains=[tower,projector] data.packing=false training.micro_batch_size=4",
+    ),
     "vicuna-7b, projector only, padded rows": (
         8,
         "model.backbone=vicuna-7b-v1.5 training.stage=1 data.packing=false training.micro_batch_size=4",

