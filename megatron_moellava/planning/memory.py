@@ -97,12 +97,15 @@ def working_bytes(layout: Layout, pipeline_rank: int, kept: Activations) -> floa
     if pipeline_rank == 0:
         worst = max(worst, tower_layer_elements(layout) * width - kept.chunks[0])
     gradients = {is_moe: gradient_elements(layout, is_moe) * width for is_moe in set(layout.kinds_of(pipeline_rank))}
+    # Measured: without a pipeline what the loss keeps is let go of only after the last layer's backward pass.
+    holds_loss = layout.pp == 1
     for number, kinds in enumerate(layout.chunk_kinds(pipeline_rank)):
-        freed = 0.0
-        for is_moe, (own, again) in reversed(list(zip(kinds, kept.layers[number], strict=True))):
-            worst = max(worst, again + gradients[is_moe] - freed)
-            # The loss is let go of once the last layer is through (measured without a pipeline; with one, before it).
-            freed += own + (kept.end if freed == 0.0 and number == layout.vp - 1 else 0.0)
+        end = kept.end if number == layout.vp - 1 else 0.0
+        freed = 0.0 if holds_loss else end
+        for layer in reversed(range(len(kinds))):
+            own, again = kept.layers[number][layer]
+            worst = max(worst, again + gradients[kinds[layer]] - freed)
+            freed += own + (end if holds_loss and layer == len(kinds) - 1 else 0.0)
     return worst
 
 

@@ -110,7 +110,7 @@ def best_first(plans: list[Plan]) -> list[Plan]:
     def key(plan: Plan) -> tuple:
         layout, hours = plan.layout, plan.costs.gpu_hours
         if hours <= cheapest * (1 + INDISTINCT):
-            return (0, layout.vp * layout.pp * layout.tp, layout.ep, hours)
+            return (0, layout.vp * layout.pp * layout.tp, layout.ep, round(hours / cheapest, 2), plan.memory.total)
         return (1, hours, plan.memory.total)
 
     return sorted(plans, key=key)
