@@ -21,7 +21,7 @@ endif
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart chat serve test test-browser test-lmms test-layouts test-layouts-8 test-te fuzz bench check format test-cluster clean
+.PHONY: help quickstart chat serve test test-browser test-lmms test-layouts test-layouts-8 test-planning test-te fuzz bench check format test-cluster clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test-layouts: $(READY)  ## every parallel layout against one process, every fami
 
 test-layouts-8: $(READY)  ## layouts of eight processes
 	SLOW_LAYOUTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributed/test_layouts.py
+
+test-planning: $(READY)  ## the planner's formulas against full-size models on fake tensors (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/planning
 
 fuzz: $(READY)  ## malformed rows and images by the ten thousand, with the count at the end (a few minutes)
 	FUZZ_SCALE=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --capture=no tests/unit/test_data_fuzz.py

@@ -3,14 +3,12 @@
   python benchmarks/layouts.py
 
 The measured part shows what the axes cost here, where 4 processes share the cores and everything goes through memory: it
-says nothing about GPUs. Where tools/plan.py exists, its cost model is asked for 8 to 512 H100s and the answer is stored as
-`prediction`.
+says nothing about GPUs. The cost model of tools/plan.py is asked what layouts should reach on 8 to 512 H100s, and the
+answer is stored as `prediction`.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -30,9 +28,25 @@ LAYOUTS: dict[str, tuple[int, dict]] = {  # name: (processes, parallel.*)
     "DP2 x TP2, EP2": (4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}),
     "TP2 x PP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
 }
-PLAN = Path(__file__).parents[1] / "tools" / "plan.py"
 GPUS = (8, 16, 32, 64, 128, 256, 512)
-PLANNED = "stablelm-2-1.6b"
+PLANNED, PLANNED_ROWS = "stablelm-2-1.6b", 512  # so many rows that 512 data-parallel ranks have one each
+EVEN = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": "null",
+    "pipeline_split": "even",
+}
+PREDICTED: dict[str, dict | None] = {  # name: parallel.* beside EVEN; None: whatever the planner likes best
+    "DP": {},
+    "DP, EP2": {"expert_model_parallel_size": 2},
+    "DP, EP4": {"expert_model_parallel_size": 4},
+    "TP2": {"tensor_model_parallel_size": 2},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "TP2, EP2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    "TP2 x PP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "the planner's own choice": None,
+}
 
 
 def work(names: list[str], out: Path) -> None:
@@ -53,19 +67,46 @@ def work(names: list[str], out: Path) -> None:
     parallel.shutdown()
 
 
-def prediction() -> dict | None:
-    """What the planner says of each number of GPUs; None without a planner. Its JSON is stored as it is."""
-    if not PLAN.exists():
+def prediction() -> dict:
+    """What the planner says of layouts on H100s: {layout: {number of GPUs: its figures, or None where it is not valid}}."""
+    return {
+        "backbone": PLANNED,
+        "rows per step": PLANNED_ROWS,
+        "layouts": {name: {str(gpus): _predicted(gpus, axes) for gpus in GPUS} for name, axes in PREDICTED.items()},
+    }
+
+
+def _predicted(gpus: int, axes: dict | None) -> dict | None:
+    from megatron_moellava.backbones import get_backbone
+    from megatron_moellava.config import load_config
+    from megatron_moellava.planning.hardware import GIB, get_gpu
+    from megatron_moellava.planning.picture import label
+    from megatron_moellava.planning.search import Request, search
+    from megatron_moellava.planning.workload import STAGE_DATA
+    from megatron_moellava.towers import get_tower
+
+    given = {f"parallel.{name}": value for name, value in (EVEN | axes if axes is not None else {}).items()}
+    stage = {"model.backbone": PLANNED, "training.stage": 3, "training.global_batch_size": PLANNED_ROWS}
+    run = load_config(None, [f"{name}={value}" for name, value in (stage | {"moe.num_experts": 4} | given).items()])
+    request = Request(
+        run=run,
+        backbone=get_backbone(PLANNED),
+        tower=get_tower(run.model.tower),
+        gpu=get_gpu("h100"),
+        world_size=gpus,
+        data=STAGE_DATA[3],
+        fixed=frozenset(given),
+    )
+    plans = search(request).plans
+    if not plans:
         return None
-    answers = {}
-    for gpus in GPUS:
-        command = [sys.executable, str(PLAN), "--backbone", PLANNED, "--gpus", str(gpus), "--gpu", "H100", "--json"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            say(f"tools/plan.py gave no prediction: {done.stderr.strip().splitlines()[-1:]}")
-            return None
-        answers[str(gpus)] = json.loads(done.stdout)
-    return answers
+    best = plans[0]
+    return {
+        "layout": label(best.layout),
+        "tokens per second": best.costs.tokens_per_second,
+        "MFU": best.costs.mfu,
+        "GiB per rank": best.memory.total / GIB,
+    }
 
 
 def main() -> None:
@@ -86,8 +127,7 @@ def main() -> None:
         }
     say(str(measured))
     result = {"hidden": HIDDEN, "layers": LAYERS, "ffn": FFN, "experts": 4, "measured": measured}
-    predicted = prediction()
-    finish(result | ({"prediction": predicted} if predicted else {}))
+    finish(result | {"prediction": prediction()})
 
 
 if __name__ == "__main__":

@@ -154,6 +154,11 @@ class OptimizerConfig:
     overlap_param_gather: bool | None = None  # during the forward pass; likewise, and only with overlap_grad_reduce
     gradient_accumulation_fusion: bool | None = None  # None: where Transformer Engine and apex's kernel are installed
 
+    def overlaps(self, pays: bool) -> tuple[bool, bool]:
+        """(overlap_grad_reduce, overlap_param_gather) as asked for, or where it `pays`."""
+        grads = pays if self.overlap_grad_reduce is None else self.overlap_grad_reduce
+        return grads, (pays and grads) if self.overlap_param_gather is None else self.overlap_param_gather
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:

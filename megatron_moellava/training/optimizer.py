@@ -24,10 +24,8 @@ def overlaps(run: RunConfig) -> tuple[bool, bool]:
 
     Neither changes a number (tests/distributed); on a CPU both only cost threads.
     """
-    grads, params = run.optimizer.overlap_grad_reduce, run.optimizer.overlap_param_gather
-    pays = platform.HAS_CUDA and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
-    grads = pays if grads is None else grads
-    return grads, (pays and grads) if params is None else params
+    several = parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+    return run.optimizer.overlaps(pays=platform.HAS_CUDA and several)
 
 
 def wrap_data_parallel(run: RunConfig, chunks: list[MoELlava]) -> list[DistributedDataParallel]:

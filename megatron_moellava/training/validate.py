@@ -38,17 +38,31 @@ def validate(run: RunConfig, world_size: int) -> None:
     try:
         backbone = get_backbone(run.model.backbone)
     except MoELlavaError as error:
-        problems.append(str(error))
+        problems += [str(error), *_batches(run, world_size), *_training(run)]
     else:
-        problems += [*_parallel(run, backbone, world_size), *_moe(run, backbone), *_lengths(run, backbone)]
+        problems += _sizes(run, backbone, world_size)
     for look_up in (lambda: get_tower(run.model.tower), lambda: run.data.template and get_template(run.data.template)):
         try:
             look_up()
         except MoELlavaError as error:
             problems.append(str(error))
-    problems += [*_batches(run, world_size), *_training(run)]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def layout_problems(run: RunConfig, backbone: Backbone, world_size: int) -> list[str]:
+    """The problems that do not depend on files: what the planner asks before it suggests a layout."""
+    return [*_choices(run), *_sizes(run, backbone, world_size)]
+
+
+def _sizes(run: RunConfig, backbone: Backbone, world_size: int) -> list[str]:
+    return [
+        *_parallel(run, backbone, world_size),
+        *_moe(run, backbone),
+        *_lengths(run, backbone),
+        *_batches(run, world_size),
+        *_training(run),
+    ]
 
 
 def _choices(run: RunConfig) -> Iterator[str]:

@@ -1,0 +1,245 @@
+"""What autograd keeps of one micro-batch until its backward pass, as a table for each set of modules.
+
+`LOCAL` are the modules of a machine without Transformer Engine. The tests compare it with what autograd really saved on
+a CPU. `TE` are Transformer Engine's fused modules and flash attention; it follows from their sources and has not been
+measured. A row applies when all its conditions hold, and is counted `times` the size it names.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_moellava.planning.layout import Layout
+
+FP32, MASK = 4, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """One kind of tensor that a backward pass needs."""
+
+    what: str
+    part: str  # attention, core attention, residual, mlp norm, ffn, moe, residual moe, angles, start, end
+    size: str  # a key of `sizes`
+    times: int = 1
+    bytes: int | None = None  # per element; None: the run's precision
+    when: tuple[str, ...] = ()  # conditions, "!" negates: a role that is trained, or a property of the backbone
+
+
+COMMON = (
+    Saved("keys after rotation", "attention", "key"),
+    Saved("queries after rotation", "attention", "query"),
+    Saved("qkv, kept alive by the values", "attention", "qkv"),
+    Saved("context, input of the output projection", "attention", "query", when=("language.attention",)),
+    Saved("context", "core attention", "query", when=("!language.attention",)),
+    Saved("log-sum-exp of the softmax", "core attention", "heads", bytes=FP32),
+    Saved("fc1's output", "ffn", "inner_in"),
+    Saved("fc2's input", "ffn", "inner", when=("language.ffn",)),
+    Saved("input of the gate", "moe", "hidden", when=("router", "!qkv_input_kept")),
+    Saved("dropout mask of the embeddings", "start", "hidden", when=("dropout", "language.embedding")),
+    Saved("dispatched tokens, input of fc1", "moe", "expert_hidden", when=("experts",)),
+    Saved("fc1's output", "moe", "expert_inner_in"),
+    Saved("fc2's input", "moe", "expert_inner", when=("experts",)),
+    Saved("shared experts: fc1's output", "moe", "shared_inner_in", when=("shared",)),
+    Saved("shared experts: fc2's input", "moe", "shared_inner", when=("shared", "experts")),
+    Saved("rotary angles for recomputed layers, once per chunk", "angles", "rotary", bytes=FP32),
+    Saved("softmax of the loss", "end", "logits", bytes=FP32),
+    Saved("input of the output layer", "end", "hidden", when=("language.embedding",)),
+    Saved("visual features, input of fc1", "start", "features", when=("projector",)),
+    Saved("fc1's output and fc2's input", "start", "projected", times=2, when=("projector",)),
+    Saved("trained tower: layers", "start", "tower_layers", when=("tower", "!recompute_tower")),
+    Saved("trained tower: inputs of layers", "start", "tower_inputs", when=("tower", "recompute_tower")),
+)
+
+LOCAL = (
+    *COMMON,
+    Saved("input of the norm", "attention", "hidden", when=("layernorm",)),
+    # A tensor rank's share is a view: whoever keeps the first layer's input keeps the embeddings of all ranks.
+    Saved("embeddings of the other tensor ranks", "start", "unsplit", when=("layernorm",)),
+    Saved("embeddings of the other tensor ranks", "start", "unsplit", when=("rmsnorm", "recompute=full")),
+    Saved("input of the norm in fp32", "attention", "hidden", bytes=FP32, when=("rmsnorm",)),
+    Saved("normed input in fp32", "attention", "hidden", bytes=FP32, when=("rmsnorm", "language.norm")),
+    Saved("input of qkv", "attention", "hidden", when=("language.attention",)),
+    Saved("rotary angles", "attention", "rotary", times=4),
+    Saved("queries in fp32 for their norm", "attention", "query", bytes=FP32, when=("qk_norm",)),
+    Saved("keys in fp32 for their norm", "attention", "key", bytes=FP32, when=("qk_norm",)),
+    Saved("the same, normed", "attention", "query", bytes=FP32, when=("qk_norm", "language.attention")),
+    Saved("the same, normed", "attention", "key", bytes=FP32, when=("qk_norm", "language.attention")),
+    Saved("dropout masks of attention and FFN", "residual", "hidden", times=2, when=("dropout",)),
+    Saved("input of the norm", "mlp norm", "hidden", when=("layernorm", "!parallel_residual")),
+    Saved("input of the norm in fp32", "mlp norm", "hidden", bytes=FP32, when=("rmsnorm",)),
+    Saved("normed input in fp32", "mlp norm", "hidden", bytes=FP32, when=("rmsnorm", "language.norm")),
+    Saved("input of fc1", "ffn", "hidden", when=("language.ffn", "!qkv_input_kept")),
+    Saved("gate after its activation, linear half", "ffn", "inner", times=2, when=("gated",)),
+    Saved("gate after its activation, linear half", "moe", "expert_inner", times=2, when=("gated",)),
+    Saved("activation before the router's weight", "moe", "expert_inner"),
+    Saved("the experts' weights, stacked", "moe", "expert_weights", when=("grouped",)),
+    Saved("gate after its activation, linear half", "moe", "shared_inner", times=2, when=("shared", "gated")),
+    Saved("input of the last norm", "end", "hidden", when=("layernorm",)),
+    Saved("input of the last norm in fp32", "end", "hidden", bytes=FP32, when=("rmsnorm",)),
+    Saved("normed input in fp32", "end", "hidden", bytes=FP32, when=("rmsnorm", "language.norm")),
+    Saved("residual experts: expert and dense outputs", "residual moe", "hidden", times=2),
+)
+
+TE = (
+    *COMMON,
+    Saved("embeddings of the other tensor ranks", "start", "unsplit"),
+    Saved("input of the norm", "attention", "hidden"),
+    Saved("input of qkv", "attention", "hidden", when=("language.attention",)),
+    Saved("queries for their norm", "attention", "query", when=("qk_norm",)),
+    Saved("keys for their norm", "attention", "key", when=("qk_norm",)),
+    Saved("dropout masks of attention and FFN", "residual", "hidden", times=2, bytes=MASK, when=("dropout",)),
+    Saved("input of the norm", "mlp norm", "hidden", when=("!parallel_residual",)),
+    Saved("input of fc1", "ffn", "hidden", when=("language.ffn", "!qkv_input_kept")),
+    Saved("activation before the router's weight", "moe", "expert_inner", when=("!gated",)),
+    Saved("input of the last norm", "end", "hidden"),
+    Saved("residual experts: expert and dense outputs", "residual moe", "hidden", times=2),
+)
+MODULE_SETS = {"local": LOCAL, "te": TE}
+
+# Parts that a recomputation throws away.
+DROPPED = {
+    "none": (),
+    "selective": (
+        "core attention",
+    ),  # little: queries, keys and values stay, and the context if its projection is trained
+    "moe": ("core attention", "moe"),
+    "full": ("attention", "core attention", "residual", "mlp norm", "ffn", "moe", "residual moe"),
+}
+
+
+def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
+    """Elements on one rank of everything that `Saved.size` may name, for one micro-batch."""
+    backbone, tokens, tp = layout.backbone, layout.tokens, layout.tp
+    split = layout.sp
+    gated = 2 if backbone.gated_linear_unit else 1
+    query = tokens * backbone.num_attention_heads * backbone.kv_channels / tp
+    key = tokens * backbone.num_query_groups * backbone.kv_channels / tp
+    values = {
+        "hidden": tokens * backbone.hidden_size / split,
+        "unsplit": tokens * backbone.hidden_size * (1 - 1 / split),
+        "query": query,
+        "key": key,
+        "qkv": query + 2 * key,
+        "heads": tokens * backbone.num_attention_heads / tp,
+        "rotary": tokens * backbone.kv_channels * backbone.rotary_percent,
+        "inner": tokens * backbone.ffn_hidden_size / tp,
+        "inner_in": gated * tokens * backbone.ffn_hidden_size / tp,
+        "logits": tokens * layout.vocabulary / tp,
+        "features": layout.images * layout.tower.num_features * layout.tower.hidden_size,
+        "projected": layout.images * layout.tower.num_features * backbone.hidden_size / tp,
+        "tower_layers": layout.tower.num_used_layers * tower_layer_elements(layout),
+        "tower_inputs": layout.tower.num_used_layers
+        * layout.images
+        * layout.tower.num_positions
+        * layout.tower.hidden_size,
+    }
+    return values | (_expert_sizes(layout, imbalance, gated) if layout.run.moe else {})
+
+
+def routed_tokens(layout: Layout, imbalance: float = 1.0) -> float:
+    """Rows that the experts of one rank compute: with expert tensor parallelism each rank of the group sees them all."""
+    return layout.tokens / layout.sp * layout.moe.moe_router_topk * layout.etp * imbalance
+
+
+def tower_layer_elements(layout: Layout) -> float:
+    """What one layer of the tower makes for one micro-batch: residual stream and norms whole, products split."""
+    tower = layout.tower
+    inner = 3 if tower.activation == "quick_gelu" else 2  # x * sigmoid(1.7 x) keeps one more than a fused GELU
+    whole, split = 4 * tower.hidden_size, 4 * tower.hidden_size + inner * tower.ffn_hidden_size
+    return layout.images * tower.num_positions * (whole + split / layout.tp)
+
+
+def _expert_sizes(layout: Layout, imbalance: float, gated: int) -> dict[str, float]:
+    backbone, moe = layout.backbone, layout.moe
+    rows, inner = routed_tokens(layout, imbalance), backbone.ffn_hidden_size / layout.etp
+    shared = layout.tokens * (moe.moe_shared_expert_intermediate_size or 0) / layout.tp
+    return {
+        "expert_hidden": rows * backbone.hidden_size,
+        "expert_inner": rows * inner,
+        "expert_inner_in": gated * rows * inner,
+        "expert_columns": moe.num_experts / layout.ep * gated * inner,
+        "expert_weights": moe.num_experts / layout.ep * (gated + 1) * backbone.hidden_size * inner,
+        "shared_inner": shared,
+        "shared_inner_in": gated * shared,
+    }
+
+
+def conditions(layout: Layout) -> set[str]:
+    """Everything that `Saved.when` may ask for and that holds."""
+    backbone, moe = layout.backbone, layout.run.moe
+    held = {
+        "layernorm": backbone.normalization == "LayerNorm",
+        "rmsnorm": backbone.normalization == "RMSNorm",
+        "gated": backbone.gated_linear_unit,
+        "qk_norm": backbone.qk_layernorm,
+        "dropout": backbone.hidden_dropout > 0,
+        "parallel_residual": backbone.parallel_residual,
+        # One norm feeds attention and FFN alike: its output is kept once for both.
+        "qkv_input_kept": backbone.parallel_residual and "language.attention" in layout.trains,
+        "recompute_tower": layout.run.training.recompute_tower,
+        "grouped": moe is not None and moe.experts == "grouped",
+        "shared": moe is not None and bool(moe.moe_shared_expert_intermediate_size),
+    }
+    recompute = f"recompute={layout.run.training.recompute}"
+    return {name for name, holds in held.items() if holds} | set(layout.trains) | {recompute}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Activations:
+    """Bytes that a rank keeps for one micro-batch."""
+
+    layers: tuple[tuple[tuple[float, float], ...], ...]  # chunk -> layer -> (kept, made again by the recomputation)
+    chunks: tuple[float, ...]  # all that each chunk keeps
+    end: float  # what the loss keeps, part of the last chunk
+
+    @property
+    def total(self) -> float:
+        """Of one micro-batch through all chunks."""
+        return sum(self.chunks)
+
+    def peak(self, states: Iterable[tuple[int, ...]]) -> float:
+        """Of the dearest state of a pipeline schedule (`Layout.in_flight`)."""
+        return max(sum(count * kept for count, kept in zip(counts, self.chunks, strict=True)) for counts in states)
+
+
+def layer_parts(layout: Layout, is_moe: bool) -> set[str]:
+    """The parts (see `Saved.part`) of one layer."""
+    parts = {"attention", "core attention", "residual", "mlp norm"}
+    if not is_moe:
+        return parts | {"ffn"}
+    return parts | {"moe"} | ({"residual moe", "ffn"} if layout.moe.use_residual else set())
+
+
+def part_bytes(layout: Layout, modules: str, imbalance: float = 1.0) -> dict[str, float]:
+    """part -> bytes of one micro-batch, each part once, nothing recomputed."""
+    table, held, elements = MODULE_SETS[modules], conditions(layout), sizes(layout, imbalance)
+    result: dict[str, float] = {}
+    for row in table:
+        if all((name[1:] not in held) if name.startswith("!") else name in held for name in row.when):
+            size = elements.get(row.size, 0.0) * (row.bytes or layout.activation_bytes)
+            result[row.part] = result.get(row.part, 0.0) + row.times * size
+    return result
+
+
+def activations_of(layout: Layout, pipeline_rank: int, modules: str, imbalance: float = 1.0) -> Activations:
+    """Of one micro-batch on any rank of a pipeline stage."""
+    bytes_of = part_bytes(layout, modules, imbalance)
+    kinds = layout.chunk_kinds(pipeline_rank)
+    layer = {is_moe: layer_bytes(layout, bytes_of, is_moe) for is_moe in {kind for chunk in kinds for kind in chunk}}
+    layers = tuple(tuple(layer[is_moe] for is_moe in chunk) for chunk in kinds)
+    chunks = [sum(kept for kept, _ in chunk) for chunk in layers]
+    if layout.run.training.recompute == "full":
+        chunks = [kept + bytes_of["angles"] for kept in chunks]
+    end = bytes_of["end"] if pipeline_rank == layout.pp - 1 else 0.0
+    chunks[0] += bytes_of.get("start", 0.0) if pipeline_rank == 0 else 0.0
+    chunks[-1] += end
+    return Activations(layers=layers, chunks=tuple(chunks), end=end)
+
+
+def layer_bytes(layout: Layout, bytes_of: dict[str, float], is_moe: bool) -> tuple[float, float]:
+    """(kept, made again by the recomputation) of one decoder layer."""
+    present, dropped = layer_parts(layout, is_moe), set(DROPPED[layout.run.training.recompute])
+    kept = sum(bytes_of.get(part, 0.0) for part in present - dropped)
+    if present & (dropped - {"core attention"}):  # the input that the recomputation starts from
+        kept += sizes(layout)["hidden"] * layout.activation_bytes
+    return kept, sum(bytes_of.get(part, 0.0) for part in present & dropped)

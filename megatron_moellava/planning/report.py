@@ -1,0 +1,133 @@
+"""Plans as text and as JSON. Everything in them is a prediction, and says so."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import yaml
+
+from megatron_moellava.config import read_yaml, set_override, split_override
+from megatron_moellava.planning.hardware import GIB
+from megatron_moellava.planning.picture import label, time_parts
+from megatron_moellava.planning.search import Found, Plan, Request
+
+COLUMNS = ("layout", "GiB/rank", "s/step", "compute", "comm.", "bubble", "MFU", "steps", "hours", "GPU-hours")
+MEGA = 1e6
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first to the left."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def plan_row(plan: Plan) -> tuple[str, ...]:
+    costs = plan.costs
+    return (
+        label(plan.layout),
+        f"{plan.memory.total / GIB:.1f}",
+        f"{costs.step_seconds:.2f}",
+        f"{costs.compute_seconds / costs.step_seconds:.0%}",
+        f"{costs.communication_seconds / costs.step_seconds:.0%}",
+        f"{costs.bubble:.0%}",
+        f"{costs.mfu:.1%}",
+        f"{costs.steps:,}",
+        f"{costs.hours:.1f}",
+        f"{costs.gpu_hours:,.1f}",
+    )
+
+
+def settings_line(plan: Plan, given: Sequence[str]) -> str:
+    """What to paste behind tools/train.py: the request's own settings, then the planner's."""
+    chosen = [f"{path}={value}" for path, value in plan.settings.items()]
+    names = {item.partition("=")[0] for item in chosen}
+    return " ".join([*(item for item in given if item.partition("=")[0] not in names), *chosen])
+
+
+def yaml_report(plan: Plan, config: str | None, given: Sequence[str]) -> str:
+    """The run of a plan as a file that `tools/train.py --config` takes."""
+    tree = read_yaml(config) if config else {}
+    for item in [*given, *(f"{path}={value}" for path, value in plan.settings.items())]:
+        set_override(tree, *split_override(item))
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def text_report(request: Request, found: Found, best: Sequence[Plan], given: Sequence[str]) -> str:
+    """Table of the best plans, their settings, and where the first one's memory goes."""
+    run, data = request.run, request.data
+    tokens = data.tokens_per_sample(request.tower.num_features)
+    lines = [
+        f"Predictions for {request.backbone.name}, stage {run.training.stage} on {request.world_size} {request.gpu.name}: "
+        f"{data.name}, {data.samples:,} samples of {tokens:,.0f} tokens ({data.images:.2f} images).",
+        f"Rows of {run.data.seq_length:,} tokens, {'packed' if run.data.packing else 'padded'}"
+        + (
+            f"; {run.moe.num_experts} experts, top-{run.moe.moe_router_topk}, {run.moe.placement}."
+            if run.moe
+            else "; dense."
+        ),
+        f"{found.tried:,} layouts tried, {len(found.plans)} valid and within {request.limit / GIB:.0f} GiB, "
+        f"{len(found.too_big)} too big. Nothing here was measured on a GPU.",
+        "",
+        table(COLUMNS, [plan_row(plan) for plan in best]),
+        "",
+        "memory of the fullest rank, GiB",
+        table(("layout", *asdict(best[0].memory)), [_memory_row(plan) for plan in best]),
+        "",
+        f"samples per step: {best[0].costs.samples_per_step:,.0f}"
+        + (" (a packed row holds several)" if run.data.packing else "")
+        + f"; the original's recipe: {data.global_batch_size}",
+        "",
+        "settings, best first:",
+        *(f"  {settings_line(plan, given)}" for plan in best),
+    ]
+    return "\n".join(lines)
+
+
+def _memory_row(plan: Plan) -> tuple[str, ...]:
+    return (label(plan.layout), *(f"{value / GIB:.1f}" for value in asdict(plan.memory).values()))
+
+
+def json_report(request: Request, best: Sequence[Plan], given: Sequence[str]) -> dict:
+    """The same as plain data: bytes, seconds, shares."""
+    return {
+        "predicted": True,
+        "backbone": request.backbone.name,
+        "stage": request.run.training.stage,
+        "gpu": request.gpu.name,
+        "gpus": request.world_size,
+        "data": asdict(request.data),
+        "plans": [
+            {
+                "layout": label(plan.layout),
+                "settings": plan.settings,
+                "command": settings_line(plan, given),
+                "memory_bytes": asdict(plan.memory) | {"total": plan.memory.total},
+                "step": time_parts(plan),
+                "costs": asdict(plan.costs),
+            }
+            for plan in best
+        ],
+    }
+
+
+def dry_run_report(plan: Plan, counts: list[dict[str, dict[str, float]]]) -> list[str]:
+    """Counted beside predicted, a table for each pipeline rank; nothing without a dry run."""
+    if not counts:
+        return []
+    head = (
+        f"dry run of {label(plan.layout)}: the full-size model of each pipeline stage on fake tensors, balanced routing,\n"
+        "one micro-batch, CPU modules (the GPU's keep other activations, and the tables above plan with those)"
+    )
+    return [head, *(f"pipeline rank {rank}\n{_comparison(rows)}" for rank, rows in enumerate(counts))]
+
+
+def _comparison(rows: dict[str, dict[str, float]]) -> str:
+    lines = []
+    for name, row in rows.items():
+        off = row["predicted"] / row["counted"] - 1 if row["counted"] else 0.0
+        lines.append((name, f"{row['counted'] / MEGA:,.1f}", f"{row['predicted'] / MEGA:,.1f}", f"{off:+.2%}"))
+    return table(("millions", "counted", "predicted", "off"), lines)

@@ -1,0 +1,80 @@
+"""How much there is to train: the published data of each stage, in samples and tokens.
+
+Rows are the recipes' (docs/fidelity.md). Image tokens follow from the tower. Text tokens per sample are estimates:
+of the 665k mix from its published counts (`data/law.py`), of the others from the kind of their conversations.
+"""
+
+from dataclasses import dataclass
+
+from megatron_moellava.data.law import PROMPT_TOKENS, SOURCES
+from megatron_moellava.planning.layout import Layout
+
+
+def _mean_text_tokens() -> float:
+    rows = sum(source[0] for source in SOURCES.values())
+    return PROMPT_TOKENS + sum(source[0] * source[1] for source in SOURCES.values()) / rows
+
+
+def _images_per_sample() -> float:
+    return sum(source[0] * source[3] for source in SOURCES.values()) / sum(source[0] for source in SOURCES.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageData:
+    """One epoch of one stage."""
+
+    name: str
+    samples: int
+    text_tokens: float  # mean per sample, prompt included
+    images: float  # mean per sample
+    global_batch_size: int  # samples per step of the original's recipe
+
+    def tokens_per_sample(self, num_features: int) -> float:
+        """Mean length with every image expanded to `num_features` tokens."""
+        return self.text_tokens + self.images * num_features
+
+
+STAGE_DATA = {
+    1: StageData(name="LLaVA-PT 558k", samples=558_128, text_tokens=25, images=1.0, global_batch_size=256),
+    2: StageData(name="Hybrid-FT 964k", samples=964_000, text_tokens=200, images=0.95, global_batch_size=128),
+    3: StageData(
+        name="LLaVA-FT mix 665k",
+        samples=665_298,
+        text_tokens=_mean_text_tokens(),
+        images=_images_per_sample(),
+        global_batch_size=128,
+    ),
+}
+PACKED_FILL = 0.97  # share of a packed row's positions that hold tokens (docs/data.md: 88.7 to 99.97 %)
+PADDED_FILL = 0.85  # share of a padded batch's positions, batches grouped by length
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What one micro-batch holds on average (memory plans for the fullest instead)."""
+
+    tokens: float  # positions computed, padding included
+    length: float  # of a sample: how far attention reaches back
+    images: float
+    samples: float
+
+
+def mean_load(layout: Layout, data: StageData) -> Load:
+    """Packed rows are full and hold several samples; padded rows are as long as the longest of their batch."""
+    length = min(data.tokens_per_sample(layout.tower.num_features), layout.run.data.seq_length)
+    rows = layout.run.training.micro_batch_size
+    if layout.run.data.packing:
+        samples = layout.tokens * PACKED_FILL / length
+        return Load(tokens=layout.tokens, length=length, images=samples * data.images, samples=samples)
+    padded = min(length / PADDED_FILL, layout.run.data.seq_length)
+    return Load(tokens=rows * padded, length=padded, images=rows * data.images, samples=rows)
+
+
+def full_load(layout: Layout) -> Load:
+    """Text rows of `seq_length`, as language-model benchmarks have them."""
+    return Load(
+        tokens=layout.tokens,
+        length=layout.run.data.seq_length,
+        images=0.0,
+        samples=layout.run.training.micro_batch_size,
+    )

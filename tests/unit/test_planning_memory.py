@@ -1,0 +1,141 @@
+"""The memory formulas against real allocations: a model of tens of megabytes, one real step on a CPU, counted."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_moellava import parallel
+from megatron_moellava.backbones import BACKBONES, get_backbone
+from megatron_moellava.backbones.from_config import hf_config_of
+from megatron_moellava.config import DataConfig, ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_moellava.model.build import build_model
+from megatron_moellava.model.moe_llava import IMAGE_TOKEN
+from megatron_moellava.planning.activations import activations_of
+from megatron_moellava.planning.counting import SavedTensors, optimizer_bytes, storage_bytes
+from megatron_moellava.planning.layout import Layout
+from megatron_moellava.planning.memory import state_bytes
+from megatron_moellava.planning.parameters import parameters_of, role_of
+from megatron_moellava.towers import get_tower
+from megatron_moellava.training.optimizer import Update, build_optimizer, wrap_data_parallel
+from megatron_moellava.training.stages import freeze, parameter_roles
+
+# What is asked for is 10 %. Measured: 0.5 % at most, the rest being masks and indices that the tables leave out.
+TOLERANCE = 0.02
+SIZES = {
+    "llama-tiny": {
+        "num_layers": 4,
+        "hidden_size": 256,
+        "ffn_hidden_size": 704,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "kv_channels": 32,
+        "vocab_size": 4096,
+    },
+    "phi-2-tiny": {
+        "num_layers": 4,
+        "hidden_size": 256,
+        "ffn_hidden_size": 1024,
+        "num_attention_heads": 8,
+        "num_query_groups": 8,
+        "kv_channels": 32,
+        "vocab_size": 4096,
+        "hidden_dropout": 0.1,
+    },
+}
+CASES = {
+    "dense": ("llama-tiny", 2, None, "none", "bf16"),
+    "dense, recomputed": ("llama-tiny", 2, None, "full", "bf16"),
+    "projector only": ("llama-tiny", 1, None, "none", "fp32"),
+    "experts": ("llama-tiny", 3, MoEConfig(), "none", "bf16"),
+    "experts, all recomputed": ("llama-tiny", 3, MoEConfig(), "full", "bf16"),
+    "experts, experts recomputed": ("llama-tiny", 3, MoEConfig(), "moe", "fp32"),
+    "sequential experts": ("llama-tiny", 3, MoEConfig(experts="sequential"), "none", "fp32"),
+    "parallel residual": ("phi-2-tiny", 2, None, "none", "fp32"),
+    "parallel residual, experts": ("phi-2-tiny", 3, MoEConfig(), "none", "bf16"),
+}
+
+
+@pytest.fixture
+def layout(request, tmp_path) -> Layout:
+    name, stage, moe, recompute, precision = CASES[request.param]
+    sized = replace(BACKBONES[name], **SIZES[name])
+    (tmp_path / "config.json").write_text(json.dumps(hf_config_of(sized)))
+    run = RunConfig(
+        model=ModelConfig(backbone=str(tmp_path), tower="clip-tiny"),
+        moe=moe,
+        training=TrainingConfig(stage=stage, recompute=recompute, precision=precision, global_batch_size=1),
+        data=DataConfig(seq_length=512),
+    )
+    backbone, tower = get_backbone(run.model.backbone), get_tower(run.model.tower)
+    return Layout(run=run, backbone=backbone, tower=tower, world_size=1)
+
+
+@pytest.fixture
+def built(layout):
+    """(model, wrapped, optimizer) of the layout in this process."""
+    parallel.initialize(ParallelConfig(), 1)
+    (model,) = build_model(layout.run)
+    freeze(model, layout.trains)
+    wrapped = wrap_data_parallel(layout.run, [model])
+    yield model, wrapped[0], build_optimizer(layout.run, wrapped)
+    parallel.shutdown()
+
+
+def inputs(layout: Layout) -> dict:
+    """The fullest micro-batch: as many images as fit, the rest text."""
+    tokens_BS = torch.randint(0, 4096, (1, layout.tokens))
+    tokens_BS[:, : layout.images * layout.tower.num_features] = IMAGE_TOKEN
+    side = layout.tower.image_size
+    return {
+        "tokens_BS": tokens_BS,
+        "position_ids_BS": torch.arange(layout.tokens).unsqueeze(0),
+        "labels_BS": tokens_BS.clamp(min=0),
+        "padding_mask_BS": torch.ones_like(tokens_BS, dtype=torch.bool),
+        "pixels_NCHW": torch.randn(layout.images, 3, side, side),
+    }
+
+
+def allocated_by(function) -> tuple[torch.Tensor, int]:
+    """(result, bytes that torch's allocator handed out and did not get back while the result lives)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    return result, sum(event.self_cpu_memory_usage for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("layout", CASES, indirect=True)
+def test_formulas_equal_real_allocations(layout, built):
+    model, wrapped, optimizer = built
+    predicted = activations_of(layout, 0, "local").total
+    weights, gradients, states = state_bytes(layout, 0)
+    batch = inputs(layout)
+    model.train()
+
+    saved = SavedTensors(excluded=model.parameters())
+    with saved:
+        losses, allocated = allocated_by(lambda: wrapped(**batch))
+    assert saved.bytes > 3e6, "too small to say anything"
+    assert predicted == pytest.approx(saved.bytes, rel=TOLERANCE)
+    assert predicted == pytest.approx(allocated, rel=0.1)
+
+    losses.mean().backward()
+    wrapped.finish_grad_sync()
+    applied, _ = Update(optimizer)()
+    assert applied
+    buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
+    assert weights == pytest.approx(storage_bytes(model.parameters()), rel=TOLERANCE)
+    assert gradients == pytest.approx(storage_bytes(buffer.grad_data for buffer in buffers), rel=TOLERANCE)
+    assert states == pytest.approx(optimizer_bytes(optimizer, buffers), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", ["parallel residual, experts"], indirect=True)
+def test_every_parameter_is_predicted_in_its_role(layout, built):
+    counted = Counter()
+    for role, _, parameter in parameter_roles(built[0]):
+        counted[role] += parameter.numel()
+    predicted = Counter()
+    for part, count in parameters_of(layout, 0).items():
+        predicted[role_of(part)] += count
+    assert predicted == counted
