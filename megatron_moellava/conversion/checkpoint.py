@@ -50,7 +50,7 @@ def find_iteration(path: Path) -> Path:
         return path
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a checkpoint folder")
-    complete = sorted(folder.parent for folder in path.glob("iter_*/run.json"))
+    complete = sorted(file.parent for file in path.glob("iter_*/run.json") if not file.parent.suffix)
     if complete:
         return complete[-1]
     raise CheckpointError(f"{path} holds no complete checkpoint (iter_*/run.json); give the folder of a finished save")

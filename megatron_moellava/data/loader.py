@@ -7,6 +7,7 @@ per data-parallel rank. Its state is plain JSON and goes into the checkpoint; it
 import hashlib
 import logging
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
+SHARED_MEMORY_LOW = 64 * 2**20  # bytes free, as much as Docker gives a container in all
 MAX_PEEK_IMAGES = 10**6  # an estimate refuses no row
 
 
@@ -68,6 +70,8 @@ class Loader:
             raise DataError("the data set yields no sample; is every row bad?") from None
         except DataError as error:  # from a worker process it comes wrapped into a traceback
             raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+        except RuntimeError as error:
+            raise RuntimeError(f"{worker_trouble(self._fingerprint['rank'], error)}") from error
         events = delivered["events"]
         self.seen += events.seen
         self.skipped.update(reason for reason, _ in events.skipped)
@@ -101,6 +105,19 @@ class Loader:
             self.notes = Counter(saved["counters"]["notes"])
         except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
             raise DataError(f"the loader's state cannot be restored ({error!r}); the checkpoint is damaged") from error
+
+
+def worker_trouble(rank: int, error: Exception) -> str:
+    """What a dead or choking loader worker may mean. Not a DataError: a new attempt may well go through."""
+    shared = shutil.disk_usage("/dev/shm")
+    text = f"the data loader of data-parallel rank {rank} failed: {error}"
+    if shared.free < SHARED_MEMORY_LOW:
+        return (
+            f"{text}; /dev/shm, through which its worker processes hand over batches, has {shared.free / 2**20:.1f} of "
+            f"{shared.total / 2**20:.1f} MiB free: start the container with --ipc=host or --shm-size=16g, or set "
+            "data.num_workers=0"
+        )
+    return f"{text}; a worker that is killed has often used up the memory: fewer data.num_workers need less"
 
 
 def check_fingerprint(saved: dict | None, now: dict) -> None:

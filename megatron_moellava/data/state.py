@@ -85,11 +85,26 @@ def _unpack(text: str) -> bytes:
 
 
 def redistribute(saved: list[dict], world_size: int, num_workers: int) -> list[dict]:
-    """States of all ranks -> states for another number of ranks and workers, whose product must be the same.
+    """States of all ranks -> states for another number of ranks, so that every step meets the same samples as before.
 
-    Energon's workers know their share by global number, so they may move between ranks; the order in which a rank
-    visits its workers must just be at its start, as it is every `num_workers` batches.
+    Energon's workers know their share by global number, so they may move between ranks if ranks x workers stays; the
+    order in which a rank visits its workers must just be at its start, as it is every `num_workers` batches. The
+    modality sampler deals the micro-batches of one global order, so that any number of ranks will do that divides a step.
     """
+    deal = _deal_order if "position" in saved[0]["engine"] else _deal_workers
+    engines, changed = deal(saved, world_size, num_workers)
+    empty = {"seen": 0, "skipped": {}, "notes": {}}
+    return [
+        {
+            "fingerprint": saved[0]["fingerprint"] | changed | {"rank": rank, "world_size": world_size},
+            "engine": engine,
+            "counters": saved[0]["counters"] if rank == 0 else empty,
+        }
+        for rank, engine in enumerate(engines)
+    ]
+
+
+def _deal_workers(saved: list[dict], world_size: int, num_workers: int) -> tuple[list[dict], dict]:
     workers = [worker for state_ in saved for worker in state_["engine"]["fields"]["worker_states"]["list"]]
     if world_size * max(1, num_workers) != len(workers):
         raise DataError(
@@ -101,12 +116,15 @@ def redistribute(saved: list[dict], world_size: int, num_workers: int) -> list[d
             "the checkpoint was taken between two workers' turns; to continue with other ranks or workers, use one whose "
             "step is a multiple of data.num_workers micro-batches"
         )
-    per_rank = len(workers) // world_size
-    result = []
-    for rank in range(world_size):
-        fields = saved[0]["engine"]["fields"] | {"worker_states": {"list": workers[rank * per_rank :][:per_rank]}}
-        changed = {"rank": rank, "world_size": world_size, "num_workers": num_workers}
-        counters = saved[0]["counters"] if rank == 0 else {"seen": 0, "skipped": {}, "notes": {}}
-        engine = saved[0]["engine"] | {"fields": fields}
-        result.append({"fingerprint": saved[0]["fingerprint"] | changed, "engine": engine, "counters": counters})
-    return result
+    size, engine = len(workers) // world_size, saved[0]["engine"]
+    shares = [{"worker_states": {"list": workers[rank * size :][:size]}} for rank in range(world_size)]
+    return [engine | {"fields": engine["fields"] | share} for share in shares], {"num_workers": num_workers}
+
+
+def _deal_order(saved: list[dict], world_size: int, num_workers: int) -> tuple[list[dict], dict]:
+    position = saved[0]["engine"]["position"] * len(saved)
+    accumulated = saved[0]["fingerprint"]["accumulation_steps"] * len(saved)
+    if position % world_size or accumulated % world_size:
+        raise DataError(f"the micro-batches of a step, {accumulated}, cannot be dealt to {world_size} ranks evenly")
+    engine = saved[0]["engine"] | {"position": position // world_size}
+    return [engine] * world_size, {"accumulation_steps": accumulated // world_size}

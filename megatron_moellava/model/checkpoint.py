@@ -5,21 +5,25 @@ SAVE/iter_0000100/  .metadata, *.distcp   tensors by global name, any layout loa
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megatron_moellava.config import CheckpointError
-from megatron_moellava.model.integrity import verify_files
+from megatron_moellava.model.integrity import DamagedCheckpoint, check_seal, verify_files
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.safe_pickle import guard
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
+guard()
 RUN_FILE = "run.json"
+ITERATION = re.compile(r"iter_\d+")  # an interrupted save leaves iter_*.tmp, a damaged one is kept as iter_*.damaged
 FORMAT = 1
 UNUSED_TOWER = "vision_tower.unused."  # tensors of the published tower that features do not need; they ride along
 
@@ -33,8 +37,8 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete iteration folders, oldest first. An interrupted save may leave a `.tmp` folder that has a run.json."""
-    return sorted(path.parent for path in folder.glob(f"iter_*/{RUN_FILE}") if path.parent.suffix != ".tmp")
+    """Complete iteration folders, oldest first; whether their files are still what was written is not looked at."""
+    return sorted(path.parent for path in folder.glob(f"iter_*/{RUN_FILE}") if ITERATION.fullmatch(path.parent.name))
 
 
 def require_checkpoint(folder: str | Path) -> Path:
@@ -50,7 +54,12 @@ def require_checkpoint(folder: str | Path) -> Path:
 
 def read_run_file(checkpoint: Path) -> dict:
     """The `run.json` of an iteration folder."""
-    description = json.loads((checkpoint / RUN_FILE).read_text())
+    path = checkpoint / RUN_FILE
+    try:
+        description = json.loads(path.read_text())
+        check_seal(path, description)
+    except (ValueError, TypeError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({error}); copy it anew, or use another checkpoint") from None
     if description.get("format") != FORMAT:
         raise CheckpointError(
             f"{checkpoint} has format {description.get('format')}; this program reads format {FORMAT}"
@@ -72,9 +81,15 @@ def model_state(chunks: list[MoELlava]) -> dict:
     return state
 
 
-def load_weights(checkpoint: Path, chunks: list[MoELlava]) -> None:
-    """Fill the model from a checkpoint of any layout. Raises CheckpointError that lists every missing or surplus tensor."""
+def verify(checkpoint: Path) -> None:
+    """Raises DamagedCheckpoint, on all ranks, unless every file is what was written; collective."""
     verify_files(checkpoint, read_run_file(checkpoint).get("sha256", {}))
+
+
+def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = False) -> None:
+    """Fill the model from a checkpoint of any layout. Raises CheckpointError that lists every missing or surplus tensor."""
+    if not verified:
+        verify(checkpoint)
     state = model_state(chunks)
     stored = _stored_tensors(checkpoint)
     _check_tensors(checkpoint, state, stored)

@@ -4,6 +4,7 @@ The loss of a step is the mean over all loss tokens of the global batch: sum(los
 wherever the tokens are. `global_loss_scale` makes Megatron-Core's averages over micro-batches and ranks come out so.
 """
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -20,13 +21,15 @@ from megatron_moellava.config import CheckpointError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.loader import Loader
 from megatron_moellava.model.build import build_model
-from megatron_moellava.model.checkpoint import load_weights, newest_checkpoint, read_run_file, require_checkpoint
+from megatron_moellava.model.checkpoint import load_weights, read_run_file, require_checkpoint
 from megatron_moellava.model.moe_llava import IGNORE_INDEX
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.metrics import MODALITIES, RoutingObserver, StepLog, aux_losses
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_moellava.training.stages import STAGES, freeze
+from megatron_moellava.training.stragglers import Stragglers
+from megatron_moellava.training.watchdog import Watchdog
 
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
@@ -60,21 +63,25 @@ class Trainer:
         self.scheduler = build_scheduler(run.optimizer, self.optimizer, train_steps)
         if resumed:
             self._resume(resumed)
+        self.stragglers = Stragglers(run.logging.straggler_interval)
+        self.watchdog: Watchdog | None = None
         self._configure_schedules()
         self.update = Update(self.optimizer)
         self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
-        self.log = StepLog(self._log_folder(), run.logging.tensorboard, f"stage {run.training.stage}", train_steps)
+        title = f"stage {run.training.stage}"
+        self.log = StepLog(self._log_folder(), run.logging.tensorboard, title, train_steps, self.state.iteration)
         self.stop_signal = None
+        self.loss_sum = 0.0  # of this rank's last step, before anything is summed over ranks
 
     # --- start ------------------------------------------------------------------------------------------------------
 
     def _load_weights(self) -> Path | None:
         """Weights from `checkpoint.save` if it holds a checkpoint to go on from (returned), else from `checkpoint.load`."""
         options = self.run.checkpoint
-        resumed = newest_checkpoint(options.save) if options.save else None
+        resumed = checkpoints.newest_intact(options.save, parallel.say) if options.save else None
         source = resumed or (require_checkpoint(options.load) if options.load else None)
         if source is not None:
-            load_weights(source, self.chunks)
+            load_weights(source, self.chunks, verified=resumed is not None)
         return resumed
 
     def _resume(self, checkpoint: Path) -> None:
@@ -88,17 +95,22 @@ class Trainer:
         self.state.consumed_samples = description["consumed_samples"]
         checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description["optimizer_steps"])
         self.scheduler.step(increment=self.state.iteration)
-        self.state.data = checkpoints.load_rank_state(checkpoint, description)
+        self.state.data = checkpoints.load_rank_state(checkpoint, description, self.run.data.num_workers)
         if self.loader is not None:
             self.loader.load_state_dict(self.state.data)
 
     def _configure_schedules(self) -> None:
         for chunk in self.chunks:
-            chunk.config.finalize_model_grads_func = finalize_model_grads
+            chunk.config.finalize_model_grads_func = self._finalize_gradients
         config = self.chunks[0].config
         if self.run.optimizer.overlap_grad_reduce:
             hooks = [wrapped.no_sync for wrapped in self.wrapped]
             config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+
+    def _finalize_gradients(self, *arguments, **options) -> None:
+        self.stragglers.pause(self.state.iteration + 1)
+        self._at("reducing gradients")
+        finalize_model_grads(*arguments, **options)
 
     def _log_folder(self) -> Path | None:
         folder = self.run.logging.directory or self.run.checkpoint.save
@@ -112,15 +124,22 @@ class Trainer:
         Raises TrainingDiverged after `training.non_finite_patience` skipped steps in a row.
         """
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self.watchdog = Watchdog(self.run.parallel.distributed_timeout_minutes * 60)
         try:
             return self._train()
         finally:
+            self.watchdog.stop()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.log.close()
 
     def _on_signal(self, number, frame) -> None:
         self.stop_signal = number
+
+    def _at(self, what: str) -> None:
+        """Tell the watchdog what comes next."""
+        if self.watchdog is not None:
+            self.watchdog.at(self.state.iteration + 1, what)
 
     def _train(self) -> int:
         self.log.say(f"trains {', '.join(f'{role} {count:,}' for role, count in self.trained.items())} (this rank)")
@@ -129,7 +148,8 @@ class Trainer:
             chunk.train()
         while self.state.iteration < self.train_steps:
             numbers, applied, sample_ids = self.step()
-            self.log.step(self.state.iteration, numbers, self.state.iteration % self.run.logging.log_interval == 0)
+            show = self.state.iteration % self.run.logging.log_interval == 0
+            self.log.step(self.state.iteration, numbers, show, self._sample_ids(sample_ids))
             skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
             if not applied:
                 self._report_skipped(sample_ids, skipped_in_a_row)
@@ -145,8 +165,11 @@ class Trainer:
     def step(self) -> tuple[dict[str, float], bool, list[str]]:
         """One optimizer step over the global batch. Returns (numbers for the log, applied, sample ids of this rank)."""
         started = time.perf_counter()
+        self.stragglers.begin()
+        self._at("reading data")
         batches = [self._next_batch() for _ in range(self.num_microbatches)]
         waited = time.perf_counter() - started
+        self.stragglers.pause(self.state.iteration + 1)
         counts = [
             sum(int((batch.labels_BS != IGNORE_INDEX).sum()) for batch in batches),
             sum(int(batch.padding_mask_BS.sum()) for batch in batches),
@@ -158,14 +181,16 @@ class Trainer:
         for wrapped in self.wrapped:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.stragglers.begin()
+        self._at("forward and backward pass")
         loss_sums = self._forward_backward(batches, loss_tokens)
+        self._at("updating parameters")
         applied, grad_norm = self.update()
         lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
         self.scheduler.step(increment=1)
 
-        loss = (
-            float(parallel.sum_over_data_parallel([float(sum(loss_sums))])) / max(loss_tokens, 1) if loss_sums else 0.0
-        )
+        self.loss_sum = float(sum(loss_sums)) if loss_sums else 0.0
+        loss = float(parallel.sum_over_data_parallel([self.loss_sum])) / max(loss_tokens, 1) if loss_sums else 0.0
         platform.synchronize()
         seconds = time.perf_counter() - started
         self.state.iteration += 1
@@ -184,6 +209,10 @@ class Trainer:
         if self.run.moe:
             numbers |= aux_losses(self.chunks[0].config, self.num_microbatches, self.state.iteration)
             numbers |= self._routing_numbers()
+        measured, message = self.stragglers.measure(self.state.iteration)
+        if message:
+            self.log.say(f"step {self.state.iteration}: {message}")
+        numbers |= measured
         return numbers, applied, [name for batch in batches for name in batch.sample_ids]
 
     def _next_batch(self) -> Batch:
@@ -230,11 +259,24 @@ class Trainer:
 
     # --- trouble and the end ----------------------------------------------------------------------------------------
 
+    def _sample_ids(self, sample_ids: list[str]) -> list[str] | None:
+        """Of all data-parallel ranks, in their order, if the run asks for them; collective."""
+        if not self.run.logging.sample_ids:
+            return None
+        return [name for ids in self._from_data_parallel_ranks(sample_ids) for name in ids]
+
+    def _from_data_parallel_ranks(self, value) -> list:
+        gathered = [None] * parallel.data_parallel_size()
+        dist.all_gather_object(gathered, value, group=parallel_state.get_data_parallel_group())
+        return gathered
+
     def _report_skipped(self, sample_ids: list[str], in_a_row: int) -> None:
-        gathered: list[list[str] | None] = [None] * parallel.data_parallel_size()
-        dist.all_gather_object(gathered, sample_ids, group=parallel_state.get_data_parallel_group())
-        names = ", ".join(name for ids in gathered for name in ids)
-        self.log.say(f"step {self.state.iteration} skipped: the gradient is not finite; samples: {names}")
+        """Where one rank's loss is not finite, it is the one, with its samples; the sum would only say that somebody's is."""
+        found = self._from_data_parallel_ranks((dist.get_rank(), sample_ids, math.isfinite(self.loss_sum)))
+        guilty = [(rank, ids) for rank, ids, finite in found if not finite]
+        names = ", ".join(name for _, ids in guilty or [item[:2] for item in found] for name in ids)
+        whose = f"the loss of rank {', '.join(str(rank) for rank, _ in guilty)}" if guilty else "the gradient"
+        self.log.say(f"step {self.state.iteration} skipped: {whose} is not finite; samples: {names}")
         if in_a_row >= self.run.training.non_finite_patience:
             raise TrainingDiverged(
                 f"{in_a_row} steps in a row without a finite gradient, the last with samples {names}; lower optimizer.lr, "
@@ -257,6 +299,7 @@ class Trainer:
         """Write a checkpoint of this moment to `checkpoint.save`, if the run has one."""
         if self.run.checkpoint.save is None:
             return
+        self._at("writing a checkpoint")
         self.gather_parameters()
         state = replace(self.state, data=self.loader.state_dict() if self.loader is not None else None)
         # A scheduler may signal every process of a job, and megatron-core's save runs a helper that would die of it.

@@ -22,32 +22,57 @@ MODALITIES = ("text", "image")
 
 
 class StepLog:
-    """Writes each step's numbers to the terminal, to `steps.jsonl` and to TensorBoard; on the main process only."""
+    """Writes each step's numbers to the terminal, to `steps.jsonl` and to TensorBoard; on the main process only.
 
-    def __init__(self, folder: Path | None, tensorboard: bool, title: str, train_steps: int):
+    A run that continues from step n drops what an earlier attempt wrote about later steps: the log tells the life of the
+    model, each step once. Times are those of a clock that never goes back, whatever is done to the system's.
+    """
+
+    def __init__(self, folder: Path | None, tensorboard: bool, title: str, train_steps: int, iteration: int = 0):
         self.active = parallel.is_main_process()
         self.title, self.train_steps = title, train_steps
         self.file = self.writer = None
         if self.active and folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = (folder / "steps.jsonl").open("a", buffering=1)
-            self.writer = SummaryWriter(str(folder / "tensorboard")) if tensorboard else None
+            try:
+                self._open(folder, tensorboard, iteration)
+            except OSError as error:
+                self._without(error)
         self.first_iteration, self.started = None, time.monotonic()
 
-    def step(self, iteration: int, numbers: dict[str, float], show: bool) -> None:
+    def _open(self, folder: Path, tensorboard: bool, iteration: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        last = rewind(folder / "steps.jsonl", iteration)
+        self.clock = max(time.time(), last) - time.monotonic()
+        purge = iteration + 1 if iteration else None
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge) if tensorboard else None
+        self.file = (folder / "steps.jsonl").open("a", buffering=1)
+
+    def _without(self, error: OSError) -> None:
+        """A log is not worth a run; a disk that stays full will end it at the next checkpoint, with a clear message."""
+        self.file = self.writer = None
+        self.say(f"cannot write the log ({error}); training goes on without it")
+
+    def step(self, iteration: int, numbers: dict[str, float], show: bool, sample_ids: list[str] | None = None) -> None:
         """Numbers of one finished optimizer step."""
         if not self.active:
             return
-        if self.file:
-            self.file.write(json.dumps({"iteration": iteration, **numbers}) + "\n")
-        if self.writer:
-            for name, value in numbers.items():
-                self.writer.add_scalar(f"train/{name}", value, iteration)
+        try:
+            self._write(iteration, numbers, {"sample_ids": sample_ids} if sample_ids is not None else {})
+        except OSError as error:
+            self._without(error)
         if show:
             print(
                 f"{self.title} step {iteration}/{self.train_steps} | {_line(numbers)} | {self._left(iteration)}",
                 flush=True,
             )
+
+    def _write(self, iteration: int, numbers: dict[str, float], more: dict) -> None:
+        if not self.file:
+            return
+        now = self.clock + time.monotonic()
+        self.file.write(json.dumps({"iteration": iteration, "time": round(now, 3), **numbers, **more}) + "\n")
+        for name, value in numbers.items() if self.writer else ():
+            self.writer.add_scalar(f"train/{name}", value, iteration, walltime=now)
 
     def _left(self, iteration: int) -> str:
         if self.first_iteration is None:  # the first step pays for warming up, and says nothing about the others
@@ -81,6 +106,25 @@ def _line(numbers: dict[str, float]) -> str:
         "padding_share": "pad {:.1%}",
     }
     return " | ".join(text.format(numbers[name]) for name, text in formats.items() if name in numbers)
+
+
+def rewind(path: Path, iteration: int) -> float:
+    """Drop the records of steps after `iteration`, and a line that a kill cut off; returns the time of the last one left."""
+    if not path.exists():
+        return 0.0
+    kept, last = [], 0.0
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["iteration"] <= iteration:
+            kept.append(line + "\n")
+            last = max(last, record.get("time", 0.0))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.rename(path)
+    return last
 
 
 class RoutingObserver:

@@ -14,6 +14,7 @@ from megatron_moellava.data.loader import Loader, build_train_loader
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.model.checkpoint import newest_checkpoint, read_run_file
 from megatron_moellava.towers import get_tower
+from megatron_moellava.training.lock import lock_folder
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.validate import validate
 
@@ -52,7 +53,9 @@ def train(run: RunConfig) -> int:
     """Train the stage that the run describes. Returns the exit code; see tools/train.py."""
     validate_run(run)
     parallel.initialize(run.parallel, run.training.seed)
+    lock = None
     try:
+        lock = lock_folder(run.checkpoint.save, parallel.say)
         trainer = build_trainer(run)
         code = trainer.train()
         if trainer.loader is not None and trainer.loader.skipped:
@@ -60,6 +63,8 @@ def train(run: RunConfig) -> int:
         return code
     finally:
         parallel.shutdown()
+        if lock is not None:
+            lock.close()
 
 
 def build_trainer(run: RunConfig) -> Trainer:
