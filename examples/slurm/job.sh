@@ -39,7 +39,10 @@ single() {
 
 # Config, files, checkpoint and world size, checked by one CPU: validate NODES GPUS_PER_NODE [arguments of train.py]
 validate() {
-    WORLD_SIZE=$(($1 * $2)) single "$PYTHON" "$REPO/tools/train.py" --validate-only "${@:3}" || exit 2
+    local gpus="${2##*:}" # h100:8 -> 8
+    # An arithmetic expression would run what a variable holds, hence numbers only.
+    [[ "$1" =~ ^[0-9]+$ && "$gpus" =~ ^[0-9]+$ ]] || stop 2 "NODES=$1 and GPUS_PER_NODE=$2 must be numbers (h100:8 is fine)."
+    WORLD_SIZE=$(($1 * gpus)) single "$PYTHON" "$REPO/tools/train.py" --validate-only "${@:3}" || exit 2
 }
 
 # On the login node: check, and submit unless VALIDATE_ONLY is set.
