@@ -33,6 +33,7 @@ ALLOWED = {  # what torch and Megatron-Core write into .metadata: records of nam
     "torch.serialization": {"_get_layout"},
     "torch": {"Size"},
     "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
 }
 
 

@@ -157,6 +157,7 @@ class Trainer:
             done = self.state.iteration == self.train_steps
             if done or interrupted or self.state.iteration % self.run.checkpoint.save_interval == 0:
                 self.save()
+                interrupted = self._any_rank_interrupted()  # a save may take long enough to be interrupted itself
             if interrupted and not done:
                 self.log.say(f"interrupted at step {self.state.iteration}; the same command continues it")
                 return INTERRUPTED

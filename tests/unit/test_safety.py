@@ -2,7 +2,6 @@
 
 import ast
 import io
-import json
 import os
 import pickle
 import shutil
@@ -174,6 +173,5 @@ def test_control_the_stub_would_show_an_injection(tmp_path):
     """A script that does not quote is caught by what the tests above look at."""
     script = tmp_path / "bad.sh"
     script.write_text('eval "echo $SAVE"\n')
-    subprocess.run(["bash", str(script)], env={"PATH": os.environ["PATH"], "SAVE": HOSTILE}, cwd=tmp_path)
+    subprocess.run(["bash", str(script)], env={"PATH": os.environ["PATH"], "SAVE": "; touch executed"}, cwd=tmp_path)
     assert (tmp_path / "executed").exists()
-    assert json.dumps(HOSTILE)

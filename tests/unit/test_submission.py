@@ -51,7 +51,7 @@ def test_every_backbone_passes_the_check_of_every_stage(backbone, stage, tmp_pat
         ({"LOAD": "/nowhere/base"}, 8, "/nowhere/base holds no complete checkpoint"),
         ({"TOKENIZER": "/nowhere/tokenizer"}, 8, "/nowhere/tokenizer does not exist"),
         ({"TOWER": "clip-huge"}, 8, "clip-huge"),
-        ({"SAVE": "/proc/save"}, 8, "checkpoint.save=/proc/save"),
+        ({"SAVE": str(REPO / "README.md/save")}, 8, "README.md is not a folder"),
         ({}, 7, "must be a multiple of"),
     ],
 )
