@@ -20,7 +20,7 @@ endif
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart chat serve test test-browser test-layouts test-layouts-8 check format test-cluster clean
+.PHONY: help quickstart chat serve test test-browser test-lmms test-layouts test-layouts-8 fuzz check format test-cluster clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test-layouts: $(READY)  ## every parallel layout against one process, every fami
 test-layouts-8: $(READY)  ## layouts of eight processes
 	SLOW_LAYOUTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributed/test_layouts.py
 
+fuzz: $(READY)  ## malformed rows and images by the ten thousand, with the count at the end (a few minutes)
+	FUZZ_SCALE=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --capture=no tests/unit/test_data_fuzz.py
+
 check: $(READY)  ## format, lint, types, import direction, shell scripts, Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -59,11 +62,14 @@ format: $(READY)  ## rewrite the sources in the project's format
 test-browser: $(READY)  ## the web page in a real Chromium (apt-get install chromium)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/browser
 
+test-lmms: .lmms-venv/.installed  ## our plugin in lmms-eval, in an environment of its own (.lmms-venv; a few minutes)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/unit .lmms-venv/bin/python -m pytest $(PYTEST_ARGS) tests/lmms
+
 test-cluster: $(READY)  ## submit the scripts of examples/ to a real two-node SLURM on this machine (root, Debian or Ubuntu)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
 
 clean:  ## remove .venv, caches and runs/
-	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .lmms-venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made once; a changed setup.py installs what is new and leaves the rest (torch above all) alone.
@@ -72,4 +78,12 @@ clean:  ## remove .venv, caches and runs/
 	if ! .venv/bin/python -c pass 2>/dev/null; then echo "Making .venv with $$python"; $$python -m venv --clear .venv; fi
 	@echo "Installing the package and its dependencies (about 6 GB; torch is most of it)"
 	.venv/bin/python -m pip install --disable-pip-version-check --editable '.[quickstart,dev]'
+	@touch $@
+
+# lmms-eval and Energon's video decoding need different releases of `av`, hence two environments.
+.lmms-venv/.installed: setup.py
+	@python=$$(PYTHON="$(PYTHON)" .ci/find_python) && \
+	if ! .lmms-venv/bin/python -c pass 2>/dev/null; then $$python -m venv --clear .lmms-venv; fi
+	@echo "Installing the package and lmms-eval into .lmms-venv (about 7 GB; torch is most of it)"
+	.lmms-venv/bin/python -m pip install --disable-pip-version-check --editable '.[lmms-eval]' 'pytest>=8'
 	@touch $@

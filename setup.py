@@ -14,6 +14,8 @@ INSTALL_REQUIRES = [
     "transformers>=5.0,<6",  # tokenizers and the Hugging Face side of the conversion
     "safetensors>=0.4.3",
     "sentencepiece>=0.2",
+    "tokenizers>=0.20",  # with tiktoken: the tokenizer of Qwen (v1), without the Python code in its folder
+    "tiktoken>=0.8",
     "pillow>=10",
     "pyyaml>=6",
     "tensorboard>=2.16",
@@ -26,8 +28,8 @@ EXTRAS_REQUIRE = {
     # Transformer Engine compiles against the torch that is already there: install with --no-build-isolation. NVIDIA's
     # apex comes with the NGC PyTorch image only; the "apex" of PyPI is an unrelated package: never pip-install it.
     "gpu": ["transformer-engine[core_cu13,pytorch]~=2.20"],
-    # lmms-eval itself is not listed: it wants an older `av` than Energon, hence an environment of its own (README).
     "eval": ["openpyxl>=3.1", "httpx>=0.27"],  # openpyxl: MMBench submission tables
+    "lmms-eval": ["lmms-eval~=0.7.3"],  # an environment of its own: it wants an older `av` than `video`, and 1.5 GB
     "demo": ["fastapi>=0.110", "starlette", "uvicorn>=0.29", "prometheus-client>=0.20"],
     "quickstart": ["easy-vqa~=1.0", "scikit-learn>=1.4"],
     "video": ["av>=17"],  # the release that Energon 7.4 decodes with
@@ -41,6 +43,7 @@ EXTRAS_REQUIRE = {
         "uvicorn>=0.29",
         "prometheus-client>=0.20",
         "openai>=2",
+        "scipy>=1.11",  # the linear program behind `packing_bound`
         "playwright>=1.45",  # drives the system's Chromium; only `make test-browser` uses it
         "ruff~=0.17.6",  # another minor may format differently
         "mypy>=1.14",
@@ -62,6 +65,7 @@ setup(
     package_data={"megatron_moellava.inference": ["web/index.html"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
+    entry_points={"lmms_eval.models": ["megatron_moellava = megatron_moellava.evaluation.lmms_eval:manifest"]},
     classifiers=[
         "Programming Language :: Python :: 3.12",
         "Intended Audience :: Science/Research",

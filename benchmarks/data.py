@@ -1,10 +1,15 @@
 """Data figures: image throughput beside Pillow's own, loader throughput, packing and balance.
 
-  python benchmarks/data.py [--images 300] [--json FILE --image-folder DIR --tokenizer PATH --template NAME --tower NAME]
+  python benchmarks/data.py [--images 300] [--seconds 10] [--quickstart runs/quickstart/data]
 
-Images: synthetic photographs (smooth noise, 640 x 480, JPEG quality 90) through Pillow alone (decode, pad, resize: the
-ceiling) and through the loader's path to normalised pixels, on one core, in turns in the same run. Packing and balance:
-the 665k length law of megatron_moellava/data/law.py, and any JSON given.
+Prints one flat JSON object on stdout. All rates are of one worker, in CPU seconds, so that other work on the machine
+does not change them much.
+
+images/...      synthetic photographs (smooth noise, 640 x 480, JPEG quality 90) through Pillow alone (decode, pad, bicubic
+                resize: the ceiling) and through the loader's path to normalised pixels, in turns in the same run
+loader/...      a LLaVA JSON of such photographs on disk, read, tokenised, packed and decoded by the training loader
+quickstart/...  packing and loader of the quickstart's conversations, if its data are there
+law ...         packing and balance on the 665k length law of megatron_moellava/data/law.py, samples up to 2,048 tokens
 """
 
 import argparse
@@ -20,41 +25,46 @@ from PIL import Image
 from megatron_moellava.config import DataConfig, Source
 from megatron_moellava.data import media
 from megatron_moellava.data.images import pad_to_square
-from megatron_moellava.data.index import index_json
-from megatron_moellava.data.law import sample_lengths
+from megatron_moellava.data.law import packing_bound, sample_lengths
 from megatron_moellava.data.loader import build_encoder, build_train_loader
 from megatron_moellava.data.sample import ImageRef
-from megatron_moellava.data.statistics import describe, packing, token_lengths
+from megatron_moellava.data.sources import open_source
+from megatron_moellava.data.statistics import packing, token_lengths
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.towers import get_tower
 
 RANKS = 8
+LONGEST = 2048  # tokens of a sample, as in the original
+TOKENIZER = Path(__file__).parents[1] / "tests" / "golden" / "assets" / "tok_bpe"
+TOWERS = {"clip 336": "clip-vit-large-patch14-336", "siglip 384": "siglip-so400m-patch14-384"}
+LAWS = (  # tokens per row, features per image, samples that the packer sees
+    (2048, 576, 128),
+    (4096, 576, 64),
+    (4096, 576, 128),
+    (4096, 729, 128),
+    (8192, 576, 128),
+)
 
 
 def photograph(seed: int) -> bytes:
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize(
-        (640, 480), Image.Resampling.BICUBIC
-    )
-    grain = rng.normal(0, 6, (480, 640, 3))
+    coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC))
+    noisy = (smooth + rng.normal(0, 6, (480, 640, 3))).clip(0, 255).astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
-def throughput(count: int) -> dict:
-    """Images per second and core; the two ways take turns, so that other work on the machine meets both."""
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(count):
-            (Path(folder) / f"{number}.jpg").write_bytes(photograph(number))
-        for name in ("clip-vit-large-patch14-336", "siglip-so400m-patch14-384"):
-            for aspect in ("pad", "square"):
-                results[f"{name} {aspect}"] = _race(folder, count, get_tower(name), aspect)
-    return results
+def image_figures(folder: str, count: int) -> dict:
+    found = {}
+    for name, tower in TOWERS.items():
+        for aspect in ("pad", "square"):
+            found |= _race(folder, count, get_tower(tower), aspect, f"images/{name} {aspect}")
+    return found
 
 
-def _race(folder: str, count: int, tower, aspect: str) -> dict:
+def _race(folder: str, count: int, tower, aspect: str, name: str) -> dict:
     seconds = {"pillow": 0.0, "loader": 0.0}
     for number in range(count):
         start = time.process_time()
@@ -63,8 +73,8 @@ def _race(folder: str, count: int, tower, aspect: str) -> dict:
         media.pixels(ImageRef(name=f"{number}.jpg"), folder, "row", tower, aspect)
         seconds["pillow"] += middle - start
         seconds["loader"] += time.process_time() - middle
-    rates = {f"{key} images/s": round(count / value) for key, value in seconds.items()}
-    return rates | {"share of Pillow": round(seconds["pillow"] / seconds["loader"], 3)}
+    rates = {f"{name}/{key} images per second": round(count / value) for key, value in seconds.items()}
+    return rates | {f"{name}/share of pillow": round(seconds["pillow"] / seconds["loader"], 3)}
 
 
 def _ceiling(path: str, tower, aspect: str) -> None:
@@ -80,20 +90,23 @@ def _ceiling(path: str, tower, aspect: str) -> None:
 
 def law_figures(seq_length: int, features: int, buffer: int) -> dict:
     """Useful share, and busiest rank over the mean of RANKS ranks per step, by images and by attention cost."""
-    filled, images, attention = [], [], []
+    lengths, filled, images, attention = [], [], [], []
     for rank in range(RANKS):
-        tokens, has_image = sample_lengths(3000, features, seq_length, seed=rank)
+        tokens, has_image = sample_lengths(3000, features, min(LONGEST, seq_length), seed=rank)
         rows = packing(tokens, seq_length, buffer)
+        lengths.append(tokens)
         filled.append([tokens[row].sum() / seq_length for row in rows])
         images.append([has_image[row].sum() for row in rows])
         attention.append([(tokens[row].astype(float) ** 2).sum() for row in rows])
+    everything = np.concatenate(lengths)
+    shuffled = [np.random.default_rng(number).permutation(row) for number, row in enumerate(attention)]
+    name = f"law {seq_length} tokens, {features} features, buffer {buffer}"
     return {
-        "useful": round(float(np.mean([np.mean(row) for row in filled])), 4),
-        "images, busiest/mean": _imbalance(images),
-        "attention, busiest/mean": _imbalance(attention),
-        "attention in random order": _imbalance(
-            [np.random.default_rng(i).permutation(r) for i, r in enumerate(attention)]
-        ),
+        f"{name}/useful share": round(float(np.mean([np.mean(row) for row in filled])), 4),
+        f"{name}/best possible useful share": round(min(1.0, packing_bound(everything, seq_length, 16)), 4),
+        f"{name}/images, busiest over mean": _imbalance(images),
+        f"{name}/attention, busiest over mean": _imbalance(attention),
+        f"{name}/attention in random order": _imbalance(shuffled),
     }
 
 
@@ -104,51 +117,71 @@ def _imbalance(per_rank: list) -> float:
     return round(float((table.max(0) / table.mean(0)).mean()), 3)
 
 
-def json_figures(arguments: argparse.Namespace) -> dict:
-    tower, tokenizer = get_tower(arguments.tower), load_tokenizer(arguments.tokenizer)
-    found = {}
+def write_rows(folder: Path, count: int) -> Path:
+    """LLaVA rows over `count` images, with questions as long as in the 665k law."""
+    tokens, has_image = sample_lengths(4 * count, 576, LONGEST)
+    rows = []
+    for number, (length, image) in enumerate(zip(tokens, has_image, strict=True)):
+        words = "a red cup " * max(1, int(length - 576 * image - 40) // 6)
+        turns = [("human", "<image>\n" * int(image) + "What is there?"), ("gpt", words.strip())]
+        row = {"id": str(number), "conversations": [{"from": role, "value": text} for role, text in turns]}
+        rows.append(row | ({"image": f"{number % count}.jpg"} if image else {}))
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def loader_figures(data: DataConfig, tower, name: str, seconds: float) -> dict:
+    """One worker's rates: the loader runs in this process, so that its CPU time can be told from other work."""
+    tokenizer = load_tokenizer(data.tokenizer)
     with tempfile.TemporaryDirectory() as cache:
-        index = index_json(arguments.json, cache)
-        for seq_length in arguments.seq_length:
-            source = Source(path=arguments.json, image_folder=arguments.image_folder)
-            data = DataConfig(sources=(source,), template=arguments.template, seq_length=seq_length, num_workers=1)
-            tokens, images = token_lengths(index, build_encoder(data, tokenizer, tower), limit=5000)
-            loader = build_train_loader(
-                data, tokenizer, tower, seed=0, rank=0, world_size=1, micro_batch_size=1, cache_folder=cache
-            )
-            next(loader)
-            start, samples = time.perf_counter(), 0
-            while time.perf_counter() - start < 5:
-                samples += len(next(loader).sample_ids)
-            rate = samples / (time.perf_counter() - start)
-            loader.close()
-            useful = describe(tokens, images, seq_length, data.packing_buffer)
-            found[seq_length] = {"samples/s, one worker": round(rate)} | useful
-    return found
+        source = open_source(data.sources[0], cache)
+        encoder = build_encoder(data, tokenizer, tower)
+        tokens, _ = token_lengths(source.index, encoder, limit=5000)
+        share = {"seed": 0, "rank": 0, "world_size": 1, "micro_batch_size": 1}
+        loader = build_train_loader(data, tokenizer, tower, cache_folder=cache, **share)
+        next(loader)
+        start, rows, samples, images, used = time.process_time(), 0, 0, 0, 0
+        while time.process_time() - start < seconds:
+            batch = next(loader)
+            rows, samples, images = rows + 1, samples + len(batch.sample_ids), images + len(batch.pixel_values_NCHW)
+            used += int(batch.padding_mask_BS.sum())
+        spent = time.process_time() - start
+        loader.close()
+    grouped = [part for part in np.array_split(tokens, max(1, len(tokens) // 8)) if len(part)]
+    return {
+        f"{name}/samples per second": round(samples / spent, 1),
+        f"{name}/images per second": round(images / spent, 1),
+        f"{name}/useful share, packed": round(used / (rows * data.seq_length), 4),
+        f"{name}/useful share, padded to the longest of 8": round(
+            float(tokens.sum() / sum(len(part) * part.max() for part in grouped)), 4
+        ),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=300)
-    parser.add_argument("--json", help="LLaVA JSON to measure as well")
-    parser.add_argument("--image-folder", default="")
-    parser.add_argument("--tokenizer")
-    parser.add_argument("--template", default="v1")
-    parser.add_argument("--tower", default="clip-vit-large-patch14-336")
-    parser.add_argument("--seq-length", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--images", type=int, default=300, help="photographs (300)")
+    parser.add_argument("--seconds", type=float, default=10, help="CPU seconds of each loader (10)")
+    parser.add_argument("--quickstart", default="runs/quickstart/data", help="data of `make quickstart`, if there")
     arguments = parser.parse_args()
-    report = {"images": throughput(arguments.images)}
-    for seq_length, features, buffer in (
-        (2048, 576, 64),
-        (4096, 576, 64),
-        (4096, 576, 128),
-        (4096, 729, 128),
-        (8192, 576, 256),
-    ):
-        name = f"665k law, {features} features, rows of {seq_length}, buffer {buffer}"
-        report[name] = law_figures(seq_length, features, buffer)
-    if arguments.json:
-        report["json"] = json_figures(arguments)
+    report = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(arguments.images):
+            (Path(folder) / f"{number}.jpg").write_bytes(photograph(number))
+        report |= image_figures(folder, arguments.images)
+        source = Source(path=str(write_rows(Path(folder), arguments.images)), image_folder=folder)
+        common = {"sources": (source,), "tokenizer": str(TOKENIZER), "template": "phi", "num_workers": 0}
+        data = DataConfig(**common, seq_length=4096, max_sample_length=LONGEST)
+        report |= loader_figures(data, get_tower(TOWERS["clip 336"]), "loader/clip 336", arguments.seconds)
+    for law in LAWS:
+        report |= law_figures(*law)
+    quickstart = Path(arguments.quickstart)
+    if (quickstart / "conversations.json").exists():
+        source = Source(path=str(quickstart / "conversations.json"), image_folder=str(quickstart / "images"))
+        common = {"sources": (source,), "tokenizer": str(quickstart / "tokenizer.model"), "template": "short"}
+        data = DataConfig(**common, seq_length=2048, num_workers=0)
+        report |= loader_figures(data, get_tower("clip-tiny"), "quickstart", arguments.seconds)
     print(json.dumps(report, indent=1))
 
 

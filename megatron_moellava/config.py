@@ -7,6 +7,7 @@ files, backbone limits) are in `validation.py`; this file only knows shapes and 
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class MoEConfig:
     use_residual: bool = False  # residual MoE: the dense FFN stays beside the experts, mixed by a learned coefficient
     experts: str = "grouped"  # "grouped" GEMM or "sequential"
     moe_token_dispatcher_type: str = "alltoall"  # alltoall, allgather, flex (GPU)
+    moe_router_padding_for_quantization: bool = False  # FP8 on a GPU: the router fills experts up, instead of zero rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +84,12 @@ class DataConfig:
     image_aspect_ratio: str = "pad"  # "pad" to a square with the mean colour, or "square" (resize and crop)
     image_grid: bool = False  # LLaVA-NeXT tiling of high-resolution images
     seq_length: int = 2048  # tokens per row, image tokens included
+    max_sample_length: int | None = (
+        None  # of one sample; None: seq_length, or the backbone's context where that is shorter
+    )
+    long_samples: str = "cut"  # samples beyond it: "cut" there and count, as the original, or "skip" them as bad
     packing: bool = True  # several samples per row, with block-diagonal attention
-    packing_buffer: int = 64  # samples the packer looks at
+    packing_buffer: int = 128  # samples the packer looks at
     sampler: str = "shuffle"  # or "modality_length", the original's (padded mode only)
     num_workers: int = 2
     max_images: int = 16  # per sample
@@ -96,6 +102,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     num_layers_in_first_pipeline_stage: int | None = None  # fewer decoder layers beside the vision tower
+    pipeline_split: str | tuple[int, ...] = (
+        "even"  # "cost": level with the tower; or the layers of each (virtual) stage
+    )
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None  # None: 1 for MoE, so that each expert is whole
@@ -103,6 +112,12 @@ class ParallelConfig:
     distributed_timeout_minutes: float = (
         10.0  # without progress; then the run says which rank hangs where, and ends with 4
     )
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Rows must have a multiple of so many tokens: sequence parallelism, and two chunks per context-parallel rank."""
+        chunks = 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
+        return self.tensor_model_parallel_size * chunks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +128,9 @@ class TrainingConfig:
     global_batch_size: int = 128  # rows per optimizer step, over all data-parallel ranks
     seed: int = 42
     precision: str = "bf16"  # "bf16" or "fp32"
-    fp8: str | None = None  # Transformer Engine recipe: delayed, tensorwise, blockwise, mxfp8
+    fp8: str | None = None  # recipe: delayed, tensorwise, blockwise, mxfp8; on a CPU its numerics are emulated
+    num_layers_at_start_in_bf16: int = 0  # decoder layers that stay out of FP8 (not with the delayed recipe)
+    num_layers_at_end_in_bf16: int = 0
     device: str = "auto"  # "auto", "cpu" or "cuda"
     trains: tuple[str, ...] | None = None  # roles that receive gradients; None: the stage's own
     recompute: str = "none"  # none, full, selective (attention), moe
@@ -133,8 +150,9 @@ class OptimizerConfig:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     clip_grad: float = 1.0  # global gradient norm; 0: off, as the original in effect
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
+    overlap_grad_reduce: bool | None = None  # during the backward pass; None: on GPUs with several data-parallel ranks
+    overlap_param_gather: bool | None = None  # during the forward pass; likewise, and only with overlap_grad_reduce
+    gradient_accumulation_fusion: bool | None = None  # None: where Transformer Engine and apex's kernel are installed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +161,7 @@ class CheckpointConfig:
     save: str | None = None  # resumed from when it holds a complete checkpoint
     save_interval: int = 1000  # steps; the end of the run is always saved
     keep: int = 2  # newest complete checkpoints kept
+    async_save: bool = False  # write while the training goes on; costs the host memory of one more state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +184,12 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows are padded to a multiple of so many tokens: by the parallel layout, and by FP8 products on each rank."""
+        fp8 = {None: 1, "mxfp8": 32}.get(self.training.fp8, 16)
+        return math.lcm(self.parallel.sequence_multiple, fp8 * self.parallel.context_parallel_size)
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Micro-batches per optimizer step and data-parallel rank."""

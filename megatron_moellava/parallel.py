@@ -70,6 +70,14 @@ def data_parallel_size() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
+def context_parallel_rank() -> int:
+    return parallel_state.get_context_parallel_rank()
+
+
+def context_parallel_size() -> int:
+    return parallel_state.get_context_parallel_world_size()
+
+
 def is_first_stage() -> bool:
     return parallel_state.is_pipeline_first_stage(ignore_virtual=True)
 
@@ -90,27 +98,47 @@ def say(text: str) -> None:
 
 
 def reads_data() -> bool:
-    """One process of each model-parallel group reads the data and broadcasts it to the others."""
+    """One process of each data-parallel rank reads the data and broadcasts it to the others of its model."""
+    return _leads_model_parallel_group() and context_parallel_rank() == 0
+
+
+def _leads_model_parallel_group() -> bool:
     return dist.get_rank() == dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
 
 
-def sum_over_data_parallel(values: Iterable[float]) -> torch.Tensor:
-    """fp64 sums of host numbers over the data-parallel ranks, on every rank of the group."""
+def sum_over_data_parallel(values: Iterable[float], with_context_parallel: bool = False) -> torch.Tensor:
+    """fp64 sums of host numbers over the data-parallel ranks, on every rank of the group.
+
+    `with_context_parallel`: the ranks of a context-parallel group have each counted their own positions.
+    """
     total = torch.tensor(list(values), dtype=torch.float64, device=platform.device())
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=with_context_parallel))
     return total
 
 
-def broadcast_from_reader(tensors: dict[str, torch.Tensor | None] | None, meta: object = None) -> tuple[dict, object]:
-    """Send named tensors (None allowed) and a small picklable `meta` from the reading process to its model-parallel group.
+def gather_over_data_parallel(values: Iterable[float]) -> torch.Tensor:
+    """fp64 [ranks, values]: the host numbers of every data-parallel rank, on every rank of the group."""
+    own = torch.tensor(list(values), dtype=torch.float64, device=platform.device())
+    gathered = own.new_empty(data_parallel_size(), len(own))
+    dist.all_gather(list(gathered.unbind()), own, group=parallel_state.get_data_parallel_group())
+    return gathered.cpu()
 
-    Returns the tensors on this process's device, and meta. A group of one moves nothing.
+
+def broadcast_from_reader(tensors: dict[str, torch.Tensor | None] | None, meta: object = None) -> tuple[dict, object]:
+    """Send named tensors (None allowed) and a small picklable `meta` from the reading process to all ranks of its model.
+
+    Returns the tensors on this process's device, and meta. A group of one moves nothing. Megatron-Core's model-parallel
+    groups leave out the context-parallel axis: the leaders of these groups receive first.
     """
+    if _leads_model_parallel_group():
+        tensors, meta = _broadcast(tensors, meta, parallel_state.get_context_parallel_group())
     return _broadcast(tensors, meta, parallel_state.get_model_parallel_group())
 
 
 def broadcast_on_first_stage(tensors: dict[str, torch.Tensor | None] | None) -> dict:
-    """The same among the tensor-parallel ranks of the first stage, for what only that stage needs (pixels)."""
+    """The same among the ranks of the first stage, for what only that stage needs (pixels)."""
+    if _leads_model_parallel_group():
+        tensors, _ = _broadcast(tensors, None, parallel_state.get_context_parallel_group())
     return _broadcast(tensors, None, parallel_state.get_tensor_model_parallel_group())[0]
 
 

@@ -33,8 +33,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tower", default="clip-vit-large-patch14-336", help="vision tower (clip-vit-large-patch14-336)"
     )
-    parser.add_argument("--seq-length", type=int, default=2048, help="tokens per row (2048)")
-    parser.add_argument("--packing-buffer", type=int, default=64, help="samples the packer looks at (64)")
+    parser.add_argument("--seq-length", type=int, default=4096, help="tokens per packed row (4096)")
+    parser.add_argument("--max-sample-length", type=int, default=2048, help="longer samples are cut (2048)")
+    parser.add_argument("--packing-buffer", type=int, default=128, help="samples the packer looks at (128)")
     return parser.parse_args()
 
 
@@ -74,26 +75,32 @@ def _print_report(report: dict) -> None:
         f"wrote {report['written']:,} of {report['rows']:,} rows, {report['images']:,} images, {report['shards']} shards"
     )
     print(f"skipped {len(report['skipped_rows']):,}: {skipped}")
-    for name, count in {**report["notes"], "rows with a duplicate id": report["rows_with_duplicate_id"]}.items():
-        print(f"note: {count:,} x {name}" if count else "", end="\n" if count else "")
+    for name, count in report["notes"].items():
+        print(f"note: {count:,} x {name}")
+    if report["rows_with_duplicate_id"]:
+        print(f"note: {report['duplicates_message']}")
 
 
 def _statistics(arguments: argparse.Namespace) -> None:
     from megatron_moellava.config import ConfigError, DataConfig
     from megatron_moellava.data.index import index_json
     from megatron_moellava.data.loader import build_encoder
-    from megatron_moellava.data.statistics import describe, plot, token_lengths
+    from megatron_moellava.data.statistics import LIMIT, describe, plot, token_lengths
     from megatron_moellava.data.tokenizer import load_tokenizer
     from megatron_moellava.towers import get_tower
 
     if not arguments.tokenizer:
         raise ConfigError("--statistics needs --tokenizer: the language model's folder, or a SentencePiece .model")
-    data = DataConfig(seq_length=arguments.seq_length, template=arguments.template)
+    data = DataConfig(
+        seq_length=arguments.seq_length, max_sample_length=arguments.max_sample_length, template=arguments.template
+    )
     encoder = build_encoder(data, load_tokenizer(arguments.tokenizer), get_tower(arguments.tower))
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    tokens, images = token_lengths(index_json(arguments.data, out / "index"), encoder)
-    found = describe(tokens, images, arguments.seq_length, arguments.packing_buffer)
+    index = index_json(arguments.data, out / "index")
+    tokens, images = token_lengths(index, encoder)
+    found = {"rows": index.rows, "unusable_rows": min(index.rows, LIMIT) - len(tokens)}
+    found |= describe(tokens, images, arguments.seq_length, arguments.packing_buffer)
     plot(tokens, images, out / "token_lengths.png", f"{Path(arguments.data).name}: {len(tokens):,} samples")
     (out / "statistics.json").write_text(json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))

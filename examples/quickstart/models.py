@@ -15,6 +15,9 @@ from pathlib import Path
 STEPS = 1400
 BATCH = 64
 LEARNING_RATE = 3e-3
+# Of the random language model: about 1 / sqrt(hidden size). With transformers' 0.02, attention hardly looks at anything
+# for hundreds of steps, and comparing a colour in the question with the picture is not learned in time.
+INITIALIZER_RANGE = 0.08
 STOP_WORDS = {"a", "the", "image", "shows", "picture", "of", "this", "is", "and"}
 
 
@@ -26,7 +29,7 @@ def write_language_model(out: Path, backbone, tokenizer_model: Path, seed: int) 
     from megatron_moellava.backbones.from_config import hf_config_of
 
     torch.manual_seed(seed)
-    config = hf_config_of(backbone)
+    config = hf_config_of(backbone) | {"initializer_range": INITIALIZER_RANGE}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
     model.save_pretrained(out)
     shutil.copyfile(tokenizer_model, out / "tokenizer.model")

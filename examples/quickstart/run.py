@@ -21,9 +21,9 @@ HERE = Path(__file__).parent
 # Optimizer steps and peak learning rate of each run, and what it starts from.
 PLAN = {
     "stage1": {"stage": 1, "from": "start", "steps": 50, "lr": 3e-3, "data": "captions.json"},
-    "stage2": {"stage": 2, "from": "stage1", "steps": 1300, "lr": 2e-3, "data": "conversations.json"},
-    "stage3": {"stage": 3, "from": "upcycled", "steps": 300, "lr": 1e-3, "data": "conversations.json"},
-    "dense": {"stage": 2, "from": "stage2", "steps": 300, "lr": 1e-3, "data": "conversations.json"},
+    "stage2": {"stage": 2, "from": "stage1", "steps": 1200, "lr": 2e-3, "data": "conversations.json"},
+    "stage3": {"stage": 3, "from": "upcycled", "steps": 280, "lr": 1e-3, "data": "conversations.json"},
+    "dense": {"stage": 2, "from": "stage2", "steps": 280, "lr": 1e-3, "data": "conversations.json"},
 }
 TITLES = {
     "stage1": "stage 1: projector",

@@ -79,7 +79,7 @@ class Backbone:
     rotary_percent: float = 1.0  # share of a head's channels that is rotated
     rope_scaling: RopeScaling | None = None
     share_embeddings_and_output_weights: bool = False
-    sliding_window: int | None = None  # full attention is exact for rows up to this length; longer rows are an error
+    sliding_window: int | None = None  # full attention is exact for samples up to this length; longer ones are an error
     # Quirks that Megatron-Core lacks; read in model/layers.py only.
     parallel_residual: bool = False  # Phi: x + attention(norm(x)) + mlp(norm(x)), one norm
     output_layer_bias: bool = False
@@ -91,6 +91,11 @@ class Backbone:
     template: str  # conversation version used when the run names none
     hf: HuggingFace
     mapping: tuple[Mapping, ...]
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest sample it can take: its positions, and no more than a sliding window sees."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
     @property
     def heads(self) -> Heads:

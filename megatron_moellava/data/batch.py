@@ -1,6 +1,6 @@
 """`Batch`: one micro-batch, packed or padded. Suffixes: B rows, S positions, N images, C H W channels and pixels."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,21 @@ class Batch:
     pixel_values_NCHW: torch.Tensor  # float32, in the order of the image tokens; N may be 0
     sample_ids: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
+
+
+_SMALL = ("tokens_BS", "labels_BS", "position_ids_BS", "padding_mask_BS", "cu_seqlens")
+
+
+def to_wire(batch: Batch) -> Batch:
+    """For the way out of a worker process: torch fetches every tensor over a connection of its own, which takes longer
+    than a small one's bytes in the message. Pixels stay a tensor, in shared memory."""
+    small = {name: getattr(batch, name) for name in _SMALL}
+    return replace(batch, **{name: value.numpy() for name, value in small.items() if value is not None})
+
+
+def from_wire(batch: Batch) -> Batch:
+    small = {name: getattr(batch, name) for name in _SMALL}
+    return replace(batch, **{name: torch.from_numpy(value) for name, value in small.items() if value is not None})
 
 
 def pack(samples: list[EncodedSample], pixels: list[np.ndarray], seq_length: int, pad_id: int, shape) -> Batch:

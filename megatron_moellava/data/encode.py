@@ -34,6 +34,7 @@ class EncodedSample:
     images: tuple[ImageRef, ...] = ()
     features: tuple[int, ...] = ()  # tokens of each image
     notes: tuple[str, ...] = ()  # what was done to the sample, for the counters
+    length: int = 0  # before the cut
 
     def __len__(self) -> int:
         return len(self.tokens_S)
@@ -132,24 +133,27 @@ class Encoder:
     template: Template
     tokenizer: Tokenizer
     num_features: int  # of one image (one tile)
-    seq_length: int
+    max_length: int  # tokens of a sample, images included
     label_mode: str = "spans"
+    long_samples: str = "cut"
 
     def __call__(self, sample: Sample, features: tuple[int, ...] | None = None) -> EncodedSample:
         """`features`: tokens of each image, where they differ (tiling)."""
         features = (self.num_features,) * len(sample.images) if features is None else features
-        notes = []
+        notes = list(sample.notes)
         if self.label_mode == "original":
-            ids, labels, mismatch = encode_original(sample, self.template, self.tokenizer, self.seq_length)
+            ids, labels, mismatch = encode_original(sample, self.template, self.tokenizer, self.max_length)
             notes += ["tokenization mismatch, sample masked"] if mismatch else []
         else:
             ids, labels = encode(sample, self.template, self.tokenizer)
-        tokens_S, labels_S, images, cut = expand(ids, labels, sample.images, features, self.seq_length)
-        if self.label_mode != "original" and not (labels_S != IGNORE).any():
+        tokens_S, labels_S, images, length = expand(ids, labels, sample.images, features, self.max_length)
+        useless = self.label_mode != "original" and not (labels_S != IGNORE).any()
+        if useless or (length > self.max_length and self.long_samples == "skip"):
             raise BadSample(
                 "too long",
-                f"{sample.origin}: {cut} tokens with its images, and nothing to learn within data.seq_length="
-                f"{self.seq_length}; raise it or shorten the row",
+                f"{sample.origin}: {length} tokens with its images, more than the {self.max_length} of a sample"
+                f"{', and nothing to learn before the cut' if useless else ''}; shorten the row, or raise "
+                "data.seq_length and data.max_sample_length as far as the backbone allows",
             )
         return EncodedSample(
             id=sample.id,
@@ -158,7 +162,8 @@ class Encoder:
             labels_S=labels_S,
             images=images,
             features=features[: len(images)],
-            notes=(*notes, *(["truncated"] if cut > self.seq_length else [])),
+            notes=(*notes, *(["truncated"] if length > self.max_length else [])),
+            length=length,
         )
 
 

@@ -17,6 +17,7 @@ from megatron_moellava.data.sample import BadSample
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error; more is taken for a decompression bomb
 MAX_ASPECT = 64  # a longer image would make the shortest-edge resize explode; its middle is used
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_CONVERTED = {"CMYK": "CMYK", "P": "palette", "PA": "palette"}
 _ORIENTATION = 0x0112
 
 Image.MAX_IMAGE_PIXELS = None  # checked below, before decoding, with a message that names the row
@@ -65,6 +66,10 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
         image_8bit.info, image_8bit._exif = image.info, image.getexif()
         notes.append("16-bit image scaled")
         image = image_8bit
+    if image.mode in _CONVERTED:
+        notes.append(f"{_CONVERTED[image.mode]} colours converted")
+    if image.size == (1, 1):
+        notes.append("image of one pixel")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         notes.append("alpha dropped")
     if rotated:
@@ -116,7 +121,8 @@ def normalise(image: Image.Image, tower) -> np.ndarray:
     """(level / 255 - mean) / std, [3, H, W]; channel by channel, since strided arrays are slow."""
     pixels_CHW = np.empty((3, image.height, image.width), dtype=np.float32)
     for band, plane, mean, std in zip(image.split(), pixels_CHW, tower.image_mean, tower.image_std, strict=True):
-        np.multiply(np.asarray(band), np.float32(1 / (255 * std)), out=plane, dtype=np.float32)
+        plane[...] = np.asarray(band)  # converting by itself: numpy's mixed product would go through a small buffer
+        plane *= np.float32(1 / (255 * std))
         plane -= np.float32(mean / std)
     return pixels_CHW
 

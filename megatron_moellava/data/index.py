@@ -19,7 +19,8 @@ import numpy as np
 from megatron_moellava.config import DataError
 from megatron_moellava.data.sample import BadSample, read_rows
 
-FORMAT = 1  # of the cache; raise it when what is written changes
+FORMAT = 2  # of the cache; raise it when what is written changes
+ORDER = 1  # seed of the rows' order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +28,7 @@ class Index:
     path: Path  # rows.jsonl, Energon's .idx beside it
     rows: int
     duplicates: int  # rows whose id another row has too
+    duplicates_message: str  # names two of them and says what to do; "" if there are none
     fingerprint: str  # of the source file's name, size and time
 
     @property
@@ -53,7 +55,7 @@ def index_json(path: str | Path, cache_folder: str | Path) -> Index:
     if not (folder / "info.json").exists():
         _build(path, folder)
     info = json.loads((folder / "info.json").read_text())
-    return Index(path=folder / "rows.jsonl", rows=info["rows"], duplicates=info["duplicates"], fingerprint=fingerprint)
+    return Index(path=folder / "rows.jsonl", fingerprint=fingerprint, **info)
 
 
 def _build(path: Path, folder: Path) -> None:
@@ -73,16 +75,21 @@ def _write(path: Path, folder: Path) -> None:
     from tqdm import tqdm
 
     offsets, lengths, ids = [0], [], Counter()
+    first: dict[str | int | None, int] = {}
+    repeated = ""
     with open(folder / "unordered", "wb") as file:
         for row, record in tqdm(read_rows(path), desc=f"Indexing {path.name}", unit=" rows", mininterval=1):
             line, length, name = _line(path, row, record)
-            ids[name] += 1
+            ids[name] += name is not None
+            first.setdefault(name, row)
+            if ids[name] == 2 and not repeated:
+                repeated = f"row {row} repeats the id {name!r} of row {first[name]}"
             lengths.append(length)
             offsets.append(offsets[-1] + file.write(line))
     if not lengths:
         raise DataError(f"data.sources.path={path} holds no rows; give a LLaVA JSON or JSONL file with at least one")
     order = list(range(len(lengths)))
-    random.Random(FORMAT).shuffle(order)
+    random.Random(ORDER).shuffle(order)
     with (
         open(folder / "unordered", "rb") as source,
         open(folder / "rows.jsonl", "wb") as rows,
@@ -96,11 +103,17 @@ def _write(path: Path, folder: Path) -> None:
     (folder / "unordered").unlink()
     np.save(folder / "lengths.npy", np.array(lengths, dtype=np.int32))
     np.save(folder / "positions.npy", np.argsort(np.array(order)))
-    duplicates = sum(count for name, count in ids.items() if count > 1 and name is not None)
-    (folder / "info.json").write_text(json.dumps({"rows": len(lengths), "duplicates": duplicates}))
+    duplicates = sum(count for count in ids.values() if count > 1)
+    info = {"rows": len(lengths), "duplicates": duplicates, "duplicates_message": ""}
+    if duplicates:
+        info["duplicates_message"] = (
+            f"{repeated}, {duplicates:,} rows in all share theirs with another; all are trained, but messages and "
+            "metrics cannot tell them apart: give each row its own id"
+        )
+    (folder / "info.json").write_text(json.dumps(info))
 
 
-def _line(path: Path, row: int, record) -> tuple[bytes, int, str | None]:
+def _line(path: Path, row: int, record) -> tuple[bytes, int, str | int | None]:
     """(line, signed number of words, id)"""
     try:
         if isinstance(record, BadSample):
@@ -112,7 +125,7 @@ def _line(path: Path, row: int, record) -> tuple[bytes, int, str | None]:
         message = f"{path.name} row {row}: nested too deeply; remove it"
         line = json.dumps({"row": row, "file": path.name, "bad": ["invalid JSON", message]})
     name = record.get("id") if isinstance(record, dict) else None
-    return line.encode() + b"\n", _num_words(record), name if isinstance(name, str) else None
+    return line.encode() + b"\n", _num_words(record), name if isinstance(name, str | int) else None
 
 
 def _num_words(record) -> int:

@@ -35,3 +35,28 @@ def sample_lengths(count: int, num_features: int, max_length: int, seed: int = 0
     text = means[source] * np.exp(sigmas[source] * rng.standard_normal(count) - sigmas[source] ** 2 / 2)
     tokens = PROMPT_TOKENS + text + images[source] * num_features
     return np.minimum(tokens, max_length).astype(int), images[source].astype(int)
+
+
+def packing_bound(tokens: np.ndarray, capacity: int, grid: int = 16) -> float:
+    """No packing of many such samples into rows of `capacity` has a larger useful share. Needs scipy (extra: dev).
+
+    Samples are rounded down to the grid, which only helps the packing, and may be split over rows in any fraction
+    (the linear relaxation): a row is a path from 0 to `capacity`, a sample an arc of its length, and the arcs of each
+    length must carry as much as there are samples (Valerio de Carvalho 1999, arc-flow bin packing).
+    """
+    from scipy.optimize import linprog
+    from scipy.sparse import coo_array
+
+    sizes, counts = np.unique(np.maximum(tokens // grid, 1), return_counts=True)
+    length = capacity // grid
+    arcs = np.array([(kind, start) for kind, size in enumerate(sizes) for start in range(length - size + 1)])
+    kinds, starts = arcs.T
+    tails = np.concatenate([starts, np.arange(length)])  # the last arcs leave a place empty
+    heads = np.concatenate([starts + sizes[kinds], np.arange(length) + 1])
+    every = np.arange(len(tails))
+    signs, ends = np.repeat([1.0, -1.0], len(tails)), np.concatenate([heads, tails])
+    flow = coo_array((signs, (ends, np.tile(every, 2))), shape=(length + 1, len(tails))).tocsr()[1:length]
+    carried = coo_array((-np.ones(len(kinds)), (kinds, every[: len(kinds)])), shape=(len(sizes), len(tails)))
+    demand = -counts / len(tokens)
+    found = linprog(tails == 0, A_ub=carried.tocsr(), b_ub=demand, A_eq=flow, b_eq=np.zeros(length - 1), method="highs")
+    return float(tokens.mean() / (capacity * found.fun))

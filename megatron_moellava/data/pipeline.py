@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_moellava.config import DataError
 from megatron_moellava.data import media
-from megatron_moellava.data.batch import Batch, pack, pad
+from megatron_moellava.data.batch import Batch, pack, pad, to_wire
 from megatron_moellava.data.encode import EncodedSample, Encoder
 from megatron_moellava.data.packing import CarryOverPacking, select_rows
 from megatron_moellava.data.sample import BadSample, ImageRef, parse_record
@@ -22,6 +22,19 @@ from megatron.energon.flavors.webdataset.structs import FilteredSample
 
 MEMBER_TYPES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 PATIENCE = 200  # samples from which a share of bad ones is judged
+ADVICE = {
+    "truncated": "cut at {cut} of {length} tokens; shorten the row, or raise data.max_sample_length",
+    "tokenization mismatch, sample masked": "the original's label algorithm fails here and nothing of it is trained; "
+    "use data.label_mode=spans",
+    "leading answer dropped": "it begins with an answer, which is dropped; begin with a human turn",
+    "empty answer among others": "an answer is empty and not trained; fill it or remove the turn",
+    "alpha dropped": "transparency is dropped; paste the image onto the background it should have",
+    "16-bit image scaled": "16-bit levels are scaled to 8 bits; store it with 8 bits to control how",
+    "EXIF rotation applied": "it is turned as its EXIF data ask; the original ignores them",
+    "CMYK colours converted": "CMYK becomes RGB as in Pillow; store it as RGB to control how",
+    "palette colours converted": "palette colours become RGB; store it as RGB",
+    "image of one pixel": "an image of a single pixel is used as it is; is it a placeholder?",
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,7 +43,7 @@ class Events:
 
     seen: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (reason, message)
-    notes: list[str] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)  # (kind, message): used all the same
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,7 +81,9 @@ class Pipeline(TaskEncoder):
             encoded = self.encoder(parsed, tuple(count * self.tower.num_features for count in tiles))
         except BadSample as error:
             self.skip(error)
-        self.events.notes += encoded.notes
+        for note in encoded.notes:
+            advice = ADVICE[note].format(cut=len(encoded), length=encoded.length)
+            self.events.notes.append((note, f"{origin}: {advice}"))
         work = Work(encoded=encoded, folder=folder, origin=origin)
         return {"__key__": sample["__key__"], "__restore_key__": sample["__restore_key__"], "work": work}
 
@@ -89,7 +104,9 @@ class Pipeline(TaskEncoder):
             decoded = [media.tiles(ref, work.folder, work.origin, self.tower, self.data) for ref in work.encoded.images]
         except BadSample as error:
             self.skip(error)
-        self.events.notes += [note for _, notes in decoded for note in notes]
+        for ref, (_, notes) in zip(work.encoded.images, decoded, strict=True):
+            where = f"{work.origin}, image {ref.name[:80]!r}"
+            self.events.notes += [(note, f"{where}: {ADVICE[note]}") for note in notes]
         return sample | {"pixels": [pixels for pixels, _ in decoded]}
 
     def build_cook_crude_sample(self, dataset, **kwargs):
@@ -133,7 +150,7 @@ class Pipeline(TaskEncoder):
 
     def deliver(self, made: Batch | None) -> dict:
         events, self.events = self.events, Events()
-        return {"__key__": "", "__restore_key__": (), "batch": made, "events": events}
+        return {"__key__": "", "__restore_key__": (), "batch": made and to_wire(made), "events": events}
 
 
 class GuardedReader:

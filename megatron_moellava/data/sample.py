@@ -52,13 +52,14 @@ class Sample:
     turns: tuple[Turn, ...]  # user and assistant alternate, user first
     images: tuple[ImageRef, ...] = ()  # one per `<image>` in the turns, in that order
     tag: str = ""
+    notes: tuple[str, ...] = ()  # what is odd about it, for the counters
 
 
 def parse_record(record: dict, *, origin: str, max_images: int = 16, video_frames: int = 8) -> Sample:
     """Check one record; raises BadSample."""
     if not isinstance(record, dict):
         raise BadSample("not a record", f"{origin}: a row must be a JSON object, found {type(record).__name__}")
-    turns = _parse_turns(record.get("conversations"), origin)
+    turns, notes = _parse_turns(record.get("conversations"), origin)
     images, turns = _parse_images(record, turns, origin, video_frames)
     placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
     if placeholders != len(images):
@@ -72,14 +73,20 @@ def parse_record(record: dict, *, origin: str, max_images: int = 16, video_frame
             "too many images", f"{origin}: {len(images)} images, more than data.max_images={max_images}; raise it"
         )
     return Sample(
-        id=str(record.get("id", origin)), origin=origin, turns=turns, images=images, tag=str(record.get("tag", ""))
+        id=str(record.get("id", origin)),
+        origin=origin,
+        turns=turns,
+        images=images,
+        tag=str(record.get("tag", "")),
+        notes=notes,
     )
 
 
-def _parse_turns(conversations, origin: str) -> tuple[Turn, ...]:
+def _parse_turns(conversations, origin: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """(turns, notes)"""
     if not isinstance(conversations, list) or not conversations:
         raise BadSample("no conversation", f"{origin}: `conversations` must be a non-empty list of turns")
-    turns = []
+    turns, notes = [], []
     for number, turn in enumerate(conversations):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise BadSample("malformed turn", f"{origin}: turn {number} must be an object with `from` and text `value`")
@@ -88,15 +95,17 @@ def _parse_turns(conversations, origin: str) -> tuple[Turn, ...]:
         if role is None:
             raise BadSample("unknown role", f"{origin}: turn {number} is from {speaker!r}; use 'human' or 'gpt'")
         if number == 0 and role == "assistant":
-            continue  # the original drops a leading answer too
+            notes.append("leading answer dropped")  # as in the original
+            continue
         turns.append(Turn(role=role, text=_utf8(turn["value"], f"{origin}, turn {number}")))
     if any(turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
         raise BadSample(
             "roles do not alternate", f"{origin}: turns must alternate human, gpt, human, gpt; found a repetition"
         )
-    if not any(turn.text for turn in turns if turn.role == "assistant"):
+    answers = [turn.text for turn in turns if turn.role == "assistant"]
+    if not any(answers):
         raise BadSample("empty answer", f"{origin}: no answer to learn from; remove the row or fill the gpt turn")
-    return tuple(turns)
+    return tuple(turns), (*notes, *(["empty answer among others"] if "" in answers else []))
 
 
 def _parse_images(record: dict, turns: tuple[Turn, ...], origin: str, video_frames: int):

@@ -158,7 +158,7 @@ def _members(plan: Plan, line: dict) -> tuple[dict, dict[str, bytes], list[str]]
         raise BadSample(*line["bad"])
     origin = f"{line['file']} row {line['row']}"
     sample = parse_record(line["record"], origin=origin, max_images=plan.max_images, video_frames=plan.video_frames)
-    files, notes = {}, []
+    files, notes = {}, list(sample.notes)
     for number, ref in enumerate(sample.images):
         data, kind, found = _image_file(ref, plan.image_folder, origin)
         files[f"{number}.{kind}"] = data
@@ -203,6 +203,7 @@ def _summary(plan: Plan, index: Index, reports: list[dict]) -> dict:
         "bytes": sum(report["bytes"] for report in reports),
         "shards": len(reports),
         "rows_with_duplicate_id": index.duplicates,
+        "duplicates_message": index.duplicates_message,
         "skipped": dict(Counter(reason for reason, _ in skipped)),
         "skipped_rows": [message for _, message in skipped],
         "notes": dict(Counter(note for report in reports for note in report["notes"])),

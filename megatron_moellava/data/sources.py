@@ -33,6 +33,8 @@ class OpenSource:
     weight: float  # times per epoch
     fingerprint: str
     index: Index | None  # None: shards
+    duplicates: int = 0  # rows whose id another row has too
+    duplicates_message: str = ""
 
 
 def open_source(source, cache_folder: str | Path | None) -> OpenSource:
@@ -46,6 +48,8 @@ def open_source(source, cache_folder: str | Path | None) -> OpenSource:
         weight=source.weight,
         fingerprint=index.fingerprint,
         index=index,
+        duplicates=index.duplicates,
+        duplicates_message=index.duplicates_message,
     )
 
 
@@ -72,7 +76,17 @@ def _open_shards(path: Path, weight: float) -> OpenSource:
     counts = yaml.safe_load(info.read_text())["shard_counts"]
     digest = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:16]
     rows = sum(counts.values())
-    return OpenSource(path=str(path.resolve()), rows=rows, weight=weight, fingerprint=digest, index=None)
+    report = path / "report.json"  # of tools/prepare_data.py
+    known = json.loads(report.read_text()) if report.exists() else {}
+    return OpenSource(
+        path=str(path.resolve()),
+        rows=rows,
+        weight=weight,
+        fingerprint=digest,
+        index=None,
+        duplicates=known.get("rows_with_duplicate_id", 0),
+        duplicates_message=known.get("duplicates_message", ""),
+    )
 
 
 class EnergonEngine:

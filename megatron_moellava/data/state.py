@@ -7,6 +7,7 @@ and rebuilt only from the classes below; anything else is an error.
 import base64
 import dataclasses
 import zlib
+from collections import Counter
 
 import numpy as np
 import torch
@@ -84,27 +85,25 @@ def _unpack(text: str) -> bytes:
     return zlib.decompress(base64.b64decode(text))
 
 
-def redistribute(saved: list[dict], world_size: int, num_workers: int) -> list[dict]:
-    """States of all ranks -> states for another number of ranks, so that every step meets the same samples as before.
+def redistribute(saved: list[dict], world_size: int, num_workers: int | None = None) -> list[dict]:
+    """States of all ranks -> states for another number of ranks and workers. Raises DataError where that is not exact.
 
-    Energon's workers know their share by global number, so they may move between ranks if ranks x workers stays; the
-    order in which a rank visits its workers must just be at its start, as it is every `num_workers` batches. The
-    modality sampler deals the micro-batches of one global order, so that any number of ranks will do that divides a step.
+    Energon's workers know their share by global number, so they may move between ranks if ranks x workers stays the
+    same; the order in which a rank visits its workers must just be at its start, as it is every `num_workers` batches.
+    The modality sampler (no `num_workers`) just needs a whole number of micro-batches per rank.
     """
-    deal = _deal_order if "position" in saved[0]["engine"] else _deal_workers
-    engines, changed = deal(saved, world_size, num_workers)
-    empty = {"seen": 0, "skipped": {}, "notes": {}}
-    return [
-        {
-            "fingerprint": saved[0]["fingerprint"] | changed | {"rank": rank, "world_size": world_size},
-            "engine": engine,
-            "counters": saved[0]["counters"] if rank == 0 else empty,
-        }
-        for rank, engine in enumerate(engines)
-    ]
+    moved = _moved_position if num_workers is None else _moved_workers
+    result = moved(saved, world_size, num_workers)
+    counters = {"seen": 0, "skipped": {}, "notes": {}}
+    for rank, state_ in enumerate(result):
+        state_["fingerprint"] = (
+            saved[0]["fingerprint"] | state_["fingerprint"] | {"rank": rank, "world_size": world_size}
+        )
+        state_["counters"] = counters if rank else _added_up([state["counters"] for state in saved])
+    return result
 
 
-def _deal_workers(saved: list[dict], world_size: int, num_workers: int) -> tuple[list[dict], dict]:
+def _moved_workers(saved: list[dict], world_size: int, num_workers: int) -> list[dict]:
     workers = [worker for state_ in saved for worker in state_["engine"]["fields"]["worker_states"]["list"]]
     if world_size * max(1, num_workers) != len(workers):
         raise DataError(
@@ -116,15 +115,25 @@ def _deal_workers(saved: list[dict], world_size: int, num_workers: int) -> tuple
             "the checkpoint was taken between two workers' turns; to continue with other ranks or workers, use one whose "
             "step is a multiple of data.num_workers micro-batches"
         )
-    size, engine = len(workers) // world_size, saved[0]["engine"]
-    shares = [{"worker_states": {"list": workers[rank * size :][:size]}} for rank in range(world_size)]
-    return [engine | {"fields": engine["fields"] | share} for share in shares], {"num_workers": num_workers}
+    per_rank, first = len(workers) // world_size, saved[0]["engine"]
+    shares = [{"worker_states": {"list": workers[rank * per_rank :][:per_rank]}} for rank in range(world_size)]
+    engines = [first | {"fields": first["fields"] | share} for share in shares]
+    return [{"fingerprint": {"num_workers": num_workers}, "engine": engine} for engine in engines]
 
 
-def _deal_order(saved: list[dict], world_size: int, num_workers: int) -> tuple[list[dict], dict]:
-    position = saved[0]["engine"]["position"] * len(saved)
-    accumulated = saved[0]["fingerprint"]["accumulation_steps"] * len(saved)
-    if position % world_size or accumulated % world_size:
-        raise DataError(f"the micro-batches of a step, {accumulated}, cannot be dealt to {world_size} ranks evenly")
-    engine = saved[0]["engine"] | {"position": position // world_size}
-    return [engine] * world_size, {"accumulation_steps": accumulated // world_size}
+def _moved_position(saved: list[dict], world_size: int, num_workers: None) -> list[dict]:
+    engine = saved[0]["engine"]
+    position, rest = divmod(engine["position"] * len(saved), world_size)
+    if rest:
+        raise DataError(
+            f"the checkpoint was taken after {engine['position'] * len(saved)} micro-batches of the epoch, which "
+            f"{world_size} ranks cannot have shared equally; use another checkpoint or number of ranks"
+        )
+    return [{"fingerprint": {}, "engine": engine | {"position": position}} for _ in range(world_size)]
+
+
+def _added_up(counters: list[dict]) -> dict:
+    total = {"seen": sum(found["seen"] for found in counters)}
+    for kind in ("skipped", "notes"):
+        total[kind] = dict(sum((Counter(found[kind]) for found in counters), Counter()))
+    return total

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_moellava.config import DataError
 from megatron_moellava.data.encode import Encoder
 from megatron_moellava.data.index import Index
 from megatron_moellava.data.packing import select_rows
 from megatron_moellava.data.sample import BadSample, parse_record
 
+LIMIT = 20_000  # rows that are tokenised
 
-def token_lengths(index: Index, encoder: Encoder, *, limit: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
+
+def token_lengths(index: Index, encoder: Encoder, *, limit: int = LIMIT) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, images) of up to `limit` rows (they are in random order), images expanded, cut at seq_length."""
     from tqdm import tqdm
 
@@ -28,6 +31,10 @@ def token_lengths(index: Index, encoder: Encoder, *, limit: int = 20_000) -> tup
                 continue
             tokens.append(len(encoded))
             images.append(len(encoded.images))
+    if not tokens:
+        raise DataError(
+            f"no row of {index.path.parent.name} can be used; prepare_data.py without --statistics says why"
+        )
     return np.array(tokens), np.array(images)
 
 
@@ -45,8 +52,9 @@ def packing(lengths: np.ndarray, seq_length: int, buffer: int) -> list[list[int]
 
 
 def describe(tokens: np.ndarray, images: np.ndarray, seq_length: int, buffer: int) -> dict:
-    rows = packing(tokens, seq_length, buffer)
-    filled = [int(tokens[row].sum()) for row in rows]
+    stream = np.tile(tokens, max(1, -(-4 * buffer // len(tokens))))  # training repeats a small set, too
+    rows = packing(stream, seq_length, buffer)
+    filled = [int(stream[row].sum()) for row in rows]
     grouped = np.array_split(tokens, max(1, len(tokens) // 8))
     padded = sum(len(part) * int(part.max()) for part in grouped if len(part))
     return {

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from megatron_moellava.config import ConfigError
+from megatron_moellava.data.qwen_tokenizer import RANKS, qwen_tokenizer
 
 # Padding is the unknown token, as in the original (specification 3.5): the native one (Llama, Mistral, MiniCPM),
 # StableLM-2's reserved one, Qwen-1's reserved one, else a new token with this name (Phi-2, Qwen1.5).
@@ -95,14 +96,17 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, folder: str | Path):
         from transformers import AutoTokenizer
 
-        self.model = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        if (Path(folder) / RANKS).exists() and not (Path(folder) / "tokenizer.json").exists():
+            self.model = qwen_tokenizer(Path(folder))
+        else:
+            self.model = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         if not self.model.is_fast:
             raise ConfigError(
                 f"data.tokenizer={folder}: {type(self.model).__name__} has no character offsets; "
                 "save it as tokenizer.json, or give the SentencePiece .model file"
             )
-        vocabulary = self.model.get_vocab()
-        unknown = next((token for token in UNKNOWN_TOKENS if token in vocabulary), None)
+        reserved = self.model.get_added_vocab()  # in Qwen's vocabulary "<unk>" is a word like any other
+        unknown = next((token for token in UNKNOWN_TOKENS if token in reserved or token == self.model.unk_token), None)
         if unknown is None:
             unknown = UNKNOWN_TOKENS[-1]
             self.model.add_special_tokens({"unk_token": unknown})

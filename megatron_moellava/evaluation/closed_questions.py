@@ -55,7 +55,7 @@ def predict(
             else _received(source, len(mine)),
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(mine),
-            seq_length=encoder.seq_length,
+            seq_length=encoder.max_length,
             micro_batch_size=1,
             forward_only=True,
         )
@@ -94,12 +94,12 @@ class Plan:
     def of_rank(self, rank: int, size: int) -> list[list[tuple[int, EncodedSample]]]:
         """Packed rows of one data-parallel rank; every rank gets equally many (experts meet across ranks)."""
         packed: list[list[tuple[int, EncodedSample]]] = [[]]
-        space = self.encoder.seq_length
+        space = self.encoder.max_length
         for index, row in enumerate(self.rows):
             sample = self.encoder(parse_record(_record(index, row), origin=f"question {index}"))
             if len(sample) > space:
                 packed.append([])
-                space = self.encoder.seq_length
+                space = self.encoder.max_length
             packed[-1].append((index, sample))
             space -= len(sample)
         packed += packed[: -len(packed) % size]
@@ -116,7 +116,7 @@ class Plan:
                 pixels = [
                     media.pixels(ref, str(self.image_folder), "question", tower, "pad")[0][None] for ref in images
                 ]
-            yield pack(samples, pixels, self.encoder.seq_length, self.encoder.tokenizer.pad_id, shape)
+            yield pack(samples, pixels, self.encoder.max_length, self.encoder.tokenizer.pad_id, shape)
 
     def read(self, packed: list[tuple[int, EncodedSample]], guess_S: np.ndarray) -> dict[int, str]:
         """Predictions of the questions in one packed row."""

@@ -1,13 +1,27 @@
 """The benchmark runner's engine over a checkpoint: its requests become those of inference/."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from megatron_moellava.evaluation.runner import Answer, Request
 from megatron_moellava.inference.engine import Engine
+from megatron_moellava.inference.requests import Completion, Sampling
 from megatron_moellava.inference.requests import Request as GenerationRequest
-from megatron_moellava.inference.requests import Sampling
 
 AHEAD = 8  # requests waiting: pictures are opened when their turn is near, not all at the start
+
+
+def completions(engine: Engine, requests: Iterable[GenerationRequest]) -> Iterator[Completion]:
+    """One completion per request, each as soon as it is finished; requests are taken one by one, as places come free.
+
+    Every process of the run calls it, also without a request of its own. An answer ends where the model's positions do.
+    """
+    todo = iter(requests)
+    while True:
+        while len(engine.waiting) < AHEAD and (request := next(todo, None)) is not None:
+            engine.submit(*engine.fit(request))
+        if not engine.anyone_busy():
+            return
+        yield from (event.completion for event in engine.step() if event.completion is not None)
 
 
 class CheckpointEngine:
@@ -17,23 +31,15 @@ class CheckpointEngine:
         self.engine = engine
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Answer]:
-        todo = iter(requests)
-        left = len(requests)
-        while True:
-            while left and len(self.engine.waiting) < AHEAD:
-                self.engine.submit(self._translated(next(todo)))
-                left -= 1
-            if not self.engine.anyone_busy():
-                return
-            for event in self.engine.step():
-                if event.completion is not None:
-                    yield Answer(request_id=event.request_id, text=event.completion.text)
+        for completion in completions(self.engine, map(_translated, requests)):
+            yield Answer(request_id=completion.request_id, text=completion.text)
 
-    def _translated(self, request: Request) -> GenerationRequest:
-        return GenerationRequest(
-            id=request.id,
-            turns=request.turns,
-            images=tuple(picture.open() for picture in request.images),
-            sampling=Sampling(max_new_tokens=request.max_new_tokens, temperature=request.temperature),
-            image_aspect_ratio=request.image_aspect_ratio,
-        )
+
+def _translated(request: Request) -> GenerationRequest:
+    return GenerationRequest(
+        id=request.id,
+        turns=request.turns,
+        images=tuple(picture.open() for picture in request.images),
+        sampling=Sampling(max_new_tokens=request.max_new_tokens, temperature=request.temperature),
+        image_aspect_ratio=request.image_aspect_ratio,
+    )

@@ -15,6 +15,8 @@ from megatron_moellava.evaluation.questions import read_json
 from megatron_moellava.evaluation.scorers.yes_no import POPE_CATEGORIES
 from megatron_moellava.evaluation.tasks import TASKS, Task
 
+_POPE = ("pope", "quickstart_pope")  # with a table of their categories
+
 
 def score_and_submit(task: Task, answered: Answered, *, bootstrap_samples: int = BOOTSTRAP_SAMPLES) -> dict:
     """Scores what can be scored here, writes the submission file where there is a server; returns the record."""
@@ -75,7 +77,7 @@ def format_table(records: Sequence[Mapping]) -> str:
     models = dict.fromkeys(record["model"] for record in records)
     rows += [[f"**{model}** (ours)", "", "", *_our_cells(records, model, notes)] for model in models]
     footnotes = "".join(f"\n[{number}] {note}" for number, note in enumerate(notes, start=1))
-    pope = "".join(_pope_table(record) for record in records if record["benchmark"] == "pope" and record.get("details"))
+    pope = "".join(_pope_table(record) for record in records if record["benchmark"] in _POPE and record.get("details"))
     error = "\nOurs ± bootstrap standard error; the paper gives none.\n"
     return _markdown(rows) + error + (footnotes + "\n" if footnotes else "") + pope
 
@@ -107,8 +109,9 @@ def _pope_table(record: Mapping) -> str:
     def cell(numbers: Sequence[float]) -> str:
         return " / ".join(f"{number:.1f}" for number in numbers)
 
-    rows = [["POPE: accuracy / F1 / yes", *POPE_CATEGORIES]]
-    rows += [[row.model, *map(cell, row.pope)] for row in PUBLISHED if row.pope]
+    rows = [[f"{record['title']}: accuracy / F1 / yes", *POPE_CATEGORIES]]
+    if record["title"] in COLUMNS:
+        rows += [[row.model, *map(cell, row.pope)] for row in PUBLISHED if row.pope]
     ours = [record["details"].get(category) for category in POPE_CATEGORIES]
     rows.append(
         [

@@ -18,10 +18,12 @@ from megatron_moellava.evaluation import submission
 from megatron_moellava.evaluation.answered import Answered
 from megatron_moellava.evaluation.metrics import Score
 from megatron_moellava.evaluation.questions import READERS, Question
+from megatron_moellava.evaluation.quickstart_pope import read_quickstart_pope
 from megatron_moellava.evaluation.scorers import choice, held_out, judged, text, yes_no
 
 _EVAL_ZIP = "LLaVA's eval.zip (github.com/haotian-liu/LLaVA, docs/Evaluation.md)"
 _OPTION_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
+_READERS = READERS | {"quickstart_pope": read_quickstart_pope}
 _MMBENCH_URL = "download.openmmlab.com/mmclassification/datasets/mmbench"
 
 
@@ -31,7 +33,7 @@ class Task:
     title: str  # the paper's column where there is one
     folder: str  # inside --data
     questions: str  # the question file, inside the folder
-    reader: str  # a name in questions.READERS
+    reader: str  # a name in _READERS
     images: str = ""  # folder with the pictures, inside the folder; "": in the question file, or the folder itself
     suffix: str = ""  # what the original's driver appends to the question
     image_aspect_ratio: str = "model"  # "model": as the model was trained (pad); "square": the processor alone
@@ -65,9 +67,9 @@ class Task:
     def read(self, data: Path, *, circular: bool = False, asking: bool = True) -> list[Question]:
         """All questions in the file's order; `asking` also wants the pictures. DataError: empty, or an id repeats."""
         folder = self.check_data(data, asking=asking)
-        if circular and f"{self.reader}_circular" not in READERS:
+        if circular and f"{self.reader}_circular" not in _READERS:
             raise ConfigError(f"circular=True: {self.title} has no options to rotate; only the MMBench tasks have")
-        reader = READERS[f"{self.reader}_circular" if circular else self.reader]
+        reader = _READERS[f"{self.reader}_circular" if circular else self.reader]
         questions = reader(folder / self.questions, folder / self.images)
         if not questions:
             raise DataError(f"{folder / self.questions} holds no question; fetch it again from {self.origin}")
@@ -232,6 +234,17 @@ _ALL = (
         images="images",
         max_new_tokens=16,
         score=partial(held_out.held_out, train_file="conversations.json"),
+        origin="examples/quickstart/make_data.py",
+    ),
+    Task(
+        name="quickstart_pope",
+        title="quickstart POPE",
+        folder=".",
+        questions="test.jsonl",
+        reader="quickstart_pope",
+        images="images",
+        max_new_tokens=16,
+        score=yes_no.quickstart_pope,
         origin="examples/quickstart/make_data.py",
     ),
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_moellava import parallel
-from megatron_moellava.config import ConfigError
+from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.inference.chat import Conversation, run_chat
 from megatron_moellava.inference.engine import Engine
 from megatron_moellava.inference.load import layout_of, load_for_inference
@@ -20,6 +20,11 @@ EXAMPLE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def open_engine(args: argparse.Namespace, **options) -> Engine:
+    if not Path(args.load).exists():
+        raise CheckpointError(
+            f"--load={args.load} does not exist; name a checkpoint folder, or run `make quickstart`, which writes "
+            "runs/quickstart/stage3"
+        )
     return load_for_inference(
         args.load,
         tokenizer=args.tokenizer,

@@ -1,14 +1,18 @@
 """Core attention over torch's scaled_dot_product_attention, for machines without Transformer Engine.
 
-Megatron-core's own DotProductAttention refuses packed rows; this one takes them, grouped queries, padded batches and
-KV caches, with the same interface. Shapes: S sequence, B batch, T packed tokens, N samples in a row, H heads,
-G query groups, D channels of a head.
+Megatron-core's own DotProductAttention refuses packed rows and context parallelism; this one takes them, grouped queries,
+padded batches and KV caches, with the same interface. Under context parallelism it serves GPUs as well. Shapes: S
+sequence, L positions of this rank, B batch, T packed tokens, N samples in a row, H heads, G query groups, D channels of a
+head.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from megatron_moellava.model.context_parallel import attention_pieces, chunks_of_rank, gather_positions
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -38,6 +42,7 @@ class SdpaCoreAttention(MegatronModule):
     ):
         super().__init__(config=config)
         self.attn_mask_type = attn_mask_type
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -53,6 +58,9 @@ class SdpaCoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """Returns [S, B, H * D]. `attention_mask` [B or 1, 1, Sq, Sk]: True = may not attend; None: by the mask type."""
         assert attention_bias is None, "attention bias is not supported"
+        if self.cp_group is not None:
+            assert attention_mask is None, "context parallelism knows causal rows, packed or not"
+            return self._share_of_row(query_SBHD, key_SBGD, value_SBGD, packed_seq_params)
         if packed_seq_params is not None:
             return self._packed(query_SBHD, key_SBGD, value_SBGD, packed_seq_params)
         query, key, value = (item.permute(1, 2, 0, 3) for item in (query_SBHD, key_SBGD, value_SBGD))
@@ -95,6 +103,20 @@ class SdpaCoreAttention(MegatronModule):
         else:
             context_NSHD = self._attend(query, key, value, None, is_causal=True).transpose(1, 2)
         return context_NSHD[valid_NS].flatten(1).unsqueeze(1)
+
+    def _share_of_row(self, query_LBHD, key_LBGD, value_LBGD, packed: PackedSeqParams | None) -> torch.Tensor:
+        """Causal attention of this rank's positions to the whole row, sample by sample (`context_parallel.py`)."""
+        key_SBGD, value_SBGD = gather_positions(torch.cat([key_LBGD, value_LBGD], -1)).chunk(2, -1)
+        length = key_SBGD.shape[0]
+        boundaries = [0, length] if packed is None else packed.cu_seqlens_q.tolist()
+        parts = []
+        for piece in attention_pieces(chunks_of_rank(length, self.cp_group.size(), self.cp_group.rank()), boundaries):
+            query, key, value = query_LBHD[piece.queries], key_SBGD[piece.keys], value_SBGD[piece.keys]
+            query, key, value = (item.permute(1, 2, 0, 3) for item in (query, key, value))
+            is_whole = query.shape[2] == key.shape[2]
+            bias = None if is_whole else causal_lower_right(query.shape[2], key.shape[2])
+            parts.append(self._attend(query, key, value, bias, is_causal=is_whole).permute(2, 0, 1, 3))
+        return torch.cat(parts).flatten(2)
 
 
 def segment_rows(cu_seqlens: torch.Tensor, max_seqlen: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,10 +11,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_moellava.config import CheckpointError
+from megatron_moellava.backbones import BACKBONES, backbone_fields
+from megatron_moellava.config import CheckpointError, to_dict
 from megatron_moellava.model.integrity import DamagedCheckpoint, check_seal, verify_files
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.model.placement import moe_layer_freq
 from megatron_moellava.safe_pickle import guard
+from megatron_moellava.towers import TOWERS, tower_fields
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -67,6 +70,23 @@ def read_run_file(checkpoint: Path) -> dict:
     return description
 
 
+def model_names(checkpoint: Path) -> dict:
+    """`model.backbone` and `model.tower` of a run that goes on from a checkpoint.
+
+    A known name, if that is what the checkpoint holds; else the checkpoint itself, which has every field: it may come from
+    a folder that is gone, or have another feature layer.
+    """
+    model = read_run_file(checkpoint)["model"]
+    known = {"backbone": (BACKBONES, backbone_fields), "tower": (TOWERS, tower_fields)}
+    return {
+        part: model[part]
+        if model[part] in registry and fields_of(registry[model[part]]) == model[f"{part}_fields"]
+        else str(checkpoint)
+        for part, (registry, fields_of) in known.items()
+        if model[part] is not None
+    }
+
+
 def model_state(chunks: list[MoELlava]) -> dict:
     """Sharded tensors of the model by local name; names of virtual stages are told apart by a prefix."""
     metadata = {
@@ -87,12 +107,12 @@ def verify(checkpoint: Path) -> None:
 
 
 def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = False) -> None:
-    """Fill the model from a checkpoint of any layout. Raises CheckpointError that lists every missing or surplus tensor."""
+    """Fill the model from a checkpoint of any layout. Raises CheckpointError that lists every field and tensor that differs."""
     if not verified:
         verify(checkpoint)
     state = model_state(chunks)
     stored = _stored_tensors(checkpoint)
-    _check_tensors(checkpoint, state, stored)
+    _check_tensors(checkpoint, state, stored, differing_fields(read_run_file(checkpoint)["model"], chunks[0]))
     _carry_unused_tower(checkpoint, chunks[0], stored)
     loaded = dist_checkpointing.load({"model": state}, str(checkpoint))["model"]
     for index, chunk in enumerate(chunks):
@@ -108,7 +128,55 @@ def _stored_tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.global_shape) for name, value in metadata.items() if not name.startswith("optimizer.")}
 
 
-def _check_tensors(checkpoint: Path, state: dict, stored: dict[str, tuple[int, ...]]) -> None:
+def differing_fields(stored: dict, model: MoELlava) -> list[str]:
+    """What run.json says of the checkpoint's model and this run contradicts: `backbone.rotary_base 1e4 there, 1e6 here`.
+
+    Some of it changes no tensor's shape, and would only be seen in what the model says.
+    """
+    here = {
+        "backbone": backbone_fields(model.backbone),
+        "tower": tower_fields(model.tower),
+        "moe": _moe_fields(to_dict(model.run.moe) if model.run.moe else None, model.backbone.num_layers),
+    }
+    there = {
+        "backbone": stored.get("backbone_fields") or {},  # a converter of another program may not describe its model
+        "tower": stored.get("tower_fields") or {},
+        "moe": _moe_fields(stored["moe"], model.backbone.num_layers),
+    }
+    plain = json.loads(json.dumps(here))
+    return [
+        f"{section}.{name} {there[section][name]} there, {value} here"
+        for section, fields in plain.items()
+        for name, value in fields.items()
+        if name not in _FREE_FIELDS and name in there[section] and there[section][name] != value
+    ]
+
+
+# A name, how long rows may be, and what regularises training are no part of what the weights mean.
+_FREE_FIELDS = (
+    "name",
+    "source",
+    "family",
+    "template",
+    "max_position_embeddings",
+    "attention_dropout",
+    "hidden_dropout",
+)
+
+
+def _moe_fields(moe: dict | None, num_layers: int) -> dict:
+    """The fields of a run's MoE section that its tensors depend on."""
+    if moe is None:
+        return {"num_experts": None}
+    placement = moe["placement"]
+    layers = moe_layer_freq(placement if isinstance(placement, str) else tuple(placement), num_layers)
+    names = ("num_experts", "use_residual", "moe_shared_expert_intermediate_size")
+    return {name: moe[name] for name in names if name in moe} | {
+        "layers": [i for i, is_moe in enumerate(layers) if is_moe]
+    }
+
+
+def _check_tensors(checkpoint: Path, state: dict, stored: dict[str, tuple[int, ...]], fields: list[str]) -> None:
     """Compare keys and shapes of the whole model (over all stages and experts) with the checkpoint's."""
     here = {value.key: _shape(value) for value in nested_values(state) if isinstance(value, ShardedBase)}
     everywhere: list[dict[str, tuple[int, ...] | None]] = [{}] * dist.get_world_size()
@@ -121,9 +189,10 @@ def _check_tensors(checkpoint: Path, state: dict, stored: dict[str, tuple[int, .
         for name, shape in wanted.items()
         if shape is not None and name in stored and stored[name] != shape
     }
-    if missing or surplus or other:
+    if fields or missing or surplus or other:
         raise CheckpointError(
-            f"{checkpoint} does not fit this model.\n  missing: {_some(missing)}\n  not wanted: {_some(surplus)}\n"
+            f"{checkpoint} does not fit this model.\n  other fields: {'; '.join(fields) or 'none'}\n"
+            f"  missing: {_some(missing)}\n  not wanted: {_some(surplus)}\n"
             f"  other shape: {_some(other)}\n"
             "  A dense checkpoint becomes a MoE one with `tools/convert.py upcycle`; `tools/convert.py inspect` shows it."
         )

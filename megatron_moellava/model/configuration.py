@@ -1,5 +1,6 @@
 """Backbone, tower and run -> Megatron-Core's TransformerConfig, one for each of decoder, tower and projector."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoEConfig, RunConfig
+from megatron_moellava.model.pipeline import stage_layers
+from megatron_moellava.model.placement import moe_layer_freq
 from megatron_moellava.towers import Tower
 
 from megatron.core.activations import quick_gelu
@@ -28,17 +31,24 @@ RECOMPUTE = {  # config value -> (granularity, modules)
 }
 
 
-def moe_layer_freq(placement: str | tuple[int, ...], num_layers: int) -> list[int]:
-    """1 for a MoE layer, 0 for a dense one: "sparse" of 4 layers -> [1, 0, 1, 0]; (1, 3) -> [0, 1, 0, 1]."""
-    half = num_layers // 2
-    named = {
-        "first_half": range(half),
-        "second_half": range(half, num_layers),
-        "sparse": range(0, num_layers, 2),
-        "dense": range(num_layers),
-    }
-    chosen = set(named[placement] if isinstance(placement, str) else placement)
-    return [int(layer in chosen) for layer in range(num_layers)]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Recipe:
+    """How Transformer Engine's recipe of the same name scales; `fp8.py` does it where there is no GPU."""
+
+    format: str  # "e4m3" for all operands, or "hybrid": gradients in E5M2
+    history: int = 0  # optimizer steps whose amaxes set the scale; 0: the operand's own
+    block: int | None = None  # entries of a row that share a scale; None: the whole tensor
+    square_weights: bool = False  # weights in blocks of block x block
+    power_of_two: bool = False  # scales are powers of two (E8M0 in MXFP8)
+    multiple: int = 16  # rows of each expert are padded to it
+
+
+FP8_RECIPES = {
+    "delayed": Fp8Recipe(format="hybrid", history=1024),
+    "tensorwise": Fp8Recipe(format="hybrid"),
+    "blockwise": Fp8Recipe(format="e4m3", block=128, square_weights=True, power_of_two=True),
+    "mxfp8": Fp8Recipe(format="e4m3", block=32, power_of_two=True, multiple=32),
+}
 
 
 def transformer_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
@@ -61,6 +71,7 @@ def transformer_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
         attention_dropout=backbone.attention_dropout,
         hidden_dropout=backbone.hidden_dropout,
         num_layers_in_first_pipeline_stage=run.parallel.num_layers_in_first_pipeline_stage,
+        pipeline_model_parallel_layout=_pipeline_layout(stage_layers(run, backbone)),
         recompute_granularity=granularity,
         recompute_modules=recompute_modules,
         recompute_method="uniform" if granularity == "full" else None,
@@ -69,8 +80,16 @@ def transformer_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
         apply_rope_fusion=platform.HAS_TRANSFORMER_ENGINE and backbone.rope_scaling is None,
         **_shared_fields(run),
         **(_moe_fields(run.moe, backbone) if run.moe else _DENSE_FIELDS),
-        **_fp8_fields(run.training.fp8),
+        **_fp8_fields(run),
     )
+
+
+def _pipeline_layout(layers: list[int] | None) -> list[list[str]] | None:
+    """Megatron-Core's way to say it: [1, 3] -> [[embedding, decoder], [decoder, decoder, decoder, loss]]."""
+    if layers is None:
+        return None
+    stages = [["decoder"] * count for count in layers]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def _fusable(backbone: Backbone) -> bool:
@@ -81,7 +100,7 @@ def _fusable(backbone: Backbone) -> bool:
 def _shared_fields(run: RunConfig, **overrides) -> dict:
     """Fields that the decoder, the tower and the projector have in common."""
     parallel, dtype = run.parallel, DTYPES[run.training.precision]
-    tensor_parallel = parallel.tensor_model_parallel_size
+    tensor_parallel, fusion = parallel.tensor_model_parallel_size, run.optimizer.gradient_accumulation_fusion
     return {
         "tensor_model_parallel_size": tensor_parallel,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
@@ -95,7 +114,7 @@ def _shared_fields(run: RunConfig, **overrides) -> dict:
         "bf16": dtype == torch.bfloat16,
         "batch_p2p_comm": platform.HAS_CUDA,  # on gloo a batch of both directions gives silently wrong numbers
         "variable_seq_lengths": not run.data.packing,
-        "gradient_accumulation_fusion": platform.HAS_TRANSFORMER_ENGINE,
+        "gradient_accumulation_fusion": platform.HAS_GRADIENT_FUSION if fusion is None else fusion,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "bias_dropout_fusion": False,
@@ -131,8 +150,27 @@ def _moe_fields(moe: MoEConfig, backbone: Backbone) -> dict:
     }
 
 
-def _fp8_fields(recipe: str | None) -> dict:
-    return {"fp8": "hybrid", "fp8_recipe": recipe} if recipe else {}
+def _fp8_fields(run: RunConfig) -> dict:
+    """Which layers stay in high precision; on a GPU also Transformer Engine's recipe (on a CPU `fp8.py` has its own)."""
+    training = run.training
+    if training.fp8 is None:
+        return {}
+    first, last = training.num_layers_at_start_in_bf16, training.num_layers_at_end_in_bf16
+    fields = {
+        "first_last_layers_bf16": first + last > 0,
+        "num_layers_at_start_in_bf16": first,
+        "num_layers_at_end_in_bf16": last,
+    }
+    if not platform.HAS_TRANSFORMER_ENGINE:
+        return fields
+    recipe = FP8_RECIPES[training.fp8]
+    return fields | {
+        "fp8": recipe.format,
+        "fp8_recipe": training.fp8,
+        "fp8_amax_history_len": recipe.history or 1,
+        "fp8_amax_compute_algo": "max",
+        "moe_router_padding_for_quantization": run.moe is not None and run.moe.moe_router_padding_for_quantization,
+    }
 
 
 def tower_config(tower: Tower, run: RunConfig) -> TransformerConfig:

@@ -86,14 +86,18 @@ class GroupedLinear(MegatronModule):
 
     def forward(self, input_NI: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, list | None]:
         """[N, I] sorted by expert -> [N, O], and the biases if the caller adds them (weighted by the router)."""
-        offsets_E = torch.tensor(tokens_per_expert, device=input_NI.device).cumsum(0, dtype=torch.int32)
-        output_NO = F.grouped_mm(input_NI, self._stacked("weight").transpose(1, 2), offs=offsets_E)
+        output_NO = self.product(input_NI, self._stacked("weight"), tokens_per_expert)
         if not self.use_bias:
             return output_NO, None
         if self.skip_bias_add:
             return output_NO, [getattr(self, f"bias{index}") for index in range(self.num_experts)]
         counts_E = torch.tensor(tokens_per_expert, device=input_NI.device)
         return output_NO + self._stacked("bias").repeat_interleave(counts_E, dim=0, output_size=input_NI.shape[0]), None
+
+    def product(self, input_NI: torch.Tensor, weight_EOI: torch.Tensor, tokens_per_expert: list[int]) -> torch.Tensor:
+        """[N, I] sorted by expert x [E, O, I] -> [N, O]. `fp8.py` puts another one in its place."""
+        offsets_E = torch.tensor(tokens_per_expert, device=input_NI.device).cumsum(0, dtype=torch.int32)
+        return F.grouped_mm(input_NI, weight_EOI.transpose(1, 2), offs=offsets_E)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """One entry per expert under the key of the sequential experts, so that both read each other's checkpoints."""

@@ -16,17 +16,23 @@ class DamagedCheckpoint(CheckpointError):
     """A file of a checkpoint is missing or is not what was written."""
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """{path below `folder`: SHA-256} of all files; collective. Rank r reads every n-th file, starting with its own number."""
+def file_digests(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
+    """{path below `folder`: SHA-256} of all files; collective. Rank r reads every n-th file, starting with its own number.
+
+    `known`: what this rank has computed before; those files are not read again.
+    """
+    done = _shared(known or {})
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return _shared({name: _digest(folder / name) for name in names[dist.get_rank() :: dist.get_world_size()]})
+    missing = [name for name in names if name not in done]
+    mine = missing[dist.get_rank() :: dist.get_world_size()]
+    return done | _shared({name: file_digest(folder / name) for name in mine})
 
 
 def verify_files(checkpoint: Path, expected: dict[str, str]) -> None:
     """Raises DamagedCheckpoint, on all ranks, that names every file which is missing or differs from what was written."""
     names = sorted(expected)[dist.get_rank() :: dist.get_world_size()]
     found = _shared(
-        {name: _digest(checkpoint / name) if (checkpoint / name).is_file() else "missing" for name in names}
+        {name: file_digest(checkpoint / name) if (checkpoint / name).is_file() else "missing" for name in names}
     )
     damaged = [
         f"{name} ({'is missing' if found[name] == 'missing' else 'differs from what was written'})"
@@ -53,7 +59,8 @@ def _checksum(description: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of one file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -65,16 +65,25 @@ class LocalModules(LocalSpecProvider):
         return partial(SequentialMLP, submodules=MLPSubmodules(ColumnParallelLinear, SequentialRowLinear))
 
 
-def modules():
+class ContextParallelModules(TESpecProvider):
+    """Transformer Engine's modules around our own attention, which cuts packed rows anywhere without padding."""
+
+    def core_attention(self):
+        return SdpaCoreAttention
+
+
+def modules(context_parallel: bool = False):
     """The module provider of this machine."""
-    return TESpecProvider() if platform.HAS_TRANSFORMER_ENGINE else LocalModules()
+    if not platform.HAS_TRANSFORMER_ENGINE:
+        return LocalModules()
+    return ContextParallelModules() if context_parallel else TESpecProvider()
 
 
 def decoder_spec(
     backbone: Backbone, config: TransformerConfig, moe: MoEConfig | None, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """Layer specs of this pipeline stage (or of one of its virtual stages)."""
-    provider = modules()
+    provider = modules(config.context_parallel_size > 1)
     dense = _layer_spec(backbone, provider, _dense_mlp(provider, backbone))
     sparse = _layer_spec(backbone, provider, _moe_mlp(provider, moe), is_moe=True) if moe else dense
     freq = config.moe_layer_freq if moe else [0] * backbone.num_layers

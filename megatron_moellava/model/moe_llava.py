@@ -12,6 +12,7 @@ from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import RunConfig
 from megatron_moellava.model.attention import SEGMENTED
 from megatron_moellava.model.configuration import projector_config, tower_config, transformer_config
+from megatron_moellava.model.context_parallel import encode_share, share
 from megatron_moellava.model.kv_cache import KVCache
 from megatron_moellava.model.layers import decoder_spec
 from megatron_moellava.model.vision import Projector, VisionTower
@@ -75,15 +76,18 @@ class MoELlava(MegatronModule):
     ) -> torch.Tensor:
         """Word embeddings [S, B, D]; the rows of IMAGE_TOKEN are overwritten by the visual tokens, in batch order.
 
+        Under context parallelism S are the positions of this rank, and each rank encodes its part of the images.
+
         tokens [[5, -200, -200, 7]] with one image of two visual tokens -> [word 5, visual 0, visual 1, word 7].
         `features_NFD`: the result of `encode_images`, instead of pixels. `has_images`: the tokens continue a text with
         images (only MiniCPM's embeddings depend on it).
         Raises ValueError when the number of placeholder rows differs from the number of visual tokens.
         """
         is_image_BS = tokens_BS == IMAGE_TOKEN
-        words_SBD = self.language_model.embedding(tokens_BS.masked_fill(is_image_BS, 0), position_ids=None)
+        words_BS = share(tokens_BS.masked_fill(is_image_BS, 0))
+        words_SBD = self.language_model.embedding(words_BS, position_ids=None)
         if features_NFD is None and pixels_NCHW is not None and len(pixels_NCHW) > 0:
-            features_NFD = self.encode_images(pixels_NCHW)
+            features_NFD = encode_share(self.encode_images, pixels_NCHW)
         words_SBD = self._scale_words(words_SBD, has_images or features_NFD is not None)
         if features_NFD is None:
             return words_SBD + self._untouched() if torch.is_grad_enabled() else words_SBD
@@ -92,6 +96,10 @@ class MoELlava(MegatronModule):
             raise ValueError(
                 f"{rows} placeholder rows for {features_RD.shape[0]} visual tokens of {len(features_NFD)} images"
             )
+        if self.config.context_parallel_size > 1:
+            order_BS = is_image_BS.flatten().cumsum(0).view_as(is_image_BS) - 1  # which visual token each image row is
+            is_image_BS, order_BS = share(is_image_BS), share(order_BS)
+            features_RD = features_RD[order_BS[is_image_BS]]
         words_BSD = words_SBD.transpose(0, 1)
         return words_BSD.masked_scatter(is_image_BS.unsqueeze(-1), features_RD).transpose(0, 1).contiguous()
 
@@ -127,7 +135,8 @@ class MoELlava(MegatronModule):
         """Losses [B, S] (fp32, zero where the label is IGNORE_INDEX), or logits [B, S, V] without labels.
 
         A stage that is not the last returns its hidden states. `padding_mask_BS`: True where a token is real. Packed
-        rows (B = 1) bring `cu_seqlens` [n + 1] and `max_seqlen`; `embeddings_SBD` replaces tokens and images.
+        rows (B = 1) bring `cu_seqlens` [n + 1] and `max_seqlen`; `embeddings_SBD` replaces tokens and images. Under
+        context parallelism the arguments are of whole rows, and the result is of the positions of this rank.
         """
         padding_counts = padding_mask_BS is not None and self._padding_counts()
         if self.pre_process and embeddings_SBD is None:
@@ -138,7 +147,11 @@ class MoELlava(MegatronModule):
             embeddings_SBD = scatter_to_sequence_parallel_region(embeddings_SBD)
         if attention_mask is None and padding_counts:
             attention_mask = causal_padding_mask(padding_mask_BS)
-        with self.language_model.positions(position_ids_BS if cu_seqlens is not None else None):
+        position_ids_BS, labels_BS, padding_mask_BS = (
+            share(item) for item in (position_ids_BS, labels_BS, padding_mask_BS)
+        )
+        is_shared = self.config.context_parallel_size > 1
+        with self.language_model.positions(position_ids_BS if cu_seqlens is not None or is_shared else None):
             output = self.language_model(
                 input_ids=None,
                 position_ids=None,
@@ -146,7 +159,7 @@ class MoELlava(MegatronModule):
                 decoder_input=embeddings_SBD,
                 labels=None if labels_BS is None else labels_BS.clamp(min=0),
                 inference_context=inference_context,
-                packed_seq_params=packed_seq_params(cu_seqlens, max_seqlen),
+                packed_seq_params=packed_seq_params(cu_seqlens, max_seqlen, is_shared),
                 padding_mask=self._router_padding(padding_mask_BS),
                 runtime_gather_output=labels_BS is None,
             )
@@ -244,7 +257,8 @@ class LanguageModel(GPTModel):
 
     def positions(self, position_ids_BS: torch.Tensor | None):
         """Within this context the rotary embedding uses these positions (packed rows) instead of 0 .. S - 1."""
-        return self.rotary_pos_emb.at(None if platform.HAS_TRANSFORMER_ENGINE else position_ids_BS)
+        by_engine = platform.HAS_TRANSFORMER_ENGINE and self.config.context_parallel_size == 1
+        return self.rotary_pos_emb.at(None if by_engine else position_ids_BS)
 
 
 class PositionedRotary(RotaryEmbedding):
@@ -277,16 +291,24 @@ class PositionedRotary(RotaryEmbedding):
 
     def forward(self, max_seq_len: int, **arguments) -> torch.Tensor:
         """Angles [S, 1, 1, rotated channels]."""
+        arguments["packed_seq"] = True  # never cut by Megatron-Core: the positions say what this rank holds
         angles = super().forward(max_seq_len, **arguments)
         return angles if self._positions_S is None else angles[self._positions_S]
 
 
-def packed_seq_params(cu_seqlens: torch.Tensor | None, max_seqlen: int | None) -> PackedSeqParams | None:
-    """Megatron-Core's description of a packed row; the last entry of `cu_seqlens` is the length of the row."""
+def packed_seq_params(
+    cu_seqlens: torch.Tensor | None, max_seqlen: int | None, is_shared: bool = False
+) -> PackedSeqParams | None:
+    """Megatron-Core's description of a packed row; the last entry of `cu_seqlens` is the length of the row.
+
+    `is_shared`: the row is spread over context-parallel ranks; only our own attention reads it, on the host.
+    """
     if cu_seqlens is None:
         return None
+    by_engine = platform.HAS_TRANSFORMER_ENGINE and not is_shared
+    cu_seqlens = cu_seqlens.cpu() if is_shared else cu_seqlens
     return PackedSeqParams(
-        qkv_format="thd" if platform.HAS_TRANSFORMER_ENGINE else SEGMENTED,
+        qkv_format="thd" if by_engine else SEGMENTED,
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=max_seqlen,

@@ -13,10 +13,9 @@ cannot change between one and several expert-parallel ranks. Nothing in a folder
 import io
 import json
 import os
-import queue
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,17 +26,24 @@ import megatron_moellava
 from megatron_moellava import parallel, platform
 from megatron_moellava.backbones import backbone_fields
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
-from megatron_moellava.data.state import redistribute
-from megatron_moellava.model.checkpoint import FORMAT, RUN_FILE, complete_checkpoints, model_state, verify
+from megatron_moellava.model.checkpoint import (
+    FORMAT,
+    RUN_FILE,
+    complete_checkpoints,
+    model_state,
+    read_run_file,
+    verify,
+)
+from megatron_moellava.model.fp8 import Emulation
 from megatron_moellava.model.integrity import DamagedCheckpoint, file_digests, sealed
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.towers import tower_fields
+from megatron_moellava.training.background import BackgroundSave, Writing
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
 
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -51,6 +57,8 @@ class TrainingState:
     iteration: int  # optimizer steps done, skipped ones included
     consumed_samples: int
     data: dict | None  # the loader's own state, of this data-parallel rank; None where this process does not read
+    provenance: dict = field(default_factory=dict)  # of the weights; run.json keeps it
+    fp8: list[torch.Tensor] = field(default_factory=list)  # amax histories of this rank, where FP8 is emulated
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -63,21 +71,27 @@ def save_checkpoint(
     state: TrainingState,
     optimizer: ChainedOptimizer | None = None,
     keep: int = 2,
+    background: BackgroundSave | None = None,
 ) -> Path:
-    """Write one iteration folder, on all ranks together. It gets its name only when it is complete."""
+    """Write one iteration folder, on all ranks together. It gets its name only when it is complete.
+
+    With `background` the folder is planned and the state copied now; the caller polls it until it is complete.
+    """
     final = Path(folder) / f"iter_{state.iteration:07d}"
     unfinished = final.with_name(final.name + ".tmp")
 
     def start() -> None:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for left in Path(folder).glob("iter_*.tmp"):  # what processes that died have left
+            shutil.rmtree(left)
         (unfinished / "ranks").mkdir(parents=True)
 
-    def write() -> None:
-        _save_tensors(tensors, unfinished)
-        _save_rank_state(unfinished / "ranks", state)
+    def complete() -> Path:
+        _together(writing.finish, unfinished)
+        digests = file_digests(unfinished, writing.digests)
+        _together(lambda: finish(description | {"sha256": digests}), unfinished, on=0)
+        return final
 
-    def finish() -> None:
-        description = _describe(run, chunks[0], state, steps) | {"sha256": digests}
+    def finish(description: dict) -> None:
         _write(unfinished / RUN_FILE, json.dumps(sealed(description), indent=1).encode())
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
@@ -91,16 +105,14 @@ def save_checkpoint(
         tensors["optimizer"] = _optimizer_state(optimizer, tensors["model"], is_loading=False)
         steps = optimizer_step_count(optimizer)
     tensors["model"].update(_unused_tower_state(chunks[0]))
-    _together(write, unfinished)
-    digests = file_digests(unfinished)
-    _together(finish, unfinished, on=0)
-    return final
-
-
-def _save_tensors(tensors: dict, folder: Path) -> None:
-    """Megatron-Core's save, in this process: a queue in place spares it the manager process that it would start for one."""
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(tensors, str(folder))
+    writing = Writing(tensors, unfinished)
+    _together(lambda: _save_rank_state(unfinished / "ranks", state), unfinished)
+    description = _describe(run, chunks[0], state, steps)
+    if background is not None:
+        background.start(writing, complete)
+        return final
+    _together(writing.write, unfinished)
+    return complete()
 
 
 def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_steps: int | None) -> dict:
@@ -113,14 +125,26 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
         "world_size": dist.get_world_size(),
         "data_parallel_size": parallel.data_parallel_size(),
         "model": {
-            "backbone": run.model.backbone,
-            "tower": run.model.tower,
+            "backbone": model.backbone.name,
+            "tower": model.tower.name,
             "moe": to_dict(run.moe) if run.moe else None,
             "backbone_fields": backbone_fields(model.backbone),
             "tower_fields": tower_fields(model.tower),
         },
         "config": to_dict(run),
-        "provenance": {"written_by": f"megatron-moellava {megatron_moellava.__version__} training"},
+        "provenance": state.provenance,
+    }
+
+
+def provenance_of(run: RunConfig, source: Path) -> dict:
+    """Where the weights of a stage come from: `source`, and whatever that came from; the imported config goes along."""
+    earlier = read_run_file(source).get("provenance") or {}
+    return {
+        "operation": f"training of stage {run.training.stage}",
+        "source": f"{source.parent.name}/{source.name}",
+        "version": megatron_moellava.__version__,
+        "hf_config": earlier.get("hf_config"),
+        "parent": {key: value for key, value in earlier.items() if key != "hf_config"},
     }
 
 
@@ -139,8 +163,8 @@ def _unused_tower_state(model: MoELlava) -> dict:
 
 
 def _save_rank_state(folder: Path, state: TrainingState) -> None:
-    generators = {"generators": platform.rng_state(), "trackers": tensor_parallel.get_cuda_rng_tracker().get_states()}
-    _write(folder / f"generators_{dist.get_rank():05d}.pt", _serialized(generators))
+    own = {"generators": platform.rng_state(), "trackers": tensor_parallel.get_cuda_rng_tracker().get_states()}
+    _write(folder / f"generators_{dist.get_rank():05d}.pt", _serialized(own | {"fp8": state.fp8}))
     if state.data is not None and parallel_state.get_context_parallel_rank() == 0:
         _write(folder / f"data_{parallel.data_parallel_rank():05d}.pt", _serialized(state.data))
 
@@ -202,7 +226,8 @@ def _remove_old(folder: Path, keep: int, newest: Path) -> None:
     """All but the `keep` newest, `newest` among them: what carries a higher number is not of this run's past."""
     past = [path for path in complete_checkpoints(folder) if path.name <= newest.name]
     for old in past[: -max(keep, 1)]:
-        shutil.rmtree(old)
+        going = old.rename(old.with_suffix(".tmp"))  # half removed, it must not look complete
+        shutil.rmtree(going)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -258,27 +283,26 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
                 group["step"] = steps
 
 
-def load_rank_state(checkpoint: Path, description: dict, num_workers: int) -> dict | None:
-    """Restore the random generators; returns the loader's state of this data-parallel rank.
+def load_rank_state(checkpoint: Path, description: dict, fp8: Emulation | None = None) -> dict[int, dict] | None:
+    """Restore the random generators and FP8's histories; where data is read, returns the loader's state by rank.
 
-    With another number of data-parallel ranks the saved data order is dealt out anew: see `data.state.redistribute`.
+    Generators and histories belong to a rank: under another number of processes they start anew.
+
+    That of this rank, or of all if their number has changed.
     """
     folder = checkpoint / "ranks"
     if description["world_size"] == dist.get_world_size():
         saved = torch.load(folder / f"generators_{dist.get_rank():05d}.pt", weights_only=True)
         platform.set_rng_state(saved["generators"])
         tensor_parallel.get_cuda_rng_tracker().set_states(saved["trackers"])
+        if fp8 is not None:
+            fp8.load_state(saved["fp8"])
     if not parallel.reads_data():
         return None
-    rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
-    if description["data_parallel_size"] == size:
-        return _data_position(folder, rank)
-    states = [_data_position(folder, other) for other in range(description["data_parallel_size"])]
-    return redistribute(states, size, num_workers)[rank]
-
-
-def _data_position(folder: Path, rank: int) -> dict:
-    path = folder / f"data_{rank:05d}.pt"
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing: the data position is lost; resume from an older checkpoint")
-    return torch.load(path, weights_only=True)
+    saved = description["data_parallel_size"]
+    ranks = [parallel.data_parallel_rank()] if saved == parallel.data_parallel_size() else range(saved)
+    paths = {rank: folder / f"data_{rank:05d}.pt" for rank in ranks}
+    missing = [path for path in paths.values() if not path.exists()]
+    if missing:
+        raise CheckpointError(f"{missing[0]} is missing: the data position is lost; resume from an older checkpoint")
+    return {rank: torch.load(path, weights_only=True) for rank, path in paths.items()}

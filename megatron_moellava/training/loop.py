@@ -22,11 +22,22 @@ from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.loader import Loader
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.checkpoint import load_weights, read_run_file, require_checkpoint
+from megatron_moellava.model.fp8 import Emulation, emulate_fp8
 from megatron_moellava.model.moe_llava import IGNORE_INDEX
 from megatron_moellava.training import checkpoint as checkpoints
+from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
-from megatron_moellava.training.metrics import MODALITIES, RoutingObserver, StepLog, aux_losses
-from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_moellava.training.metrics import (
+    COSTS,
+    MODALITIES,
+    RoutingObserver,
+    StepLog,
+    aux_losses,
+    costs,
+    imbalance,
+    load_imbalance,
+)
+from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
 from megatron_moellava.training.stages import STAGES, freeze
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.watchdog import Watchdog
@@ -55,6 +66,7 @@ class Trainer:
         for chunk in self.chunks:
             self.trained |= freeze(chunk, run.training.trains or STAGES[run.training.stage])
         self.routing = RoutingObserver(self.chunks) if run.moe else None
+        self.fp8 = self._emulated_fp8()
         self.state = checkpoints.TrainingState(iteration=0, consumed_samples=0, data=None)
         resumed = self._load_weights()
 
@@ -72,8 +84,15 @@ class Trainer:
         self.log = StepLog(self._log_folder(), run.logging.tensorboard, title, train_steps, self.state.iteration)
         self.stop_signal = None
         self.loss_sum = 0.0  # of this rank's last step, before anything is summed over ranks
+        self.background = BackgroundSave() if run.checkpoint.async_save else None
 
     # --- start ------------------------------------------------------------------------------------------------------
+
+    def _emulated_fp8(self) -> Emulation | None:
+        recipe = self.run.training.fp8
+        if recipe is None or platform.HAS_TRANSFORMER_ENGINE:
+            return None
+        return emulate_fp8(self.chunks, recipe, self.chunks[0].config)
 
     def _load_weights(self) -> Path | None:
         """Weights from `checkpoint.save` if it holds a checkpoint to go on from (returned), else from `checkpoint.load`."""
@@ -82,6 +101,10 @@ class Trainer:
         source = resumed or (require_checkpoint(options.load) if options.load else None)
         if source is not None:
             load_weights(source, self.chunks, verified=resumed is not None)
+            if resumed:
+                self.state.provenance = read_run_file(resumed).get("provenance") or {}
+            else:
+                self.state.provenance = checkpoints.provenance_of(self.run, source)
         return resumed
 
     def _resume(self, checkpoint: Path) -> None:
@@ -95,15 +118,15 @@ class Trainer:
         self.state.consumed_samples = description["consumed_samples"]
         checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description["optimizer_steps"])
         self.scheduler.step(increment=self.state.iteration)
-        self.state.data = checkpoints.load_rank_state(checkpoint, description, self.run.data.num_workers)
+        loaders = checkpoints.load_rank_state(checkpoint, description, self.fp8)
         if self.loader is not None:
-            self.loader.load_state_dict(self.state.data)
+            self.loader.load_states(loaders)
 
     def _configure_schedules(self) -> None:
         for chunk in self.chunks:
             chunk.config.finalize_model_grads_func = self._finalize_gradients
         config = self.chunks[0].config
-        if self.run.optimizer.overlap_grad_reduce:
+        if overlaps(self.run)[0]:
             hooks = [wrapped.no_sync for wrapped in self.wrapped]
             config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
 
@@ -143,6 +166,8 @@ class Trainer:
 
     def _train(self) -> int:
         self.log.say(f"trains {', '.join(f'{role} {count:,}' for role, count in self.trained.items())} (this rank)")
+        if self.fp8 is not None:
+            self.log.say(f"training.fp8={self.run.training.fp8} is emulated here: FP8's rounding, not its speed")
         skipped_in_a_row = 0
         for chunk in self.wrapped:
             chunk.train()
@@ -153,14 +178,20 @@ class Trainer:
             skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
             if not applied:
                 self._report_skipped(sample_ids, skipped_in_a_row)
+            if self.background is not None:
+                self._saved(self.background.poll())
             interrupted = self._any_rank_interrupted()
             done = self.state.iteration == self.train_steps
             if done or interrupted or self.state.iteration % self.run.checkpoint.save_interval == 0:
                 self.save()
                 interrupted = self._any_rank_interrupted()  # a save may take long enough to be interrupted itself
+            if done or interrupted:
+                self._finish_save()
             if interrupted and not done:
+                self._report_data()
                 self.log.say(f"interrupted at step {self.state.iteration}; the same command continues it")
                 return INTERRUPTED
+        self._report_data()
         return 0
 
     def step(self) -> tuple[dict[str, float], bool, list[str]]:
@@ -172,12 +203,13 @@ class Trainer:
         waited = time.perf_counter() - started
         self.stragglers.pause(self.state.iteration + 1)
         counts = [
+            *costs(batches),
             sum(int((batch.labels_BS != IGNORE_INDEX).sum()) for batch in batches),
-            sum(int(batch.padding_mask_BS.sum()) for batch in batches),
             sum(batch.tokens_BS.numel() for batch in batches),
             sum(len(batch.sample_ids) for batch in batches),
         ]
-        loss_tokens, real_tokens, positions, samples = (int(count) for count in parallel.sum_over_data_parallel(counts))
+        counts_RC = parallel.gather_over_data_parallel(counts)
+        real_tokens, *_, loss_tokens, positions, samples = (int(count) for count in counts_RC.sum(dim=0))
 
         for wrapped in self.wrapped:
             wrapped.zero_grad_buffer()
@@ -187,11 +219,13 @@ class Trainer:
         loss_sums = self._forward_backward(batches, loss_tokens)
         self._at("updating parameters")
         applied, grad_norm = self.update()
+        if self.fp8 is not None:
+            self.fp8.advance()
         lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
         self.scheduler.step(increment=1)
 
         self.loss_sum = float(sum(loss_sums)) if loss_sums else 0.0
-        loss = float(parallel.sum_over_data_parallel([self.loss_sum])) / max(loss_tokens, 1) if loss_sums else 0.0
+        loss = self._mean_loss(loss_tokens) if loss_sums else 0.0
         platform.synchronize()
         seconds = time.perf_counter() - started
         self.state.iteration += 1
@@ -206,6 +240,7 @@ class Trainer:
             "data_wait_share": waited / seconds,
             "padding_share": 1.0 - real_tokens / positions,
             "skipped": 0.0 if applied else 1.0,
+            **imbalance(counts_RC[:, : len(COSTS)]),
         }
         if self.run.moe:
             numbers |= aux_losses(self.chunks[0].config, self.num_microbatches, self.state.iteration)
@@ -215,6 +250,10 @@ class Trainer:
             self.log.say(f"step {self.state.iteration}: {message}")
         numbers |= measured
         return numbers, applied, [name for batch in batches for name in batch.sample_ids]
+
+    def _mean_loss(self, loss_tokens: int) -> float:
+        total = parallel.sum_over_data_parallel([self.loss_sum], with_context_parallel=True)
+        return float(total) / max(loss_tokens, 1)
 
     def _next_batch(self) -> Batch:
         """The next micro-batch of this data-parallel rank, on the device, on every rank that needs it.
@@ -250,7 +289,8 @@ class Trainer:
             return {}
         counts_LME = self.routing.collect().double()
         shares_LME = counts_LME / counts_LME.sum(dim=-1, keepdim=True).clamp(min=1)
-        return {
+        load_LE = counts_LME.sum(dim=1)[[bool(is_moe) for is_moe in self.chunks[0].config.moe_layer_freq]]
+        return load_imbalance(load_LE, self.run.parallel.expert_model_parallel_size) | {
             f"routing/layer{layer}/{name}/expert{expert}": float(shares_LME[layer, modality, expert])
             for layer, is_moe in enumerate(self.chunks[0].config.moe_layer_freq)
             if is_moe
@@ -279,6 +319,7 @@ class Trainer:
         whose = f"the loss of rank {', '.join(str(rank) for rank, _ in guilty)}" if guilty else "the gradient"
         self.log.say(f"step {self.state.iteration} skipped: {whose} is not finite; samples: {names}")
         if in_a_row >= self.run.training.non_finite_patience:
+            self._finish_save()
             raise TrainingDiverged(
                 f"{in_a_row} steps in a row without a finite gradient, the last with samples {names}; lower optimizer.lr, "
                 f"look at these samples, or raise training.non_finite_patience={self.run.training.non_finite_patience}"
@@ -292,27 +333,43 @@ class Trainer:
     def gather_parameters(self) -> None:
         """With `overlap_param_gather` an update reaches the other ranks in the next forward pass only; whoever reads
         parameters before that (a checkpoint) needs this."""
-        if self.run.optimizer.overlap_param_gather:
+        if overlaps(self.run)[1]:
             for wrapped in self.wrapped:
                 wrapped.start_param_sync(force_sync=True)
 
+    def _report_data(self) -> None:
+        counters: list[dict | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(counters, self.loader.counters() if self.loader is not None else None)
+        self.log.data_report([counter for counter in counters if counter is not None])
+
     def save(self) -> None:
-        """Write a checkpoint of this moment to `checkpoint.save`, if the run has one."""
+        """Write a checkpoint of this moment to `checkpoint.save`, if the run has one; in the background if it asks for it."""
         if self.run.checkpoint.save is None:
             return
         self._at("writing a checkpoint")
+        self._finish_save()
         self.gather_parameters()
-        state = replace(self.state, data=self.loader.state_dict() if self.loader is not None else None)
+        data = self.loader.state_dict() if self.loader is not None else None
+        state = replace(self.state, data=data, fp8=self.fp8.state() if self.fp8 is not None else [])
         # A scheduler may signal every process of a job, and megatron-core's save runs a helper that would die of it.
         waiting = {signal.SIGTERM, signal.SIGUSR1}
         signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
         try:
+            options = self.run.checkpoint
             path = checkpoints.save_checkpoint(
-                self.run.checkpoint.save, self.run, self.chunks, state, self.optimizer, keep=self.run.checkpoint.keep
+                options.save, self.run, self.chunks, state, self.optimizer, options.keep, self.background
             )
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting)
-        self.log.say(f"checkpoint {path}")
+        self._saved(path if self.background is None else None)
+
+    def _finish_save(self) -> None:
+        if self.background is not None:
+            self._saved(self.background.finish())
+
+    def _saved(self, path: Path | None) -> None:
+        if path is not None:
+            self.log.say(f"checkpoint {path}")
 
 
 def model_inputs(batch: Batch) -> dict:

@@ -12,6 +12,9 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_moellava import parallel, platform
+from megatron_moellava.data.batch import Batch
+from megatron_moellava.data.loader import summary
+from megatron_moellava.model.context_parallel import share
 from megatron_moellava.model.moe_llava import IMAGE_TOKEN, MoELlava
 
 from megatron.core import parallel_state
@@ -19,6 +22,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 MODALITIES = ("text", "image")
+COSTS = ("tokens", "image_tokens", "attention")  # what the ranks of a step should have equally much of
 
 
 class StepLog:
@@ -32,12 +36,15 @@ class StepLog:
         self.active = parallel.is_main_process()
         self.title, self.train_steps = title, train_steps
         self.file = self.writer = None
+        self.folder = folder
         if self.active and folder is not None:
             try:
                 self._open(folder, tensorboard, iteration)
             except OSError as error:
                 self._without(error)
         self.first_iteration, self.started = None, time.monotonic()
+        self.waited, self.seconds = 0.0, 0.0  # for data and in all, without the first step
+        self.imbalances: dict[str, list[float]] = {}
 
     def _open(self, folder: Path, tensorboard: bool, iteration: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,13 +56,14 @@ class StepLog:
 
     def _without(self, error: OSError) -> None:
         """A log is not worth a run; a disk that stays full will end it at the next checkpoint, with a clear message."""
-        self.file = self.writer = None
+        self.file = self.writer = self.folder = None
         self.say(f"cannot write the log ({error}); training goes on without it")
 
     def step(self, iteration: int, numbers: dict[str, float], show: bool, sample_ids: list[str] | None = None) -> None:
         """Numbers of one finished optimizer step."""
         if not self.active:
             return
+        self._add_up(numbers)
         try:
             self._write(iteration, numbers, {"sample_ids": sample_ids} if sample_ids is not None else {})
         except OSError as error:
@@ -83,9 +91,35 @@ class StepLog:
         )
         return f"{seconds / 60:.0f} min left" if seconds > 120 else f"{seconds:.0f} s left"
 
+    def _add_up(self, numbers: dict[str, float]) -> None:
+        if self.imbalances:  # the first step pays for starting the workers
+            self.waited += numbers["data_wait_share"] * numbers["step_seconds"]
+            self.seconds += numbers["step_seconds"]
+        for name in COSTS:
+            self.imbalances.setdefault(name, []).append(numbers[f"imbalance/{name}"])
+
     def say(self, text: str) -> None:
         if self.active:
             print(f"{self.title} {text}", flush=True)
+
+    def data_report(self, counters: list[dict]) -> None:
+        """The loaders' counters and, over the steps so far, wait share and imbalance; also in data.json."""
+        if not self.active:
+            return
+        means = {name: sum(values) / len(values) for name, values in self.imbalances.items()}
+        report = {
+            "ranks": counters,
+            "data_wait_share": self.waited / self.seconds if self.seconds else None,  # None: a single step
+            "imbalance": means,  # busiest data-parallel rank over the mean
+        }
+        if self.folder is not None:
+            try:
+                (self.folder / "data.json").write_text(json.dumps(report, indent=1))
+            except OSError as error:
+                self._without(error)
+        wait = f"; steps waited {report['data_wait_share']:.1%} of the time" if self.seconds else ""
+        even = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
+        self.say(f"data: {summary(counters)}{wait}; busiest rank over the mean: {even}")
 
     def close(self) -> None:
         if self.writer:
@@ -98,6 +132,7 @@ def _line(numbers: dict[str, float]) -> str:
     formats = {
         "loss": "loss {:.4f}",
         "load_balancing_loss": "aux {:.3f}",
+        "routing/imbalance/rank": "busiest rank {:.2f}x",
         "lr": "lr {:.2e}",
         "grad_norm": "grad {:.3f}",
         "tokens_per_second": "{:,.0f} tok/s",
@@ -153,6 +188,7 @@ class RoutingObserver:
         modality_BS = (tokens_BS == IMAGE_TOKEN).long()
         if padding_mask_BS is not None:
             modality_BS = modality_BS.masked_fill(~padding_mask_BS, -1)
+        modality_BS = share(modality_BS)
         if self.config.sequence_parallel:
             size, rank = (
                 parallel_state.get_tensor_model_parallel_world_size(),
@@ -188,6 +224,46 @@ class RoutingObserver:
         dist.all_reduce(total)
         self.counts_LME.zero_()
         return total.cpu()
+
+
+def costs(batches: list[Batch]) -> list[int]:
+    """COSTS of one rank's step: real tokens, visual tokens, and the pairs of positions that attention multiplies."""
+    return [
+        sum(int(batch.padding_mask_BS.sum()) for batch in batches),
+        sum(int((batch.tokens_BS == IMAGE_TOKEN).sum()) for batch in batches),
+        sum(attention_cost(batch) for batch in batches),
+    ]
+
+
+def attention_cost(batch: Batch) -> int:
+    """Sum of squared lengths, padding included, since it is computed.
+
+    >>> a packed row with cu_seqlens [0, 3, 5] -> 3 * 3 + 2 * 2 = 13; two padded rows of 4 -> 32
+    """
+    if batch.cu_seqlens is None:
+        return batch.tokens_BS.shape[0] * batch.tokens_BS.shape[1] ** 2
+    return int((batch.cu_seqlens.diff().long() ** 2).sum())
+
+
+def imbalance(costs_RC: torch.Tensor) -> dict[str, float]:
+    """Busiest rank over the mean of R data-parallel ranks, for each of COSTS; 1.0 = even."""
+    worst_C = costs_RC.max(dim=0).values / costs_RC.mean(dim=0).clamp(min=1e-9)
+    return {f"imbalance/{name}": max(1.0, float(value)) for name, value in zip(COSTS, worst_C, strict=True)}
+
+
+def load_imbalance(load_LE: torch.Tensor, expert_parallel_size: int) -> dict[str, float]:
+    """How much more work the busiest has than the mean, in the layer where it is worst: 1.0 is level.
+
+    `load_LE`: tokens of each expert in each MoE layer. An expert-parallel rank holds E / size neighbours, and the others
+    wait for the busiest: loads [6, 2, 1, 3] on two ranks -> expert 2.0, rank 8 / 6 = 1.33.
+    """
+    load_LE = load_LE.double()
+    load_LR = load_LE.unflatten(1, (expert_parallel_size, -1)).sum(-1)
+    worst = {
+        name: (load.amax(1) / load.mean(1).clamp(min=1e-9)).max()
+        for name, load in (("expert", load_LE), ("rank", load_LR))
+    }
+    return {f"routing/imbalance/{name}": float(value) for name, value in worst.items()}
 
 
 def aux_losses(config, num_microbatches: int, iteration: int) -> dict[str, float]:

@@ -4,9 +4,11 @@ import math
 
 import torch
 
+from megatron_moellava import platform
 from megatron_moellava.config import OptimizerConfig, RunConfig
 from megatron_moellava.model.moe_llava import MoELlava
 
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
@@ -15,13 +17,25 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 
+def overlaps(run: RunConfig) -> tuple[bool, bool]:
+    """(reduce gradients during the backward pass, gather parameters during the forward pass), as asked for or where it pays.
+
+    Neither changes a number (tests/distributed); on a CPU both only cost threads.
+    """
+    grads, params = run.optimizer.overlap_grad_reduce, run.optimizer.overlap_param_gather
+    pays = platform.HAS_CUDA and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+    grads = pays if grads is None else grads
+    return grads, (pays and grads) if params is None else params
+
+
 def wrap_data_parallel(run: RunConfig, chunks: list[MoELlava]) -> list[DistributedDataParallel]:
     """Gradients in contiguous fp32 buffers, reduced over the data-parallel ranks, sharded for the optimizer."""
+    overlap_grad_reduce, overlap_param_gather = overlaps(run)
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
-        overlap_grad_reduce=run.optimizer.overlap_grad_reduce,
-        overlap_param_gather=run.optimizer.overlap_param_gather,
+        overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
     )
     return [DistributedDataParallel(chunk.config, config, chunk) for chunk in chunks]
 
@@ -41,7 +55,7 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Ch
         bf16=run.training.precision == "bf16",
         params_dtype=chunks[0].module.config.params_dtype,
         use_distributed_optimizer=True,
-        overlap_param_gather=options.overlap_param_gather,
+        overlap_param_gather=overlaps(run)[1],
     )
     overrides = get_standard_config_overrides(config)
     if options.projector_lr is not None:

@@ -12,7 +12,7 @@ from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, RunConfig, from_dict, read_yaml, set_override, split_override
 from megatron_moellava.data.loader import Loader, build_train_loader
 from megatron_moellava.data.tokenizer import load_tokenizer
-from megatron_moellava.model.checkpoint import newest_checkpoint, read_run_file
+from megatron_moellava.model.checkpoint import model_names, newest_checkpoint, read_run_file
 from megatron_moellava.towers import get_tower
 from megatron_moellava.training.lock import lock_folder
 from megatron_moellava.training.loop import Trainer
@@ -40,8 +40,7 @@ def _model_of_checkpoint(load: str | None) -> dict:
     if checkpoint is None:
         return {}
     model = read_run_file(checkpoint)["model"]
-    tree = {"model": {"backbone": model["backbone"], "tower": model["tower"]}}
-    return tree | ({"moe": dict(model["moe"])} if model["moe"] else {})
+    return {"model": model_names(checkpoint)} | ({"moe": dict(model["moe"])} if model["moe"] else {})
 
 
 def validate_run(run: RunConfig) -> None:
@@ -57,10 +56,7 @@ def train(run: RunConfig) -> int:
     try:
         lock = lock_folder(run.checkpoint.save, parallel.say)
         trainer = build_trainer(run)
-        code = trainer.train()
-        if trainer.loader is not None and trainer.loader.skipped:
-            print(trainer.loader.summary(), flush=True)
-        return code
+        return trainer.train()
     finally:
         parallel.shutdown()
         if lock is not None:
@@ -90,9 +86,10 @@ def build_loader(run: RunConfig) -> Loader:
         rank=parallel.data_parallel_rank(),
         world_size=parallel.data_parallel_size(),
         micro_batch_size=run.training.micro_batch_size,
-        pad_multiple=run.parallel.tensor_model_parallel_size,
+        pad_multiple=run.row_multiple,
         accumulation_steps=run.num_microbatches(parallel.data_parallel_size()),
         template=run.data.template or backbone.template,
+        context_length=backbone.context_length,
         cache_folder=str(Path(run.checkpoint.save) / "data_index") if run.checkpoint.save else None,
     )
 

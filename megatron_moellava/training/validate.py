@@ -22,6 +22,7 @@ CHOICES = {
     "optimizer.lr_decay_style": ("cosine", "linear", "constant"),
     "data.image_aspect_ratio": ("pad", "square"),
     "data.label_mode": ("spans", "original"),
+    "data.long_samples": ("cut", "skip"),
     "data.sampler": ("shuffle", "modality_length"),
     "moe.router": ("megatron", "original"),
     "moe.second_choice": ("sampled", "deterministic"),
@@ -39,7 +40,7 @@ def validate(run: RunConfig, world_size: int) -> None:
     except MoELlavaError as error:
         problems.append(str(error))
     else:
-        problems += [*_parallel(run, backbone, world_size), *_moe(run, backbone)]
+        problems += [*_parallel(run, backbone, world_size), *_moe(run, backbone), *_lengths(run, backbone)]
     for look_up in (lambda: get_tower(run.model.tower), lambda: run.data.template and get_template(run.data.template)):
         try:
             look_up()
@@ -111,11 +112,6 @@ def _parallel(run: RunConfig, backbone: Backbone, world_size: int) -> Iterator[s
                 f"use {_divisors(size)}"
             )
     yield from _pipeline(run, backbone)
-    if parallel.context_parallel_size > 1 and not platform.HAS_TRANSFORMER_ENGINE:
-        yield (
-            f"parallel.context_parallel_size={parallel.context_parallel_size} needs Transformer Engine's attention, which "
-            "is not installed here; use 1"
-        )
     model = tensor * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     if world_size % model:
         yield (
@@ -134,14 +130,20 @@ def _parallel(run: RunConfig, backbone: Backbone, world_size: int) -> Iterator[s
         yield "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; leave it unset"
     if parallel.sequence_parallel is False and tensor > 1 and run.moe is not None:
         yield "parallel.sequence_parallel=false: Megatron-Core's MoE layers need it with tensor parallelism; leave it unset"
-    if tensor > 1 and run.data.seq_length % tensor:
-        yield f"data.seq_length={run.data.seq_length} must be a multiple of parallel.tensor_model_parallel_size={tensor}"
+    if run.data.seq_length % parallel.sequence_multiple:
+        yield (
+            f"data.seq_length={run.data.seq_length} must be a multiple of {parallel.sequence_multiple} (tensor-parallel size"
+            " x two chunks for each context-parallel rank)"
+        )
 
 
 def _pipeline(run: RunConfig, backbone: Backbone) -> Iterator[str]:
     parallel = run.parallel
     stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     first = parallel.num_layers_in_first_pipeline_stage
+    if parallel.pipeline_split != "even":
+        yield from _pipeline_split(run, backbone)
+        return
     if first is not None and (stages == 1 or not 0 < first < backbone.num_layers):
         yield (
             f"parallel.num_layers_in_first_pipeline_stage={first} needs several pipeline stages and a number between 1 "
@@ -160,6 +162,24 @@ def _pipeline(run: RunConfig, backbone: Backbone) -> Iterator[str]:
         )
     if virtual is not None and stages == 1:
         yield f"parallel.virtual_pipeline_model_parallel_size={virtual} needs pipeline_model_parallel_size > 1"
+
+
+def _pipeline_split(run: RunConfig, backbone: Backbone) -> Iterator[str]:
+    parallel, split = run.parallel, run.parallel.pipeline_split
+    stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    if parallel.num_layers_in_first_pipeline_stage is not None:
+        yield f"parallel.pipeline_split={split} and num_layers_in_first_pipeline_stage exclude each other; drop one of them"
+    if parallel.pipeline_model_parallel_size == 1:
+        yield f"parallel.pipeline_split={split} needs pipeline_model_parallel_size > 1"
+    if isinstance(split, str) and split != "cost":
+        yield f"parallel.pipeline_split={split!r} is unknown; use even, cost, or the layers of each stage such as [3, 5]"
+    elif split == "cost" and stages > backbone.num_layers:
+        yield f"parallel.pipeline_split=cost: {stages} stages for {backbone.num_layers} layers ({backbone.name}); use fewer"
+    elif split != "cost" and (len(split) != stages or sum(split) != backbone.num_layers or min(split) < 1):
+        yield (
+            f"parallel.pipeline_split={list(split)} must be {stages} numbers from 1 on, in all {backbone.num_layers} "
+            f"({backbone.name}), in the order of the model"
+        )
 
 
 def _moe(run: RunConfig, backbone: Backbone) -> Iterator[str]:
@@ -218,11 +238,33 @@ def _original_router(run: RunConfig) -> Iterator[str]:
 
 
 def _megatron_router(run: RunConfig) -> Iterator[str]:
-    if run.moe.capacity_factor is not None and run.parallel.tensor_model_parallel_size > 1:
+    shared = run.parallel.tensor_model_parallel_size * run.parallel.context_parallel_size
+    if run.moe.capacity_factor is not None and shared > 1:
         yield (
-            f"moe.capacity_factor={run.moe.capacity_factor} with tensor parallelism: Megatron-Core counts places in each "
-            "rank's share of the sequence, so the result would depend on the layout; leave it unset (dropless)"
+            f"moe.capacity_factor={run.moe.capacity_factor} with tensor or context parallelism: Megatron-Core counts places in "
+            "each rank's share of the sequence, so the result would depend on the layout; leave it unset (dropless)"
         )
+
+
+def _lengths(run: RunConfig, backbone: Backbone) -> Iterator[str]:
+    """No sample may be longer than the backbone's context. A packed row may: positions restart in every sample."""
+    data, context = run.data, backbone.context_length
+    window = context < backbone.max_position_embeddings
+    limit = f"{'sliding_window' if window else 'max_position_embeddings'}={context} ({backbone.name})"
+    if data.max_sample_length is None and not data.packing and data.seq_length > context:
+        yield f"data.seq_length={data.seq_length} is more than {limit}; use at most {context}, or set data.packing=true"
+    if data.max_sample_length is not None and data.max_sample_length > min(context, data.seq_length):
+        yield (
+            f"data.max_sample_length={data.max_sample_length} must be at most {limit} and data.seq_length="
+            f"{data.seq_length}; use {min(context, data.seq_length)} or leave it unset"
+        )
+    least = {"seq_length": 1, "max_sample_length": 1, "packing_buffer": 1, "num_workers": 0, "max_images": 0}
+    for name, minimum in least.items():
+        value = getattr(data, name)
+        if value is not None and value < minimum:
+            yield f"data.{name}={value} must be at least {minimum}"
+    if not 0 <= data.max_skip_share < 1:
+        yield f"data.max_skip_share={data.max_skip_share} must lie between 0 (stop at the first bad row) and 1"
 
 
 def _batches(run: RunConfig, world_size: int) -> Iterator[str]:
@@ -254,12 +296,26 @@ def _training(run: RunConfig) -> Iterator[str]:
     for role in training.trains or ():
         if role not in ROLES:
             yield f"training.trains: {role!r} is not a role; roles are {', '.join(ROLES)}"
-    if training.fp8 is not None and not platform.HAS_TRANSFORMER_ENGINE:
-        yield f"training.fp8={training.fp8} needs a GPU with Transformer Engine; leave it unset"
+    if training.fp8 is not None:
+        yield from _fp8(run)
+    if run.optimizer.overlap_param_gather and run.optimizer.overlap_grad_reduce is False:
+        yield "optimizer.overlap_param_gather=true needs overlap_grad_reduce; set it to true as well, or leave both unset"
     if training.train_steps < 0:
         yield f"training.train_steps={training.train_steps} must be 0 (one epoch) or positive"
     if not 0 <= run.optimizer.lr_warmup_fraction <= 1:
         yield f"optimizer.lr_warmup_fraction={run.optimizer.lr_warmup_fraction} must lie between 0 and 1"
+
+
+def _fp8(run: RunConfig) -> Iterator[str]:
+    training = run.training
+    if platform.HAS_CUDA and not platform.HAS_TRANSFORMER_ENGINE:
+        yield f"training.fp8={training.fp8} needs Transformer Engine on a GPU (on a CPU it is emulated); leave it unset"
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if (count := getattr(training, name)) and training.fp8 == "delayed":
+            yield f"training.{name}={count}: Megatron-Core's delayed recipe covers all layers; use tensorwise or 0"
+    multiple = run.row_multiple
+    if run.data.seq_length % multiple:
+        yield f"data.seq_length={run.data.seq_length} must be a multiple of {multiple} for training.fp8={training.fp8}"
 
 
 def _divisors(number: int) -> str:

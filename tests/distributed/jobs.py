@@ -25,6 +25,7 @@ TINY = {
     "llama-tiny-tied": replace(BACKBONES["llama-tiny"], share_embeddings_and_output_weights=True, vocab_size=509),
     "phi-2-tiny-biased-output": replace(BACKBONES["phi-2-tiny"], output_layer_bias=True, vocab_size=509),
     "llama-tiny-wide": replace(BACKBONES["llama-tiny"], hidden_size=64, kv_channels=16),
+    "llama-tiny-rope": replace(BACKBONES["llama-tiny"], rotary_base=500000.0),
     "phi-2-tiny-dropout": replace(BACKBONES["phi-2-tiny"], hidden_dropout=0.2, attention_dropout=0.2),
 }
 BACKBONES.update(TINY)

@@ -69,6 +69,12 @@ MODELS = {
     # The same with the router's own noise, which must not depend on tensor and pipeline layout.
     "original-noise": Model(moe=MOE | {"router": "original", "capacity_factor": 1.0}, rows="padded"),
     "bf16": Model(moe=MOE, run={"training.precision": "bf16"}),
+    # FP8 as a CPU emulates it. In blocks a pipeline stage computes what one process does, and so does a rank with its own
+    # experts; a scale of a whole tensor depends on which tokens and which rows of a weight a rank has.
+    **{
+        f"fp8-{recipe}": Model(moe=MOE, run={"training.fp8": recipe})
+        for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8")
+    },
     "bf16-phi": Model(backbone="phi-2-tiny", moe=MOE, run={"training.precision": "bf16"}),
 }
 
@@ -91,8 +97,10 @@ SHORT = {
     "tp": "parallel.tensor_model_parallel_size",
     "pp": "parallel.pipeline_model_parallel_size",
     "vpp": "parallel.virtual_pipeline_model_parallel_size",
+    "cp": "parallel.context_parallel_size",
     "ep": "parallel.expert_model_parallel_size",
     "etp": "parallel.expert_tensor_parallel_size",
+    "split": "parallel.pipeline_split",
     "first": "parallel.num_layers_in_first_pipeline_stage",
     "recompute": "training.recompute",
     "recompute_tower": "training.recompute_tower",
@@ -127,6 +135,9 @@ LAYOUTS = [
     *_layouts("llama phi", "pp2-vpp2", 2, pp=2, vpp=2),
     *_layouts("llama", "pp2-first1", 2, pp=2, first=1),
     *_layouts("phi", "pp2-first3", 2, pp=2, first=3),
+    *_layouts("llama phi", "pp2-cost", 2, pp=2, split="cost"),
+    *_layouts("llama", "pp2-vpp2-cost", 2, pp=2, vpp=2, split="cost"),
+    *_layouts("llama", "pp2-1-3", 2, pp=2, split=[1, 3]),
     *_layouts("llama-dense phi-dense", "dp2", 2),
     *_layouts("llama-dense phi-dense", "tp2", 2, tp=2),
     *_layouts("llama-dense phi-dense", "pp2", 2, pp=2),
@@ -134,6 +145,8 @@ LAYOUTS = [
     *_layouts("llama llama-stage3", "ep2-overlap", 2, ep=2, overlap_grads=True, overlap_params=True),
     *_layouts("llama", "dp2-overlap", 2, overlap_grads=True, overlap_params=True),
     *_layouts("llama", "pp2-vpp2-overlap", 2, pp=2, vpp=2, overlap_grads=True),
+    # the second rank trains nothing; a tied embedding is reduced across stages
+    *_layouts("llama-stage1 tied", "pp2-overlap", 2, pp=2, overlap_grads=True, overlap_params=True),
     *_layouts("llama", "ep2-allgather", 2, ep=2, dispatcher="allgather"),
     *_layouts("llama", "tp2-ep2-allgather", 2, tp=2, ep=2, dispatcher="allgather"),
     *_layouts("llama phi", "ep2-sequential", 2, ep=2, experts="sequential"),
@@ -159,13 +172,24 @@ LAYOUTS = [
     *_layouts("padded", "pp2", 2, pp=2),
     *_layouts("router-losses sequence-aux-loss shared-experts expert-bias residual top1", "ep2", 2, ep=2),
     *_layouts("router-losses sequence-aux-loss shared-experts expert-bias residual top1", "tp2", 2, tp=2),
-    *_layouts("router-losses expert-bias residual", "pp2", 2, pp=2),
+    *_layouts("router-losses expert-bias residual shared-experts", "pp2", 2, pp=2),
+    *_layouts("shared-experts", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("original original-phi original-top1", "ep2", 2, ep=2),
     *_layouts("original original-phi original-top1 original-noise", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("original original-noise", "pp2", 2, pp=2),
+    *_layouts("llama phi llama-stage1 llama-stage3 text-only tied-dense", "cp2", 2, cp=2),
+    *_layouts("padded padded-phi router-losses sequence-aux-loss shared-experts expert-bias residual", "cp2", 2, cp=2),
+    *_layouts("llama phi", "cp2-ep2", 2, cp=2, ep=2),
+    *_layouts("llama", "cp2-recompute-full", 2, cp=2, recompute="full"),
+    *_layouts("llama", "cp2-overlap", 2, cp=2, overlap_grads=True, overlap_params=True),
     *_layouts("bf16 bf16-phi", "ep2", 2, ep=2),
     *_layouts("bf16 bf16-phi", "tp2", 2, tp=2),
     *_layouts("bf16", "pp2", 2, pp=2),
+    *_layouts("bf16", "cp2", 2, cp=2),
+    *_layouts("fp8-tensorwise fp8-delayed fp8-blockwise fp8-mxfp8", "pp2", 2, pp=2),
+    *_layouts("fp8-tensorwise fp8-mxfp8", "tp2-ep2-etp1", 2, tp=2, ep=2),
+    *_layouts("fp8-blockwise", "ep2-recompute-full", 2, ep=2, recompute="full"),
+    *_layouts("fp8-delayed", "recompute-full", 1, recompute="full"),
     # four processes
     *_layouts("llama", "dp4", 4),
     *_layouts("llama phi", "ep4", 4, ep=4),
@@ -175,6 +199,11 @@ LAYOUTS = [
     *_layouts("llama", "pp2-tp2", 4, pp=2, tp=2),
     *_layouts("llama", "tp2-ep2-etp2", 4, tp=2, ep=2, etp=2),
     *_layouts("llama", "pp2-vpp2-tp2-ep2", 4, pp=2, vpp=2, tp=2, ep=2),
+    *_layouts("llama phi", "cp2-tp2-ep2", 4, cp=2, tp=2, ep=2),
+    *_layouts("llama llama-stage1 tied", "cp2-pp2", 4, cp=2, pp=2),
+    *_layouts("llama", "cp4-ep2", 4, cp=4, ep=2),
+    *_layouts("llama", "dp2-cp2-ep4", 4, cp=2, ep=4),
+    *_layouts("padded router-losses", "cp2-tp2", 4, cp=2, tp=2),
     *_layouts("tied", "pp2-tp2", 4, pp=2, tp=2),
     *_layouts("llama-stage1", "pp2-tp2", 4, pp=2, tp=2),
     *_layouts("llama-stage3", "pp2-ep2", 4, pp=2, ep=2),
@@ -184,6 +213,7 @@ LAYOUTS = [
 SLOW_LAYOUTS = [
     *_layouts("llama phi tied", "pp2-tp2-ep2", 8, pp=2, tp=2, ep=2),
     *_layouts("llama", "tp2-ep4", 8, tp=2, ep=4),
+    *_layouts("llama tied", "cp2-pp2-tp2-ep2", 8, cp=2, pp=2, tp=2, ep=2),
     *_layouts("llama", "pp2-vpp2-tp2-ep4", 8, pp=2, vpp=2, tp=2, ep=4),
     *_layouts("llama", "pp2-tp2-ep2-etp2", 8, pp=2, tp=2, ep=2, etp=2),
     *_layouts("llama", "tp4-ep2-overlap", 8, tp=4, ep=2, overlap_grads=True, overlap_params=True),
@@ -207,6 +237,9 @@ CONTINUATIONS = [
     ("llama:ep2-sequential", "llama:tp2-etp2"),
     ("llama:tp2-ep2-etp1", "llama:pp2"),
     ("llama:pp2", "llama:sequential"),
+    ("llama:pp2-1-3", "llama:tp2"),
+    ("llama:cp2-ep2", "llama:tp2"),
+    ("llama:tp2", "llama:cp2-ep2"),
     ("llama:pp2-vpp2", "llama:tp2"),
     ("phi:ep2-sequential", "phi:one"),
     ("phi:pp2-vpp2", "phi:tp2-ep2-etp1"),

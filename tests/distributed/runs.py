@@ -1,7 +1,9 @@
 """Jobs beyond one layout: whole runs on the real loader, checkpoints that do not fit, gradients that are not finite."""
 
+import itertools
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from megatron_moellava import parallel
 from megatron_moellava.config import CheckpointError, RunConfig, from_dict
 from megatron_moellava.model import checkpoint as reading
 from megatron_moellava.model.build import build_model
+from megatron_moellava.training import background
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.loop import TrainingDiverged
 from megatron_moellava.training.optimizer import optimizer_step_count
@@ -111,6 +114,62 @@ def _equal(a, b) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
     return a == b
+
+
+# --- checkpoints in the background ------------------------------------------------------------------------------------
+
+
+def run_async(job: dict, folder: Path) -> dict:
+    """A save whose writing is held up while the training goes on, beside one that is made at once at the same moment."""
+    save = folder / job["id"]
+    trainer, _, _ = start(
+        BY_ID[job["layout"]], **{"checkpoint.save": str(save / "async"), "checkpoint.async_save": True}
+    )
+    trainer.step()
+    state = checkpoints.TrainingState(iteration=1, consumed_samples=0, data=None)
+    at_once = checkpoints.save_checkpoint(save / "sync", trainer.run, trainer.chunks, state, trainer.optimizer)
+
+    may_write, write = threading.Event(), background.Writing.write
+    background.Writing.write = lambda self: (may_write.wait(60), write(self))
+    trainer.save()
+    trainer.step()
+    trainer.step()
+    result = {"early": [trainer.background.poll(), reading.newest_checkpoint(save / "async")]}
+    may_write.set()
+    trainer.save()  # of step 3; waits for that of step 1
+    background.Writing.write = write
+    result["names"] = sorted(path.name for path in (save / "async").glob("iter_*") if path.suffix != ".tmp")
+    trainer._finish_save()
+    first, third = (save / "async" / f"iter_{iteration:07d}" for iteration in (1, 3))
+    dist.barrier()
+    reading.load_weights(third, trainer.chunks)  # its digests are right
+    return result | {"different": different_tensors(at_once, first), "later": len(different_tensors(at_once, third))}
+
+
+# --- FP8 ----------------------------------------------------------------------------------------------------------
+
+
+class SameRows:
+    """The first global batch again and again, so that a run learns it by heart."""
+
+    def __init__(self, rows):
+        self._batches = itertools.cycle([next(rows) for _ in range(4)])
+
+    def __next__(self):
+        return next(self._batches)
+
+
+def run_fp8(job: dict, folder: Path) -> dict:
+    """Losses of a stage-3 run in bf16 and in every recipe of `job`, from the same weights on the same rows."""
+    losses = {}
+    for recipe in (None, *job["recipes"]):
+        more = {"training.precision": "bf16", "training.fp8": recipe, "training.train_steps": job["steps"]}
+        trainer, _, _ = start(
+            BY_ID[job["layout"]], **more, **{"optimizer.lr": 1e-3, "optimizer.lr_decay_style": "constant"}
+        )
+        trainer.loader = SameRows(trainer.loader)
+        losses[recipe or "bf16"] = [trainer.step()[0]["loss"] for _ in range(job["steps"])]
+    return {"losses": losses}
 
 
 # --- checkpoints that must be refused ---------------------------------------------------------------------------------

@@ -16,10 +16,12 @@ DENSE, MOE = "llama-dense:one", "llama:one"
 into_moe = refused_job("dense into moe", DENSE, MOE)
 into_phi = refused_job("llama into phi", MOE, "phi:pp2")
 into_wide = refused_job("llama into a wider llama", MOE, MOE, backbone="llama-tiny-wide")
+into_other_rope = refused_job("llama with another rope", MOE, MOE, backbone="llama-tiny-rope")
 flipped = refused_job("one bit flipped", MOE, "llama:dp2", damage="bit")
 lost = refused_job("one file lost", MOE, MOE, damage="file")
 intact = refused_job("intact", MOE, "llama:dp2")
 retention = {"id": "retention", "run": "run_retention", "layout": "llama-stage1:dp2", "world": 2}
+in_background = {"id": "in background", "run": "run_async", "layout": "expert-bias:ep2", "world": 2}
 
 
 @each("job", jobs, ids=[job["id"] for job in jobs])
@@ -40,6 +42,18 @@ def test_dense_checkpoint_in_a_moe_model_names_the_tensors(job, result):
     assert "missing: language_model.decoder.layers.0.mlp.experts.experts.linear_fc1.weight" in result["message"]
     assert "not wanted: language_model.decoder.layers.0.mlp.linear_fc1.weight" in result["message"]
     assert "upcycle" in result["message"]
+
+
+@each("job", [into_wide, into_other_rope, into_moe], ids=["wide", "rope", "moe"])
+def test_checkpoint_of_another_model_names_the_fields(job, result):
+    expected = {
+        "llama into a wider llama": "backbone.hidden_size 128 there, 64 here",
+        "llama with another rope": "backbone.rotary_base 10000.0 there, 500000.0 here",  # no tensor would show it
+        "dense into moe": "moe.num_experts None there, 4 here",
+    }
+    assert expected[job["id"]] in result["message"].split("missing:")[0]
+    if job is into_other_rope:
+        assert "missing: none" in result["message"] and "other shape: none" in result["message"]
 
 
 @each("job", [into_phi], ids=["phi"])
@@ -69,6 +83,18 @@ def test_retention_keeps_the_newest_complete_checkpoint(job, result):
     assert result["left"] == [["iter_0000006"], ["iter_0000008"]]
     assert result["newest"] == ["iter_0000006", "iter_0000008"]
     assert result["tracker"] == "8"
+
+
+@each("job", [in_background], ids=["expert-bias ep2"])
+def test_save_in_the_background_holds_the_moment_it_was_asked_for(job, result):
+    """Two steps are made while it is written, which move buffers in place (expert biases).
+
+    It is no checkpoint until it is complete, and the next one waits for it.
+    """
+    assert result["early"] == [None, None]
+    assert result["names"] == ["iter_0000001"]
+    assert result["different"] == []
+    assert result["later"] > 0, "a copy made too late would be seen"
 
 
 def test_sources_save_and_targets_exist():

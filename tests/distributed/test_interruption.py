@@ -11,6 +11,8 @@ import data_files
 import pytest
 import yaml
 
+from megatron_moellava.model.checkpoint import newest_checkpoint
+
 REPO = Path(__file__).parents[2]
 
 
@@ -84,3 +86,34 @@ def test_diverging_run_exits_with_3_and_names_samples(command, tmp_path):
     assert process.wait(240) == 3, log.read_text()
     assert "2 steps in a row without a finite gradient" in log.read_text()
     assert "id" in log.read_text().partition("the last with samples")[2]
+
+
+HELD_UP = """
+import pathlib, runpy, sys, time
+from megatron_moellava.training import background
+
+def write(self):
+    pathlib.Path(self.folder, "__0_0.distcp").write_bytes(b"half of it")
+    time.sleep(3600)
+
+background.Writing.write = write
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_death_while_saving_in_the_background_leaves_nothing_that_loads(command, tmp_path):
+    save = tmp_path / "save"
+    options = ["checkpoint.async_save=true", "checkpoint.save_interval=1"]
+    process = start([command[0], "-c", HELD_UP, *command[1:], *options], tmp_path / "killed.log")
+    deadline = time.monotonic() + 240
+    while not (save / "iter_0000001.tmp" / "__0_0.distcp").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, (tmp_path / "killed.log").read_text()
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert newest_checkpoint(save) is None
+    log = tmp_path / "again.log"
+    assert interrupt([*command, *options[:1]], signal.SIGTERM, save, log) == 85, log.read_text()
+    assert "step 1/" in log.read_text(), "it started anew"
+    assert newest_checkpoint(save) is not None and not list(save.glob("*.tmp"))

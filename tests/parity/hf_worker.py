@@ -52,7 +52,7 @@ def compare(source: Path, save: Path, run: RunConfig) -> dict[str, float]:
     expected = torch.load(source / "reference.pt", weights_only=True)
     model = open_checkpoint(save).model
     model = replace(model, tower=replace(model.tower, name=str(save / "tower")))
-    subject = Subject(save, model, str(save))
+    subject = Subject(model, str(save))
     moe = replace(model.moe, moe_aux_loss_coeff=0.0) if model.moe else None
     session = open_session(run, subject, moe)
     for chunk in session.chunks:

@@ -1,15 +1,18 @@
 """Malformed rows and images by the thousand: only BadSample or DataError may come out, and no good sample is lost.
 
-FUZZ_SCALE=10 multiplies the number of examples.
+FUZZ_SCALE=10 multiplies the number of examples, and `make fuzz` does so and says how many there were.
 """
 
+import functools
 import io
 import json
 import os
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from data_files import ASSETS, TOWER, conversation, row
+from data_files import ASSETS, TOWER, config, conversation, make_loader, row, write_images
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,9 +28,29 @@ from megatron_moellava.data.tokenizer import load_tokenizer
 SCALE = int(os.environ.get("FUZZ_SCALE", "1"))
 
 
-def fuzz(examples: int):
+RUNS: Counter[str] = Counter()
+
+
+def fuzz(examples: int, *strategies):
+    """Run the test on `examples` x SCALE draws, counted in RUNS."""
     health = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(max_examples=examples * SCALE, deadline=None, suppress_health_check=health, derandomize=True)
+
+    def decorate(test):
+        @functools.wraps(test)
+        def counted(*arguments, **named):
+            RUNS[test.__name__] += 1
+            return test(*arguments, **named)
+
+        options = {"deadline": None, "suppress_health_check": health, "derandomize": True}
+        return settings(max_examples=examples * SCALE, **options)(given(*strategies)(counted))
+
+    return decorate
+
+
+@pytest.fixture(scope="module", autouse=True)
+def say_how_many():
+    yield
+    print(f"\nfuzzed {RUNS.total():,} inputs: {', '.join(f'{count:,} {name}' for name, count in RUNS.items())}")
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
@@ -60,8 +83,7 @@ NASTY = [
 texts = st.lists(st.text(max_size=12) | st.sampled_from(NASTY), max_size=6).map("".join)
 
 
-@fuzz(1000)
-@given(records)
+@fuzz(1000, records)
 def test_any_record_is_a_sample_or_a_bad_sample(record):
     try:
         sample = parse_record(record, origin="row")
@@ -71,8 +93,7 @@ def test_any_record_is_a_sample_or_a_bad_sample(record):
         assert sample.turns and sum(turn.text.count("<image>") for turn in sample.turns) == len(sample.images)
 
 
-@fuzz(200)
-@given(st.lists(st.binary(max_size=40) | st.integers(0, 9), max_size=12))
+@fuzz(200, st.lists(st.binary(max_size=40) | st.integers(0, 9), max_size=12))
 def test_good_lines_survive_any_neighbours(tmp_path, lines):
     junk = [line.replace(b"\n", b"").replace(b"\r", b"") if isinstance(line, bytes) else line for line in lines]
     path = tmp_path / "rows.jsonl"
@@ -82,8 +103,7 @@ def test_good_lines_survive_any_neighbours(tmp_path, lines):
     assert [record for record in found if "conversations" in record] == wanted
 
 
-@fuzz(200)
-@given(st.data())
+@fuzz(200, st.data())
 def test_a_mutated_list_gives_rows_or_an_error(tmp_path, data):
     content = bytearray(json.dumps([row(i) for i in range(4)]).encode())
     for _ in range(data.draw(st.integers(1, 6))):
@@ -103,11 +123,10 @@ def test_a_mutated_list_gives_rows_or_an_error(tmp_path, data):
 def encoder(request):
     template = get_template("phi" if request.param == "tok_bpe" else "v1")
     tokenizer = load_tokenizer(ASSETS / request.param)
-    return Encoder(template=template, tokenizer=tokenizer, num_features=16, seq_length=400)
+    return Encoder(template=template, tokenizer=tokenizer, num_features=16, max_length=400)
 
 
-@fuzz(300)
-@given(st.lists(texts, min_size=2, max_size=6))
+@fuzz(300, st.lists(texts, min_size=2, max_size=6))
 def test_any_text_is_encoded_with_one_end_per_answer(encoder, parts):
     parts = [part.encode("utf-8", "ignore").decode().replace("<image>", "") for part in parts]
     try:
@@ -146,8 +165,12 @@ def _files() -> list[bytes]:
 FILES = _files()
 
 
-@fuzz(1000)
-@given(st.sampled_from(FILES), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8), st.floats(0, 1.3))
+@fuzz(
+    1000,
+    st.sampled_from(FILES),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8),
+    st.floats(0, 1.3),
+)
 def test_any_bytes_are_an_image_or_a_bad_sample(data, changes, length):
     mutated = bytearray(data)
     for position, value in changes:
@@ -163,9 +186,9 @@ def test_any_bytes_are_an_image_or_a_bad_sample(data, changes, length):
         assert error.reason in ("unreadable image", "decompression bomb") and str(error).startswith("row")
 
 
-@fuzz(500)
-@given(
-    st.lists(st.sampled_from(["..", "/", ".", "a", "~", "link", "\\", "%2e", " ", "b.png"]), max_size=8).map("".join)
+@fuzz(
+    500,
+    st.lists(st.sampled_from(["..", "/", ".", "a", "~", "link", "\\", "%2e", " ", "b.png"]), max_size=8).map("".join),
 )
 def test_no_name_leads_outside_the_image_folder(tmp_path, name):
     root = tmp_path / "images"
@@ -177,3 +200,24 @@ def test_no_name_leads_outside_the_image_folder(tmp_path, name):
     except BadSample:
         return
     assert os.path.commonpath([os.path.realpath(path), os.path.realpath(root)]) == os.path.realpath(root)
+
+
+@fuzz(15, st.lists(records | st.binary(max_size=30), max_size=12))
+def test_the_loader_delivers_every_good_row_among_bad_ones(tmp_path, junk):
+    """Through Energon: index, blend, tokenise, pack, decode."""
+    folder = write_images(tmp_path / "images")
+    good = {f"good {number}": row(number, (None, "a.png")[number % 2], id=f"good {number}") for number in range(8)}
+    lines = [x.translate(None, b"\r\n") if isinstance(x, bytes) else json.dumps(x).encode() for x in junk]
+    for number, record in enumerate(good.values()):
+        lines.insert(2 * number, json.dumps(record).encode())
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    source = config(path, max_skip_share=0.9).sources[0]
+    data = replace(
+        config(path, max_skip_share=0.9, packing_buffer=4), sources=(replace(source, image_folder=str(folder)),)
+    )
+    loader, found = make_loader(data), set()
+    for _ in range(60):
+        found |= set(next(loader).sample_ids)
+    loader.close()
+    assert found >= good.keys()

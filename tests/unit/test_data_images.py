@@ -71,12 +71,12 @@ def test_padding_uses_the_mean_colour_and_centres():
 
 
 MODES = {
-    "CMYK": (noise(40, 30).convert("CMYK"), "JPEG", ()),
-    "palette": (noise(40, 30).convert("P"), "PNG", ()),
+    "CMYK": (noise(40, 30).convert("CMYK"), "JPEG", ("CMYK colours converted",)),
+    "palette": (noise(40, 30).convert("P"), "PNG", ("palette colours converted",)),
     "grey": (noise(40, 30).convert("L"), "PNG", ()),
     "bilevel": (noise(40, 30).convert("1"), "PNG", ()),
     "alpha": (noise(40, 30).convert("RGBA"), "PNG", ("alpha dropped",)),
-    "1-pixel": (noise(1, 1), "PNG", ()),
+    "1-pixel": (noise(1, 1), "PNG", ("image of one pixel",)),
     "16-bit": (Image.fromarray(np.full((30, 40), 40_000, dtype=np.uint16)), "PNG", ("16-bit image scaled",)),
 }
 

@@ -7,8 +7,10 @@ from collections import Counter
 import pytest
 import torch
 from data_files import ASSETS, config, conversation, ids, make_loader, make_set, row, take, write_images, write_rows
+from PIL import Image
 
 from megatron_moellava.config import ConfigError, DataError
+from megatron_moellava.data.loader import summary
 from megatron_moellava.data.state import redistribute
 from megatron_moellava.data.tokenizer import load_tokenizer
 
@@ -235,7 +237,7 @@ def test_rows_longer_than_the_sequence_are_cut_and_counted(tmp_path):
     take(loader, 4)
     assert loader.notes["truncated"] > 0
     hopeless = row(0, None, conversations=conversation("Is it raining? " * 200, "No"))
-    with pytest.raises(DataError, match=r"nothing to learn within data.seq_length=256"):
+    with pytest.raises(DataError, match=r"more than the 256 of a sample, and nothing to learn before the cut"):
         take(make_loader(config(write_rows(tmp_path, [hopeless], "b.json"))), 4)
 
 
@@ -294,3 +296,100 @@ def test_packing_passes_over_no_sample(tmp_path):
     while found.total() < 400:  # ten epochs of 40 rows, of which up to 16 still wait
         found.update(next(loader).sample_ids)
     assert len(found) == 40 and min(found.values()) >= 9 and max(found.values()) <= 11
+
+
+def test_a_position_moves_between_ranks(tmp_path):
+    """The modality sampler continues with any number of ranks that share what was read equally."""
+    path = make_set(tmp_path, 48)
+
+    def loaders(world_size):
+        data = config(path, packing=False, sampler="modality_length")
+        share = {"world_size": world_size, "accumulation_steps": 4 // world_size}
+        return [make_loader(data, rank=rank, **share) for rank in range(world_size)]
+
+    running = loaders(2)
+    for loader in running:
+        take(loader, 4)
+    saved = {rank: json.loads(json.dumps(loader.state_dict())) for rank, loader in enumerate(running)}
+    expected = sorted(name for loader in running for name in ids(take(loader, 8)))
+    (resumed,) = loaders(1)
+    resumed.load_states(saved)
+    assert sorted(ids(take(resumed, 16))) == expected and resumed.seen == 48
+    odd = {rank: state | {"engine": state["engine"] | {"position": 3}} for rank, state in saved.items()}
+    with pytest.raises(DataError, match=r"after 6 micro-batches of the epoch, which 4 ranks cannot have shared"):
+        loaders(4)[0].load_states(odd)
+
+
+def test_a_loader_takes_the_states_of_another_number_of_ranks(tmp_path):
+    path = make_set(tmp_path, 48)
+    running = [make_loader(config(path, num_workers=1), rank=rank, world_size=2) for rank in range(2)]
+    for loader in running:
+        take(loader, 3)
+    saved = {rank: json.loads(json.dumps(loader.state_dict())) for rank, loader in enumerate(running)}
+    expected = [ids([next(loader)]) for _ in range(3) for loader in running]
+    resumed = make_loader(config(path, num_workers=2))
+    resumed.load_states(saved)
+    assert resumed.seen == sum(state["counters"]["seen"] for state in saved.values())
+    assert [ids([batch]) for batch in take(resumed, 6)] == expected
+    with pytest.raises(DataError, match=r"2 ranks x 1 workers; it can be continued with any .* gives 2, not 1 x 1"):
+        make_loader(config(path, num_workers=1)).load_states(saved)
+    with pytest.raises(DataError, match="packing_buffer: 16 then, 8 now"):
+        make_loader(config(path, num_workers=2, packing_buffer=8)).load_states(saved)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_epochs_of_workers_overlap_by_little(tmp_path, workers):
+    """Workers take turns by packed rows, so one with shorter samples begins its second epoch before the others end
+    their first. No sample is skipped for it, and hardly any comes twice before the last has come once."""
+    path = write_rows(tmp_path, [row(i, None) for i in range(400)])
+    loader = make_loader(config(path, num_workers=workers, seq_length=512, packing_buffer=16))
+    found = Counter()
+    while len(found) < 400:
+        found.update(next(loader).sample_ids)
+    loader.close()
+    assert max(found.values()) == 2 and found.total() - 400 <= 0.15 * 400
+
+
+def test_padded_epochs_do_not_overlap_by_more_than_a_batch_of_each_worker(tmp_path):
+    path = write_rows(tmp_path, [row(i, None) for i in range(101)])
+    loader = make_loader(config(path, packing=False, num_workers=2))
+    found = Counter()
+    while len(found) < 101:
+        found.update(next(loader).sample_ids)
+    loader.close()
+    assert found.total() - 101 <= 2 * 2
+
+
+def test_long_rows_are_named_cut_or_skipped(tmp_path, caplog):
+    long = row(0, None, conversations=conversation("Is it raining?", "No, the sky is clear. " * 200))
+    path = write_rows(tmp_path, [long, row(1, None)])
+    loader = make_loader(config(path, packing_buffer=2), context_length=100)
+    lengths = [batch.cu_seqlens.diff()[: len(batch.sample_ids)].tolist() for batch in take(loader, 3)]
+    assert max(itertools.chain(*lengths)) == 100
+    assert "rows.json row 0: cut at 100 of" in caplog.text and "raise data.max_sample_length" in caplog.text
+    with pytest.raises(DataError, match=r"rows.json row 0: .* tokens with its images, more than the 100 of a sample"):
+        take(make_loader(config(path, long_samples="skip"), context_length=100), 3)
+    loader = make_loader(config(path, long_samples="skip", max_skip_share=0.6, max_sample_length=100))
+    assert set(ids(take(loader, 3))) == {"id1"} and loader.skipped["too long"] > 0
+
+
+def test_duplicate_ids_are_named_and_counted(tmp_path, caplog):
+    path = write_rows(tmp_path, [row(i, None, id=f"id{i % 4}") for i in range(6)])
+    loader = make_loader(config(path))
+    assert "rows.json: row 4 repeats the id 'id0' of row 0, 4 rows in all" in caplog.text
+    take(loader, 1)
+    assert "4 rows share their id with another row" in summary([loader.counters()])
+
+
+def test_what_is_odd_is_named_and_counted_in_the_summary(tmp_path, caplog):
+    write_images(tmp_path)
+    Image.new("RGBA", (9, 9)).save(tmp_path / "alpha.png")
+    turns = [{"from": "gpt", "value": "hi"}, *conversation("a", "", "b", "c")]
+    rows = [row(0, "alpha.png"), row(1, None, conversations=turns), row(2, "gone.png"), *(row(i) for i in range(3, 9))]
+    loader = make_loader(config(write_rows(tmp_path, rows), packing=False, max_skip_share=0.5), micro_batch_size=1)
+    take(loader, 8)
+    text = summary([loader.counters(), loader.counters()])
+    assert text.startswith("read 18 samples, skipped 2: 2 missing image; noted 2 ")
+    assert all(f"2 {what}" in text for what in ("leading answer dropped", "empty answer among others", "alpha dropped"))
+    assert "rows.json row 0, image 'alpha.png': transparency is dropped" in caplog.text
+    assert "rows.json row 1: it begins with an answer" in caplog.text

@@ -48,7 +48,9 @@ def test_an_image_row_without_its_image_field_is_refused():
 
 def test_a_leading_answer_is_dropped():
     sample = parse_record({"conversations": [{"from": "gpt", "value": "hi"}, *conversation("a", "b")]}, origin="")
-    assert [turn.text for turn in sample.turns] == ["a", "b"]
+    assert [turn.text for turn in sample.turns] == ["a", "b"] and sample.notes == ("leading answer dropped",)
+    sample = parse_record({"conversations": conversation("a", "", "b", "c")}, origin="")
+    assert len(sample.turns) == 4 and sample.notes == ("empty answer among others",)
 
 
 def test_video_frames_take_the_place_of_their_placeholder():
@@ -117,7 +119,8 @@ def test_the_index_holds_every_row_once_and_counts_duplicate_ids(tmp_path):
     lines = [json.loads(line) for line in index.path.read_text().splitlines()]
     assert sorted(line["row"] for line in lines) == list(range(6)) and index.rows == 6
     assert [lines[position]["row"] for position in index.positions] == list(range(6))
-    assert index.duplicates == 4
+    assert index.duplicates == 4 and "row 4 repeats the id 'id0' of row 0, 4 rows in all" in index.duplicates_message
+    assert "give each row its own id" in index.duplicates_message
     assert (index.lengths < 0).all()
 
 

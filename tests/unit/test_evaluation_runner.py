@@ -14,10 +14,11 @@ from megatron_moellava.evaluation.tasks import TASKS, get_task
 
 QUIET = Options(progress=False, bootstrap_samples=50)
 PICTURES = {"mmbench_cn": lambda root: miniatures.mmbench(root, "mmbench_dev_cn_20231003.tsv")}
+ALIASES = {"scienceqa": "science_qa", "quickstart_pope": "quickstart"}
 
 
 def write_miniature(name, root):
-    return PICTURES.get(name, getattr(miniatures, {"scienceqa": "science_qa"}.get(name, name), None))(root)
+    return PICTURES.get(name, getattr(miniatures, ALIASES.get(name, name), None))(root)
 
 
 class Oracle:

@@ -1,6 +1,7 @@
 """Yes or no about a picture: POPE (is the object there?) and MME (fourteen subtasks of two questions per picture)."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,27 +46,40 @@ def pope(answered: Answered) -> Score:
         by_category[str(question.fields["category"])].append((question, text))
     if unknown := sorted(set(by_category) - set(POPE_CATEGORIES)):
         raise DataError(f"category={unknown[0]!r} in the POPE questions: must be one of {', '.join(POPE_CATEGORIES)}")
-    units: list[object] = []
-    sums: list[list[float]] = []
-    published = 0
-    for number, category in enumerate(POPE_CATEGORIES):
+    rows, published = [], 0
+    for category in POPE_CATEGORIES:
         labels = list(read_jsonl(answered.folder / "coco" / f"coco_pope_{category}.json"))
         published += len(labels)
         for (question, text), label in _pair(by_category[category], labels, category):
-            cell = Confusion()
-            cell.add(predicted=answers_yes(text), truth=label["label"] != "no")
-            row = [0.0] * (len(_CELLS) * len(POPE_CATEGORIES))
-            row[len(_CELLS) * number : len(_CELLS) * (number + 1)] = [getattr(cell, name) for name in _CELLS]
-            units.append(question.fields["image"])
-            sums.append(row)
-    sums_UK = sum_by_unit(units, sums)
+            rows.append((question, text, label["label"] != "no"))
+    return _pope_score(rows, answered.note_subset(published))
+
+
+def quickstart_pope(answered: Answered) -> Score:
+    """The same numbers on the quickstart's pictures; the questions bring their truths (see quickstart_pope.py)."""
+    rows = [(question, text, question.fields["answer"] != "no") for question, text in answered]
+    return _pope_score(
+        rows, ["POPE's protocol on the quickstart's pictures, not POPE's questions; always yes: F1 66.7"]
+    )
+
+
+def _pope_score(rows: Sequence[tuple[Question, str, bool]], notes: Sequence[str]) -> Score:
+    """Rows of (question, what was said, whether yes is right)."""
+    sums = []
+    for question, text, truth in rows:
+        cell = Confusion()
+        cell.add(predicted=answers_yes(text), truth=truth)
+        row = np.zeros((len(POPE_CATEGORIES), len(_CELLS)))
+        row[POPE_CATEGORIES.index(question.fields["category"])] = [getattr(cell, name) for name in _CELLS]
+        sums.append(row.ravel())
+    sums_UK = sum_by_unit([question.fields["image"] for question, *_ in rows], sums)
     return Score(
         metric="mean F1 of the three categories (%)",
         sums_UK=sums_UK,
         headline=_mean_f1,
-        count=len(answered),
+        count=len(rows),
         details=_pope_categories(sums_UK.sum(axis=0)),
-        notes=answered.note_subset(published),
+        notes=notes,
     )
 
 

@@ -63,9 +63,7 @@ def verify_folder(folder: Folder, run: RunConfig) -> Table:
     with shared_folder() as place:
         names = [name for name in CHECKPOINTS if folder.has_checkpoint(name)]
         on_first_rank(lambda: import_all(folder, names, place))
-        subjects = {
-            name: Subject(folder.path / name, open_checkpoint(place / name).model, str(place / name)) for name in names
-        }
+        subjects = {name: Subject(open_checkpoint(place / name).model, str(place / name)) for name in names}
         if subjects:
             verify_models(folder, run, subjects, table)
         dist.barrier()

@@ -8,7 +8,6 @@ Shapes: B rows, S positions, V vocabulary, D width, N tokens of a micro-batch, E
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,9 +34,8 @@ Pick = Callable[[torch.nn.Parameter], torch.Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model to verify: where its config.json is, what it is, and the Megatron checkpoint that was made of it."""
+    """A model to verify: what it is, and the Megatron checkpoint that was made of the recorded one."""
 
-    source: Path
     model: Model
     checkpoint: str
 
@@ -46,8 +44,7 @@ class Subject:
         moe = moe or self.model.moe
         if moe and run.moe:
             moe = replace(moe, experts=run.moe.experts, moe_token_dispatcher_type=run.moe.moe_token_dispatcher_type)
-        assert self.model.tower is not None  # every recorded checkpoint has one
-        model = replace(run.model, backbone=str(self.source), tower=self.model.tower.name)
+        model = replace(run.model, backbone=self.checkpoint, tower=self.checkpoint)
         parallel = run.parallel if moe else replace(run.parallel, expert_model_parallel_size=1)  # more data parallelism
         return replace(run, model=model, moe=moe, parallel=parallel)
 
