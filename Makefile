@@ -20,7 +20,7 @@ endif
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart chat serve test test-browser test-lmms test-layouts test-layouts-8 fuzz check format test-cluster clean
+.PHONY: help quickstart chat serve test test-browser test-lmms test-layouts test-layouts-8 fuzz check format test-resilience test-cluster test-docker clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,7 +51,7 @@ check: $(READY)  ## format, lint, types, import direction, shell scripts, Docker
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run .ci/find_python $(wildcard examples/*.sh examples/*/*.sh tests/cluster/*.sh)
+	$(BIN)/shellcheck .ci/run .ci/find_python $(wildcard examples/*.sh examples/*/*.sh tests/docker/*.sh)
 	$(BIN)/hadolint Dockerfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --durations=0 tests/unit/test_architecture.py tests/unit/test_packaging.py
 
@@ -64,6 +64,12 @@ test-browser: $(READY)  ## the web page in a real Chromium (apt-get install chro
 
 test-lmms: .lmms-venv/.installed  ## our plugin in lmms-eval, in an environment of its own (.lmms-venv; a few minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/unit .lmms-venv/bin/python -m pytest $(PYTEST_ARGS) tests/lmms
+
+test-resilience: $(READY)  ## 200 kills, damaged checkpoints, full disks, hung ranks, ... on real runs (root, half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/resilience
+
+test-docker:  ## every step of the CPU image in a chroot (root, buildah, debootstrap, 30 GB, ten minutes or more)
+	tests/docker/build_in_chroot.sh $(or $(WORK),build/docker)
 
 test-cluster: $(READY)  ## submit the scripts of examples/ to a real two-node SLURM on this machine (root, Debian or Ubuntu)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
