@@ -59,8 +59,6 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = iter(self._engine)
         self.messages = []
         batch = None
         while batch is None:  # a micro-batch whose samples are all bad is left out
@@ -69,13 +67,15 @@ class Loader:
 
     def _next(self) -> Batch | None:
         try:
+            if self._iterator is None:
+                self._iterator = iter(self._engine)
             delivered = next(self._iterator)
         except StopIteration:
             raise DataError("the data set yields no sample; is every row bad?") from None
         except DataError as error:  # from a worker process it comes wrapped into a traceback
             raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
-        except RuntimeError as error:
-            raise RuntimeError(f"{worker_trouble(self._fingerprint['rank'], error)}") from error
+        except (RuntimeError, OSError) as error:
+            raise WorkerTrouble(worker_trouble(self._fingerprint["rank"], error)) from error
         events = delivered["events"]
         self.seen += events.seen
         self.skipped.update(reason for reason, _ in events.skipped)
@@ -128,8 +128,12 @@ class Loader:
             raise DataError(f"the loader's state cannot be restored ({error!r}); the checkpoint is damaged") from error
 
 
+class WorkerTrouble(RuntimeError):
+    """A loader worker is gone or cannot work. Not a DataError: a new attempt may well go through."""
+
+
 def worker_trouble(rank: int, error: Exception) -> str:
-    """What a dead or choking loader worker may mean. Not a DataError: a new attempt may well go through."""
+    """What `error`, from a loader worker that died or chokes, may mean."""
     shared = shutil.disk_usage("/dev/shm")
     text = f"the data loader of data-parallel rank {rank} failed: {error}"
     if shared.free < SHARED_MEMORY_LOW:

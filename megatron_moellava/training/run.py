@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_moellava import parallel
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, RunConfig, from_dict, read_yaml, set_override, split_override
-from megatron_moellava.data.loader import Loader, build_train_loader
+from megatron_moellava.data.loader import Loader, WorkerTrouble, build_train_loader, worker_trouble
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.model.checkpoint import model_names, newest_checkpoint, read_run_file
 from megatron_moellava.towers import get_tower
@@ -57,6 +57,11 @@ def train(run: RunConfig) -> int:
         lock = lock_folder(run.checkpoint.save, parallel.say)
         trainer = build_trainer(run)
         return trainer.train()
+    except RuntimeError as error:
+        # torch raises it in the middle of anything, as soon as it hears that a worker has died.
+        if isinstance(error, WorkerTrouble) or "DataLoader worker" not in str(error):
+            raise
+        raise WorkerTrouble(worker_trouble(parallel.data_parallel_rank(), error)) from error
     finally:
         parallel.shutdown()
         if lock is not None:
