@@ -55,11 +55,11 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(rows, reference, disk
     assert newest_step(tmp_path / "save") == newest_step(reference(2))
 
 
-def test_read_only_folder_is_found_before_anything_starts(rows, disk):
+def test_read_only_folder_is_found_before_anything_starts(rows, disk, tmp_path):
     folder = disk("8m")
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
     started = time.monotonic()
-    job = run(settings(rows, folder / "save"), 2)
+    job = run(settings(rows, folder / "save"), 2, logs=tmp_path / "logs")
     assert set(job.codes.values()) == {2}, job.log()
     assert f"checkpoint.save={folder}/save cannot be written to" in job.log()
     assert time.monotonic() - started < 10 * PATIENCE

@@ -1,7 +1,7 @@
 """A run of two data-parallel ranks goes on in another layout or on another number of ranks: same samples, same optimizer.
 
 Sums are made in another order there, hence a tolerance: the largest relative difference seen over the six steps after the
-change was 4e-6 (loss) and 5e-5 (gradient norm).
+change was 1.3e-7 (loss) and 2.9e-7 (gradient norm), both with tensor parallelism.
 """
 
 import shutil
@@ -10,7 +10,7 @@ import signal
 import pytest
 from training import records, run, settings, start
 
-LOSS, GRADIENT = 1e-4, 1e-3
+LOSS, GRADIENT = 2e-6, 5e-6
 LAYOUTS = {
     "one rank": (1, {"data__num_workers": 2}),
     "tensor parallel": (2, {"data__num_workers": 2, "parallel__tensor_model_parallel_size": 2}),

@@ -117,9 +117,10 @@ class Job:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("rank*.log")))
 
 
-def start(tree: dict, world: int, sabotage: Callable[[int], None] | None = None) -> Job:
+def start(tree: dict, world: int, sabotage: Callable[[int], None] | None = None, logs: Path | None = None) -> Job:
+    """`logs`: beside the checkpoints if not given."""
     save = Path(tree["checkpoint"]["save"])
-    folder = save.with_name(f"{save.name}-logs")
+    folder = logs or save.with_name(f"{save.name}-logs")
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(tree))
@@ -162,10 +163,10 @@ def _free_port() -> int:
         return item.getsockname()[1]
 
 
-def run(tree: dict, world: int, sabotage=None, seconds: float = 120) -> Job:
+def run(tree: dict, world: int, sabotage=None, logs: Path | None = None) -> Job:
     """A whole attempt, from start to end."""
-    job = start(tree, world, sabotage)
-    job.wait(seconds)
+    job = start(tree, world, sabotage, logs)
+    job.wait()
     return job
 
 
