@@ -12,6 +12,7 @@ TESTS ?=
 PYTEST_ARGS ?=
 PROCESSES ?= $(if $(filter 1,$(shell nproc)),1,2)# of the quickstart, one core each: data parallel unless ARGS say otherwise
 ARGS ?=
+BENCH ?=
 
 ifeq ($(origin VENV),undefined)
 VENV := .venv
@@ -20,7 +21,7 @@ endif
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart chat serve test test-browser test-lmms test-layouts test-layouts-8 fuzz check format test-resilience test-cluster test-docker clean
+.PHONY: help quickstart chat serve test test-browser test-lmms test-layouts test-layouts-8 test-te fuzz bench check format test-resilience test-cluster test-docker clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,11 +48,17 @@ test-layouts-8: $(READY)  ## layouts of eight processes
 fuzz: $(READY)  ## malformed rows and images by the ten thousand, with the count at the end (a few minutes)
 	FUZZ_SCALE=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --capture=no tests/unit/test_data_fuzz.py
 
+test-te: .te-venv/.installed  ## checkpoints of Transformer Engine's modules against the local ones (builds it: nvcc, 10 minutes)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .te-venv/bin/python -m pytest $(PYTEST_ARGS) tests/te
+
+bench: .bench-venv/.installed  ## measure, then write docs/performance.md (BENCH="moe_layer generation" for a part)
+	.bench-venv/bin/python benchmarks/run.py $(BENCH)
+
 check: $(READY)  ## format, lint, types, import direction, shell scripts, Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run .ci/find_python $(wildcard examples/*.sh examples/*/*.sh tests/docker/*.sh)
+	$(BIN)/shellcheck .ci/run .ci/find_python $(wildcard examples/*.sh examples/*/*.sh tests/*/*.sh benchmarks/*.sh)
 	$(BIN)/hadolint Dockerfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --durations=0 tests/unit/test_architecture.py tests/unit/test_packaging.py
 
@@ -74,8 +81,8 @@ test-docker:  ## every step of the CPU image in a chroot (root, buildah, deboots
 test-cluster: $(READY)  ## submit the scripts of examples/ to a real two-node SLURM on this machine (root, Debian or Ubuntu)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
 
-clean:  ## remove .venv, caches and runs/
-	rm -rf .venv .lmms-venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+clean:  ## remove the environments, caches and runs/
+	rm -rf .venv .lmms-venv .te-venv .bench-venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made once; a changed setup.py installs what is new and leaves the rest (torch above all) alone.
@@ -93,3 +100,10 @@ clean:  ## remove .venv, caches and runs/
 	@echo "Installing the package and lmms-eval into .lmms-venv (about 7 GB; torch is most of it)"
 	.lmms-venv/bin/python -m pip install --disable-pip-version-check --editable '.[lmms-eval]' 'pytest>=8'
 	@touch $@
+
+# Two more, which see the first one's packages and hold only what must not be in it.
+.te-venv/.installed: tests/te/build.sh | $(READY)
+	tests/te/build.sh $(VENV) .te-venv
+
+.bench-venv/.installed: benchmarks/environment.sh | $(READY)
+	benchmarks/environment.sh $(VENV) .bench-venv

@@ -1,23 +1,26 @@
 """Tokens per second beside transformers' generate: the same weights, the same prompts, the same answers, in one run.
 
-  python benchmarks/generation.py [--hidden 512] [--layers 8] [--experts 4] [--batch 8] [--new-tokens 64] [--dense]
+  python benchmarks/generation.py [--new-tokens 64] [--rounds 5] [--batch 8]      the models of PLAN
+  python benchmarks/generation.py --hidden 512 --layers 8 --experts 4 [--dense] [--precision bf16]
 
 A random LLaVA with Qwen2-MoE experts in every other layer (or dense) is written by transformers, imported, and asked by
 both. "equal": prompts and answers of one length, the best case of a static batch. "mixed": four batches' worth of
 requests whose answers end after 1/8 to 8/8 of the tokens; transformers takes them batch by batch and waits for the
-longest of each. Rounds alternate; the best of each counts. The answers must agree token by token.
+longest of each. Rounds alternate; medians count. The share of answers that agree token by token is
+in the result (all of them in fp32).
 """
 
 import argparse
 import random
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from measure import finish, median, ratio, say, take_turns
+from reference import Sizes, write_reference
 
-from megatron_moellava import parallel, platform
+from megatron_moellava import parallel
 from megatron_moellava.config import DataConfig, ParallelConfig
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.data.encode import IMAGE_TOKEN
@@ -31,7 +34,6 @@ from megatron_moellava.model.build import build_model
 from megatron_moellava.model.checkpoint import load_weights, require_checkpoint
 
 VOCABULARY = 32000
-IMAGE_ID = VOCABULARY - 1
 
 
 class Numbers(Tokenizer):
@@ -50,56 +52,6 @@ class Numbers(Tokenizer):
 class Job:
     prompt: Prompt
     new_tokens: int
-
-
-def write_reference(folder: Path, args: argparse.Namespace):
-    """transformers' model, random, and its folder."""
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, Qwen2MoeConfig
-
-    sizes = {
-        "hidden_size": args.hidden,
-        "num_hidden_layers": args.layers,
-        "num_attention_heads": args.hidden // 64,
-        "num_key_value_heads": args.hidden // 64,
-        "intermediate_size": int(args.hidden * 2.75),
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 4096,
-        "eos_token_id": None,
-        "bos_token_id": None,
-    }
-    if args.dense:
-        text = Qwen2Config(**sizes)
-    else:
-        text = Qwen2MoeConfig(
-            **sizes,
-            num_experts=args.experts,
-            num_experts_per_tok=2,
-            norm_topk_prob=True,
-            mlp_only_layers=list(range(1, args.layers, 2)),
-            moe_intermediate_size=sizes["intermediate_size"],
-            shared_expert_intermediate_size=0,
-        )
-    vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=84, patch_size=14
-    )
-    torch.manual_seed(1)
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_ID)
-    ).eval()
-    with torch.no_grad():  # otherwise all logits are nearly the same, and rounding decides
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(2.0 if "embed" in name or "lm_head" in name else 1.5)
-    model.save_pretrained(folder)
-    _drop_empty_shared_experts(folder / "model.safetensors")
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
-    return model
-
-
-def _drop_empty_shared_experts(file: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    save_file({name: value for name, value in load_file(file).items() if "shared_expert" not in name}, file)
 
 
 def open_engine(folder: Path, batch: int, precision: str) -> Engine:
@@ -143,7 +95,7 @@ def ask_transformers(model, jobs: list[Job], batch: int) -> list[list[int]]:
     answers = []
     for start in range(0, len(jobs), batch):
         part = jobs[start : start + batch]
-        ids = torch.tensor([[IMAGE_ID if t == IMAGE_TOKEN else t for t in job.prompt.tokens] for job in part])
+        ids = torch.tensor([[VOCABULARY - 1 if t == IMAGE_TOKEN else t for t in job.prompt.tokens] for job in part])
         pixels = torch.cat([job.prompt.pixels_NCHW for job in part])
         longest = max(job.new_tokens for job in part)
         out = model.generate(
@@ -153,65 +105,81 @@ def ask_transformers(model, jobs: list[Job], batch: int) -> list[list[int]]:
     return answers
 
 
-def compare(name: str, engine: Engine, model, jobs: list[Job], args: argparse.Namespace) -> None:
+def compare(name: str, engine: Engine, model, jobs: list[Job], args: argparse.Namespace) -> dict:
+    said: dict[str, list[list[int]]] = {}
     ways = {
-        "ours": lambda: ask_engine(engine, jobs),
-        "transformers": lambda: ask_transformers(model, jobs, args.batch),
+        "ours": lambda: said.update(ours=ask_engine(engine, jobs)),
+        "transformers": lambda: said.update(transformers=ask_transformers(model, jobs, args.batch)),
     }
-    best, said = dict.fromkeys(ways, float("inf")), {}
-    for _ in range(args.rounds):
-        for way, ask in ways.items():
-            started = time.perf_counter()
-            said[way] = ask()
-            best[way] = min(best[way], time.perf_counter() - started)
+    seconds = take_turns(ways, args.rounds)
     tokens = sum(job.new_tokens for job in jobs)
-    equal = sum(ours == theirs for ours, theirs in zip(*said.values(), strict=True))
-    speeds = {way: tokens / seconds for way, seconds in best.items()}
-    print(
-        f"{name:8} ours {speeds['ours']:8.1f} tokens/s, transformers {speeds['transformers']:8.1f} tokens/s, "
-        f"ratio {speeds['ours'] / speeds['transformers']:.2f}; {equal} of {len(jobs)} answers identical",
-        flush=True,
-    )
+    equal = sum(ours == theirs for ours, theirs in zip(said["ours"], said["transformers"], strict=True))
+    result = {
+        "tokens per second": {way: tokens / median(values) for way, values in seconds.items()},
+        "ratio": ratio(seconds["transformers"], seconds["ours"]),
+        "identical answers": equal / len(jobs),
+    }
+    say(f"{name:8} {result}")
+    return result
 
 
-def linearity(engine: Engine, jobs: list[Job], new_tokens: int, rounds: int) -> None:
+def linearity(engine: Engine, jobs: list[Job], new_tokens: int, rounds: int) -> float:
     """Seconds per token of the second half over the first: 1.0 is linear."""
-    lengths = (1, new_tokens, 2 * new_tokens)
-    best = dict.fromkeys(lengths, float("inf"))
-    for _ in range(rounds):
-        for length in lengths:
-            started = time.perf_counter()
-            ask_engine(engine, [replace(job, new_tokens=length) for job in jobs])
-            best[length] = min(best[length], time.perf_counter() - started)
-    first, second = best[new_tokens] - best[1], best[2 * new_tokens] - best[new_tokens]
-    print(f"linear   {new_tokens} more tokens cost {second / first:.2f} times the first {new_tokens}")
+    ways = {
+        str(length): lambda length=length: ask_engine(engine, [replace(job, new_tokens=length) for job in jobs])
+        for length in (1, new_tokens, 2 * new_tokens)
+    }
+    one, first, second = (median(values) for values in take_turns(ways, rounds).values())
+    return (second - first) / (first - one)
+
+
+def measure(sizes: Sizes, precision: str, args: argparse.Namespace) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_reference(Path(folder), sizes)
+        engine = open_engine(Path(folder), args.batch, precision)
+        model = model.to(torch.bfloat16) if precision == "bf16" else model
+        parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+        say(f"{parameters / 1e6:.0f} M parameters, {sizes.experts} experts, {precision}")
+        equal = make_jobs(engine, args, mixed=False)
+        result = {
+            "parameters": parameters,
+            "experts": sizes.experts,
+            "precision": precision,
+            "equal": compare("equal", engine, model, equal, args),
+            "mixed": compare("mixed", engine, model, make_jobs(engine, args, mixed=True), args),
+            "second half over first": linearity(engine, equal, args.new_tokens, args.rounds),
+        }
+    parallel.shutdown()
+    return result
+
+
+PLAN = (
+    (Sizes(), "fp32"),
+    (Sizes(), "bf16"),
+    (Sizes(hidden=128, layers=4, ffn=352), "fp32"),
+    (Sizes(hidden=128, layers=4, ffn=352), "bf16"),
+    (Sizes(hidden=128, layers=4, ffn=352, experts=0), "fp32"),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--hidden", type=int, help="one model of this size instead of PLAN")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--experts", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: rounding may part answers")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model = write_reference(Path(folder), args)
-        engine = open_engine(Path(folder), args.batch, args.precision)
-        model = model.to(torch.bfloat16) if args.precision == "bf16" else model
-        size = sum(parameter.numel() for parameter in engine.model.parameters())
-        print(
-            f"{size / 1e6:.0f} M parameters, {args.precision}, {torch.get_num_threads()} threads, {platform.device()}",
-            flush=True,
-        )
-        equal = make_jobs(engine, args, mixed=False)
-        compare("equal", engine, model, equal, args)
-        compare("mixed", engine, model, make_jobs(engine, args, mixed=True), args)
-        linearity(engine, equal, args.new_tokens, args.rounds)
-    parallel.shutdown()
+    plan = PLAN
+    if args.hidden:
+        experts = 0 if args.dense else args.experts
+        sizes = Sizes(hidden=args.hidden, layers=args.layers, experts=experts, ffn=int(args.hidden * 2.75))
+        plan = ((sizes, args.precision),)
+    rows = [measure(sizes, precision, args) for sizes, precision in plan]
+    finish({"batch": args.batch, "new tokens": args.new_tokens, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ class MoEConfig:
         "sparse"  # first_half, second_half, sparse (0, 2, 4, ...), dense, or layer numbers
     )
     router: str = "megatron"  # "megatron": dropless deterministic top-k; "original": the DeepSpeed 0.9.5 gate
+    router_dtype: str = "fp32"  # of the router's logits and choices: "fp32", or "bf16" as a plain 16-bit model has them
     moe_aux_loss_coeff: float = 0.01  # per MoE layer, summed over layers
     moe_z_loss_coeff: float | None = None  # megatron router only
     moe_router_load_balancing_type: str = "aux_loss"  # aux_loss, seq_aux_loss, global_aux_loss, none (megatron router)
@@ -109,9 +110,7 @@ class ParallelConfig:
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None  # None: 1 for MoE, so that each expert is whole
     sequence_parallel: bool | None = None  # None: on when tensor_model_parallel_size > 1
-    distributed_timeout_minutes: float = (
-        10.0  # without progress; then the run says which rank hangs where, and ends with 4
-    )
+    distributed_timeout_minutes: float = 10.0  # without progress; then a run names the rank that hangs, and ends with 4
 
     @property
     def sequence_multiple(self) -> int:
@@ -145,6 +144,7 @@ class OptimizerConfig:
     projector_lr: float | None = None  # None: lr
     lr_decay_style: str = "cosine"  # cosine, linear, constant
     lr_warmup_fraction: float = 0.03  # of train_steps
+    router_lr_warmup_fraction: float | None = None  # of train_steps, for the routers alone; None: lr_warmup_fraction
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -212,7 +212,7 @@ def read_yaml(path: str) -> dict:
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist; pass --config with an existing YAML file") from None
+        raise ConfigError(f"config file {path} does not exist; give an existing YAML file") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict | None):

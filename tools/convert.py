@@ -108,6 +108,13 @@ def _add_upcycle(commands) -> None:
     parser.add_argument(
         "--noise", type=float, default=0.0, metavar="SHARE", help="noise on the copies, of the weights' spread"
     )
+    parser.add_argument(
+        "--router-scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="new router weights, times the original's range (1)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of router and noise")
 
 
@@ -210,6 +217,7 @@ def run_upcycle(parsed: argparse.Namespace) -> int:
         save=parsed.save,
         moe=moe,
         noise_std=parsed.noise,
+        router_scale=parsed.router_scale,
         seed=parsed.seed,
         progress=bar,
         begin=bar.begin,

@@ -96,7 +96,8 @@ def plot_curves(steps: dict, summary: dict, titles: dict, path: Path) -> None:
     right.bar_label(bars, [f"{score:.1f}" for score in scores])
     baseline = summary["question_only_baseline"]["accuracy"]
     right.axhline(baseline, color="k", linestyle="--", linewidth=1)
-    right.text(-0.4, baseline + 1, f"question-only baseline {baseline:.1f}", fontsize=9)
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    right.text(-0.4, baseline + 2, f"question-only baseline {baseline:.1f}", fontsize=9, bbox=white)
     right.set(ylim=(0, 105), ylabel="held-out questions right, %", title="held-out accuracy")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

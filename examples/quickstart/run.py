@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -39,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
     parser.add_argument("--backbone", default="llama-tiny", help="llama-tiny (default) or phi-2-tiny")
     parser.add_argument("--seed", type=int, default=1, help="of the weights and the order of the data")
+    parser.add_argument("--prepare-only", action="store_true", help="make data and starting weights, then stop")
     parser.add_argument(
         "--steps-scale", type=float, default=1.0, help="multiplies the steps of every run, for a quick look"
     )
@@ -70,7 +71,10 @@ class Quickstart:
 
         say(f"=== quickstart: preset {self.arguments.preset}, seed {self.arguments.seed}, results in {self.out} ===")
         self.timed("data", lambda: on_first_rank(self.make_data))
+        self.check()
         self.timed("models", lambda: on_first_rank(self.make_models))
+        if self.arguments.prepare_only:
+            return
         for name, plan in PLAN.items():
             if plan["from"] == "upcycled":
                 self.timed("upcycle", lambda: on_first_rank(self.upcycle))
@@ -113,57 +117,58 @@ class Quickstart:
 
     # --- training and asking ----------------------------------------------------------------------------------------
 
-    def train(self, name: str, plan: dict) -> None:
-        from megatron_moellava import parallel
-        from megatron_moellava.training.run import build_trainer, load_run, validate_run
+    def check(self) -> None:
+        """Every run must be able to work before minutes go into the first one."""
+        from megatron_moellava.training.run import validate_run
+
+        for name, plan in PLAN.items():
+            model = {"model.backbone": self.arguments.backbone} | ({"moe.num_experts": 4} if plan["stage"] == 3 else {})
+            validate_run(self.run_config(name, plan, model | {"checkpoint.load": None}))
+
+    def run_config(self, name: str, plan: dict, more: dict | None = None):
+        from megatron_moellava.training.run import load_run
 
         data = self.out / "data"
+        flags = {
+            "training.stage": plan["stage"],
+            "training.train_steps": max(2, round(plan["steps"] * self.arguments.steps_scale)),
+            "training.seed": self.arguments.seed,
+            "optimizer.lr": plan["lr"],
+            "checkpoint.load": str(self.out / plan["from"]),
+            "checkpoint.save": str(self.out / name),
+            "data.sources": [{"path": str(data / plan["data"]), "image_folder": str(data / "images")}],
+            "data.tokenizer": str(data / "tokenizer.model"),
+        }
         run = load_run(
-            config=str(HERE / "quickstart.yaml"),
-            flags={
-                "training.stage": plan["stage"],
-                "training.train_steps": max(2, round(plan["steps"] * self.arguments.steps_scale)),
-                "training.seed": self.arguments.seed,
-                "optimizer.lr": plan["lr"],
-                "checkpoint.load": str(self.out / plan["from"]),
-                "checkpoint.save": str(self.out / name),
-                "data.sources": [{"path": str(data / plan["data"]), "image_folder": str(data / "images")}],
-                "data.tokenizer": str(data / "tokenizer.model"),
-            },
-            overrides=self.arguments.overrides,
+            config=str(HERE / "quickstart.yaml"), flags=flags | (more or {}), overrides=self.arguments.overrides
         )
-        validate_run(run)
-        parallel.initialize(run.parallel, run.training.seed)
+        if run.moe is None:  # the overrides are for every run, and a dense model has no experts to split
+            run = replace(run, parallel=replace(run.parallel, expert_model_parallel_size=1))
+        return run
+
+    def train(self, name: str, plan: dict) -> None:
+        from megatron_moellava.experiments.stage import train_stage
+
+        run = self.run_config(name, plan)
         say(f"--- {TITLES[name]}")
-        trainer = build_trainer(run)
-        if trainer.train() != 0:
-            sys.exit(85)
-        self.results[name] = self.ask(name, run, trainer)
+        self.results[name] = self.ask(name, run, train_stage(run))
 
     def ask(self, name: str, run, trainer) -> dict:
         """Held-out accuracy of the trained model; for the MoE also with blanked pictures, and the expert load."""
-        from megatron_moellava.data.loader import build_encoder
-        from megatron_moellava.data.tokenizer import load_tokenizer
-        from megatron_moellava.evaluation.closed_questions import predict
-        from megatron_moellava.evaluation.quickstart_metrics import score_quickstart
+        from megatron_moellava.experiments.stage import ask_closed
 
         started = time.perf_counter()
         rows = [json.loads(line) for line in (self.out / "data" / "test.jsonl").open()]
-        images = self.out / "data" / "images"
-        encoder = build_encoder(run.data, load_tokenizer(run.data.tokenizer), trainer.chunks[0].tower)
-        said = predict(trainer.chunks, encoder, rows, images, observer=trainer.routing)
-        answered = [row | {"prediction": text} for row, text in zip(rows, said, strict=True)]
-        result = {"score": score_quickstart(answered), "answered": answered}
-        on_first_rank(lambda: write_jsonl(self.out / name / "predictions.jsonl", answered))
-        say(summary_line(result["score"], len(rows), time.perf_counter() - started))
-        if run.moe is not None:
-            counts_LME = trainer.routing.collect()
+        answers = ask_closed(trainer, run, rows, self.out / "data" / "images", blank=run.moe is not None)
+        result = {"score": answers.score, "answered": answers.answered}
+        on_first_rank(lambda: write_jsonl(self.out / name / "predictions.jsonl", answers.answered))
+        say(summary_line(answers.score, len(rows), time.perf_counter() - started))
+        if answers.routing is not None:
             result |= {
-                "expert_load": counts_LME.tolist(),
-                "moe_layers": [i for i, n in enumerate(counts_LME) if n.sum()],
+                "expert_load": answers.routing.choices_LME.tolist(),
+                "moe_layers": list(answers.routing.layers),
+                "blanked": answers.blanked,
             }
-            said = predict(trainer.chunks, encoder, rows, images, blank=True)
-            result["blanked"] = [row | {"prediction": text} for row, text in zip(rows, said, strict=True)]
         return result
 
     def report(self) -> None:

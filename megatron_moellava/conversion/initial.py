@@ -21,17 +21,17 @@ def generator(seed: int, name: str):
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
-def _uniform(name: str, shape: Shape, fan_in: int, dtype: str, seed: int):
+def _uniform(name: str, shape: Shape, fan_in: int, dtype: str, seed: int, scale: float):
     import torch
 
-    bound = 1 / math.sqrt(fan_in)
+    bound = scale / math.sqrt(fan_in)
     values = torch.empty(shape).uniform_(-bound, bound, generator=generator(seed, name))
     return values.to(getattr(torch, dtype))
 
 
-def linear_default(name: str, shape: Shape, fan_in: int, dtype: str, seed: int) -> Tensor:
-    """A tensor of torch's default Linear initialisation."""
-    return Tensor(shape, dtype, make=partial(_uniform, name, shape, fan_in, dtype, seed))
+def linear_default(name: str, shape: Shape, fan_in: int, dtype: str, seed: int, scale: float = 1.0) -> Tensor:
+    """A tensor of torch's default Linear initialisation, times `scale`."""
+    return Tensor(shape, dtype, make=partial(_uniform, name, shape, fan_in, dtype, seed, scale))
 
 
 def new_projector(model: Model, tensors: Tensors, seed: int) -> dict[str, Tensor]:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 
 from megatron_moellava.backbones import FAMILIES as BACKBONE_FAMILIES
 from megatron_moellava.backbones import Backbone, backbone_fields, backbone_from_fields, get_backbone
-from megatron_moellava.config import CheckpointError, ConfigError, MoEConfig, from_dict
+from megatron_moellava.config import CheckpointError, MoEConfig, from_dict
 from megatron_moellava.conversion.mapping import Shape
+from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import FAMILIES as TOWER_FAMILIES
 from megatron_moellava.towers import Tower, get_tower, tower_fields, tower_from_fields
 
@@ -70,25 +71,6 @@ def model_from_json(section: dict) -> Model:
         ) from None
     moe = from_dict(MoEConfig, section["moe"]) if section.get("moe") else None
     return Model(backbone=backbone, tower=tower, moe=moe)
-
-
-def moe_layers(placement: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    """Layers that become MoE, of 4: first_half (0, 1), second_half (2, 3), sparse (0, 2), dense (0, 1, 2, 3), or a list."""
-    half = num_layers // 2
-    named = {
-        "first_half": range(half),
-        "second_half": range(half, num_layers),
-        "sparse": range(0, num_layers, 2),
-        "dense": range(num_layers),
-    }
-    if isinstance(placement, str):
-        if placement not in named:
-            raise ConfigError(f"placement={placement!r} is not one of {', '.join(named)}, or a list of layer numbers")
-        return tuple(named[placement])
-    outside = [layer for layer in placement if not 0 <= layer < num_layers]
-    if outside or not placement or len(set(placement)) != len(placement):
-        raise ConfigError(f"placement={list(placement)}: must be different layers from 0 to {num_layers - 1}")
-    return tuple(sorted(placement))
 
 
 def megatron_tensors(model: Model) -> dict[str, Shape]:

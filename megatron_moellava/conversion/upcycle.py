@@ -31,6 +31,7 @@ class Upcycling:
     old_experts: int  # 0: the checkpoint is dense
     repeats_router: bool  # else new experts get new router rows
     noise_std: float
+    router_scale: float
     seed: int
 
 
@@ -40,6 +41,7 @@ def upcycle_checkpoint(
     save: Path,
     moe: MoEConfig,
     noise_std: float = 0.0,
+    router_scale: float = 1.0,
     seed: int = 0,
     progress: Progress = lambda count: None,
     begin: Callable[[int], object] = lambda total: None,
@@ -47,12 +49,17 @@ def upcycle_checkpoint(
     """Write the MoE model `moe` that starts from `checkpoint` to SAVE/iter_0000000.
 
     `noise_std`: noise on the copies of the experts, relative to the spread of the weights; expert 0 stays exact.
+    `router_scale`: new router weights relative to torch's default range, which the original uses; 0 starts undecided.
     `seed`: of the noise, the router and the coefficient. A MoE checkpoint keeps its layers and its residual MLP.
     """
     source = open_checkpoint(checkpoint)
     model = replace(source.model, moe=moe)
     old = source.model.moe
     _check_request(source, moe, model.moe_layers)
+    if router_scale < 0:
+        raise ConfigError(
+            f"router_scale={router_scale} must not be negative; 1 is the original's, 0 makes all weights zero"
+        )
     check_complete(source)
     job = Upcycling(
         tensors=dict(source.tensors),
@@ -60,6 +67,7 @@ def upcycle_checkpoint(
         old_experts=old.num_experts if old else 0,
         repeats_router=bool(old) and moe.num_experts * old.moe_router_topk == old.num_experts * moe.moe_router_topk,
         noise_std=noise_std,
+        router_scale=router_scale,
         seed=seed,
     )
     recipes = [
@@ -75,6 +83,7 @@ def upcycle_checkpoint(
         "operation": "upcycle" if old is None else "grow",
         "source": source.folder.name,
         "noise_std": noise_std,
+        "router_scale": router_scale,
         "seed": seed,
         "hf_config": source.provenance.get("hf_config"),
         "parent": {key: value for key, value in source.provenance.items() if key != "hf_config"},
@@ -146,7 +155,8 @@ def _made(name: str, shape: Shape, job: "Upcycling") -> Recipe:
     if tail == ROUTER and job.old_experts:
         return _copies(name, shape, name, job.old_experts, job) if job.repeats_router else _longer(name, shape, job)
     dtype = "float32" if tail == ROUTER else language_dtype(job.tensors)
-    return _new(name, linear_default(name, shape, job.hidden_size, dtype, job.seed), job)
+    scale = job.router_scale if tail == ROUTER else 1.0
+    return _new(name, linear_default(name, shape, job.hidden_size, dtype, job.seed, scale), job)
 
 
 def _copies(name: str, shape: Shape, source: str, experts: int, job: "Upcycling") -> Recipe:
@@ -166,7 +176,7 @@ def _longer(name: str, shape: Shape, job: "Upcycling") -> Recipe:
     old = job.tensors[name]
     added = (shape[0] - old.shape[0], shape[1])
     extra = f"{name} (new rows)"
-    job.tensors[extra] = linear_default(extra, added, job.hidden_size, old.dtype, job.seed)
+    job.tensors[extra] = linear_default(extra, added, job.hidden_size, old.dtype, job.seed, job.router_scale)
     return Recipe(name, shape, old.dtype, (Part(name, 0, old.numel), Part(extra, 0, added[0] * added[1])))
 
 

@@ -9,6 +9,7 @@ which the original uses (`use_fast=False`, legacy prefix).
 
 import json
 import re
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from megatron_moellava.config import ConfigError
@@ -20,7 +21,7 @@ UNKNOWN_TOKENS = ("<unk>", "<|reg0|>", "<|extra_0|>")
 BOS_CLASSES = ("Llama", "CodeLlama", "Mistral", "Gemma")  # tokenizer classes that put BOS first by default
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """bos_id (None: the tokenizer adds none), eos_id, pad_id, vocab_size, and the methods below."""
 
     bos_id: int | None
@@ -28,21 +29,21 @@ class Tokenizer:
     pad_id: int
     vocab_size: int  # ids are below this; may exceed the model's when a padding token had to be invented
 
+    @abstractmethod
     def encode_text(self, text: str) -> tuple[list[int], list[int]]:
         """(ids, start character of each), no BOS, special tokens taken as text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_parsed(self, text: str) -> list[int]:
         """ids, no BOS, special tokens parsed: the original's way."""
-        raise NotImplementedError
 
+    @abstractmethod
     def token_id(self, token: str) -> int | None:
         """The id of a token that is in the vocabulary as a whole."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """Text, without special tokens."""
-        raise NotImplementedError
 
     @property
     def bos_ids(self) -> list[int]:

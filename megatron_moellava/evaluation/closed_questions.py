@@ -23,7 +23,7 @@ from megatron_moellava.data.sample import parse_record
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.loop import model_inputs
-from megatron_moellava.training.metrics import RoutingObserver
+from megatron_moellava.training.routing import RoutingObserver
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -77,7 +77,7 @@ def _received(source: Iterator[Batch] | None, count: int) -> Iterator[Batch]:
 
 def _forward_step(batches: Iterator[Batch], model, observer: RoutingObserver | None):
     batch = next(batches)
-    with observer.observe(batch.tokens_BS, batch.padding_mask_BS) if observer else nullcontext():
+    with observer.observe(batch) if observer else nullcontext():
         logits = model(**(model_inputs(batch) | {"labels_BS": None}))
     return logits, lambda logits_BSV: (torch.zeros(1), logits_BSV[0].argmax(dim=-1).cpu())
 

@@ -25,7 +25,7 @@ from megatron_moellava.inference.prompts import Prompt, Prompter
 from megatron_moellava.inference.requests import Completion, Event, Request
 from megatron_moellava.inference.routing import RoutingRecord, RoutingWatch
 from megatron_moellava.inference.running import Running
-from megatron_moellava.inference.sampling import Beam
+from megatron_moellava.inference.sampling import Beam, likeliest_tokens
 from megatron_moellava.inference.text import TextStream
 from megatron_moellava.model.experts import GroupedLinear
 from megatron_moellava.model.kv_cache import KVCache, Step
@@ -217,7 +217,7 @@ class Engine:
 
     def _choose(self, logits_LV: torch.Tensor, admitted: Sequence[Running], decoding: Sequence[Running]) -> list:
         """A choice for each request: those admitted, then the others by their first row."""
-        likeliest = logits_LV.argmax(dim=-1).tolist()
+        likeliest = likeliest_tokens(logits_LV)
         choices = [running.choose(logits_LV[i : i + 1], likeliest[i]) for i, running in enumerate(admitted)]
         first = len(admitted)
         for running in {id(running): running for running in decoding}.values():

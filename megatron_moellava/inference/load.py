@@ -21,6 +21,7 @@ from megatron_moellava.inference.engine import Engine
 from megatron_moellava.inference.prompts import Prompter
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.checkpoint import load_weights, read_run_file, require_checkpoint
+from megatron_moellava.model.moe_llava import MoELlava
 
 from megatron.core import parallel_state
 
@@ -39,6 +40,19 @@ def load_for_inference(
     Empty strings mean what the checkpoint's run.json says (the backbone's own template, bf16, where it says nothing).
     `engine_options` go to `Engine`. Raises CheckpointError, or ConfigError for a missing tokenizer.
     """
+    model, prompter = load_model(checkpoint, tokenizer=tokenizer, template=template, precision=precision, layout=layout)
+    return Engine(model, prompter, **engine_options)
+
+
+def load_model(
+    checkpoint: str | Path,
+    *,
+    tokenizer: str = "",
+    template: str = "",
+    precision: str = "",
+    layout: ParallelConfig | None = None,
+) -> tuple[MoELlava, Prompter]:
+    """The model of `load_for_inference`, and what turns text and pictures into its input."""
     folder = require_checkpoint(checkpoint)
     layout = inference_layout(layout or ParallelConfig())
     run = inference_run(folder, layout, tokenizer=tokenizer, template=template, precision=precision)
@@ -51,7 +65,7 @@ def load_for_inference(
         load_weights(folder, [model])
     model.unused_tower_tensors = {}  # they ride along for exports only
     prompter = Prompter(template=prompter_parts[1], tokenizer=prompter_parts[0], tower=model.tower, data=run.data)
-    return Engine(model, prompter, **engine_options)
+    return model, prompter
 
 
 def layout_of(overrides: list[str]) -> ParallelConfig:

@@ -15,7 +15,7 @@ from megatron_moellava.backbones import BACKBONES, backbone_fields
 from megatron_moellava.config import CheckpointError, to_dict
 from megatron_moellava.model.integrity import DamagedCheckpoint, check_seal, verify_files
 from megatron_moellava.model.moe_llava import MoELlava
-from megatron_moellava.model.placement import moe_layer_freq
+from megatron_moellava.placement import moe_layers
 from megatron_moellava.safe_pickle import guard
 from megatron_moellava.towers import TOWERS, tower_fields
 
@@ -96,9 +96,14 @@ def model_state(chunks: list[MoELlava]) -> dict:
     state = {}
     for index, chunk in enumerate(chunks):
         for name, value in chunk.sharded_state_dict(metadata=metadata).items():
-            if not name.endswith("_extra_state"):  # Transformer Engine's FP8 bookkeeping, rebuilt in a few steps
+            if not is_bookkeeping(name):
                 state[f"chunk{index}.{name}"] = value
     return state
+
+
+def is_bookkeeping(name: str) -> bool:
+    """Transformer Engine's FP8 state, rebuilt in a few steps: `_extra_state`, and of grouped experts `_extra_state1`, ..."""
+    return name.rpartition(".")[2].startswith("_extra_state")
 
 
 def verify(checkpoint: Path) -> None:
@@ -119,7 +124,7 @@ def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = Fals
         prefix = f"chunk{index}."
         own = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
         problems = chunk.load_state_dict(own, strict=False)
-        missing = [name for name in problems.missing_keys if not name.endswith("_extra_state")]
+        missing = [name for name in problems.missing_keys if not is_bookkeeping(name)]
         assert not missing and not problems.unexpected_keys, (missing, problems.unexpected_keys)
 
 
@@ -169,11 +174,8 @@ def _moe_fields(moe: dict | None, num_layers: int) -> dict:
     if moe is None:
         return {"num_experts": None}
     placement = moe["placement"]
-    layers = moe_layer_freq(placement if isinstance(placement, str) else tuple(placement), num_layers)
     names = ("num_experts", "use_residual", "moe_shared_expert_intermediate_size")
-    return {name: moe[name] for name in names if name in moe} | {
-        "layers": [i for i, is_moe in enumerate(layers) if is_moe]
-    }
+    return {name: moe[name] for name in names if name in moe} | {"layers": list(moe_layers(placement, num_layers))}
 
 
 def _check_tensors(checkpoint: Path, state: dict, stored: dict[str, tuple[int, ...]], fields: list[str]) -> None:

@@ -10,7 +10,7 @@ import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoEConfig, RunConfig
 from megatron_moellava.model.pipeline import stage_layers
-from megatron_moellava.model.placement import moe_layer_freq
+from megatron_moellava.placement import moe_layer_freq
 from megatron_moellava.towers import Tower
 
 from megatron.core.activations import quick_gelu
@@ -133,7 +133,7 @@ def _moe_fields(moe: MoEConfig, backbone: Backbone) -> dict:
         "moe_layer_freq": moe_layer_freq(moe.placement, backbone.num_layers),
         "moe_ffn_hidden_size": backbone.ffn_hidden_size,
         "moe_router_topk": moe.moe_router_topk,
-        "moe_router_dtype": "fp32",
+        "moe_router_dtype": "fp32" if moe.router_dtype == "fp32" else None,  # None: the dtype of the hidden states
         "moe_router_pre_softmax": moe.moe_router_topk == 1,  # Megatron-Core demands it for one expert
         "moe_router_load_balancing_type": balancing,
         "moe_aux_loss_coeff": moe.moe_aux_loss_coeff if balancing != "none" and moe.aux_loss_gradient else 0.0,

@@ -73,11 +73,18 @@ class GroupedLinear(MegatronModule):
         self.register_parameter(name, parameter)
 
     def fuse(self) -> None:
-        """Lay the experts' parameters into one tensor, once, instead of stacking them at every call: for inference."""
+        """Lay the experts' parameters into one tensor, once, instead of stacking them at every call: for inference.
+
+        fc2's lie side by side, [O, E, I] in memory, so that all experts of a token are also one product over (E, I).
+        """
         for name in ("weight", "bias") if self.use_bias else ("weight",):
             self.fused[name] = self._stacked(name).detach()
+            if self.partition_dim == 1 and name == "weight":
+                self.fused[name] = self.fused[name].transpose(0, 1).contiguous().transpose(0, 1)
             for index, part in enumerate(self.fused[name]):
                 getattr(self, f"{name}{index}").data = part
+        side = self.fused["weight"]  # all experts as one matrix: [E O, I] of fc1, [O, E I] of fc2
+        self.fused["matrix"] = side.flatten(0, 1) if self.partition_dim == 0 else side.transpose(0, 1).flatten(1)
 
     def _stacked(self, name: str) -> torch.Tensor:
         if name in self.fused:

@@ -46,8 +46,11 @@ class KVCache:
     step: Step | None = None
     lengths_R: list[int] = field(default_factory=list)  # tokens stored in each row; rows 0 .. N-1 decode together
     _layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # [R, G, S, D] each
+    _table: tuple[torch.Tensor, torch.Tensor] | None = None  # rotations of all positions
     _rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # of this step
-    _hidden_R1S: torch.Tensor | None = None  # True where a single token may not look
+    _rows_N: torch.Tensor | None = None
+    _longest: int = 0  # of the rows that decode
+    _hidden_N11S: torch.Tensor | None = None  # True where a single token may not look; None: rows of one length
 
     def __post_init__(self) -> None:
         self.lengths_R = [0] * self.max_batch_size
@@ -67,9 +70,11 @@ class KVCache:
             self.lengths_R[row] += 1
         if step.decoding:
             lengths_N = torch.tensor(self.lengths_R[: step.decoding], device=step.positions_T.device)
-            longest = max(self.lengths_R[: step.decoding])
-            hidden_NS = torch.arange(longest, device=lengths_N.device) >= lengths_N[:, None]
-            self._hidden_R1S = hidden_NS[:, None, None, :]
+            self._longest = max(self.lengths_R[: step.decoding])
+            hidden_NS = torch.arange(self._longest, device=lengths_N.device) >= lengths_N[:, None]
+            is_even = min(self.lengths_R[: step.decoding]) == self._longest
+            self._hidden_N11S = None if is_even else hidden_NS[:, None, None, :]
+            self._rows_N = torch.arange(step.decoding, device=step.positions_T.device)
 
     def copy_row(self, source: int, target: int) -> None:
         """Make a row equal to another one."""
@@ -90,8 +95,20 @@ class KVCache:
 
     def attend(self, layer: int, query_THD, key_TGD, value_TGD, angles_S11C) -> torch.Tensor:
         """Store the new keys and values, and let every token look at its own request's past. Returns [T, H * D]."""
-        cosine_T1C, sine_T1C = self._rotate(angles_S11C, query_THD.dtype)
-        query_THD, key_TGD = rotate(query_THD, cosine_T1C, sine_T1C), rotate(key_TGD, cosine_T1C, sine_T1C)
+        query_THD, key_TGD = self.rotate(query_THD, angles_S11C), self.rotate(key_TGD, angles_S11C)
+        return self.look(layer, query_THD, key_TGD, value_TGD)
+
+    def rotate(self, x_TAD: torch.Tensor, angles_S11C: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding of this step's positions; x [T, ..., D], whatever lies between."""
+        if self._rotation is None:
+            if self._table is None:
+                self._table = rotation(angles_S11C[:, 0, 0], x_TAD.dtype)
+            self._rotation = tuple(item_SC[self.step.positions_T] for item_SC in self._table)
+        between = (slice(None), *(None,) * (x_TAD.dim() - 2))
+        return rotate(x_TAD, *(item_TC[between] for item_TC in self._rotation))
+
+    def look(self, layer: int, query_THD, key_TGD, value_TGD) -> torch.Tensor:
+        """`attend`, of queries and keys that are rotated already."""
         keys_RGSD, values_RGSD = self._memory(layer, key_TGD)
         scale, step, start, parts = query_THD.shape[-1] ** -0.5, self.step, 0, []
         for row, length in step.prompts:
@@ -101,12 +118,13 @@ class KVCache:
             parts.append(_attend_prompt(query_THD[new], key_GPD, value_GPD, scale))
             start += length
         if step.decoding:
-            rows_N = torch.arange(step.decoding, device=key_TGD.device)
-            keys_RGSD[rows_N, :, step.positions_T[start:]] = key_TGD[start:]
-            values_RGSD[rows_N, :, step.positions_T[start:]] = value_TGD[start:]
-            part = slice(0, step.decoding), slice(None), slice(0, self._hidden_R1S.shape[-1])
-            parts.append(_attend_single(query_THD[start:], keys_RGSD[part], values_RGSD[part], self._hidden_R1S, scale))
-        return torch.cat(parts)
+            keys_RGSD[self._rows_N, :, step.positions_T[start:]] = key_TGD[start:]
+            values_RGSD[self._rows_N, :, step.positions_T[start:]] = value_TGD[start:]
+            part = slice(0, step.decoding), slice(None), slice(0, self._longest)
+            parts.append(
+                _attend_single(query_THD[start:], keys_RGSD[part], values_RGSD[part], self._hidden_N11S, scale)
+            )
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _memory(self, layer: int, like_TGD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Zeros, not uninitialised memory: what the mask hides still gets multiplied by zero."""
@@ -115,19 +133,23 @@ class KVCache:
             self._layers[layer] = like_TGD.new_zeros(shape), like_TGD.new_zeros(shape)
         return self._layers[layer]
 
-    def _rotate(self, angles_S11C: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of this step's positions, the same for all layers."""
-        if self._rotation is None:
-            angles_T1C = angles_S11C[self.step.positions_T, 0]
-            self._rotation = angles_T1C.cos().to(dtype), angles_T1C.sin().to(dtype)
-        return self._rotation
+
+def rotation(angles_TC: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, and sin whose first half is negative, as `rotate` takes them."""
+    sine_TC = angles_TC.sin()
+    half = sine_TC.shape[-1] // 2
+    return angles_TC.cos().to(dtype), torch.cat([-sine_TC[:, :half], sine_TC[:, half:]], dim=-1).to(dtype)
 
 
-def rotate(x_THD: torch.Tensor, cosine_T1C: torch.Tensor, sine_T1C: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of the first C channels, half-split as in GPT-NeoX; the others pass."""
-    turned, rest = x_THD.split([cosine_T1C.shape[-1], x_THD.shape[-1] - cosine_T1C.shape[-1]], dim=-1)
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cosine_T1C + torch.cat([-second, first], dim=-1) * sine_T1C
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of the first C channels, half-split as in GPT-NeoX; the others pass.
+
+    Channel pairs (a, b) of the two halves become (a cos - b sin, b cos + a sin): the halves change places for the second
+    terms, and the sign is in `sine`.
+    """
+    count = cosine.shape[-1]
+    turned, rest = x[..., :count], x[..., count:]
+    turned = torch.addcmul(turned * cosine, turned.roll(count // 2, dims=-1), sine)
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
@@ -146,7 +168,9 @@ def _attend_prompt(query_PHD, key_GPD, value_GPD, scale: float) -> torch.Tensor:
 def _attend_single(query_NHD, keys_NGSD, values_NGSD, hidden_N11S, scale: float) -> torch.Tensor:
     """Spelt out: the heads of a query group become the rows of one product, and keys are read once, uncopied."""
     query_NGQD = query_NHD.unflatten(1, (keys_NGSD.shape[1], -1)) * scale
-    scores_NGQS = (query_NGQD @ keys_NGSD.transpose(-1, -2)).masked_fill(hidden_N11S, float("-inf"))
+    scores_NGQS = query_NGQD @ keys_NGSD.transpose(-1, -2)
+    if hidden_N11S is not None:
+        scores_NGQS = scores_NGQS.masked_fill(hidden_N11S, float("-inf"))
     probs_NGQS = scores_NGQS.float().softmax(dim=-1).to(query_NHD.dtype)
     return (probs_NGQS @ values_NGSD).flatten(1)
 

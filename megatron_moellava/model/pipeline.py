@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import RunConfig
-from megatron_moellava.model.placement import moe_layer_freq
+from megatron_moellava.placement import moe_layer_freq
 from megatron_moellava.towers import Tower, get_tower
 
 WORDS_PER_IMAGE = 200  # text tokens beside an image: LLaVA-665k has 30 to 400, by the set

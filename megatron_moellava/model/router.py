@@ -29,6 +29,7 @@ class MegatronRouter(TopKRouter):
     """
 
     watched = False  # somebody's hook wants every call, so no shortcut may be taken around the module
+    seen_logits_NE: torch.Tensor | None = None  # of the last call while watched
 
     def __init__(
         self,
@@ -41,6 +42,29 @@ class MegatronRouter(TopKRouter):
         unbiased.params_dtype = torch.float32
         unbiased.init_method = uniform_router_init
         super().__init__(config=unbiased, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+
+    def gating(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
+        logits_SBE = super().gating(hidden_SBH)
+        if self.watched:
+            self.seen_logits_NE = logits_SBE.detach().flatten(0, 1)
+        return logits_SBE
+
+    def probabilities(self) -> torch.Tensor:
+        """[N, E] over all experts (fp32) of the last watched call, before any choice."""
+        logits_NE = self.seen_logits_NE.float()
+        if self.score_function == "softmax":
+            return logits_NE.softmax(dim=-1)
+        scores_NE = logits_NE.sigmoid()
+        return scores_NE / scores_NE.sum(dim=-1, keepdim=True)
+
+    def asked(self, map_NE: torch.Tensor) -> torch.Tensor:
+        """[N, E] bool, what the tokens of the last watched call asked for. `map_NE`: what they got; drops are missing."""
+        if self.config.moe_expert_capacity_factor is None:
+            return map_NE
+        scores_NE = self.seen_logits_NE
+        if self.expert_bias is not None:
+            scores_NE = scores_NE.float().sigmoid() + self.expert_bias
+        return torch.zeros_like(map_NE).scatter(1, scores_NE.topk(self.topk, dim=-1).indices, True)
 
     def _apply_expert_bias(self, routing_map_NE: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
         """Megatron-Core 0.19.2 masks the [N, E] map by a mask [N], which does not broadcast."""
@@ -69,6 +93,7 @@ class OriginalRouter(MegatronRouter):
 
     moe: MoEConfig  # a subclass made by `router_class` carries it
     injected_noise_NE: torch.Tensor | None = None  # for tests: used instead of fresh noise, batch-major
+    asked_NE: torch.Tensor | None = None  # choices of the last watched call, before dropping
     drops: bool = True  # False: every token has a place, as if it were alone (decoding: requests must not compete)
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -95,8 +120,14 @@ class OriginalRouter(MegatronRouter):
             item_SBE = F.pad(item_NE.view(batch, width, experts).transpose(0, 1), (0, 0, 0, 0, 0, length - width))
             return item_SBE.chunk(split)[self.tp_group.rank() if split > 1 else 0].reshape(-1, experts)
 
+        if self.watched:
+            all_NE = torch.zeros_like(gate.routing_map_NE)
+            self.asked_NE = of_this_rank(all_NE.scatter(1, gate.choices_NK, True))
         probs_NE = self._attach(of_this_rank(gate.probs_NE), gate.aux_loss, split)
         return probs_NE, of_this_rank(gate.routing_map_NE)
+
+    def asked(self, map_NE: torch.Tensor) -> torch.Tensor:
+        return self.asked_NE
 
     def _added_columns(self, padding_mask: torch.Tensor | None) -> int:
         if padding_mask is None:

@@ -41,7 +41,7 @@ from megatron_moellava.towers import tower_fields
 from megatron_moellava.training.background import BackgroundSave, Writing
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
 
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -165,7 +165,7 @@ def _unused_tower_state(model: MoELlava) -> dict:
 def _save_rank_state(folder: Path, state: TrainingState) -> None:
     own = {"generators": platform.rng_state(), "trackers": tensor_parallel.get_cuda_rng_tracker().get_states()}
     _write(folder / f"generators_{dist.get_rank():05d}.pt", _serialized(own | {"fp8": state.fp8}))
-    if state.data is not None and parallel_state.get_context_parallel_rank() == 0:
+    if state.data is not None:
         _write(folder / f"data_{parallel.data_parallel_rank():05d}.pt", _serialized(state.data))
 
 
@@ -284,11 +284,10 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
 
 
 def load_rank_state(checkpoint: Path, description: dict, fp8: Emulation | None = None) -> dict[int, dict] | None:
-    """Restore the random generators and FP8's histories; where data is read, returns the loader's state by rank.
+    """Restore the random generators and FP8's histories; where data is read, returns loader states by data-parallel rank.
 
-    Generators and histories belong to a rank: under another number of processes they start anew.
-
-    That of this rank, or of all if their number has changed.
+    They are this rank's, or all ranks' if their number has changed. Generators and histories belong to a process: under
+    another number of processes they start anew.
     """
     folder = checkpoint / "ranks"
     if description["world_size"] == dist.get_world_size():

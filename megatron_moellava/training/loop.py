@@ -29,15 +29,15 @@ from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.metrics import (
     COSTS,
-    MODALITIES,
-    RoutingObserver,
     StepLog,
     aux_losses,
     costs,
     imbalance,
     load_imbalance,
+    routing_summary,
 )
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
+from megatron_moellava.training.routing import RoutingObserver, routing_record
 from megatron_moellava.training.stages import STAGES, freeze
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.watchdog import Watchdog
@@ -243,12 +243,8 @@ class Trainer:
             **imbalance(counts_RC[:, : len(COSTS)]),
         }
         if self.run.moe:
-            numbers |= aux_losses(self.chunks[0].config, self.num_microbatches, self.state.iteration)
-            numbers |= self._routing_numbers()
-        measured, message = self.stragglers.measure(self.state.iteration)
-        if message:
-            self.log.say(f"step {self.state.iteration}: {message}")
-        numbers |= measured
+            numbers |= self._router_numbers()
+        numbers |= self._straggler_numbers()
         return numbers, applied, [name for batch in batches for name in batch.sample_ids]
 
     def _mean_loss(self, loss_tokens: int) -> float:
@@ -279,24 +275,27 @@ class Trainer:
     def _forward_step(self, batches: Iterator[Batch], model, scale: float):
         batch = next(batches)
         count = self.routing is not None and (self.state.iteration + 1) % self.run.logging.routing_interval == 0
-        with self.routing.observe(batch.tokens_BS, batch.padding_mask_BS) if count else nullcontext():
+        with self.routing.observe(batch) if count else nullcontext():
             output = model(**model_inputs(batch))
         return output, partial(global_token_mean, scale=scale)
 
-    def _routing_numbers(self) -> dict[str, float]:
-        """Share of each expert by layer and modality, every `logging.routing_interval` steps."""
+    def _router_numbers(self) -> dict[str, float]:
+        """The routers' losses; every `logging.routing_interval` steps their state goes to the log as well."""
+        means, by_layer = aux_losses(self.chunks[0].config, self.num_microbatches, self.state.iteration)
         if self.state.iteration % self.run.logging.routing_interval:
-            return {}
-        counts_LME = self.routing.collect().double()
-        shares_LME = counts_LME / counts_LME.sum(dim=-1, keepdim=True).clamp(min=1)
-        load_LE = counts_LME.sum(dim=1)[[bool(is_moe) for is_moe in self.chunks[0].config.moe_layer_freq]]
-        return load_imbalance(load_LE, self.run.parallel.expert_model_parallel_size) | {
-            f"routing/layer{layer}/{name}/expert{expert}": float(shares_LME[layer, modality, expert])
-            for layer, is_moe in enumerate(self.chunks[0].config.moe_layer_freq)
-            if is_moe
-            for modality, name in enumerate(MODALITIES)
-            for expert in range(shares_LME.shape[-1])
-        }
+            return means
+        sums = self.routing.collect()
+        record = routing_record(sums, by_layer)
+        self.log.routing(self.state.iteration, record)
+        load_LE = sums.choices_LME.sum(dim=1)[list(sums.layers)]
+        return means | routing_summary(record) | load_imbalance(load_LE, self.run.parallel.expert_model_parallel_size)
+
+    def _straggler_numbers(self) -> dict[str, float]:
+        """Every `logging.straggler_interval` steps: which rank is the slowest, and a line on the screen if it stays so."""
+        numbers, message = self.stragglers.measure(self.state.iteration)
+        if message:
+            self.log.say(f"step {self.state.iteration}: {message}")
+        return numbers
 
     # --- trouble and the end ----------------------------------------------------------------------------------------
 

@@ -1,32 +1,36 @@
-"""What a step reports: one line on the screen, one JSON line, TensorBoard, and the router's load by modality.
-
-Shapes: B rows, S positions, N tokens, E experts.
-"""
+"""What a step reports: one line on the screen, one JSON line, TensorBoard; and the routers' state in `routing.jsonl`."""
 
 import json
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_moellava import parallel, platform
+from megatron_moellava import parallel
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.loader import summary
-from megatron_moellava.model.context_parallel import share
-from megatron_moellava.model.moe_llava import IMAGE_TOKEN, MoELlava
+from megatron_moellava.model.moe_llava import IMAGE_TOKEN
+from megatron_moellava.training.routing_health import Watchman
 
-from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-MODALITIES = ("text", "image")
 COSTS = ("tokens", "image_tokens", "attention")  # what the ranks of a step should have equally much of
+# What Megatron-Core calls the loss of each kind of balancing.
+BALANCE_LOSSES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+    "none": "load_balancing_loss",
+}
+LAYER_NUMBERS = ("max_load", "balance", "load_balancing_loss", "z_loss")
 
 
 class StepLog:
     """Writes each step's numbers to the terminal, to `steps.jsonl` and to TensorBoard; on the main process only.
+
+    What the routers do goes to `routing.jsonl` (tools/watch_routing.py follows it) and TensorBoard, and warnings about it
+    to the terminal.
 
     A run that continues from step n drops what an earlier attempt wrote about later steps: the log tells the life of the
     model, each step once. Times are those of a clock that never goes back, whatever is done to the system's.
@@ -35,7 +39,9 @@ class StepLog:
     def __init__(self, folder: Path | None, tensorboard: bool, title: str, train_steps: int, iteration: int = 0):
         self.active = parallel.is_main_process()
         self.title, self.train_steps = title, train_steps
-        self.file = self.writer = None
+        self.file = self.routing_file = self.writer = None
+        self.watchman = Watchman()
+        self.clock = time.time() - time.monotonic()  # what must be added to the latter
         self.folder = folder
         if self.active and folder is not None:
             try:
@@ -48,15 +54,17 @@ class StepLog:
 
     def _open(self, folder: Path, tensorboard: bool, iteration: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        last = rewind(folder / "steps.jsonl", iteration)
+        steps, routing = folder / "steps.jsonl", folder / "routing.jsonl"
+        last = rewind(steps, iteration)
+        rewind(routing, iteration)
         self.clock = max(time.time(), last) - time.monotonic()
         purge = iteration + 1 if iteration else None
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge) if tensorboard else None
-        self.file = (folder / "steps.jsonl").open("a", buffering=1)
+        self.file, self.routing_file = steps.open("a", buffering=1), routing.open("a", buffering=1)
 
     def _without(self, error: OSError) -> None:
         """A log is not worth a run; a disk that stays full will end it at the next checkpoint, with a clear message."""
-        self.file = self.writer = self.folder = None
+        self.file = self.routing_file = self.writer = self.folder = None
         self.say(f"cannot write the log ({error}); training goes on without it")
 
     def step(self, iteration: int, numbers: dict[str, float], show: bool, sample_ids: list[str] | None = None) -> None:
@@ -74,13 +82,34 @@ class StepLog:
                 flush=True,
             )
 
+    def routing(self, iteration: int, record: dict) -> None:
+        """What the routers did in one step (`routing.routing_record`)."""
+        if not self.active:
+            return
+        warnings = self.watchman(record)
+        for warning in warnings:
+            self.say(f"step {iteration} warning: {warning}")
+        try:
+            self._write_routing(iteration, record, warnings)
+        except OSError as error:
+            self._without(error)
+
     def _write(self, iteration: int, numbers: dict[str, float], more: dict) -> None:
         if not self.file:
             return
         now = self.clock + time.monotonic()
         self.file.write(json.dumps({"iteration": iteration, "time": round(now, 3), **numbers, **more}) + "\n")
-        for name, value in numbers.items() if self.writer else ():
-            self.writer.add_scalar(f"train/{name}", value, iteration, walltime=now)
+        self._add_scalars(iteration, {f"train/{name}": value for name, value in numbers.items()})
+
+    def _write_routing(self, iteration: int, record: dict, warnings: list[str]) -> None:
+        if not self.routing_file:
+            return
+        self.routing_file.write(json.dumps(rounded({"iteration": iteration, **record, "warnings": warnings})) + "\n")
+        self._add_scalars(iteration, routing_scalars(record))
+
+    def _add_scalars(self, iteration: int, values: dict[str, float]) -> None:
+        for name, value in values.items() if self.writer else ():
+            self.writer.add_scalar(name, value, iteration, walltime=self.clock + time.monotonic())
 
     def _left(self, iteration: int) -> str:
         if self.first_iteration is None:  # the first step pays for warming up, and says nothing about the others
@@ -124,8 +153,18 @@ class StepLog:
     def close(self) -> None:
         if self.writer:
             self.writer.close()
-        if self.file:
-            self.file.close()
+        for file in (self.file, self.routing_file):
+            if file:
+                file.close()
+
+
+def rounded(value, digits: int = 5):
+    """Nested plain data with its floats shortened."""
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item, digits) for item in value]
+    return round(value, digits) if isinstance(value, float) else value
 
 
 def _line(numbers: dict[str, float]) -> str:
@@ -135,6 +174,7 @@ def _line(numbers: dict[str, float]) -> str:
         "routing/imbalance/rank": "busiest rank {:.2f}x",
         "lr": "lr {:.2e}",
         "grad_norm": "grad {:.3f}",
+        "max_load": "busiest expert {:.1f}x",
         "tokens_per_second": "{:,.0f} tok/s",
         "step_seconds": "{:.2f} s",
         "data_wait_share": "wait {:.0%}",
@@ -160,70 +200,6 @@ def rewind(path: Path, iteration: int) -> float:
     temporary.write_text("".join(kept))
     temporary.rename(path)
     return last
-
-
-class RoutingObserver:
-    """Counts how many image and text tokens each expert of each layer takes, exactly, under any layout.
-
-    Active only inside a model's forward pass, so that recomputed layers are not counted twice.
-    """
-
-    def __init__(self, chunks: list[MoELlava]):
-        self.config = chunks[0].config
-        self.layers = [
-            layer
-            for chunk in chunks
-            for layer in chunk.language_model.decoder.layers
-            if isinstance(layer.mlp, MoELayer)
-        ]
-        self.counts_LME = torch.zeros(
-            self.config.num_layers, len(MODALITIES), self.config.num_moe_experts, dtype=torch.int64
-        )
-        self.modality_N: torch.Tensor | None = None
-        for layer in self.layers:
-            layer.mlp.router.register_forward_hook(self._count(layer.layer_number - 1))
-
-    def observe(self, tokens_BS: torch.Tensor, padding_mask_BS: torch.Tensor | None):
-        """Context in which routers are counted. Padding belongs to no modality."""
-        modality_BS = (tokens_BS == IMAGE_TOKEN).long()
-        if padding_mask_BS is not None:
-            modality_BS = modality_BS.masked_fill(~padding_mask_BS, -1)
-        modality_BS = share(modality_BS)
-        if self.config.sequence_parallel:
-            size, rank = (
-                parallel_state.get_tensor_model_parallel_world_size(),
-                parallel_state.get_tensor_model_parallel_rank(),
-            )
-            modality_BS = modality_BS.chunk(size, dim=1)[rank]
-        self.modality_N = modality_BS.transpose(0, 1).reshape(-1)
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.modality_N = None
-
-    def _count(self, layer: int):
-        def hook(router, inputs, output):
-            if self.modality_N is None:
-                return
-            _, map_NE = output
-            for modality in range(len(MODALITIES)):
-                self.counts_LME[layer, modality] += map_NE[self.modality_N == modality].sum(dim=0).cpu()
-
-        return hook
-
-    def collect(self) -> torch.Tensor:
-        """Counts [layers, modality, experts] of all ranks since the last call; each token counted once."""
-        total = self.counts_LME.clone().to(platform.device())
-        if not self.config.sequence_parallel and parallel_state.get_tensor_model_parallel_rank() > 0:
-            total = torch.zeros_like(
-                total
-            )  # without sequence parallelism every tensor-parallel rank saw the same tokens
-        dist.all_reduce(total)
-        self.counts_LME.zero_()
-        return total.cpu()
 
 
 def costs(batches: list[Batch]) -> list[int]:
@@ -266,17 +242,60 @@ def load_imbalance(load_LE: torch.Tensor, expert_parallel_size: int) -> dict[str
     return {f"routing/imbalance/{name}": float(value) for name, value in worst.items()}
 
 
-def aux_losses(config, num_microbatches: int, iteration: int) -> dict[str, float]:
-    """Mean over MoE layers and micro-batches of the router's losses, before their coefficients; collective."""
-    names = ["load_balancing_loss"] + (["z_loss"] if config.moe_z_loss_coeff else [])
+def routing_scalars(record: dict) -> dict[str, float]:
+    """TensorBoard's names and numbers of a routing record: shares of the choices by group, and what each layer sums up to."""
+    scalars = {}
+    for layer in record["layers"]:
+        prefix = f"routing/layer{layer['layer']}"
+        for group, numbers in {"all": layer, **layer["groups"]}.items():
+            total = max(sum(numbers["choices"]), 1)
+            scalars |= {f"{prefix}/{group}/expert{e}": count / total for e, count in enumerate(numbers["choices"])}
+            scalars |= {f"{prefix}/{group}/{name}": numbers[name] for name in ("entropy", "top1", "top2")}
+        asked = sum(layer["choices"]) + sum(layer["dropped"])
+        scalars[f"{prefix}/dropped_share"] = sum(layer["dropped"]) / max(asked, 1)
+        scalars |= {f"{prefix}/{name}": layer[name] for name in LAYER_NUMBERS if name in layer}
+    return scalars
+
+
+def routing_summary(record: dict) -> dict[str, float]:
+    """The worst layer in two numbers, for the step's own line."""
+    return {
+        "max_load": max(layer["max_load"] for layer in record["layers"]),
+        "router_entropy": min(layer["entropy"] for layer in record["layers"]),
+    }
+
+
+class LayerScalars:
+    """Stands where Megatron-Core's tracker expects a TensorBoard writer, and keeps its numbers by layer."""
+
+    def __init__(self) -> None:
+        self.by_layer: dict[str, list[float]] = {}
+
+    def add_scalar(self, name: str, value, iteration: int) -> None:
+        if name.startswith("moe/"):  # "moe/load_balancing_loss_layer_3", in the order of the layers
+            self.by_layer.setdefault(name.removeprefix("moe/").rpartition("_layer_")[0], []).append(float(value))
+
+
+def aux_losses(config, num_microbatches: int, iteration: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """(mean over MoE layers and micro-batches of the router's losses, before their coefficients; the same by layer).
+
+    Collective.
+    """
+    kind = BALANCE_LOSSES[config.moe_router_load_balancing_type]
+    names = [kind] + (["z_loss"] if config.moe_z_loss_coeff else [])
     losses: dict[str, torch.Tensor] = {}
+    layers = LayerScalars()
     get_moe_metrics_tracker().report(
         loss_scale=1.0 / num_microbatches,
         iteration=iteration,
+        writer=layers,
+        per_layer_logging=True,
         force_initialize=True,
         track_names=names,
         num_layers=config.num_layers,
         moe_layer_freq=config.moe_layer_freq,
         total_loss_dict=losses,
     )
-    return {name: float(value) for name, value in losses.items()}
+    shown = {kind: "load_balancing_loss", "z_loss": "z_loss"}
+    means = {shown[name]: float(value) for name, value in losses.items()}
+    return means, {shown[name]: values for name, values in layers.by_layer.items()}

@@ -16,6 +16,8 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
+ROUTER_GROUP = "router_lr_warmup"  # key of the parameter group of the routers
+
 
 def overlaps(run: RunConfig) -> tuple[bool, bool]:
     """(reduce gradients during the backward pass, gather parameters during the forward pass), as asked for or where it pays.
@@ -41,7 +43,7 @@ def wrap_data_parallel(run: RunConfig, chunks: list[MoELlava]) -> list[Distribut
 
 
 def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:
-    """AdamW in fp32 main parameters. The projector may have a learning rate of its own."""
+    """AdamW in fp32 main parameters. The projector may have a learning rate, the routers a warm-up of their own."""
     options = run.optimizer
     config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -62,14 +64,35 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Ch
         overrides[ParamKey(name="*projector.*")] = ParamGroupOverride(
             max_lr=options.projector_lr, min_lr=options.min_lr
         )
-    return get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    if options.router_lr_warmup_fraction is not None:
+        overrides[ParamKey(name="*.mlp.router.*")] = ParamGroupOverride(**{ROUTER_GROUP: True})
+    optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    for part in distributed_optimizers(optimizer)[:-1]:
+        # The optimizers of dense and of expert parameters would each gather the parameters of both; the last one does.
+        part._defer_param_sync = True
+    return optimizer
+
+
+class Scheduler(OptimizerParamScheduler):
+    """Megatron-Core's schedule; the routers' learning rate may take longer to reach it."""
+
+    def __init__(self, optimizer: ChainedOptimizer, *, router_warmup_steps: int, **options):
+        self.router_warmup_steps = router_warmup_steps  # before Megatron-Core sets the first rate
+        super().__init__(optimizer, **options)
+
+    def get_lr(self, param_group: dict) -> float:
+        lr = super().get_lr(param_group)
+        if param_group.get(ROUTER_GROUP) and self.num_steps < self.router_warmup_steps:
+            return lr * self.num_steps / self.router_warmup_steps
+        return lr
 
 
 def build_scheduler(options: OptimizerConfig, optimizer: ChainedOptimizer, train_steps: int) -> OptimizerParamScheduler:
     """Linear warm-up from 0, then decay to `min_lr` at the last step (transformers' cosine schedule)."""
     warmup_steps = math.ceil(options.lr_warmup_fraction * train_steps)
-    return OptimizerParamScheduler(
+    return Scheduler(
         optimizer,
+        router_warmup_steps=math.ceil((options.router_lr_warmup_fraction or 0.0) * train_steps),
         init_lr=0.0,
         max_lr=options.lr,
         min_lr=options.min_lr,

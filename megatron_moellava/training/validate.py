@@ -9,10 +9,10 @@ from megatron_moellava.backbones import Backbone, get_backbone
 from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.model.checkpoint import newest_checkpoint, require_checkpoint
+from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import get_tower
 from megatron_moellava.training.stages import ROLES, STAGES
 
-PLACEMENTS = ("first_half", "second_half", "sparse", "dense")
 CHOICES = {
     "training.stage": tuple(STAGES),
     "training.precision": ("bf16", "fp32"),
@@ -25,6 +25,7 @@ CHOICES = {
     "data.long_samples": ("cut", "skip"),
     "data.sampler": ("shuffle", "modality_length"),
     "moe.router": ("megatron", "original"),
+    "moe.router_dtype": ("fp32", "bf16"),
     "moe.second_choice": ("sampled", "deterministic"),
     "moe.experts": ("grouped", "sequential"),
     "moe.moe_token_dispatcher_type": ("alltoall", "allgather", "flex"),
@@ -200,7 +201,15 @@ def _moe(run: RunConfig, backbone: Backbone) -> Iterator[str]:
         )
     if not 1 <= moe.moe_router_topk <= moe.num_experts:
         yield f"moe.moe_router_topk={moe.moe_router_topk} must lie between 1 and moe.num_experts={moe.num_experts}"
-    yield from _placement(moe.placement, backbone)
+    try:
+        moe_layers(moe.placement, backbone.num_layers)
+    except MoELlavaError as error:
+        yield str(error)
+    if moe.router_dtype == "bf16" and run.training.precision != "bf16":
+        yield (
+            f"moe.router_dtype=bf16 with training.precision={run.training.precision}: the router takes the dtype of the "
+            "hidden states; set training.precision=bf16, or moe.router_dtype=fp32"
+        )
     if (parallel.expert_tensor_parallel_size or 1) > 1 and backbone.add_bias_linear:
         yield (
             f"parallel.expert_tensor_parallel_size={parallel.expert_tensor_parallel_size}: the experts of {backbone.name} "
@@ -211,15 +220,6 @@ def _moe(run: RunConfig, backbone: Backbone) -> Iterator[str]:
     if moe.moe_token_dispatcher_type == "allgather" and not run.data.packing:
         yield "moe.moe_token_dispatcher_type=allgather needs rows of one length (data.packing=true); use alltoall"
     yield from _original_router(run) if moe.router == "original" else _megatron_router(run)
-
-
-def _placement(placement, backbone: Backbone) -> Iterator[str]:
-    if isinstance(placement, str):
-        if placement not in PLACEMENTS:
-            yield f"moe.placement={placement!r} is unknown; use {', '.join(PLACEMENTS)} or a list of layers such as [0, 2]"
-        return
-    if not placement or not all(0 <= layer < backbone.num_layers for layer in placement):
-        yield f"moe.placement={list(placement)} must name layers between 0 and {backbone.num_layers - 1} ({backbone.name})"
 
 
 def _original_router(run: RunConfig) -> Iterator[str]:
@@ -304,6 +304,13 @@ def _training(run: RunConfig) -> Iterator[str]:
         yield f"training.train_steps={training.train_steps} must be 0 (one epoch) or positive"
     if not 0 <= run.optimizer.lr_warmup_fraction <= 1:
         yield f"optimizer.lr_warmup_fraction={run.optimizer.lr_warmup_fraction} must lie between 0 and 1"
+    router_warmup = run.optimizer.router_lr_warmup_fraction
+    if router_warmup is not None and not 0 <= router_warmup <= 1:
+        yield f"optimizer.router_lr_warmup_fraction={router_warmup} must lie between 0 and 1, or be left unset"
+    if router_warmup is not None and run.moe is None:
+        yield f"optimizer.router_lr_warmup_fraction={router_warmup} needs a MoE model; leave it unset"
+    if run.logging.routing_interval < 1:
+        yield f"logging.routing_interval={run.logging.routing_interval} must be at least 1 step"
 
 
 def _fp8(run: RunConfig) -> Iterator[str]:

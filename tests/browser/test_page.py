@@ -107,6 +107,7 @@ def test_upload_ask_overlay_and_second_question(page, file):
     assert page.locator(".turn.user").count() == 2
 
 
+@pytest.mark.skipif("MOELLAVA_CHECKPOINT" in os.environ, reason="a trained model may answer in one word")
 def test_the_answer_appears_while_it_is_said(page, server):
     page.evaluate("document.getElementById('max_tokens').value = 200")
     with slowed(server.engine):

@@ -15,6 +15,7 @@ from megatron_moellava.towers import Tower
 SEQ_LENGTH = 128
 NUM_ROWS = {"packed": 4, "text": 4, "padded": 8}  # of the global batch
 MICRO_BATCH = {"packed": 1, "text": 1, "padded": 2}
+TAGS = ("color", "color+shape", "", "existence")  # question types; some ranks never meet one
 IMAGES = (2, 0, 1, 0)  # of each micro-batch
 
 
@@ -65,4 +66,6 @@ def _sample(draw, name: str, vocab_size: int, tower: Tower, images: int, words: 
     tokens = np.concatenate([np.full(images * tower.num_features, IMAGE_TOKEN), text])
     labels = np.append(tokens[1:], IGNORE)
     labels[: len(tokens) - 2 * words // 3] = IGNORE
-    return EncodedSample(id=name, tag="", tokens_S=tokens.astype(np.int64), labels_S=labels.astype(np.int64))
+    return EncodedSample(
+        id=name, tag=TAGS[len(text) % len(TAGS)], tokens_S=tokens.astype(np.int64), labels_S=labels.astype(np.int64)
+    )

@@ -16,6 +16,7 @@ from shards import gather_parameters
 
 from megatron_moellava import parallel
 from megatron_moellava.config import CheckpointError, RunConfig, from_dict
+from megatron_moellava.data import sources
 from megatron_moellava.model import checkpoint as reading
 from megatron_moellava.model.build import build_model
 from megatron_moellava.training import background
@@ -27,6 +28,9 @@ from megatron_moellava.training.run import train
 from megatron.core import dist_checkpointing
 
 TRAIN_STEPS, SAVE_INTERVAL = 4, 2
+# A worker notes its position from time to time, and its state is that and the rows since. On a slow machine the two runs
+# would note it at different rows: other bytes for the same position.
+sources.CHECKPOINT_SECONDS = 10**6
 
 
 def stage_settings(rows: Path, save: Path) -> dict:

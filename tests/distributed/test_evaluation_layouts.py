@@ -9,15 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from inference_models import GATES, picture, scatter, tiny_run
-
-from megatron_moellava import parallel
-from megatron_moellava.config import ParallelConfig
-from megatron_moellava.model.build import build_model
-from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
+from inference_models import picture, tiny_checkpoint
 
 REPO = Path(__file__).parents[2]
-NUM_PICTURES = 10
+NUM_PICTURES = 6
 LAYOUTS = {
     "dp2": [],
     "tp2": ["parallel.tensor_model_parallel_size=2"],
@@ -88,12 +83,7 @@ def free_port() -> int:
 def alone(tmp_path_factory) -> tuple[Path, tuple[str, dict]]:
     """(folder with checkpoint and data, what one process wrote)"""
     where = tmp_path_factory.mktemp("evaluation")
-    parallel.initialize(ParallelConfig(), seed=1)
-    run = tiny_run(GATES["megatron"])
-    chunks = build_model(run)
-    scatter(chunks[0])
-    save_checkpoint(where / "stage3", run, chunks, TrainingState(iteration=1, consumed_samples=0, data=None))
-    parallel.shutdown()
+    tiny_checkpoint(where / "stage3")
     write_questions(where / "data/pope")
     predictions, scores = evaluated(where, "alone", 1)
     assert len({json.loads(line)["text"] for line in predictions.splitlines()}) > 10

@@ -9,13 +9,10 @@ from pathlib import Path
 
 import pytest
 from generation_worker import requests_of_the_test
-from inference_models import GATES, scatter, tiny_run
+from inference_models import tiny_checkpoint
 
 from megatron_moellava import parallel
-from megatron_moellava.config import ParallelConfig
 from megatron_moellava.inference.load import load_for_inference
-from megatron_moellava.model.build import build_model
-from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
 
 HERE = Path(__file__).parent
 LAYOUTS = {
@@ -39,12 +36,7 @@ def checkpoints(tmp_path_factory) -> dict[str, tuple[Path, dict]]:
     """(checkpoint, answers of one process) by gate."""
     found = {}
     for gate in {gate for gate, *_ in CASES}:
-        folder = tmp_path_factory.mktemp("generation")
-        parallel.initialize(ParallelConfig(), seed=1)
-        run = tiny_run(GATES[gate])
-        chunks = build_model(run)
-        scatter(chunks[0])
-        save_checkpoint(folder, run, chunks, TrainingState(iteration=1, consumed_samples=0, data=None))
+        folder = tiny_checkpoint(tmp_path_factory.mktemp("generation"), gate)
         engine = load_for_inference(folder, max_batch_size=4)
         answers = {item.request_id: list(item.tokens) for item in engine.generate(requests_of_the_test())}
         parallel.shutdown()

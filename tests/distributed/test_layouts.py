@@ -29,7 +29,7 @@ def each(jobs: list[dict]):
 
 @each(fp32)
 def test_layout_equals_one_process(job, result):
-    for name in ("loss", "grad_norm", "aux_loss", "z_loss", "gradients", "parameters"):
+    for name in ("loss", "grad_norm", "aux_loss", "z_loss", "gradients", "parameters", "routing_sums"):
         error, where = result[name]
         assert error <= TOLERANCE, f"{name}: {error:.1e} at {where}"
     assert result["same_routing"], "RoutingObserver counted other tokens"

@@ -1,4 +1,4 @@
-"""A tiny random model with a real tokenizer, for the tests of the engine: fp32, one process, no checkpoint."""
+"""A tiny random model with a real tokenizer, for the tests of the engine: fp32, one process."""
 
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from megatron_moellava.inference.engine import Engine
 from megatron_moellava.inference.prompts import Prompter
 from megatron_moellava.inference.requests import Request, Sampling
 from megatron_moellava.model.build import build_model
+from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "assets" / "tok_spm"
 GATES = {
@@ -53,6 +54,17 @@ def tiny_engine(moe: MoEConfig | None = None, backbone: str = "llama-tiny", seed
     for router in engine._routers:
         router.injected_noise_NE = torch.zeros(1, 1)
     return engine
+
+
+def tiny_checkpoint(folder: Path, gate: str = "megatron") -> Path:
+    """Save a random model as a training run would; the process groups exist while it does, and no longer."""
+    parallel.initialize(ParallelConfig(), seed=1)
+    run = tiny_run(GATES[gate])
+    chunks = build_model(run)
+    scatter(chunks[0])
+    save_checkpoint(folder, run, chunks, TrainingState(iteration=1, consumed_samples=0, data=None))
+    parallel.shutdown()
+    return folder
 
 
 def scatter(model: torch.nn.Module) -> None:

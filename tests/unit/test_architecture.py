@@ -15,13 +15,14 @@ COMMANDS = sorted([*REPO.glob("tools/*.py"), *REPO.glob("examples/*/run.py")])
 # An import may only go to a lower floor, or stay in its own room. Rooms on one floor never import each other.
 FLOORS = (
     ("config",),
-    ("config_json", "conversion.mapping", "safe_pickle"),
+    ("config_json", "conversion.mapping", "placement", "safe_pickle"),
     ("platform", "backbones", "towers"),
     ("parallel", "validation"),
     ("model",),
     ("conversion", "data"),
     ("training", "inference"),
     ("evaluation", "analysis", "planning"),
+    ("experiments",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

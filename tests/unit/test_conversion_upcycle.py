@@ -12,8 +12,8 @@ from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.conversion.inspection import diff, inspect
-from megatron_moellava.conversion.model import moe_layers
 from megatron_moellava.conversion.upcycle import request, upcycle_checkpoint
+from megatron_moellava.placement import moe_layers
 
 EXPERTS = ".mlp.deepspeed_moe.experts.deepspeed_experts."
 GATE = ".mlp.deepspeed_moe.gate.wg.weight"
@@ -173,3 +173,16 @@ def test_diff_measures_changed_values(tmp_path):
     assert found.keys() == {"model.norm.weight", "lm_head.weight"}
     assert "largest difference 2" in found["model.norm.weight"]
     assert "bfloat16 against float32, largest difference 0 " in found["lm_head.weight"]
+
+
+def test_router_scale_shrinks_the_new_router_and_nothing_else(dense, tmp_path):
+    folder, _ = dense
+    full, small, none = (upcycled(folder, tmp_path, f"x{s}", router_scale=s) for s in (1.0, 0.25, 0.0))
+    for name, value in full.items():
+        if name.endswith(GATE):
+            assert torch.allclose(small[name], value / 4)
+            assert not none[name].any()
+        else:
+            assert torch.equal(small[name], value)
+    with pytest.raises(ConfigError, match="router_scale=-1"):
+        upcycle_checkpoint(folder, save=tmp_path / "wrong", moe=MoEConfig(), router_scale=-1.0)

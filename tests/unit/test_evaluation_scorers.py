@@ -8,7 +8,7 @@ from megatron_moellava.config import ConfigError, DataError
 from megatron_moellava.evaluation.answered import Answered
 from megatron_moellava.evaluation.metrics import Confusion, Score, mean_percent, sum_by_unit
 from megatron_moellava.evaluation.scorers.text import soft_accuracies
-from megatron_moellava.evaluation.tasks import get_task
+from megatron_moellava.evaluation.tasks import TASKS, get_task
 
 
 def score(name, data, texts, circular=False, limit=None):
@@ -182,6 +182,25 @@ def test_missing_data_says_what_and_where_from(tmp_path):
     assert "github.com/AoiDragon/POPE" in message
     miniatures.pope(tmp_path)
     assert len(get_task("pope").read(tmp_path)) == 6
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_each_missing_file_is_named_with_its_origin(tmp_path, name):
+    task = get_task(name)
+    folder = tmp_path / task.folder
+    wanted = [part for part in (task.questions, task.images, *task.pictures, *task.needs) if part not in ("", ".")]
+    for part in wanted:
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        (folder / part).touch()
+    task.check_data(tmp_path)
+    for part in wanted:
+        (folder / part).rename(tmp_path / "elsewhere")
+        with pytest.raises(DataError) as error:
+            task.check_data(tmp_path)
+        assert f"{task.title}: 1 of" in str(error.value)
+        assert f"  {folder / part}   <- missing\n" in str(error.value)
+        assert str(error.value).endswith(task.origin)
+        (tmp_path / "elsewhere").rename(folder / part)
 
 
 def test_unknown_benchmark_names_the_nearest():

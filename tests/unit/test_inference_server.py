@@ -1,6 +1,7 @@
 """The server with OpenAI's own client, and with what hostile clients send: that gets a 4xx, and nothing else suffers."""
 
 import base64
+import contextlib
 import io
 import json
 import socket
@@ -184,6 +185,22 @@ def test_a_body_that_never_comes_is_given_up(server):
         )
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
     assert_serves(server)
+
+
+def test_half_sent_requests_and_a_client_that_does_not_read_keep_nobody_waiting(server, client):
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            half = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+            half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: local")
+        silent = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+        data = json.dumps({"messages": question(), "max_tokens": 200, "stream": True}).encode()
+        silent.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(data) + data
+        )
+        assert_serves(server)
+    while server.engine.busy:  # its row is given back
+        time.sleep(0.05)
 
 
 def test_a_client_that_leaves_in_the_middle_frees_its_row(server, client):

@@ -4,12 +4,12 @@ import torch
 
 from megatron_moellava.config import RunConfig
 from megatron_moellava.conversion.layout import ORIGINAL, entries
-from megatron_moellava.conversion.model import PROJECTOR, TOWER, Model, moe_layers
+from megatron_moellava.conversion.model import PROJECTOR, TOWER, Model
 from megatron_moellava.conversion.original import moe_config
 from megatron_moellava.evaluation.verify.folder import Folder
 from megatron_moellava.evaluation.verify.session import Session, Subject, open_session, without_tied_head
 from megatron_moellava.evaluation.verify.table import Table
-from megatron_moellava.model.configuration import moe_layer_freq
+from megatron_moellava.placement import moe_layer_freq, moe_layers
 from megatron_moellava.training.stages import STAGES, freeze
 
 

@@ -1,0 +1,227 @@
+"""Bytes that a process sends in one training step, per axis, counted in real gloo runs, beside what theory says.
+
+  python benchmarks/communication.py
+
+Every layout runs a stage-2 step (MoE: stage 3) in 2 or 4 processes. torch.distributed's collectives are wrapped; a call
+counts what a ring sends from each of its n processes: reduce-scatter, all-gather and all-to-all of a tensor of M bytes
+M (n-1)/n (all-to-all: what really goes to others), all-reduce twice that, broadcast and send M on the sender. Means over
+the processes. `theory` is computed from the sizes of model and batch alone, `control` is whatever is below 8 kB in a call:
+counts, losses, norms, flags.
+"""
+
+import argparse
+import functools
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from measure import finish, say
+
+CONTROL = 8192  # bytes
+HIDDEN, LAYERS, FFN, SAMPLES = 256, 4, 704, 8
+LAYOUTS: dict[str, tuple[int, bool, dict]] = {  # name: (processes, MoE, parallel.*)
+    "DP2": (2, False, {}),
+    "TP2 (sequence parallel)": (2, False, {"tensor_model_parallel_size": 2}),
+    "PP2": (2, False, {"pipeline_model_parallel_size": 2}),
+    "EP2": (2, True, {"expert_model_parallel_size": 2}),
+    "DP2 x TP2": (4, False, {"tensor_model_parallel_size": 2}),
+    "TP2 x PP2": (4, False, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "DP4, EP2": (4, True, {"expert_model_parallel_size": 2}),
+}
+
+
+def ring(size: int, count: float) -> float:
+    """What each of `size` processes sends of a tensor of `count` bytes that is gathered, scattered or exchanged."""
+    return count * (size - 1) / size
+
+
+def to_others(size: int, call: dict) -> float:
+    """All-to-all: the rows that do not stay."""
+    splits = call.get("input_split_sizes")
+    if splits is None or not len(splits):
+        return ring(size, call["input"].nbytes)
+    return call["input"].nbytes * (1 - splits[call["rank"]] / max(sum(splits), 1))
+
+
+SENT = {  # function of torch.distributed -> bytes that this process sends, from the names of its arguments
+    "all_reduce": lambda size, call: 2 * ring(size, call["tensor"].nbytes),
+    "reduce_scatter_tensor": lambda size, call: ring(size, call["input"].nbytes),
+    "reduce_scatter": lambda size, call: ring(size, sum(part.nbytes for part in call["input_list"])),
+    "all_gather_into_tensor": lambda size, call: ring(size, size * call["input_tensor"].nbytes),
+    "all_gather": lambda size, call: ring(size, size * call["tensor"].nbytes),
+    "all_to_all_single": to_others,
+    "broadcast": lambda size, call: call["tensor"].nbytes if call.get("src") == call["global_rank"] else 0,
+    "send": lambda size, call: call["tensor"].nbytes,
+    "isend": lambda size, call: call["tensor"].nbytes,
+}
+
+# Only batches are broadcast, some of them over the tensor-parallel group; a pipeline of two sends over the world's group.
+ALWAYS = {"broadcast": "batch", "send": "PP", "isend": "PP"}
+
+
+class Counter:
+    """Wraps torch.distributed. Must come before megatron.core is imported, which keeps some functions under own names."""
+
+    def __init__(self):
+        import torch.distributed as dist
+
+        self.dist, self.bytes, self.counting = dist, defaultdict(float), False
+        for name, sent in SENT.items():
+            setattr(dist, name, self._wrapped(name, getattr(dist, name), sent))
+
+    def _wrapped(self, name: str, function, sent):
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*arguments, **options):
+            if self.counting:
+                named = dict(signature.bind(*arguments, **options).arguments)
+                group = named.get("group")
+                size = self.dist.get_world_size(group)
+                if size > 1:
+                    named |= {"rank": self.dist.get_rank(group), "global_rank": self.dist.get_rank()}
+                    count = sent(size, named)
+                    self.bytes["control" if count < CONTROL else ALWAYS.get(name, self.axis(group))] += count
+            return function(*arguments, **options)
+
+        return call
+
+    def axis(self, group) -> str:
+        return next((name for name, value in self.axes.items() if group is value), "other groups")
+
+    def know(self) -> None:
+        """The groups of the layout by axis."""
+        from megatron.core import parallel_state as state
+
+        self.axes = {
+            "DP": state.get_data_parallel_group(with_context_parallel=True),
+            "DP of experts": state.get_expert_data_parallel_group(),
+            "TP": state.get_tensor_model_parallel_group(),
+            "PP": state.get_pipeline_model_parallel_group(),
+            "EP": state.get_expert_model_parallel_group(),
+        }
+
+
+def theory(layout: str, parameters: dict[str, float], microbatches: int, images: float, scale) -> dict[str, float]:
+    """Bytes that a process sends per step and axis. bf16 activations and parameters, fp32 gradients.
+
+    `parameters`: trained ones of a process, dense and expert; `microbatches` of a process; `images` of a micro-batch.
+    """
+    processes, moe, axes = LAYOUTS[layout]
+    tp = axes.get("tensor_model_parallel_size", 1)
+    pp = axes.get("pipeline_model_parallel_size", 1)
+    ep = axes.get("expert_model_parallel_size", 1)
+    dp = processes // tp // pp
+    hidden_state = 2 * scale.seq_length * HIDDEN  # bytes of one micro-batch's activations between two layers
+    result = {}
+    if dp > 1:  # reduce-scatter of gradients (4 bytes), all-gather of parameters (2 bytes)
+        result["DP"] = (4 + 2) * parameters["dense"] * (dp - 1) / dp
+    if moe and dp > ep:
+        result["DP of experts"] = (4 + 2) * parameters["expert"] * (dp // ep - 1) / (dp // ep)
+    if ep > 1:  # tokens there and back, forward and backward, and the weights (fp32) there, forward and backward
+        rows = 2 * scale.seq_length
+        layers = (LAYERS + 1) // 2
+        result["EP"] = layers * microbatches * rows * (4 * 2 * HIDDEN + 2 * 4) * (ep - 1) / ep
+    if pp > 1:  # every boundary once each way; the mean over the processes
+        result["PP"] = 2 * (pp - 1) * microbatches * (hidden_state / tp) / pp
+    if tp > 1:
+        result["TP"] = microbatches * (tp - 1) / tp * tensor_parallel_bytes(hidden_state, images, scale, pp)
+    return result
+
+
+def tensor_parallel_bytes(hidden_state: float, images: float, scale, pp: int) -> float:
+    """Of one micro-batch, mean over the pipeline's stages, before the factor (tp - 1) / tp.
+
+    A decoder layer: attention and FFN each gather before and scatter after (forward), and backward the same the other way
+    round plus one more gather of the input for the weights' gradient: 2 x 5. Embedding: an all-reduce forward (2), a
+    gather backward (1). Output layer: gather, gather, scatter (3), and three all-reduces of a number per token (fp32) for
+    the cross entropy. Tower (frozen, no sequence parallelism): two all-reduces per layer; projector: one.
+    """
+    from megatron_moellava.towers import get_tower
+
+    tower = get_tower("bench")
+    tokens = images * tower.num_positions
+    visual = 2 * 2 * (2 * tokens * tower.hidden_size) * tower.num_used_layers
+    projector = 2 * 2 * images * scale.features * HIDDEN
+    cross_entropy = 3 * 2 * 4 * scale.seq_length
+    return (10 * LAYERS * hidden_state + 6 * hidden_state + cross_entropy + visual + projector) / pp
+
+
+# --- the processes ----------------------------------------------------------------------------------------------------
+
+
+def work(names: list[str], out: Path) -> None:
+    counter = Counter()
+    import torch.distributed as dist
+    from synthetic import QUARTER, make_samples, packed_rows, register_model, run_config, trainer_of
+
+    from megatron_moellava import parallel
+
+    register_model("bench", QUARTER, hidden=HIDDEN, layers=LAYERS, ffn=FFN)
+    rows = packed_rows(make_samples(SAMPLES, QUARTER), QUARTER)[:4]
+    for name in names:
+        _, moe, layout = LAYOUTS[name]
+        trainer = trainer_of(run_config("bench", QUARTER, len(rows), moe=moe, layout=layout), rows)
+        counter.know()
+        trainer.step()
+        counter.bytes.clear()
+        counter.counting = True
+        trainer.step()
+        counter.counting = False
+        mine = {
+            "bytes": dict(counter.bytes),
+            "dense": float(sum(p.numel() for p in trained(trainer) if getattr(p, "allreduce", True))),
+            "expert": float(sum(p.numel() for p in trained(trainer) if not getattr(p, "allreduce", True))),
+        }
+        everyone: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        if dist.get_rank() == 0:
+            images = sum(len(row.pixel_values_NCHW) for row in rows) / len(rows)
+            parameters = {key: sum(item[key] for item in everyone) / len(everyone) for key in ("dense", "expert")}
+            axes = sorted({axis for item in everyone for axis in item["bytes"]})
+            entry = {
+                "counted": {
+                    axis: sum(item["bytes"].get(axis, 0.0) for item in everyone) / len(everyone) for axis in axes
+                },
+                "theory": theory(name, parameters, trainer.num_microbatches, images, QUARTER),
+            }
+            (out / f"{name}.json").write_text(json.dumps(entry))
+    parallel.shutdown()
+
+
+def trained(trainer) -> list:
+    return [p for chunk in trainer.chunks for p in chunk.parameters() if p.requires_grad]
+
+
+def launch(script: str, processes: int, *arguments: str) -> None:
+    """Start `processes` of a script with torchrun, one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, script, *arguments], check=True, env=environment, stdout=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args.worker, args.out)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for processes in (2, 4):
+            names = [name for name, (count, *_) in LAYOUTS.items() if count == processes]
+            launch(__file__, processes, "--out", folder, "--worker", *names)
+        layouts = {name: json.loads((Path(folder) / f"{name}.json").read_text()) for name in LAYOUTS}
+    for name, entry in layouts.items():
+        say(f"{name}: {entry}")
+    finish({"hidden": HIDDEN, "layers": LAYERS, "ffn": FFN, "layouts": layouts})
+
+
+if __name__ == "__main__":
+    main()

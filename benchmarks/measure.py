@@ -1,0 +1,49 @@
+"""What the benchmarks share: ways that take turns, medians, and how results leave the process.
+
+A figure is a ratio of two ways measured in the same run, turn by turn, so that whatever else the machine does meets both.
+Every benchmark prints what it sees on stderr and one JSON object on stdout; run.py collects those.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+
+def take_turns(ways: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of every way in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(-warm_up, rounds):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def ratio(slower: list[float], faster: list[float]) -> float:
+    """Median over the rounds of slower / faster within a round."""
+    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
+
+
+def rounded(value, digits: int = 4):
+    """Nested plain data with floats of `digits` significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item, digits) for item in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def finish(results: dict) -> None:
+    print(json.dumps(rounded(results)), flush=True)

@@ -1,0 +1,115 @@
+"""Where the time of the quickstart's stage-3 step goes: shares by kind, and the largest operations that are no products.
+
+  python benchmarks/profile_step.py [--steps 20] [section.field=value ...]
+
+The quickstart's data, model, rows and configuration on one process, with fresh weights; torch's profiler, self time of
+every operation on the training thread. "attention" are fused attention kernels: for short samples attention is spelt out,
+and its products count as GEMM, its softmax as softmax. "between operations" is the time of a step in which no torch
+operation ran: Python, autograd, megatron-core. The profiler itself adds to it; the unprofiled step stands beside.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measure import finish, say
+
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
+KINDS = (  # parts of names; the first match counts
+    ("communication", ("gloo", "c10d", "nccl", "all_reduce", "all_gather", "reduce_scatter")),
+    ("attention", ("scaled_dot_product", "flash_attention")),
+    ("GEMM", ("::mm", "::addmm", "::bmm", "::baddbmm", "grouped_mm", "mkldnn", "convolution")),
+    ("optimizer", ("_foreach", "fused_adam", "::lerp", "::addcdiv", "::addcmul", "::sqrt", "vector_norm")),
+    ("norms", ("layer_norm", "rms_norm", "rsqrt")),
+    ("softmax and loss", ("softmax", "::exp", "::log", "nll", "cross_entropy", "logsumexp")),
+    ("activation", ("silu", "gelu")),
+    ("routing", ("topk", "sort", "index", "scatter", "gather", "masked", "nonzero", "cumsum", "bincount", "embedding")),
+    ("copies", ("copy", "::cat", "stack", "clone", "contiguous", "zero", "fill")),
+)
+
+
+def kind_of(name: str) -> str:
+    return next((kind for kind, parts in KINDS if any(part in name for part in parts)), "elementwise and other")
+
+
+def quickstart_trainer(folder: Path, overrides: list[str]):
+    sys.path.insert(0, str(QUICKSTART))
+    from make_data import write_quickstart
+
+    from megatron_moellava import parallel
+    from megatron_moellava.training.run import build_trainer, load_run, validate_run
+
+    write_quickstart(folder)
+    run = load_run(
+        config=str(QUICKSTART / "quickstart.yaml"),
+        flags={
+            "model.backbone": "llama-tiny",
+            "moe.num_experts": 4,
+            "training.stage": 3,
+            "training.train_steps": 1000,
+            "data.sources": [{"path": str(folder / "conversations.json"), "image_folder": str(folder / "images")}],
+            "data.tokenizer": str(folder / "tokenizer.model"),
+            "logging.directory": str(folder / "log"),
+        },
+        overrides=overrides,
+    )
+    validate_run(run)
+    parallel.initialize(run.parallel, run.training.seed)
+    trainer = build_trainer(run)
+    for wrapped in trainer.wrapped:
+        wrapped.train()
+    return trainer
+
+
+def shares(profiler, steps: int, plain: float, profiled: float) -> dict:
+    """Milliseconds of a step by kind, and the operations behind them."""
+    times = {item.key: item.self_cpu_time_total / 1000 / steps for item in profiler.key_averages()}
+    times = {name: value for name, value in times.items() if "::" in name or kind_of(name) != "elementwise and other"}
+    kinds: dict[str, float] = {}
+    for name, value in times.items():
+        kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + value
+    kinds["between operations"] = max(0.0, 1000 * profiled - sum(kinds.values()))
+    others = sorted((item for item in times.items() if kind_of(item[0]) != "GEMM"), key=lambda item: -item[1])
+    result = {
+        "step milliseconds": 1000 * plain,
+        "profiled step milliseconds": 1000 * profiled,
+        "share": {name: value / 1000 / profiled for name, value in sorted(kinds.items(), key=lambda item: -item[1])},
+        "largest others": {name: value / 1000 / profiled for name, value in others[:12]},
+        "calls per step": sum(item.count for item in profiler.key_averages()) / steps,
+    }
+    say(str(result))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    args = parser.parse_args()
+    from torch.profiler import ProfilerActivity, profile
+
+    from megatron_moellava import parallel
+
+    def timed() -> float:
+        started = time.perf_counter()
+        for _ in range(args.steps):
+            trainer.step()
+        return (time.perf_counter() - started) / args.steps
+
+    with tempfile.TemporaryDirectory() as folder:
+        sys.stdout, stdout = sys.stderr, sys.stdout
+        trainer = quickstart_trainer(Path(folder), args.overrides)
+        for _ in range(5):
+            trainer.step()
+        plain = timed()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            profiled = timed()
+        sys.stdout = stdout
+        parallel.shutdown()
+    finish(shares(profiler, args.steps, plain, profiled))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""benchmarks/results.json -> docs/performance.md and docs/pictures/*.png. Nothing is measured here.
+
+  python benchmarks/report.py
+
+Every section says which command made its figures; a benchmark without results has no section.
+"""
+
+# ruff: noqa: E501  (paragraphs of Markdown)
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+REPO = Path(__file__).parents[1]
+RESULTS = REPO / "benchmarks" / "results.json"
+PAGE = REPO / "docs" / "performance.md"
+PICTURES = REPO / "docs" / "pictures"
+NAMES = {
+    "ours": "ours, grouped",
+    "sequential": "megatron-core SequentialMLP",
+    "transformers": "transformers Mixtral, grouped",
+    "transformers eager": "transformers Mixtral, eager",
+    "deepspeed einsum": "DeepSpeed, einsum dispatch",
+    "deepspeed newest": "DeepSpeed, newest",
+    "bound": "bound: the products alone",
+}
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, without an exponent; a dash for what was not measured."""
+    if value is None:
+        return "-"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{float(f'{value:.{digits}g}'):g}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def reached(value: float, target: float, at_least: bool = True) -> str:
+    met = value >= target if at_least else value <= target
+    return f"{number(value)} ({'' if met else 'not '}reached)"
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def moe_layer(results: dict) -> str:
+    rows = {(row["tokens"], row["experts"]): row for row in results["rows"]}
+    present = [name for name in NAMES if any(name in row["milliseconds"] for row in rows.values())]
+    body = [
+        [f"{tokens:,}", experts, *(number(row["milliseconds"].get(name)) for name in present)]
+        for (tokens, experts), row in rows.items()
+    ]
+    versions = ", ".join(f"{name} is {version}" for name, version in results["deepspeed"].items())
+    plot_moe_layer(results["rows"], present)
+    return f"""## One MoE layer, forward and backward
+
+Hidden {results["hidden"]}, experts of {results["ffn"]} (SwiGLU), top-{results["top-k"]}, bf16. Milliseconds, medians of rounds in which the ways take turns.
+Ours, SequentialMLP and transformers drop nothing and give the same outputs. DeepSpeed has capacity factor 1.5, as in the original's recipes ({versions}; the original's 0.9.5 has the same einsum, but does not import with today's packages). The bound computes the six matrix products of all tokens and their choices as two dense layers: no router, no activation, no sorting.
+
+{table(["tokens", "experts", *(NAMES[name] for name in present)], body)}
+
+{layer_targets(rows)}
+
+![time by tokens](pictures/moe_layer.png)"""
+
+
+def layer_targets(rows: dict) -> str:
+    """What the project set itself, beside what this run reached."""
+    lines = []
+    at8 = rows.get((8192, 8), {}).get("times ours", {})
+    if "deepspeed einsum" in at8:
+        lines.append(
+            [
+                "8,192 tokens, 8 experts: DeepSpeed's einsum dispatch / ours",
+                "at least 8",
+                reached(at8["deepspeed einsum"], 8),
+            ]
+        )
+    at64 = rows.get((8192, 64), {}).get("times ours", {})
+    for name in ("transformers eager", "transformers"):
+        if name in at64:
+            lines.append([f"8,192 tokens, 64 experts: {NAMES[name]} / ours", "at least 1.5", reached(at64[name], 1.5)])
+    at4 = rows.get((8192, 4), {}).get("times ours", {})
+    if "bound" in at4:
+        lines.append(
+            ["8,192 tokens, 4 experts: ours / bound", "at most 1.25", reached(1 / at4["bound"], 1.25, at_least=False)]
+        )
+    if (16384, 8) in rows and (4096, 8) in rows:
+        long, short = (rows[tokens, 8]["milliseconds"]["ours"] / tokens for tokens in (16384, 4096))
+        lines.append(["time per token at 16,384 tokens / at 4,096 (8 experts)", "1", number(long / short)])
+    return table(["ratio", "aim", "here"], lines)
+
+
+def plot_moe_layer(rows: list[dict], present: list[str]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(6, 3.8))
+    chosen = sorted((row for row in rows if row["experts"] == 8), key=lambda row: row["tokens"])
+    for name in present:
+        points = [(row["tokens"], row["milliseconds"][name]) for row in chosen if name in row["milliseconds"]]
+        if len(points) > 1:
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=NAMES[name])
+    panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title="MoE layer, 8 experts")
+    panel.set_xticks([row["tokens"] for row in chosen], [f"{row['tokens']:,}" for row in chosen])
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    save(figure, "moe_layer.png")
+
+
+def train_step(results: dict) -> str:
+    speeds = results["useful tokens per second"]
+    names = {
+        "ours": "ours, packed",
+        "padded": f"transformers + DeepSpeed {results['deepspeed']}, padded",
+        "eager": "transformers' own experts (eager), padded",
+    }
+    rows = [
+        [
+            names[name],
+            number(results["step seconds"][name]),
+            number(speed),
+            number(results["times ours"].get(name, 1.0)),
+            f"{results['first loss'][name]:.4f}",
+        ]
+        for name, speed in speeds.items()
+    ]
+    sizes, positions = results["sizes"], results["positions"]
+    return f"""## A training step
+
+Stage 3 of a LLaVA with {results["parameters"] / 1e6:.0f} M parameters ({sizes["layers"]} layers of {sizes["hidden"]}, {sizes["experts"]} experts of {sizes["ffn"]} in every other one), the same weights and the same {results["samples"]} samples for all: {results["real tokens"]:,} tokens with lengths as in LLaVA's 665k mix divided by four, of which {results["useful tokens"]:,} carry a loss or an image. Ours packs them into {positions["ours"]:,} positions; grouped by modality and length and padded, as the original does it, they fill {positions["padded"]:,}.
+
+{table(["", "seconds per step", "useful tokens/s", "times our time", "first loss"], rows)}
+
+Aim: at least 3 times the padded step's useful tokens per second; here {reached(results["times ours"]["padded"], 3)}. DeepSpeed's gate draws its second choice at random and drops tokens, hence the other loss."""
+
+
+def profile_step(results: dict) -> str:
+    shares = [[name, percent(value)] for name, value in results["share"].items()]
+    others = [[f"`{name}`", percent(value)] for name, value in results["largest others"].items()]
+    return f"""## Where a step goes
+
+The quickstart's stage-3 step on one process takes {number(results["step milliseconds"])} ms ({number(results["profiled step milliseconds"])} ms under torch's profiler, {number(results["calls per step"])} operations). Products of a model this small are short: on larger models their share grows.
+
+{table(["kind", "share"], shares)}
+
+The largest operations that are no products:
+
+{table(["operation", "share"], others)}"""
+
+
+def communication(results: dict) -> str:
+    rows = []
+    for name, entry in results["layouts"].items():
+        for axis in [*entry["theory"], *sorted(entry["counted"].keys() - entry["theory"].keys())]:
+            counted, theory = entry["counted"].get(axis, 0.0), entry["theory"].get(axis)
+            relation = number(counted / theory) if theory else "-"
+            rows.append(
+                [name, axis, number(counted / 1000), "-" if theory is None else number(theory / 1000), relation]
+            )
+    return f"""## Communication per step
+
+What one process sends in a training step (mean over the processes), counted in real gloo runs of a model with {results["layers"]} layers of {results["hidden"]}, beside what the sizes of model and batch predict (formulas: `benchmarks/communication.py`). `batch` is the hand-out of the data inside a model-parallel group, `control` what is below 8 kB a call. The theory of EP assumes that the router spreads tokens evenly.
+
+{table(["layout", "axis", "counted, kB", "theory, kB", "counted / theory"], rows)}"""
+
+
+def layouts(results: dict) -> str:
+    measured = results["measured"]
+    one = measured["one process"]["tokens per second"]
+    rows = [
+        [name, entry["processes"], number(entry["tokens per second"]), number(entry["tokens per second"] / one)]
+        for name, entry in measured.items()
+    ]
+    text = f"""## Layouts
+
+Real gloo runs on this machine, one thread a process, {results["layers"]} layers of {results["hidden"]} with {results["experts"]} experts in every other one. With more processes than cores nothing can become faster; the figures show what the axes cost here, not how a GPU cluster scales.
+
+{table(["layout", "processes", "tokens/s", "of one process"], rows)}"""
+    return text + (prediction(results["prediction"]) if "prediction" in results else "")
+
+
+def prediction(answers: dict) -> str:
+    """The planner's numbers for H100s: scalars of its JSON, as it names them."""
+    scalars = {
+        gpus: {name: value for name, value in answer.items() if isinstance(value, int | float | str)}
+        for gpus, answer in answers.items()
+    }
+    columns = list(next(iter(scalars.values())))
+    rows = [[gpus, *(row.get(name, "-") for name in columns)] for gpus, row in scalars.items()]
+    return f"""
+
+**Prediction, not a measurement**: what `tools/plan.py` says of H100s. No GPU was used.
+
+{table(["GPUs", *columns], rows)}"""
+
+
+def generation(results: dict) -> str:
+    rows = [
+        [
+            f"{row['parameters'] / 1e6:.0f} M, {row['experts'] or 'no'} experts, {row['precision']}",
+            *(
+                f"{number(row[kind]['tokens per second']['ours'])}, "
+                f"{number(row[kind]['tokens per second']['transformers'])}: **{number(row[kind]['ratio'])}**"
+                for kind in ("equal", "mixed")
+            ),
+            percent(row["equal"]["identical answers"]),
+            number(row["second half over first"]),
+        ]
+        for row in results["rows"]
+    ]
+    return f"""## Generation
+
+Beside transformers' `generate` (static batch of {results["batch"]}, the same weights), {results["new tokens"]} new tokens, greedy. "Equal": all answers of one length, the best case of a static batch; "mixed": answers of 1/8 to 8/8 of it, four batches' worth. The last column is what the second {results["new tokens"]} tokens cost beside the first: 1 is linear. Aim: at least 1.5.
+
+{table(["model", "equal lengths: ours, theirs (tokens/s): ratio", "mixed lengths", "identical answers", "second / first"], rows)}"""
+
+
+def data(results: dict) -> str:
+    flat = {name: value for name, value in results.items() if not isinstance(value, dict | list)}
+    rows = [[name, number(value) if isinstance(value, int | float) else value] for name, value in flat.items()]
+    return (
+        f"""## Data
+
+{table(["", ""], rows)}"""
+        if rows
+        else ""
+    )
+
+
+SECTIONS: dict[str, Callable[[dict], str]] = {
+    "moe_layer": moe_layer,
+    "train_step": train_step,
+    "profile_step": profile_step,
+    "communication": communication,
+    "layouts": layouts,
+    "generation": generation,
+    "data": data,
+}
+
+
+def save(figure, name: str) -> None:
+    PICTURES.mkdir(exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(PICTURES / name, dpi=80, metadata={"Software": None})
+
+
+def page(results: dict) -> str:
+    machine = results["machine"]
+    facts = ", ".join(f"{name} {value}" for name, value in machine.items() if not isinstance(value, list))
+    parts = [
+        f"""# Performance
+
+Written by `benchmarks/report.py` from `benchmarks/results.json`; do not edit. `make bench` measures again (about half an hour; `make bench BENCH="moe_layer generation"` a part of it).
+
+Everything here ran on a CPU: {facts}; bf16 instructions: {", ".join(machine["bf16 units"]) or "none"}. What counts are the ratios, each within one run whose ways take turns; absolute times belong to this machine, which other work may have shared. Nothing has been measured on a GPU."""
+    ]
+    for name, section in SECTIONS.items():
+        entry = results["benchmarks"].get(name)
+        text = section(entry["results"]) if entry else ""
+        if text:
+            parts.append(f"{text}\n\n`{entry['command']}`, {entry['seconds']} s.")
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    PAGE.write_text(page(json.loads(RESULTS.read_text())))
+    print(f"wrote {PAGE.relative_to(REPO)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""A whole training step, ours beside a padded one: useful tokens (they carry a loss or an image) per second.
+
+  python benchmarks/train_step.py [--samples 32] [--batch 8] [--rounds 3] [--deepspeed FOLDER]
+
+Stage 3 (experts, router, dense FFNs and projector are trained) on the same weights and the same samples, whose lengths
+follow LLaVA's 665k mix divided by four: images of 144 visual tokens, at most 512 tokens. Forward, backward, AdamW.
+
+ours     tools/train.py's trainer: samples packed into rows of 512, dropless grouped experts, distributed optimizer
+padded   transformers' LlavaForConditionalGeneration in bf16 with DeepSpeed's MoE layer (gate, einsum dispatch, experts,
+         capacity factor 1.5), samples batched as the original does it: grouped by modality and length, padded to the
+         longest. Width over tokens per batch, which decides what the dispatch costs beside the experts, is about that
+         of the original's recipes (StableLM-2 with 5,632 and 8 samples of about 1,000).
+eager    the same without DeepSpeed: transformers' own experts, one after another
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import finish, median, ratio, say, take_turns
+from moe_layer import SwiGLU, deepspeed_layer, import_deepspeed
+from reference import Sizes, write_reference
+from synthetic import QUARTER, make_samples, packed_rows, trainer_of, useful_tokens
+
+from megatron_moellava import parallel
+from megatron_moellava.config import DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainingConfig
+from megatron_moellava.conversion.imports import import_checkpoint
+from megatron_moellava.data.batch import Batch
+from megatron_moellava.data.encode import IGNORE, IMAGE_TOKEN
+from megatron_moellava.data.modality import epoch_order
+from megatron_moellava.model.checkpoint import load_weights, read_run_file, require_checkpoint
+from megatron_moellava.training.loop import Trainer
+
+SIZES = Sizes(
+    hidden=512,
+    layers=4,
+    experts=4,
+    ffn=1408,
+    vocabulary=QUARTER.vocabulary,
+    image=QUARTER.image,
+    tower_layers=4,
+    tower_hidden=128,
+)
+AUX_LOSS = 0.01
+
+
+def our_trainer(folder: Path, rows: list[Batch]) -> Trainer:
+    import_checkpoint(folder, save=folder / "megatron", dtype="bfloat16", seed=1)
+    checkpoint = require_checkpoint(folder / "megatron")
+    model = read_run_file(checkpoint)["model"]
+    run = RunConfig(
+        model=ModelConfig(backbone=str(checkpoint), tower=str(checkpoint)),
+        moe=MoEConfig(**{**model["moe"], "moe_aux_loss_coeff": AUX_LOSS}),
+        data=DataConfig(seq_length=QUARTER.seq_length),
+        training=TrainingConfig(stage=3, global_batch_size=len(rows)),
+        optimizer=OptimizerConfig(lr=1e-5),
+    )
+    trainer = trainer_of(run, rows)
+    load_weights(checkpoint, trainer.chunks)
+    trainer.optimizer.reload_model_params()
+    return trainer
+
+
+# --- padded -----------------------------------------------------------------------------------------------------------
+
+
+class DeepSpeedExperts(torch.nn.Module):
+    """DeepSpeed's layer with the weights of a transformers MoE block, in its place."""
+
+    def __init__(self, moe_class, block):
+        super().__init__()
+        self.moe = deepspeed_layer(moe_class, SIZES.hidden, SIZES.ffn, SIZES.experts)
+        gate, experts = self.moe.deepspeed_moe.gate, self.moe.deepspeed_moe.experts.deepspeed_experts
+        with torch.no_grad():
+            gate.wg.weight.copy_(block.gate.weight)
+            for index, expert in enumerate(experts):
+                assert isinstance(expert, SwiGLU)
+                expert.gate_up.weight.copy_(block.experts.gate_up_proj[index])
+                expert.down.weight.copy_(block.experts.down_proj[index])
+        self.aux_loss = None
+
+    def forward(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
+        output, self.aux_loss, _ = self.moe(hidden_BSH)
+        return output
+
+
+class EagerExperts(torch.nn.Module):
+    """transformers' block without its shared expert, which has no width here."""
+
+    aux_loss = 0.0
+
+    def __init__(self, block):
+        super().__init__()
+        self.gate, self.experts = block.gate, block.experts
+
+    def forward(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
+        hidden_TH = hidden_BSH.flatten(0, 1)
+        _, weights, chosen = self.gate(hidden_TH)
+        return self.experts(hidden_TH, chosen, weights).view_as(hidden_BSH)
+
+
+TRAINED = ("multi_modal_projector", ".mlp.")  # stage 3
+
+
+class Padded:
+    """Batches of the original's order, padded; a step accumulates their gradients and updates."""
+
+    def __init__(self, model, samples, batch: int, replace):
+        self.model = model.to(torch.bfloat16).train()
+        self.experts = []
+        for layer in model.model.language_model.layers:
+            if hasattr(layer.mlp, "experts"):
+                layer.mlp = replace(layer.mlp)
+                self.experts.append(layer.mlp)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = any(part in name for part in TRAINED) and "vision_tower" not in name
+        self.optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
+        # The sign that stands for "text only" in the original's lengths.
+        lengths = np.array([len(s) if pixels is not None else -len(s) for s, pixels in samples])
+        order = epoch_order(lengths, batch, 1, torch.Generator().manual_seed(1))
+        self.batches = [
+            self._collate([samples[i] for i in order[start : start + batch]]) for start in range(0, len(order), batch)
+        ]
+        self.loss_tokens = sum(int((item["labels"] != IGNORE).sum()) for item in self.batches)
+        self.positions = sum(item["input_ids"].numel() for item in self.batches)
+
+    def _collate(self, part) -> dict:
+        longest = max(len(sample) for sample, _ in part)
+        ids = torch.zeros(len(part), longest, dtype=torch.int64)
+        labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
+        for row, (sample, _) in enumerate(part):
+            tokens = torch.from_numpy(np.where(sample.tokens_S == IMAGE_TOKEN, SIZES.image_id, sample.tokens_S))
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+            labels[row, : len(tokens)] = torch.from_numpy(sample.labels_S)
+        pixels = [torch.from_numpy(pixels) for _, pixels in part if pixels is not None]
+        item = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return item | ({"pixel_values": torch.cat(pixels).bfloat16()} if pixels else {})
+
+    def step(self) -> float:
+        total = 0.0
+        for item in self.batches:
+            labels = item["labels"]
+            inputs = {name: value for name, value in item.items() if name != "labels"}
+            logits = self.model(**inputs, use_cache=False).logits.float()
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+            )
+            auxiliary = sum(layer.aux_loss for layer in self.experts)
+            (loss / self.loss_tokens + AUX_LOSS * auxiliary / len(self.batches)).backward()
+            total += loss.detach().item()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total / self.loss_tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8, help="samples per padded micro-batch")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--deepspeed", type=Path, help="folder with a deepspeed whose dispatch is an einsum")
+    args = parser.parse_args()
+    samples = make_samples(args.samples, QUARTER)
+    rows = packed_rows(samples, QUARTER)
+    with tempfile.TemporaryDirectory() as folder:
+        models = [write_reference(Path(folder), SIZES) for _ in range(2)]
+        trainer = our_trainer(Path(folder), rows)
+        moe_class, version = import_deepspeed(args.deepspeed)
+        padded = Padded(models[0], samples, args.batch, lambda block: DeepSpeedExperts(moe_class, block))
+        eager = Padded(models[1], samples, args.batch, EagerExperts)
+        losses: dict[str, list[float]] = {"ours": [], "padded": [], "eager": []}
+        ways = {
+            "ours": lambda: losses["ours"].append(trainer.step()[0]["loss"]),
+            "padded": lambda: losses["padded"].append(padded.step()),
+            "eager": lambda: losses["eager"].append(eager.step()),
+        }
+        seconds = take_turns(ways, args.rounds)
+        parallel.shutdown()
+    useful, real = useful_tokens(samples), sum(len(sample) for sample, _ in samples)
+    result = {
+        "sizes": {"hidden": SIZES.hidden, "layers": SIZES.layers, "experts": SIZES.experts, "ffn": SIZES.ffn},
+        "parameters": sum(parameter.numel() for parameter in trainer.chunks[0].parameters()),
+        "samples": len(samples),
+        "real tokens": real,
+        "useful tokens": useful,
+        "positions": {"ours": len(rows) * QUARTER.seq_length, "padded": padded.positions},
+        "deepspeed": version,
+        "first loss": {name: values[0] for name, values in losses.items()},
+        "step seconds": {name: median(values) for name, values in seconds.items()},
+        "useful tokens per second": {name: useful / median(values) for name, values in seconds.items()},
+        "times ours": {name: ratio(values, seconds["ours"]) for name, values in seconds.items() if name != "ours"},
+    }
+    say(str(result))
+    finish(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""tools/analyze_routing.py: a checkpoint and a data set -> PNGs, routing.json and report.html."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_moellava import parallel
+from megatron_moellava.analysis import figures
+from megatron_moellava.analysis.pathways import Pathways, coactivation, frequent_pathways, principal_pathways
+from megatron_moellava.analysis.plots import plot_expert_load
+from megatron_moellava.analysis.report import Section, write_html
+from megatron_moellava.analysis.routing import Routes, collect_routes
+from megatron_moellava.analysis.similarity import Similarity, expert_similarity
+from megatron_moellava.inference.load import layout_of, load_model
+from megatron_moellava.model.checkpoint import require_checkpoint
+from megatron_moellava.training.metrics import rounded
+from megatron_moellava.training.routing_health import advise, troubles
+
+
+def analyse(args) -> str:
+    """Runs on every rank; rank 0 writes. Returns what to print."""
+    checkpoint = require_checkpoint(args.load)
+    model, prompter = load_model(
+        checkpoint,
+        tokenizer=args.tokenizer,
+        template=args.template,
+        precision=args.precision,
+        layout=layout_of(args.overrides),
+    )
+    data = [(path, args.image_folder) for path in args.data]
+    routes = collect_routes(model, prompter, data, limit=args.limit, pictures=args.overlays)
+    text = ""
+    if dist.get_rank() == 0:
+        similarity = expert_similarity(checkpoint, Path(args.origin) if args.origin else None)
+        text = write_report(args.out, str(args.load), [path for path, _ in data], routes, similarity, pca=args.pca)
+    parallel.shutdown()
+    return text
+
+
+def write_report(
+    out: Path, name: str, data: Sequence[str], routes: Routes, similarity: Similarity, *, pca: bool = False
+) -> str:
+    """PNGs, routing.json and report.html in `out`; returns a summary for the terminal."""
+    out.mkdir(parents=True, exist_ok=True)
+    warnings = advise(troubles(routes.record))
+    facts = {
+        "checkpoint": name,
+        "data": ", ".join(data),
+        "samples": f"{routes.num_samples:,}"
+        + (f" ({len(routes.skipped)} more could not be used)" if routes.skipped else ""),
+        "tokens": f"{len(routes.is_image_T):,}, {int(routes.is_image_T.sum()):,} of them image",
+        "experts": f"{routes.num_experts}, top-{routes.topk}, in layers {', '.join(map(str, routes.layers))}",
+    }
+    sections = [
+        load_section(out, routes),
+        preference_section(out, routes),
+        confidence_section(out, routes),
+        pathway_section(out, routes, pca),
+        *([coactivation_section(out, routes)] if routes.topk > 1 else []),
+        similarity_section(out, similarity),
+        *([overlay_section(out, routes)] if routes.pictures else []),
+    ]
+    numbers = {"facts": facts, "warnings": warnings, **routes.record, "similarity": plain(similarity)}
+    (out / "routing.json").write_text(json.dumps(rounded(numbers), indent=1))
+    write_html(out / "report.html", f"Routing of {name}", facts, warnings, sections)
+    lines = [f"{key}: {value}" for key, value in facts.items()] + [f"warning: {text}" for text in warnings]
+    return "\n".join([*lines, f"wrote {out / 'report.html'}, {out / 'routing.json'} and the pictures beside them"])
+
+
+def _saved(figure, path: Path) -> Path:
+    figures.save(figure, path)
+    return path
+
+
+def load_section(out: Path, routes: Routes) -> Section:
+    path = out / "load.png"
+    plot_expert_load(routes.counts_LME, routes.layers, path, "Expert load")
+    head = [
+        "layer",
+        "tokens",
+        "busiest / mean",
+        "balance",
+        *(f"expert {e}" for e in range(routes.num_experts)),
+        "dropped",
+    ]
+    rows = []
+    for layer in routes.record["layers"]:
+        total = max(sum(layer["choices"]), 1)
+        asked = total + sum(layer["dropped"])
+        shares = [f"{count / total:.1%}" for count in layer["choices"]]
+        rows.append(
+            [str(layer["layer"]), f"{layer['tokens']:,}", f"{layer['max_load']:.2f}", f"{layer['balance']:.3f}", *shares,
+             f"{sum(layer['dropped']) / asked:.1%}"]
+        )  # fmt: skip
+    text = "Share of the choices that each expert takes. Balance is Switch Transformer's auxiliary loss: 1 is perfect."
+    return Section("Expert load", text, [path], [(head, rows)])
+
+
+def preference_section(out: Path, routes: Routes) -> Section:
+    counts_MLE = routes.counts_LME[list(routes.layers)].transpose(1, 0, 2)
+    paths = [_saved(figures.modality_preference(counts_MLE, routes.layers), out / "modality.png")]
+    by_type = figures.load_by_type(routes.record)
+    if by_type is not None:
+        paths.append(_saved(by_type, out / "types.png"))
+    text = (
+        "An expert with a preference has bars far from the middle. Question types split the text tokens only: an image "
+    )
+    return Section("Modality and question type", text + "stands before the question and cannot know it.", paths)
+
+
+def confidence_section(out: Path, routes: Routes) -> Section:
+    text = (
+        "Entropy 1 is a router that does not care, 0 one that is certain. Near 0 in every layer is a sign of collapse."
+    )
+    return Section("Confidence", text, [_saved(figures.confidence(routes.record), out / "confidence.png")])
+
+
+def pathway_section(out: Path, routes: Routes, pca: bool) -> Section:
+    parts = {"text": routes.first_TL[~routes.is_image_T], "image": routes.first_TL[routes.is_image_T]}
+    parts = {name: first_TL for name, first_TL in parts.items() if len(first_TL)}
+    found = {name: frequent_pathways(first_TL) for name, first_TL in parts.items()}
+    pictures = [_saved(figures.pathways(found, routes.layers, routes.num_experts), out / "pathways.png")]
+    if pca:
+        components = {name: principal_pathways(first_TL, routes.num_experts) for name, first_TL in parts.items()}
+        drawn = figures.principal_pathways(components, routes.layers, routes.num_experts)
+        pictures.append(_saved(drawn, out / "pathways_pca.png"))
+    head = ["tokens", *(f"layer {layer}" for layer in routes.layers), "count", "share"]
+    rows = [row for name, ways in found.items() for row in _pathway_rows(name, ways)]
+    text = "The first choices of a token, layer after layer; the ten most frequent of each modality, counted."
+    return Section("Pathways", text, pictures, [(head, rows)])
+
+
+def _pathway_rows(name: str, ways: Pathways) -> list[list[str]]:
+    return [
+        [name, *map(str, experts_L), f"{count:,}", f"{share:.1%}"]
+        for experts_L, count, share in zip(ways.experts_PL.tolist(), ways.counts_P, ways.shares(), strict=True)
+    ]
+
+
+def coactivation_section(out: Path, routes: Routes) -> Section:
+    pairs_LEE = coactivation(routes.choices_TLK, routes.num_experts)
+    path = _saved(figures.coactivation(pairs_LEE, routes.layers), out / "coactivation.png")
+    return Section("Co-activation", "Experts that are often chosen together may have become one.", [path])
+
+
+def similarity_section(out: Path, similarity: Similarity) -> Section:
+    paths = [
+        _saved(figures.similarity(similarity), out / "similarity.png"),
+        _saved(figures.siblings(similarity), out / "siblings.png"),
+    ]
+    text = (
+        "All experts of a layer start as the same FFN. How far has each gone, and are their ways different? A cosine near 1 "
+        "says that they have all learned the same."
+    )
+    if similarity.identical:
+        text += " Here all experts of a layer are still identical: this checkpoint has not been trained."
+    return Section("Expert similarity", text, paths)
+
+
+def overlay_section(out: Path, routes: Routes) -> Section:
+    paths = []
+    for number, picture in enumerate(routes.pictures):
+        figure = figures.overlay(picture, routes.layers, routes.num_experts)
+        paths.append(_saved(figure, out / f"overlay_{number:02d}.png"))
+    text = "First choices over the picture as the model sees it; grey: dropped. Few layers are left out where there are many."
+    return Section("Pictures", text, paths)
+
+
+def plain(similarity: Similarity) -> dict:
+    values = {
+        "origin": similarity.origin,
+        "layers": list(similarity.layers),
+        "from_origin": similarity.from_origin_LE.tolist(),
+        "between": similarity.between_LEE.tolist(),
+    }
+    cosine: np.ndarray | None = similarity.cosine_LEE
+    return values | ({} if cosine is None else {"cosine_of_moves": cosine.tolist()})

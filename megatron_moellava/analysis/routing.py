@@ -1,0 +1,215 @@
+"""Where the tokens of a data set go, token by token: one forward pass per sample, as if each had come alone.
+
+Shapes: T tokens of all samples, L MoE layers, K choices, E experts, M modalities (text, image).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_moellava import parallel, platform
+from megatron_moellava.config import ConfigError, DataError
+from megatron_moellava.data import media
+from megatron_moellava.data.batch import Batch, pad
+from megatron_moellava.data.encode import EncodedSample
+from megatron_moellava.data.loader import build_encoder
+from megatron_moellava.data.sample import BadSample, parse_record, read_rows
+from megatron_moellava.inference.prompts import Prompter
+from megatron_moellava.inference.routing import RoutingWatch
+from megatron_moellava.model.moe_llava import IMAGE_TOKEN, MoELlava
+from megatron_moellava.training.broadcast import broadcast_batch
+from megatron_moellava.training.loop import model_inputs
+from megatron_moellava.training.routing import RoutingObserver, routing_record
+
+from megatron.core import parallel_state
+
+NONE = -1  # in place of a choice that was dropped
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One sample's first image as the model sees it, and the first choice of each of its visual tokens."""
+
+    name: str
+    question: str
+    pixels_HWC: np.ndarray  # uint8
+    first_LF: np.ndarray  # int16, F visual tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """The choices of every token, and what the observer summed up over all of them."""
+
+    layers: tuple[int, ...]  # decoder layers with experts, from 0
+    num_experts: int
+    topk: int
+    choices_TLK: np.ndarray  # int16, best first
+    is_image_T: np.ndarray  # bool
+    record: dict  # `training.routing.routing_record`
+    counts_LME: np.ndarray  # by decoder layer, dense ones included
+    pictures: tuple[Picture, ...]
+    num_samples: int
+    skipped: tuple[str, ...]  # what was wrong with rows that could not be used
+
+    @property
+    def first_TL(self) -> np.ndarray:
+        return self.choices_TLK[:, :, 0]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A sample that is ready for the model."""
+
+    encoded: EncodedSample
+    pixels_NCHW: np.ndarray
+    text: str
+
+
+def collect_routes(
+    model: MoELlava, prompter: Prompter, data: Sequence[tuple[str, str]], *, limit: int, pictures: int
+) -> Routes:
+    """`data`: (LLaVA JSON or JSONL, image folder); `limit`: samples in all, 0: every one. The same on all ranks.
+
+    Data-parallel ranks share the samples; ranks that share experts run equally many forward passes.
+    """
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        raise ConfigError(
+            "parallel.pipeline_model_parallel_size must be 1 for an analysis; use tensor or expert parallelism"
+        )
+    watch, observer = RoutingWatch(model), RoutingObserver([model])
+    if not watch.layers:
+        raise ConfigError("the checkpoint is dense: it has no routers; give one made by stage 3 or by upcycling")
+    watch.active = True
+    rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
+    questions, skipped = _questions(prompter, data, limit)
+    mine = questions[rank::size]
+    parts, shown = [], []
+    for number in range(-(-len(questions) // size)):  # the last round may repeat, so that shared experts are met
+        counted = number < len(mine)
+        batch = broadcast_batch(_batch(mine[number if counted else 0], prompter)) if mine else _nothing(prompter)
+        choices_TLK = _forward(model, batch, watch, observer if counted else None)
+        if counted:
+            is_image_T = (batch.tokens_BS[0] == IMAGE_TOKEN).cpu().numpy()
+            parts.append((choices_TLK, is_image_T))
+            if len(shown) < pictures:
+                shown += _picture(mine[number], model, choices_TLK, is_image_T)
+    sums = observer.collect()
+    gathered = _gathered((parts, shown))
+    parts = [part for rank_parts, _ in gathered for part in rank_parts]
+    if not parts:
+        raise DataError("no sample could be used: " + "; ".join(skipped[:3]))
+    return Routes(
+        layers=sums.layers,
+        num_experts=sums.num_experts,
+        topk=sums.topk,
+        choices_TLK=np.concatenate([choices for choices, _ in parts]),
+        is_image_T=np.concatenate([is_image for _, is_image in parts]),
+        record=routing_record(sums),
+        counts_LME=sums.choices_LME.numpy(),
+        pictures=tuple(picture for _, rank_shown in gathered for picture in rank_shown)[:pictures],
+        num_samples=len(questions),
+        skipped=tuple(skipped),
+    )
+
+
+def _questions(prompter: Prompter, data: Sequence[tuple[str, str]], limit: int) -> tuple[list[Question], list[str]]:
+    encoder = build_encoder(prompter.data, prompter.tokenizer, prompter.tower, prompter.template.version)
+    found: list[Question] = []
+    skipped: list[str] = []
+    for path, folder in data:
+        for row, record in read_rows(path):
+            if limit and len(found) == limit:
+                return found, skipped
+            try:
+                found.append(
+                    _question(record, folder or str(Path(path).parent), f"{path} row {row}", encoder, prompter)
+                )
+            except BadSample as error:
+                skipped.append(str(error))
+    return found, skipped
+
+
+def _question(record, folder: str, where: str, encoder, prompter: Prompter) -> Question:
+    if isinstance(record, BadSample):
+        raise record
+    sample = parse_record(as_conversation(record), origin=where)
+    tiles = [media.tiles(ref, folder, where, prompter.tower, prompter.data)[0] for ref in sample.images]
+    encoded = encoder(sample, tuple(len(tile) * prompter.tower.num_features for tile in tiles))
+    kept = tiles[: len(encoded.images)]
+    size = prompter.tower.image_size
+    pixels_NCHW = np.concatenate(kept) if kept else np.zeros((0, 3, size, size), dtype=np.float32)
+    return Question(encoded, pixels_NCHW, sample.turns[0].text.replace("<image>", "").strip())
+
+
+def as_conversation(record: dict) -> dict:
+    """A row of closed questions {image, question, answer, type} as a LLaVA record; other rows as they are."""
+    if not isinstance(record, dict) or "conversations" in record or "question" not in record:
+        return record
+    image = {"image": record["image"]} if record.get("image") else {}
+    text = f"<image>\n{record['question']}" if image else record["question"]
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": str(record.get("answer", ""))}]
+    return {"id": str(record.get("question_id", "")), "conversations": turns, "tag": record.get("type", "")} | image
+
+
+def _batch(question: Question, prompter: Prompter) -> Batch | None:
+    if not parallel.reads_data():
+        return None
+    shape = question.pixels_NCHW.shape[1:]
+    pixels = [question.pixels_NCHW] if len(question.pixels_NCHW) else []
+    return pad([question.encoded], pixels, 1, prompter.tokenizer.pad_id, shape)
+
+
+def _nothing(prompter: Prompter) -> Batch:
+    """For a rank without any sample: one token, so that it meets the others at the experts."""
+    sample = EncodedSample(id="", tag="", tokens_S=np.array([prompter.tokenizer.eos_id]), labels_S=np.array([-100]))
+    size = prompter.tower.image_size
+    return broadcast_batch(pad([sample], [], 1, prompter.tokenizer.pad_id, (3, size, size)))
+
+
+@torch.no_grad()
+def _forward(model: MoELlava, batch: Batch, watch: RoutingWatch, observer: RoutingObserver | None) -> np.ndarray:
+    """[T, L, K]"""
+    model.eval()
+    if observer is None:
+        model(**(model_inputs(batch) | {"labels_BS": None}))
+    else:
+        with observer.observe(batch):
+            model(**(model_inputs(batch) | {"labels_BS": None}))
+    watch.active = True  # the observer has switched it off
+    return np.stack(
+        [first_choices(watch.weights_TE[layer], model.config.moe_router_topk) for layer in watch.layers], axis=1
+    )
+
+
+def first_choices(weights_TE: torch.Tensor, topk: int) -> np.ndarray:
+    """int16 [T, K] by falling weight; NONE where a choice was dropped."""
+    weights_TK, experts_TK = weights_TE.topk(topk, dim=-1)
+    return experts_TK.masked_fill(weights_TK <= 0, NONE).numpy().astype(np.int16)
+
+
+def _picture(question: Question, model: MoELlava, choices_TLK: np.ndarray, is_image_T: np.ndarray) -> Iterator[Picture]:
+    """The first tile of the first image, if there is one."""
+    if not len(question.pixels_NCHW):
+        return
+    tower = model.tower
+    places = np.flatnonzero(is_image_T)[: tower.num_features]
+    scale, shift = (np.array(values)[:, None, None] for values in (tower.image_std, tower.image_mean))
+    pixels_CHW = (question.pixels_NCHW[0] * scale + shift).clip(0, 1)
+    yield Picture(
+        name=question.encoded.id,
+        question=question.text,
+        pixels_HWC=(pixels_CHW * 255).round().astype(np.uint8).transpose(1, 2, 0),
+        first_LF=choices_TLK[places, :, 0].T,
+    )
+
+
+def _gathered(mine) -> list:
+    """Of the ranks that hold samples of their own, in the order of the data."""
+    everywhere: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, mine if parallel.reads_data() else None)
+    platform.synchronize()
+    return [part for part in everywhere if part is not None]

@@ -1,0 +1,179 @@
+"""Running one node of a grid: a command, an upcycling, or a training with its questions. What it leaves is done.json.
+
+A node's folder is RUNS/<node's name>; done.json is written last, so a folder without it is unfinished. Checkpoints of a
+training that was interrupted are continued, other leftovers removed.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_moellava.config import MoEConfig, MoELlavaError, from_dict
+from megatron_moellava.experiments.curves import curve_numbers
+from megatron_moellava.experiments.grid import Grid, Node
+
+DONE = "done.json"
+
+
+def finished(runs: Path, node: Node) -> dict | None:
+    """What a node left behind, or None while it has not finished."""
+    if node.kind == "given":
+        return {}
+    file = runs / node.name / DONE
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def folder_of(grid: Grid, runs: Path, node: Node) -> Path:
+    """Where a node's result is."""
+    if node.kind != "given":
+        return runs / node.name
+    path = os.path.expandvars(node.settings["folder"])
+    return grid.expand(path)
+
+
+def resolve(grid: Grid, runs: Path, node: Node, name: str, value: object = None) -> str:
+    """The path that a setting names: below the folder of another node, or a path of its own ({here}: the grid's folder)."""
+    if name in node.references:
+        target, below = node.references[name]
+        return str(folder_of(grid, runs, target) / below)
+    text = node.settings.get(name, "") if value is None else value
+    return str(grid.expand(os.path.expandvars(str(text)))) if text else ""
+
+
+def run_node(grid: Grid, runs: Path, node: Node) -> None:
+    """Run it in this process (a training: in this process group); all its needs are finished."""
+    folder, started = runs / node.name, time.time()
+    run = {"command": _run_command, "upcycle": _upcycle, "train": _train}[node.kind]
+    numbers = run(grid, runs, node, folder)
+    if numbers is None:  # a rank that only helps
+        return
+    description = {
+        "step": node.step,
+        "seed": node.seed,
+        "settings": node.settings,
+        "minutes": (time.time() - started) / 60,
+    }
+    temporary = folder / (DONE + ".tmp")
+    temporary.write_text(json.dumps(_finite(description | {"numbers": numbers}), indent=1))
+    temporary.rename(folder / DONE)
+
+
+def _finite(value):
+    """JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _clean(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _run_command(grid: Grid, runs: Path, node: Node, folder: Path) -> dict:
+    _clean(folder)
+    words = {name: str(value).replace("{here}", str(grid.folder)) for name, value in node.settings.items()}
+    words |= {name: resolve(grid, runs, node, name) for name in node.references}
+    words |= {"python": sys.executable, "here": str(grid.folder), "folder": str(folder), "seed": str(node.seed)}
+    command = [str(part).format(**words) for part in node.settings["command"]]
+    result = subprocess.run(command)
+    if result.returncode:
+        raise MoELlavaError(f"{' '.join(command)} ended with {result.returncode}; its output is above")
+    return {}
+
+
+def _upcycle(grid: Grid, runs: Path, node: Node, folder: Path) -> dict:
+    from megatron_moellava.conversion.upcycle import upcycle_checkpoint
+
+    _clean(folder)
+    upcycle_checkpoint(
+        Path(resolve(grid, runs, node, "from")),
+        save=folder,
+        moe=from_dict(MoEConfig, node.settings.get("moe") or {}),
+        noise_std=float(node.settings.get("noise_std", 0.0)),
+        router_scale=float(node.settings.get("router_scale", 1.0)),
+        seed=node.seed,
+    )
+    return {}
+
+
+def _train(grid: Grid, runs: Path, node: Node, folder: Path) -> dict | None:
+    import torch.distributed as dist
+
+    from megatron_moellava import parallel
+    from megatron_moellava.experiments.stage import ask_closed, train_stage
+    from megatron_moellava.model.checkpoint import newest_checkpoint
+    from megatron_moellava.training.loop import TrainingDiverged
+
+    run = node_run(grid, runs, node, folder)
+    parallel.initialize(run.parallel, run.training.seed)
+    if dist.get_rank() == 0 and (not folder.exists() or newest_checkpoint(folder) is None):
+        _clean(folder)
+    dist.barrier()
+    scores: dict = {}
+    diverged = False
+    try:
+        trainer = train_stage(run)
+        if node.settings.get("ask"):
+            rows, images = _questions(grid, runs, node)
+            answers = ask_closed(trainer, run, rows, images)
+            scores = scores_of(answers.score)
+    except TrainingDiverged as error:
+        print(error, flush=True)
+        diverged = True
+    is_writer = dist.get_rank() == 0
+    dist.barrier()
+    parallel.shutdown()
+    return curve_numbers(folder) | scores | {"diverged": float(diverged)} if is_writer else None
+
+
+def node_run(grid: Grid, runs: Path, node: Node, folder: Path):
+    """The RunConfig of a training node."""
+    from megatron_moellava.training.run import load_run
+
+    settings = node.settings
+    data = resolve(grid, runs, node, "data").split(":")  # several files, as in examples/train_stage3.sh
+    images = resolve(grid, runs, node, "image_folder")
+    return load_run(
+        config=str(grid.expand(settings["config"])) if settings.get("config") else None,
+        flags={
+            "training.stage": settings["stage"],
+            "training.train_steps": settings["steps"],
+            "training.seed": node.seed,
+            "checkpoint.load": resolve(grid, runs, node, "from"),
+            "checkpoint.save": str(folder),
+            "data.sources": [{"path": path, "image_folder": images} for path in data],
+            "data.tokenizer": resolve(grid, runs, node, "tokenizer"),
+        },
+        overrides=list(overrides_of(settings.get("set") or {})),
+    )
+
+
+def overrides_of(tree: dict, prefix: str = "") -> list[str]:
+    """{"optimizer": {"lr": 0.1}} -> ["optimizer.lr=0.1"]; values as YAML."""
+    found: list[str] = []
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found += overrides_of(value, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}={json.dumps(value)}")
+    return found
+
+
+def _questions(grid: Grid, runs: Path, node: Node) -> tuple[list[dict], Path]:
+    ask = node.settings["ask"]
+    file = Path(resolve(grid, runs, node, "ask.questions", ask["questions"]))
+    rows = [json.loads(line) for line in file.open()]
+    return rows, Path(resolve(grid, runs, node, "ask.images", ask["images"]))
+
+
+def scores_of(score: dict) -> dict[str, float]:
+    """Flat numbers: accuracy, one for each question type, and the F1 of the existence questions."""
+    types = {f"accuracy {name}": part["accuracy"] for name, part in score["types"].items()}
+    existence = {"existence F1": score["existence"]["f1"]} if score["existence"] else {}
+    return {"accuracy": score["accuracy"], **types, **existence}

@@ -1,0 +1,101 @@
+"""What a grid has found: one row per cell and seed, their mean and spread, and a paired test against the baseline.
+
+Seeds are paired: the same seed gives every cell the same start, the same stages 1 and 2 and the same order of the data,
+so that differences within a seed say more than those between means.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_moellava.experiments.grid import Grid
+from megatron_moellava.experiments.nodes import finished
+
+RESULTS = "results.jsonl"
+LEVEL = 0.05  # of the paired test
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Differences of a metric to the reference, over the seeds that both have. None where two seeds are lacking."""
+
+    reference: str
+    seeds: int
+    mean: float | None
+    deviation: float | None
+    p: float | None  # two-sided paired t-test
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    cell: str
+    values: dict[int, float]  # by seed
+    mean: float | None
+    deviation: float | None  # of one run, between seeds
+    against: Comparison | None
+
+
+def collect(grid: Grid, runs: Path) -> list[dict]:
+    """{"grid", "cell", "seed", "node", numbers} of every finished cell and seed."""
+    rows = []
+    for cell, seed in grid.runs():
+        node = grid.chain(cell, seed)[-1]
+        done = finished(runs, node)
+        if done is not None:
+            rows.append({"grid": grid.name, "cell": cell, "seed": seed, "node": node.name, **done.get("numbers", {})})
+    return rows
+
+
+def write_results(folder: Path, rows: Sequence[dict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / (RESULTS + ".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.rename(folder / RESULTS)
+
+
+def summarise(grid: Grid, rows: Sequence[dict], metric: str) -> list[Summary]:
+    """One summary per cell that has a result, in the grid's order."""
+    values = {cell: _values(rows, cell, metric) for cell in grid.cells}
+    summaries = []
+    for cell, own in values.items():
+        if not own:
+            continue
+        other = grid.reference(cell)
+        comparison = compare(other, own, values[other]) if other else None
+        mean, deviation = spread(list(own.values()))
+        summaries.append(Summary(cell, own, mean, deviation, comparison))
+    return summaries
+
+
+def _values(rows: Sequence[dict], cell: str, metric: str) -> dict[int, float]:
+    found = {row["seed"]: row.get(metric) for row in rows if row["cell"] == cell}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def spread(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation."""
+    if not values:
+        return None, None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def compare(name: str, own: dict[int, float], other: dict[int, float]) -> Comparison:
+    """Paired differences own - other."""
+    differences = [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
+    mean, deviation = spread(differences)
+    return Comparison(name, len(differences), mean, deviation, paired_p(differences))
+
+
+def paired_p(differences: Sequence[float]) -> float | None:
+    """p of a two-sided t-test that the mean difference is zero; None when it is not defined."""
+    from scipy.stats import ttest_1samp
+
+    if len(differences) < 2 or not any(differences):
+        return None
+    if len(set(differences)) == 1:
+        return 0.0
+    p = float(ttest_1samp(differences, 0.0).pvalue)
+    return p if math.isfinite(p) else None

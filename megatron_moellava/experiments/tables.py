@@ -1,0 +1,158 @@
+"""Results as Markdown and pictures. Nothing here is written by hand: a cell that has not been run is not mentioned."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_moellava.experiments.grid import Grid
+from megatron_moellava.experiments.results import LEVEL, Summary, summarise
+
+# Numbers beside the grid's own metrics, where a run has them: (key, head, format)
+COLUMNS = (
+    ("final_loss", "train loss", "{:.4f}"),
+    ("max_load", "busiest / mean", "{:.2f}"),
+    ("dead_experts", "dead experts", "{:.1f}"),
+    ("dropped_share", "dropped", "{:.1%}"),
+    ("loss_spikes", "loss spikes", "{:.1f}"),
+    ("skipped_steps", "skipped steps", "{:.1f}"),
+    ("diverged", "diverged", "{:.0%}"),
+    ("train_minutes", "minutes", "{:.1f}"),
+)
+QUIET = ("dead_experts", "dropped_share", "loss_spikes", "skipped_steps", "diverged")  # shown when any is not 0
+
+
+def table(grid: Grid, rows: Sequence[dict]) -> str:
+    """Markdown: mean and standard deviation over seeds of every metric, and the paired difference of the first."""
+    shown = [cell for cell in grid.cells if any(row["cell"] == cell for row in rows)]
+    by_metric = {metric: {item.cell: item for item in summarise(grid, rows, metric)} for metric in grid.metrics}
+    extra = [column for column in COLUMNS if column[0] not in grid.metrics and _is_telling(column[0], rows)]
+    head = ["cell", "seeds", *grid.metrics, f"difference in {grid.metrics[0]}", "p", *(name for _, name, _ in extra)]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for cell in shown:
+        own = [row for row in rows if row["cell"] == cell]
+        main = by_metric[grid.metrics[0]].get(cell)
+        cells = [f"**{cell}**" if cell == grid.baseline else cell, str(len(own))]
+        cells += [plus_minus(by_metric[metric].get(cell), metric) for metric in grid.metrics]
+        cells += list(difference(main, grid.metrics[0]))
+        cells += [_mean(own, key, text) for key, _, text in extra]
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def _is_telling(key: str, rows: Sequence[dict]) -> bool:
+    values = [row.get(key) for row in rows]
+    return any(values) if key in QUIET else any(value is not None for value in values)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _mean(rows: Sequence[dict], key: str, text: str) -> str:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return text.format(sum(values) / len(values)) if values else ""
+
+
+def number(value: float, metric: str) -> str:
+    """Losses with four digits after the point, percentages and the like with two."""
+    return f"{value:.4f}" if "loss" in metric and "spikes" not in metric else f"{value:.2f}"
+
+
+def plus_minus(summary: Summary | None, metric: str) -> str:
+    if summary is None or summary.mean is None:
+        return ""
+    deviation = summary.deviation
+    return number(summary.mean, metric) + ("" if deviation is None else f" ± {number(deviation, metric)}")
+
+
+def difference(summary: Summary | None, metric: str) -> tuple[str, str]:
+    """("+0.31 ± 0.12", "0.03"); empty for the baseline itself."""
+    against = summary.against if summary else None
+    if against is None or against.mean is None:
+        return "", ""
+    text = f"{'+' if against.mean >= 0 else ''}{number(against.mean, metric)}"
+    text += f" ± {number(against.deviation, metric)}" if against.deviation is not None else ""
+    return text, "" if against.p is None else f"{against.p:.3f}"
+
+
+def findings(grid: Grid, rows: Sequence[dict]) -> list[str]:
+    """One sentence per cell: what the paired test says, and how large the effect is against the noise of seeds."""
+    metric = grid.metrics[0]
+    sentences = []
+    for item in summarise(grid, rows, metric):
+        against = item.against
+        if against is None or against.mean is None or against.deviation is None:
+            continue
+        size = f"{'+' if against.mean >= 0 else ''}{number(against.mean, metric)} ({against.seeds} seeds, one run's spread "
+        size += f"{number(item.deviation, metric)})" if item.deviation is not None else "unknown)"
+        if against.p is None:
+            verdict = "equal in every seed" if against.mean == 0 else "not tested"
+        elif against.p < LEVEL:
+            verdict = f"a difference beyond the noise, p = {against.p:.3f}"
+        else:
+            verdict = f"no difference that these seeds can tell from noise, p = {against.p:.2f}"
+        sentences.append(f"`{item.cell}` against `{against.reference}`: {metric} {size}: {verdict}.")
+    return sentences
+
+
+def paper_table(grid: Grid) -> str:
+    """The paper's own numbers; empty when the grid has none."""
+    if not grid.paper:
+        return ""
+    lines = [_row(["paper", *grid.paper["columns"]]), _row(["---"] * (len(grid.paper["columns"]) + 1))]
+    lines += [
+        _row([name, *("" if value is None else str(value) for value in values)])
+        for name, values in grid.paper["rows"].items()
+    ]
+    note = grid.paper.get("note", "")
+    return "\n".join(lines) + (f"\n\n{note}" if note else "")
+
+
+def plot(grid: Grid, rows: Sequence[dict], path: Path) -> None:
+    """Every run as a dot, the mean and the standard deviation of each cell, one panel per metric."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(
+        1,
+        len(grid.metrics),
+        figsize=(1.6 + 4.2 * len(grid.metrics), 1.2 + 0.42 * len(grid.cells)),
+        squeeze=False,
+        sharey=True,
+    )
+    for panel, metric in zip(panels[0], grid.metrics, strict=True):
+        found = summarise(grid, rows, metric)
+        for place, item in enumerate(found):
+            colour = "tab:orange" if item.cell == grid.baseline else "tab:blue"
+            panel.errorbar(item.mean, place, xerr=item.deviation, color=colour, marker="D", capsize=4)
+            for shift, (seed, value) in enumerate(sorted(item.values.items())):
+                panel.plot(
+                    value,
+                    place + 0.18,
+                    ".",
+                    color="k",
+                    alpha=0.5,
+                    label=f"seed {seed}" if not place and shift == 0 else None,
+                )
+        panel.set_yticks(range(len(found)), [item.cell for item in found])
+        panel.set_xlabel(metric)
+        panel.grid(axis="x", alpha=0.3)
+        base = [item.mean for item in found if item.cell == grid.baseline]
+        if base:
+            panel.axvline(base[0], color="tab:orange", linewidth=0.8, linestyle="--")
+    panels[0][0].invert_yaxis()
+    figure.suptitle(f"{grid.title} (dots: seeds; bars: standard deviation)", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def report(grid: Grid, rows: Sequence[dict], picture: str = "") -> str:
+    """A section about one grid."""
+    parts = [f"## {grid.title}", grid.question.strip(), table(grid, rows)]
+    parts += [f"![{grid.title}]({picture})"] if picture else []
+    found = findings(grid, rows)
+    parts += ["\n".join(f"- {sentence}" for sentence in found)] if found else []
+    parts += [paper_table(grid)]
+    return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,0 +1,182 @@
+"""What the routers of a training step do, counted exactly under any layout.
+
+Routers are watched by hooks during a model's forward pass only, so that recomputed layers are not counted twice. Every
+token is counted by the one rank that routes it; `collect` adds up all ranks. Counting happens on the device, one small
+product per layer and micro-batch, and nothing waits for it before `collect`.
+
+Shapes: N tokens, E experts, G groups of tokens (`token_groups.py`), L decoder layers, C columns.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_moellava import platform
+from megatron_moellava.data.batch import Batch
+from megatron_moellava.model.context_parallel import share
+from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.training.token_groups import MODALITIES, token_groups
+
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+PER_EXPERT = ("choices", "asked", "probability")  # columns of E each: after dropping, before it, sum of probabilities
+PER_TOKEN = ("tokens", "entropy", "top1", "top2")  # sums over tokens
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingSums:
+    """Sums over the tokens of one observation, the same on every rank."""
+
+    groups: tuple[str, ...]
+    layers: tuple[int, ...]  # those with experts, from 0
+    num_experts: int
+    topk: int
+    sums_GLC: torch.Tensor  # float64, on the CPU; rows of dense layers are zero
+
+    def column(self, name: str) -> torch.Tensor:
+        """[G, L, E] of a name in PER_EXPERT, [G, L] of one in PER_TOKEN."""
+        if name in PER_TOKEN:
+            return self.sums_GLC[..., len(PER_EXPERT) * self.num_experts + PER_TOKEN.index(name)]
+        start = PER_EXPERT.index(name) * self.num_experts
+        return self.sums_GLC[..., start : start + self.num_experts]
+
+    @property
+    def choices_LME(self) -> torch.Tensor:
+        """int64 [layers, text and image, experts]"""
+        return self.column("choices")[: len(MODALITIES)].transpose(0, 1).round().long()
+
+
+class RoutingObserver:
+    """Watches the routers of this rank's layers."""
+
+    def __init__(self, chunks: list[MoELlava]):
+        self.config = chunks[0].config
+        layers = [
+            layer
+            for chunk in chunks
+            for layer in chunk.language_model.decoder.layers
+            if isinstance(layer.mlp, MoELayer)
+        ]
+        self.routers = [layer.mlp.router for layer in layers]
+        self.sums: dict[str, torch.Tensor] = {}  # group -> [L, C]
+        self.names: list[str] = []
+        self.members_GN: torch.Tensor | None = None
+        for layer in layers:
+            layer.mlp.router.register_forward_hook(self._count(layer.layer_number - 1))
+
+    @property
+    def width(self) -> int:
+        return len(PER_EXPERT) * self.config.num_moe_experts + len(PER_TOKEN)
+
+    def observe(self, batch: Batch):
+        """Context in which the routers are counted."""
+        self.names, members_GBS = token_groups(batch)
+        members_GBS = share(members_GBS, dim=2)
+        if self.config.sequence_parallel:
+            size, rank = (
+                parallel_state.get_tensor_model_parallel_world_size(),
+                parallel_state.get_tensor_model_parallel_rank(),
+            )
+            members_GBS = members_GBS.chunk(size, dim=2)[rank]
+        self.members_GN = members_GBS.transpose(1, 2).flatten(1).double()
+        return self
+
+    def __enter__(self):
+        self._watch(True)
+        return self
+
+    def __exit__(self, *exception):
+        self._watch(False)
+        self.members_GN = None
+
+    def _watch(self, on: bool) -> None:
+        for router in self.routers:
+            router.watched = on
+
+    def _count(self, layer: int):
+        @torch.no_grad()
+        def hook(router, inputs, output):
+            if self.members_GN is None:
+                return
+            _, map_NE = output
+            sums_GC = self.members_GN @ token_table(router, map_NE)
+            for name, sums_C in zip(self.names, sums_GC, strict=True):
+                if name not in self.sums:
+                    self.sums[name] = sums_C.new_zeros(self.config.num_layers, self.width)
+                self.sums[name][layer] += sums_C
+
+        return hook
+
+    def collect(self) -> RoutingSums:
+        """The sums of all ranks since the last call. Collective."""
+        names = [*MODALITIES, *self._all_types()]
+        empty = torch.zeros(self.config.num_layers, self.width, dtype=torch.float64, device=platform.device())
+        total_GLC = torch.stack([self.sums.get(name, empty) for name in names])
+        if not self.config.sequence_parallel and parallel_state.get_tensor_model_parallel_rank() > 0:
+            total_GLC.zero_()  # without sequence parallelism every tensor-parallel rank saw the same tokens
+        dist.all_reduce(total_GLC)
+        self.sums.clear()
+        return RoutingSums(
+            groups=tuple(names),
+            layers=tuple(layer for layer, is_moe in enumerate(self.config.moe_layer_freq) if is_moe),
+            num_experts=self.config.num_moe_experts,
+            topk=self.config.moe_router_topk,
+            sums_GLC=total_GLC.cpu(),
+        )
+
+    def _all_types(self) -> list[str]:
+        """Every rank's question types: a rank may not have met one."""
+        everywhere: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everywhere, [name for name in self.sums if name not in MODALITIES])
+        return sorted({name for names in everywhere for name in names})
+
+
+def token_table(router, map_NE: torch.Tensor) -> torch.Tensor:
+    """[N, C] in float64: what one token adds to each column."""
+    probabilities_NE = router.probabilities()
+    best_NK = probabilities_NE.topk(min(2, probabilities_NE.shape[1]), dim=-1).values
+    columns = [map_NE, router.asked(map_NE), probabilities_NE, torch.ones_like(best_NK[:, :1])]
+    columns += [-torch.xlogy(probabilities_NE, probabilities_NE).sum(dim=-1, keepdim=True), best_NK]
+    if best_NK.shape[1] == 1:
+        columns.append(torch.zeros_like(best_NK))
+    return torch.cat([column.double() for column in columns], dim=-1)
+
+
+def routing_record(sums: RoutingSums, losses: dict[str, list[float]] | None = None) -> dict:
+    """JSON-able. `losses`: mean of each router loss by decoder layer.
+
+    {"num_experts", "topk", "layers": [{"layer", numbers of all tokens, "groups": {group: the same numbers}, losses}]}
+    """
+    numbers = {group: _numbers(sums.sums_GLC[index], sums) for index, group in enumerate(sums.groups)}
+    everything = _numbers(sums.sums_GLC[: len(MODALITIES)].sum(dim=0), sums)
+    layers = []
+    for layer in sums.layers:
+        own = {group: by_layer[layer] for group, by_layer in numbers.items() if by_layer[layer]["tokens"]}
+        router_losses = {name: values[layer] for name, values in (losses or {}).items()}
+        layers.append({"layer": layer, **everything[layer], **router_losses, "groups": own})
+    return {"num_experts": sums.num_experts, "topk": sums.topk, "layers": layers}
+
+
+def _numbers(sums_LC: torch.Tensor, sums: RoutingSums) -> list[dict]:
+    """By decoder layer: tokens; choices and dropped choices of each expert; entropy (share of the largest possible),
+    mean probability of the first and the second expert; max_load (busiest expert over the mean); balance (Switch
+    Transformer's auxiliary loss over all these tokens: 1 is perfect, the number of experts the worst)."""
+    part = RoutingSums(sums.groups, sums.layers, sums.num_experts, sums.topk, sums_LC)
+    choices_LE, asked_LE, probability_LE = (part.column(name) for name in PER_EXPERT)
+    tokens_L, entropy_L, top1_L, top2_L = (part.column(name) for name in PER_TOKEN)
+    share_LE = asked_LE / asked_LE.sum(dim=-1, keepdim=True).clamp(min=1)
+    count_L = tokens_L.clamp(min=1)
+    columns = {
+        "tokens": tokens_L.long().tolist(),
+        "choices": choices_LE.round().long().tolist(),
+        "dropped": (asked_LE - choices_LE).round().long().tolist(),
+        "entropy": (entropy_L / count_L / math.log(max(sums.num_experts, 2))).tolist(),
+        "top1": (top1_L / count_L).tolist(),
+        "top2": (top2_L / count_L).tolist(),
+        "max_load": (share_LE.max(dim=-1).values * sums.num_experts).tolist(),
+        "balance": ((share_LE * probability_LE / count_L[:, None]).sum(dim=-1) * sums.num_experts).tolist(),
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

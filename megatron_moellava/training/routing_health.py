@@ -1,0 +1,85 @@
+"""Routing that goes wrong, in words: experts that take everything, and experts that nobody asks.
+
+Works on the plain numbers of `routing.routing_record`, so that a training step and an analysis judge alike.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+NEARLY_ALL = 0.95  # of the tokens at one expert, though others are free
+FAR_ABOVE = 4.0  # times the mean load
+DEAD = 0.01  # of the mean load
+FEW = 200  # choices per expert below which an idle expert is no sign
+
+ADVICE = {
+    "collapse": (
+        "balance the routers: raise moe.moe_aux_loss_coeff (0.01 to 0.1), or set moe.moe_router_enable_expert_bias=true; "
+        "if the router's entropy is near 0 as well, lower optimizer.lr, give the routers "
+        "optimizer.router_lr_warmup_fraction=0.1 and moe.moe_z_loss_coeff=0.001"
+    ),
+    "dead": (
+        "it learns nothing: raise moe.moe_aux_loss_coeff, or set moe.moe_router_enable_expert_bias=true, which also brings "
+        "back an expert that is long idle"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    kind: str  # a key of ADVICE
+    layer: int
+    expert: int
+    text: str
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.kind, self.layer, self.expert
+
+
+def troubles(record: dict) -> list[Trouble]:
+    """Every collapsed layer and dead expert of an observation."""
+    found: list[Trouble] = []
+    for layer in record["layers"]:
+        asked = [kept + lost for kept, lost in zip(layer["choices"], layer["dropped"], strict=True)]
+        found += _of_layer(layer["layer"], asked, layer["tokens"], record["topk"])
+    return found
+
+
+def _of_layer(layer: int, asked: Sequence[int], tokens: int, topk: int) -> Iterable[Trouble]:
+    experts, total = len(asked), sum(asked)
+    if experts <= topk or total < FEW * experts:  # every expert takes every token, or too few were seen
+        return
+    for expert, count in enumerate(asked):
+        load = count * experts / total
+        if load >= FAR_ABOVE or count >= NEARLY_ALL * tokens:
+            text = (
+                f"layer {layer}: expert {expert} takes {count / tokens:.0%} of the tokens, {load:.1f} x the mean load"
+            )
+            yield Trouble("collapse", layer, expert, text)
+        if load < DEAD:
+            yield Trouble(
+                "dead", layer, expert, f"layer {layer}: expert {expert} is dead ({count:,} of {total:,} choices)"
+            )
+
+
+def advise(found: Sequence[Trouble]) -> list[str]:
+    """One line for each kind of trouble: what, and what to do."""
+    lines = []
+    for kind, advice in ADVICE.items():
+        texts = [trouble.text for trouble in found if trouble.kind == kind]
+        if texts:
+            lines.append(f"{'; '.join(texts)}. Advice: {advice}")
+    return lines
+
+
+class Watchman:
+    """Says what is new since the last observation, so that a trouble is not repeated every time."""
+
+    def __init__(self) -> None:
+        self.known: set[tuple[str, int, int]] = set()
+
+    def __call__(self, record: dict) -> list[str]:
+        found = troubles(record)
+        new = [trouble for trouble in found if trouble.key not in self.known]
+        self.known = {trouble.key for trouble in found}
+        return advise(new)
