@@ -72,8 +72,8 @@ test-browser: $(READY)  ## the web page in a real Chromium (apt-get install chro
 test-lmms: .lmms-venv/.installed  ## our plugin in lmms-eval, in an environment of its own (.lmms-venv; a few minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/unit .lmms-venv/bin/python -m pytest $(PYTEST_ARGS) tests/lmms
 
-test-resilience: $(READY)  ## 200 kills, damaged checkpoints, full disks, hung ranks, ... on real runs (root, half an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/resilience
+test-resilience: $(READY)  ## kills, damaged checkpoints, full disks, hung ranks, ... on real runs (root; KILLS=200 of them, half an hour)
+	OMP_NUM_THREADS=1 KILLS=$(or $(KILLS),200) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/resilience
 
 test-docker:  ## every step of the CPU image in a chroot (root, buildah, debootstrap, 30 GB, ten minutes or more)
 	tests/docker/build_in_chroot.sh $(or $(WORK),build/docker)

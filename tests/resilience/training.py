@@ -85,10 +85,10 @@ class Job:
             if rank not in self.codes and (ranks is None or rank in ranks):
                 os.kill(pid, number)
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = 120, moment: float = 30) -> list[int]:
         """Exit codes by rank. When one rank has failed, the others get a moment and are then ended, as torchrun does."""
         self.wait_until(lambda: self.poll() or any(code for code in self.codes.values()), seconds, "an end")
-        deadline = time.monotonic() + 30 * PATIENCE
+        deadline = time.monotonic() + moment * PATIENCE
         while not self.poll() and time.monotonic() < deadline:
             time.sleep(0.01)
         self.end()
