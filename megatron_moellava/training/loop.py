@@ -4,7 +4,6 @@ The loss of a step is the mean over all loss tokens of the global batch: sum(los
 wherever the tokens are. `global_loss_scale` makes Megatron-Core's averages over micro-batches and ranks come out so.
 """
 
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from megatron_moellava.training.metrics import (
     load_imbalance,
     routing_summary,
 )
+from megatron_moellava.training.not_finite import Culprits
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
 from megatron_moellava.training.routing import RoutingObserver, routing_record
 from megatron_moellava.training.stages import STAGES, freeze
@@ -76,6 +76,7 @@ class Trainer:
         if resumed:
             self._resume(resumed)
         self.stragglers = Stragglers(run.logging.straggler_interval)
+        self.culprits = Culprits(gradients_stay=not overlaps(run)[0])
         self.watchdog: Watchdog | None = None
         self._configure_schedules()
         self.update = Update(self.optimizer)
@@ -132,6 +133,7 @@ class Trainer:
 
     def _finalize_gradients(self, *arguments, **options) -> None:
         self.stragglers.pause(self.state.iteration + 1)
+        self.culprits.before_reduction(self.wrapped)
         self._at("reducing gradients")
         finalize_model_grads(*arguments, **options)
 
@@ -303,19 +305,12 @@ class Trainer:
         """Of all data-parallel ranks, in their order, if the run asks for them; collective."""
         if not self.run.logging.sample_ids:
             return None
-        return [name for ids in self._from_data_parallel_ranks(sample_ids) for name in ids]
-
-    def _from_data_parallel_ranks(self, value) -> list:
-        gathered = [None] * parallel.data_parallel_size()
-        dist.all_gather_object(gathered, value, group=parallel_state.get_data_parallel_group())
-        return gathered
+        gathered: list[list[str]] = [[]] * parallel.data_parallel_size()
+        dist.all_gather_object(gathered, sample_ids, group=parallel_state.get_data_parallel_group())
+        return [name for ids in gathered for name in ids]
 
     def _report_skipped(self, sample_ids: list[str], in_a_row: int) -> None:
-        """Where one rank's loss is not finite, it is the one, with its samples; the sum would only say that somebody's is."""
-        found = self._from_data_parallel_ranks((dist.get_rank(), sample_ids, math.isfinite(self.loss_sum)))
-        guilty = [(rank, ids) for rank, ids, finite in found if not finite]
-        names = ", ".join(name for _, ids in guilty or [item[:2] for item in found] for name in ids)
-        whose = f"the loss of rank {', '.join(str(rank) for rank, _ in guilty)}" if guilty else "the gradient"
+        whose, names = self.culprits.name(self.loss_sum, sample_ids)
         self.log.say(f"step {self.state.iteration} skipped: {whose} is not finite; samples: {names}")
         if in_a_row >= self.run.training.non_finite_patience:
             self._finish_save()
@@ -345,12 +340,12 @@ class Trainer:
         """Write a checkpoint of this moment to `checkpoint.save`, if the run has one; in the background if it asks for it."""
         if self.run.checkpoint.save is None:
             return
-        self._at("writing a checkpoint")
         self._finish_save()
+        self._at("writing a checkpoint")
         self.gather_parameters()
         data = self.loader.state_dict() if self.loader is not None else None
         state = replace(self.state, data=data, fp8=self.fp8.state() if self.fp8 is not None else [])
-        # A scheduler may signal every process of a job, and megatron-core's save runs a helper that would die of it.
+        # A scheduler may signal every process of a job, and processes that megatron-core's save forks would die of it.
         waiting = {signal.SIGTERM, signal.SIGUSR1}
         signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
         try:
@@ -364,6 +359,7 @@ class Trainer:
 
     def _finish_save(self) -> None:
         if self.background is not None:
+            self._at("finishing a checkpoint")
             self._saved(self.background.finish())
 
     def _saved(self, path: Path | None) -> None:

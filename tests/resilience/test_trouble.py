@@ -7,6 +7,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 from training import PATIENCE, assert_same, newest_step, records, run, settings, start
 
 HUNG = 4
@@ -84,13 +85,20 @@ def test_a_busy_run_is_not_taken_for_a_hung_one(rows, reference, tmp_path):
     assert_same(save, reference(2))
 
 
-def test_nan_of_one_rank_is_named_with_its_samples(rows, tmp_path):
-    import torch
+def poison_weight(trainer) -> None:
+    with torch.no_grad():
+        trainer.chunks[0].projector.linear_fc2.weight[0, 0] = float("nan")
 
-    def poison(trainer) -> None:
-        with torch.no_grad():
-            trainer.chunks[0].projector.linear_fc2.weight[0, 0] = float("nan")
 
+def poison_gradient(trainer) -> None:
+    """As by a faulty backward pass: the losses of all ranks are good."""
+    handle = trainer.chunks[0].projector.linear_fc2.weight.register_hook(
+        lambda grad: handle.remove() or grad * float("nan")
+    )
+
+
+@pytest.mark.parametrize(("poison", "what"), [(poison_weight, "loss"), (poison_gradient, "gradient")])
+def test_nan_of_one_rank_is_named_with_its_samples(poison, what, rows, tmp_path):
     def sabotage(rank: int) -> None:
         if rank == 1:
             at_step(3, "_forward_backward", poison)
@@ -99,7 +107,7 @@ def test_nan_of_one_rank_is_named_with_its_samples(rows, tmp_path):
     run(settings(rows, save, training__train_steps=3, training__non_finite_patience=9), 2, sabotage)
     job_log = (tmp_path / "save-logs/rank1.log").read_text()
     (line,) = [line for line in job_log.splitlines() if "step 3 skipped" in line]
-    assert "the loss of rank 1 is not finite" in line
+    assert f"the {what} of rank 1 is not finite" in line
     third = records(save)[2]
     assert third["skipped"] == 1.0
     named = line.rpartition("samples: ")[2].split(", ")

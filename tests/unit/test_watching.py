@@ -7,6 +7,7 @@ import torch
 
 from megatron_moellava import platform
 from megatron_moellava.training.metrics import rewind
+from megatron_moellava.training.not_finite import blame
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.watchdog import report
 
@@ -60,6 +61,17 @@ def test_log_is_rewound_to_the_step_that_a_run_continues_from(tmp_path):
     assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 2, 3]
     assert rewind(path, 0) == 0.0 and path.read_text() == ""
     assert rewind(tmp_path / "none.jsonl", 3) == 0.0
+
+
+def test_who_began_is_named_and_a_loss_comes_before_gradients():
+    ranks = [(0, ["a"], "gradient"), (1, ["b"], "loss"), (2, ["c"], "")]
+    assert blame(ranks) == ("the loss of rank 1", "b")
+    assert blame([ranks[0], ranks[2]]) == ("the gradient of rank 0", "a")
+
+
+def test_ranks_of_one_model_name_their_samples_once():
+    assert blame([(0, ["a"], "loss"), (1, ["a"], "loss")]) == ("the loss of rank 0, 1", "a")
+    assert blame([(0, ["a"], ""), (1, ["a"], ""), (2, ["b"], "")]) == ("the gradient", "a, b")
 
 
 @pytest.mark.skipif(platform.HAS_CUDA, reason="threads matter on a CPU")
