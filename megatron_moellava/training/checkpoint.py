@@ -240,9 +240,8 @@ def newest_intact(folder: str | Path, say: Callable[[str], None]) -> Path | None
     damaged: to start anew in silence would throw the run away. Collective.
     """
     candidates: list[list[Path]] = [complete_checkpoints(Path(folder))[::-1]]
-    dist.broadcast_object_list(
-        candidates, src=0
-    )  # a network file system may show them to some ranks later than to others
+    # A network file system may show them to some ranks later than to others.
+    dist.broadcast_object_list(candidates, src=0)
     damaged = []
     for checkpoint in candidates[0]:
         try:

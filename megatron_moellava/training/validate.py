@@ -311,6 +311,11 @@ def _training(run: RunConfig) -> Iterator[str]:
         yield f"optimizer.router_lr_warmup_fraction={router_warmup} needs a MoE model; leave it unset"
     if run.logging.routing_interval < 1:
         yield f"logging.routing_interval={run.logging.routing_interval} must be at least 1 step"
+    if run.logging.straggler_interval < 0:
+        yield f"logging.straggler_interval={run.logging.straggler_interval} must be 0 (never) or a number of steps"
+    minutes = run.parallel.distributed_timeout_minutes
+    if minutes <= 0:
+        yield f"parallel.distributed_timeout_minutes={minutes} must be positive; it must outlast the slowest checkpoint"
 
 
 def _fp8(run: RunConfig) -> Iterator[str]:

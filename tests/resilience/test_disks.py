@@ -12,17 +12,19 @@ import yaml
 from training import PATIENCE, REPO, assert_same, newest_step, records, run, settings, start, unfinished
 
 
-def test_full_disk_ends_the_run_with_a_message_and_room_lets_it_go_on(rows, reference, disk, tmp_path):
+@pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
+def test_full_disk_ends_the_run_with_a_message_and_room_lets_it_go_on(background, rows, reference, disk):
     """The disk has room for one checkpoint and a part of the next."""
     size = sum(path.stat().st_size for path in reference(2).glob("iter_0000012/**/*") if path.is_file())
     save = disk(f"{int(1.6 * size / 1024)}k") / "save"
-    job = run(settings(rows, save), 2)
+    tree = settings(rows, save, checkpoint__async_save=background)
+    job = run(tree, 2)
     assert set(job.codes.values()) == {2}, job.log()
     assert "cannot write the checkpoint" in job.log() and "MiB are free there" in job.log()
     assert "it continues from iter_0000002" in job.log()
     assert newest_step(save) == 2 and not unfinished(save)
     disk(f"{8 * size // 1024}k")
-    again = run(settings(rows, save), 2)
+    again = run(tree, 2)
     assert set(again.codes.values()) == {0}, again.log()
     assert_same(save, reference(2))
 

@@ -54,7 +54,7 @@ def settings(rows: Path, save: Path, **changes) -> dict:
         "optimizer": {"lr": 1e-3},
         "parallel": {"distributed_timeout_minutes": 1},
         "checkpoint": {"save": str(save), "save_interval": SAVE_INTERVAL},
-        "logging": {"tensorboard": False, "sample_ids": True, "straggler_interval": 0},
+        "logging": {"tensorboard": False, "sample_ids": True, "straggler_interval": 0, "routing_interval": 3},
     }
     for name, value in changes.items():
         section, _, key = name.partition("__")
@@ -173,9 +173,9 @@ def run(tree: dict, world: int, sabotage=None, logs: Path | None = None) -> Job:
 # --- what a run leaves behind -----------------------------------------------------------------------------------------
 
 
-def records(save: Path) -> list[dict]:
-    """The complete lines of the step log."""
-    path = save / "steps.jsonl"
+def records(save: Path, name: str = "steps.jsonl") -> list[dict]:
+    """The complete lines of the step log, or of another."""
+    path = save / name
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
@@ -197,6 +197,7 @@ def assert_same(save: Path, reference: Path) -> None:
     for mine, other in zip(here, there, strict=True):
         for name in SAME:
             assert mine[name] == other[name], (mine["iteration"], name)
+    assert records(save, "routing.jsonl") == records(reference, "routing.jsonl")
     assert digests(save) == digests(reference)
 
 

@@ -84,6 +84,15 @@ def test_objects_beside_the_tensors_are_plain_data(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_common_file_of_older_checkpoints_is_plain_data(tmp_path):
+    from megatron.core.dist_checkpointing.strategies.common import load_common
+
+    torch.save({"note": Payload(tmp_path / "executed")}, tmp_path / "common.pt")
+    with pytest.raises(pickle.UnpicklingError, match="mkdir"):
+        load_common(str(tmp_path))
+    assert not (tmp_path / "executed").exists()
+
+
 def test_bin_file_with_code_in_it_is_refused_unexecuted(tmp_path):
     torch.save({"weight": Payload(tmp_path / "executed")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError):
