@@ -144,6 +144,7 @@ run_stage() {
     echo "Job $SLURM_JOB_ID, attempt $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NNODES nodes ($SLURM_JOB_NODELIST)" \
         "x $SLURM_GPUS_ON_NODE processes, newest checkpoint: $before"
     start "$@"
+    [ -z "$TOLD_TO_STOP" ] || forward_signal # it came in between
     wait_for_step || code=$?
     requeue_or_exit "$code" "$before"
 }

@@ -5,7 +5,6 @@ SAVE/iter_0000100/  .metadata, *.distcp   tensors by global name, any layout loa
 """
 
 import json
-import re
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_moellava.backbones import BACKBONES, backbone_fields
 from megatron_moellava.config import CheckpointError, to_dict
+from megatron_moellava.config_json import complete_iterations
 from megatron_moellava.model.integrity import DamagedCheckpoint, check_seal, verify_files
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.placement import moe_layers
@@ -26,7 +26,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase
 
 guard()
 RUN_FILE = "run.json"
-ITERATION = re.compile(r"iter_\d+")  # an interrupted save leaves iter_*.tmp, a damaged one is kept as iter_*.damaged
 FORMAT = 1
 UNUSED_TOWER = "vision_tower.unused."  # tensors of the published tower that features do not need; they ride along
 
@@ -36,12 +35,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     folder = Path(folder)
     if (folder / RUN_FILE).exists():
         return folder
-    return max(complete_checkpoints(folder), default=None)
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete iteration folders, oldest first; whether their files are still what was written is not looked at."""
-    return sorted(path.parent for path in folder.glob(f"iter_*/{RUN_FILE}") if ITERATION.fullmatch(path.parent.name))
+    return max(complete_iterations(folder), default=None)
 
 
 def require_checkpoint(folder: str | Path) -> Path:

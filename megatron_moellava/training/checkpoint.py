@@ -26,10 +26,10 @@ import megatron_moellava
 from megatron_moellava import parallel, platform
 from megatron_moellava.backbones import backbone_fields
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
+from megatron_moellava.config_json import complete_iterations
 from megatron_moellava.model.checkpoint import (
     FORMAT,
     RUN_FILE,
-    complete_checkpoints,
     model_state,
     read_run_file,
     verify,
@@ -199,7 +199,7 @@ def _together(action: Callable[[], None], unfinished: Path, on: int | None = Non
     folder = unfinished.parent
     if dist.get_rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
-    left = max(complete_checkpoints(folder), default=None)
+    left = max(complete_iterations(folder), default=None)
     raise CheckpointError(
         f"cannot write the checkpoint {unfinished.with_suffix('')}: {_space(folder)}; {'; '.join(found)}. Mend "
         "checkpoint.save (space, permissions, mount) and give the same command again; "
@@ -224,7 +224,7 @@ def _write_tracker(folder: Path, iteration: int) -> None:
 
 def _remove_old(folder: Path, keep: int, newest: Path) -> None:
     """All but the `keep` newest, `newest` among them: what carries a higher number is not of this run's past."""
-    past = [path for path in complete_checkpoints(folder) if path.name <= newest.name]
+    past = [path for path in complete_iterations(folder) if path.name <= newest.name]
     for old in past[: -max(keep, 1)]:
         going = old.rename(old.with_suffix(".tmp"))  # half removed, it must not look complete
         shutil.rmtree(going)
@@ -239,7 +239,7 @@ def newest_intact(folder: str | Path, say: Callable[[str], None]) -> Path | None
     Damaged ones are set aside under another name, so that retention does not count them. CheckpointError when all are
     damaged: to start anew in silence would throw the run away. Collective.
     """
-    candidates: list[list[Path]] = [complete_checkpoints(Path(folder))[::-1]]
+    candidates: list[list[Path]] = [complete_iterations(Path(folder))[::-1]]
     # A network file system may show them to some ranks later than to others.
     dist.broadcast_object_list(candidates, src=0)
     damaged = []

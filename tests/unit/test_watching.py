@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from megatron_moellava import platform
+from megatron_moellava.config_json import complete_iterations, described_model
+from megatron_moellava.conversion.checkpoint import find_iteration
+from megatron_moellava.model.checkpoint import newest_checkpoint
 from megatron_moellava.training.metrics import rewind
 from megatron_moellava.training.not_finite import blame
 from megatron_moellava.training.stragglers import Stragglers
@@ -97,3 +100,14 @@ def _threads(monkeypatch, variables: dict[str, str]) -> list[int]:
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     platform.claim_device(0)
     return found
+
+
+def test_damaged_and_unfinished_folders_are_no_checkpoints(tmp_path):
+    """All three may hold a run.json that says it is complete."""
+    for name in ("iter_0000002", "iter_0000004.damaged", "iter_0000006.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"model": {"backbone": name}}))
+    assert complete_iterations(tmp_path) == [tmp_path / "iter_0000002"]
+    assert described_model(tmp_path) == {"backbone": "iter_0000002"}
+    assert newest_checkpoint(tmp_path) == tmp_path / "iter_0000002"
+    assert find_iteration(tmp_path) == tmp_path / "iter_0000002"
