@@ -1,6 +1,8 @@
 """The small parts behind docs/reliability.md: what is said of hung and slow ranks, the log's rewind, threads of a process."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from megatron_moellava.training.metrics import rewind
 from megatron_moellava.training.not_finite import blame
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.watchdog import report
+
+REPO = Path(__file__).parents[2]
 
 
 def post(waits: bool, note: str = "step 5, reading data", place: str = "read (media.py:40)") -> dict:
@@ -111,3 +115,12 @@ def test_damaged_and_unfinished_folders_are_no_checkpoints(tmp_path):
     assert described_model(tmp_path) == {"backbone": "iter_0000002"}
     assert newest_checkpoint(tmp_path) == tmp_path / "iter_0000002"
     assert find_iteration(tmp_path) == tmp_path / "iter_0000002"
+
+
+@pytest.mark.parametrize("page", ["reliability.md", "cluster.md"])
+def test_every_proof_in_the_documents_exists(page):
+    defined = {path.stem for path in REPO.glob("tests/*/test_*.py")}
+    for path in REPO.glob("tests/*/test_*.py"):
+        defined |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    named = set(re.findall(r"\btest_\w+", (REPO / "docs" / page).read_text()))
+    assert len(named) > 10 and named <= defined, named - defined
