@@ -151,11 +151,13 @@ class StepLog:
         self.say(f"data: {summary(counters)}{wait}; busiest rank over the mean: {even}")
 
     def close(self) -> None:
-        if self.writer:
-            self.writer.close()
-        for file in (self.file, self.routing_file):
-            if file:
-                file.close()
+        """What is still to be written may not fit; the run has its exit code all the same."""
+        for item in (self.writer, self.file, self.routing_file):
+            try:
+                if item:
+                    item.close()
+            except OSError as error:
+                self.say(f"cannot write the log to its end ({error})")
 
 
 def rounded(value, digits: int = 5):

@@ -49,9 +49,11 @@ def test_full_disk_does_not_hang_when_only_one_rank_meets_it(rows, tmp_path):
     assert newest_step(tmp_path / "save") == 2
 
 
-def test_a_log_that_cannot_be_written_does_not_end_the_run(rows, reference, disk, tmp_path):
-    logs = disk("4k")
-    job = run(settings(rows, tmp_path / "save", logging__directory=str(logs)), 2)
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_log_that_cannot_be_written_does_not_end_the_run(tensorboard, rows, reference, disk, tmp_path):
+    logs = disk("8k")
+    changes = {"logging__directory": str(logs), "logging__tensorboard": tensorboard}
+    job = run(settings(rows, tmp_path / "save", **changes), 2)
     assert set(job.codes.values()) == {0}, job.log()
     assert "cannot write the log" in job.log()
     assert newest_step(tmp_path / "save") == newest_step(reference(2))

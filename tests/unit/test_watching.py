@@ -11,7 +11,7 @@ from megatron_moellava import platform
 from megatron_moellava.config_json import complete_iterations, described_model
 from megatron_moellava.conversion.checkpoint import find_iteration
 from megatron_moellava.model.checkpoint import newest_checkpoint
-from megatron_moellava.training.metrics import rewind
+from megatron_moellava.training.metrics import StepLog, rewind
 from megatron_moellava.training.not_finite import blame
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.watchdog import report
@@ -124,3 +124,14 @@ def test_every_proof_in_the_documents_exists(page):
         defined |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
     named = set(re.findall(r"\btest_\w+", (REPO / "docs" / page).read_text()))
     assert len(named) > 10 and named <= defined, named - defined
+
+
+def test_a_log_that_does_not_fit_at_the_end_takes_no_exit_code_away(tmp_path, monkeypatch, capsys):
+    """/dev/full takes what is buffered and refuses it when the file is closed."""
+    monkeypatch.setattr("megatron_moellava.parallel.is_main_process", lambda: True)
+    log = StepLog(tmp_path, False, "stage 1", 10)
+    with Path("/dev/full").open("w") as log.file:
+        log.file.write("a record")
+        log.close()
+    assert "cannot write the log to its end" in capsys.readouterr().out
+    assert log.routing_file.closed
