@@ -21,7 +21,7 @@ endif
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart chat serve test test-browser test-lmms test-layouts test-layouts-8 test-planning test-te fuzz bench check format test-cluster clean
+.PHONY: help quickstart chat serve test test-browser test-lmms test-layouts test-layouts-8 test-planning test-te fuzz bench check format test-resilience test-cluster test-docker clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,12 @@ test-browser: $(READY)  ## the web page in a real Chromium (apt-get install chro
 
 test-lmms: .lmms-venv/.installed  ## our plugin in lmms-eval, in an environment of its own (.lmms-venv; a few minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/unit .lmms-venv/bin/python -m pytest $(PYTEST_ARGS) tests/lmms
+
+test-resilience: $(READY)  ## kills, damaged checkpoints, full disks, hung ranks, ... on real runs (root; KILLS=200 of them, half an hour)
+	OMP_NUM_THREADS=1 KILLS=$(or $(KILLS),200) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/resilience
+
+test-docker:  ## every step of the CPU image in a chroot (root, buildah, debootstrap, 30 GB, ten minutes or more)
+	tests/docker/build_in_chroot.sh $(or $(WORK),build/docker)
 
 test-cluster: $(READY)  ## submit the scripts of examples/ to a real two-node SLURM on this machine (root, Debian or Ubuntu)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)

@@ -110,7 +110,7 @@ class ParallelConfig:
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None  # None: 1 for MoE, so that each expert is whole
     sequence_parallel: bool | None = None  # None: on when tensor_model_parallel_size > 1
-    distributed_timeout_minutes: int = 10
+    distributed_timeout_minutes: float = 10.0  # without progress; then a run names the rank that hangs, and ends with 4
 
     @property
     def sequence_multiple(self) -> int:
@@ -173,6 +173,8 @@ class CheckpointConfig:
 class LoggingConfig:
     log_interval: int = 1  # steps per log line
     routing_interval: int = 10  # steps between router statistics
+    straggler_interval: int = 50  # steps between measurements of each rank's own work; 0: never
+    sample_ids: bool = False  # write the ids of every step's samples to steps.jsonl
     tensorboard: bool = True
     directory: str | None = None  # TensorBoard and JSONL; None: inside checkpoint.save
 

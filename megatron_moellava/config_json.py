@@ -53,5 +53,13 @@ def read_json(path: Path) -> dict:
 
 def described_model(path: Path) -> dict | None:
     """The `model` section of a Megatron checkpoint's run.json (the newest of a run's folder); None for other folders."""
-    files = [path / "run.json"] if (path / "run.json").exists() else sorted(path.glob("iter_*/run.json"))
-    return json.loads(files[-1].read_text())["model"] if files else None
+    folders = [path] if (path / "run.json").exists() else complete_iterations(path)
+    return json.loads((folders[-1] / "run.json").read_text())["model"] if folders else None
+
+
+def complete_iterations(folder: Path) -> list[Path]:
+    """Complete iteration folders, oldest first; whether their files are still what was written is not looked at.
+
+    An interrupted save leaves iter_*.tmp, a damaged checkpoint is kept as iter_*.damaged; both may have a run.json.
+    """
+    return sorted(file.parent for file in folder.glob("iter_*/run.json") if not file.parent.suffix)

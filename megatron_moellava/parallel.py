@@ -25,7 +25,9 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     if parallel_state.model_parallel_is_initialized():
         _forget_layout()
     platform.claim_device(int(os.environ.get("LOCAL_RANK", 0)))
-    timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
+    # The watchdog, which can say who hangs where, speaks first; a collective gives up only if it does not.
+    minutes = 1.5 * config.distributed_timeout_minutes + 0.5
+    timeout = datetime.timedelta(minutes=minutes)
     if not dist.is_initialized():
         alone = "WORLD_SIZE" not in os.environ
         where = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
@@ -37,7 +39,7 @@ def initialize(config: ParallelConfig, seed: int) -> None:
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=config.expert_tensor_parallel_size or 1,
-        distributed_timeout_minutes=config.distributed_timeout_minutes,
+        distributed_timeout_minutes=minutes,
     )
     platform.seed_everything(seed)
     seed_model_parallel(seed)
@@ -91,6 +93,12 @@ def is_last_stage() -> bool:
 def is_main_process() -> bool:
     """The process that prints and writes logs: the last rank, whose pipeline stage knows the loss."""
     return dist.get_rank() == dist.get_world_size() - 1
+
+
+def say(text: str) -> None:
+    """Print on the main process only."""
+    if is_main_process():
+        print(text, flush=True)
 
 
 def reads_data() -> bool:

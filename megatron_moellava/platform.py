@@ -36,12 +36,13 @@ def device() -> torch.device:
 
 
 def claim_device(local_rank: int) -> None:
-    """Bind this process to its GPU; on a CPU, share the cores between the processes of the node."""
+    """Bind this process to its GPU; on a CPU, share the cores between the processes of the node, unless OMP_NUM_THREADS
+    says how many threads a process may have (torchrun sets it to 1 where the user has not)."""
     if HAS_CUDA:
         torch.cuda.set_device(local_rank)
         return
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if "OMP_NUM_THREADS" not in os.environ or processes == 1:
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
 
 

@@ -16,10 +16,16 @@ INTERRUPTED = 85  # tools/train.py's answer to a signal: not a failure
 
 
 def _forward(signum: int, _frame) -> None:
-    """Hand the signal to this node's workers; they write a checkpoint and exit, and torchrun ends by itself."""
+    """Hand the signal to this node's workers; they write a checkpoint and exit, and torchrun ends by itself.
+
+    Without workers yet (torch is being imported, or another node is late) there is nothing to save.
+    """
     import psutil
 
-    for worker in psutil.Process().children():
+    workers = psutil.Process().children()
+    if not workers:
+        os._exit(INTERRUPTED)
+    for worker in workers:
         worker.send_signal(signum)
 
 

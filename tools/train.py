@@ -5,14 +5,17 @@
 
 Every field of the run can be set in the YAML file of --config and by section.field=value, which wins. The same command
 continues an interrupted run. Exit codes: 0 trained to the end; 2 the run as asked for cannot work; 3 too many steps
-without a finite gradient; 85 interrupted by SIGTERM or SIGUSR1 with a checkpoint on disk.
+without a finite gradient; 4 no progress for parallel.distributed_timeout_minutes (stderr says which rank hangs where);
+85 interrupted by SIGTERM or SIGUSR1: all finished steps are on disk; other codes are crashes.
 """
 
 import argparse
 import os
 import re
+import signal
 import sys
 
+INTERRUPTED = 85  # training.loop has the same, but importing it takes seconds in which signals may arrive
 SETTING = re.compile(r"(model|moe|data|parallel|training|optimizer|checkpoint|logging)(\.\w+)+=")
 
 
@@ -39,6 +42,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    # Until the training loop takes over there is nothing to save: be gone before the scheduler's patience is.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os._exit(INTERRUPTED))
     from megatron_moellava.config import MoELlavaError
 
     try:

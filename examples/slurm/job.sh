@@ -5,8 +5,9 @@
 # Run as a job (`sbatch examples/train_stage1.sh`), it checks again and starts one launcher per node.
 #
 # Exit codes of a job: 0 trained to the end, 2 the run as asked for cannot work, 3 too many non-finite steps. After 85
-# (checkpoint written on a signal), and after a crash if this attempt had written a checkpoint, the job requeues itself
-# and continues from the newest complete one. A crash without any progress ends the job: it would only repeat itself.
+# (checkpoint written on a signal), and after a crash (4: no progress, 137: killed, ...) if this attempt had written a
+# checkpoint or had been told to stop, the job requeues itself and continues from the newest complete checkpoint. A crash
+# without any progress ends the job: it would only repeat itself.
 
 OVERRIDES=("$@")                # what the caller added: dotted fields such as optimizer.lr=1e-5
 PYTHON="${PYTHON:-python3}"     # interpreter of the environment, or of the container
@@ -38,7 +39,10 @@ single() {
 
 # Config, files, checkpoint and world size, checked by one CPU: validate NODES GPUS_PER_NODE [arguments of train.py]
 validate() {
-    WORLD_SIZE=$(($1 * $2)) single "$PYTHON" "$REPO/tools/train.py" --validate-only "${@:3}" || exit 2
+    local gpus="${2##*:}" # h100:8 -> 8
+    # An arithmetic expression would run what a variable holds, hence numbers only.
+    [[ "$1" =~ ^[0-9]+$ && "$gpus" =~ ^[0-9]+$ ]] || stop 2 "NODES=$1 and GPUS_PER_NODE=$2 must be numbers (h100:8 is fine)."
+    WORLD_SIZE=$(($1 * gpus)) single "$PYTHON" "$REPO/tools/train.py" --validate-only "${@:3}" || exit 2
 }
 
 # On the login node: check, and submit unless VALIDATE_ONLY is set.
@@ -75,6 +79,8 @@ start() {
 # SLURM sends USR1 to this shell (#SBATCH --signal=B:...), before the time limit and, if the cluster is set to do so
 # (docs/cluster.md), before a preemption; the training processes must hear of it.
 forward_signal() {
+    TOLD_TO_STOP=1
+    [ -n "$STEP" ] || return 0 # the run is still being checked
     echo "Told to stop soon: asking for a checkpoint"
     scancel --signal=USR1 "$SLURM_JOB_ID"
 }
@@ -98,19 +104,25 @@ leave_dead_nodes_to_slurm() {
     sleep 900
 }
 
+# After a crash: is another attempt worth it? crashed EXIT_CODE NEWEST_CHECKPOINT_AT_THE_START
+crashed() {
+    if [ -n "$TOLD_TO_STOP" ]; then
+        echo "Ended with exit code $1 after being told to stop; requeueing"
+        return
+    fi
+    [ "$(newest_checkpoint)" != "$2" ] || stop "$1" "Crashed with exit code $1 and no new checkpoint."
+    leave_dead_nodes_to_slurm
+    echo "Crashed with exit code $1; requeueing to continue from step $(newest_checkpoint)"
+}
+
 # requeue_or_exit EXIT_CODE NEWEST_CHECKPOINT_AT_THE_START
 requeue_or_exit() {
-    local code=$1
-    case "$code" in
-        0 | 2 | 3) exit "$code" ;;
+    case "$1" in
+        0 | 2 | 3) exit "$1" ;;
         85) echo "Checkpoint written; requeueing" ;;
-        *)
-            [ "$(newest_checkpoint)" != "$2" ] || stop "$code" "Crashed with exit code $code and no new checkpoint."
-            leave_dead_nodes_to_slurm
-            echo "Crashed with exit code $code; requeueing to continue from step $(newest_checkpoint)"
-            ;;
+        *) crashed "$1" "$2" ;;
     esac
-    scontrol requeue "$SLURM_JOB_ID" || exit "$code"
+    scontrol requeue "$SLURM_JOB_ID" || exit "$1"
 }
 
 run_stage() {
@@ -119,13 +131,20 @@ run_stage() {
         return
     fi
     [ -n "${SLURM_GPUS_ON_NODE:-}" ] || stop 2 "The job has no GPUs; ask for some: sbatch --gpus-per-node=8 ..."
+    TOLD_TO_STOP="" STEP=""
+    trap forward_signal USR1
     validate "$SLURM_NNODES" "$SLURM_GPUS_ON_NODE" "$@"
     local before code=0
     before=$(newest_checkpoint)
+    if [ -n "$TOLD_TO_STOP" ]; then
+        echo "Told to stop before the start; requeueing"
+        scontrol requeue "$SLURM_JOB_ID"
+        exit 85
+    fi
     echo "Job $SLURM_JOB_ID, attempt $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NNODES nodes ($SLURM_JOB_NODELIST)" \
         "x $SLURM_GPUS_ON_NODE processes, newest checkpoint: $before"
-    trap forward_signal USR1
     start "$@"
+    [ -z "$TOLD_TO_STOP" ] || forward_signal # it came in between
     wait_for_step || code=$?
     requeue_or_exit "$code" "$before"
 }

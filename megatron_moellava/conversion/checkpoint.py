@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_moellava import __version__
 from megatron_moellava.config import CheckpointError, ConfigError
+from megatron_moellava.config_json import complete_iterations
 from megatron_moellava.conversion.engine import Part, Recipe, Tensors, check
 from megatron_moellava.conversion.model import (
     LANGUAGE,
@@ -50,7 +51,7 @@ def find_iteration(path: Path) -> Path:
         return path
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a checkpoint folder")
-    complete = sorted(folder.parent for folder in path.glob("iter_*/run.json"))
+    complete = complete_iterations(path)
     if complete:
         return complete[-1]
     raise CheckpointError(f"{path} holds no complete checkpoint (iter_*/run.json); give the folder of a finished save")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_moellava.config_json import complete_iterations
 from megatron_moellava.conversion.checkpoint import open_checkpoint
 from megatron_moellava.conversion.engine import Tensors
 from megatron_moellava.conversion.model import EXPERTS, LANGUAGE, PROJECTOR, TOWER, UNUSED, Model, megatron_tensors
@@ -78,7 +79,7 @@ def inspect(path: Path) -> str:
 
 
 def _is_megatron(path: Path) -> bool:
-    return not path.is_file() and ((path / "run.json").exists() or any(path.glob("iter_*/run.json")))
+    return not path.is_file() and ((path / "run.json").exists() or bool(complete_iterations(path)))
 
 
 def _model_lines(model: Model) -> list[str]:

@@ -10,6 +10,7 @@ from megatron_moellava.config import CheckpointError
 from megatron_moellava.conversion.mapping import Shape
 from megatron_moellava.conversion.tensors import ITEM_SIZES, Tensor, Tile, whole
 from megatron_moellava.conversion.torch_file import Window, data_offset, record_offset
+from megatron_moellava.safe_pickle import guard
 
 SAFETENSORS_TYPES = {
     "F64": "float64",
@@ -122,6 +123,7 @@ def open_megatron(folder: Path) -> dict[str, Tensor]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+    guard()
     try:
         metadata = FileSystemReader(folder).read_metadata()
     except FileNotFoundError:

@@ -7,6 +7,7 @@ per data-parallel rank. Its state is plain JSON and goes into the checkpoint; it
 import hashlib
 import logging
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
+SHARED_MEMORY_LOW = 64 * 2**20  # bytes free, as much as Docker gives a container in all
 MAX_PEEK_IMAGES = 10**6  # an estimate refuses no row
 MAX_NAMED = 10  # rows named of each kind that is used all the same; further ones are only counted
 
@@ -57,8 +59,6 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = iter(self._engine)
         self.messages = []
         batch = None
         while batch is None:  # a micro-batch whose samples are all bad is left out
@@ -67,11 +67,15 @@ class Loader:
 
     def _next(self) -> Batch | None:
         try:
+            if self._iterator is None:
+                self._iterator = iter(self._engine)
             delivered = next(self._iterator)
         except StopIteration:
             raise DataError("the data set yields no sample; is every row bad?") from None
         except DataError as error:  # from a worker process it comes wrapped into a traceback
             raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+        except (RuntimeError, OSError) as error:
+            raise WorkerTrouble(worker_trouble(self._fingerprint["rank"], error)) from error
         events = delivered["events"]
         self.seen += events.seen
         self.skipped.update(reason for reason, _ in events.skipped)
@@ -122,6 +126,23 @@ class Loader:
             self.notes = Counter(saved["counters"]["notes"])
         except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
             raise DataError(f"the loader's state cannot be restored ({error!r}); the checkpoint is damaged") from error
+
+
+class WorkerTrouble(RuntimeError):
+    """A loader worker is gone or cannot work. Not a DataError: a new attempt may well go through."""
+
+
+def worker_trouble(rank: int, error: Exception) -> str:
+    """What `error`, from a loader worker that died or chokes, may mean."""
+    shared = shutil.disk_usage("/dev/shm")
+    text = f"the data loader of data-parallel rank {rank} failed: {error}"
+    if shared.free < SHARED_MEMORY_LOW:
+        return (
+            f"{text}; /dev/shm, through which its worker processes hand over batches, has {shared.free / 2**20:.1f} of "
+            f"{shared.total / 2**20:.1f} MiB free: start the container with --ipc=host or --shm-size=16g, or set "
+            "data.num_workers=0"
+        )
+    return f"{text}; a worker that is killed has often used up the memory: fewer data.num_workers need less"
 
 
 def summary(counters: list[dict]) -> str:

@@ -12,9 +12,11 @@ import torch.distributed as dist
 
 from megatron_moellava.backbones import BACKBONES, backbone_fields
 from megatron_moellava.config import CheckpointError, to_dict
-from megatron_moellava.model.integrity import verify_files
+from megatron_moellava.config_json import complete_iterations
+from megatron_moellava.model.integrity import DamagedCheckpoint, check_seal, verify_files
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.placement import moe_layers
+from megatron_moellava.safe_pickle import guard
 from megatron_moellava.towers import TOWERS, tower_fields
 
 from megatron.core import dist_checkpointing, parallel_state
@@ -22,6 +24,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
+guard()
 RUN_FILE = "run.json"
 FORMAT = 1
 UNUSED_TOWER = "vision_tower.unused."  # tensors of the published tower that features do not need; they ride along
@@ -32,12 +35,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     folder = Path(folder)
     if (folder / RUN_FILE).exists():
         return folder
-    return max(complete_checkpoints(folder), default=None)
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete iteration folders, oldest first. An interrupted save may leave a `.tmp` folder that has a run.json."""
-    return sorted(path.parent for path in folder.glob(f"iter_*/{RUN_FILE}") if path.parent.suffix != ".tmp")
+    return max(complete_iterations(folder), default=None)
 
 
 def require_checkpoint(folder: str | Path) -> Path:
@@ -53,7 +51,12 @@ def require_checkpoint(folder: str | Path) -> Path:
 
 def read_run_file(checkpoint: Path) -> dict:
     """The `run.json` of an iteration folder."""
-    description = json.loads((checkpoint / RUN_FILE).read_text())
+    path = checkpoint / RUN_FILE
+    try:
+        description = json.loads(path.read_text())
+        check_seal(path, description)
+    except (ValueError, TypeError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({error}); copy it anew, or use another checkpoint") from None
     if description.get("format") != FORMAT:
         raise CheckpointError(
             f"{checkpoint} has format {description.get('format')}; this program reads format {FORMAT}"
@@ -97,9 +100,15 @@ def is_bookkeeping(name: str) -> bool:
     return name.rpartition(".")[2].startswith("_extra_state")
 
 
-def load_weights(checkpoint: Path, chunks: list[MoELlava]) -> None:
-    """Fill the model from a checkpoint of any layout. Raises CheckpointError that lists every field and tensor that differs."""
+def verify(checkpoint: Path) -> None:
+    """Raises DamagedCheckpoint, on all ranks, unless every file is what was written; collective."""
     verify_files(checkpoint, read_run_file(checkpoint).get("sha256", {}))
+
+
+def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = False) -> None:
+    """Fill the model from a checkpoint of any layout. Raises CheckpointError that lists every field and tensor that differs."""
+    if not verified:
+        verify(checkpoint)
     state = model_state(chunks)
     stored = _stored_tensors(checkpoint)
     _check_tensors(checkpoint, state, stored, differing_fields(read_run_file(checkpoint)["model"], chunks[0]))

@@ -4,11 +4,16 @@ Megatron-Core's own manifest (`verify_integrity`) is made by rank 0 alone while 
 """
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_moellava.config import CheckpointError
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A file of a checkpoint is missing or is not what was written."""
 
 
 def file_digests(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
@@ -24,7 +29,7 @@ def file_digests(folder: Path, known: dict[str, str] | None = None) -> dict[str,
 
 
 def verify_files(checkpoint: Path, expected: dict[str, str]) -> None:
-    """Raises CheckpointError, on all ranks, that names every file which is missing or differs from what was written."""
+    """Raises DamagedCheckpoint, on all ranks, that names every file which is missing or differs from what was written."""
     names = sorted(expected)[dist.get_rank() :: dist.get_world_size()]
     found = _shared(
         {name: file_digest(checkpoint / name) if (checkpoint / name).is_file() else "missing" for name in names}
@@ -35,10 +40,23 @@ def verify_files(checkpoint: Path, expected: dict[str, str]) -> None:
         if found[name] != expected[name]
     ]
     if damaged:
-        raise CheckpointError(
-            f"{checkpoint} is damaged: {', '.join(damaged)}; remove this folder to go on from an older checkpoint, or copy "
-            "it anew"
-        )
+        raise DamagedCheckpoint(f"{checkpoint} is damaged: {', '.join(damaged)}; copy it anew, or use another one")
+
+
+def sealed(description: dict) -> dict:
+    """The content of run.json with a checksum of itself."""
+    return description | {"checksum": _checksum(description)}
+
+
+def check_seal(path: Path, description: dict) -> None:
+    """DamagedCheckpoint when run.json is not what was written. Conversions and older checkpoints have no seal."""
+    if "checksum" in description and description["checksum"] != _checksum(description):
+        raise DamagedCheckpoint(f"{path} differs from what was written; copy it anew, or use another checkpoint")
+
+
+def _checksum(description: dict) -> str:
+    content = {key: value for key, value in description.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

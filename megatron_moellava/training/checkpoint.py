@@ -4,26 +4,38 @@
     SAVE/iter_0000100/  .metadata, *.distcp   tensors of the model and the optimizer, any layout loads them
                         ranks/                random generators by rank, data position by data-parallel rank
                         run.json              written last: a folder without it is incomplete; SHA-256 of all files
+    SAVE/iter_0000100.damaged                 a checkpoint whose files are no longer what was written, set aside
 
 Optimizer state is kept in a canonical form (three tensors per parameter and one step count): Megatron-Core's own form
 cannot change between one and several expert-parallel ranks. Nothing in a folder needs unpickling of arbitrary objects.
 """
 
+import io
 import json
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_moellava
 from megatron_moellava import parallel, platform
 from megatron_moellava.backbones import backbone_fields
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
-from megatron_moellava.model.checkpoint import FORMAT, RUN_FILE, complete_checkpoints, model_state, read_run_file
+from megatron_moellava.config_json import complete_iterations
+from megatron_moellava.model.checkpoint import (
+    FORMAT,
+    RUN_FILE,
+    model_state,
+    read_run_file,
+    verify,
+)
 from megatron_moellava.model.fp8 import Emulation
-from megatron_moellava.model.integrity import file_digests
+from megatron_moellava.model.integrity import DamagedCheckpoint, file_digests, sealed
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.towers import tower_fields
 from megatron_moellava.training.background import BackgroundSave, Writing
@@ -31,6 +43,7 @@ from megatron_moellava.training.optimizer import distributed_optimizers, optimiz
 
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -72,8 +85,20 @@ def save_checkpoint(
             shutil.rmtree(left)
         (unfinished / "ranks").mkdir(parents=True)
 
-    _on_first_rank(start)
+    def complete() -> Path:
+        _together(writing.finish, unfinished)
+        digests = file_digests(unfinished, writing.digests)
+        _together(lambda: finish(description | {"sha256": digests}), unfinished, on=0)
+        return final
 
+    def finish(description: dict) -> None:
+        _write(unfinished / RUN_FILE, json.dumps(sealed(description), indent=1).encode())
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        _write_tracker(Path(folder), state.iteration)
+        _remove_old(Path(folder), keep, newest=final)
+
+    _together(start, unfinished, on=0)
     tensors = {"model": model_state(chunks)}
     steps = None
     if optimizer is not None:
@@ -81,27 +106,12 @@ def save_checkpoint(
         steps = optimizer_step_count(optimizer)
     tensors["model"].update(_unused_tower_state(chunks[0]))
     writing = Writing(tensors, unfinished)
-    _save_rank_state(unfinished / "ranks", state)
+    _together(lambda: _save_rank_state(unfinished / "ranks", state), unfinished)
     description = _describe(run, chunks[0], state, steps)
-
-    def complete() -> Path:
-        writing.finish()
-        digests = file_digests(unfinished, writing.digests)
-        _on_first_rank(lambda: finish(description | {"sha256": digests}))
-        return final
-
-    def finish(description: dict) -> None:
-        (unfinished / RUN_FILE).write_text(json.dumps(description, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        _write_tracker(Path(folder), state.iteration)
-        _remove_old(Path(folder), keep)
-
     if background is not None:
         background.start(writing, complete)
         return final
-    writing.write()
-    dist.barrier()
+    _together(writing.write, unfinished)
     return complete()
 
 
@@ -154,38 +164,103 @@ def _unused_tower_state(model: MoELlava) -> dict:
 
 def _save_rank_state(folder: Path, state: TrainingState) -> None:
     own = {"generators": platform.rng_state(), "trackers": tensor_parallel.get_cuda_rng_tracker().get_states()}
-    torch.save(own | {"fp8": state.fp8}, folder / f"generators_{dist.get_rank():05d}.pt")
+    _write(folder / f"generators_{dist.get_rank():05d}.pt", _serialized(own | {"fp8": state.fp8}))
     if state.data is not None:
-        torch.save(state.data, folder / f"data_{parallel.data_parallel_rank():05d}.pt")
+        _write(folder / f"data_{parallel.data_parallel_rank():05d}.pt", _serialized(state.data))
 
 
-def _on_first_rank(action) -> None:
-    """Run on rank 0 while the others wait; if it fails there, every rank raises instead of waiting for ever."""
-    failure = [None]
-    if dist.get_rank() == 0:
+def _serialized(value: dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Onto the disk itself: a file that lies only in memory is lost when the node dies."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _together(action: Callable[[], None], unfinished: Path, on: int | None = None) -> None:
+    """Run `action` on rank `on`, or on all. If it fails on one, all raise CheckpointError instead of waiting for ever."""
+    failure = None
+    if on is None or on == dist.get_rank():
         try:
             action()
-        except OSError as error:
-            failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise CheckpointError(
-            f"cannot write the checkpoint: {failure[0]}; check space and permissions of checkpoint.save"
-        )
+        except (OSError, RuntimeError, AssertionError, CheckpointingException, CheckpointException) as error:
+            failure = f"rank {dist.get_rank()}: {str(error).strip() or type(error).__name__}"
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    found = [item for item in failures if item]
+    if not found:
+        return
+    folder = unfinished.parent
+    if dist.get_rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    left = max(complete_iterations(folder), default=None)
+    raise CheckpointError(
+        f"cannot write the checkpoint {unfinished.with_suffix('')}: {_space(folder)}; {'; '.join(found)}. Mend "
+        "checkpoint.save (space, permissions, mount) and give the same command again; "
+        + (f"it continues from {left.name}" if left else "there is no earlier checkpoint, it starts anew")
+    )
+
+
+def _space(folder: Path) -> str:
+    """What a user checks first, since the library in between may swallow the system's reason."""
+    folder = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(folder, os.W_OK):
+        return f"{folder} is not writable"
+    usage = shutil.disk_usage(folder)
+    return f"{usage.free / 2**20:,.0f} of {usage.total / 2**20:,.0f} MiB are free there"
 
 
 def _write_tracker(folder: Path, iteration: int) -> None:
     temporary = folder / (TRACKER + ".tmp")
-    temporary.write_text(f"{iteration}\n")
+    _write(temporary, f"{iteration}\n".encode())
     temporary.rename(folder / TRACKER)
 
 
-def _remove_old(folder: Path, keep: int) -> None:
-    for old in complete_checkpoints(folder)[: -max(keep, 1)]:
-        shutil.rmtree(old)
+def _remove_old(folder: Path, keep: int, newest: Path) -> None:
+    """All but the `keep` newest, `newest` among them: what carries a higher number is not of this run's past."""
+    past = [path for path in complete_iterations(folder) if path.name <= newest.name]
+    for old in past[: -max(keep, 1)]:
+        going = old.rename(old.with_suffix(".tmp"))  # half removed, it must not look complete
+        shutil.rmtree(going)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def newest_intact(folder: str | Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of a run whose files are all what was written; None where there has never been one.
+
+    Damaged ones are set aside under another name, so that retention does not count them. CheckpointError when all are
+    damaged: to start anew in silence would throw the run away. Collective.
+    """
+    candidates: list[list[Path]] = [complete_iterations(Path(folder))[::-1]]
+    # A network file system may show them to some ranks later than to others.
+    dist.broadcast_object_list(candidates, src=0)
+    damaged = []
+    for checkpoint in candidates[0]:
+        try:
+            verify(checkpoint)
+        except DamagedCheckpoint as error:
+            say(f"{error}; set aside as {checkpoint.name}.damaged")
+            damaged.append(checkpoint)
+            continue
+        _together(lambda: [_set_aside(path) for path in damaged], checkpoint.with_suffix(".tmp"), on=0)
+        return checkpoint
+    if damaged:
+        raise CheckpointError(f"{folder}: all checkpoints are damaged; restore one, or choose another checkpoint.save")
+    return None
+
+
+def _set_aside(checkpoint: Path) -> None:
+    target = checkpoint.with_suffix(".damaged")
+    shutil.rmtree(target, ignore_errors=True)
+    checkpoint.rename(target)
 
 
 def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[MoELlava], steps: int) -> None:

@@ -20,7 +20,7 @@ from megatron_moellava.config import CheckpointError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.loader import Loader
 from megatron_moellava.model.build import build_model
-from megatron_moellava.model.checkpoint import load_weights, newest_checkpoint, read_run_file, require_checkpoint
+from megatron_moellava.model.checkpoint import load_weights, read_run_file, require_checkpoint
 from megatron_moellava.model.fp8 import Emulation, emulate_fp8
 from megatron_moellava.model.moe_llava import IGNORE_INDEX
 from megatron_moellava.training import checkpoint as checkpoints
@@ -35,9 +35,12 @@ from megatron_moellava.training.metrics import (
     load_imbalance,
     routing_summary,
 )
+from megatron_moellava.training.not_finite import Culprits
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
 from megatron_moellava.training.routing import RoutingObserver, routing_record
 from megatron_moellava.training.stages import STAGES, freeze
+from megatron_moellava.training.stragglers import Stragglers
+from megatron_moellava.training.watchdog import Watchdog
 
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
@@ -72,11 +75,16 @@ class Trainer:
         self.scheduler = build_scheduler(run.optimizer, self.optimizer, train_steps)
         if resumed:
             self._resume(resumed)
+        self.stragglers = Stragglers(run.logging.straggler_interval)
+        self.culprits = Culprits(gradients_stay=not overlaps(run)[0])
+        self.watchdog: Watchdog | None = None
         self._configure_schedules()
         self.update = Update(self.optimizer)
         self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
-        self.log = StepLog(self._log_folder(), run.logging.tensorboard, f"stage {run.training.stage}", train_steps)
+        title = f"stage {run.training.stage}"
+        self.log = StepLog(self._log_folder(), run.logging.tensorboard, title, train_steps, self.state.iteration)
         self.stop_signal = None
+        self.loss_sum = 0.0  # of this rank's last step, before anything is summed over ranks
         self.background = BackgroundSave() if run.checkpoint.async_save else None
 
     # --- start ------------------------------------------------------------------------------------------------------
@@ -90,10 +98,10 @@ class Trainer:
     def _load_weights(self) -> Path | None:
         """Weights from `checkpoint.save` if it holds a checkpoint to go on from (returned), else from `checkpoint.load`."""
         options = self.run.checkpoint
-        resumed = newest_checkpoint(options.save) if options.save else None
+        resumed = checkpoints.newest_intact(options.save, parallel.say) if options.save else None
         source = resumed or (require_checkpoint(options.load) if options.load else None)
         if source is not None:
-            load_weights(source, self.chunks)
+            load_weights(source, self.chunks, verified=resumed is not None)
             if resumed:
                 self.state.provenance = read_run_file(resumed).get("provenance") or {}
             else:
@@ -117,11 +125,17 @@ class Trainer:
 
     def _configure_schedules(self) -> None:
         for chunk in self.chunks:
-            chunk.config.finalize_model_grads_func = finalize_model_grads
+            chunk.config.finalize_model_grads_func = self._finalize_gradients
         config = self.chunks[0].config
         if overlaps(self.run)[0]:
             hooks = [wrapped.no_sync for wrapped in self.wrapped]
             config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+
+    def _finalize_gradients(self, *arguments, **options) -> None:
+        self.stragglers.pause(self.state.iteration + 1)
+        self.culprits.before_reduction(self.wrapped)
+        self._at("reducing gradients")
+        finalize_model_grads(*arguments, **options)
 
     def _log_folder(self) -> Path | None:
         folder = self.run.logging.directory or self.run.checkpoint.save
@@ -135,15 +149,22 @@ class Trainer:
         Raises TrainingDiverged after `training.non_finite_patience` skipped steps in a row.
         """
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self.watchdog = Watchdog(self.run.parallel.distributed_timeout_minutes * 60)
         try:
             return self._train()
         finally:
+            self.watchdog.stop()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.log.close()
 
     def _on_signal(self, number, frame) -> None:
         self.stop_signal = number
+
+    def _at(self, what: str) -> None:
+        """Tell the watchdog what comes next."""
+        if self.watchdog is not None:
+            self.watchdog.at(self.state.iteration + 1, what)
 
     def _train(self) -> int:
         self.log.say(f"trains {', '.join(f'{role} {count:,}' for role, count in self.trained.items())} (this rank)")
@@ -154,7 +175,8 @@ class Trainer:
             chunk.train()
         while self.state.iteration < self.train_steps:
             numbers, applied, sample_ids = self.step()
-            self.log.step(self.state.iteration, numbers, self.state.iteration % self.run.logging.log_interval == 0)
+            show = self.state.iteration % self.run.logging.log_interval == 0
+            self.log.step(self.state.iteration, numbers, show, self._sample_ids(sample_ids))
             skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
             if not applied:
                 self._report_skipped(sample_ids, skipped_in_a_row)
@@ -164,6 +186,7 @@ class Trainer:
             done = self.state.iteration == self.train_steps
             if done or interrupted or self.state.iteration % self.run.checkpoint.save_interval == 0:
                 self.save()
+                interrupted = self._any_rank_interrupted()  # a save may take long enough to be interrupted itself
             if done or interrupted:
                 self._finish_save()
             if interrupted and not done:
@@ -176,8 +199,11 @@ class Trainer:
     def step(self) -> tuple[dict[str, float], bool, list[str]]:
         """One optimizer step over the global batch. Returns (numbers for the log, applied, sample ids of this rank)."""
         started = time.perf_counter()
+        self.stragglers.begin()
+        self._at("reading data")
         batches = [self._next_batch() for _ in range(self.num_microbatches)]
         waited = time.perf_counter() - started
+        self.stragglers.pause(self.state.iteration + 1)
         counts = [
             *costs(batches),
             sum(int((batch.labels_BS != IGNORE_INDEX).sum()) for batch in batches),
@@ -190,14 +216,18 @@ class Trainer:
         for wrapped in self.wrapped:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.stragglers.begin()
+        self._at("forward and backward pass")
         loss_sums = self._forward_backward(batches, loss_tokens)
+        self._at("updating parameters")
         applied, grad_norm = self.update()
         if self.fp8 is not None:
             self.fp8.advance()
         lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
         self.scheduler.step(increment=1)
 
-        loss = self._mean_loss(loss_sums, loss_tokens) if loss_sums else 0.0
+        self.loss_sum = float(sum(loss_sums)) if loss_sums else 0.0
+        loss = self._mean_loss(loss_tokens) if loss_sums else 0.0
         platform.synchronize()
         seconds = time.perf_counter() - started
         self.state.iteration += 1
@@ -216,10 +246,11 @@ class Trainer:
         }
         if self.run.moe:
             numbers |= self._router_numbers()
+        numbers |= self._straggler_numbers()
         return numbers, applied, [name for batch in batches for name in batch.sample_ids]
 
-    def _mean_loss(self, loss_sums: list[torch.Tensor], loss_tokens: int) -> float:
-        total = parallel.sum_over_data_parallel([float(sum(loss_sums))], with_context_parallel=True)
+    def _mean_loss(self, loss_tokens: int) -> float:
+        total = parallel.sum_over_data_parallel([self.loss_sum], with_context_parallel=True)
         return float(total) / max(loss_tokens, 1)
 
     def _next_batch(self) -> Batch:
@@ -261,13 +292,26 @@ class Trainer:
         load_LE = sums.choices_LME.sum(dim=1)[list(sums.layers)]
         return means | routing_summary(record) | load_imbalance(load_LE, self.run.parallel.expert_model_parallel_size)
 
+    def _straggler_numbers(self) -> dict[str, float]:
+        """Every `logging.straggler_interval` steps: which rank is the slowest, and a line on the screen if it stays so."""
+        numbers, message = self.stragglers.measure(self.state.iteration)
+        if message:
+            self.log.say(f"step {self.state.iteration}: {message}")
+        return numbers
+
     # --- trouble and the end ----------------------------------------------------------------------------------------
 
-    def _report_skipped(self, sample_ids: list[str], in_a_row: int) -> None:
-        gathered: list[list[str] | None] = [None] * parallel.data_parallel_size()
+    def _sample_ids(self, sample_ids: list[str]) -> list[str] | None:
+        """Of all data-parallel ranks, in their order, if the run asks for them; collective."""
+        if not self.run.logging.sample_ids:
+            return None
+        gathered: list[list[str]] = [[]] * parallel.data_parallel_size()
         dist.all_gather_object(gathered, sample_ids, group=parallel_state.get_data_parallel_group())
-        names = ", ".join(name for ids in gathered for name in ids)
-        self.log.say(f"step {self.state.iteration} skipped: the gradient is not finite; samples: {names}")
+        return [name for ids in gathered for name in ids]
+
+    def _report_skipped(self, sample_ids: list[str], in_a_row: int) -> None:
+        whose, names = self.culprits.name(self.loss_sum, sample_ids)
+        self.log.say(f"step {self.state.iteration} skipped: {whose} is not finite; samples: {names}")
         if in_a_row >= self.run.training.non_finite_patience:
             self._finish_save()
             raise TrainingDiverged(
@@ -297,10 +341,11 @@ class Trainer:
         if self.run.checkpoint.save is None:
             return
         self._finish_save()
+        self._at("writing a checkpoint")
         self.gather_parameters()
         data = self.loader.state_dict() if self.loader is not None else None
         state = replace(self.state, data=data, fp8=self.fp8.state() if self.fp8 is not None else [])
-        # A scheduler may signal every process of a job, and megatron-core's save runs a helper that would die of it.
+        # A scheduler may signal every process of a job, and processes that megatron-core's save forks would die of it.
         waiting = {signal.SIGTERM, signal.SIGUSR1}
         signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
         try:
@@ -314,6 +359,7 @@ class Trainer:
 
     def _finish_save(self) -> None:
         if self.background is not None:
+            self._at("finishing a checkpoint")
             self._saved(self.background.finish())
 
     def _saved(self, path: Path | None) -> None:

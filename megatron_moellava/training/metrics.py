@@ -31,33 +31,51 @@ class StepLog:
 
     What the routers do goes to `routing.jsonl` (tools/watch_routing.py follows it) and TensorBoard, and warnings about it
     to the terminal.
+
+    A run that continues from step n drops what an earlier attempt wrote about later steps: the log tells the life of the
+    model, each step once. Times are those of a clock that never goes back, whatever is done to the system's.
     """
 
-    def __init__(self, folder: Path | None, tensorboard: bool, title: str, train_steps: int):
+    def __init__(self, folder: Path | None, tensorboard: bool, title: str, train_steps: int, iteration: int = 0):
         self.active = parallel.is_main_process()
         self.title, self.train_steps = title, train_steps
         self.file = self.routing_file = self.writer = None
         self.watchman = Watchman()
-        if self.active and folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = (folder / "steps.jsonl").open("a", buffering=1)
-            self.routing_file = (folder / "routing.jsonl").open("a", buffering=1)
-            self.writer = SummaryWriter(str(folder / "tensorboard")) if tensorboard else None
+        self.clock = time.time() - time.monotonic()  # what must be added to the latter
         self.folder = folder
+        if self.active and folder is not None:
+            try:
+                self._open(folder, tensorboard, iteration)
+            except OSError as error:
+                self._without(error)
         self.first_iteration, self.started = None, time.monotonic()
         self.waited, self.seconds = 0.0, 0.0  # for data and in all, without the first step
         self.imbalances: dict[str, list[float]] = {}
 
-    def step(self, iteration: int, numbers: dict[str, float], show: bool) -> None:
+    def _open(self, folder: Path, tensorboard: bool, iteration: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        steps, routing = folder / "steps.jsonl", folder / "routing.jsonl"
+        last = rewind(steps, iteration)
+        rewind(routing, iteration)
+        self.clock = max(time.time(), last) - time.monotonic()
+        purge = iteration + 1 if iteration else None
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge) if tensorboard else None
+        self.file, self.routing_file = steps.open("a", buffering=1), routing.open("a", buffering=1)
+
+    def _without(self, error: OSError) -> None:
+        """A log is not worth a run; a disk that stays full will end it at the next checkpoint, with a clear message."""
+        self.file = self.routing_file = self.writer = self.folder = None
+        self.say(f"cannot write the log ({error}); training goes on without it")
+
+    def step(self, iteration: int, numbers: dict[str, float], show: bool, sample_ids: list[str] | None = None) -> None:
         """Numbers of one finished optimizer step."""
         if not self.active:
             return
         self._add_up(numbers)
-        if self.file:
-            self.file.write(json.dumps({"iteration": iteration, **numbers}) + "\n")
-        if self.writer:
-            for name, value in numbers.items():
-                self.writer.add_scalar(f"train/{name}", value, iteration)
+        try:
+            self._write(iteration, numbers, {"sample_ids": sample_ids} if sample_ids is not None else {})
+        except OSError as error:
+            self._without(error)
         if show:
             print(
                 f"{self.title} step {iteration}/{self.train_steps} | {_line(numbers)} | {self._left(iteration)}",
@@ -71,13 +89,27 @@ class StepLog:
         warnings = self.watchman(record)
         for warning in warnings:
             self.say(f"step {iteration} warning: {warning}")
-        if self.routing_file:
-            self.routing_file.write(
-                json.dumps(rounded({"iteration": iteration, **record, "warnings": warnings})) + "\n"
-            )
-        if self.writer:
-            for name, value in routing_scalars(record).items():
-                self.writer.add_scalar(name, value, iteration)
+        try:
+            self._write_routing(iteration, record, warnings)
+        except OSError as error:
+            self._without(error)
+
+    def _write(self, iteration: int, numbers: dict[str, float], more: dict) -> None:
+        if not self.file:
+            return
+        now = self.clock + time.monotonic()
+        self.file.write(json.dumps({"iteration": iteration, "time": round(now, 3), **numbers, **more}) + "\n")
+        self._add_scalars(iteration, {f"train/{name}": value for name, value in numbers.items()})
+
+    def _write_routing(self, iteration: int, record: dict, warnings: list[str]) -> None:
+        if not self.routing_file:
+            return
+        self.routing_file.write(json.dumps(rounded({"iteration": iteration, **record, "warnings": warnings})) + "\n")
+        self._add_scalars(iteration, routing_scalars(record))
+
+    def _add_scalars(self, iteration: int, values: dict[str, float]) -> None:
+        for name, value in values.items() if self.writer else ():
+            self.writer.add_scalar(name, value, iteration, walltime=self.clock + time.monotonic())
 
     def _left(self, iteration: int) -> str:
         if self.first_iteration is None:  # the first step pays for warming up, and says nothing about the others
@@ -110,17 +142,22 @@ class StepLog:
             "imbalance": means,  # busiest data-parallel rank over the mean
         }
         if self.folder is not None:
-            (self.folder / "data.json").write_text(json.dumps(report, indent=1))
+            try:
+                (self.folder / "data.json").write_text(json.dumps(report, indent=1))
+            except OSError as error:
+                self._without(error)
         wait = f"; steps waited {report['data_wait_share']:.1%} of the time" if self.seconds else ""
         even = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
         self.say(f"data: {summary(counters)}{wait}; busiest rank over the mean: {even}")
 
     def close(self) -> None:
-        if self.writer:
-            self.writer.close()
-        for file in (self.file, self.routing_file):
-            if file:
-                file.close()
+        """What is still to be written may not fit; the run has its exit code all the same."""
+        for item in (self.writer, self.file, self.routing_file):
+            try:
+                if item:
+                    item.close()
+            except OSError as error:
+                self.say(f"cannot write the log to its end ({error})")
 
 
 def rounded(value, digits: int = 5):
@@ -146,6 +183,25 @@ def _line(numbers: dict[str, float]) -> str:
         "padding_share": "pad {:.1%}",
     }
     return " | ".join(text.format(numbers[name]) for name, text in formats.items() if name in numbers)
+
+
+def rewind(path: Path, iteration: int) -> float:
+    """Drop the records of steps after `iteration`, and a line that a kill cut off; returns the time of the last one left."""
+    if not path.exists():
+        return 0.0
+    kept, last = [], 0.0
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["iteration"] <= iteration:
+            kept.append(line + "\n")
+            last = max(last, record.get("time", 0.0))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.rename(path)
+    return last
 
 
 def costs(batches: list[Batch]) -> list[int]:

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from megatron_moellava import parallel
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, RunConfig, from_dict, read_yaml, set_override, split_override
-from megatron_moellava.data.loader import Loader, build_train_loader
+from megatron_moellava.data.loader import Loader, WorkerTrouble, build_train_loader, worker_trouble
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.model.checkpoint import model_names, newest_checkpoint, read_run_file
 from megatron_moellava.towers import get_tower
+from megatron_moellava.training.lock import lock_folder
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.validate import validate
 
@@ -51,11 +52,20 @@ def train(run: RunConfig) -> int:
     """Train the stage that the run describes. Returns the exit code; see tools/train.py."""
     validate_run(run)
     parallel.initialize(run.parallel, run.training.seed)
+    lock = None
     try:
+        lock = lock_folder(run.checkpoint.save, parallel.say)
         trainer = build_trainer(run)
         return trainer.train()
+    except RuntimeError as error:
+        # torch raises it in the middle of anything, as soon as it hears that a worker has died.
+        if isinstance(error, WorkerTrouble) or "DataLoader worker" not in str(error):
+            raise
+        raise WorkerTrouble(worker_trouble(parallel.data_parallel_rank(), error)) from error
     finally:
         parallel.shutdown()
+        if lock is not None:
+            lock.close()
 
 
 def build_trainer(run: RunConfig) -> Trainer:

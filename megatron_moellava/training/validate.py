@@ -1,5 +1,6 @@
 """Every rule that ties the fields of a run together, checked before any weight is touched; all problems in one error."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def _files(run: RunConfig) -> Iterator[str]:
     elif not Path(run.data.tokenizer).exists():
         yield f"data.tokenizer={run.data.tokenizer} does not exist; it is a tokenizer folder or a SentencePiece .model"
     options = run.checkpoint
+    yield from _writable(options.save)
     resumes = options.save is not None and newest_checkpoint(options.save) is not None
     if options.load is not None and not resumes:
         try:
@@ -97,6 +99,17 @@ def _files(run: RunConfig) -> Iterator[str]:
         yield f"checkpoint.keep={options.keep} must be at least 1; the newest checkpoint is never deleted"
     if options.save_interval < 1:
         yield f"checkpoint.save_interval={options.save_interval} must be at least 1 step"
+
+
+def _writable(save: str | None) -> Iterator[str]:
+    """A folder that cannot be written to would be noticed at the first checkpoint, hours later."""
+    if save is None:
+        return
+    existing = next(path for path in (Path(save), *Path(save).absolute().parents) if path.exists())
+    if not existing.is_dir():
+        yield f"checkpoint.save={save}: {existing} is not a folder; choose another one"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield f"checkpoint.save={save} cannot be written to ({existing} is read-only for this user); choose another folder"
 
 
 def _parallel(run: RunConfig, backbone: Backbone, world_size: int) -> Iterator[str]:
@@ -312,6 +325,11 @@ def _training(run: RunConfig) -> Iterator[str]:
         yield f"optimizer.router_lr_warmup_fraction={router_warmup} needs a MoE model; leave it unset"
     if run.logging.routing_interval < 1:
         yield f"logging.routing_interval={run.logging.routing_interval} must be at least 1 step"
+    if run.logging.straggler_interval < 0:
+        yield f"logging.straggler_interval={run.logging.straggler_interval} must be 0 (never) or a number of steps"
+    minutes = run.parallel.distributed_timeout_minutes
+    if minutes <= 0:
+        yield f"parallel.distributed_timeout_minutes={minutes} must be positive; it must outlast the slowest checkpoint"
 
 
 def _fp8(run: RunConfig) -> Iterator[str]:

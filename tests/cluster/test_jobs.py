@@ -23,17 +23,23 @@ def jobs(cluster: Cluster) -> str:
     return cluster.slurm.run("squeue", "--noheader", "--states=all").stdout
 
 
-def workers(cluster: Cluster, save: Path) -> list[int]:
-    """Process ids of the training processes that write to `save`."""
-    found = []
-    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+def processes(save: Path) -> dict[int, list[str]]:
+    """{process id: command line} of all that have to do with the run that writes to `save`."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = cmdline.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # gone meanwhile
             continue
-        if str(save) in words and not any("launch.py" in word or word.endswith(".sh") for word in words):
-            found.append(int(cmdline.parent.name))
-    return [pid for pid in found if "srun" not in Path(f"/proc/{pid}/comm").read_text()]
+        if str(save) in words:
+            found[int(folder.name)] = words
+    return found
+
+
+def workers(save: Path) -> list[int]:
+    """Process ids of the training processes."""
+    others = ("srun", "launch.py", "--validate-only")
+    return [pid for pid, words in processes(save).items() if not any(word.endswith(others) for word in words)]
 
 
 @pytest.fixture(scope="session")
@@ -85,11 +91,24 @@ def test_preempted_job_saves_requeues_and_continues_bit_by_bit(cluster, referenc
     assert losses(cluster, save) == reference
 
 
+def test_signal_before_the_start_requeues(cluster):
+    """Preempted while the run is still being checked: it is back in the queue, and trains when its turn comes."""
+    save = cluster.folder / "early/stage1"
+    job = cluster.submit("train_stage1.sh", "training.train_steps=2", name="early", options=TWO_NODES)
+    checks = lambda: any("--validate-only" in words for words in processes(save).values())  # noqa: E731
+    cluster.slurm.wait_until(checks, 60, "the check of the run")
+    cluster.slurm.run("scancel", "--batch", "--signal=USR1", job)
+    state = cluster.slurm.wait_for_job(job, 240)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), cluster.log("early")
+    assert "Told to stop before the start; requeueing" in cluster.log("early")
+    assert cluster.newest_step(save) == 2
+
+
 def test_crashed_worker_is_requeued_from_the_newest_checkpoint(cluster, reference):
     save = cluster.folder / "crashed/stage1"
     job = cluster.submit("train_stage1.sh", STEPS, name="crashed", options=TWO_NODES)
     cluster.wait_for_step(save, 5)
-    os.kill(workers(cluster, save)[0], signal.SIGKILL)
+    os.kill(workers(save)[0], signal.SIGKILL)
     state = cluster.slurm.wait_for_job(job, 300)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), cluster.log(
         "crashed"
@@ -102,7 +121,7 @@ def test_crash_without_any_progress_ends_the_job(cluster):
     save = cluster.folder / "hopeless/stage1"
     job = cluster.submit("train_stage1.sh", STEPS, "checkpoint.save_interval=1000", name="hopeless", options=TWO_NODES)
     cluster.slurm.wait_until(lambda: (save / "steps.jsonl").exists(), 120, "first step")
-    os.kill(workers(cluster, save)[0], signal.SIGKILL)
+    os.kill(workers(save)[0], signal.SIGKILL)
     state = cluster.slurm.wait_for_job(job, 180)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "137:0", "0"), cluster.log(
         "hopeless"

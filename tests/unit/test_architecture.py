@@ -15,7 +15,7 @@ COMMANDS = sorted([*REPO.glob("tools/*.py"), *REPO.glob("examples/*/run.py")])
 # An import may only go to a lower floor, or stay in its own room. Rooms on one floor never import each other.
 FLOORS = (
     ("config",),
-    ("config_json", "conversion.mapping", "placement"),
+    ("config_json", "conversion.mapping", "placement", "safe_pickle"),
     ("platform", "backbones", "towers"),
     ("parallel", "validation"),
     ("model",),

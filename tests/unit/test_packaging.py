@@ -17,7 +17,7 @@ import pytest
 REPO = Path(__file__).parents[2]
 TEXTS = [REPO / "Dockerfile", *REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("examples/**/*.y*ml")]
 TEXTS += [path for path in REPO.glob("examples/**/*") if path.suffix in (".sh", ".md")]
-SCRIPTS = [REPO / ".ci/run", REPO / ".ci/find_python", *REPO.glob("examples/**/*.sh")]
+SCRIPTS = [REPO / ".ci/run", REPO / ".ci/find_python", *REPO.glob("examples/**/*.sh"), *REPO.glob("tests/**/*.sh")]
 
 
 def setup_lists() -> tuple[list[str], dict[str, list[str]]]:
