@@ -76,6 +76,10 @@ def context_parallel_size() -> int:
     return parallel_state.get_context_parallel_world_size()
 
 
+def num_stages() -> int:
+    return parallel_state.get_pipeline_model_parallel_world_size()
+
+
 def is_first_stage() -> bool:
     return parallel_state.is_pipeline_first_stage(ignore_virtual=True)
 

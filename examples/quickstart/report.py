@@ -96,9 +96,8 @@ def plot_curves(steps: dict, summary: dict, titles: dict, path: Path) -> None:
     right.bar_label(bars, [f"{score:.1f}" for score in scores])
     baseline = summary["question_only_baseline"]["accuracy"]
     right.axhline(baseline, color="k", linestyle="--", linewidth=1)
-    white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-    right.text(-0.4, baseline + 2, f"question-only baseline {baseline:.1f}", fontsize=9, bbox=white)
-    right.set(ylim=(0, 105), ylabel="held-out questions right, %", title="held-out accuracy")
+    right.set(xlabel=f"dashed line: question-only baseline {baseline:.1f}", title="held-out accuracy")
+    right.set(ylim=(0, 105), ylabel="held-out questions right, %")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -116,13 +115,14 @@ def print_table(summary: dict, titles: dict) -> None:
     rows = {"question-only baseline": summary["question_only_baseline"]}
     rows |= {titles[name]: score for name, score in summary["results"].items()}
     types = list(summary["question_only_baseline"]["types"])
+    widths = {name: max(12, len(name) + 2) for name in types}
     print(
         f"\n{'held-out questions right, %':42}{'all':>8}"
-        + "".join(f"{name:>12}" for name in types)
+        + "".join(f"{name:>{width}}" for name, width in widths.items())
         + f"{'exist. F1':>12}"
     )
     for title, score in rows.items():
-        cells = "".join(f"{score['types'][name]['accuracy']:12.1f}" for name in types)
+        cells = "".join(f"{score['types'][name]['accuracy']:{width}.1f}" for name, width in widths.items())
         f1 = score["existence"]["f1"] if score["existence"] else float("nan")
         print(f"{title:42}{score['accuracy']:8.1f}{cells}{f1:12.1f}")
     blanked = summary["blanked_pictures"]

@@ -25,8 +25,6 @@ from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.loop import model_inputs
 from megatron_moellava.training.routing import RoutingObserver, routing_record
 
-from megatron.core import parallel_state
-
 NONE = -1  # in place of a choice that was dropped
 
 
@@ -76,7 +74,7 @@ def collect_routes(
 
     Data-parallel ranks share the samples; ranks that share experts run equally many forward passes.
     """
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+    if parallel.num_stages() > 1:
         raise ConfigError(
             "parallel.pipeline_model_parallel_size must be 1 for an analysis; use tensor or expert parallelism"
         )

@@ -8,7 +8,6 @@ text up to and including it is the prediction. Questions are packed like trainin
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +19,15 @@ from megatron_moellava.data import media
 from megatron_moellava.data.batch import Batch, pack
 from megatron_moellava.data.encode import IGNORE, EncodedSample, Encoder
 from megatron_moellava.data.sample import parse_record
+from megatron_moellava.model.context_parallel import gather_positions
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.loop import model_inputs
 from megatron_moellava.training.routing import RoutingObserver
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
+
+ROWS_PER_STAGE = 8  # packed rows in a pipeline at a time, per stage: enough to keep it full, few enough to hold
 
 
 def predict(
@@ -43,43 +45,47 @@ def predict(
     which experts the tokens go to.
     """
     plan = Plan(encoder, rows, Path(image_folder), blank)
-    mine = plan.of_rank(parallel.data_parallel_rank(), parallel.data_parallel_size())
+    mine, counted = plan.of_rank(parallel.data_parallel_rank(), parallel.data_parallel_size())
     source = plan.batches(mine, chunks[0].tower) if parallel.reads_data() else None
+    found: dict[int, str] = {}
     for chunk in chunks:
         chunk.eval()
-    with torch.no_grad():
-        guesses = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, observer=observer),
-            data_iterator=[_received(source, len(mine))] * len(chunks)
-            if len(chunks) > 1
-            else _received(source, len(mine)),
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=len(mine),
-            seq_length=encoder.max_length,
-            micro_batch_size=1,
-            forward_only=True,
-        )
+    for start in range(0, len(mine), at_once := ROWS_PER_STAGE * parallel.num_stages()):
+        part = mine[start : start + at_once]
+        # Handed out before the pipeline starts: inside it, a later stage waits for the one that would hand out.
+        batches = [broadcast_batch(next(source) if source is not None else None) for _ in part]
+        observed = [observer if start + number < counted else None for number in range(len(part))]
+        guesses = _guesses(chunks, list(zip(batches, observed, strict=True)), encoder.max_length)
+        for packed, guess_S in zip(part, guesses, strict=False):  # no guesses on stages before the last
+            found |= plan.read(packed, guess_S.numpy())
     for chunk in chunks:
         chunk.train()
-    found = {}
-    for packed, guess_S in zip(mine, guesses, strict=False):  # no guesses on stages before the last
-        found |= plan.read(packed, guess_S.numpy())
     everywhere: list[dict | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, found)
     merged = {index: text for part in everywhere for index, text in part.items()}
     return [merged[index] for index in range(len(rows))]
 
 
-def _received(source: Iterator[Batch] | None, count: int) -> Iterator[Batch]:
-    for _ in range(count):
-        yield broadcast_batch(next(source) if source is not None else None)
+@torch.no_grad()
+def _guesses(chunks: list[MoELlava], batches: list[tuple], length: int) -> list[torch.Tensor]:
+    """The likeliest next token at every position [S] of each batch; on the last pipeline stage, others return nothing."""
+    iterators = [iter(batches) for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=length,
+        micro_batch_size=1,
+        forward_only=True,
+    )
 
 
-def _forward_step(batches: Iterator[Batch], model, observer: RoutingObserver | None):
-    batch = next(batches)
+def _forward_step(batches: Iterator[tuple[Batch, RoutingObserver | None]], model):
+    batch, observer = next(batches)
     with observer.observe(batch) if observer else nullcontext():
         logits = model(**(model_inputs(batch) | {"labels_BS": None}))
-    return logits, lambda logits_BSV: (torch.zeros(1), logits_BSV[0].argmax(dim=-1).cpu())
+    return logits, lambda logits_BLV: (torch.zeros(1), gather_positions(logits_BLV[0].argmax(dim=-1)).cpu())
 
 
 @dataclass(slots=True)
@@ -91,8 +97,12 @@ class Plan:
     image_folder: Path
     blank: bool
 
-    def of_rank(self, rank: int, size: int) -> list[list[tuple[int, EncodedSample]]]:
-        """Packed rows of one data-parallel rank; every rank gets equally many (experts meet across ranks)."""
+    def of_rank(self, rank: int, size: int) -> tuple[list[list[tuple[int, EncodedSample]]], int]:
+        """(packed rows of one data-parallel rank, how many of them are its own).
+
+        Every rank gets equally many, since experts meet across ranks, and a multiple of the pipeline's stages: further
+        rows are repeated ones.
+        """
         packed: list[list[tuple[int, EncodedSample]]] = [[]]
         space = self.encoder.max_length
         for index, row in enumerate(self.rows):
@@ -102,8 +112,9 @@ class Plan:
                 space = self.encoder.max_length
             packed[-1].append((index, sample))
             space -= len(sample)
-        packed += packed[: -len(packed) % size]
-        return packed[rank::size]
+        total = len(packed) + -len(packed) % (size * parallel.num_stages())
+        own = len(packed[rank::size])
+        return [packed[number % len(packed)] for number in range(rank, total, size)], own
 
     def batches(self, packed: list[list[tuple[int, EncodedSample]]], tower) -> Iterator[Batch]:
         shape = (3, tower.image_size, tower.image_size)

@@ -17,6 +17,9 @@ from shards import gather_parameters
 from megatron_moellava import parallel
 from megatron_moellava.config import CheckpointError, RunConfig, from_dict
 from megatron_moellava.data import sources
+from megatron_moellava.data.loader import build_encoder
+from megatron_moellava.data.tokenizer import load_tokenizer
+from megatron_moellava.evaluation.closed_questions import predict
 from megatron_moellava.model import checkpoint as reading
 from megatron_moellava.model.build import build_model
 from megatron_moellava.training import background
@@ -95,6 +98,24 @@ def run_differences(job: dict, folder: Path) -> dict:
     """Names of everything that is not bit-equal in the last checkpoints of two runs."""
     one, two = (folder / name / f"iter_{TRAIN_STEPS:07d}" for name in job["sources"])
     return {"different": different_tensors(one, two) + different_rank_files(one, two)}
+
+
+def run_closed_questions(job: dict, folder: Path) -> dict:
+    """What a model of random weights answers to closed questions, and how its routers spread their tokens."""
+    images = folder / "images"
+    if dist.get_rank() == 0 and not images.exists():
+        data_files.write_images(images)
+    trainer, _, _ = start(BY_ID[job["spread"]])
+    dist.barrier()
+    tokenizer = load_tokenizer(str(data_files.ASSETS / "tok_spm"))
+    data = replace(trainer.run.data, template="v1", seq_length=256)
+    rows = [
+        {"image": ("a.png", "b.png")[number % 2], "question": f"how many {word}?", "answer": f"{number} of the {word}"}
+        for number, word in enumerate(data_files.WORDS)
+    ]
+    encoder = build_encoder(data, tokenizer, trainer.chunks[0].tower)
+    said = predict(trainer.chunks, encoder, rows, images, observer=trainer.routing)
+    return {"said": said, "choices": trainer.routing.collect().choices_LME.tolist()}
 
 
 def different_tensors(one: Path, two: Path) -> list[str]:
