@@ -16,7 +16,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
-ROUTER_GROUP = "router_lr_warmup"  # key of the parameter group of the routers
+ROUTER_GROUP = "is_router"  # key of the parameter group of the routers
 
 
 def overlaps(run: RunConfig) -> tuple[bool, bool]:
@@ -62,8 +62,9 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Ch
         overrides[ParamKey(name="*projector.*")] = ParamGroupOverride(
             max_lr=options.projector_lr, min_lr=options.min_lr
         )
-    if options.router_lr_warmup_fraction is not None:
-        overrides[ParamKey(name="*.mlp.router.*")] = ParamGroupOverride(**{ROUTER_GROUP: True})
+    # Routers are fp32 in a bf16 model. In one group with bf16 parameters Megatron-Core would save the Adam states of one
+    # parameter as another's: it numbers a group's parameters by buffer, and orders them by dtype.
+    overrides[ParamKey(name="*.mlp.router.*")] = ParamGroupOverride(**{ROUTER_GROUP: True})
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
     for part in distributed_optimizers(optimizer)[:-1]:
         # The optimizers of dense and of expert parameters would each gather the parameters of both; the last one does.

@@ -10,6 +10,7 @@ from test_training_routing import words
 from megatron_moellava import parallel
 from megatron_moellava.config import ConfigError, LoggingConfig, MoEConfig, OptimizerConfig, ParallelConfig
 from megatron_moellava.training.loop import Trainer
+from megatron_moellava.training.optimizer import distributed_optimizers
 from megatron_moellava.training.validate import validate
 
 from megatron.core.distributed import DistributedDataParallel
@@ -17,12 +18,12 @@ from megatron.core.distributed import DistributedDataParallel
 STEPS = 20
 
 
-def trainer(moe: MoEConfig, precision: str = "bf16", **optimizer) -> Trainer:
+def trainer(moe: MoEConfig, precision: str = "bf16", stage: int = 3, **optimizer) -> Trainer:
     parallel.initialize(ParallelConfig(), 1)
     run = tiny_run(moe)
     run = replace(
         run,
-        training=replace(run.training, precision=precision, micro_batch_size=2, global_batch_size=2),
+        training=replace(run.training, stage=stage, precision=precision, micro_batch_size=2, global_batch_size=2),
         optimizer=OptimizerConfig(lr=1e-3, lr_decay_style="constant", lr_warmup_fraction=0.0, **optimizer),
         logging=LoggingConfig(tensorboard=False),
     )
@@ -69,6 +70,21 @@ def test_an_update_gathers_every_parameter_once(monkeypatch):
     groups = [group for group in wrapped.bucket_groups + wrapped.expert_parallel_bucket_groups if group.buckets]
     assert len(groups) >= 2
     assert sorted(map(id, gathered)) == sorted(map(id, groups))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("use_residual", [False, True])
+def test_a_checkpoint_gets_every_parameter_its_own_states(stage, use_residual):
+    """Routers are fp32 among bf16 parameters, and which come first depends on what is trained."""
+    started = trainer(MoEConfig(use_residual=use_residual), stage=stage)
+    started.optimizer.reload_model_params()
+    seen = 0
+    for part in distributed_optimizers(started.optimizer):
+        for parameter in part.model_param_group_index_map:
+            main = part._get_main_param_and_optimizer_states(parameter)["param"]
+            assert torch.equal(main.to(parameter.dtype), parameter.detach().flatten())
+            seen += 1
+    assert seen == sum(parameter.requires_grad for parameter in started.chunks[0].parameters())
 
 
 def test_router_warmup_slows_the_routers_alone():
