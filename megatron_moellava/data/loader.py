@@ -4,11 +4,13 @@ Energon reads, shuffles, blends, buffers and remembers where it was; `Pipeline` 
 per data-parallel rank. Its state is plain JSON and goes into the checkpoint; it is restored exactly or not at all.
 """
 
+import gc
 import hashlib
 import logging
 import math
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moellava.config import DataError
@@ -68,7 +70,7 @@ class Loader:
     def _next(self) -> Batch | None:
         try:
             if self._iterator is None:
-                self._iterator = iter(self._engine)
+                self._iterator = started(self._engine)
             delivered = next(self._iterator)
         except StopIteration:
             raise DataError("the data set yields no sample; is every row bad?") from None
@@ -126,6 +128,20 @@ class Loader:
             self.notes = Counter(saved["counters"]["notes"])
         except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
             raise DataError(f"the loader's state cannot be restored ({error!r}); the checkpoint is damaged") from error
+
+
+def started(engine) -> Iterator:
+    """`iter(engine)`, which forks the workers.
+
+    Garbage of this process (an earlier stage's trainer with its process groups and threads) must not be collected in a
+    worker, where those threads do not exist: it would crash. So it is collected now, and the rest is out of bounds there.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        return iter(engine)
+    finally:
+        gc.unfreeze()
 
 
 class WorkerTrouble(RuntimeError):

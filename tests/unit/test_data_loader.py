@@ -1,8 +1,11 @@
 """The loader's contract: rows, labels, order, shares of ranks and workers, resume, blending, bad rows."""
 
+import gc
 import itertools
 import json
+import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from data_files import ASSETS, config, conversation, ids, make_loader, make_set,
 from PIL import Image
 
 from megatron_moellava.config import ConfigError, DataError
-from megatron_moellava.data.loader import summary
+from megatron_moellava.data.loader import started, summary
 from megatron_moellava.data.state import redistribute
 from megatron_moellava.data.tokenizer import load_tokenizer
 
@@ -393,3 +396,39 @@ def test_what_is_odd_is_named_and_counted_in_the_summary(tmp_path, caplog):
     assert all(f"2 {what}" in text for what in ("leading answer dropped", "empty answer among others", "alpha dropped"))
     assert "rows.json row 0, image 'alpha.png': transparency is dropped" in caplog.text
     assert "rows.json row 1: it begins with an answer" in caplog.text
+
+
+class Garbage:
+    """A cycle that notes which process collects it."""
+
+    def __init__(self, record: Path):
+        self.record, self.cycle = record, self
+
+    def __del__(self):
+        with self.record.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+class Forking:
+    """Starts a worker that collects garbage, as any may at any time."""
+
+    def __iter__(self):
+        worker = os.fork()
+        if not worker:
+            gc.collect()
+            os._exit(0)
+        os.waitpid(worker, 0)
+        return iter(())
+
+
+def test_workers_do_not_collect_the_garbage_of_the_process_that_started_them(tmp_path):
+    """It may be an earlier stage's trainer, whose threads do not exist in a worker: a crash."""
+    record = tmp_path / "collected"
+    gc.disable()
+    try:
+        Garbage(record)
+        started(Forking())
+    finally:
+        gc.enable()
+    assert record.read_text() == f"{os.getpid()}\n"
+    assert gc.get_freeze_count() == 0

@@ -162,7 +162,9 @@ with open(folder.parent / "order.txt", "a") as file:
     file.write(folder.name + "\\n")
 if sys.argv[2] in folder.name:
     sys.exit(7)
-(folder / "done.json").write_text(json.dumps({"numbers": {"accuracy": float(len(folder.name))}}))
+unfinished = folder / "done.tmp"
+unfinished.write_text(json.dumps({"numbers": {"accuracy": float(len(folder.name))}}))
+unfinished.rename(folder / "done.json")
 """
 
 
