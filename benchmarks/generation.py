@@ -12,6 +12,7 @@ in the result (all of them in fp32).
 
 import argparse
 import random
+import re
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,12 @@ class Numbers(Tokenizer):
 
     def token_id(self, token: str) -> int | None:
         return None
+
+    def encode_parsed(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def encode_text(self, text: str) -> tuple[list[int], list[int]]:
+        return self.encode_parsed(text), [match.start() for match in re.finditer(r"\S+", text)]
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
