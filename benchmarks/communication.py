@@ -9,18 +9,14 @@ the processes. `theory` is computed from the sizes of model and batch alone, `co
 counts, losses, norms, flags.
 """
 
-import argparse
 import functools
 import inspect
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 
 from measure import finish, say
+from processes import in_processes
 
 CONTROL = 8192  # bytes
 HIDDEN, LAYERS, FFN, SAMPLES = 256, 4, 704, 8
@@ -198,26 +194,10 @@ def trained(trainer) -> list:
     return [p for chunk in trainer.chunks for p in chunk.parameters() if p.requires_grad]
 
 
-def launch(script: str, processes: int, *arguments: str) -> None:
-    """Start `processes` of a script with torchrun, one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, script, *arguments], check=True, env=environment, stdout=sys.stderr)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        work(args.worker, args.out)
+    layouts = in_processes(__file__, __doc__, {name: count for name, (count, *_) in LAYOUTS.items()}, work)
+    if layouts is None:
         return
-    with tempfile.TemporaryDirectory() as folder:
-        for processes in (2, 4):
-            names = [name for name, (count, *_) in LAYOUTS.items() if count == processes]
-            launch(__file__, processes, "--out", folder, "--worker", *names)
-        layouts = {name: json.loads((Path(folder) / f"{name}.json").read_text()) for name in LAYOUTS}
     for name, entry in layouts.items():
         say(f"{name}: {entry}")
     finish({"hidden": HIDDEN, "layers": LAYERS, "ffn": FFN, "layouts": layouts})

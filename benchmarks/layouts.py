@@ -7,13 +7,11 @@ says nothing about GPUs. The cost model of tools/plan.py is asked what layouts s
 answer is stored as `prediction`.
 """
 
-import argparse
 import json
-import tempfile
 from pathlib import Path
 
-from communication import launch
 from measure import finish, median, say
+from processes import in_processes
 
 HIDDEN, LAYERS, FFN, SAMPLES = 384, 4, 1056, 16
 STEPS = 5  # measured ones, after one that warms up
@@ -110,21 +108,11 @@ def _predicted(gpus: int, axes: dict | None) -> dict | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        work(args.worker, args.out)
+    counts = {name: count for name, (count, _) in LAYOUTS.items()}
+    found = in_processes(__file__, __doc__, counts, work)
+    if found is None:
         return
-    with tempfile.TemporaryDirectory() as folder:
-        for processes in (1, 2, 4):
-            names = [name for name, (count, _) in LAYOUTS.items() if count == processes]
-            launch(__file__, processes, "--out", folder, "--worker", *names)
-        measured = {
-            name: {"processes": count, **json.loads((Path(folder) / f"{name}.json").read_text())}
-            for name, (count, _) in LAYOUTS.items()
-        }
+    measured = {name: {"processes": counts[name], **entry} for name, entry in found.items()}
     say(str(measured))
     result = {"hidden": HIDDEN, "layers": LAYERS, "ffn": FFN, "experts": 4, "measured": measured}
     finish(result | {"prediction": prediction()})

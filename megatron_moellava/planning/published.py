@@ -147,6 +147,17 @@ def _ablation(name: str, value: float, moe: MoEConfig | None, trains: tuple[str,
     )
 
 
+MIXTRAL_8X22B_ZOO = Published(
+    name="Mixtral 8x22B, dropless",
+    source=f"{ZOO} (455 TFLOP/s)",
+    value=455 / 989,
+    unit="mfu",
+    backbone=MIXTRAL_8X22B,
+    gpu="h100",
+    gpus=128,
+    parallel=ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=8, expert_model_parallel_size=8),
+    moe=TOP2_OF_8,
+)
 RUNS = (
     Published(
         name="Mixtral 8x7B",
@@ -163,31 +174,12 @@ RUNS = (
         calibrates=True,
         note=f"layout: {ZOO}",
     ),
-    Published(
-        name="Mixtral 8x22B, dropless",
-        source=f"{ZOO} (455 TFLOP/s)",
-        value=455 / 989,
-        unit="mfu",
-        backbone=MIXTRAL_8X22B,
-        gpu="h100",
-        gpus=128,
-        parallel=ParallelConfig(
-            tensor_model_parallel_size=2, pipeline_model_parallel_size=8, expert_model_parallel_size=8
-        ),
-        moe=TOP2_OF_8,
-    ),
-    Published(
+    MIXTRAL_8X22B_ZOO,
+    replace(
+        MIXTRAL_8X22B_ZOO,
         name="Mixtral 8x22B",
         source=PAPER,
         value=0.493,
-        unit="mfu",
-        backbone=MIXTRAL_8X22B,
-        gpu="h100",
-        gpus=128,
-        parallel=ParallelConfig(
-            tensor_model_parallel_size=2, pipeline_model_parallel_size=8, expert_model_parallel_size=8
-        ),
-        moe=TOP2_OF_8,
         note="layout and batch assumed: those of the row above",
     ),
     Published(

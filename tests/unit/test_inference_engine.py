@@ -1,5 +1,6 @@
 """The engine says what the model says: cached, batched and interleaved answers equal the uncached model's, one by one."""
 
+import platform
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from inference_models import GATES, ask, mixed_requests, tiny_engine
 from megatron_moellava import parallel
 from megatron_moellava.config import DataError, MoEConfig
 from megatron_moellava.data.sample import Turn
+from megatron_moellava.inference.products import Products, can_pack
 from megatron_moellava.inference.requests import Request, Sampling
 from megatron_moellava.inference.running import Running
 
@@ -98,6 +100,17 @@ def test_a_gate_that_drops_treats_every_request_as_if_it_had_come_alone(seen):
     for request in mixed_requests():
         alone |= {completion.request_id: completion.tokens for completion in engine.generate([request])}
     assert together == alone
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN's layouts are x86's")
+def test_weights_are_packed_and_give_the_same_products():
+    """Where packing fails nothing but the speed changes, so that a torch without it would not be noticed."""
+    assert can_pack(torch.float32)
+    x, weight, bias = torch.randn(8, 48), torch.randn(32, 48), torch.randn(32)
+    for packs in (True, False):
+        product = Products(packs)
+        torch.testing.assert_close(product(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+        assert bool(product._packed) == packs
 
 
 def test_a_finished_row_makes_room_without_waiting_for_the_others():
