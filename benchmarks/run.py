@@ -67,7 +67,7 @@ def run(name: str, arguments: tuple[str, ...]) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[[], *TABLE], help=f"default: {' '.join(TABLE)}")
+    parser.add_argument("names", nargs="*", choices=TABLE, help=f"default: {' '.join(TABLE)}")
     names = parser.parse_args().names or list(TABLE)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"benchmarks": {}}
     failed = []
