@@ -91,18 +91,28 @@ class SdpaCoreAttention(MegatronModule):
         return F.dropout(probs_NHSS, self.dropout, self.training) @ value_NHSD
 
     def _packed(self, query_TBHD, key_TBGD, value_TBGD, packed: PackedSeqParams) -> torch.Tensor:
-        """Block-diagonal causal attention: the samples of the row become a batch, right-padded to the longest.
+        """Block-diagonal causal attention. Rows of short samples are one batch; of others, each sample is its own."""
+        if packed.max_seqlen_q <= SHORT:
+            return self._packed_batch(query_TBHD, key_TBGD, value_TBGD, packed)
+        lengths = packed.cu_seqlens_q.diff().tolist()
+        samples = (item.permute(1, 2, 0, 3).split(lengths, dim=2) for item in (query_TBHD, key_TBGD, value_TBGD))
+        context_BHTD = torch.cat([self._attend_sample(*sample) for sample in zip(*samples, strict=True)], dim=2)
+        return context_BHTD.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_sample(self, query_BHSD, key_BGSD, value_BGSD) -> torch.Tensor:
+        if query_BHSD.shape[2] <= SHORT:
+            return self._attend_short(query_BHSD, key_BGSD, value_BGSD)
+        return self._attend(query_BHSD, key_BGSD, value_BGSD, None, is_causal=True)
+
+    def _packed_batch(self, query_TBHD, key_TBGD, value_TBGD, packed: PackedSeqParams) -> torch.Tensor:
+        """The samples of the row as a batch, right-padded to the longest.
 
         Causal attention never looks to the right, so the padding needs no mask. Samples of 3 and 2 tokens:
         rows [0 1 2] and [3 4 4] of the packed row, of which position (1, 2) is thrown away.
         """
         rows_NS, valid_NS = segment_rows(packed.cu_seqlens_q, packed.max_seqlen_q, query_TBHD.shape[0])
         query, key, value = (item.squeeze(1)[rows_NS].transpose(1, 2) for item in (query_TBHD, key_TBGD, value_TBGD))
-        if packed.max_seqlen_q <= SHORT:
-            context_NSHD = self._attend_short(query, key, value).transpose(1, 2)
-        else:
-            context_NSHD = self._attend(query, key, value, None, is_causal=True).transpose(1, 2)
-        return context_NSHD[valid_NS].flatten(1).unsqueeze(1)
+        return self._attend_short(query, key, value).transpose(1, 2)[valid_NS].flatten(1).unsqueeze(1)
 
     def _share_of_row(self, query_LBHD, key_LBGD, value_LBGD, packed: PackedSeqParams | None) -> torch.Tensor:
         """Causal attention of this rank's positions to the whole row, sample by sample (`context_parallel.py`)."""

@@ -1,9 +1,11 @@
 """Where a token meets an expert: grouped-GEMM linear layers over torch's grouped_mm.
 
-Megatron-core's TEGroupedMLP does the rest (activation, routing weights, biases) and accepts any pair of builders with
-the interface of Transformer Engine's GroupedLinear. Shapes: N tokens sorted by expert, E local experts, I input and O
-output features of this shard.
+Megatron-core's TEGroupedMLP accepts any pair of builders with the interface of Transformer Engine's GroupedLinear.
+Shapes: N tokens sorted by expert, E local experts, I input and O output features of this shard.
 """
+
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +13,19 @@ import torch.nn.functional as F
 import megatron_moellava.platform as platform
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+from megatron.core.tensor_parallel import (
+    CheckpointWithoutOutput,
+    get_cuda_rng_tracker,
+    get_expert_parallel_rng_tracker_name,
+)
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
+
+BLOCK = 256  # rows whose activations stay in a core's cache
 
 
 class GroupedLinear(MegatronModule):
@@ -136,3 +145,77 @@ class GroupedRowLinear(GroupedLinear):
     """fc2 of every local expert: the input features are split."""
 
     partition_dim = 1
+
+
+class GroupedMLP(TEGroupedMLP):
+    """fc1, activation times routing weight and fc2 of every local expert; Megatron-core's fused activation needs CUDA."""
+
+    def forward(
+        self, hidden_NH: torch.Tensor, tokens_per_expert: torch.Tensor, weights_N: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """[N, H] sorted by expert -> [N, H], each row times its weight in fp32."""
+        counts, weights_N1 = tokens_per_expert.tolist(), weights_N.unsqueeze(-1)
+        inner_NO, _ = self.linear_fc1(hidden_NH, counts)
+        checkpoint = CheckpointWithoutOutput() if self.activation_recompute else None
+        if checkpoint is not None:
+            inner_NI = checkpoint.checkpoint(self._weighted_activation, inner_NO, weights_N1)
+        else:
+            inner_NI = self._weighted_activation(inner_NO, weights_N1)
+        output_NH, biases = self.linear_fc2(inner_NI, counts)
+        if checkpoint is not None:
+            checkpoint.discard_output_and_register_recompute(output_NH)
+        return self._apply_bias(output_NH, biases, counts, weights_N1), None
+
+    def _weighted_activation(self, inner_NO: torch.Tensor, weights_N1: torch.Tensor) -> torch.Tensor:
+        return WeightedActivation.apply(inner_NO, weights_N1, self.activation_func, self.config.gated_linear_unit)
+
+
+class WeightedActivation(torch.autograd.Function):
+    """activation(gate) * up * weight, or activation(inner) * weight: [N, O] and [N, 1] -> [N, I].
+
+    In fp32, and on a CPU on `BLOCK` rows at a time: whole, its fp32 values went through the main memory several times and
+    took longer than the products around it. Only the inputs are kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, inner_NO: torch.Tensor, weights_N1: torch.Tensor, activation: Callable, is_gated: bool
+    ) -> torch.Tensor:
+        ctx.activation, ctx.parts = activation, 2 if is_gated else 1
+        ctx.save_for_backward(inner_NO, weights_N1)
+        output_NI = inner_NO.new_empty(len(inner_NO), inner_NO.shape[1] // ctx.parts)
+        for rows in row_blocks(inner_NO):
+            gate_NI, *up_NI = (part.float() for part in inner_NO[rows].chunk(ctx.parts, dim=1))
+            active_NI = math.prod(up_NI, start=activation(gate_NI))
+            output_NI[rows] = active_NI * weights_N1[rows]
+        return output_NI
+
+    @staticmethod
+    def backward(ctx, grad_NI: torch.Tensor):
+        inner_NO, weights_N1 = ctx.saved_tensors
+        grad_inner_NO, grad_weights_N1 = torch.empty_like(inner_NO), torch.empty_like(weights_N1)
+        for rows in row_blocks(inner_NO):
+            gate_NI, *up_NI = (part.float() for part in inner_NO[rows].chunk(ctx.parts, dim=1))
+            to_gate_NI, *to_up_NI = grad_inner_NO[rows].chunk(ctx.parts, dim=1)
+            active_NI, grad = ctx.activation(gate_NI), grad_NI[rows].float()
+            grad_weights_N1[rows] = torch.linalg.vecdot(grad, math.prod(up_NI, start=active_NI)).unsqueeze(1)
+            grad = grad * weights_N1[rows]
+            if up_NI:
+                to_up_NI[0].copy_(grad * active_NI)
+                grad = grad * up_NI[0]
+            to_gate_NI.copy_(activation_gradient(ctx.activation, gate_NI, grad))
+        return grad_inner_NO, grad_weights_N1, None, None
+
+
+def activation_gradient(activation: Callable, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """grad * activation'(x)."""
+    if activation is F.silu:
+        return torch.ops.aten.silu_backward(grad, x)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(activation(x), x, grad)[0]
+
+
+def row_blocks(x_NO: torch.Tensor) -> list[slice]:
+    size = BLOCK if x_NO.device.type == "cpu" else max(len(x_NO), 1)
+    return [slice(start, start + size) for start in range(0, len(x_NO), size)]

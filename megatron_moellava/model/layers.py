@@ -10,7 +10,7 @@ import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoEConfig
 from megatron_moellava.model.attention import SdpaCoreAttention
-from megatron_moellava.model.experts import GroupedColumnLinear, GroupedRowLinear
+from megatron_moellava.model.experts import GroupedColumnLinear, GroupedMLP, GroupedRowLinear
 from megatron_moellava.model.kv_cache import CachedSelfAttention
 from megatron_moellava.model.moe_layer import ResidualMoELayer
 from megatron_moellava.model.norms import Norm
@@ -25,7 +25,7 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -61,7 +61,7 @@ class LocalModules(LocalSpecProvider):
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool):
         if moe_use_grouped_gemm:
-            return partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(GroupedColumnLinear, GroupedRowLinear))
+            return partial(GroupedMLP, submodules=GroupedMLPSubmodules(GroupedColumnLinear, GroupedRowLinear))
         return partial(SequentialMLP, submodules=MLPSubmodules(ColumnParallelLinear, SequentialRowLinear))
 
 
