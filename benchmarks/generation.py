@@ -7,10 +7,12 @@ A random LLaVA with Qwen2-MoE experts in every other layer (or dense) is written
 both. "equal": prompts and answers of one length, the best case of a static batch. "mixed": four batches' worth of
 requests whose answers end after 1/8 to 8/8 of the tokens; transformers takes them batch by batch and waits for the
 longest of each. Rounds alternate; medians count. The share of answers that agree token by token is
-in the result (all of them in fp32).
+in the result (all of them in fp32). Random weights leave the best two tokens close together, so in bf16 the answers part
+sooner or later; "bf16 error" tells whether either side is less exact than the other.
 """
 
 import argparse
+import copy
 import random
 import re
 import tempfile
@@ -130,6 +132,25 @@ def compare(name: str, engine: Engine, model, jobs: list[Job], args: argparse.Na
     return result
 
 
+@torch.no_grad()
+def bf16_errors(engine: Engine, model, jobs: list[Job]) -> dict[str, float]:
+    """Median relative difference of the prompts' logits from those of `model`, which is in fp32."""
+    tokens_BS = torch.tensor([job.prompt.tokens for job in jobs])
+    pixels = torch.cat([job.prompt.pixels_NCHW for job in jobs])
+    positions_BS = torch.arange(tokens_BS.shape[1]).repeat(len(jobs), 1)
+    ids_BS = tokens_BS.masked_fill(tokens_BS == IMAGE_TOKEN, VOCABULARY - 1)
+    exact, rounded = model, copy.deepcopy(model).to(torch.bfloat16)
+    expected_BSV = exact(input_ids=ids_BS, pixel_values=pixels).logits
+    logits = {
+        "ours": engine.model(tokens_BS, positions_BS, pixels_NCHW=pixels.bfloat16())[..., :VOCABULARY],
+        "transformers": rounded(input_ids=ids_BS, pixel_values=pixels.bfloat16()).logits,
+    }
+    return {
+        way: float(((item.float() - expected_BSV).norm(dim=-1) / expected_BSV.norm(dim=-1)).median())
+        for way, item in logits.items()
+    }
+
+
 def linearity(engine: Engine, jobs: list[Job], new_tokens: int, rounds: int) -> float:
     """Seconds per token of the second half over the first: 1.0 is linear."""
     ways = {
@@ -144,10 +165,13 @@ def measure(sizes: Sizes, precision: str, args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         model = write_reference(Path(folder), sizes)
         engine = open_engine(Path(folder), args.batch, precision)
-        model = model.to(torch.bfloat16) if precision == "bf16" else model
         parameters = sum(parameter.numel() for parameter in engine.model.parameters())
         say(f"{parameters / 1e6:.0f} M parameters, {sizes.experts} experts, {precision}")
         equal = make_jobs(engine, args, mixed=False)
+        errors = {}
+        if precision == "bf16":
+            errors = {"bf16 error": bf16_errors(engine, model, equal)}
+            model = model.to(torch.bfloat16)
         result = {
             "parameters": parameters,
             "experts": sizes.experts,
@@ -155,6 +179,7 @@ def measure(sizes: Sizes, precision: str, args: argparse.Namespace) -> dict:
             "equal": compare("equal", engine, model, equal, args),
             "mixed": compare("mixed", engine, model, make_jobs(engine, args, mixed=True), args),
             "second half over first": linearity(engine, equal, args.new_tokens, args.rounds),
+            **errors,
         }
     parallel.shutdown()
     return result

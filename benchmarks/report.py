@@ -139,7 +139,7 @@ def train_step(results: dict) -> str:
     sizes, positions = results["sizes"], results["positions"]
     return f"""## A training step
 
-Stage 3 of a LLaVA with {results["parameters"] / 1e6:.0f} M parameters ({sizes["layers"]} layers of {sizes["hidden"]}, {sizes["experts"]} experts of {sizes["ffn"]} in every other one), the same weights and the same {results["samples"]} samples for all: {results["real tokens"]:,} tokens with lengths as in LLaVA's 665k mix divided by four, of which {results["useful tokens"]:,} carry a loss or an image. Ours packs them into {positions["ours"]:,} positions; grouped by modality and length and padded, as the original does it, they fill {positions["padded"]:,}.
+Stage 3 of a LLaVA with {results["parameters"] / 1e6:.0f} M parameters ({sizes["layers"]} layers of {sizes["hidden"]}, {sizes["experts"]} experts of {sizes["ffn"]} in every other one), the same weights and the same {results["samples"]} samples for all: {results["real tokens"]:,} tokens with lengths as in LLaVA's 665k mix divided by four, of which {results["useful tokens"]:,} carry a loss or an image. Ours packs them into {positions["ours"]:,} positions; in micro-batches of one modality and equal total length and padded, as the original does it on eight GPUs, they fill {positions["padded"]:,}.
 
 {table(["", "seconds per step", "useful tokens/s", "times our time", "first loss"], rows)}
 
@@ -219,15 +219,16 @@ def generation(results: dict) -> str:
                 for kind in ("equal", "mixed")
             ),
             percent(row["equal"]["identical answers"]),
+            ", ".join(percent(error) for error in row.get("bf16 error", {}).values()) or "-",
             number(row["second half over first"]),
         ]
         for row in results["rows"]
     ]
     return f"""## Generation
 
-Beside transformers' `generate` (static batch of {results["batch"]}, the same weights), {results["new tokens"]} new tokens, greedy. "Equal": all answers of one length, the best case of a static batch; "mixed": answers of 1/8 to 8/8 of it, four batches' worth. The last column is what the second {results["new tokens"]} tokens cost beside the first: 1 is linear. Aim: at least 1.5.
+Beside transformers' `generate` (static batch of {results["batch"]}, the same weights), {results["new tokens"]} new tokens, greedy. "Equal": all answers of one length, the best case of a static batch; "mixed": answers of 1/8 to 8/8 of it, four batches' worth. The last column is what the second {results["new tokens"]} tokens cost beside the first: 1 is linear. Aim: at least 1.5. With random weights the best two tokens are close together, so answers in bf16 part sooner or later; the error of the logits from those in fp32 (median over positions, ours and transformers') tells whether one side is less exact.
 
-{table(["model", "equal lengths: ours, theirs (tokens/s): ratio", "mixed lengths", "identical answers", "second / first"], rows)}"""
+{table(["model", "equal lengths: ours, theirs (tokens/s): ratio", "mixed lengths", "identical answers", "error in bf16: ours, theirs", "second / first"], rows)}"""
 
 
 def data(results: dict) -> str:

@@ -64,15 +64,16 @@ def useful_tokens(samples: list[Sample]) -> int:
     return sum(int(((s.labels_S != IGNORE) | (s.tokens_S == IMAGE_TOKEN)).sum()) for s, _ in samples)
 
 
-def packed_rows(samples: list[Sample], scale: Scale) -> list[Batch]:
-    """All samples in rows, chosen as the loader chooses them."""
+def packed_rows(samples: list[Sample], scale: Scale, seq_length: int | None = None) -> list[Batch]:
+    """All samples in rows of `seq_length` (the scale's), chosen as the loader chooses them."""
+    seq_length = seq_length or scale.seq_length
     waiting, rows = list(samples), []
     while waiting:
-        chosen, left = select_rows([len(sample) for sample, _ in waiting], scale.seq_length)
+        chosen, left = select_rows([len(sample) for sample, _ in waiting], seq_length)
         for row in chosen:
             part = [waiting[i] for i in row]
             pixels = [pixels for _, pixels in part if pixels is not None]
-            rows.append(pack([s for s, _ in part], pixels, scale.seq_length, 0, (3, scale.image, scale.image)))
+            rows.append(pack([s for s, _ in part], pixels, seq_length, 0, (3, scale.image, scale.image)))
         waiting = [waiting[i] for i in left]
     return rows
 

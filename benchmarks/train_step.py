@@ -1,15 +1,18 @@
 """A whole training step, ours beside a padded one: useful tokens (they carry a loss or an image) per second.
 
-  python benchmarks/train_step.py [--samples 32] [--batch 8] [--rounds 3] [--deepspeed FOLDER]
+  python benchmarks/train_step.py [--samples 128] [--batch 8] [--rounds 3] [--deepspeed FOLDER]
 
 Stage 3 (experts, router, dense FFNs and projector are trained) on the same weights and the same samples, whose lengths
-follow LLaVA's 665k mix divided by four: images of 144 visual tokens, at most 512 tokens. Forward, backward, AdamW.
+follow LLaVA's 665k mix divided by four: images of 144 visual tokens, at most 512 tokens. Forward, backward, AdamW of the
+recipe's global batch, 128 samples, on one process.
 
-ours     tools/train.py's trainer: samples packed into rows of 512, dropless grouped experts, distributed optimizer
+ours     tools/train.py's trainer: samples packed into rows of 2,048 (8,192 divided by four; a padded batch has more),
+         dropless grouped experts, distributed optimizer
 padded   transformers' LlavaForConditionalGeneration in bf16 with DeepSpeed's MoE layer (gate, einsum dispatch, experts,
-         capacity factor 1.5), samples batched as the original does it: grouped by modality and length, padded to the
-         longest. Width over tokens per batch, which decides what the dispatch costs beside the experts, is about that
-         of the original's recipes (StableLM-2 with 5,632 and 8 samples of about 1,000).
+         capacity factor 1.5), samples batched as the original does it on eight GPUs: grouped by modality, cut into 16
+         micro-batches of 8 samples and as equal total lengths as possible, padded to the longest. Width over tokens per
+         batch, which decides what the dispatch costs beside the experts, is about that of the original's recipes
+         (StableLM-2 with 5,632 and 8 samples of about 1,000).
 eager    the same without DeepSpeed: transformers' own experts, one after another
 """
 
@@ -44,6 +47,8 @@ SIZES = Sizes(
     tower_hidden=128,
 )
 AUX_LOSS = 0.01
+ROW = 4 * QUARTER.seq_length  # samples are cut at 512, as the original's at 2,048; a row holds fewer tokens than a padded batch
+CHUNKS = 16  # micro-batches of a global batch: 8 GPUs, 2 steps of accumulation
 
 
 def our_trainer(folder: Path, rows: list[Batch]) -> Trainer:
@@ -53,7 +58,7 @@ def our_trainer(folder: Path, rows: list[Batch]) -> Trainer:
     run = RunConfig(
         model=ModelConfig(backbone=str(checkpoint), tower=str(checkpoint)),
         moe=MoEConfig(**{**model["moe"], "moe_aux_loss_coeff": AUX_LOSS}),
-        data=DataConfig(seq_length=QUARTER.seq_length),
+        data=DataConfig(seq_length=ROW),
         training=TrainingConfig(stage=3, global_batch_size=len(rows)),
         optimizer=OptimizerConfig(lr=1e-5),
     )
@@ -119,7 +124,7 @@ class Padded:
         self.optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
         # The sign that stands for "text only" in the original's lengths.
         lengths = np.array([len(s) if pixels is not None else -len(s) for s, pixels in samples])
-        order = epoch_order(lengths, batch, 1, torch.Generator().manual_seed(1))
+        order = epoch_order(lengths, batch, CHUNKS, torch.Generator().manual_seed(1))
         self.batches = [
             self._collate([samples[i] for i in order[start : start + batch]]) for start in range(0, len(order), batch)
         ]
@@ -158,13 +163,13 @@ class Padded:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8, help="samples per padded micro-batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--deepspeed", type=Path, help="folder with a deepspeed whose dispatch is an einsum")
     args = parser.parse_args()
     samples = make_samples(args.samples, QUARTER)
-    rows = packed_rows(samples, QUARTER)
+    rows = packed_rows(samples, QUARTER, ROW)
     with tempfile.TemporaryDirectory() as folder:
         models = [write_reference(Path(folder), SIZES) for _ in range(2)]
         trainer = our_trainer(Path(folder), rows)
@@ -186,7 +191,7 @@ def main() -> None:
         "samples": len(samples),
         "real tokens": real,
         "useful tokens": useful,
-        "positions": {"ours": len(rows) * QUARTER.seq_length, "padded": padded.positions},
+        "positions": {"ours": len(rows) * ROW, "padded": padded.positions},
         "deepspeed": version,
         "first loss": {name: values[0] for name, values in losses.items()},
         "step seconds": {name: median(values) for name, values in seconds.items()},
