@@ -13,7 +13,8 @@ padded   transformers' LlavaForConditionalGeneration in bf16 with DeepSpeed's Mo
          micro-batches of 8 samples and as equal total lengths as possible, padded to the longest. Width over tokens per
          batch, which decides what the dispatch costs beside the experts, is about that of the original's recipes
          (StableLM-2 with 5,632 and 8 samples of about 1,000).
-eager    the same without DeepSpeed: transformers' own experts, one after another
+recipe   the same with gradient checkpointing, which all of the original's recipes have
+eager    as "padded", but transformers' own experts, one after another, instead of DeepSpeed's
 """
 
 import argparse
@@ -47,7 +48,9 @@ SIZES = Sizes(
     tower_hidden=128,
 )
 AUX_LOSS = 0.01
-ROW = 4 * QUARTER.seq_length  # samples are cut at 512, as the original's at 2,048; a row holds fewer tokens than a padded batch
+ROW = (
+    4 * QUARTER.seq_length
+)  # samples are cut at 512, as the original's at 2,048; a row holds fewer tokens than a padded batch
 CHUNKS = 16  # micro-batches of a global batch: 8 GPUs, 2 steps of accumulation
 
 
@@ -112,8 +115,10 @@ TRAINED = ("multi_modal_projector", ".mlp.")  # stage 3
 class Padded:
     """Batches of the original's order, padded; a step accumulates their gradients and updates."""
 
-    def __init__(self, model, samples, batch: int, replace):
+    def __init__(self, model, samples, batch: int, replace, checkpointing: bool = False):
         self.model = model.to(torch.bfloat16).train()
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.experts = []
         for layer in model.model.language_model.layers:
             if hasattr(layer.mlp, "experts"):
@@ -171,15 +176,17 @@ def main() -> None:
     samples = make_samples(args.samples, QUARTER)
     rows = packed_rows(samples, QUARTER, ROW)
     with tempfile.TemporaryDirectory() as folder:
-        models = [write_reference(Path(folder), SIZES) for _ in range(2)]
+        models = [write_reference(Path(folder), SIZES) for _ in range(3)]
         trainer = our_trainer(Path(folder), rows)
         moe_class, version = import_deepspeed(args.deepspeed)
         padded = Padded(models[0], samples, args.batch, lambda block: DeepSpeedExperts(moe_class, block))
-        eager = Padded(models[1], samples, args.batch, EagerExperts)
-        losses: dict[str, list[float]] = {"ours": [], "padded": [], "eager": []}
+        recipe = Padded(models[1], samples, args.batch, lambda block: DeepSpeedExperts(moe_class, block), True)
+        eager = Padded(models[2], samples, args.batch, EagerExperts)
+        losses: dict[str, list[float]] = {"ours": [], "padded": [], "recipe": [], "eager": []}
         ways = {
             "ours": lambda: losses["ours"].append(trainer.step()[0]["loss"]),
             "padded": lambda: losses["padded"].append(padded.step()),
+            "recipe": lambda: losses["recipe"].append(recipe.step()),
             "eager": lambda: losses["eager"].append(eager.step()),
         }
         seconds = take_turns(ways, args.rounds)
