@@ -90,7 +90,7 @@ def run_resumed(job: dict, folder: Path) -> dict:
 
 def _forget_digests(checkpoint: Path) -> None:
     description = json.loads((checkpoint / "run.json").read_text())
-    del description["sha256"]
+    del description["sha256"], description["checksum"]
     (checkpoint / "run.json").write_text(json.dumps(description))
 
 
