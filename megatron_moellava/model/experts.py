@@ -13,11 +13,7 @@ import torch.nn.functional as F
 import megatron_moellava.platform as platform
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    CheckpointWithoutOutput,
-    get_cuda_rng_tracker,
-    get_expert_parallel_rng_tracker_name,
-)
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import TEGroupedMLP
@@ -156,18 +152,11 @@ class GroupedMLP(TEGroupedMLP):
         """[N, H] sorted by expert -> [N, H], each row times its weight in fp32."""
         counts, weights_N1 = tokens_per_expert.tolist(), weights_N.unsqueeze(-1)
         inner_NO, _ = self.linear_fc1(hidden_NH, counts)
-        checkpoint = CheckpointWithoutOutput() if self.activation_recompute else None
-        if checkpoint is not None:
-            inner_NI = checkpoint.checkpoint(self._weighted_activation, inner_NO, weights_N1)
-        else:
-            inner_NI = self._weighted_activation(inner_NO, weights_N1)
+        inner_NI = WeightedActivation.apply(
+            inner_NO, weights_N1, self.config.activation_func, self.config.gated_linear_unit
+        )
         output_NH, biases = self.linear_fc2(inner_NI, counts)
-        if checkpoint is not None:
-            checkpoint.discard_output_and_register_recompute(output_NH)
         return self._apply_bias(output_NH, biases, counts, weights_N1), None
-
-    def _weighted_activation(self, inner_NO: torch.Tensor, weights_N1: torch.Tensor) -> torch.Tensor:
-        return WeightedActivation.apply(inner_NO, weights_N1, self.activation_func, self.config.gated_linear_unit)
 
 
 class WeightedActivation(torch.autograd.Function):
