@@ -5,6 +5,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import REPO, Cluster
 
@@ -37,9 +38,11 @@ def processes(save: Path) -> dict[int, list[str]]:
 
 
 def workers(save: Path) -> list[int]:
-    """Process ids of the training processes."""
+    """Process ids of the training processes, without the loaders and writers that they have forked."""
     others = ("srun", "launch.py", "--validate-only")
-    return [pid for pid, words in processes(save).items() if not any(word.endswith(others) for word in words)]
+    found = [pid for pid, words in processes(save).items() if not any(word.endswith(others) for word in words)]
+    parents = {process.pid: process.info["ppid"] for process in psutil.process_iter(["ppid"])}
+    return [pid for pid in found if pid in parents and parents[pid] not in found]
 
 
 @pytest.fixture(scope="session")
