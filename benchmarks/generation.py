@@ -139,8 +139,8 @@ def bf16_errors(engine: Engine, model, jobs: list[Job]) -> dict[str, float]:
     pixels = torch.cat([job.prompt.pixels_NCHW for job in jobs])
     positions_BS = torch.arange(tokens_BS.shape[1]).repeat(len(jobs), 1)
     ids_BS = tokens_BS.masked_fill(tokens_BS == IMAGE_TOKEN, VOCABULARY - 1)
-    exact, rounded = model, copy.deepcopy(model).to(torch.bfloat16)
-    expected_BSV = exact(input_ids=ids_BS, pixel_values=pixels).logits
+    rounded = copy.deepcopy(model).to(torch.bfloat16)
+    expected_BSV = model(input_ids=ids_BS, pixel_values=pixels).logits
     logits = {
         "ours": engine.model(tokens_BS, positions_BS, pixels_NCHW=pixels.bfloat16())[..., :VOCABULARY],
         "transformers": rounded(input_ids=ids_BS, pixel_values=pixels.bfloat16()).logits,

@@ -110,6 +110,10 @@ def import_deepspeed(folder: Path | None):
         from deepspeed.moe import sharded_moe
         from deepspeed.moe.layer import MoE
         from deepspeed.utils import logger
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"no usable deepspeed in {folder or sys.prefix} ({error}); `make bench` installs both releases into .bench-venv"
+        ) from None
     finally:
         if folder is not None:
             sys.path.remove(str(folder))
@@ -233,7 +237,7 @@ def main() -> None:
     args = parser.parse_args()
     parallel.initialize(ParallelConfig(), 1)
     deepspeed = {}
-    if importlib.metadata.distributions(name="deepspeed"):
+    if any(importlib.metadata.distributions(name="deepspeed")):
         deepspeed["deepspeed newest"] = import_deepspeed(None)
     if args.deepspeed is not None:
         deepspeed["deepspeed einsum"] = import_deepspeed(args.deepspeed)

@@ -48,9 +48,8 @@ SIZES = Sizes(
     tower_hidden=128,
 )
 AUX_LOSS = 0.01
-ROW = (
-    4 * QUARTER.seq_length
-)  # samples are cut at 512, as the original's at 2,048; a row holds fewer tokens than a padded batch
+# Samples are cut at 512, as the original's at 2,048; a row holds fewer tokens than a padded batch.
+ROW = 4 * QUARTER.seq_length
 CHUNKS = 16  # micro-batches of a global batch: 8 GPUs, 2 steps of accumulation
 
 

@@ -144,7 +144,10 @@ class GroupedRowLinear(GroupedLinear):
 
 
 class GroupedMLP(TEGroupedMLP):
-    """fc1, activation times routing weight and fc2 of every local expert; Megatron-core's fused activation needs CUDA."""
+    """fc1, activation times routing weight and fc2 of every local expert.
+
+    Megatron-core's own forward, but for the activation: it works on all rows at once, and its fused one knows SwiGLU alone.
+    """
 
     def forward(
         self, hidden_NH: torch.Tensor, tokens_per_expert: torch.Tensor, weights_N: torch.Tensor

@@ -11,15 +11,13 @@ import torch.nn.functional as F
 import megatron_moellava.platform  # noqa: F401 -- before megatron.core
 from megatron_moellava.model.attention import SHORT, SdpaCoreAttention
 from megatron_moellava.model.experts import BLOCK, WeightedActivation
+from megatron_moellava.model.moe_llava import packed_seq_params
 
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
-
-gelu = F.gelu
 
 
 @pytest.mark.parametrize("rows", [0, 1, BLOCK, 2 * BLOCK + 37])
-@pytest.mark.parametrize("activation, is_gated", [(F.silu, True), (F.silu, False), (gelu, True), (gelu, False)])
+@pytest.mark.parametrize("activation, is_gated", [(F.silu, True), (F.silu, False), (F.gelu, True), (F.gelu, False)])
 def test_weighted_activation(rows, activation, is_gated):
     torch.manual_seed(1)
     inner = torch.randn(rows, 24, requires_grad=True)
@@ -50,15 +48,10 @@ def test_weighted_activation_of_bf16_is_rounded_once():
 def test_packed_attention_is_each_sample_by_itself(lengths, groups):
     torch.manual_seed(1)
     config = SimpleNamespace(context_parallel_size=1, kv_channels=8, attention_dropout=0.0)
-    module = SdpaCoreAttention.__new__(SdpaCoreAttention)
-    torch.nn.Module.__init__(module)
-    module.config, module.cp_group, module.dropout = config, None, 0.0
-    module.attn_mask_type, module.softmax_scale = AttnMaskType.causal, 1 / math.sqrt(8)
+    module = SdpaCoreAttention(config, 1, AttnMaskType.causal, "self")
     tokens = sum(lengths)
     boundaries = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    packed = PackedSeqParams(
-        qkv_format="segmented_sbhd", cu_seqlens_q=torch.tensor(boundaries), max_seqlen_q=max(lengths)
-    )
+    packed = packed_seq_params(torch.tensor(boundaries), max(lengths))
     inputs = [torch.randn(tokens, 1, heads, 8, requires_grad=True) for heads in (4, groups, groups)]
     output = module(*inputs, None, packed_seq_params=packed)
 
