@@ -6,8 +6,9 @@ python tools/ablate.py examples/ablations/topk.yaml --cell $SLURM_ARRAY_TASK_ID 
 python tools/ablate.py examples/ablations/*.yaml --report               tables of what is finished; trains nothing
 python tools/ablate.py examples/ablations/*.yaml --docs docs/ablations.md          the same as a document
 
-Results go to RUNS/<grid>/: results.jsonl, table.md, plot.png. Runs that share their first stages share them, a finished one
-is never repeated, and the same command continues. Exit codes: 0, 1 something failed, 2 the grid is wrong, 85 interrupted.
+Results go to RUNS/<grid>/: results.jsonl, table.md, plot.png, and curves.png where the grid asks for it. Runs that share
+their first stages share them, a finished one is never repeated, and the same command continues. Exit codes: 0, 1 something
+failed, 2 the grid is wrong, 85 interrupted.
 """
 
 import argparse
@@ -174,31 +175,42 @@ def print_shell(args, grids) -> int:
 def write_grid(args, grid) -> str:
     """Table and plot of a grid; returns the table."""
     from megatron_moellava.experiments.results import collect, write_results
-    from megatron_moellava.experiments.tables import plot, report
+    from megatron_moellava.experiments.tables import report
 
     rows = collect(grid, args.runs)
     folder = args.runs / grid.name
     write_results(folder, rows)
     if not rows:
         return f"{grid.title}: nothing is finished yet"
-    plot(grid, rows, folder / "plot.png")
-    (folder / "table.md").write_text(report(grid, rows, "plot.png"))
+    drawn = draw(args, grid, rows, folder, "{}.png")
+    (folder / "table.md").write_text(report(grid, rows, *drawn))
     return report(grid, rows)
+
+
+def draw(args, grid, rows, folder: Path, name: str) -> list[str]:
+    """The pictures of a grid; returns their file names."""
+    from megatron_moellava.experiments.tables import plot, plot_curves
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [name.format("plot")]
+    plot(grid, rows, folder / names[0])
+    if grid.curves:
+        names.append(name.format("curves"))
+        plot_curves(grid, rows, args.runs, folder / names[1])
+    return names
 
 
 def write_document(args, grids) -> int:
     from megatron_moellava.experiments.results import collect
-    from megatron_moellava.experiments.tables import plot, report
+    from megatron_moellava.experiments.tables import report
 
     parts = [DOCS_HEAD]
     for grid in grids:
         rows = collect(grid, args.runs)
         if not rows:
             continue
-        picture = args.docs.parent / "images" / f"ablation_{grid.name}.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        plot(grid, rows, picture)
-        parts.append(report(grid, rows, f"images/{picture.name}"))
+        drawn = draw(args, grid, rows, args.docs.parent / "images", f"ablation_{grid.name}_{{}}.png")
+        parts.append(report(grid, rows, *(f"images/{name}" for name in drawn)))
     if len(parts) == 1:
         parts.append("No grid has been run yet.\n")
     args.docs.write_text("\n".join(parts))

@@ -2,7 +2,8 @@
 
 Greedy decoding reproduces the truth exactly when, with the truth as input, the most likely token at every answer position
 is the next one of the truth (its end token included). Where one differs, greedy decoding would have said that token; the
-text up to and including it is the prediction. Questions are packed like training rows. Suffixes: B rows, S positions.
+text up to and including it is the prediction. The same pass gives the loss of the truth, which still tells models apart
+that answer nearly everything. Questions are packed like training rows. Suffixes: B rows, S positions, L those of a rank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from megatron_moellava.data import media
 from megatron_moellava.data.batch import Batch, pack
 from megatron_moellava.data.encode import IGNORE, EncodedSample, Encoder
 from megatron_moellava.data.sample import parse_record
-from megatron_moellava.model.context_parallel import gather_positions
+from megatron_moellava.model.context_parallel import gather_positions, share
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.loop import model_inputs
@@ -38,16 +39,17 @@ def predict(
     *,
     blank: bool = False,
     observer: RoutingObserver | None = None,
-) -> list[str]:
-    """What greedy decoding answers to each row {image, question, answer}, in order, on every rank.
+) -> list[dict]:
+    """{"prediction", "loss"} of each row {image, question, answer}, in order, on every rank.
 
-    `blank`: every picture is replaced by the mean colour, to see what the words alone give away. `observer`: counts
-    which experts the tokens go to.
+    `prediction` is what greedy decoding answers, `loss` minus the log of the probability of the truth, in nats. `blank`:
+    every picture is replaced by the mean colour, to see what the words alone give away. `observer`: counts which experts
+    the tokens go to.
     """
     plan = Plan(encoder, rows, Path(image_folder), blank)
     mine, counted = plan.of_rank(parallel.data_parallel_rank(), parallel.data_parallel_size())
     source = plan.batches(mine, chunks[0].tower) if parallel.reads_data() else None
-    found: dict[int, str] = {}
+    found: dict[int, dict] = {}
     for chunk in chunks:
         chunk.eval()
     for start in range(0, len(mine), at_once := ROWS_PER_STAGE * parallel.num_stages()):
@@ -56,19 +58,19 @@ def predict(
         batches = [broadcast_batch(next(source) if source is not None else None) for _ in part]
         observed = [observer if start + number < counted else None for number in range(len(part))]
         guesses = _guesses(chunks, list(zip(batches, observed, strict=True)), encoder.max_length)
-        for packed, guess_S in zip(part, guesses, strict=False):  # no guesses on stages before the last
-            found |= plan.read(packed, guess_S.numpy())
+        for packed, (guess_S, loss_S) in zip(part, guesses, strict=False):  # no guesses on stages before the last
+            found |= plan.read(packed, guess_S.numpy(), loss_S.numpy())
     for chunk in chunks:
         chunk.train()
     everywhere: list[dict | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, found)
-    merged = {index: text for part in everywhere for index, text in part.items()}
+    merged = {index: said for part in everywhere for index, said in part.items()}
     return [merged[index] for index in range(len(rows))]
 
 
 @torch.no_grad()
-def _guesses(chunks: list[MoELlava], batches: list[tuple], length: int) -> list[torch.Tensor]:
-    """The likeliest next token at every position [S] of each batch; on the last pipeline stage, others return nothing."""
+def _guesses(chunks: list[MoELlava], batches: list[tuple], length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Likeliest next token and loss of the label [S] of each batch; on the last pipeline stage, others return nothing."""
     iterators = [iter(batches) for _ in chunks]
     return get_forward_backward_func()(
         forward_step_func=_forward_step,
@@ -85,7 +87,15 @@ def _forward_step(batches: Iterator[tuple[Batch, RoutingObserver | None]], model
     batch, observer = next(batches)
     with observer.observe(batch) if observer else nullcontext():
         logits = model(**(model_inputs(batch) | {"labels_BS": None}))
-    return logits, lambda logits_BLV: (torch.zeros(1), gather_positions(logits_BLV[0].argmax(dim=-1)).cpu())
+
+    def read(logits_BLV: torch.Tensor):
+        labels_L = share(batch.labels_BS)[0]
+        losses_L = torch.nn.functional.cross_entropy(
+            logits_BLV[0].float(), labels_L, ignore_index=IGNORE, reduction="none"
+        )
+        return torch.zeros(1), tuple(gather_positions(part_L).cpu() for part_L in (logits_BLV[0].argmax(-1), losses_L))
+
+    return logits, read
 
 
 @dataclass(slots=True)
@@ -129,15 +139,17 @@ class Plan:
                 ]
             yield pack(samples, pixels, self.encoder.max_length, self.encoder.tokenizer.pad_id, shape)
 
-    def read(self, packed: list[tuple[int, EncodedSample]], guess_S: np.ndarray) -> dict[int, str]:
-        """Predictions of the questions in one packed row."""
+    def read(self, packed: list[tuple[int, EncodedSample]], guess_S: np.ndarray, loss_S: np.ndarray) -> dict[int, dict]:
+        """Predictions and losses of the questions in one packed row."""
         found, start = {}, 0
         for index, sample in packed:
             answer = sample.labels_S != IGNORE
-            truth, guess = sample.labels_S[answer], guess_S[start : start + len(sample)][answer]
+            here = slice(start, start + len(sample))
+            truth, guess = sample.labels_S[answer], guess_S[here][answer]
             wrong = np.flatnonzero(truth != guess)
             said = truth[:-1] if not len(wrong) else guess[: wrong[0] + 1]
-            found[index] = self.encoder.tokenizer.decode([int(token) for token in said]).strip()
+            text = self.encoder.tokenizer.decode([int(token) for token in said]).strip()
+            found[index] = {"prediction": text, "loss": float(loss_S[here][answer].sum())}
             start += len(sample)
         return found
 

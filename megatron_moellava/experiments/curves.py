@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 WINDOW = 30  # steps before, whose median is the expected loss
-SPIKE = 2.0  # times that median
+SPIKE = 2.0  # times that median, and
+MARGIN = 0.1  # nats above it: small losses differ more from batch to batch
 LAST = 0.1  # share of the steps whose mean is the final loss
 
 
@@ -50,7 +51,7 @@ def loss_spikes(losses: Sequence[float]) -> int:
     for number, loss in enumerate(losses):
         before = [value for value in losses[max(0, number - WINDOW) : number] if math.isfinite(value)]
         expected = statistics.median(before) if len(before) >= WINDOW // 2 else math.inf
-        is_high = not math.isfinite(loss) or loss > SPIKE * expected
+        is_high = not math.isfinite(loss) or loss > max(SPIKE * expected, expected + MARGIN)
         spikes += is_high and not inside
         inside = is_high
     return spikes

@@ -35,6 +35,7 @@ TOP = {
     "steps",
     "end",
     "metrics",
+    "curves",
     "paper",
 }
 
@@ -83,6 +84,7 @@ class Grid:
     end: str = ""  # the step whose result is a cell's, unless the cell says another; empty: the last
     against: dict[str, str] = field(default_factory=dict)  # cell -> what it is compared with, instead of the baseline
     metrics: tuple[str, ...] = ("accuracy",)
+    curves: bool = False  # whether the report shows the loss of every step
     paper: dict = field(default_factory=dict)  # the paper's table: {"columns", "rows", "note"}
 
     def chain(self, cell: str, seed: int) -> list[Node]:
@@ -156,6 +158,7 @@ def load_grid(path: str | Path, *, seeds: Sequence[int] = (), steps_scale: float
         end=tree.get("end", ""),
         against=tree.get("against") or {},
         metrics=tuple(tree.get("metrics", ("accuracy",))),
+        curves=bool(tree.get("curves", False)),
         paper=tree.get("paper") or {},
     )
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -122,7 +123,7 @@ def _train(grid: Grid, runs: Path, node: Node, folder: Path) -> dict | None:
         if node.settings.get("ask"):
             rows, images = _questions(grid, runs, node)
             answers = ask_closed(trainer, run, rows, images)
-            scores = scores_of(answers.score)
+            scores = scores_of(answers.score, answers.answered)
     except TrainingDiverged as error:
         print(error, flush=True)
         diverged = True
@@ -172,8 +173,9 @@ def _questions(grid: Grid, runs: Path, node: Node) -> tuple[list[dict], Path]:
     return rows, Path(resolve(grid, runs, node, "ask.images", ask["images"]))
 
 
-def scores_of(score: dict) -> dict[str, float]:
-    """Flat numbers: accuracy, one for each question type, and the F1 of the existence questions."""
+def scores_of(score: dict, answered: list[dict]) -> dict[str, float]:
+    """Flat numbers: accuracy, loss of the true answers, accuracy of each question type, F1 of the existence questions."""
     types = {f"accuracy {name}": part["accuracy"] for name, part in score["types"].items()}
     existence = {"existence F1": score["existence"]["f1"]} if score["existence"] else {}
-    return {"accuracy": score["accuracy"], **types, **existence}
+    held_out_loss = statistics.fmean(row["loss"] for row in answered)
+    return {"accuracy": score["accuracy"], "held_out_loss": held_out_loss, **types, **existence}

@@ -7,12 +7,13 @@ people, may share a folder of runs. Free of torch.
 import contextlib
 import fcntl
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ class Scheduler:
     failed: dict[str, int] = field(default_factory=dict)  # node -> exit code
     children: set[subprocess.Popen] = field(default_factory=set)
     guard: threading.Lock = field(default_factory=threading.Lock)
+    cores: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)  # one share for each job
 
     def run(self, chains: Sequence[Sequence[Node]], after: Callable[[], None] = lambda: None) -> int:
         """Run what is not finished. `after` is called whenever a node has. Returns 0, 85 after a signal, or 1.
@@ -43,6 +45,8 @@ class Scheduler:
         """
         waiting = {node.name: node for chain in chains for node in chain if finished(self.runs, node) is None}
         running: dict[Future, Node] = {}
+        for share in core_shares(os.sched_getaffinity(0), self.jobs):
+            self.cores.put(share)
         with self._signals(), ThreadPoolExecutor(max_workers=self.jobs) as pool:
             while waiting or running:
                 for node in [node for node in waiting.values() if self._ready(node)][: self.jobs - len(running)]:
@@ -75,9 +79,12 @@ class Scheduler:
             began, log = time.monotonic(), self.runs / f"{node.name}.log"
             with log.open("a") as output:
                 child = subprocess.Popen(self.start(node), stdout=output, stderr=subprocess.STDOUT)
+                share = self.cores.get()
+                os.sched_setaffinity(child.pid, share)
                 with self.guard:
                     self.children.add(child)
                 code = child.wait()
+                self.cores.put(share)
                 with self.guard:
                     self.children.discard(child)
         minutes = (time.monotonic() - began) / 60
@@ -101,6 +108,12 @@ class Scheduler:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def core_shares(cores: Iterable[int], jobs: int) -> list[set[int]]:
+    """Which cores each job may use: threads of two jobs on one core wait for each other (2.3 instead of 12.5 steps/s)."""
+    cores = sorted(cores)
+    return [set(cores[number::jobs]) or {cores[number % len(cores)]} for number in range(jobs)]
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ class Interrupted(MoELlavaError):
 @dataclass(frozen=True, slots=True)
 class Answers:
     score: dict  # evaluation.quickstart_metrics.score_quickstart
-    answered: list[dict]  # the rows with what the model said
+    answered: list[dict]  # the rows with `prediction` and `loss`
     routing: RoutingSums | None  # of the questions; None: dense
     blanked: list[dict] | None  # the same rows with blank pictures
 
@@ -49,12 +49,12 @@ def ask_closed(
     if trainer.routing is not None:
         trainer.routing.collect()  # what training has left
     said = predict(trainer.chunks, encoder, rows, image_folder, observer=trainer.routing)
-    answered = [{**row, "prediction": text} for row, text in zip(rows, said, strict=True)]
+    answered = [row | answer for row, answer in zip(rows, said, strict=True)]
     routing = trainer.routing.collect() if trainer.routing is not None else None
     blanked = None
     if blank:
         said = predict(trainer.chunks, encoder, rows, image_folder, blank=True)
-        blanked = [{**row, "prediction": text} for row, text in zip(rows, said, strict=True)]
+        blanked = [row | answer for row, answer in zip(rows, said, strict=True)]
     return Answers(score_quickstart(answered), answered, routing, blanked)
 
 

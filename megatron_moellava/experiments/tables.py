@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_moellava.experiments.curves import read_lines
 from megatron_moellava.experiments.grid import Grid
 from megatron_moellava.experiments.results import LEVEL, Summary, summarise
 
@@ -148,10 +149,45 @@ def plot(grid: Grid, rows: Sequence[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def report(grid: Grid, rows: Sequence[dict], picture: str = "") -> str:
+def plot_curves(grid: Grid, rows: Sequence[dict], runs: Path, path: Path) -> None:
+    """The loss of every step: a panel for each cell with a line for each seed, the baseline in grey behind it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves: dict[str, list[tuple[list, list]]] = {cell: [] for cell in grid.cells}
+    for row in rows:
+        steps = read_lines(runs / row["node"] / "steps.jsonl")
+        curves[row["cell"]].append(([step["iteration"] for step in steps], [step["loss"] for step in steps]))
+    shown = [cell for cell, own in curves.items() if own]
+    across = min(3, len(shown))
+    down = -(-len(shown) // across)
+    figure, panels = plt.subplots(
+        down, across, figsize=(4 * across, 2.4 * down), sharex=True, sharey=True, squeeze=False
+    )
+    for panel, cell in zip(panels.flat, shown, strict=False):
+        for iterations, losses in curves[grid.baseline]:
+            panel.plot(iterations, losses, color="0.75", linewidth=0.8)
+        for iterations, losses in curves[cell]:
+            panel.plot(iterations, losses, linewidth=0.8)
+        panel.set_title(cell, fontsize=9)
+        panel.set_yscale("log")
+        panel.grid(alpha=0.3)
+    for panel in panels.flat[len(shown) :]:
+        panel.set_visible(False)
+    figure.supxlabel("step")
+    figure.supylabel("loss")
+    figure.suptitle(f"{grid.title} (lines: seeds; grey: {grid.baseline})", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def report(grid: Grid, rows: Sequence[dict], *pictures: str) -> str:
     """A section about one grid."""
     parts = [f"## {grid.title}", grid.question.strip(), table(grid, rows)]
-    parts += [f"![{grid.title}]({picture})"] if picture else []
+    parts += [f"![{grid.title}]({picture})" for picture in pictures]
     found = findings(grid, rows)
     parts += ["\n".join(f"- {sentence}" for sentence in found)] if found else []
     parts += [paper_table(grid)]

@@ -115,7 +115,8 @@ def run_closed_questions(job: dict, folder: Path) -> dict:
     ]
     encoder = build_encoder(data, tokenizer, trainer.chunks[0].tower)
     said = predict(trainer.chunks, encoder, rows, images, observer=trainer.routing)
-    return {"said": said, "choices": trainer.routing.collect().choices_LME.tolist()}
+    texts, losses = ([one[name] for one in said] for name in ("prediction", "loss"))
+    return {"said": texts, "losses": losses, "choices": trainer.routing.collect().choices_LME.tolist()}
 
 
 def different_tensors(one: Path, two: Path) -> list[str]:
