@@ -35,6 +35,13 @@ A grid is a YAML file: steps that every cell goes through, and the settings that
 have in common; a finished step is never repeated. `--steps-scale 0.1` shortens every training, for a first look.
 """
 
+CLAIMS_HEAD = """## What held
+
+"Held" and "the reverse" are differences with p < 0.05; the noise is the standard deviation of the paired difference between
+seeds. Three seeds see only differences that are large against it.
+
+"""
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -202,16 +209,15 @@ def draw(args, grid, rows, folder: Path, name: str) -> list[str]:
 
 def write_document(args, grids) -> int:
     from megatron_moellava.experiments.results import collect
-    from megatron_moellava.experiments.tables import report
+    from megatron_moellava.experiments.tables import claims_table, report
 
-    parts = [DOCS_HEAD]
-    for grid in grids:
-        rows = collect(grid, args.runs)
-        if not rows:
-            continue
+    results = [(grid, rows) for grid in grids if (rows := collect(grid, args.runs))]
+    claims = claims_table(results)
+    parts = [DOCS_HEAD, *([CLAIMS_HEAD + claims + "\n"] if claims else [])]
+    for grid, rows in results:
         drawn = draw(args, grid, rows, args.docs.parent / "images", f"ablation_{grid.name}_{{}}.png")
         parts.append(report(grid, rows, *(f"images/{name}" for name in drawn)))
-    if len(parts) == 1:
+    if not results:
         parts.append("No grid has been run yet.\n")
     args.docs.write_text("\n".join(parts))
     print(f"wrote {args.docs}")

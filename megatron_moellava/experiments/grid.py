@@ -36,8 +36,10 @@ TOP = {
     "end",
     "metrics",
     "curves",
+    "claims",
     "paper",
 }
+CLAIM = {"says", "better", "worse"}
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Grid:
     against: dict[str, str] = field(default_factory=dict)  # cell -> what it is compared with, instead of the baseline
     metrics: tuple[str, ...] = ("accuracy",)
     curves: bool = False  # whether the report shows the loss of every step
+    claims: tuple[dict, ...] = ()  # of the paper: {"says", "better": cell, "worse": cell}
     paper: dict = field(default_factory=dict)  # the paper's table: {"columns", "rows", "note"}
 
     def chain(self, cell: str, seed: int) -> list[Node]:
@@ -159,6 +162,7 @@ def load_grid(path: str | Path, *, seeds: Sequence[int] = (), steps_scale: float
         against=tree.get("against") or {},
         metrics=tuple(tree.get("metrics", ("accuracy",))),
         curves=bool(tree.get("curves", False)),
+        claims=tuple(tree.get("claims") or ()),
         paper=tree.get("paper") or {},
     )
 
@@ -211,6 +215,11 @@ def _problems(tree: dict) -> Iterator[str]:
         "baseline": tree.get("baseline"),
         **{f"against.{cell}": other for cell, other in (tree.get("against") or {}).items()},
     }
+    for number, claim in enumerate(tree.get("claims") or ()):
+        if not isinstance(claim, dict) or claim.keys() != CLAIM:
+            yield f"claims[{number}] needs {', '.join(sorted(CLAIM))}, and nothing else"
+            continue
+        named |= {f"claims[{number}].{side}": claim[side] for side in ("better", "worse")}
     for where, cell in named.items():
         if cell not in cells:
             yield f"{where}={cell!r} is no cell; cells are {', '.join(cells)}"

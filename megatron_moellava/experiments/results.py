@@ -70,6 +70,25 @@ def summarise(grid: Grid, rows: Sequence[dict], metric: str) -> list[Summary]:
     return summaries
 
 
+def is_lower_better(metric: str) -> bool:
+    return "loss" in metric
+
+
+def verdict(grid: Grid, rows: Sequence[dict], claim: dict) -> tuple[Comparison, str] | None:
+    """How a claim of the paper fares on the grid's first metric: (better - worse, a word). None without both cells."""
+    metric = grid.metrics[0]
+    better, worse = (_values(rows, claim[side], metric) for side in ("better", "worse"))
+    found = compare(claim["worse"], better, worse)
+    if found.mean == 0 and found.p is None and found.seeds > 1:
+        return found, "equal in every seed"
+    if found.mean is None or found.p is None:
+        return None
+    agrees = found.mean < 0 if is_lower_better(metric) else found.mean > 0
+    if found.p < LEVEL:
+        return found, "held" if agrees else "the reverse"
+    return found, f"not told from noise ({'same' if agrees else 'other'} direction)"
+
+
 def _values(rows: Sequence[dict], cell: str, metric: str) -> dict[int, float]:
     found = {row["seed"]: row.get(metric) for row in rows if row["cell"] == cell}
     return {seed: value for seed, value in found.items() if value is not None}

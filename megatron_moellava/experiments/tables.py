@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_moellava.experiments.curves import read_lines
 from megatron_moellava.experiments.grid import Grid
-from megatron_moellava.experiments.results import LEVEL, Summary, summarise
+from megatron_moellava.experiments.results import LEVEL, Summary, summarise, verdict
 
 # Numbers beside the grid's own metrics, where a run has them: (key, head, format)
 COLUMNS = (
@@ -93,6 +93,20 @@ def findings(grid: Grid, rows: Sequence[dict]) -> list[str]:
             verdict = f"no difference that these seeds can tell from noise, p = {against.p:.2f}"
         sentences.append(f"`{item.cell}` against `{against.reference}`: {metric} {size}: {verdict}.")
     return sentences
+
+
+def claims_table(results: Sequence[tuple[Grid, Sequence[dict]]]) -> str:
+    """Every claim of the paper that the grids test, and how it fared; empty when there is none."""
+    head = ["the paper finds", "here", "metric", "better - worse", "noise of seeds", "p"]
+    lines = []
+    for grid, rows in results:
+        for claim in grid.claims:
+            if (found := verdict(grid, rows, claim)) is None:
+                continue
+            (difference, word), metric = found, grid.metrics[0]
+            cells = [claim["says"], f"**{word}**", metric, f"{difference.mean:+.4f}", f"{difference.deviation:.4f}"]
+            lines.append(_row([*cells, "" if difference.p is None else f"{difference.p:.3f}"]))
+    return "\n".join([_row(head), _row(["---"] * len(head)), *lines]) if lines else ""
 
 
 def paper_table(grid: Grid) -> str:

@@ -14,9 +14,9 @@ from megatron_moellava.config import ConfigError
 from megatron_moellava.experiments.curves import curve_numbers, loss_spikes
 from megatron_moellava.experiments.grid import load_grid
 from megatron_moellava.experiments.nodes import finished, overrides_of, resolve, run_node
-from megatron_moellava.experiments.results import collect, compare, summarise, write_results
-from megatron_moellava.experiments.schedule import Scheduler
-from megatron_moellava.experiments.tables import findings, paper_table, plot, report, table
+from megatron_moellava.experiments.results import collect, compare, summarise, verdict, write_results
+from megatron_moellava.experiments.schedule import Scheduler, core_shares
+from megatron_moellava.experiments.tables import claims_table, findings, paper_table, plot, plot_curves, report, table
 
 REPO = Path(__file__).parents[2]
 GRIDS = sorted((REPO / "examples/ablations").glob("*.yaml"))
@@ -37,6 +37,7 @@ cells:
   slow: {stage3.set.optimizer.lr: 0.01}
   dense: {stage3.from: stage2, stage3.stage: 2}
   early: {end: stage2}
+claims: [{says: four rather than two, better: four, worse: two}]
 paper: {columns: [GQA], rows: {four: [61.5], two: [null]}}
 """
 
@@ -271,6 +272,49 @@ def test_results_are_collected_from_the_nodes_and_drawn(grid, tmp_path):
     assert (runs / "plot.png").stat().st_size > 2000
 
 
+@pytest.mark.parametrize(("four", "two", "words"), [
+    ([60.0, 61.0, 62.0], [59.0, 60.1, 61.2], "held"),
+    ([59.0, 60.1, 61.2], [60.0, 61.0, 62.0], "the reverse"),
+    ([60.0, 61.0, 62.0], [61.0, 60.0, 62.1], "not told from noise (other direction)"),
+    ([60.0, 61.0, 62.0], [59.0, 61.0, 61.9], "not told from noise (same direction)"),
+    ([60.0, 61.0, 62.0], [60.0, 61.0, 62.0], "equal in every seed"),
+])  # fmt: skip
+def test_a_claim_of_the_paper_gets_a_verdict(grid, four, two, words):
+    rows = rows_of(grid, {"four": four, "two": two})
+    assert verdict(grid, rows, grid.claims[0])[1] == words
+    assert f"| four rather than two | **{words}** | accuracy |" in claims_table([(grid, rows)])
+
+
+def test_lower_losses_are_better(grid, tmp_path):
+    by_loss = made(tmp_path, GRID + "metrics: [held_out_loss]\n")
+    rows = [{**row, "held_out_loss": row["accuracy"]} for row in rows_of(grid, {"four": [1, 2, 3], "two": [2, 3.1, 4]})]
+    assert verdict(by_loss, rows, grid.claims[0])[1] == "held"
+    assert verdict(by_loss, rows[:3], grid.claims[0]) is None, "a cell is missing"
+
+
+def test_curves_have_a_panel_for_each_cell_with_the_baseline_behind(grid, tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    rows = [row | {"node": f"{row['cell']}-{row['seed']}"} for row in rows_of(grid, {"four": [1, 2], "two": [3, 4]})]
+    for row in rows:
+        (tmp_path / row["node"]).mkdir()
+        lines = [{"iteration": step, "loss": row["accuracy"] / step} for step in (1, 2, 3)]
+        (tmp_path / row["node"] / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot_curves(grid, rows, tmp_path, tmp_path / "curves.png")
+    shown = [panel for panel in plt.gcf().axes if panel.get_visible()]
+    assert [panel.get_title() for panel in shown] == ["four", "two"]
+    assert [next(iter(line.get_ydata())) for line in shown[1].lines] == [1, 2, 3, 4]
+    assert (tmp_path / "curves.png").stat().st_size > 2000
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_jobs_get_cores_of_their_own():
+    assert core_shares({0, 1, 2, 3, 4}, 2) == [{0, 2, 4}, {1, 3}]
+    assert core_shares({6, 7}, 3) == [{6}, {7}, {6}], "more jobs than cores share them"
+
+
 # --- curves -----------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +323,7 @@ def test_a_spike_counts_once_however_long_it_lasts():
     assert loss_spikes(calm) == 0
     assert loss_spikes([*calm, 3.0, 3.0, 2.5, *calm[:30]]) == 1
     assert loss_spikes([*calm, 3.0, *calm[:5], float("nan"), *calm[:5]]) == 2
+    assert loss_spikes([0.01] * 40 + [0.05]) == 0  # five times as much, and nothing
     assert loss_spikes([8.0, 3.0, 9.0, *calm]) == 0  # the first steps have nothing to be compared with
 
 
