@@ -29,7 +29,8 @@ EXTRAS_REQUIRE = {
     # apex comes with the NGC PyTorch image only; the "apex" of PyPI is an unrelated package: never pip-install it.
     "gpu": ["transformer-engine[core_cu13,pytorch]~=2.20"],
     "eval": ["openpyxl>=3.1", "httpx>=0.27"],  # openpyxl: MMBench submission tables
-    "lmms-eval": ["lmms-eval~=0.7.3"],  # an environment of its own: it wants an older `av` than `video`
+    # An environment of its own: it wants an older `av` than `video`, and reads filelock's private modules of before 4.
+    "lmms-eval": ["lmms-eval~=0.7.3", "filelock<4"],
     "demo": ["fastapi>=0.110", "starlette", "uvicorn>=0.29", "prometheus-client>=0.20"],
     "quickstart": ["easy-vqa~=1.0", "scikit-learn>=1.4", "scipy>=1.11"],  # scipy: the paired test of tools/ablate.py
     "video": ["av>=17"],  # the release that Energon 7.4 decodes with
