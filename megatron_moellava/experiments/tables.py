@@ -16,7 +16,6 @@ COLUMNS = (
     ("loss_spikes", "loss spikes", "{:.1f}"),
     ("skipped_steps", "skipped steps", "{:.1f}"),
     ("diverged", "diverged", "{:.0%}"),
-    ("train_minutes", "minutes", "{:.1f}"),
 )
 QUIET = ("dead_experts", "dropped_share", "loss_spikes", "skipped_steps", "diverged")  # shown when any is not 0
 
@@ -96,7 +95,8 @@ def findings(grid: Grid, rows: Sequence[dict]) -> list[str]:
 
 
 def claims_table(results: Sequence[tuple[Grid, Sequence[dict]]]) -> str:
-    """Every claim of the paper that the grids test, and how it fared; empty when there is none."""
+    """Every claim of the paper that the grids test, how it fared, and how many held; empty when there is none."""
+    words: list[str] = []
     head = ["the paper finds", "here", "metric", "better - worse", "noise of seeds", "p"]
     lines = []
     for grid, rows in results:
@@ -104,9 +104,13 @@ def claims_table(results: Sequence[tuple[Grid, Sequence[dict]]]) -> str:
             if (found := verdict(grid, rows, claim)) is None:
                 continue
             (difference, word), metric = found, grid.metrics[0]
+            words.append(word)
             cells = [claim["says"], f"**{word}**", metric, f"{difference.mean:+.4f}", f"{difference.deviation:.4f}"]
             lines.append(_row([*cells, "" if difference.p is None else f"{difference.p:.3f}"]))
-    return "\n".join([_row(head), _row(["---"] * len(head)), *lines]) if lines else ""
+    held, reverse = words.count("held"), words.count("the reverse")
+    count = f"Of {len(words)} findings {held} held here, {reverse} came out the other way round, "
+    count += f"{len(words) - held - reverse} could not be told from noise."
+    return "\n".join([count, "", _row(head), _row(["---"] * len(head)), *lines]) if lines else ""
 
 
 def paper_table(grid: Grid) -> str:

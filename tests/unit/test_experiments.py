@@ -282,7 +282,9 @@ def test_results_are_collected_from_the_nodes_and_drawn(grid, tmp_path):
 def test_a_claim_of_the_paper_gets_a_verdict(grid, four, two, words):
     rows = rows_of(grid, {"four": four, "two": two})
     assert verdict(grid, rows, grid.claims[0])[1] == words
-    assert f"| four rather than two | **{words}** | accuracy |" in claims_table([(grid, rows)])
+    text = claims_table([(grid, rows)])
+    assert f"| four rather than two | **{words}** | accuracy |" in text
+    assert f"Of 1 findings {int(words == 'held')} held here, {int(words == 'the reverse')} came out" in text
 
 
 def test_lower_losses_are_better(grid, tmp_path):
