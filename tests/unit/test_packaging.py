@@ -69,6 +69,15 @@ def test_copied_paths_exist_and_reach_the_builder(arguments):
         assert not any(fnmatch.fnmatch(source, pattern) for pattern in withheld), f".dockerignore withholds {source}"
 
 
+def test_what_git_ignores_stays_out_of_the_image():
+    """An environment of several GB in the clone must not become part of an image."""
+    withheld = [pattern.removeprefix("**/") for pattern in (REPO / ".dockerignore").read_text().split()]
+    ignored = [line.strip("/") for line in (REPO / ".gitignore").read_text().split() if line.endswith("/")]
+    assert ".lmms-venv" in ignored
+    for folder in ignored:
+        assert any(fnmatch.fnmatch(folder, pattern) for pattern in withheld), f".dockerignore lets {folder} through"
+
+
 def test_each_stage_copies_what_its_installation_reads():
     """setup.py needs its own file, the tool settings with the build system, and the license."""
     for name in ("cpu-build", "gpu"):
