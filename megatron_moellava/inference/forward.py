@@ -44,9 +44,8 @@ class Forward:
         self.cache.begin(step)
         embeddings_T1D = None
         if parallel.is_first_stage():
-            embeddings_T1D = torch.cat(
-                [*map(self._embed_prompt, prompts), *self._embed_tokens(tokens, has_images)], dim=0
-            )
+            parts = [*self._embed_prompts(prompts), *self._embed_tokens(tokens, has_images)]
+            embeddings_T1D = torch.cat(parts, dim=0)
         else:
             self._receive(len(step.positions_T))
         if self.straight is not None:
@@ -59,11 +58,31 @@ class Forward:
         dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
         return None
 
-    def _embed_prompt(self, prompt: Prompt) -> torch.Tensor:
-        tokens_1T = torch.tensor([prompt.tokens], device=platform.device())
-        parts = prompt.pixels_NCHW.split(prompt.tiles) if prompt.tiles else ()
-        features = [self._encode(pixels_NCHW) for pixels_NCHW in parts]
-        return self.model.embed(tokens_1T, None, torch.cat(features) if features else None)
+    def _embed_prompts(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
+        """Embeddings [T, 1, D] of each prompt."""
+        images = [_images(prompt) for prompt in prompts]
+        self._encode({digest: tiles_NCHW for own in images for digest, tiles_NCHW in own})
+        embedded = []
+        for prompt, own in zip(prompts, images, strict=True):
+            tokens_1T = torch.tensor([prompt.tokens], device=platform.device())
+            features = [self.features[digest] for digest, _ in own]
+            embedded.append(self.model.embed(tokens_1T, None, torch.cat(features) if features else None))
+        while len(self.features) > REMEMBERED_IMAGES:
+            self.features.popitem(last=False)
+        return embedded
+
+    def _encode(self, images: dict[bytes, torch.Tensor]) -> None:
+        """Remember the visual tokens [N, F, D] of images by their digests; those not known yet go through the tower at once."""
+        new = {digest: tiles_NCHW for digest, tiles_NCHW in images.items() if digest not in self.features}
+        if new:
+            pixels_NCHW = torch.cat(list(new.values())).to(platform.device(), self.model.config.params_dtype)
+            features_NFD = self.model.encode_images(pixels_NCHW)
+            counts = [len(tiles_NCHW) for tiles_NCHW in new.values()]
+            for digest, own_NFD in zip(new, features_NFD.split(counts), strict=True):
+                self.features[digest] = own_NFD.clone()  # not a view, which would keep all of them
+            self.images_encoded += len(new)
+        for digest in images:
+            self.features.move_to_end(digest)
 
     def _embed_tokens(self, tokens: Sequence[int], has_images: Sequence[bool]) -> list[torch.Tensor]:
         """[] or [embeddings [T, 1, D]]: rows with and without images may be scaled differently."""
@@ -76,20 +95,14 @@ class Forward:
         without, within = (self.model.embed(tokens_1T, None, has_images=which) for which in (False, True))
         return [torch.where(choose_T11, within, without)]
 
-    def _encode(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """Visual tokens [N, F, D] of one image (several tiles), remembered."""
-        key = hashlib.sha256(pixels_NCHW.numpy().tobytes()).digest()
-        if key not in self.features:
-            dtype = self.model.config.params_dtype
-            self.features[key] = self.model.encode_images(pixels_NCHW.to(platform.device(), dtype))
-            self.images_encoded += 1
-            if len(self.features) > REMEMBERED_IMAGES:
-                self.features.popitem(last=False)
-        self.features.move_to_end(key)
-        return self.features[key]
-
     def _receive(self, count: int) -> None:
         config = self.model.config
         hidden_T1D = torch.empty(count, 1, config.hidden_size, dtype=config.params_dtype, device=platform.device())
         dist.recv(hidden_T1D, src=parallel_state.get_pipeline_model_parallel_prev_rank())
         self.model.set_input_tensor(hidden_T1D)
+
+
+def _images(prompt: Prompt) -> list[tuple[bytes, torch.Tensor]]:
+    """(digest, tiles [N, C, H, W]) of each image."""
+    parts = prompt.pixels_NCHW.split(prompt.tiles) if prompt.tiles else ()
+    return [(hashlib.sha256(tiles_NCHW.numpy().tobytes()).digest(), tiles_NCHW) for tiles_NCHW in parts]

@@ -130,6 +130,19 @@ def test_an_image_is_encoded_once_over_the_turns_of_a_conversation():
     assert engine.forward.images_encoded == 1
 
 
+def test_images_of_a_step_go_through_the_tower_together(monkeypatch):
+    monkeypatch.setattr("megatron_moellava.inference.forward.REMEMBERED_IMAGES", 1)  # fewer than the step needs
+    requests = [ask(0), replace(ask(0), id="same"), ask(1), ask(2, images=0)]
+    alone = {request.id: next(tiny_engine().generate([request])).tokens for request in requests}
+    engine, passes = tiny_engine(max_batch_size=4), []
+    encode = engine.model.encode_images
+    monkeypatch.setattr(engine.model, "encode_images", lambda pixels: passes.append(len(pixels)) or encode(pixels))
+    together = {completion.request_id: completion.tokens for completion in engine.generate(requests)}
+    assert passes == [2], "two different images"
+    assert together == alone
+    assert len(engine.forward.features) == 1
+
+
 def test_sampling_repeats_with_its_seed_and_differs_with_another():
     engine = tiny_engine(max_batch_size=4)
 
