@@ -75,23 +75,30 @@ def difference(summary: Summary | None, metric: str) -> tuple[str, str]:
 
 
 def findings(grid: Grid, rows: Sequence[dict]) -> list[str]:
-    """One sentence per cell: what the paired test says, and how large the effect is against the noise of seeds."""
-    metric = grid.metrics[0]
+    """What the paired tests say: a sentence per cell on the first metric, and on any other that differs beyond the noise."""
     sentences = []
-    for item in summarise(grid, rows, metric):
-        against = item.against
-        if against is None or against.mean is None or against.deviation is None:
-            continue
-        size = f"{'+' if against.mean >= 0 else ''}{number(against.mean, metric)} ({against.seeds} seeds, one run's spread "
-        size += f"{number(item.deviation, metric)})" if item.deviation is not None else "unknown)"
-        if against.p is None:
-            verdict = "equal in every seed" if against.mean == 0 else "not tested"
-        elif against.p < LEVEL:
-            verdict = f"a difference beyond the noise, p = {against.p:.3f}"
-        else:
-            verdict = f"no difference that these seeds can tell from noise, p = {against.p:.2f}"
-        sentences.append(f"`{item.cell}` against `{against.reference}`: {metric} {size}: {verdict}.")
+    for metric in grid.metrics:
+        for item in summarise(grid, rows, metric):
+            p = item.against.p if item.against else None
+            if metric == grid.metrics[0] or (p is not None and p < LEVEL):
+                sentences += _finding(item, metric)
     return sentences
+
+
+def _finding(item: Summary, metric: str) -> list[str]:
+    """[one sentence] with the size of the effect beside the noise of seeds; [] without two seeds to compare."""
+    against = item.against
+    if against is None or against.mean is None or against.deviation is None:
+        return []
+    size = f"{'+' if against.mean >= 0 else ''}{number(against.mean, metric)} ({against.seeds} seeds, one run's spread "
+    size += f"{number(item.deviation, metric)})" if item.deviation is not None else "unknown)"
+    if against.p is None:
+        verdict = "equal in every seed" if against.mean == 0 else "not tested"
+    elif against.p < LEVEL:
+        verdict = f"a difference beyond the noise, p = {against.p:.3f}"
+    else:
+        verdict = f"no difference that these seeds can tell from noise, p = {against.p:.2f}"
+    return [f"`{item.cell}` against `{against.reference}`: {metric} {size}: {verdict}."]
 
 
 def claims_table(results: Sequence[tuple[Grid, Sequence[dict]]]) -> str:

@@ -258,6 +258,16 @@ def test_a_small_effect_is_called_noise(grid):
     assert "cannot" not in findings(grid, rows)[0] and "no difference" in findings(grid, rows)[0]
 
 
+def test_other_metrics_are_spoken_of_when_they_differ(tmp_path):
+    grid = made(tmp_path, GRID + "metrics: [accuracy, max_load]\n")
+    rows = rows_of(grid, {"four": [60.0, 61.0, 62.0], "two": [61.0, 60.0, 62.1]})
+    for row, load in zip(rows, [1.1, 1.2, 1.3, 1.6, 1.7, 1.81], strict=True):
+        row["max_load"] = load
+    accuracy, load = findings(grid, rows)
+    assert "accuracy" in accuracy and "no difference" in accuracy
+    assert "max_load +0.50" in load and "beyond the noise" in load
+
+
 def test_results_are_collected_from_the_nodes_and_drawn(grid, tmp_path):
     runs = tmp_path / "runs"
     for seed in (1, 2):
