@@ -93,12 +93,12 @@ def _finding(item: Summary, metric: str) -> list[str]:
     size = f"{'+' if against.mean >= 0 else ''}{number(against.mean, metric)} ({against.seeds} seeds, one run's spread "
     size += f"{number(item.deviation, metric)})" if item.deviation is not None else "unknown)"
     if against.p is None:
-        verdict = "equal in every seed" if against.mean == 0 else "not tested"
+        words = "equal in every seed" if against.mean == 0 else "not tested"
     elif against.p < LEVEL:
-        verdict = f"a difference beyond the noise, p = {against.p:.3f}"
+        words = f"a difference beyond the noise, p = {against.p:.3f}"
     else:
-        verdict = f"no difference that these seeds can tell from noise, p = {against.p:.2f}"
-    return [f"`{item.cell}` against `{against.reference}`: {metric} {size}: {verdict}."]
+        words = f"no difference that these seeds can tell from noise, p = {against.p:.2f}"
+    return [f"`{item.cell}` against `{against.reference}`: {metric} {size}: {words}."]
 
 
 def claims_table(results: Sequence[tuple[Grid, Sequence[dict]]]) -> str:
