@@ -38,7 +38,7 @@ have in common; a finished step is never repeated. `--steps-scale 0.1` shortens 
 CLAIMS_HEAD = """## What held
 
 "Held" and "the reverse" are differences with p < 0.05; the noise is the standard deviation of the paired difference between
-seeds. Three seeds see only differences that are large against it.
+seeds. With three seeds a difference must be 2.5 times its noise to have p < 0.05, so that only large ones are told.
 
 """
 
