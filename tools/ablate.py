@@ -69,6 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_moellava.experiments.grid import load_grid
 
     try:
+        for option in ("jobs", "processes", "steps_scale"):
+            if (value := getattr(args, option)) <= 0:
+                raise ConfigError(f"--{option.replace('_', '-')} {value} must be greater than 0")
         grids = [load_grid(path, seeds=args.seeds, steps_scale=args.steps_scale) for path in args.grids]
         for name in args.only:
             if not any(name in grid.cells for grid in grids):
@@ -189,20 +192,20 @@ def write_grid(args, grid) -> str:
     write_results(folder, rows)
     if not rows:
         return f"{grid.title}: nothing is finished yet"
-    drawn = draw(args, grid, rows, folder, "{}.png")
+    drawn = draw(args, grid, rows, folder)
     (folder / "table.md").write_text(report(grid, rows, *drawn))
     return report(grid, rows)
 
 
-def draw(args, grid, rows, folder: Path, name: str) -> list[str]:
+def draw(args, grid, rows, folder: Path, prefix: str = "") -> list[str]:
     """The pictures of a grid; returns their file names."""
     from megatron_moellava.experiments.tables import plot, plot_curves
 
     folder.mkdir(parents=True, exist_ok=True)
-    names = [name.format("plot")]
+    names = [f"{prefix}plot.png"]
     plot(grid, rows, folder / names[0])
     if grid.curves:
-        names.append(name.format("curves"))
+        names.append(f"{prefix}curves.png")
         plot_curves(grid, rows, args.runs, folder / names[1])
     return names
 
@@ -215,7 +218,7 @@ def write_document(args, grids) -> int:
     claims = claims_table(results)
     parts = [DOCS_HEAD, *([CLAIMS_HEAD + claims + "\n"] if claims else [])]
     for grid, rows in results:
-        drawn = draw(args, grid, rows, args.docs.parent / "images", f"ablation_{grid.name}_{{}}.png")
+        drawn = draw(args, grid, rows, args.docs.parent / "images", f"ablation_{grid.name}_")
         parts.append(report(grid, rows, *(f"images/{name}" for name in drawn)))
     if not results:
         parts.append("No grid has been run yet.\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from megatron_moellava import parallel
 from megatron_moellava.data import media
@@ -89,11 +90,11 @@ def _forward_step(batches: Iterator[tuple[Batch, RoutingObserver | None]], model
         logits = model(**(model_inputs(batch) | {"labels_BS": None}))
 
     def read(logits_BLV: torch.Tensor):
-        labels_L = share(batch.labels_BS)[0]
-        losses_L = torch.nn.functional.cross_entropy(
-            logits_BLV[0].float(), labels_L, ignore_index=IGNORE, reduction="none"
-        )
-        return torch.zeros(1), tuple(gather_positions(part_L).cpu() for part_L in (logits_BLV[0].argmax(-1), losses_L))
+        logits_LV, labels_L = logits_BLV[0], share(batch.labels_BS)[0]
+        answer_L = labels_L != IGNORE  # few of the positions: their logits alone become fp32
+        losses_L = torch.zeros_like(labels_L, dtype=torch.float32)
+        losses_L[answer_L] = F.cross_entropy(logits_LV[answer_L].float(), labels_L[answer_L], reduction="none")
+        return torch.zeros(1), tuple(gather_positions(part_L).cpu() for part_L in (logits_LV.argmax(dim=-1), losses_L))
 
     return logits, read
 

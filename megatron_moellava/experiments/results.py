@@ -16,6 +16,7 @@ from megatron_moellava.experiments.nodes import finished
 
 RESULTS = "results.jsonl"
 LEVEL = 0.05  # of the paired test
+LOWER_IS_BETTER = {"held_out_loss", "final_loss", "loss_spikes", "max_load", "dead_experts", "dropped_share"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +71,6 @@ def summarise(grid: Grid, rows: Sequence[dict], metric: str) -> list[Summary]:
     return summaries
 
 
-def is_lower_better(metric: str) -> bool:
-    return "loss" in metric
-
-
 def verdict(grid: Grid, rows: Sequence[dict], claim: dict) -> tuple[Comparison, str] | None:
     """How a claim of the paper fares on the grid's first metric: (better - worse, a word). None without both cells."""
     metric = grid.metrics[0]
@@ -83,7 +80,7 @@ def verdict(grid: Grid, rows: Sequence[dict], claim: dict) -> tuple[Comparison, 
         return found, "equal in every seed"
     if found.mean is None or found.p is None:
         return None
-    agrees = found.mean < 0 if is_lower_better(metric) else found.mean > 0
+    agrees = found.mean < 0 if metric in LOWER_IS_BETTER else found.mean > 0
     if found.p < LEVEL:
         return found, "held" if agrees else "the reverse"
     return found, f"not told from noise ({'same' if agrees else 'other'} direction)"

@@ -7,7 +7,6 @@ people, may share a folder of runs. Free of torch.
 import contextlib
 import fcntl
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -36,7 +35,6 @@ class Scheduler:
     failed: dict[str, int] = field(default_factory=dict)  # node -> exit code
     children: set[subprocess.Popen] = field(default_factory=set)
     guard: threading.Lock = field(default_factory=threading.Lock)
-    cores: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)  # one share for each job
 
     def run(self, chains: Sequence[Sequence[Node]], after: Callable[[], None] = lambda: None) -> int:
         """Run what is not finished. `after` is called whenever a node has. Returns 0, 85 after a signal, or 1.
@@ -45,9 +43,10 @@ class Scheduler:
         """
         waiting = {node.name: node for chain in chains for node in chain if finished(self.runs, node) is None}
         running: dict[Future, Node] = {}
-        for share in core_shares(os.sched_getaffinity(0), self.jobs):
-            self.cores.put(share)
-        with self._signals(), ThreadPoolExecutor(max_workers=self.jobs) as pool:
+        shares = iter(core_shares(os.sched_getaffinity(0), self.jobs))
+        # A thread's children inherit its cores.
+        pool = ThreadPoolExecutor(self.jobs, initializer=lambda: os.sched_setaffinity(0, next(shares)))
+        with self._signals(), pool:
             while waiting or running:
                 for node in [node for node in waiting.values() if self._ready(node)][: self.jobs - len(running)]:
                     del waiting[node.name]
@@ -79,12 +78,9 @@ class Scheduler:
             began, log = time.monotonic(), self.runs / f"{node.name}.log"
             with log.open("a") as output:
                 child = subprocess.Popen(self.start(node), stdout=output, stderr=subprocess.STDOUT)
-                share = self.cores.get()
-                os.sched_setaffinity(child.pid, share)
                 with self.guard:
                     self.children.add(child)
                 code = child.wait()
-                self.cores.put(share)
                 with self.guard:
                     self.children.discard(child)
         minutes = (time.monotonic() - began) / 60

@@ -19,12 +19,12 @@ from megatron_moellava.config import CheckpointError, RunConfig, from_dict
 from megatron_moellava.data import sources
 from megatron_moellava.data.loader import build_encoder
 from megatron_moellava.data.tokenizer import load_tokenizer
-from megatron_moellava.evaluation.closed_questions import predict
+from megatron_moellava.evaluation.closed_questions import Plan, predict
 from megatron_moellava.model import checkpoint as reading
 from megatron_moellava.model.build import build_model
 from megatron_moellava.training import background
 from megatron_moellava.training import checkpoint as checkpoints
-from megatron_moellava.training.loop import TrainingDiverged
+from megatron_moellava.training.loop import TrainingDiverged, model_inputs
 from megatron_moellava.training.optimizer import optimizer_step_count
 from megatron_moellava.training.run import train
 
@@ -116,7 +116,26 @@ def run_closed_questions(job: dict, folder: Path) -> dict:
     encoder = build_encoder(data, tokenizer, trainer.chunks[0].tower)
     said = predict(trainer.chunks, encoder, rows, images, observer=trainer.routing)
     texts, losses = ([one[name] for one in said] for name in ("prediction", "loss"))
-    return {"said": texts, "losses": losses, "choices": trainer.routing.collect().choices_LME.tolist()}
+    reference = losses_of_training(trainer, encoder, rows, images) if dist.get_world_size() == 1 else None
+    return {
+        "said": texts,
+        "losses": losses,
+        "reference": reference,
+        "choices": trainer.routing.collect().choices_LME.tolist(),
+    }
+
+
+@torch.no_grad()
+def losses_of_training(trainer, encoder, rows: list[dict], images: Path) -> list[float]:
+    """The loss of each answer as a training step computes it, in one process."""
+    (model,), plan = trainer.chunks, Plan(encoder, rows, images, blank=False)
+    packed, _ = plan.of_rank(0, 1)
+    losses = []
+    for row, batch in zip(packed, plan.batches(packed, model.tower), strict=True):
+        loss_S = model(**model_inputs(batch))[0]
+        parts = loss_S[: sum(len(sample) for _, sample in row)].split([len(sample) for _, sample in row])
+        losses += [float(part_S.sum()) for part_S in parts]
+    return losses
 
 
 def different_tensors(one: Path, two: Path) -> list[str]:

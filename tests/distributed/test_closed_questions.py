@@ -20,6 +20,7 @@ SPREAD = [closed(f"llama:{name}", needs=[ONE]) for name in LAYOUTS]
 def test_every_layout_answers_and_routes_as_one_process(job, result, results):
     alone = json.loads((results / f"{ONE['id']}.json").read_text())
     assert result["said"] == alone["said"]
+    assert alone["losses"] == pytest.approx(alone["reference"], rel=1e-5)
     assert result["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert result["choices"] == alone["choices"]
     assert len(set(result["said"])) > 1

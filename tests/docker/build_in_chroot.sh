@@ -5,7 +5,7 @@
 #   sudo tests/docker/build_in_chroot.sh WORK_FOLDER            (make test-docker)
 #
 # Needs root, the Debian packages buildah and debootstrap, 20 GB and about ten minutes. From the environment:
-#   PYTHON_PREFIX   a Python 3.12 that runs from /usr/local after copying (default: that of the one which .ci/find_python finds)
+#   PYTHON_PREFIX   a Python 3.12 that runs from /usr/local after copying (default: what .ci/find_python finds)
 #   MIRROR, SUITE   of Debian
 #   PIP_CONF        pip's configuration on this machine, mounted while building and never part of the image
 #   PIP_MOUNTS      further folders it refers to, separated by colons

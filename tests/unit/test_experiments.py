@@ -127,6 +127,13 @@ def test_shipped_grids_end_in_stage_3_and_share_their_start(path):
     assert set(grid.paper.get("rows", {})) or not grid.paper
 
 
+@pytest.mark.parametrize("option", ["--jobs", "--processes", "--steps-scale"])
+def test_nothing_runs_with_a_number_that_makes_no_sense(option, tmp_path, capsys):
+    main = runpy.run_path(str(REPO / "tools/ablate.py"))["main"]
+    assert main([str(GRIDS[0]), option, "0", "--runs", str(tmp_path / "runs")]) == 2
+    assert f"{option} 0" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
 def test_the_array_script_reads_its_settings_from_the_grid():
     command = [sys.executable, "tools/ablate.py", "examples/ablations/cluster/stage3.yaml", "--shell", "4"]
     result = subprocess.run(
@@ -143,6 +150,8 @@ def test_the_array_script_reads_its_settings_from_the_grid():
 @pytest.mark.parametrize("text, message", [
     (GRID.replace("baseline: four", "baseline: five"), "baseline='five' is no cell"),
     (GRID.replace("upcycle.moe", "upcicle.moe"), "changes no step; steps are prepare, stage2"),
+    (GRID.replace("better: four", "better: five"), "claims[0].better='five' is no cell; cells are four, two"),
+    (GRID.replace("says: four", "say: four"), "claims[0] needs better, says, worse, and nothing else"),
     (GRID + "\nseed: 3", "seed is not known; did you mean seeds"),
     (GRID.replace("end: stage2", "end: stage4"), "stage4 is no step"),
     (GRID + "\nsteps: {upcycle: {experts: 3}}", "steps.upcycle.experts is not known"),
@@ -158,7 +167,7 @@ def test_a_wrong_grid_says_what_is_wrong(tmp_path, text, message):
 # --- running ----------------------------------------------------------------------------------------------------------
 
 FAKE = """
-import json, sys, time
+import json, os, sys
 from pathlib import Path
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +176,8 @@ with open(folder.parent / "order.txt", "a") as file:
 if sys.argv[2] in folder.name:
     sys.exit(7)
 unfinished = folder / "done.tmp"
-unfinished.write_text(json.dumps({"numbers": {"accuracy": float(len(folder.name))}}))
+cores = sorted(os.sched_getaffinity(0))
+unfinished.write_text(json.dumps({"numbers": {"accuracy": float(len(folder.name)), "cores": cores}}))
 unfinished.rename(folder / "done.json")
 """
 
@@ -322,7 +332,17 @@ def test_curves_have_a_panel_for_each_cell_with_the_baseline_behind(grid, tmp_pa
     plt.close("all")
 
 
-def test_jobs_get_cores_of_their_own():
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_job_runs_on_its_own_cores(grid, tmp_path, jobs):
+    chains = [grid.chain(cell, seed) for cell, seed in grid.runs()]
+    mine = os.sched_getaffinity(0)
+    assert scheduler(grid, tmp_path, jobs=jobs).run(chains) == 0
+    used = [set(finished(tmp_path, chain[-1])["numbers"]["cores"]) for chain in chains]
+    assert all(cores in core_shares(mine, jobs) for cores in used)
+    assert os.sched_getaffinity(0) == mine, "the caller keeps its cores"
+
+
+def test_cores_are_dealt_out_among_the_jobs():
     assert core_shares({0, 1, 2, 3, 4}, 2) == [{0, 2, 4}, {1, 3}]
     assert core_shares({6, 7}, 3) == [{6}, {7}, {6}], "more jobs than cores share them"
 
