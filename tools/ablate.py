@@ -20,7 +20,8 @@ DOCS_HEAD = """# Ablations
 
 Made by `tools/ablate.py --docs` from the results of the grids in `examples/ablations/`; nothing here is written by hand, and a
 run that has not been made is not mentioned. Numbers are mean ± standard deviation over seeds. Differences are paired: the
-same seed shares weights, stages 1 and 2 and the order of the data; p is a two-sided paired t-test without correction for
+same seed shares weights, stages 1 and 2 and the order of the data. Where cells have different numbers of seeds, compare the
+differences, which are of the seeds that both have, and not the means. p is a two-sided paired t-test without correction for
 the number of comparisons. The models are the quickstart's, a million parameters on a CPU: a direction that shows here need
 not show at the paper's size, and the reverse.
 

@@ -27,6 +27,7 @@ def curve_numbers(folder: Path) -> dict[str, float]:
     numbers: dict[str, float] = {
         "steps": len(steps),
         "final_loss": final_loss(losses),
+        "peak_loss": max((loss for loss in losses if math.isfinite(loss)), default=math.nan),
         "loss_spikes": loss_spikes(losses),
         "skipped_steps": sum(row.get("skipped", 0.0) > 0 for row in steps),
         "largest_gradient": max(

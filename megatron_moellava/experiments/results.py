@@ -16,7 +16,15 @@ from megatron_moellava.experiments.nodes import finished
 
 RESULTS = "results.jsonl"
 LEVEL = 0.05  # of the paired test
-LOWER_IS_BETTER = {"held_out_loss", "final_loss", "loss_spikes", "max_load", "dead_experts", "dropped_share"}
+LOWER_IS_BETTER = {
+    "held_out_loss",
+    "final_loss",
+    "peak_loss",
+    "loss_spikes",
+    "max_load",
+    "dead_experts",
+    "dropped_share",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ FEW = 200  # choices per expert below which an idle expert is no sign
 ADVICE = {
     "collapse": (
         "balance the routers: raise moe.moe_aux_loss_coeff (0.01 to 0.1), or set moe.moe_router_enable_expert_bias=true; "
-        "if the router's entropy is near 0 as well, lower optimizer.lr, give the routers "
-        "optimizer.router_lr_warmup_fraction=0.1 and moe.moe_z_loss_coeff=0.001"
+        "if the router's entropy is near 0 as well, lower optimizer.lr or raise optimizer.lr_warmup_fraction, and set "
+        "moe.moe_z_loss_coeff=0.001"
     ),
     "dead": (
         "it learns nothing: raise moe.moe_aux_loss_coeff, or set moe.moe_router_enable_expert_bias=true, which also brings "

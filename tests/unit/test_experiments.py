@@ -369,5 +369,6 @@ def test_numbers_of_a_run_come_from_its_logs(tmp_path):
     (tmp_path / "routing.jsonl").write_text(json.dumps({"iteration": 50, "layers": [layer]}) + "\n")
     numbers = curve_numbers(tmp_path)
     assert numbers["final_loss"] == pytest.approx(1.055)
+    assert numbers["peak_loss"] == 2.0
     assert (numbers["skipped_steps"], numbers["train_minutes"], numbers["max_load"]) == (1, 10.0, 3.6)
     assert numbers["dead_experts"] == 2
