@@ -132,7 +132,12 @@ class Grid:
 
     def _contents(self, settings: dict) -> Iterator[str]:
         if settings.get("config"):
-            yield self.expand(settings["config"]).read_text()
+            file = self.expand(settings["config"])
+            if not file.is_file():
+                raise ConfigError(
+                    f"config {settings['config']} is no file: {file} ({{here}} is the folder of the grid)"
+                )
+            yield file.read_text()
 
     def expand(self, path: str) -> Path:
         return Path(path.replace("{here}", str(self.folder)))

@@ -43,6 +43,9 @@ class Scheduler:
         """
         waiting = {node.name: node for chain in chains for node in chain if finished(self.runs, node) is None}
         running: dict[Future, Node] = {}
+        total = len(waiting)
+        if total:
+            self.say(f"{total} steps to run, {self.jobs} at a time; each writes to {self.runs}/<its name>.log")
         shares = iter(core_shares(os.sched_getaffinity(0), self.jobs))
         # A thread's children inherit its cores.
         pool = ThreadPoolExecutor(self.jobs, initializer=lambda: os.sched_setaffinity(0, next(shares)))
@@ -59,6 +62,7 @@ class Scheduler:
                     if code := future.result():
                         self.failed[node.name] = code
                     after()
+                self.say(f"{total - len(waiting) - len(running)} of {total} steps ended")
         for node in waiting.values():
             self.say(f"{node.name}: not run, since something it needs has failed")
         if INTERRUPTED in self.failed.values():

@@ -22,7 +22,7 @@ QUIET = ("dead_experts", "dropped_share", "loss_spikes", "skipped_steps", "diver
 
 def table(grid: Grid, rows: Sequence[dict]) -> str:
     """Markdown: mean and standard deviation over seeds of every metric, and the paired difference of the first."""
-    shown = [cell for cell in grid.cells if any(row["cell"] == cell for row in rows)]
+    shown = cells_with_results(grid, rows)
     by_metric = {metric: {item.cell: item for item in summarise(grid, rows, metric)} for metric in grid.metrics}
     extra = [column for column in COLUMNS if column[0] not in grid.metrics and _is_telling(column[0], rows)]
     head = ["cell", "seeds", *grid.metrics, f"difference in {grid.metrics[0]}", "p", *(name for _, name, _ in extra)]
@@ -36,6 +36,10 @@ def table(grid: Grid, rows: Sequence[dict]) -> str:
         cells += [_mean(own, key, text) for key, _, text in extra]
         lines.append(_row(cells))
     return "\n".join(lines)
+
+
+def cells_with_results(grid: Grid, rows: Sequence[dict]) -> list[str]:
+    return [cell for cell in grid.cells if any(row["cell"] == cell for row in rows)]
 
 
 def _is_telling(key: str, rows: Sequence[dict]) -> bool:
@@ -101,6 +105,15 @@ def _finding(item: Summary, metric: str) -> list[str]:
     return [f"`{item.cell}` against `{against.reference}`: {metric} {size}: {words}."]
 
 
+def unknown_metrics(grid: Grid, rows: Sequence[dict]) -> str:
+    """A sentence about metrics of the grid that no finished run has, most likely misspelt; empty when there is none."""
+    lacking = [metric for metric in grid.metrics if not any(metric in row for row in rows)]
+    if not lacking:
+        return ""
+    numbers = {key for row in rows for key, value in row.items() if isinstance(value, int | float)} - {"seed"}
+    return f"No finished run has {', '.join(lacking)}. `metrics` can be: {', '.join(sorted(numbers))}."
+
+
 def claims_table(results: Sequence[tuple[Grid, Sequence[dict]]]) -> str:
     """Every claim of the paper that the grids test, how it fared, and how many held; empty when there is none."""
     words: list[str] = []
@@ -140,34 +153,29 @@ def plot(grid: Grid, rows: Sequence[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    shown = cells_with_results(grid, rows)
     figure, panels = plt.subplots(
         1,
         len(grid.metrics),
-        figsize=(1.6 + 4.2 * len(grid.metrics), 1.2 + 0.42 * len(grid.cells)),
+        figsize=(1.6 + 4.2 * len(grid.metrics), 1.2 + 0.42 * len(shown)),
         squeeze=False,
         sharey=True,
     )
     for panel, metric in zip(panels[0], grid.metrics, strict=True):
         found = summarise(grid, rows, metric)
-        for place, item in enumerate(found):
+        for item in found:
+            place = shown.index(item.cell)  # the same in every panel, also where a cell lacks a metric
             colour = "tab:orange" if item.cell == grid.baseline else "tab:blue"
             panel.errorbar(item.mean, place, xerr=item.deviation, color=colour, marker="D", capsize=4)
-            for shift, (seed, value) in enumerate(sorted(item.values.items())):
-                panel.plot(
-                    value,
-                    place + 0.18,
-                    ".",
-                    color="k",
-                    alpha=0.5,
-                    label=f"seed {seed}" if not place and shift == 0 else None,
-                )
-        panel.set_yticks(range(len(found)), [item.cell for item in found])
+            values = list(item.values.values())
+            panel.plot(values, [place + 0.18] * len(values), ".", color="k", alpha=0.5)
+        panel.set_yticks(range(len(shown)), shown)
         panel.set_xlabel(metric)
         panel.grid(axis="x", alpha=0.3)
         base = [item.mean for item in found if item.cell == grid.baseline]
         if base:
             panel.axvline(base[0], color="tab:orange", linewidth=0.8, linestyle="--")
-    panels[0][0].invert_yaxis()
+    panels[0][0].set_ylim(len(shown) - 0.5, -0.5)  # the first cell on top
     figure.suptitle(f"{grid.title} (dots: seeds; bars: standard deviation)", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
@@ -211,7 +219,7 @@ def plot_curves(grid: Grid, rows: Sequence[dict], runs: Path, path: Path) -> Non
 
 def report(grid: Grid, rows: Sequence[dict], *pictures: str) -> str:
     """A section about one grid."""
-    parts = [f"## {grid.title}", grid.question.strip(), table(grid, rows)]
+    parts = [f"## {grid.title}", grid.question.strip(), table(grid, rows), unknown_metrics(grid, rows)]
     parts += [f"![{grid.title}]({picture})" for picture in pictures]
     found = findings(grid, rows)
     parts += ["\n".join(f"- {sentence}" for sentence in found)] if found else []

@@ -164,6 +164,12 @@ def test_a_wrong_grid_says_what_is_wrong(tmp_path, text, message):
     assert message in str(error.value)
 
 
+def test_a_config_that_is_not_there_is_named_before_anything_runs(tmp_path):
+    grid = made(tmp_path, GRID + "\nsteps: {stage2: {config: '{here}/recipe.yaml'}}")
+    with pytest.raises(ConfigError, match=r"config {here}/recipe.yaml is no file: .*{here} is the folder of the grid"):
+        grid.chain("four", 1)
+
+
 # --- running ----------------------------------------------------------------------------------------------------------
 
 FAKE = """
@@ -186,17 +192,22 @@ def scheduler(grid, runs: Path, jobs: int = 2, broken: str = "nothing") -> Sched
     return Scheduler(grid, runs, lambda node: [sys.executable, "-c", FAKE, str(runs / node.name), broken], jobs=jobs)
 
 
-def test_every_node_runs_once_after_what_it_needs(grid, tmp_path):
+def test_every_node_runs_once_after_what_it_needs(grid, tmp_path, capsys):
     chains = [grid.chain(cell, seed) for cell, seed in grid.runs()]
     runs = tmp_path / "runs"
     assert scheduler(grid, runs, jobs=3).run(chains) == 0
     order = (runs / "order.txt").read_text().split()
     assert len(order) == len(set(order)) == len({node.name for chain in chains for node in chain})
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"{len(order)} steps to run, 3 at a time")
+    counts = [int(line.split()[0]) for line in said if line.endswith(f"of {len(order)} steps ended")]
+    assert counts == sorted(set(counts)) and counts[-1] == len(order)
     for chain in chains:
         for node in chain:
             assert all(order.index(need.name) < order.index(node.name) for need in node.needs())
     assert scheduler(grid, runs).run(chains) == 0
     assert (runs / "order.txt").read_text().split() == order, "something finished was run again"
+    assert capsys.readouterr().out == "", "nothing was left to do"
 
 
 def test_a_failure_stops_what_needs_it_and_nothing_else(grid, tmp_path, capsys):
@@ -314,6 +325,33 @@ def test_lower_losses_are_better(grid, tmp_path):
     assert verdict(by_loss, rows[:3], grid.claims[0]) is None, "a cell is missing"
 
 
+def test_a_cell_has_one_place_in_every_panel_also_where_it_lacks_a_metric(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    grid = made(tmp_path, GRID + "metrics: [accuracy, max_load]\n")
+    rows = rows_of(grid, {"four": [60.0, 61.0], "two": [61.0, 60.0]})
+    for row in rows[2:]:
+        row["max_load"] = 1.5
+    plot(grid, rows, tmp_path / "plot.png")
+    panels = plt.gcf().axes
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["four", "two"]
+    for panel in panels:
+        places = [place for line in panel.lines for place in line.get_ydata() if line.get_marker() == "."]
+        assert all(-0.5 < place < 1.5 for place in places) and panel.get_ylim() == (1.5, -0.5)
+    assert set(places) == {1.18}, "the load is that of the second cell"
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_a_misspelt_metric_is_named_with_those_that_there_are(tmp_path):
+    grid = made(tmp_path, GRID + "metrics: [accuracy, acuracy]\n")
+    text = report(grid, rows_of(grid, {"four": [60.0, 61.0], "two": [61.0, 60.0]}))
+    assert "No finished run has acuracy. `metrics` can be: accuracy, final_loss." in text
+    known = made(tmp_path, GRID)
+    assert "No finished run" not in report(known, rows_of(known, {"four": [60.0]}))
+
+
 def test_curves_have_a_panel_for_each_cell_with_the_baseline_behind(grid, tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
 
@@ -361,14 +399,15 @@ def test_a_spike_counts_once_however_long_it_lasts():
 
 def test_numbers_of_a_run_come_from_its_logs(tmp_path):
     steps = [
-        {"iteration": i, "loss": 2.0 - i / 100, "grad_norm": 1.0, "skipped": float(i == 5), "step_seconds": 6.0}
+        {"iteration": i, "loss": 2.0 - i / 100, "grad_norm": 1.0, "skipped": float(i == 0), "step_seconds": 6.0}
         for i in range(100)
     ]
+    steps[0]["loss"] = float("nan")
     layer = {"layer": 0, "choices": [900, 100, 0, 0], "dropped": [0, 0, 0, 0], "max_load": 3.6, "entropy": 0.3}
     (tmp_path / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (tmp_path / "routing.jsonl").write_text(json.dumps({"iteration": 50, "layers": [layer]}) + "\n")
     numbers = curve_numbers(tmp_path)
-    assert numbers["final_loss"] == pytest.approx(1.055)
-    assert numbers["peak_loss"] == 2.0
+    assert numbers["final_loss"] == pytest.approx(1.055)  # of the last ten
+    assert numbers["peak_loss"] == 1.99  # the loss of the skipped step is no number
     assert (numbers["skipped_steps"], numbers["train_minutes"], numbers["max_load"]) == (1, 10.0, 3.6)
     assert numbers["dead_experts"] == 2
