@@ -23,13 +23,13 @@ from pathlib import Path
 
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import MoEConfig
-from megatron_moellava.conversion.engine import Part, Recipe
 from megatron_moellava.conversion.inspection import count_parameters
 from megatron_moellava.conversion.layout import ORIGINAL, Entry, entries
-from megatron_moellava.conversion.model import Model
 from megatron_moellava.conversion.original import original_config
+from megatron_moellava.conversion.recipes import Part, Recipe
 from megatron_moellava.conversion.tensors import Tensor, Tile
 from megatron_moellava.conversion.writers import write_safetensors
+from megatron_moellava.costs.shapes import Model
 from megatron_moellava.towers import get_tower
 
 ROUNDS = 3

@@ -9,7 +9,7 @@ images/...      synthetic photographs (smooth noise, 640 x 480, JPEG quality 90)
                 resize: the ceiling) and through the loader's path to normalised pixels, in turns in the same run
 loader/...      a LLaVA JSON of such photographs on disk, read, tokenised, packed and decoded by the training loader
 quickstart/...  packing and loader of the quickstart's conversations, if its data are there
-law ...         packing and balance on the 665k length law of megatron_moellava/data/law.py, samples up to 2,048 tokens
+law ...         packing and balance on the 665k lengths of data/length_distribution.py, samples up to 2,048 tokens
 """
 
 import argparse
@@ -25,7 +25,7 @@ from PIL import Image
 from megatron_moellava.config import DataConfig, Source
 from megatron_moellava.data import media
 from megatron_moellava.data.images import pad_to_square
-from megatron_moellava.data.law import packing_bound, sample_lengths
+from megatron_moellava.data.length_distribution import packing_bound, sample_lengths
 from megatron_moellava.data.loader import build_encoder, build_train_loader
 from megatron_moellava.data.sample import ImageRef
 from megatron_moellava.data.sources import open_source

@@ -24,6 +24,7 @@ from measure import finish, median, ratio, say, take_turns
 from reference import Sizes, write_reference
 
 from megatron_moellava import parallel
+from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import DataConfig, ParallelConfig
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.data.encode import IMAGE_TOKEN
@@ -34,7 +35,7 @@ from megatron_moellava.inference.load import inference_layout, inference_run
 from megatron_moellava.inference.prompts import Prompt, Prompter
 from megatron_moellava.inference.requests import Request, Sampling
 from megatron_moellava.model.build import build_model
-from megatron_moellava.model.checkpoint import load_weights, require_checkpoint
+from megatron_moellava.model.weights import load_weights
 
 VOCABULARY = 32000
 

@@ -9,8 +9,8 @@ from megatron_moellava import parallel
 from megatron_moellava.backbones import BACKBONES
 from megatron_moellava.config import RunConfig, from_dict
 from megatron_moellava.data.batch import Batch, pack
-from megatron_moellava.data.encode import IGNORE, IMAGE_TOKEN, EncodedSample
-from megatron_moellava.data.law import sample_lengths
+from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN, EncodedSample
+from megatron_moellava.data.length_distribution import sample_lengths
 from megatron_moellava.data.packing import select_rows
 from megatron_moellava.towers import TOWERS
 from megatron_moellava.training.loop import Trainer
@@ -52,7 +52,7 @@ def make_samples(count: int, scale: Scale, seed: int = 5) -> list[Sample]:
         text = rng.integers(3, scale.vocabulary - 1, max(int(length) - visual, PROMPT + 4))
         tokens = np.concatenate([text[:PROMPT], np.full(visual, IMAGE_TOKEN), text[PROMPT:]]).astype(np.int64)
         answer = (len(text) - PROMPT) // 2
-        labels = np.full(len(tokens), IGNORE, dtype=np.int64)
+        labels = np.full(len(tokens), IGNORE_INDEX, dtype=np.int64)
         labels[-answer - 1 : -1] = tokens[-answer:]
         pixels = rng.standard_normal((1, 3, scale.image, scale.image), dtype=np.float32) if has_image else None
         made.append((EncodedSample(id=str(number), tag="", tokens_S=tokens, labels_S=labels), pixels))
@@ -61,7 +61,7 @@ def make_samples(count: int, scale: Scale, seed: int = 5) -> list[Sample]:
 
 def useful_tokens(samples: list[Sample]) -> int:
     """Those that carry a loss or an image."""
-    return sum(int(((s.labels_S != IGNORE) | (s.tokens_S == IMAGE_TOKEN)).sum()) for s, _ in samples)
+    return sum(int(((s.labels_S != IGNORE_INDEX) | (s.tokens_S == IMAGE_TOKEN)).sum()) for s, _ in samples)
 
 
 def packed_rows(samples: list[Sample], scale: Scale, seq_length: int | None = None) -> list[Batch]:

@@ -29,12 +29,14 @@ from reference import Sizes, write_reference
 from synthetic import QUARTER, make_samples, packed_rows, trainer_of, useful_tokens
 
 from megatron_moellava import parallel
+from megatron_moellava.checkpoint.description import read_run_file
+from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainingConfig
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.data.batch import Batch
-from megatron_moellava.data.encode import IGNORE, IMAGE_TOKEN
+from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
 from megatron_moellava.data.modality import epoch_order
-from megatron_moellava.model.checkpoint import load_weights, read_run_file, require_checkpoint
+from megatron_moellava.model.weights import load_weights
 from megatron_moellava.training.loop import Trainer
 
 SIZES = Sizes(
@@ -132,13 +134,13 @@ class Padded:
         self.batches = [
             self._collate([samples[i] for i in order[start : start + batch]]) for start in range(0, len(order), batch)
         ]
-        self.loss_tokens = sum(int((item["labels"] != IGNORE).sum()) for item in self.batches)
+        self.loss_tokens = sum(int((item["labels"] != IGNORE_INDEX).sum()) for item in self.batches)
         self.positions = sum(item["input_ids"].numel() for item in self.batches)
 
     def _collate(self, part) -> dict:
         longest = max(len(sample) for sample, _ in part)
         ids = torch.zeros(len(part), longest, dtype=torch.int64)
-        labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
+        labels, mask = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
         for row, (sample, _) in enumerate(part):
             tokens = torch.from_numpy(np.where(sample.tokens_S == IMAGE_TOKEN, SIZES.image_id, sample.tokens_S))
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
@@ -154,7 +156,7 @@ class Padded:
             inputs = {name: value for name, value in item.items() if name != "labels"}
             logits = self.model(**inputs, use_cache=False).logits.float()
             loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
             )
             auxiliary = sum(layer.aux_loss for layer in self.experts)
             (loss / self.loss_tokens + AUX_LOSS * auxiliary / len(self.batches)).backward()

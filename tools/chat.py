@@ -33,7 +33,7 @@ def main() -> int:
     from megatron_moellava.config import MoELlavaError
 
     try:
-        from megatron_moellava.inference.command import chat
+        from megatron_moellava.serving.command import chat
 
         chat(arguments)
     except MoELlavaError as error:

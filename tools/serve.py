@@ -40,7 +40,7 @@ def main() -> int:
     from megatron_moellava.config import MoELlavaError
 
     try:
-        from megatron_moellava.inference.command import serve
+        from megatron_moellava.serving.command import serve
 
         serve(arguments)
     except MoELlavaError as error:

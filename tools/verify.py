@@ -28,7 +28,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     from megatron_moellava.config import MoELlavaError
-    from megatron_moellava.evaluation.verify.command import verify
+    from megatron_moellava.verify.command import verify
 
     try:
         return 0 if verify(arguments.folder, arguments.overrides) else 1

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from megatron_moellava.evaluation.quickstart_metrics import is_existence, normalise
+from megatron_moellava.evaluation.quickstart.metrics import is_existence, normalise
 
 IMAGES = Path("runs/quickstart/data/images")
 

@@ -35,8 +35,8 @@ def read_steps(folder: Path) -> list[dict]:
 
 def summarise(out: Path, arguments, plan: dict, results: dict, seconds: dict, steps: dict) -> dict:
     from megatron_moellava import __version__
-    from megatron_moellava.evaluation.quickstart_metrics import QuestionOnlyBaseline, compare_blanked, questions_of
-    from megatron_moellava.evaluation.quickstart_metrics import score_quickstart as score
+    from megatron_moellava.evaluation.quickstart.metrics import QuestionOnlyBaseline, compare_blanked, questions_of
+    from megatron_moellava.evaluation.quickstart.metrics import score_quickstart as score
 
     answered = results["stage3"]["answered"]
     train = questions_of(json.loads((out / "data" / "conversations.json").read_text()))

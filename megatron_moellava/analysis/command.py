@@ -14,10 +14,10 @@ from megatron_moellava.analysis.plots import plot_expert_load
 from megatron_moellava.analysis.report import Section, write_html
 from megatron_moellava.analysis.routing import Routes, collect_routes
 from megatron_moellava.analysis.similarity import Similarity, expert_similarity
+from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.inference.load import layout_of, load_model
-from megatron_moellava.model.checkpoint import require_checkpoint
+from megatron_moellava.routing.health import advise, troubles
 from megatron_moellava.training.metrics import rounded
-from megatron_moellava.training.routing_health import advise, troubles
 
 
 def analyse(args) -> str:

@@ -15,15 +15,16 @@ from megatron_moellava import parallel, platform
 from megatron_moellava.config import ConfigError, DataError
 from megatron_moellava.data import media
 from megatron_moellava.data.batch import Batch, pad
-from megatron_moellava.data.encode import EncodedSample
+from megatron_moellava.data.encode import IMAGE_TOKEN, EncodedSample
 from megatron_moellava.data.loader import build_encoder
 from megatron_moellava.data.sample import BadSample, parse_record, read_rows
 from megatron_moellava.inference.prompts import Prompter
-from megatron_moellava.inference.routing import RoutingWatch
-from megatron_moellava.model.moe_llava import IMAGE_TOKEN, MoELlava
+from megatron_moellava.inference.routing_record import RoutingWatch
+from megatron_moellava.model.inputs import model_inputs
+from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.routing.observer import RoutingObserver
+from megatron_moellava.routing.records import routing_record
 from megatron_moellava.training.broadcast import broadcast_batch
-from megatron_moellava.training.loop import model_inputs
-from megatron_moellava.training.routing import RoutingObserver, routing_record
 
 NONE = -1  # in place of a choice that was dropped
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_moellava.config import CheckpointError
-from megatron_moellava.conversion.checkpoint import Checkpoint, open_checkpoint
 from megatron_moellava.conversion.layout import MLP
-from megatron_moellava.conversion.model import EXPERTS, LANGUAGE
+from megatron_moellava.conversion.megatron_checkpoint import Checkpoint, open_checkpoint
 from megatron_moellava.conversion.tensors import Files, Tensor
+from megatron_moellava.costs.shapes import EXPERTS, LANGUAGE
 
 CHUNK = 1 << 22  # elements of each expert read at a time
 

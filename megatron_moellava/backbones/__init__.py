@@ -10,8 +10,9 @@ from megatron_moellava.backbones.from_config import (
     backbone_from_fields,
     backbone_from_hf_config,
 )
+from megatron_moellava.checkpoint.description import described_model
 from megatron_moellava.config import ConfigError
-from megatron_moellava.config_json import described_model, read_json
+from megatron_moellava.hf_config import read_json
 
 __all__ = [
     "BACKBONES",

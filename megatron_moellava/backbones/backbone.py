@@ -9,7 +9,7 @@ from collections.abc import Callable
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field
 
-from megatron_moellava.conversion.mapping import Heads, Mapping
+from megatron_moellava.mapping import Heads, Mapping
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from megatron_moellava.backbones.backbone import Backbone, HuggingFace, RopeScaling
 from megatron_moellava.config import ConfigError
-from megatron_moellava.config_json import INERT, MULTIMODAL
+from megatron_moellava.hf_config import INERT, MULTIMODAL
 
 # Sizes that no family can guess.
 REQUIRED = (

@@ -7,7 +7,7 @@ Llama-3.1 and later scale the rotary frequencies, and Llama-3.2 ties the output 
 from dataclasses import replace
 
 from megatron_moellava.backbones.backbone import Backbone, HuggingFace, Original, RopeScaling
-from megatron_moellava.conversion.mapping import QKV, Concat, Mapping, copy, weight
+from megatron_moellava.mapping import QKV, Concat, Mapping, copy, weight
 
 LAYER, HF_LAYER = "decoder.layers.{i}.", "model.layers.{i}."
 

@@ -9,7 +9,7 @@ config has resid_pdrop 0.1, which is active in train mode.
 from dataclasses import replace
 
 from megatron_moellava.backbones.backbone import Backbone, HuggingFace, Original
-from megatron_moellava.conversion.mapping import QKV, Mapping, both, copy
+from megatron_moellava.mapping import QKV, Mapping, both, copy
 
 LAYER, HF_LAYER = "decoder.layers.{i}.", "model.layers.{i}."
 

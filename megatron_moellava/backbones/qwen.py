@@ -8,7 +8,7 @@ The architecture is Qwen2's, so transformers' Qwen2 classes run its export.
 from dataclasses import replace
 
 from megatron_moellava.backbones.backbone import Backbone, HuggingFace, Original
-from megatron_moellava.conversion.mapping import Concat, FusedQKV, both, copy, weight
+from megatron_moellava.mapping import Concat, FusedQKV, both, copy, weight
 
 LAYER, HF_LAYER = "decoder.layers.{i}.", "transformer.h.{i}."
 

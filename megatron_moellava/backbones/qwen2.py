@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from megatron_moellava.backbones import llama
 from megatron_moellava.backbones.backbone import Backbone, HuggingFace, Original
-from megatron_moellava.conversion.mapping import QKV, both
+from megatron_moellava.mapping import QKV, both
 
 MAPPING = llama.decoder_mapping(qkv=both(QKV, *llama.SPLIT_QKV), norms=llama.RMS_NORMS)
 

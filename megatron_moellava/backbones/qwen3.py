@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from megatron_moellava.backbones import llama
 from megatron_moellava.backbones.backbone import Backbone, HuggingFace, Original
-from megatron_moellava.conversion.mapping import QKV, copy, weight
+from megatron_moellava.mapping import QKV, copy, weight
 
 MAPPING = llama.decoder_mapping(
     qkv=(

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from megatron_moellava.backbones import llama
 from megatron_moellava.backbones.backbone import Backbone, HuggingFace, Original
-from megatron_moellava.conversion.mapping import QKV, Mapping, both
+from megatron_moellava.mapping import QKV, Mapping, both
 
 MAPPING = llama.decoder_mapping(
     qkv=both(QKV, *llama.SPLIT_QKV),

@@ -9,10 +9,7 @@ from pathlib import Path
 
 from megatron_moellava.backbones.from_config import hf_config_of
 from megatron_moellava.config import CheckpointError, ConfigError
-from megatron_moellava.config_json import read_json
 from megatron_moellava.conversion import huggingface, original
-from megatron_moellava.conversion.checkpoint import Checkpoint, check_complete, open_checkpoint
-from megatron_moellava.conversion.engine import Part, Recipe, export_recipes, identity
 from megatron_moellava.conversion.imports import TOWER_FILE, is_unused, tower_file
 from megatron_moellava.conversion.initial import language_dtype, zeros
 from megatron_moellava.conversion.layout import (
@@ -25,9 +22,12 @@ from megatron_moellava.conversion.layout import (
     Layout,
     entries,
 )
-from megatron_moellava.conversion.model import LANGUAGE, PROJECTOR, TOWER, UNUSED, Model, megatron_tensors
+from megatron_moellava.conversion.megatron_checkpoint import Checkpoint, check_complete, open_checkpoint
+from megatron_moellava.conversion.recipes import Part, Recipe, export_recipes, identity
 from megatron_moellava.conversion.tensors import Files, Tensor
 from megatron_moellava.conversion.writers import Progress, staged, write_safetensors
+from megatron_moellava.costs.shapes import LANGUAGE, PROJECTOR, TOWER, UNUSED, Model, megatron_tensors
+from megatron_moellava.hf_config import read_json
 from megatron_moellava.towers.from_config import hf_config_of as tower_config_of
 from megatron_moellava.towers.from_config import processor_config_of
 

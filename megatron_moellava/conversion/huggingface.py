@@ -9,7 +9,7 @@ from dataclasses import replace
 from megatron_moellava.backbones import FAMILIES, Backbone
 from megatron_moellava.backbones.from_config import backbone_from_hf_config, hf_config_of
 from megatron_moellava.config import ConfigError, MoEConfig
-from megatron_moellava.conversion.model import Model
+from megatron_moellava.costs.shapes import Model
 from megatron_moellava.towers.from_config import hf_config_of as tower_config
 
 MOE_TYPES = {"qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}

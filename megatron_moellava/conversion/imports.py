@@ -10,10 +10,7 @@ from pathlib import Path
 
 from megatron_moellava.backbones import BACKBONES, Backbone
 from megatron_moellava.config import CheckpointError, ConfigError
-from megatron_moellava.config_json import read_json
 from megatron_moellava.conversion import huggingface, original
-from megatron_moellava.conversion.checkpoint import write_checkpoint
-from megatron_moellava.conversion.engine import Recipe, check, identity, import_recipes
 from megatron_moellava.conversion.initial import new_projector
 from megatron_moellava.conversion.layout import (
     LANGUAGE_MODEL,
@@ -23,10 +20,13 @@ from megatron_moellava.conversion.layout import (
     Layout,
     entries,
 )
-from megatron_moellava.conversion.model import PROJECTOR, UNUSED, Model
+from megatron_moellava.conversion.megatron_checkpoint import write_checkpoint
 from megatron_moellava.conversion.readers import open_huggingface
+from megatron_moellava.conversion.recipes import Recipe, check, identity, import_recipes
 from megatron_moellava.conversion.tensors import Files, Tensor
 from megatron_moellava.conversion.writers import Progress
+from megatron_moellava.costs.shapes import PROJECTOR, UNUSED, Model
+from megatron_moellava.hf_config import read_json
 
 # Constants that older versions of transformers saved with the weights, and the halves of CLIP and SigLIP that are not
 # the vision tower. They are left out, and counted in the report.

@@ -8,10 +8,10 @@ import math
 import zlib
 from functools import partial
 
-from megatron_moellava.conversion.engine import Edit, Tensors
-from megatron_moellava.conversion.mapping import Shape
-from megatron_moellava.conversion.model import LANGUAGE, PROJECTOR, Model, megatron_tensors
+from megatron_moellava.conversion.recipes import Edit, Tensors
 from megatron_moellava.conversion.tensors import Tensor
+from megatron_moellava.costs.shapes import LANGUAGE, PROJECTOR, Model, megatron_tensors
+from megatron_moellava.mapping import Shape
 
 
 def generator(seed: int, name: str):

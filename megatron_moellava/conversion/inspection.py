@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_moellava.config_json import complete_iterations
-from megatron_moellava.conversion.checkpoint import open_checkpoint
-from megatron_moellava.conversion.engine import Tensors
-from megatron_moellava.conversion.model import EXPERTS, LANGUAGE, PROJECTOR, TOWER, UNUSED, Model, megatron_tensors
+from megatron_moellava.checkpoint.folders import complete_iterations
+from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.conversion.readers import open_huggingface
+from megatron_moellava.conversion.recipes import Tensors
 from megatron_moellava.conversion.tensors import Files, Tensor
+from megatron_moellava.costs.shapes import EXPERTS, LANGUAGE, PROJECTOR, TOWER, UNUSED, Model, megatron_tensors
 
 # End of a Megatron key -> which axis each parallel group cuts. Norms, routers and what is not listed are copied.
 PARALLEL_LAYOUT = (

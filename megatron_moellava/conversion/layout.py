@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_moellava.config import ConfigError
-from megatron_moellava.conversion.mapping import Heads, Mapping, Shape
-from megatron_moellava.conversion.model import EXPERTS, LANGUAGE, PROJECTOR, RESIDUAL, TOWER, Model, megatron_tensors
+from megatron_moellava.costs.shapes import EXPERTS, LANGUAGE, PROJECTOR, RESIDUAL, TOWER, Model, megatron_tensors
+from megatron_moellava.mapping import Heads, Mapping, Shape
 
 MLP = ".mlp."  # in every family, on both sides, what stands before this is the layer and what follows is the MLP
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_moellava.backbones.from_config import hf_config_of
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.layout import LANGUAGE_MODEL, LLAVA, ORIGINAL, Layout
-from megatron_moellava.conversion.model import Model
+from megatron_moellava.costs.shapes import Model
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import FAMILIES, TOWERS, Tower, get_tower
 from megatron_moellava.towers.from_config import tower_from_hf_config

@@ -6,11 +6,11 @@ import math
 import pickle
 from pathlib import Path
 
+from megatron_moellava.checkpoint.safe_pickle import guard
 from megatron_moellava.config import CheckpointError
-from megatron_moellava.conversion.mapping import Shape
 from megatron_moellava.conversion.tensors import ITEM_SIZES, Tensor, Tile, whole
 from megatron_moellava.conversion.torch_file import Window, data_offset, record_offset
-from megatron_moellava.safe_pickle import guard
+from megatron_moellava.mapping import Shape
 
 SAFETENSORS_TYPES = {
     "F64": "float64",

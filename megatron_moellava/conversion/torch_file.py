@@ -13,7 +13,7 @@ from collections import OrderedDict
 from zipfile import BadZipFile, ZipFile
 
 from megatron_moellava.config import CheckpointError
-from megatron_moellava.conversion.mapping import Shape
+from megatron_moellava.mapping import Shape
 
 STORAGES = {
     "float64": "DoubleStorage",

@@ -10,14 +10,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_moellava.config import ConfigError, MoEConfig
-from megatron_moellava.conversion.checkpoint import Checkpoint, check_complete, open_checkpoint, write_checkpoint
-from megatron_moellava.conversion.engine import Part, Recipe, check, identity
 from megatron_moellava.conversion.initial import language_dtype, linear_default, noise, zeros
 from megatron_moellava.conversion.layout import MLP
-from megatron_moellava.conversion.mapping import Shape
-from megatron_moellava.conversion.model import EXPERTS, RESIDUAL, UNUSED, megatron_tensors
+from megatron_moellava.conversion.megatron_checkpoint import (
+    Checkpoint,
+    check_complete,
+    open_checkpoint,
+    write_checkpoint,
+)
+from megatron_moellava.conversion.recipes import Part, Recipe, check, identity
 from megatron_moellava.conversion.tensors import Tensor
 from megatron_moellava.conversion.writers import Progress
+from megatron_moellava.costs.shapes import EXPERTS, RESIDUAL, UNUSED, megatron_tensors
+from megatron_moellava.mapping import Shape
 
 ROUTER, EXPERT_BIAS = "router.weight", "router.expert_bias"
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_moellava.config import ConfigError
-from megatron_moellava.conversion.engine import Recipe, Tensors, stream
 from megatron_moellava.conversion.readers import SAFETENSORS_TYPES
+from megatron_moellava.conversion.recipes import Recipe, Tensors, stream
 from megatron_moellava.conversion.tensors import BLOCK, ITEM_SIZES, Files
 from megatron_moellava.conversion.torch_file import MAX_BYTES, frame
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from megatron_moellava.data.encode import IGNORE, EncodedSample
+from megatron_moellava.data.encode import IGNORE_INDEX, EncodedSample
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,7 +46,7 @@ def pack(samples: list[EncodedSample], pixels: list[np.ndarray], seq_length: int
     assert tail >= 0, "more tokens than the row holds"
     segments = [*lengths, tail] if tail else lengths
     tokens = np.concatenate([*(sample.tokens_S for sample in samples), np.full(tail, pad_id, dtype=np.int64)])
-    labels = np.concatenate([*(sample.labels_S for sample in samples), np.full(tail, IGNORE, dtype=np.int64)])
+    labels = np.concatenate([*(sample.labels_S for sample in samples), np.full(tail, IGNORE_INDEX, dtype=np.int64)])
     positions = np.concatenate([np.arange(length) for length in segments])
     return Batch(
         tokens_BS=torch.from_numpy(tokens)[None],
@@ -66,7 +66,7 @@ def pad(samples: list[EncodedSample], pixels: list[np.ndarray], multiple: int, p
     longest = max(len(sample) for sample in samples)
     width = -(-longest // multiple) * multiple
     tokens_BS = torch.full((len(samples), width), pad_id, dtype=torch.int64)
-    labels_BS = torch.full((len(samples), width), IGNORE, dtype=torch.int64)
+    labels_BS = torch.full((len(samples), width), IGNORE_INDEX, dtype=torch.int64)
     lengths_B = torch.tensor([len(sample) for sample in samples])
     for row, sample in enumerate(samples):
         tokens_BS[row, : len(sample)] = torch.from_numpy(sample.tokens_S)

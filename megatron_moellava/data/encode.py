@@ -15,13 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_moellava.config import ConfigError
-from megatron_moellava.data import original
-from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, BadSample, ImageRef, Sample
-from megatron_moellava.data.templates import Piece, Template, prompt, render
+from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
+from megatron_moellava.data.templates import Piece, Template, render
 from megatron_moellava.data.tokenizer import Tokenizer
 
-IMAGE_TOKEN = -200
-IGNORE = -100
+IMAGE_TOKEN = -200  # placeholder that image features overwrite (the original's IMAGE_TOKEN_INDEX)
+IGNORE_INDEX = -100  # label of a position without loss
 _CONTROL = re.compile(r"(<s>|</s>|<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|<\|end_of_turn\|>)")
 
 
@@ -30,7 +29,7 @@ class EncodedSample:
     id: str
     tag: str
     tokens_S: np.ndarray  # int64; each image is its number of IMAGE_TOKEN
-    labels_S: np.ndarray  # int64, shifted; IGNORE = no loss
+    labels_S: np.ndarray  # int64, shifted; IGNORE_INDEX = no loss
     images: tuple[ImageRef, ...] = ()
     features: tuple[int, ...] = ()  # tokens of each image
     notes: tuple[str, ...] = ()  # what was done to the sample, for the counters
@@ -52,7 +51,7 @@ def check_template(template: Template, tokenizer: Tokenizer) -> None:
 def encode(sample: Sample, template: Template, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """(ids, labels), aligned, one IMAGE_TOKEN per image.
 
-    >>> "USER: hi ASSISTANT: yes</s>" -> labels are IGNORE up to the colon, then the ids of " yes" and "</s>"
+    >>> "USER: hi ASSISTANT: yes</s>" -> labels are IGNORE_INDEX up to the colon, then the ids of " yes" and "</s>"
     """
     builder = _Builder(tokenizer, images=bool(sample.images))
     builder.add_ids(tokenizer.bos_ids, trained=False)
@@ -110,61 +109,7 @@ class _Builder:
 
     def add_ids(self, ids: list[int], *, trained: bool) -> None:
         self.ids += ids
-        self.labels += ids if trained else [IGNORE] * len(ids)
-
-
-def encode_original(
-    sample: Sample, template: Template, tokenizer: Tokenizer, max_length: int = 2048
-) -> tuple[list[int], list[int], bool]:
-    """(ids, labels, mismatch) by the original's algorithm, failures included. Text-only rows are cut at max_length."""
-    turns = sample.turns if template.style != "plain" else original.one_image(sample.turns)
-    tokenise = original.tokenise_with_images if sample.images else original.tokenise
-    ids = tokenise(prompt(template, turns), tokenizer)
-    if not sample.images and template.style not in ("plain", "mpt"):
-        ids = ids[:max_length]
-    labels, mismatch = original.LABELS[template.labels](ids, turns, template, tokenizer, tokenise, max_length)
-    return ids, labels, mismatch
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Encoder:
-    """Everything between a Sample and its tokens, for one run."""
-
-    template: Template
-    tokenizer: Tokenizer
-    num_features: int  # of one image (one tile)
-    max_length: int  # tokens of a sample, images included
-    label_mode: str = "spans"
-    long_samples: str = "cut"
-
-    def __call__(self, sample: Sample, features: tuple[int, ...] | None = None) -> EncodedSample:
-        """`features`: tokens of each image, where they differ (tiling)."""
-        features = (self.num_features,) * len(sample.images) if features is None else features
-        notes = list(sample.notes)
-        if self.label_mode == "original":
-            ids, labels, mismatch = encode_original(sample, self.template, self.tokenizer, self.max_length)
-            notes += ["tokenization mismatch, sample masked"] if mismatch else []
-        else:
-            ids, labels = encode(sample, self.template, self.tokenizer)
-        tokens_S, labels_S, images, length = expand(ids, labels, sample.images, features, self.max_length)
-        useless = self.label_mode != "original" and not (labels_S != IGNORE).any()
-        if useless or (length > self.max_length and self.long_samples == "skip"):
-            raise BadSample(
-                "too long",
-                f"{sample.origin}: {length} tokens with its images, more than the {self.max_length} of a sample"
-                f"{', and nothing to learn before the cut' if useless else ''}; shorten the row, or raise "
-                "data.seq_length and data.max_sample_length as far as the backbone allows",
-            )
-        return EncodedSample(
-            id=sample.id,
-            tag=sample.tag,
-            tokens_S=tokens_S,
-            labels_S=labels_S,
-            images=images,
-            features=features[: len(images)],
-            notes=(*notes, *(["truncated"] if length > self.max_length else [])),
-            length=length,
-        )
+        self.labels += ids if trained else [IGNORE_INDEX] * len(ids)
 
 
 def expand(ids: list[int], labels: list[int], images: tuple, features: tuple[int, ...], seq_length: int):
@@ -179,5 +124,5 @@ def expand(ids: list[int], labels: list[int], images: tuple, features: tuple[int
     kept = int(np.searchsorted(ends, seq_length, side="right"))
     tokens_S = np.repeat(np.array(ids[:kept], dtype=np.int64), counts[:kept])
     labels_S = np.repeat(np.array(labels[:kept], dtype=np.int64), counts[:kept])
-    shifted_S = np.append(labels_S[1:], IGNORE) if len(labels_S) else labels_S
+    shifted_S = np.append(labels_S[1:], IGNORE_INDEX) if len(labels_S) else labels_S
     return tokens_S, shifted_S, images[: ids[:kept].count(IMAGE_TOKEN)], length

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from megatron_moellava.config import DataError
 from megatron_moellava.data.batch import Batch, from_wire
-from megatron_moellava.data.encode import Encoder, check_template
+from megatron_moellava.data.encode import check_template
+from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.modality import ModalityEngine, Rows, check_sources
 from megatron_moellava.data.pipeline import Pipeline
 from megatron_moellava.data.sample import BadSample, parse_record

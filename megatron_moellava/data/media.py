@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
-from megatron_moellava.data import grid, images
+from megatron_moellava.data import images
+from megatron_moellava.data import tiling as grid
 from megatron_moellava.data.sample import BadSample, ImageRef
 
 STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")

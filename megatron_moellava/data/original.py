@@ -4,12 +4,10 @@ Each rule tokenises the prompt's rounds again and counts. Off-by-ones are the or
 the separator that was split off, and the blank after "ASSISTANT:" merges into the first token of the answer.
 """
 
-from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Turn
-from megatron_moellava.data.templates import prompt
+from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
+from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
+from megatron_moellava.data.templates import Template, prompt
 from megatron_moellava.data.tokenizer import Tokenizer
-
-IGNORE = -100
-IMAGE_TOKEN = -200
 
 
 def tokenise(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -32,7 +30,7 @@ def one_image(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 def _count_rounds(ids, rounds, tokenizer, tokenise, max_length, *, split, start, extra, back):
     """Mask the instruction of each round; `extra` and `back` are the off-by-ones of round and instruction."""
-    labels = [IGNORE] * start + ids[start:]
+    labels = [IGNORE_INDEX] * start + ids[start:]
     current = start
     for text in rounds:
         parts = text.split(split)
@@ -40,12 +38,12 @@ def _count_rounds(ids, rounds, tokenizer, tokenise, max_length, *, split, start,
             break
         instruction = len(tokenise(parts[0] + split, tokenizer)) - back
         stop = min(current + instruction, len(labels))
-        labels[current:stop] = [IGNORE] * max(stop - current, 0)
+        labels[current:stop] = [IGNORE_INDEX] * max(stop - current, 0)
         current += len(tokenise(text, tokenizer)) + extra
-    labels[current:] = [IGNORE] * len(labels[current:])
+    labels[current:] = [IGNORE_INDEX] * len(labels[current:])
     total = sum(token != tokenizer.pad_id for token in ids)
     mismatch = current < max_length and current != total
-    return [IGNORE] * len(ids) if mismatch else labels, mismatch
+    return [IGNORE_INDEX] * len(ids) if mismatch else labels, mismatch
 
 
 def _two(start: int, extra: int, back: int):
@@ -79,20 +77,20 @@ def _mpt(ids, turns, template, tokenizer, tokenise, max_length):
 
 def _plain(ids, turns, template, tokenizer, tokenise, max_length):
     masked = len(tokenise_with_images(turns[0].text, tokenizer))
-    return [IGNORE] * masked + ids[masked:], False
+    return [IGNORE_INDEX] * masked + ids[masked:], False
 
 
 def _v0(ids, turns, template, tokenizer, tokenise, max_length):
     """Human sentences are masked but for their first two tokens; every piece is counted with its BOS."""
     labels = list(ids)
     current = len(tokenise(f"{template.system}\n\n", tokenizer))
-    labels[:current] = [IGNORE] * current
+    labels[:current] = [IGNORE_INDEX] * current
     for turn in turns:
         role = template.roles[turn.role == "assistant"]
         length = len(tokenise(f"{template.sep} {role}: {turn.text}\n", tokenizer))
         if turn.role == "user":
             masked = range(current + 2, min(current + length, len(labels)))
-            labels[current + 2 : current + length] = [IGNORE] * len(masked)
+            labels[current + 2 : current + length] = [IGNORE_INDEX] * len(masked)
         current += length
     return labels[: len(ids)], False
 
@@ -105,3 +103,16 @@ LABELS = {
     "plain": _plain,
     "v0": _v0,
 }
+
+
+def encode_original(
+    sample: Sample, template: Template, tokenizer: Tokenizer, max_length: int = 2048
+) -> tuple[list[int], list[int], bool]:
+    """(ids, labels, mismatch) by the original's algorithm, failures included. Text-only rows are cut at max_length."""
+    turns = sample.turns if template.style != "plain" else one_image(sample.turns)
+    split = tokenise_with_images if sample.images else tokenise
+    ids = split(prompt(template, turns), tokenizer)
+    if not sample.images and template.style not in ("plain", "mpt"):
+        ids = ids[:max_length]
+    labels, mismatch = LABELS[template.labels](ids, turns, template, tokenizer, tokenise, max_length)
+    return ids, labels, mismatch

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from megatron_moellava.config import DataError
 from megatron_moellava.data import media
 from megatron_moellava.data.batch import Batch, pack, pad, to_wire
-from megatron_moellava.data.encode import EncodedSample, Encoder
+from megatron_moellava.data.encode import EncodedSample
+from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.packing import CarryOverPacking, select_rows
 from megatron_moellava.data.sample import BadSample, ImageRef, parse_record
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_moellava.config import DataError
-from megatron_moellava.data.encode import Encoder
+from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.index import Index
 from megatron_moellava.data.packing import select_rows
 from megatron_moellava.data.sample import BadSample, parse_record

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_moellava import parallel
 from megatron_moellava.evaluation.command import chosen_tasks, judge_of, options_of
-from megatron_moellava.evaluation.engine import CheckpointEngine
+from megatron_moellava.evaluation.generation import CheckpointEngine
 from megatron_moellava.evaluation.predictions import Place
 from megatron_moellava.evaluation.report import write_summary
 from megatron_moellava.evaluation.runner import evaluate

@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from megatron_moellava import parallel
 from megatron_moellava.data import media
 from megatron_moellava.data.batch import Batch, pack
-from megatron_moellava.data.encode import IGNORE, EncodedSample, Encoder
+from megatron_moellava.data.encode import IGNORE_INDEX, EncodedSample
+from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.sample import parse_record
 from megatron_moellava.model.context_parallel import gather_positions, share
+from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.training.broadcast import broadcast_batch
-from megatron_moellava.training.loop import model_inputs
-from megatron_moellava.training.routing import RoutingObserver
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -91,7 +92,7 @@ def _forward_step(batches: Iterator[tuple[Batch, RoutingObserver | None]], model
 
     def read(logits_BLV: torch.Tensor):
         logits_LV, labels_L = logits_BLV[0], share(batch.labels_BS)[0]
-        answer_L = labels_L != IGNORE  # few of the positions: their logits alone become fp32
+        answer_L = labels_L != IGNORE_INDEX  # few of the positions: their logits alone become fp32
         losses_L = torch.zeros_like(labels_L, dtype=torch.float32)
         losses_L[answer_L] = F.cross_entropy(logits_LV[answer_L].float(), labels_L[answer_L], reduction="none")
         return torch.zeros(1), tuple(gather_positions(part_L).cpu() for part_L in (logits_LV.argmax(dim=-1), losses_L))
@@ -144,7 +145,7 @@ class Plan:
         """Predictions and losses of the questions in one packed row."""
         found, start = {}, 0
         for index, sample in packed:
-            answer = sample.labels_S != IGNORE
+            answer = sample.labels_S != IGNORE_INDEX
             here = slice(start, start + len(sample))
             truth, guess = sample.labels_S[answer], guess_S[here][answer]
             wrong = np.flatnonzero(truth != guess)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_moellava.config import ConfigError, DataError, ParallelConfig
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Turn
-from megatron_moellava.evaluation.engine import completions
+from megatron_moellava.evaluation.generation import completions
 from megatron_moellava.inference.load import load_for_inference
 from megatron_moellava.inference.requests import Request, Sampling
 

@@ -18,7 +18,7 @@ from megatron_moellava.evaluation import submission
 from megatron_moellava.evaluation.answered import Answered
 from megatron_moellava.evaluation.metrics import Score
 from megatron_moellava.evaluation.questions import READERS, Question
-from megatron_moellava.evaluation.quickstart_pope import read_quickstart_pope
+from megatron_moellava.evaluation.quickstart.pope import read_quickstart_pope
 from megatron_moellava.evaluation.scorers import choice, held_out, judged, text, yes_no
 
 _EVAL_ZIP = "LLaVA's eval.zip (github.com/haotian-liu/LLaVA, docs/Evaluation.md)"

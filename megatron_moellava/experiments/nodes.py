@@ -107,8 +107,8 @@ def _train(grid: Grid, runs: Path, node: Node, folder: Path) -> dict | None:
     import torch.distributed as dist
 
     from megatron_moellava import parallel
+    from megatron_moellava.checkpoint.folders import newest_checkpoint
     from megatron_moellava.experiments.stage import ask_closed, train_stage
-    from megatron_moellava.model.checkpoint import newest_checkpoint
     from megatron_moellava.training.loop import TrainingDiverged
 
     run = node_run(grid, runs, node, folder)

@@ -9,9 +9,9 @@ from megatron_moellava.config import MoELlavaError, RunConfig
 from megatron_moellava.data.loader import build_encoder
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.evaluation.closed_questions import predict
-from megatron_moellava.evaluation.quickstart_metrics import score_quickstart
+from megatron_moellava.evaluation.quickstart.metrics import score_quickstart
+from megatron_moellava.routing.records import RoutingSums
 from megatron_moellava.training.loop import INTERRUPTED, Trainer
-from megatron_moellava.training.routing import RoutingSums
 from megatron_moellava.training.run import build_trainer, validate_run
 
 
@@ -23,7 +23,7 @@ class Interrupted(MoELlavaError):
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    score: dict  # evaluation.quickstart_metrics.score_quickstart
+    score: dict  # evaluation.quickstart.metrics.score_quickstart
     answered: list[dict]  # the rows with `prediction` and `loss`
     routing: RoutingSums | None  # of the questions; None: dense
     blanked: list[dict] | None  # the same rows with blank pictures

@@ -22,9 +22,9 @@ from megatron_moellava import platform
 from megatron_moellava.config import DataError
 from megatron_moellava.inference.forward import Forward
 from megatron_moellava.inference.prompts import Prompt, Prompter
+from megatron_moellava.inference.request_state import Running
 from megatron_moellava.inference.requests import Completion, Event, Request
-from megatron_moellava.inference.routing import RoutingRecord, RoutingWatch
-from megatron_moellava.inference.running import Running
+from megatron_moellava.inference.routing_record import RoutingRecord, RoutingWatch
 from megatron_moellava.inference.sampling import Beam, likeliest_tokens
 from megatron_moellava.inference.text import TextStream
 from megatron_moellava.model.experts import GroupedLinear

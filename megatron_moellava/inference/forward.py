@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
+from megatron_moellava.inference.fast_decoder import StraightDecoder, can_go_straight
 from megatron_moellava.inference.prompts import Prompt
-from megatron_moellava.inference.straight import StraightDecoder, can_go_straight
 from megatron_moellava.model.kv_cache import KVCache, Step
 from megatron_moellava.model.moe_llava import MoELlava
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from megatron_moellava import parallel
 from megatron_moellava.backbones import get_backbone
+from megatron_moellava.checkpoint.description import read_run_file
+from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import (
     CheckpointError,
     ConfigError,
@@ -20,8 +22,8 @@ from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.inference.engine import Engine
 from megatron_moellava.inference.prompts import Prompter
 from megatron_moellava.model.build import build_model
-from megatron_moellava.model.checkpoint import load_weights, read_run_file, require_checkpoint
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.model.weights import load_weights
 
 from megatron.core import parallel_state
 

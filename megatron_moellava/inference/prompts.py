@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from megatron_moellava.config import DataConfig, DataError
-from megatron_moellava.data import grid, images
+from megatron_moellava.data import images
+from megatron_moellava.data import tiling as grid
 from megatron_moellava.data.encode import IMAGE_TOKEN, check_template, encode
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from megatron_moellava.data.templates import Template

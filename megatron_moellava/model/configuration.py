@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoEConfig, RunConfig
-from megatron_moellava.model.pipeline import stage_layers
+from megatron_moellava.costs.pipeline_split import stage_layers
 from megatron_moellava.placement import moe_layer_freq
 from megatron_moellava.towers import Tower
 

@@ -10,6 +10,7 @@ import torch
 import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import RunConfig
+from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
 from megatron_moellava.model.attention import SEGMENTED
 from megatron_moellava.model.configuration import projector_config, tower_config, transformer_config
 from megatron_moellava.model.context_parallel import encode_share, share
@@ -25,9 +26,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
-
-IMAGE_TOKEN = -200  # id of the placeholder rows that image features overwrite (the original's IMAGE_TOKEN_INDEX)
-IGNORE_INDEX = -100  # label of a position without loss
 
 
 class MoELlava(MegatronModule):

@@ -8,7 +8,7 @@ measured. A row applies when all its conditions hold, and is counted `times` the
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_moellava.planning.layout import Layout
+from megatron_moellava.costs.layout import Layout, routed_tokens
 
 FP32, MASK = 4, 1
 
@@ -134,11 +134,6 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
         * layout.tower.hidden_size,
     }
     return values | (_expert_sizes(layout, imbalance, gated) if layout.run.moe else {})
-
-
-def routed_tokens(layout: Layout, imbalance: float = 1.0) -> float:
-    """Rows that the experts of one rank compute: with expert tensor parallelism each rank of the group sees them all."""
-    return layout.tokens / layout.sp * layout.moe.moe_router_topk * layout.etp * imbalance
 
 
 def tower_layer_elements(layout: Layout) -> float:

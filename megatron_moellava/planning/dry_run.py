@@ -21,12 +21,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import megatron_moellava.platform as platform
 from megatron_moellava import parallel
 from megatron_moellava.config import ConfigError, RunConfig
+from megatron_moellava.costs.layout import Layout
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.model.roles import freeze, parameter_roles
 from megatron_moellava.planning.counting import SavedTensors, flop_counter, storage_bytes
-from megatron_moellava.planning.layout import Layout
 from megatron_moellava.training.optimizer import build_optimizer, distributed_optimizers, wrap_data_parallel
-from megatron_moellava.training.stages import freeze, parameter_roles
 
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random

@@ -1,13 +1,14 @@
 """How much there is to train: the published data of each stage, in samples and tokens.
 
 Rows are the recipes' (docs/fidelity.md). Image tokens follow from the tower. Text tokens per sample are estimates:
-of the 665k mix from its published counts (`data/law.py`), of the others from the kind of their conversations.
+of the 665k mix from its published counts (`data/length_distribution.py`), of the others from the kind of their conversations.
 """
 
 from dataclasses import dataclass
 
-from megatron_moellava.data.law import PROMPT_TOKENS, SOURCES
-from megatron_moellava.planning.layout import Layout
+from megatron_moellava.costs.flops import Load
+from megatron_moellava.costs.layout import Layout
+from megatron_moellava.data.length_distribution import PROMPT_TOKENS, SOURCES
 
 
 def _mean_text_tokens() -> float:
@@ -47,16 +48,6 @@ STAGE_DATA = {
 }
 PACKED_FILL = 0.97  # share of a packed row's positions that hold tokens (docs/data.md: 88.7 to 99.97 %)
 PADDED_FILL = 0.85  # share of a padded batch's positions, batches grouped by length
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Load:
-    """What one micro-batch holds on average (memory plans for the fullest instead)."""
-
-    tokens: float  # positions computed, padding included
-    length: float  # of a sample: how far attention reaches back
-    images: float
-    samples: float
 
 
 def mean_load(layout: Layout, data: StageData) -> Load:

@@ -7,8 +7,8 @@ import difflib
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_moellava.checkpoint.description import described_model
 from megatron_moellava.config import ConfigError
-from megatron_moellava.config_json import described_model
 from megatron_moellava.towers import clip, siglip
 from megatron_moellava.towers.from_config import tower_fields, tower_from_fields, tower_from_hf_folder
 from megatron_moellava.towers.tower import Tower, TowerHuggingFace

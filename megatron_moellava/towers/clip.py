@@ -6,7 +6,7 @@ layer and `post_layernorm` are never needed.
 
 from dataclasses import replace
 
-from megatron_moellava.conversion.mapping import QKV, Flat, Mapping, both, copy
+from megatron_moellava.mapping import QKV, Flat, Mapping, both, copy
 from megatron_moellava.towers.tower import Tower, TowerHuggingFace
 
 LAYER, HF_LAYER = "decoder.layers.{i}.", "vision_model.encoder.layers.{i}."

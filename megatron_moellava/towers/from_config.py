@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_moellava.config import ConfigError
-from megatron_moellava.config_json import INERT, read_json
+from megatron_moellava.hf_config import INERT, read_json
 from megatron_moellava.towers.tower import Tower
 
 FIELDS = {

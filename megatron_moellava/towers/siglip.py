@@ -7,7 +7,7 @@ checkpoints.
 
 from dataclasses import replace
 
-from megatron_moellava.conversion.mapping import Mapping, both, copy
+from megatron_moellava.mapping import Mapping, both, copy
 from megatron_moellava.towers.clip import BLOCK
 from megatron_moellava.towers.tower import Tower, TowerHuggingFace
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import platform
-from megatron_moellava.model.integrity import file_digest
+from megatron_moellava.checkpoint.integrity import file_digest
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async

@@ -25,18 +25,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 import megatron_moellava
 from megatron_moellava import parallel, platform
 from megatron_moellava.backbones import backbone_fields
+from megatron_moellava.checkpoint.description import FORMAT, read_run_file, verify
+from megatron_moellava.checkpoint.folders import RUN_FILE, complete_iterations
+from megatron_moellava.checkpoint.integrity import DamagedCheckpoint, file_digests, sealed
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
-from megatron_moellava.config_json import complete_iterations
-from megatron_moellava.model.checkpoint import (
-    FORMAT,
-    RUN_FILE,
-    model_state,
-    read_run_file,
-    verify,
-)
-from megatron_moellava.model.fp8 import Emulation
-from megatron_moellava.model.integrity import DamagedCheckpoint, file_digests, sealed
+from megatron_moellava.model.fp8_emulation import Emulation
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.model.weights import model_state
 from megatron_moellava.towers import tower_fields
 from megatron_moellava.training.background import BackgroundSave, Writing
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count

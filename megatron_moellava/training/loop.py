@@ -16,13 +16,20 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
+from megatron_moellava.checkpoint.description import read_run_file
+from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import CheckpointError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch
+from megatron_moellava.data.encode import IGNORE_INDEX
 from megatron_moellava.data.loader import Loader
 from megatron_moellava.model.build import build_model
-from megatron_moellava.model.checkpoint import load_weights, read_run_file, require_checkpoint
-from megatron_moellava.model.fp8 import Emulation, emulate_fp8
-from megatron_moellava.model.moe_llava import IGNORE_INDEX
+from megatron_moellava.model.fp8_emulation import Emulation, emulate_fp8
+from megatron_moellava.model.inputs import model_inputs
+from megatron_moellava.model.roles import freeze
+from megatron_moellava.model.weights import load_weights
+from megatron_moellava.routing.observer import RoutingObserver
+from megatron_moellava.routing.records import routing_record
+from megatron_moellava.stages import STAGES
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
@@ -35,10 +42,8 @@ from megatron_moellava.training.metrics import (
     load_imbalance,
     routing_summary,
 )
-from megatron_moellava.training.not_finite import Culprits
+from megatron_moellava.training.non_finite_report import Culprits
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
-from megatron_moellava.training.routing import RoutingObserver, routing_record
-from megatron_moellava.training.stages import STAGES, freeze
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.watchdog import Watchdog
 
@@ -365,19 +370,6 @@ class Trainer:
     def _saved(self, path: Path | None) -> None:
         if path is not None:
             self.log.say(f"checkpoint {path}")
-
-
-def model_inputs(batch: Batch) -> dict:
-    """The arguments of `MoELlava.forward` for a batch."""
-    return {
-        "tokens_BS": batch.tokens_BS,
-        "position_ids_BS": batch.position_ids_BS,
-        "labels_BS": batch.labels_BS,
-        "padding_mask_BS": batch.padding_mask_BS,
-        "pixels_NCHW": batch.pixel_values_NCHW,
-        "cu_seqlens": batch.cu_seqlens,
-        "max_seqlen": batch.max_seqlen,
-    }
 
 
 def global_token_mean(losses_BS: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

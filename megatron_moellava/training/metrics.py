@@ -9,9 +9,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_moellava import parallel
 from megatron_moellava.data.batch import Batch
+from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.data.loader import summary
-from megatron_moellava.model.moe_llava import IMAGE_TOKEN
-from megatron_moellava.training.routing_health import Watchman
+from megatron_moellava.routing.health import Watchman
 
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 

@@ -9,10 +9,12 @@ import torch.distributed as dist
 
 from megatron_moellava import parallel
 from megatron_moellava.backbones import get_backbone
+from megatron_moellava.checkpoint.description import read_run_file
+from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.config import ConfigError, RunConfig, from_dict, read_yaml, set_override, split_override
 from megatron_moellava.data.loader import Loader, WorkerTrouble, build_train_loader, worker_trouble
 from megatron_moellava.data.tokenizer import load_tokenizer
-from megatron_moellava.model.checkpoint import model_names, newest_checkpoint, read_run_file
+from megatron_moellava.model.weights import model_names
 from megatron_moellava.towers import get_tower
 from megatron_moellava.training.lock import lock_folder
 from megatron_moellava.training.loop import Trainer

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from megatron_moellava import platform
 from megatron_moellava.backbones import Backbone, get_backbone
+from megatron_moellava.checkpoint.folders import newest_checkpoint, require_checkpoint
 from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig
 from megatron_moellava.data.templates import get_template
-from megatron_moellava.model.checkpoint import newest_checkpoint, require_checkpoint
 from megatron_moellava.placement import moe_layers
+from megatron_moellava.stages import ROLES, STAGES
 from megatron_moellava.towers import get_tower
-from megatron_moellava.training.stages import ROLES, STAGES
 
 CHOICES = {
     "training.stage": tuple(STAGES),

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from megatron_moellava import parallel
 from megatron_moellava.backbones import BACKBONES
 from megatron_moellava.config import RunConfig, from_dict, set_override
+from megatron_moellava.costs.layout import Layout
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.planning.counting import optimizer_bytes, storage_bytes
-from megatron_moellava.planning.layout import Layout
 from megatron_moellava.planning.memory import memory_of, state_bytes
 from megatron_moellava.towers import get_tower
 from megatron_moellava.training.loop import Trainer

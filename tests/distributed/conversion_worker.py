@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 from megatron_moellava import parallel
+from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import RunConfig, from_dict
-from megatron_moellava.conversion.checkpoint import open_checkpoint
+from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.model.build import build_model
-from megatron_moellava.model.checkpoint import load_weights, require_checkpoint
+from megatron_moellava.model.weights import load_weights
 from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
 
 

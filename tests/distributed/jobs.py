@@ -15,7 +15,7 @@ from shards import draw, fill, gather_gradients, gather_parameters
 from megatron_moellava import parallel
 from megatron_moellava.backbones import BACKBONES
 from megatron_moellava.config import RunConfig, from_dict, set_override
-from megatron_moellava.model import checkpoint as reading
+from megatron_moellava.model import weights as reading
 from megatron_moellava.model.router import OriginalRouter
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.loop import Trainer

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from megatron_moellava.data.batch import Batch, pack, pad
-from megatron_moellava.data.encode import IGNORE, IMAGE_TOKEN, EncodedSample
+from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN, EncodedSample
 from megatron_moellava.towers import Tower
 
 SEQ_LENGTH = 128
@@ -64,8 +64,8 @@ def _sample(draw, name: str, vocab_size: int, tower: Tower, images: int, words: 
     """`words` random words after the images; the later two thirds are trained on."""
     text = draw.integers(3, vocab_size, words)
     tokens = np.concatenate([np.full(images * tower.num_features, IMAGE_TOKEN), text])
-    labels = np.append(tokens[1:], IGNORE)
-    labels[: len(tokens) - 2 * words // 3] = IGNORE
+    labels = np.append(tokens[1:], IGNORE_INDEX)
+    labels[: len(tokens) - 2 * words // 3] = IGNORE_INDEX
     return EncodedSample(
         id=name, tag=TAGS[len(text) % len(TAGS)], tokens_S=tokens.astype(np.int64), labels_S=labels.astype(np.int64)
     )

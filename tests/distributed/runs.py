@@ -20,11 +20,12 @@ from megatron_moellava.data import sources
 from megatron_moellava.data.loader import build_encoder
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.evaluation.closed_questions import Plan, predict
-from megatron_moellava.model import checkpoint as reading
+from megatron_moellava.model import weights as reading
 from megatron_moellava.model.build import build_model
+from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.training import background
 from megatron_moellava.training import checkpoint as checkpoints
-from megatron_moellava.training.loop import TrainingDiverged, model_inputs
+from megatron_moellava.training.loop import TrainingDiverged
 from megatron_moellava.training.optimizer import optimizer_step_count
 from megatron_moellava.training.run import train
 

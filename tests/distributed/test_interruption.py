@@ -11,7 +11,7 @@ import data_files
 import pytest
 import yaml
 
-from megatron_moellava.model.checkpoint import newest_checkpoint
+from megatron_moellava.checkpoint.folders import newest_checkpoint
 
 REPO = Path(__file__).parents[2]
 

@@ -13,16 +13,17 @@ import torch
 from megatron_moellava import parallel
 from megatron_moellava.backbones.from_config import hf_config_of
 from megatron_moellava.config import RunConfig
-from megatron_moellava.conversion.checkpoint import open_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.conversion.layout import ORIGINAL, TRANSFORMERS
+from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.data.batch import Batch, pad
-from megatron_moellava.evaluation.verify.command import base_run, on_first_rank
-from megatron_moellava.evaluation.verify.folder import sample_of
-from megatron_moellava.evaluation.verify.session import Subject, open_session
-from megatron_moellava.evaluation.verify.table import largest_difference, relative_errors
+from megatron_moellava.model.roles import freeze
+from megatron_moellava.stages import LANGUAGE
 from megatron_moellava.towers.from_config import hf_config_of as tower_config_of
-from megatron_moellava.training.stages import LANGUAGE, freeze
+from megatron_moellava.verify.command import base_run, on_first_rank
+from megatron_moellava.verify.folder import sample_of
+from megatron_moellava.verify.session import Subject, open_session
+from megatron_moellava.verify.table import largest_difference, relative_errors
 
 
 def main(folder: Path, tower: str, layout: str, overrides: list[str]) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moellava.data.encode import encode, encode_original
+from megatron_moellava.data.encode import encode
+from megatron_moellava.data.original import encode_original
 from megatron_moellava.data.sample import BadSample, Turn, parse_record
 from megatron_moellava.data.templates import get_template, prompt
 from megatron_moellava.data.tokenizer import load_tokenizer

@@ -11,9 +11,9 @@ import torch
 from golden_folder import GOLDEN, unpack
 from safetensors.torch import load_file, save_file
 
-from megatron_moellava.evaluation.verify.folder import Folder
-from megatron_moellava.evaluation.verify.gates import verify_gates
-from megatron_moellava.evaluation.verify.table import Table
+from megatron_moellava.verify.folder import Folder
+from megatron_moellava.verify.gates import verify_gates
+from megatron_moellava.verify.table import Table
 
 REPO = Path(__file__).parents[2]
 

@@ -12,9 +12,9 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 import data_files
 from conversion_models import TOWER, original_config, original_state, write_folder
 
-from megatron_moellava.conversion.checkpoint import open_checkpoint
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
+from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 
 REPO = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ import megatron_moellava.platform
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import load_config
 from megatron_moellava.planning.command import dry_run
-from megatron_moellava.planning.layout import Layout
+from megatron_moellava.costs.layout import Layout
 from megatron_moellava.towers import get_tower
 
 for world_size, settings in json.loads(sys.argv[1]):

@@ -145,8 +145,8 @@ def sharded(run, rank: int, processes: int, roles: list) -> list:
     """This rank's sharded tensors; its parameters by role are appended to `roles`."""
     from megatron_moellava import parallel
     from megatron_moellava.model.build import build_model
-    from megatron_moellava.model.checkpoint import model_state
-    from megatron_moellava.training.stages import parameter_roles
+    from megatron_moellava.model.roles import parameter_roles
+    from megatron_moellava.model.weights import model_state
 
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories

@@ -46,7 +46,8 @@ def save(folder: Path, backbone: str, block: str) -> None:
 
 def load(folder: Path, backbone: str, block: str) -> list[str]:
     """Names of tensors that are not what the file says."""
-    from megatron_moellava.model.checkpoint import load_weights, model_state, require_checkpoint
+    from megatron_moellava.checkpoint.folders import require_checkpoint
+    from megatron_moellava.model.weights import load_weights, model_state
 
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.dict_utils import nested_values

@@ -13,10 +13,10 @@ from megatron_moellava import parallel
 from megatron_moellava.config import MoEConfig
 from megatron_moellava.inference.engine import Engine
 from megatron_moellava.inference.load import load_for_inference
-from megatron_moellava.inference.openai_api import ApiLimits
-from megatron_moellava.inference.pictures import PictureLimits
-from megatron_moellava.inference.server import ServerOptions, build_app
-from megatron_moellava.inference.service import Service
+from megatron_moellava.serving.openai_api import ApiLimits
+from megatron_moellava.serving.pictures import PictureLimits
+from megatron_moellava.serving.server import ServerOptions, build_app
+from megatron_moellava.serving.service import Service
 
 
 @dataclass

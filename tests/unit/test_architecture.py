@@ -15,13 +15,14 @@ COMMANDS = sorted([*REPO.glob("tools/*.py"), *REPO.glob("examples/*/run.py")])
 # An import may only go to a lower floor, or stay in its own room. Rooms on one floor never import each other.
 FLOORS = (
     ("config",),
-    ("config_json", "conversion.mapping", "placement", "safe_pickle"),
-    ("platform", "backbones", "towers"),
-    ("parallel", "validation"),
+    ("platform", "mapping", "stages", "placement", "hf_config"),
+    ("checkpoint", "parallel"),
+    ("backbones", "towers"),
+    ("costs", "data"),
     ("model",),
-    ("conversion", "data"),
+    ("conversion", "routing"),
     ("training", "inference"),
-    ("evaluation", "analysis", "planning"),
+    ("evaluation", "analysis", "planning", "verify", "serving"),
     ("experiments",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -31,14 +32,17 @@ NEVER = {
     "data": ("megatron.core", "megatron_moellava.model", "megatron_moellava.parallel", "megatron_moellava.platform"),
     "conversion": ("megatron.core", "megatron_moellava.model"),
     "config": ("torch", "megatron.core"),
-    "validation": ("torch", "megatron.core"),
+    "stages": ("torch", "megatron.core"),
+    "mapping": ("torch", "megatron.core"),
+    "costs": ("torch", "megatron.core"),
+    "checkpoint": ("megatron.core",),
     "backbones": ("torch", "megatron.core"),
     "towers": ("torch", "megatron.core"),
 }
 
 
 def room_of(module: str) -> str | None:
-    """megatron_moellava.conversion.mapping -> conversion.mapping; megatron_moellava.data.loader -> data."""
+    """megatron_moellava.mapping -> conversion.mapping; megatron_moellava.data.loader -> data."""
     inner = module.split(".")[1:]
     if not inner:
         return None

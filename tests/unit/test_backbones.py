@@ -17,7 +17,7 @@ from megatron_moellava.backbones.from_config import hf_config_of
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.inspection import count_parameters
 from megatron_moellava.conversion.layout import ORIGINAL, entries
-from megatron_moellava.conversion.model import Model
+from megatron_moellava.costs.shapes import Model
 from megatron_moellava.towers import FAMILIES as TOWER_FAMILIES
 from megatron_moellava.towers import TOWERS, get_tower, tower_fields, tower_from_fields
 from megatron_moellava.towers.from_config import hf_config_of as tower_config_of

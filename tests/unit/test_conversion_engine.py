@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion import writers
-from megatron_moellava.conversion.checkpoint import open_checkpoint
-from megatron_moellava.conversion.engine import Part, Recipe, check
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
-from megatron_moellava.conversion.mapping import QKV, Concat, FusedQKV, Heads
+from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.conversion.readers import open_bin, open_huggingface, open_megatron
+from megatron_moellava.conversion.recipes import Part, Recipe, check
 from megatron_moellava.conversion.tensors import BLOCK, Files, Tensor, Tile
 from megatron_moellava.conversion.torch_file import frame
+from megatron_moellava.mapping import QKV, Concat, FusedQKV, Heads
 
 GROUPED = Heads(num_attention_heads=4, num_query_groups=2, kv_channels=1)
 

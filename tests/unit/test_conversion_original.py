@@ -17,9 +17,9 @@ from conversion_models import (
 from safetensors.torch import load_file, save_file
 
 from megatron_moellava.config import CheckpointError, ConfigError
-from megatron_moellava.conversion.checkpoint import open_checkpoint
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
+from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.towers import get_tower
 
 

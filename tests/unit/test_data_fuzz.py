@@ -19,7 +19,7 @@ from PIL import Image
 
 from megatron_moellava.config import DataError
 from megatron_moellava.data import images, media
-from megatron_moellava.data.encode import Encoder
+from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.index import index_json
 from megatron_moellava.data.sample import BadSample, parse_record, read_rows
 from megatron_moellava.data.templates import get_template

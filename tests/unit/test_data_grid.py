@@ -7,7 +7,7 @@ from data_files import ASSETS, config, make_loader, make_set, take
 from PIL import Image
 from transformers import LlavaNextImageProcessorPil
 
-from megatron_moellava.data.grid import best_grid, num_tiles, tile
+from megatron_moellava.data.tiling import best_grid, num_tiles, tile
 from megatron_moellava.towers import get_tower
 
 TOWERS = {"clip": "openai/clip-tiny", "siglip": "google/siglip-tiny"}

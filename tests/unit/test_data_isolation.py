@@ -17,7 +17,7 @@ from megatron_moellava import parallel
 from megatron_moellava.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.model.build import build_model
-from megatron_moellava.training.loop import model_inputs
+from megatron_moellava.model.inputs import model_inputs
 
 SEQ_LENGTH = 448
 COUNT = 40

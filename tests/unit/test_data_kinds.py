@@ -9,9 +9,9 @@ import torch
 from data_files import ASSETS, config, conversation, ids, make_set, row, take, write_images, write_rows
 from PIL import Image
 
-from megatron_moellava.data.grid import num_tiles
 from megatron_moellava.data.loader import build_train_loader
 from megatron_moellava.data.shards import make_shards
+from megatron_moellava.data.tiling import num_tiles
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.towers import get_tower
 

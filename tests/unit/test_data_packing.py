@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from megatron_moellava.data.law import SOURCES, packing_bound, sample_lengths
+from megatron_moellava.data.length_distribution import SOURCES, packing_bound, sample_lengths
 from megatron_moellava.data.packing import fullest_subset, select_rows
 from megatron_moellava.data.statistics import packing
 

@@ -8,7 +8,8 @@ import pytest
 from data_files import ASSETS, conversation
 
 from megatron_moellava.config import ConfigError
-from megatron_moellava.data.encode import IMAGE_TOKEN, encode, encode_original, expand
+from megatron_moellava.data.encode import IMAGE_TOKEN, encode, expand
+from megatron_moellava.data.original import encode_original
 from megatron_moellava.data.sample import Turn, parse_record
 from megatron_moellava.data.templates import TEMPLATES, get_template, prompt
 from megatron_moellava.data.tokenizer import load_tokenizer

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_moellava.config import DataError
-from megatron_moellava.evaluation.quickstart_metrics import (
+from megatron_moellava.evaluation.quickstart.metrics import (
     QuestionOnlyBaseline,
     compare_blanked,
     questions_of,

@@ -7,7 +7,7 @@ import pytest
 from evaluation_miniatures import write_image, write_jsonl
 
 from megatron_moellava.evaluation.answered import Answered
-from megatron_moellava.evaluation.quickstart_pope import read_scenes
+from megatron_moellava.evaluation.quickstart.pope import read_scenes
 from megatron_moellava.evaluation.report import format_table, score_and_submit
 from megatron_moellava.evaluation.tasks import get_task
 

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from megatron_moellava.model.configuration import FP8_RECIPES
-from megatron_moellava.model.fp8 import Product, Scaling, block_shape, grouped_product, padded_offsets, scale_of, to_fp8
+from megatron_moellava.model.fp8_emulation import (
+    Product,
+    Scaling,
+    block_shape,
+    grouped_product,
+    padded_offsets,
+    scale_of,
+    to_fp8,
+)
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 each_recipe = pytest.mark.parametrize("recipe", FP8_RECIPES.values(), ids=FP8_RECIPES.keys())

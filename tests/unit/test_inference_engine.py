@@ -10,9 +10,9 @@ from inference_models import GATES, ask, mixed_requests, tiny_engine
 from megatron_moellava import parallel
 from megatron_moellava.config import DataError, MoEConfig
 from megatron_moellava.data.sample import Turn
-from megatron_moellava.inference.products import Products, can_pack
+from megatron_moellava.inference.packed_linear import Products, can_pack
+from megatron_moellava.inference.request_state import Running
 from megatron_moellava.inference.requests import Request, Sampling
-from megatron_moellava.inference.running import Running
 
 TOLERANCE = 1e-5  # measured: 3e-6, logits of size 5
 

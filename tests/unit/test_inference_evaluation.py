@@ -8,7 +8,7 @@ from inference_models import tiny_engine
 
 from megatron_moellava import parallel
 from megatron_moellava.config import MoEConfig
-from megatron_moellava.evaluation.engine import CheckpointEngine
+from megatron_moellava.evaluation.generation import CheckpointEngine
 from megatron_moellava.evaluation.runner import Options, evaluate, make_request, read_questions
 from megatron_moellava.evaluation.tasks import get_task
 

@@ -12,11 +12,11 @@ from PIL import Image
 
 from megatron_moellava.config import DataError
 from megatron_moellava.data.tokenizer import load_tokenizer
-from megatron_moellava.inference.openai_api import ApiLimits, parse_chat
-from megatron_moellava.inference.pictures import PictureLimits, open_url
 from megatron_moellava.inference.requests import Sampling
 from megatron_moellava.inference.sampling import BeamSearch, draw
 from megatron_moellava.inference.text import TextStream
+from megatron_moellava.serving.openai_api import ApiLimits, parse_chat
+from megatron_moellava.serving.pictures import PictureLimits, open_url
 
 LIMITS = PictureLimits(max_bytes=200_000, max_pixels=1_000_000)
 

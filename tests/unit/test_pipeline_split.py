@@ -7,7 +7,7 @@ import pytest
 
 from megatron_moellava.backbones import BACKBONES
 from megatron_moellava.config import RunConfig, from_dict
-from megatron_moellava.model.pipeline import balanced, first_stage_cost, layer_costs, stage_costs, stage_layers
+from megatron_moellava.costs.pipeline_split import balanced, first_stage_cost, layer_costs, stage_costs, stage_layers
 from megatron_moellava.towers import TOWERS
 
 BACKBONE = BACKBONES["vicuna-7b-v1.5"]

@@ -12,14 +12,14 @@ import pytest
 
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, MoEConfig, load_config
-from megatron_moellava.model.pipeline import stage_layers
+from megatron_moellava.costs.layout import Layout
+from megatron_moellava.costs.parameters import parameters_of
+from megatron_moellava.costs.pipeline_split import stage_layers
 from megatron_moellava.planning import published
 from megatron_moellava.planning.activations import activations_of
 from megatron_moellava.planning.command import plan, request_of, settings_of
 from megatron_moellava.planning.hardware import GIB, GPUS, get_gpu
-from megatron_moellava.planning.layout import Layout
 from megatron_moellava.planning.memory import worst_memory
-from megatron_moellava.planning.parameters import parameters_of
 from megatron_moellava.planning.picture import time_parts
 from megatron_moellava.planning.report import settings_line
 from megatron_moellava.planning.search import candidates, search, with_settings

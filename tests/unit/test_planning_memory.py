@@ -11,16 +11,16 @@ from megatron_moellava import parallel
 from megatron_moellava.backbones import BACKBONES, get_backbone
 from megatron_moellava.backbones.from_config import hf_config_of
 from megatron_moellava.config import DataConfig, ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_moellava.costs.layout import Layout
+from megatron_moellava.costs.parameters import parameters_of, role_of
+from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.model.build import build_model
-from megatron_moellava.model.moe_llava import IMAGE_TOKEN
+from megatron_moellava.model.roles import freeze, parameter_roles
 from megatron_moellava.planning.activations import activations_of
 from megatron_moellava.planning.counting import SavedTensors, optimizer_bytes, storage_bytes
-from megatron_moellava.planning.layout import Layout
 from megatron_moellava.planning.memory import state_bytes
-from megatron_moellava.planning.parameters import parameters_of, role_of
 from megatron_moellava.towers import get_tower
 from megatron_moellava.training.optimizer import Update, build_optimizer, wrap_data_parallel
-from megatron_moellava.training.stages import freeze, parameter_roles
 
 # What is asked for is 10 %. Measured: 0.5 % at most, the rest being masks and indices that the tables leave out.
 TOLERANCE = 0.02

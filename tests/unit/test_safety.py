@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moellava import safe_pickle
+from megatron_moellava.checkpoint import safe_pickle
 from megatron_moellava.config import CheckpointError
 from megatron_moellava.conversion.readers import open_bin, open_megatron
 

@@ -10,13 +10,14 @@ from inference_models import scatter, tiny_run
 from megatron_moellava import parallel
 from megatron_moellava.config import MoEConfig, ParallelConfig
 from megatron_moellava.data.batch import Batch
+from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.model.build import build_model
-from megatron_moellava.model.moe_llava import IMAGE_TOKEN
-from megatron_moellava.training.loop import model_inputs
+from megatron_moellava.model.inputs import model_inputs
+from megatron_moellava.routing.health import Watchman, troubles
+from megatron_moellava.routing.observer import RoutingObserver
+from megatron_moellava.routing.records import routing_record
+from megatron_moellava.routing.token_groups import question_types, token_groups, turn_numbers
 from megatron_moellava.training.metrics import StepLog, routing_scalars
-from megatron_moellava.training.routing import RoutingObserver, routing_record
-from megatron_moellava.training.routing_health import Watchman, troubles
-from megatron_moellava.training.token_groups import question_types, token_groups, turn_numbers
 
 X = -100
 

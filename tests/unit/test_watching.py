@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from megatron_moellava import platform
-from megatron_moellava.config_json import complete_iterations, described_model
-from megatron_moellava.conversion.checkpoint import find_iteration
-from megatron_moellava.model.checkpoint import newest_checkpoint
+from megatron_moellava.checkpoint.description import described_model
+from megatron_moellava.checkpoint.folders import complete_iterations, newest_checkpoint
+from megatron_moellava.conversion.megatron_checkpoint import find_iteration
 from megatron_moellava.training.metrics import StepLog, rewind
-from megatron_moellava.training.not_finite import blame
+from megatron_moellava.training.non_finite_report import blame
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.watchdog import report
 

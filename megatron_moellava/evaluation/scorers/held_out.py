@@ -3,7 +3,7 @@
 from megatron_moellava.evaluation.answered import Answered
 from megatron_moellava.evaluation.metrics import Score, mean_percent, sum_by_unit
 from megatron_moellava.evaluation.questions import read_json
-from megatron_moellava.evaluation.quickstart_metrics import (
+from megatron_moellava.evaluation.quickstart.metrics import (
     QuestionOnlyBaseline,
     normalise,
     questions_of,

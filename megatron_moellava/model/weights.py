@@ -1,0 +1,173 @@
+"""Where an expert meets a checkpoint: a model of any layout filled from one; training/checkpoint.py writes them."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_moellava.backbones import BACKBONES, backbone_fields
+from megatron_moellava.checkpoint.description import read_run_file, verify
+from megatron_moellava.checkpoint.safe_pickle import guard
+from megatron_moellava.config import CheckpointError, to_dict
+from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.placement import moe_layers
+from megatron_moellava.towers import TOWERS, tower_fields
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+
+guard()
+UNUSED_TOWER = "vision_tower.unused."  # tensors of the published tower that features do not need; they ride along
+
+
+def model_names(checkpoint: Path) -> dict:
+    """`model.backbone` and `model.tower` of a run that goes on from a checkpoint.
+
+    A known name, if that is what the checkpoint holds; else the checkpoint itself, which has every field: it may come from
+    a folder that is gone, or have another feature layer.
+    """
+    model = read_run_file(checkpoint)["model"]
+    known = {"backbone": (BACKBONES, backbone_fields), "tower": (TOWERS, tower_fields)}
+    return {
+        part: model[part]
+        if model[part] in registry and fields_of(registry[model[part]]) == model[f"{part}_fields"]
+        else str(checkpoint)
+        for part, (registry, fields_of) in known.items()
+        if model[part] is not None
+    }
+
+
+def model_state(chunks: list[MoELlava]) -> dict:
+    """Sharded tensors of the model by local name; names of virtual stages are told apart by a prefix."""
+    metadata = {
+        "non_homogeneous_layers": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state = {}
+    for index, chunk in enumerate(chunks):
+        for name, value in chunk.sharded_state_dict(metadata=metadata).items():
+            if not is_bookkeeping(name):
+                state[f"chunk{index}.{name}"] = value
+    return state
+
+
+def is_bookkeeping(name: str) -> bool:
+    """Transformer Engine's FP8 state, rebuilt in a few steps: `_extra_state`, and of grouped experts `_extra_state1`, ..."""
+    return name.rpartition(".")[2].startswith("_extra_state")
+
+
+def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = False) -> None:
+    """Fill the model from a checkpoint of any layout. Raises CheckpointError that lists every field and tensor that differs."""
+    if not verified:
+        verify(checkpoint)
+    state = model_state(chunks)
+    stored = _stored_tensors(checkpoint)
+    _check_tensors(checkpoint, state, stored, differing_fields(read_run_file(checkpoint)["model"], chunks[0]))
+    _carry_unused_tower(checkpoint, chunks[0], stored)
+    loaded = dist_checkpointing.load({"model": state}, str(checkpoint))["model"]
+    for index, chunk in enumerate(chunks):
+        prefix = f"chunk{index}."
+        own = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
+        problems = chunk.load_state_dict(own, strict=False)
+        missing = [name for name in problems.missing_keys if not is_bookkeeping(name)]
+        assert not missing and not problems.unexpected_keys, (missing, problems.unexpected_keys)
+
+
+def _stored_tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    return {name: tuple(value.global_shape) for name, value in metadata.items() if not name.startswith("optimizer.")}
+
+
+def differing_fields(stored: dict, model: MoELlava) -> list[str]:
+    """What run.json says of the checkpoint's model and this run contradicts: `backbone.rotary_base 1e4 there, 1e6 here`.
+
+    Some of it changes no tensor's shape, and would only be seen in what the model says.
+    """
+    here = {
+        "backbone": backbone_fields(model.backbone),
+        "tower": tower_fields(model.tower),
+        "moe": _moe_fields(to_dict(model.run.moe) if model.run.moe else None, model.backbone.num_layers),
+    }
+    there = {
+        "backbone": stored.get("backbone_fields") or {},  # a converter of another program may not describe its model
+        "tower": stored.get("tower_fields") or {},
+        "moe": _moe_fields(stored["moe"], model.backbone.num_layers),
+    }
+    plain = json.loads(json.dumps(here))
+    return [
+        f"{section}.{name} {there[section][name]} there, {value} here"
+        for section, fields in plain.items()
+        for name, value in fields.items()
+        if name not in _FREE_FIELDS and name in there[section] and there[section][name] != value
+    ]
+
+
+# A name, how long rows may be, and what regularises training are no part of what the weights mean.
+_FREE_FIELDS = (
+    "name",
+    "source",
+    "family",
+    "template",
+    "max_position_embeddings",
+    "attention_dropout",
+    "hidden_dropout",
+)
+
+
+def _moe_fields(moe: dict | None, num_layers: int) -> dict:
+    """The fields of a run's MoE section that its tensors depend on."""
+    if moe is None:
+        return {"num_experts": None}
+    placement = moe["placement"]
+    names = ("num_experts", "use_residual", "moe_shared_expert_intermediate_size")
+    return {name: moe[name] for name in names if name in moe} | {"layers": list(moe_layers(placement, num_layers))}
+
+
+def _check_tensors(checkpoint: Path, state: dict, stored: dict[str, tuple[int, ...]], fields: list[str]) -> None:
+    """Compare keys and shapes of the whole model (over all stages and experts) with the checkpoint's."""
+    here = {value.key: _shape(value) for value in nested_values(state) if isinstance(value, ShardedBase)}
+    everywhere: list[dict[str, tuple[int, ...] | None]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everywhere, here)
+    wanted = {name: shape for rank in everywhere for name, shape in rank.items()}
+    surplus = {name for name in stored if not name.startswith(UNUSED_TOWER)} - wanted.keys()
+    missing = wanted.keys() - stored.keys()
+    other = {
+        f"{name} {stored[name]} there, {shape} here"
+        for name, shape in wanted.items()
+        if shape is not None and name in stored and stored[name] != shape
+    }
+    if fields or missing or surplus or other:
+        raise CheckpointError(
+            f"{checkpoint} does not fit this model.\n  other fields: {'; '.join(fields) or 'none'}\n"
+            f"  missing: {_some(missing)}\n  not wanted: {_some(surplus)}\n"
+            f"  other shape: {_some(other)}\n"
+            "  A dense checkpoint becomes a MoE one with `tools/convert.py upcycle`; `tools/convert.py inspect` shows it."
+        )
+
+
+def _shape(value: ShardedBase) -> tuple[int, ...] | None:
+    """The whole tensor's shape; None where vocabulary padding may change it, and for what is split up later (gated fc1)."""
+    fixed = isinstance(value, ShardedTensor) and not value.allow_shape_mismatch
+    return tuple(value.global_shape) if fixed else None
+
+
+def _some(names: set[str], limit: int = 12) -> str:
+    listed = sorted(names)
+    rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return (", ".join(listed[:limit]) or "none") + rest
+
+
+def _carry_unused_tower(checkpoint: Path, model: MoELlava, stored: dict[str, tuple[int, ...]]) -> None:
+    """Keep the tower's unneeded tensors on the CPU, so that an export of this run is complete."""
+    names = [name for name in stored if name.startswith(UNUSED_TOWER)]
+    wanted = {}
+    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    for name in names:
+        empty = torch.empty(stored[name], dtype=metadata[name].dtype)
+        wanted[name] = ShardedTensor.from_rank_offsets(name, empty, replica_id=dist.get_rank())
+    model.unused_tower_tensors = (
+        dist_checkpointing.load({"unused": wanted}, str(checkpoint))["unused"] if wanted else {}
+    )

@@ -1,0 +1,46 @@
+"""What Prometheus scrapes."""
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from megatron_moellava.inference.requests import Completion, Request
+from megatron_moellava.serving.service import Service
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class ServerMetrics:
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, service: Service):
+        registry = self.registry = CollectorRegistry()
+        self.requests = Counter("moellava_requests", "Requests by status", ["status"], registry=registry)
+        self.prompt_tokens = Counter("moellava_prompt_tokens", "Tokens read, visual ones included", registry=registry)
+        self.answer_tokens = Counter("moellava_generated_tokens", "Tokens said", registry=registry)
+        self.images = Counter("moellava_images", "Pictures received", registry=registry)
+        self.seconds = Histogram(
+            "moellava_request_seconds", "Until the answer ends", buckets=SECONDS, registry=registry
+        )
+        self.first = Histogram("moellava_first_token_seconds", "Until it begins", buckets=SECONDS, registry=registry)
+        engine = service.engine
+        for name, text, read in (
+            ("moellava_open_requests", "Requests in the engine", lambda: service.open_requests),
+            ("moellava_waiting_requests", "Requests without a cache row", lambda: len(engine.waiting)),
+            ("moellava_rows", "Cache rows in use", lambda: len(engine.rows)),
+            ("moellava_steps", "Forward passes so far", lambda: engine.steps),
+            ("moellava_healthy", "0 when the engine has failed", lambda: int(not service.failure)),
+        ):
+            Gauge(name, text, registry=registry).set_function(read)
+
+    def answered(self, request: Request, completion: Completion, seconds: float, first: float) -> None:
+        self.requests.labels("200").inc()
+        self.prompt_tokens.inc(completion.num_prompt_tokens)
+        self.answer_tokens.inc(len(completion.tokens))
+        self.images.inc(len(request.images))
+        self.seconds.observe(seconds)
+        self.first.observe(first)
+
+    def refused(self, status: int) -> None:
+        self.requests.labels(str(status)).inc()
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,281 @@
+"""The HTTP side: OpenAI's /v1/chat/completions, the page, /health and /metrics.
+
+Whatever a stranger sends costs little before it is refused, and nothing that happens to one request reaches another:
+bodies are read with a limit of bytes and seconds, pictures are decoded in a few threads beside the event loop, and the
+number of open requests is bounded.
+"""
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from megatron_moellava.config import DataError
+from megatron_moellava.inference.prompts import Prompt
+from megatron_moellava.inference.requests import Completion, Event
+from megatron_moellava.serving import openai_api
+from megatron_moellava.serving.metrics import ServerMetrics
+from megatron_moellava.serving.openai_api import ApiLimits, ChatRequest, parse_chat
+from megatron_moellava.serving.pictures import PictureLimits
+from megatron_moellava.serving.service import EngineFailed, Service
+
+logger = logging.getLogger(__name__)
+DISCARDED = (
+    64_000_000  # bytes read of a body that is too large: a client that is still sending would not see the answer
+)
+PAGE = Path(__file__).parent / "web" / "index.html"
+PAGE_POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerOptions:
+    model_name: str
+    token: str = ""  # bearer token of /v1; empty: none is asked for
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")  # accepted Host headers; ("*",): any
+    max_body_bytes: int = 30_000_000
+    body_seconds: float = 20.0  # a body must be complete by then
+    max_open_requests: int = 64  # running and waiting
+    request_seconds: float = 300.0  # an answer must be complete by then
+    preparing_threads: int = 2  # pictures decoded at the same time
+    examples: tuple[Path, ...] = ()  # pictures that the page offers
+    api: ApiLimits = field(default_factory=ApiLimits)
+    pictures: PictureLimits = field(default_factory=PictureLimits)
+
+
+class Refused(Exception):
+    """Answered with an error object of OpenAI's form."""
+
+    def __init__(self, status: int, message: str, kind: str = "invalid_request_error"):
+        super().__init__(message)
+        self.status, self.kind = status, kind
+
+
+def build_app(service: Service, options: ServerOptions) -> FastAPI:
+    metrics = ServerMetrics(service)
+    preparing = ThreadPoolExecutor(options.preparing_threads, thread_name_prefix="prepare")
+    answering = Answering(service, options, metrics, preparing)
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        service.stop()
+        preparing.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(title="megatron-moellava", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(options.hosts))
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        metrics.refused(error.status)
+        return JSONResponse(error_object(str(error), error.kind), error.status, headers={"Connection": "close"})
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        authorise(request, options.token)
+        return await answering.answer(request)
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> dict:
+        authorise(request, options.token)
+        return {"object": "list", "data": [{"id": options.model_name, "object": "model", "owned_by": "local"}]}
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        if service.failure:
+            return JSONResponse({"status": "failed", "reason": service.failure}, 503)
+        return JSONResponse({"status": "ok", "model": options.model_name, "open_requests": service.open_requests})
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.text(), media_type=metrics.content_type)
+
+    _add_page(app, service, options)
+    return app
+
+
+def _add_page(app: FastAPI, service: Service, options: ServerOptions) -> None:
+    examples = {path.name: path for path in options.examples}
+    tower, data = service.engine.model.tower, service.engine.prompter.data
+
+    @app.get("/")
+    async def page() -> FileResponse:
+        return FileResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY, "X-Frame-Options": "DENY"})
+
+    @app.get("/page.json")
+    async def page_settings() -> dict:
+        return {
+            "model": options.model_name,
+            "needs_token": bool(options.token),
+            "max_tokens": options.api.max_new_tokens,
+            "max_images": options.api.max_images,
+            "examples": list(examples),
+            # How the page lays patches over a picture: as the tower sees it.
+            "grid": tower.image_size // tower.patch_size,
+            "first_patch": int(tower.num_features < (tower.image_size // tower.patch_size) ** 2),
+            "square": data.image_aspect_ratio
+            if tower.resize != "square" or data.image_aspect_ratio == "pad"
+            else "squash",
+            "tiles": data.image_grid,
+        }
+
+    @app.get("/examples/{name}")
+    async def example(name: str) -> FileResponse:
+        if name not in examples:
+            raise Refused(404, "no such example")
+        return FileResponse(examples[name])
+
+
+def authorise(request: Request, token: str) -> None:
+    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+    if token and not hmac.compare_digest(given, token.encode()):
+        raise Refused(401, "the bearer token is missing or wrong", "authentication_error")
+
+
+def error_object(message: str, kind: str) -> dict:
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+@dataclass(slots=True)
+class Answering:
+    """One chat completion from its body to its last byte."""
+
+    service: Service
+    options: ServerOptions
+    metrics: ServerMetrics
+    preparing: ThreadPoolExecutor
+    open: int = 0
+
+    async def answer(self, request: Request) -> Response:
+        """A slot is taken before the body is read, and given back when the answer is sent or the client has gone."""
+        if self.open >= self.options.max_open_requests:
+            raise Refused(429, f"{self.open} requests are open already; try again later", "rate_limit_error")
+        self.open += 1
+        handed_over = False
+        try:
+            chat, prompt = await self._prepare(await self._body(request))
+            deadline = time.monotonic() + self.options.request_seconds
+            if chat.stream:
+                handed_over = True
+                return EventStream(self._stream(chat, prompt, deadline), self._close)
+            return JSONResponse(await self._whole(request, chat, prompt, deadline))
+        finally:
+            if not handed_over:
+                self._close()
+
+    def _close(self) -> None:
+        self.open -= 1
+
+    async def _body(self, request: Request) -> object:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # also what keeps other web sites' forms out
+            raise Refused(415, "Content-Type must be application/json")
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise Refused(415, "compressed bodies are not accepted")
+        limit, size, data = self.options.max_body_bytes, 0, bytearray()
+        try:
+            async with asyncio.timeout(self.options.body_seconds):
+                async for part in request.stream():
+                    size += len(part)
+                    if size <= limit:
+                        data += part
+                    elif size > max(limit, DISCARDED):
+                        break
+        except TimeoutError:
+            raise Refused(408, f"the body did not arrive within {self.options.body_seconds:g} s") from None
+        if size > limit:
+            raise Refused(413, f"the body has more than {limit:,} bytes")
+        return bytes(data)
+
+    async def _prepare(self, data: bytes) -> tuple[ChatRequest, Prompt]:
+        def work() -> tuple[ChatRequest, Prompt]:
+            try:
+                chat = parse_chat(json.loads(data), self.options.api, self.options.pictures)
+                request, prompt = self.service.engine.fit(chat.request)
+                return replace(chat, request=request), prompt
+            except (ValueError, RecursionError) as error:
+                raise Refused(400, f"the body is not valid JSON ({type(error).__name__})") from None
+            except DataError as error:
+                raise Refused(400, str(error)) from None
+
+        return await asyncio.get_running_loop().run_in_executor(self.preparing, work)
+
+    async def _whole(self, request: Request, chat: ChatRequest, prompt: Prompt, deadline: float) -> dict:
+        completion = None
+        async for event in self._events(chat, prompt, deadline):
+            completion = event.completion
+            if await request.is_disconnected():
+                break
+        if completion is None:
+            raise Refused(499, "the client has gone")
+        return openai_api.completion_object(completion, self.options.model_name)
+
+    async def _stream(self, chat: ChatRequest, prompt: Prompt, deadline: float) -> AsyncIterator[str]:
+        name = self.options.model_name
+        try:
+            yield _line(openai_api.first_chunk(chat.request.id, name))
+            async for event in self._events(chat, prompt, deadline):
+                if event.delta:
+                    yield _line(openai_api.delta_chunk(chat.request.id, name, event.delta))
+                if event.completion is not None:
+                    yield _line(openai_api.last_chunk(event.completion, name))
+                    if chat.include_usage:
+                        yield _line(openai_api.usage_chunk(event.completion, name))
+            yield "data: [DONE]\n\n"
+        except Refused as error:
+            yield _line(error_object(str(error), error.kind))
+
+    async def _events(self, chat: ChatRequest, prompt: Prompt, deadline: float) -> AsyncIterator[Event]:
+        """The engine's events, timed. Raises Refused when it fails or takes too long."""
+        started, first, completion = time.monotonic(), None, None
+        events = self.service.events(chat.request, prompt)
+        try:
+            while completion is None:
+                async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
+                    event: Event = await anext(events)
+                first = first or time.monotonic()
+                completion = event.completion
+                yield event
+        except TimeoutError:
+            raise Refused(
+                504, f"no complete answer within {self.options.request_seconds:g} s", "timeout_error"
+            ) from None
+        except EngineFailed as error:
+            raise Refused(503, f"the engine has failed: {error}", "server_error") from None
+        finally:
+            await events.aclose()
+            self._count(chat, completion, started, first)
+
+    def _count(self, chat: ChatRequest, completion: Completion | None, started: float, first: float | None) -> None:
+        now = time.monotonic()
+        if completion is not None:
+            self.metrics.answered(chat.request, completion, now - started, (first or now) - started)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. `done` is called once, also when the client has gone before the first of them."""
+
+    def __init__(self, events: AsyncIterator[str], done: Callable[[], None]):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.done = done
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()
+            self.done()
+
+
+def _line(item: dict) -> str:
+    return f"data: {json.dumps(item, ensure_ascii=False)}\n\n"

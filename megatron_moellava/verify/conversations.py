@@ -1,0 +1,62 @@
+"""Conversations -> prompt, ids and labels, against the original's, in its own label mode (failures included)."""
+
+from pathlib import Path
+
+from megatron_moellava.config import MoELlavaError
+from megatron_moellava.data.original import encode_original
+from megatron_moellava.data.sample import Sample, Turn, parse_record
+from megatron_moellava.data.templates import get_template, prompt
+from megatron_moellava.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_moellava.hf_config import read_json
+from megatron_moellava.verify.table import Table
+
+WHOLE = 2048  # tokens, the original's model_max_length
+
+
+def verify_conversations(file: Path, assets: Path, table: Table) -> None:
+    """A recording does not name its tokenizer: of those in `assets`, the one that agrees best is it."""
+    recorded = read_json(file)
+    tokenizers = find_tokenizers(assets)
+    records = recorded["samples"] | recorded["plain"]
+    for version, expected in recorded["versions"].items():
+        samples = {name: value for name, value in expected.items() if not name.startswith("__")}
+        found = [differing(version, records, samples, tokenizer) for tokenizer in tokenizers]
+        wrong = min(found, key=len, default=list(samples))
+        table.add(f"conversations {version}", f"{len(samples)} samples", len(wrong), 0, ", ".join(wrong))
+    for version, expected in recorded.get("generation_prompts", {}).items():
+        turns = (Turn(role="user", text="<image>\nWhat is shown?"),)
+        table.equal("conversations", f"generation prompt {version}", prompt(get_template(version), turns), expected)
+
+
+def find_tokenizers(assets: Path) -> list[Tokenizer]:
+    found = []
+    for folder in sorted(item for item in assets.glob("tok*") if item.is_dir()):
+        try:
+            found.append(load_tokenizer(folder))
+        except (MoELlavaError, OSError, ValueError) as error:
+            print(f"{folder.name} cannot be loaded: {error}")
+    return found
+
+
+def differing(version: str, records: dict, samples: dict, tokenizer: Tokenizer) -> list[str]:
+    """Names of the samples whose ids, labels or warning are not the recorded ones."""
+    base, _, limit = version.partition("@max")
+    template = get_template("plain" if base.startswith("plain") else base)
+    wrong = []
+    for name, expected in samples.items():
+        ids, labels, warning = encode_original(parse(records[name], name), template, tokenizer, int(limit or WHOLE))
+        theirs = expected["input_ids"], expected["labels"], expected.get("warning", warning)
+        if (ids, labels, warning) != theirs:
+            wrong.append(name)
+    return wrong
+
+
+def parse(record: dict, name: str) -> Sample:
+    """As training reads it, but an empty answer, which training refuses, stays."""
+    turns = record["conversations"]
+    if turns[-1]["value"]:
+        return parse_record(record, origin=name)
+    filled = {"conversations": [*turns[:-1], turns[-1] | {"value": "x"}]}
+    sample = parse_record(record | filled, origin=name)
+    object.__setattr__(sample, "turns", (*sample.turns[:-1], Turn(role="assistant", text="")))
+    return sample
