@@ -49,13 +49,13 @@ test-planning: $(READY)  ## the planner's formulas against full-size models on f
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/planning
 
 fuzz: $(READY)  ## malformed rows and images by the ten thousand, with the count at the end (a few minutes)
-	FUZZ_SCALE=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --capture=no tests/unit/test_data_fuzz.py
+	FUZZ_SCALE=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --capture=no tests/unit/data/test_fuzz.py
 
 test-te: .te-venv/.installed  ## checkpoints of Transformer Engine's modules against the local ones (builds it: nvcc, 10 minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .te-venv/bin/python -m pytest $(PYTEST_ARGS) tests/te
 
 bench: .bench-venv/.installed  ## measure, then write docs/performance.md (BENCH="moe_layer generation" for a part)
-	.bench-venv/bin/python benchmarks/run.py $(BENCH)
+	.bench-venv/bin/python -m benchmarks.run $(BENCH)
 
 check: $(READY)  ## format, lint, types, import direction, shell scripts, Dockerfile
 	$(BIN)/ruff format --check .
@@ -73,7 +73,7 @@ test-browser: $(READY)  ## the web page in a real Chromium (apt-get install chro
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/browser
 
 test-lmms: .lmms-venv/.installed  ## our plugin in lmms-eval, in an environment of its own (.lmms-venv; a few minutes)
-	OMP_NUM_THREADS=1 PYTHONPATH=tests/unit .lmms-venv/bin/python -m pytest $(PYTEST_ARGS) tests/lmms
+	OMP_NUM_THREADS=1 .lmms-venv/bin/python -m pytest $(PYTEST_ARGS) tests/lmms
 
 test-resilience: $(READY)  ## kills, damaged checkpoints, full disks, hung ranks, ... on real runs (root; KILLS=200 of them, half an hour)
 	OMP_NUM_THREADS=1 KILLS=$(or $(KILLS),200) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/resilience

@@ -1,6 +1,6 @@
 """Bytes that a process sends in one training step, per axis, counted in real gloo runs, beside what theory says.
 
-  python benchmarks/communication.py
+  python -m benchmarks.communication
 
 Every layout runs a stage-2 step (MoE: stage 3) in 2 or 4 processes. torch.distributed's collectives are wrapped; a call
 counts what a ring sends from each of its n processes: reduce-scatter, all-gather and all-to-all of a tensor of M bytes
@@ -15,8 +15,8 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from measure import finish, say
-from processes import in_processes
+from benchmarks.measure import finish, say
+from benchmarks.processes import in_processes
 
 CONTROL = 8192  # bytes
 HIDDEN, LAYERS, FFN, SAMPLES = 256, 4, 704, 8

@@ -1,6 +1,6 @@
 """Memory and throughput of conversions beside `cp` of the same files, in the same run.
 
-  python benchmarks/conversion.py [--gigabytes 2.5] [--folder DIR]
+  python -m benchmarks.conversion [--gigabytes 2.5] [--folder DIR]
 
 Writes a synthetic MoE-LLaVA release (bf16, random bytes) as safetensors and as .bin, converts it each way in a
 process of its own, and prints peak memory over the checkpoint's bytes, and bytes per second over those of `cp`. The

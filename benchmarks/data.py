@@ -1,6 +1,6 @@
 """Data figures: image throughput beside Pillow's own, loader throughput, packing and balance.
 
-  python benchmarks/data.py [--images 300] [--seconds 10] [--quickstart runs/quickstart/data]
+  python -m benchmarks.data [--images 300] [--seconds 10] [--quickstart runs/quickstart/data]
 
 Prints one flat JSON object on stdout. All rates are of one worker, in CPU seconds, so that other work on the machine
 does not change them much.

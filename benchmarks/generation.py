@@ -1,7 +1,7 @@
 """Tokens per second beside transformers' generate: the same weights, the same prompts, the same answers, in one run.
 
-  python benchmarks/generation.py [--new-tokens 64] [--rounds 5] [--batch 8]      the models of PLAN
-  python benchmarks/generation.py --hidden 512 --layers 8 --experts 4 [--dense] [--precision bf16]
+  python -m benchmarks.generation [--new-tokens 64] [--rounds 5] [--batch 8]      the models of PLAN
+  python -m benchmarks.generation --hidden 512 --layers 8 --experts 4 [--dense] [--precision bf16]
 
 A random LLaVA with Qwen2-MoE experts in every other layer (or dense) is written by transformers, imported, and asked by
 both. "equal": prompts and answers of one length, the best case of a static batch. "mixed": four batches' worth of
@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from measure import finish, median, ratio, say, take_turns
-from reference import Sizes, write_reference
 
+from benchmarks.measure import finish, median, ratio, say, take_turns
+from benchmarks.reference import Sizes, write_reference
 from megatron_moellava import parallel
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import DataConfig, ParallelConfig

@@ -1,6 +1,6 @@
 """Tokens per second of training layouts in 1, 2 and 4 gloo processes on this machine, and a plan's prediction for GPUs.
 
-  python benchmarks/layouts.py
+  python -m benchmarks.layouts
 
 The measured part shows what the axes cost here, where 4 processes share the cores and everything goes through memory: it
 says nothing about GPUs. The cost model of tools/plan.py is asked what layouts should reach on 8 to 512 H100s, and the
@@ -10,8 +10,8 @@ answer is stored as `prediction`.
 import json
 from pathlib import Path
 
-from measure import finish, median, say
-from processes import in_processes
+from benchmarks.measure import finish, median, say
+from benchmarks.processes import in_processes
 
 HIDDEN, LAYERS, FFN, SAMPLES = 384, 4, 1056, 16
 STEPS = 5  # measured ones, after one that warms up

@@ -1,6 +1,6 @@
 """One MoE layer, forward and backward in bf16: ours beside other ways to compute it, in the same run.
 
-  python benchmarks/moe_layer.py [--hidden 512] [--ffn 1408] [--rounds 5] [--deepspeed FOLDER]
+  python -m benchmarks.moe_layer [--hidden 512] [--ffn 1408] [--rounds 5] [--deepspeed FOLDER]
 
 ours          Megatron-Core's MoE layer with this package's router and grouped experts, as a training run builds it
 sequential    the same with one product per expert (`moe.experts=sequential`)
@@ -21,8 +21,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from measure import finish, median, ratio, say, take_turns
 
+from benchmarks.measure import finish, median, ratio, say, take_turns
 from megatron_moellava import parallel
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainingConfig

@@ -33,5 +33,6 @@ def in_processes(
 
 def _launch(script: str, processes: int, *arguments: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    paths = filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     subprocess.run([*command, script, *arguments], check=True, env=environment, stdout=sys.stderr)

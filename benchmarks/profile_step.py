@@ -1,6 +1,6 @@
 """Where the time of the quickstart's stage-3 step goes: shares by kind, and the largest operations that are no products.
 
-  python benchmarks/profile_step.py [--steps 20] [section.field=value ...]
+  python -m benchmarks.profile_step [--steps 20] [section.field=value ...]
 
 The quickstart's data, model, rows and configuration on one process, with fresh weights; torch's profiler, self time of
 every operation on the training thread. "attention" are fused attention kernels: for short samples attention is spelt out,
@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import finish, say
+from benchmarks.measure import finish, say
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 KINDS = (  # parts of names; the first match counts

@@ -1,6 +1,6 @@
 """benchmarks/results.json -> docs/performance.md and docs/pictures/*.png. Nothing is measured here.
 
-  python benchmarks/report.py
+  python -m benchmarks.report
 
 Every section says which command made its figures; a benchmark without results has no section.
 """

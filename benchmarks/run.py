@@ -1,6 +1,6 @@
 """Run benchmarks one after another and write benchmarks/results.json, then docs/performance.md and its pictures.
 
-  python benchmarks/run.py [moe_layer train_step ...]     default: all of TABLE
+  python -m benchmarks.run [moe_layer train_step ...]     default: all of TABLE
 
 Each benchmark is a program of its own that prints progress on stderr and one JSON object on stdout. What was not run
 keeps its former results. `make bench` makes the environment first.
@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 EINSUM = Path(sys.prefix) / "deepspeed-einsum"  # put there by environment.sh
-# name: arguments after benchmarks/NAME.py. Order is that of docs/performance.md.
+# name: arguments of benchmarks.NAME. Order is that of docs/performance.md.
 TABLE: dict[str, tuple[str, ...]] = {
     "moe_layer": ("--deepspeed", str(EINSUM)),
     "train_step": ("--deepspeed", str(EINSUM)),
@@ -51,13 +51,13 @@ def describe_machine() -> dict:
 
 def run(name: str, arguments: tuple[str, ...]) -> dict:
     """One benchmark's entry. Raises CalledProcessError when it fails."""
-    command = [sys.executable, str(HERE / f"{name}.py"), *arguments]
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
     cores = str(len(os.sched_getaffinity(0)))
     variables = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", cores), "TQDM_DISABLE": "1"}
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     started = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=variables)
-    shown = ["python", f"benchmarks/{name}.py", *(part.replace(sys.prefix, ".bench-venv") for part in arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=variables, cwd=HERE.parent)
+    shown = ["python", "-m", f"benchmarks.{name}", *(part.replace(sys.prefix, ".bench-venv") for part in arguments)]
     return {
         "command": " ".join(shown),
         "seconds": round(time.perf_counter() - started),
@@ -83,7 +83,7 @@ def main() -> int:
         results["benchmarks"] = {key: {**results["benchmarks"], name: entry}.get(key) for key in TABLE}
         results["benchmarks"] = {key: value for key, value in results["benchmarks"].items() if value}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    subprocess.run([sys.executable, str(HERE / "report.py")], check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.report"], check=True, cwd=HERE.parent)
     return int(bool(failed))
 
 

@@ -1,6 +1,6 @@
 """Load on a server of its own: many clients for a while, over the loopback device only.
 
-  python benchmarks/serving.py [--load runs/quickstart/stage3] [--clients 32] [--seconds 120] [--batch-size 16]
+  python -m benchmarks.serving [--load runs/quickstart/stage3] [--clients 32] [--seconds 120] [--batch-size 16]
 
 Half of the clients stream, some leave in the middle, a few send rubbish. Prints answers, tokens per second, the time to
 the first token and to the last, and the server's memory by quarters of the time. Exit code 1 when an honest request

@@ -1,6 +1,6 @@
 """A whole training step, ours beside a padded one: useful tokens (they carry a loss or an image) per second.
 
-  python benchmarks/train_step.py [--samples 128] [--batch 8] [--rounds 3] [--deepspeed FOLDER]
+  python -m benchmarks.train_step [--samples 128] [--batch 8] [--rounds 3] [--deepspeed FOLDER]
 
 Stage 3 (experts, router, dense FFNs and projector are trained) on the same weights and the same samples, whose lengths
 follow LLaVA's 665k mix divided by four: images of 144 visual tokens, at most 512 tokens. Forward, backward, AdamW of the
@@ -23,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import finish, median, ratio, say, take_turns
-from moe_layer import SwiGLU, deepspeed_layer, import_deepspeed
-from reference import Sizes, write_reference
-from synthetic import QUARTER, make_samples, packed_rows, trainer_of, useful_tokens
 
+from benchmarks.measure import finish, median, ratio, say, take_turns
+from benchmarks.moe_layer import SwiGLU, deepspeed_layer, import_deepspeed
+from benchmarks.reference import Sizes, write_reference
+from benchmarks.synthetic import QUARTER, make_samples, packed_rows, trainer_of, useful_tokens
 from megatron_moellava import parallel
 from megatron_moellava.checkpoint.description import read_run_file
 from megatron_moellava.checkpoint.folders import require_checkpoint

@@ -7,16 +7,14 @@ asked about, and MOELLAVA_SCREENSHOTS=FOLDER keeps them.
 import contextlib
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from inference_models import picture
-from serving import serving
+from tests.helpers.inference_models import picture
+from tests.helpers.serving import serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")

@@ -1,16 +1,12 @@
 """The routing report in a real Chromium without a network: every picture shows, nothing is fetched, no text runs."""
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from made_routes import routes, similarity
-
 from megatron_moellava.analysis.command import write_report
+from tests.helpers.made_routes import routes, similarity
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from local_slurm import LocalSlurm, missing
 
-REPO = Path(__file__).parents[2]
+from tests.cluster.local_slurm import LocalSlurm, missing
+from tests.helpers.paths import REPO
+
 ASSETS = REPO / "tests/golden/assets"
 
 # A tiny model on CPUs instead of the recipe's sizes. Everything else is the recipe, the scripts are the users'.

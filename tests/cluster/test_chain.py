@@ -2,7 +2,7 @@
 
 import json
 
-from conftest import REPO, TINY, Cluster
+from tests.cluster.conftest import REPO, TINY, Cluster
 
 
 def train_all(cluster: Cluster, name: str, *overrides: str, **variables: str):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import REPO, Cluster
+
+from tests.cluster.conftest import REPO, Cluster
 
 TWO_NODES = ("--nodes=2", "--gpus-per-node=1")
 LENGTH = 150
@@ -171,7 +172,7 @@ def test_mistakes_are_found_before_anything_is_submitted(cluster):
 
 
 def test_request_that_the_cluster_cannot_serve_is_refused(cluster):
-    from conftest import TINY
+    from tests.cluster.conftest import TINY
 
     before = jobs(cluster)
     result = run_script(cluster, "login", *TINY, STEPS, "training.global_batch_size=36", NODES="9", GPUS_PER_NODE="2")
@@ -181,7 +182,7 @@ def test_request_that_the_cluster_cannot_serve_is_refused(cluster):
 
 
 def test_checked_script_submits_itself(cluster):
-    from conftest import TINY
+    from tests.cluster.conftest import TINY
 
     arguments = (*TINY, "training.train_steps=2")
     result = run_script(cluster, "submitted", *arguments, NODES="1", GPUS_PER_NODE="2", SBATCH_OUTPUT=os.devnull)

@@ -5,15 +5,13 @@ others wait for it.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import filelock
 import pytest
-from launch import PATHS, launch
-from plan import with_dependencies
 
-sys.path += [str(path) for path in PATHS if str(path) not in sys.path]
+from tests.distributed.launch import launch
+from tests.distributed.plan import with_dependencies
 
 
 @pytest.fixture(scope="session")

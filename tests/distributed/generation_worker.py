@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from inference_models import ask, mixed_requests
 
 from megatron_moellava import parallel
 from megatron_moellava.config import ParallelConfig
 from megatron_moellava.inference.load import load_for_inference
+from tests.helpers.inference_models import ask, mixed_requests
 
 
 def requests_of_the_test():

@@ -8,9 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from layouts import BY_ID, MODELS, MOE, REFERENCES, SAVED_AT, SOURCES, STEPS, Layout
-from rows import MICRO_BATCH, NUM_ROWS, SEQ_LENGTH, Rows
-from shards import draw, fill, gather_gradients, gather_parameters
 
 from megatron_moellava import parallel
 from megatron_moellava.backbones import BACKBONES
@@ -19,6 +16,9 @@ from megatron_moellava.model import weights as reading
 from megatron_moellava.model.router import OriginalRouter
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.loop import Trainer
+from tests.distributed.layouts import BY_ID, MODELS, MOE, REFERENCES, SAVED_AT, SOURCES, STEPS, Layout
+from tests.distributed.rows import MICRO_BATCH, NUM_ROWS, SEQ_LENGTH, Rows
+from tests.distributed.shards import draw, fill, gather_gradients, gather_parameters
 
 torch.set_num_threads(1)
 TINY = {

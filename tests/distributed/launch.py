@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.helpers.paths import REPO
+
 HERE = Path(__file__).parent
-PATHS = (HERE, HERE.parents[1], HERE.parent / "unit")
 
 
 def launch(jobs: list[dict], folder: Path, patience_seconds: float = 1800) -> None:
@@ -16,7 +17,7 @@ def launch(jobs: list[dict], folder: Path, patience_seconds: float = 1800) -> No
     folder.mkdir(parents=True, exist_ok=True)
     jobs_file = folder / "jobs.json"
     jobs_file.write_text(json.dumps(jobs))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, PATHS))}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
     processes = []

@@ -1,6 +1,6 @@
 """Jobs as plain dicts (id, run, world, arguments), and what has to run before them. Imports no torch: pytest reads it."""
 
-from layouts import BY_ID, REFERENCES, Layout
+from tests.distributed.layouts import BY_ID, REFERENCES, Layout
 
 
 def layout_job(layout: Layout) -> dict:

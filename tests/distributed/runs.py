@@ -7,12 +7,8 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-import data_files
 import torch
 import torch.distributed as dist
-from jobs import run_config, start
-from layouts import BY_ID
-from shards import gather_parameters
 
 from megatron_moellava import parallel
 from megatron_moellava.config import CheckpointError, RunConfig, from_dict
@@ -28,6 +24,10 @@ from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.loop import TrainingDiverged
 from megatron_moellava.training.optimizer import optimizer_step_count
 from megatron_moellava.training.run import train
+from tests.distributed.jobs import run_config, start
+from tests.distributed.layouts import BY_ID
+from tests.distributed.shards import gather_parameters
+from tests.helpers import data_files
 
 from megatron.core import dist_checkpointing
 

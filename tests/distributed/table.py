@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from layouts import LAYOUTS, SLOW_LAYOUTS, Layout
+from tests.distributed.layouts import LAYOUTS, SLOW_LAYOUTS, Layout
 
 COLUMNS = ("loss", "gradients", "parameters")
 # (title, words of a layout's name that put it here); the first that fits takes it

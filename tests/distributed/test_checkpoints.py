@@ -1,8 +1,9 @@
 """A checkpoint of any layout continues in any other, and one that does not fit or is damaged is refused by name."""
 
 import pytest
-from layouts import BY_ID, CONTINUATIONS
-from plan import continuation_job, refused_job
+
+from tests.distributed.layouts import BY_ID, CONTINUATIONS
+from tests.distributed.plan import continuation_job, refused_job
 
 TOLERANCE = 1e-5  # as in test_layouts.py: two runs that differ in the order of sums only
 each = pytest.mark.parametrize

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from layouts import BY_ID
+
+from tests.distributed.layouts import BY_ID
 
 
 def closed(spread: str, **more) -> dict:

@@ -11,11 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from conversion_models import TOWER, assert_same_bytes, original_config, original_state, residual, write_folder
-
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
+from tests.helpers.conversion_models import (
+    TOWER,
+    assert_same_bytes,
+    original_config,
+    original_state,
+    residual,
+    write_folder,
+)
+from tests.helpers.paths import REPO
 
 HERE = Path(__file__).parent
 LAYOUTS = {
@@ -47,7 +53,7 @@ def resaved(tmp_path_factory) -> Path:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1]), "WORLD_SIZE": "2"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "TORCHDYNAMO_DISABLE": "1"}
     processes = []
     for rank in range(2):

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from inference_models import picture, tiny_checkpoint
 
-REPO = Path(__file__).parents[2]
+from tests.helpers.inference_models import picture, tiny_checkpoint
+from tests.helpers.paths import REPO
+
 NUM_PICTURES = 6
 LAYOUTS = {
     "dp2": [],

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from generation_worker import requests_of_the_test
-from inference_models import tiny_checkpoint
 
 from megatron_moellava import parallel
 from megatron_moellava.inference.load import load_for_inference
+from tests.distributed.generation_worker import requests_of_the_test
+from tests.helpers.inference_models import tiny_checkpoint
+from tests.helpers.paths import REPO
 
 HERE = Path(__file__).parent
 LAYOUTS = {
@@ -54,7 +55,7 @@ def answers_under(checkpoint: Path, out: Path, layout: dict, replicated: bool) -
     """What each of two ranks answered."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parents[1], HERE.parent / "unit"))),
+        "PYTHONPATH": str(REPO),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": "2",

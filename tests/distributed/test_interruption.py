@@ -7,13 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-import data_files
 import pytest
 import yaml
 
 from megatron_moellava.checkpoint.folders import newest_checkpoint
-
-REPO = Path(__file__).parents[2]
+from tests.helpers import data_files
+from tests.helpers.paths import REPO
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 import os
 
 import pytest
-from layouts import LAYOUTS, MODELS, REFERENCES, SLOW_LAYOUTS, Layout
-from plan import layout_job
+
+from tests.distributed.layouts import LAYOUTS, MODELS, REFERENCES, SLOW_LAYOUTS, Layout
+from tests.distributed.plan import layout_job
 
 # Relative to the largest entry of each tensor, in fp32. Measured worst: gradients 2.6e-6 (norm weights of the tower
 # under TP2, whose partial sums are added in another order), losses 2.2e-7, parameters 1.1e-6.

@@ -1,7 +1,8 @@
 """A step whose gradient is not finite changes nothing on any rank; several in a row end the run and name the samples."""
 
 import pytest
-from layouts import BY_ID
+
+from tests.distributed.layouts import BY_ID
 
 LAYOUTS = ("llama-stage3:one", "llama-stage3:ep2", "llama-stage3:pp2-vpp2", "llama-stage1:tp2", "llama-stage1:pp2")
 jobs = [

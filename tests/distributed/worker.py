@@ -25,9 +25,8 @@ PATIENCE = datetime.timedelta(minutes=60)  # for jobs of other ranks
 
 def main() -> None:
     folder, rank, jobs = Path(sys.argv[1]), int(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
-    import allocations
-    import jobs as layout_jobs
-    import runs
+    from tests.distributed import allocations, runs
+    from tests.distributed import jobs as layout_jobs
 
     functions = vars(layout_jobs) | vars(runs) | vars(allocations)
     store = dist.FileStore(str(folder / "rendezvous"), -1)

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from inference_models import picture, tiny_checkpoint
 
-REPO = Path(__file__).parents[2]
+from tests.helpers.inference_models import picture, tiny_checkpoint
+from tests.helpers.paths import REPO
+
 QUESTIONS = (
     ("is there a red circle?", "existence"),
     ("what shape is in the image?", "shape"),

@@ -1,7 +1,6 @@
 """Token ids and labels against recordings of the original MoE-LLaVA (tests/golden/data/conversations.json)."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -10,8 +9,8 @@ from megatron_moellava.data.original import encode_original
 from megatron_moellava.data.sample import BadSample, Turn, parse_record
 from megatron_moellava.data.templates import get_template, prompt
 from megatron_moellava.data.tokenizer import load_tokenizer
+from tests.helpers.paths import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "data/conversations.json").read_text())
 TOKENIZERS = {"phi": "tok_bpe", "plain_bpe": "tok_bpe", "v1": "tok_spm", "plain_spm": "tok_spm"}
 # The original masks these samples whole: an empty last answer, and a text that holds the separator.

@@ -1,15 +1,11 @@
 """Greedy and beam search against transformers' generate on the same weights, token by token."""
 
 import argparse
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import generation as benchmark
-
+from benchmarks import generation as benchmark
 from megatron_moellava import parallel
 from megatron_moellava.inference.requests import Request, Sampling
 

@@ -4,18 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from golden_folder import GOLDEN, unpack
 from safetensors.torch import load_file, save_file
 
 from megatron_moellava.verify.folder import Folder
 from megatron_moellava.verify.gates import verify_gates
 from megatron_moellava.verify.table import Table
-
-REPO = Path(__file__).parents[2]
+from tests.helpers.golden_folder import GOLDEN, unpack
+from tests.helpers.paths import REPO
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import BUILDERS
 
-REPO = Path(__file__).parents[2]
+from tests.helpers.hf_models import BUILDERS
+from tests.helpers.paths import REPO
+
 TOWER = REPO / "tests/golden/assets/openai/clip-tiny"
 LAYOUTS = {
     "one": [],

@@ -8,15 +8,12 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "unit"))
-import data_files
-from conversion_models import TOWER, original_config, original_state, write_folder
-
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
-
-REPO = Path(__file__).parents[2]
+from tests.helpers import data_files
+from tests.helpers.conversion_models import TOWER, original_config, original_state, write_folder
+from tests.helpers.paths import REPO
 
 
 def train_two_steps(tmp_path: Path, tokenizer: Path) -> None:

@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).parents[2]
+from tests.helpers.paths import REPO
+
 # A process of its own: a fake process group must not meet the real one of the other tests.
 SCRIPT = """
 import json, resource, sys

@@ -2,16 +2,15 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
-import data_files
 import pytest
-from training import GLOBAL_BATCH, STEPS, records, run, settings
+
+from tests.helpers import data_files
+from tests.resilience.training import GLOBAL_BATCH, STEPS, records, run, settings
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from training import assert_same, last_checkpoint, newest_step, records, run, settings, start
+
+from tests.resilience.training import assert_same, last_checkpoint, newest_step, records, run, settings, start
 
 
 def largest(checkpoint: Path) -> Path:

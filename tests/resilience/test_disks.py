@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from training import PATIENCE, REPO, assert_same, newest_step, records, run, settings, start, unfinished
+
+from tests.resilience.training import (
+    PATIENCE,
+    REPO,
+    assert_same,
+    newest_step,
+    records,
+    run,
+    settings,
+    start,
+    unfinished,
+)
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])

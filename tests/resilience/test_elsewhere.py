@@ -8,7 +8,8 @@ import shutil
 import signal
 
 import pytest
-from training import records, run, settings, start
+
+from tests.resilience.training import records, run, settings, start
 
 LOSS, GRADIENT = 2e-6, 5e-6
 LAYOUTS = {

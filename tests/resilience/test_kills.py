@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from training import assert_same, newest_step, records, settings, start, unfinished
+
+from tests.resilience.training import assert_same, newest_step, records, settings, start, unfinished
 
 KILLS = int(os.environ.get("KILLS", "200"))  # shared among the eight campaigns below
 CAMPAIGNS = [("alone", 1, seed) for seed in (1, 2)]

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from training import PATIENCE, REPO, newest_step, records, settings
+
+from tests.resilience.training import PATIENCE, REPO, newest_step, records, settings
 
 
 @pytest.fixture

@@ -6,7 +6,17 @@ import signal
 import time
 
 import pytest
-from training import PATIENCE, assert_same, last_checkpoint, newest_step, records, settings, start, unfinished
+
+from tests.resilience.training import (
+    PATIENCE,
+    assert_same,
+    last_checkpoint,
+    newest_step,
+    records,
+    settings,
+    start,
+    unfinished,
+)
 
 GRACE_SECONDS = 30  # what Kubernetes gives at least; SLURM's recipe has 120
 

@@ -8,7 +8,8 @@ import time
 
 import pytest
 import torch
-from training import PATIENCE, assert_same, newest_step, records, run, settings, start
+
+from tests.resilience.training import PATIENCE, assert_same, newest_step, records, run, settings, start
 
 HUNG = 4
 HANG_MINUTES = 0.1 * PATIENCE

@@ -19,8 +19,8 @@ from pathlib import Path
 import yaml
 
 import megatron_moellava.training.run  # noqa: F401  every rank needs it; imported once
+from tests.helpers.paths import REPO
 
-REPO = Path(__file__).parents[2]
 ASSETS = REPO / "tests/golden/assets"
 STEPS, GLOBAL_BATCH, SAVE_INTERVAL = 12, 4, 2
 SAME = ("loss", "grad_norm", "lr", "load_balancing_loss", "samples", "sample_ids")

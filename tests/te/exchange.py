@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from describe import BLOCKS, backbones, finish_pretending, pretend_gpu
+
+from tests.te.describe import BLOCKS, backbones, finish_pretending, pretend_gpu
 
 
 def pairs() -> list[tuple[str, str]]:

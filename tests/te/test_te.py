@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from describe import cases
-from exchange import pairs
+
+from tests.te.describe import cases
+from tests.te.exchange import pairs
 
 HERE = Path(__file__).parent
 

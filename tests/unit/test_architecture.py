@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).parents[2]
+from tests.helpers.paths import REPO
+
 PACKAGE = REPO / "megatron_moellava"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 COMMANDS = sorted([*REPO.glob("tools/*.py"), *REPO.glob("examples/*/run.py")])

@@ -2,14 +2,14 @@
 
 import json
 import re
-from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 
-REPO = Path(__file__).parents[2]
-SCHEMA = json.loads((Path(__file__).parent / "pytorchjob_schema.json").read_text())
+from tests.helpers.paths import REPO
+
+SCHEMA = json.loads((REPO / "tests" / "helpers" / "pytorchjob_schema.json").read_text())
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).parents[2]
+from tests.helpers.paths import REPO
+
 TEXTS = [REPO / "Dockerfile", *REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("examples/**/*.y*ml")]
 TEXTS += [path for path in REPO.glob("examples/**/*") if path.suffix in (".sh", ".md")]
 SCRIPTS = [REPO / ".ci/run", REPO / ".ci/find_python", *REPO.glob("examples/**/*.sh"), *REPO.glob("tests/**/*.sh")]

@@ -1,0 +1,1 @@
+"""What several test files share: tiny models, data sets and checkpoints, made on the spot."""

@@ -1,0 +1,29 @@
+"""Small batches of known tokens."""
+
+import torch
+
+from megatron_moellava.data.batch import Batch
+
+X = -100  # a label without loss
+
+
+def padded(tokens: list[list[int]], labels: list[list[int]], tags: list[str], **more) -> Batch:
+    tokens_BS = torch.tensor(tokens)
+    return Batch(
+        tokens_BS=tokens_BS,
+        labels_BS=torch.tensor(labels),
+        position_ids_BS=torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS),
+        padding_mask_BS=tokens_BS != 0,
+        cu_seqlens=more.get("cu_seqlens"),
+        max_seqlen=tokens_BS.shape[1],
+        pixel_values_NCHW=torch.zeros(0, 3, 72, 72),
+        sample_ids=[],
+        tags=tags,
+    )
+
+
+def words(rows: int = 2, length: int = 12) -> Batch:
+    tokens = torch.randint(3, 400, (rows, length), generator=torch.Generator().manual_seed(3))
+    tokens[-1, length - 3 :] = 0
+    labels = torch.where(tokens > 200, tokens, X)
+    return padded(tokens.tolist(), labels.tolist(), ["color", "shape"][:rows])

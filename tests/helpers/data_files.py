@@ -1,0 +1,85 @@
+"""Small data sets on disk for the data tests."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from megatron_moellava.config import DataConfig, Source
+from megatron_moellava.data.loader import build_train_loader
+from megatron_moellava.data.tokenizer import load_tokenizer
+from megatron_moellava.towers import get_tower
+from tests.helpers.paths import ASSETS
+
+TOWER = get_tower(str(ASSETS / "openai/clip-tiny"))  # 28 px, 16 tokens
+WORDS = ("Is", "it", "raining?", "No,", "the", "sky", "is", "clear", "and", "blue", "over", "lake", "car", "tree")
+
+
+def conversation(*texts: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def row(number: int, image: str | None = "a.png", **changes) -> dict:
+    """A good row whose length depends on its number."""
+    words = " ".join(WORDS[(number + i) % len(WORDS)] for i in range(3 + number * 7 % 40))
+    question = f"<image>\n{words}?" if image else f"{words}?"
+    base = {"id": f"id{number}", "conversations": conversation(question, f"answer {number}")}
+    return base | ({"image": image} if image else {}) | changes
+
+
+def write_rows(folder: Path, rows: list, name: str = "rows.json") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    if name.endswith(".jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        path.write_text(json.dumps(rows))
+    return path
+
+
+def write_images(folder: Path, names=("a.png", "b.png")) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, name in enumerate(names):
+        pixels = np.random.default_rng(seed).integers(0, 255, (30 + seed, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def make_set(folder: Path, count: int = 40) -> Path:
+    """`count` good rows, every third without an image."""
+    write_images(folder)
+    return write_rows(folder, [row(i, (None, "a.png", "b.png")[i % 3]) for i in range(count)])
+
+
+def config(*paths: Path, weights=None, **changes) -> DataConfig:
+    weights = weights or [1.0] * len(paths)
+    sources = tuple(
+        Source(path=str(path), image_folder=str(path if path.is_dir() else path.parent), weight=weight)
+        for path, weight in zip(paths, weights, strict=True)
+    )
+    base = {"sources": sources, "template": "phi", "seq_length": 256, "num_workers": 0, "packing_buffer": 16}
+    return DataConfig(**base | changes)
+
+
+def make_loader(data: DataConfig, *, seed=1, rank=0, world_size=1, micro_batch_size=2, pad_multiple=4, **more):
+    tokenizer = load_tokenizer(ASSETS / "tok_bpe")
+    return build_train_loader(
+        data,
+        tokenizer,
+        TOWER,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        micro_batch_size=micro_batch_size,
+        pad_multiple=pad_multiple,
+        **more,
+    )
+
+
+def take(loader, count: int) -> list:
+    return [next(loader) for _ in range(count)]
+
+
+def ids(batches) -> list[str]:
+    return [name for batch in batches for name in batch.sample_ids]

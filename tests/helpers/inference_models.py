@@ -1,0 +1,110 @@
+"""A tiny random model with a real tokenizer, for the tests of the engine: fp32, one process."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from megatron_moellava import parallel
+from megatron_moellava.config import DataConfig, ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_moellava.data.sample import Turn
+from megatron_moellava.data.templates import get_template
+from megatron_moellava.data.tokenizer import load_tokenizer
+from megatron_moellava.inference.engine import Engine
+from megatron_moellava.inference.prompts import Prompter
+from megatron_moellava.inference.requests import Request, Sampling
+from megatron_moellava.model.build import build_model
+from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
+from tests.helpers.paths import ASSETS
+
+TOKENIZER = ASSETS / "tok_spm"
+GATES = {
+    "dense": None,
+    "megatron": MoEConfig(),
+    "original deterministic": MoEConfig(router="original", capacity_factor=1.5, second_choice="deterministic"),
+    "original without noise": MoEConfig(router="original", capacity_factor=1.5),
+    "residual": MoEConfig(use_residual=True),
+    "sequential experts": MoEConfig(experts="sequential"),
+    "one choice": MoEConfig(moe_router_topk=1),
+    "original, one choice": MoEConfig(
+        router="original", moe_router_topk=1, capacity_factor=1.5, eval_capacity_factor=4.0
+    ),
+    "shared experts": MoEConfig(moe_shared_expert_intermediate_size=96),
+    "balanced by a bias": MoEConfig(moe_router_enable_expert_bias=True),
+}
+
+
+def tiny_run(moe: MoEConfig | None = None, backbone: str = "llama-tiny") -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(backbone=backbone, tower="clip-tiny"),
+        moe=moe,
+        training=TrainingConfig(stage=3 if moe else 2, precision="fp32"),
+        data=DataConfig(tokenizer=str(TOKENIZER), template="v1", packing=False),
+    )
+
+
+def tiny_engine(moe: MoEConfig | None = None, backbone: str = "llama-tiny", seed: int = 1, **options) -> Engine:
+    parallel.initialize(ParallelConfig(), seed)
+    run = tiny_run(moe, backbone)
+    (model,) = build_model(run)
+    scatter(model)
+    prompter = Prompter(
+        template=get_template("v1"), tokenizer=load_tokenizer(TOKENIZER), tower=model.tower, data=run.data
+    )
+    engine = Engine(model, prompter, **options)
+    for router in engine._routers:
+        router.injected_noise_NE = torch.zeros(1, 1)
+    return engine
+
+
+def tiny_checkpoint(folder: Path, gate: str = "megatron") -> Path:
+    """Save a random model as a training run would; the process groups exist while it does, and no longer."""
+    parallel.initialize(ParallelConfig(), seed=1)
+    run = tiny_run(GATES[gate])
+    chunks = build_model(run)
+    scatter(chunks[0])
+    save_checkpoint(folder, run, chunks, TrainingState(iteration=1, consumed_samples=0, data=None))
+    parallel.shutdown()
+    return folder
+
+
+def scatter(model: torch.nn.Module) -> None:
+    """Larger weights: with the initial ones every token's logits are nearly the same, and every test passes."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "vision_tower" not in name:
+                parameter.mul_(3.0)
+
+
+def picture(number: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    image = Image.new("RGB", size, (40 * number % 256, 255 - 30 * number % 256, 90))
+    ImageDraw.Draw(image).ellipse(
+        (3 * number % 20, 4, 18 + 3 * number % 20, 25), fill=(250, 200 - 20 * number % 200, 10)
+    )
+    return image
+
+
+def ask(number: int, text: str = "What is it?", images: int = 1, record_routing: bool = False, **sampling) -> Request:
+    return Request(
+        id=f"r{number}",
+        turns=(Turn(role="user", text="<image>\n" * images + text),),
+        images=tuple(picture(number + i) for i in range(images)),
+        sampling=Sampling(**{"max_new_tokens": 6} | sampling),
+        record_routing=record_routing,
+    )
+
+
+def mixed_requests() -> list[Request]:
+    """Different lengths, none to two images, a conversation."""
+    conversation = (
+        Turn(role="user", text="<image>\nWhich colour?"),
+        Turn(role="assistant", text="red"),
+        Turn(role="user", text="And now?\n<image>"),
+    )
+    return [
+        ask(0),
+        ask(1, "Tell me something long about this picture, please.", max_new_tokens=11),
+        ask(2, "No picture here.", images=0, max_new_tokens=3),
+        ask(3, "Compare both.", images=2, max_new_tokens=8),
+        Request(id="r4", turns=conversation, images=(picture(5), picture(9)), sampling=Sampling(max_new_tokens=7)),
+    ]

@@ -1,0 +1,248 @@
+"""The runner driven by a small real engine: an oracle that opens the pictures and answers from a table."""
+
+import json
+import threading
+from dataclasses import replace
+
+import pytest
+
+from megatron_moellava.config import ConfigError, DataError
+from megatron_moellava.evaluation.predictions import Place
+from megatron_moellava.evaluation.runner import Answer, Options, evaluate, make_request, read_questions
+from megatron_moellava.evaluation.tasks import TASKS, get_task
+from tests.helpers import evaluation_miniatures as miniatures
+
+QUIET = Options(progress=False, bootstrap_samples=50)
+PICTURES = {"mmbench_cn": lambda root: miniatures.mmbench(root, "mmbench_dev_cn_20231003.tsv")}
+ALIASES = {"scienceqa": "science_qa", "quickstart_pope": "quickstart"}
+
+
+def write_miniature(name, root):
+    return PICTURES.get(name, getattr(miniatures, ALIASES.get(name, name), None))(root)
+
+
+class Oracle:
+    """Answers a request by the first key of the table that occurs in its text; last asked, first answered."""
+
+    def __init__(self, table, default="yes", stop_after=None):
+        self.table, self.default, self.stop_after = table, default, stop_after
+        self.asked = []
+
+    def generate(self, requests):
+        for number, request in enumerate(reversed(list(requests))):
+            if number == self.stop_after:
+                raise KeyboardInterrupt
+            text = request.turns[-1].text
+            assert text.count("<image>") == len(request.images)
+            for picture in request.images:
+                assert picture.open().mode == "RGB"
+            self.asked.append(request)
+            yield Answer(
+                request_id=request.id,
+                text=next((f" {answer}\n" for key, answer in self.table.items() if key in text), self.default),
+            )
+
+
+def run(name, root, engine, **more):
+    options = more.pop("options", QUIET)
+    return evaluate(get_task(name), root, root / "out", engine, model="ours", options=options, **more)
+
+
+def predictions_of(root, name):
+    return [json.loads(line) for line in (root / "out" / name / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_answers_are_scored_and_written_in_the_order_and_columns_of_the_original(tmp_path):
+    miniatures.gqa(tmp_path)
+    record = run("gqa", tmp_path, Oracle({"a1": "Yes", "a2": "red.", "a3": "right"}))
+    assert record["value"] == pytest.approx(200 / 3)
+    assert record["bootstrap"] == {"samples": 50, "unit": "image", "units": 2}
+    rows = predictions_of(tmp_path, "gqa")
+    assert [row["question_id"] for row in rows] == ["a1", "a2", "a3"]
+    assert set(rows[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+    assert rows[0]["prompt"] == "a1?\nAnswer the question using a single word or phrase."
+    assert rows[0]["text"] == "Yes"  # stripped
+    assert json.loads((tmp_path / "out/gqa/scores.json").read_text())["value"] == record["value"]
+    assert not list((tmp_path / "out/gqa").glob("*.part*"))
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_every_benchmark_runs_from_questions_to_record(tmp_path, name):
+    write_miniature(name, tmp_path)
+    if name == "seed":  # SEED-Bench's picture names have no extension
+        for path in (tmp_path / "seed_bench/SEED-Bench-image").iterdir():
+            path.rename(path.with_suffix(""))
+    engine = Oracle({}, default="A")
+    record = run(name, tmp_path, engine)
+    assert len(engine.asked) == len(get_task(name).read(tmp_path))
+    assert (record["value"] is None) == (name in ("vqav2", "vizwiz", "llava_bench", "mm_vet"))
+    assert bool(record.get("submission")) == (get_task(name).submit is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "aspect", "tokens", "end"),
+    [
+        ("vqav2", "model", 128, "phrase."),
+        ("gqa", "model", 128, "phrase."),
+        ("vizwiz", "model", 128, "phrase."),
+        ("textvqa", "model", 128, "phrase."),
+        ("pope", "model", 128, "phrase."),
+        ("mme", "model", 128, "phrase."),
+        ("seed", "model", 128, "directly."),
+        ("scienceqa", "square", 1024, "\nAnswer with the option's letter from the given choices directly."),
+        ("mmbench", "model", 1024, "\nAnswer with the option's letter from the given choices directly."),
+        ("mmbench_cn", "model", 1024, "\n请直接回答选项字母。"),
+        ("llava_bench", "square", 1024, "Where is this?"),
+        ("mm_vet", "square", 1024, "Question 0?"),
+    ],
+)
+def test_requests_follow_the_specification(tmp_path, name, aspect, tokens, end):
+    write_miniature(name, tmp_path)
+    request = make_request(get_task(name), get_task(name).read(tmp_path)[0])
+    assert (request.image_aspect_ratio, request.max_new_tokens, request.temperature) == (aspect, tokens, 0.0)
+    assert request.turns[0].role == "user"
+    assert request.turns[0].text.startswith("<image>\n")
+    assert request.turns[0].text.endswith(end)
+
+
+def test_mmbench_prompt_is_hint_question_and_lettered_options(tmp_path):
+    miniatures.mmbench(tmp_path)
+    first, second = get_task("mmbench").read(tmp_path)
+    assert first.text == "Look left.\nWhich one?\nA. cat\nB. dog\nC. cow"
+    assert second.text == 'Line one\nLine two?\nA. sodium Na\nB. say "no"'
+    rotated = get_task("mmbench").read(tmp_path, circular=True)
+    assert [question.round for question in rotated] == [0, 1, 2, 0, 1]
+    assert rotated[1].text.endswith("A. dog\nB. cow\nC. cat")
+    assert rotated[1].fields["option_char"] == "BCA"
+
+
+def test_a_science_question_without_a_picture_has_no_placeholder(tmp_path):
+    miniatures.science_qa(tmp_path)
+    engine = Oracle({}, default="A")
+    run("scienceqa", tmp_path, engine)
+    by_id = {request.id: request for request in engine.asked}
+    assert by_id["3#0"].images == ()
+    assert "<image>" not in by_id["3#0"].turns[0].text
+    # The original's scorer tells the two kinds apart by the logged prompt.
+    assert ["<image>" in row["prompt"] for row in predictions_of(tmp_path, "scienceqa")] == [True, True, False]
+
+
+def test_an_interrupted_run_asks_only_what_is_left(tmp_path):
+    miniatures.pope(tmp_path)
+    whole = run("pope", tmp_path, Oracle({"popular": "no"}))
+    (tmp_path / "out").rename(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("pope", tmp_path, Oracle({"popular": "no"}, stop_after=4))
+    part = tmp_path / "out/pope/predictions.part00000.jsonl"
+    assert len(part.read_text().splitlines()) == 4
+    part.write_bytes(part.read_bytes()[:-7])  # killed within the last row
+    engine = Oracle({"popular": "no"})
+    assert run("pope", tmp_path, engine) == whole
+    assert len(engine.asked) == 3
+    assert (tmp_path / "out/pope/predictions.jsonl").read_text() == (
+        tmp_path / "whole/pope/predictions.jsonl"
+    ).read_text()
+    engine = Oracle({})
+    assert run("pope", tmp_path, engine) == whole
+    assert engine.asked == []
+
+
+def run_together(name, root, engines, places):
+    """One thread per process of a run; their records in order."""
+    barrier = threading.Barrier(len(places))
+    records = [None] * len(places)
+
+    def work(number):
+        place = replace(places[number], barrier=lambda: barrier.wait(timeout=30))
+        records[number] = run(name, root, engines[number], place=place)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(places))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    return records
+
+
+@pytest.mark.parametrize(
+    ("places", "asked"),
+    [
+        ([Place(rank=0, world_size=2), Place(rank=1, world_size=2)], [3, 3]),
+        ([Place(), Place(writes=False)], [6, 6]),  # two halves of one model
+        ([Place(rank=rank, world_size=7) for rank in range(7)], [1, 1, 1, 1, 1, 1, 0]),
+    ],
+)
+def test_several_processes_agree_with_one(tmp_path, places, asked):
+    miniatures.mme(tmp_path)
+    table = {"Is it there": "Yes", "Is it not": "No"}
+    alone = run("mme", tmp_path, Oracle(table))
+    text = (tmp_path / "out/mme/predictions.jsonl").read_text()
+    (tmp_path / "out").rename(tmp_path / "alone")
+    engines = [Oracle(table) for _ in places]
+    assert run_together("mme", tmp_path, engines, places) == [alone] + [None] * (len(places) - 1)
+    assert [len(engine.asked) for engine in engines] == asked
+    assert (tmp_path / "out/mme/predictions.jsonl").read_text() == text
+
+
+def test_answers_that_rank_0_cannot_see_are_an_error(tmp_path):
+    miniatures.gqa(tmp_path)
+    with pytest.raises(DataError, match=r"1 of 3 answers are missing.*shared file system"):
+        run("gqa", tmp_path, Oracle({}), place=Place(rank=0, world_size=2))
+
+
+def test_a_folder_never_mixes_two_runs(tmp_path):
+    miniatures.gqa(tmp_path)
+    run("gqa", tmp_path, Oracle({}))
+    with pytest.raises(ConfigError, match=r"model='ours', this run has model='other'"):
+        evaluate(get_task("gqa"), tmp_path, tmp_path / "out", Oracle({}), model="other", options=QUIET)
+    with pytest.raises(ConfigError, match="blank_images=False"):
+        run("gqa", tmp_path, Oracle({}), options=Options(progress=False, blank_images=True))
+    path = tmp_path / "gqa/llava_gqa_testdev_balanced.jsonl"
+    path.write_text(path.read_text().replace("a1?", "a1 again?"))
+    with pytest.raises(ConfigError, match="questions="):
+        run("gqa", tmp_path, Oracle({}))
+
+
+def test_a_limited_run_can_be_extended(tmp_path):
+    miniatures.gqa(tmp_path)
+    record = run("gqa", tmp_path, Oracle({}), options=Options(limit=1, progress=False, bootstrap_samples=2))
+    assert (record["count"], record["notes"]) == (1, ["subset: 1 of 3 questions"])
+    engine = Oracle({})
+    assert run("gqa", tmp_path, engine)["count"] == 3
+    assert len(engine.asked) == 2
+
+
+def test_blank_pictures_keep_their_size_and_lose_their_content(tmp_path):
+    miniatures.quickstart(tmp_path)
+    task = get_task("quickstart")
+    seen = read_questions(task, tmp_path, Options()).chosen[0].picture.open()
+    blank = read_questions(task, tmp_path, Options(blank_images=True)).chosen[0].picture.open()
+    assert blank.size == seen.size
+    assert blank.getcolors() == [(24, (127, 127, 127))]
+    assert seen.getcolors() != blank.getcolors()
+    record = run("quickstart", tmp_path, Oracle({}), options=Options(blank_images=True, progress=False))
+    assert "blank pictures" in record["notes"][-1]
+
+
+def test_a_missing_picture_names_the_file(tmp_path):
+    folder = miniatures.pope(tmp_path)
+    (folder / "val2014/2.jpg").unlink()
+    with pytest.raises(DataError, match=r"val2014/2\.jpg"):
+        run("pope", tmp_path, Oracle({}))
+
+
+def test_an_engine_that_skips_or_invents_a_request_is_caught(tmp_path):
+    miniatures.gqa(tmp_path)
+
+    class Skips:
+        def generate(self, requests):
+            yield Answer(request_id=requests[0].id, text="x")
+
+    class Invents:
+        def generate(self, requests):
+            yield Answer(request_id="nobody", text="x")
+
+    with pytest.raises(AssertionError, match="2 of 3 requests unanswered"):
+        run("gqa", tmp_path, Skips())
+    with pytest.raises(AssertionError, match="'nobody' was not asked"):
+        run("gqa", tmp_path, Invents())

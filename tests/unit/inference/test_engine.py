@@ -1,0 +1,228 @@
+"""The engine says what the model says: cached, batched and interleaved answers equal the uncached model's, one by one."""
+
+import platform
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_moellava import parallel
+from megatron_moellava.config import DataError, MoEConfig
+from megatron_moellava.data.sample import Turn
+from megatron_moellava.inference.packed_linear import Products, can_pack
+from megatron_moellava.inference.request_state import Running
+from megatron_moellava.inference.requests import Request, Sampling
+from tests.helpers.inference_models import GATES, ask, mixed_requests, tiny_engine
+
+TOLERANCE = 1e-5  # measured: 3e-6, logits of size 5
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_groups():
+    yield
+    parallel.shutdown()
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Logits that every choice was made from, by request."""
+    logits: dict[str, list[torch.Tensor]] = {}
+    choose = Running.choose
+
+    def record(self, logits_KV, likeliest):
+        logits.setdefault(self.request.id, []).append(logits_KV[0].clone())
+        return choose(self, logits_KV, likeliest)
+
+    monkeypatch.setattr(Running, "choose", record)
+    return logits
+
+
+@torch.no_grad()
+def uncached(engine, request, tokens) -> torch.Tensor:
+    """Logits [T, V] for each of the answer's tokens, from one forward pass over everything."""
+    prompt = engine.prompter(request)
+    tokens_1S = torch.tensor([[*prompt.tokens, *tokens[:-1]]])
+    position_ids_1S = torch.arange(tokens_1S.shape[1])[None]
+    logits_1SV = engine.model(tokens_1S, position_ids_1S, pixels_NCHW=prompt.pixels_NCHW)
+    return logits_1SV[0, len(prompt.tokens) - 1 :, : engine.prompter.tokenizer.vocab_size]
+
+
+@pytest.mark.parametrize("straight", [True, False], ids=["straight", "modules"])
+@pytest.mark.parametrize("gate", GATES)
+def test_cached_batched_logits_equal_the_uncached_ones(gate, straight, seen):
+    engine = tiny_engine(GATES[gate], max_batch_size=3)
+    assert engine.forward.straight is not None
+    if not straight:
+        engine.forward.straight = None
+    requests = mixed_requests()
+    completions = {completion.request_id: completion for completion in engine.generate(requests)}
+    assert len(completions) == len(requests)
+    for request in requests:
+        tokens = completions[request.id].tokens
+        expected_TV = uncached(engine, request, tokens)
+        assert torch.stack(seen[request.id]).sub(expected_TV).abs().max() < TOLERANCE
+        assert expected_TV.argmax(dim=-1).tolist() == list(tokens)
+    assert len({completion.tokens for completion in completions.values()}) > 2, "all answers are the same"
+
+
+@pytest.mark.parametrize("backbone", ["phi-2-tiny", "qwen2-tiny", "stablelm-2-tiny", "minicpm-tiny", "qwen3-tiny"])
+def test_every_kind_of_block_is_cached_right(backbone, seen):
+    engine = tiny_engine(MoEConfig(), backbone, max_batch_size=3)
+    requests = [replace(request, sampling=Sampling(max_new_tokens=5)) for request in mixed_requests()]
+    for completion in engine.generate(requests):
+        request = next(request for request in requests if request.id == completion.request_id)
+        expected_TV = uncached(engine, request, completion.tokens)
+        assert torch.stack(seen[request.id]).sub(expected_TV).abs().max() < TOLERANCE
+        assert expected_TV.argmax(dim=-1).tolist() == list(completion.tokens)
+
+
+def test_minicpm_without_multimodal_scale_is_cached_right(seen):
+    """There the scale of a word's embedding depends on whether the request has images."""
+    engine = tiny_engine(None, "minicpm-tiny", max_batch_size=4)
+    engine.model.run = replace(
+        engine.model.run, model=replace(engine.model.run.model, scale_multimodal_embeddings=False)
+    )
+    requests = mixed_requests()
+    for completion in engine.generate(requests):
+        request = next(request for request in requests if request.id == completion.request_id)
+        expected_TV = uncached(engine, request, completion.tokens)
+        assert torch.stack(seen[request.id]).sub(expected_TV).abs().max() < TOLERANCE
+
+
+def test_a_gate_that_drops_treats_every_request_as_if_it_had_come_alone(seen):
+    """Eight experts with an evaluation capacity of 0.5: prompts lose choices, and which ones must not depend on company."""
+    moe = MoEConfig(
+        num_experts=8, router="original", capacity_factor=1.5, eval_capacity_factor=0.5, second_choice="deterministic"
+    )
+    engine = tiny_engine(moe, max_batch_size=4)
+    together = {completion.request_id: completion.tokens for completion in engine.generate(mixed_requests())}
+    alone = {}
+    for request in mixed_requests():
+        alone |= {completion.request_id: completion.tokens for completion in engine.generate([request])}
+    assert together == alone
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN's layouts are x86's")
+def test_weights_are_packed_and_give_the_same_products():
+    """Where packing fails nothing but the speed changes, so that a torch without it would not be noticed."""
+    assert can_pack(torch.float32)
+    x, weight, bias = torch.randn(8, 48), torch.randn(32, 48), torch.randn(32)
+    for packs in (True, False):
+        product = Products(packs)
+        torch.testing.assert_close(product(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+        assert bool(product._packed) == packs
+
+
+def test_a_finished_row_makes_room_without_waiting_for_the_others():
+    engine = tiny_engine(max_batch_size=2)
+    requests = [ask(0, max_new_tokens=20), *(ask(number, max_new_tokens=2) for number in range(1, 6))]
+    order = [completion.request_id for completion in engine.generate(requests)]
+    assert order[-1] == "r0"
+    assert engine.steps <= 21, "the long answer had to wait"
+
+
+def test_an_image_is_encoded_once_over_the_turns_of_a_conversation():
+    engine = tiny_engine()
+    first = ask(0)
+    (answer,) = engine.generate([first])
+    turns = (*first.turns, Turn(role="assistant", text=answer.text), Turn(role="user", text="Sure?"))
+    list(engine.generate([replace(first, id="again", turns=turns)]))
+    assert engine.forward.images_encoded == 1
+
+
+def test_images_of_a_step_go_through_the_tower_together(monkeypatch):
+    monkeypatch.setattr("megatron_moellava.inference.forward.REMEMBERED_IMAGES", 1)  # fewer than the step needs
+    requests = [ask(0), replace(ask(0), id="same"), ask(1), ask(2, images=0)]
+    alone = {request.id: next(tiny_engine().generate([request])).tokens for request in requests}
+    engine, passes = tiny_engine(max_batch_size=4), []
+    encode = engine.model.encode_images
+    monkeypatch.setattr(engine.model, "encode_images", lambda pixels: passes.append(len(pixels)) or encode(pixels))
+    together = {completion.request_id: completion.tokens for completion in engine.generate(requests)}
+    assert passes == [2], "two different images"
+    assert together == alone
+    assert len(engine.forward.features) == 1
+
+
+def test_sampling_repeats_with_its_seed_and_differs_with_another():
+    engine = tiny_engine(max_batch_size=4)
+
+    def texts(*seeds):
+        requests = [ask(0, temperature=1.5, top_p=0.95, seed=seed, max_new_tokens=12) for seed in seeds]
+        requests = [replace(request, id=f"s{number}") for number, request in enumerate(requests)]
+        return {completion.request_id: completion.tokens for completion in engine.generate(requests)}
+
+    both = texts(3, 4)
+    assert both["s0"] != both["s1"]
+    assert texts(3)["s0"] == both["s0"]
+
+
+def test_a_tiny_top_p_is_greedy():
+    engine = tiny_engine()
+    (greedy,) = engine.generate([ask(0)])
+    (sampled,) = engine.generate([ask(0, temperature=1.0, top_p=1e-6)])
+    assert sampled.tokens == greedy.tokens
+
+
+def test_streamed_text_is_the_answer_and_cancelling_frees_the_row():
+    engine = tiny_engine(max_batch_size=1)
+    (whole,) = engine.generate([ask(0, max_new_tokens=9)])
+    events = list(engine.stream(ask(0, max_new_tokens=9)))
+    assert "".join(event.delta for event in events) == whole.text == events[-1].completion.text
+    engine.submit(ask(1))
+    engine.step()
+    engine.cancel("r1")
+    assert not engine.busy
+    (again,) = engine.generate([ask(0, max_new_tokens=9)])
+    assert again.tokens == whole.tokens
+
+
+def test_a_stop_string_ends_the_answer_before_it():
+    engine = tiny_engine()
+    (whole,) = engine.generate([ask(0, max_new_tokens=12)])
+    mark = whole.text[len(whole.text) // 2 :][:3]
+    (cut,) = engine.generate([ask(0, max_new_tokens=12, stop=(mark,))])
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole.text[: whole.text.index(mark)]
+    streamed = "".join(event.delta for event in engine.stream(ask(0, max_new_tokens=12, stop=(mark,))))
+    assert streamed == cut.text, "a part of the stop string was shown"
+
+
+def test_routing_is_what_the_routers_of_an_uncached_pass_choose():
+    engine = tiny_engine(MoEConfig(), max_batch_size=3)
+    requests = [ask(0, record_routing=True, max_new_tokens=7), ask(1, "other"), ask(2, record_routing=True)]
+    completions = {completion.request_id: completion for completion in engine.generate(requests)}
+    assert completions["r1"].routing is None
+    found = completions["r0"].routing
+    engine.watch.active = True
+    uncached(engine, requests[0], completions["r0"].tokens)
+    for layer in found["layers"]:
+        chosen_TK = engine.watch.weights_TE[layer["layer"]].topk(2).indices
+        assert [sorted(row) for row in layer["experts"]] == [sorted(row) for row in chosen_TK.tolist()]
+    prompt = engine.prompter(requests[0])
+    assert [token.get("patch") for token in found["tokens"] if "image" in token] == list(
+        range(prompt.tokens.count(-200))
+    )
+    assert sum(token.get("answer", False) for token in found["tokens"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampling": Sampling(max_new_tokens=100_000)}, "positions"),
+        ({"sampling": Sampling(temperature=-1.0)}, "temperature"),
+        ({"sampling": Sampling(num_beams=99)}, "num_beams"),
+        ({"images": ()}, None),
+        ({"turns": ()}, "last turn"),
+        ({"turns": (Turn(role="user", text="a"), Turn(role="user", text="b"))}, "alternate"),
+    ],
+)
+def test_a_request_that_cannot_be_answered_is_refused_before_it_is_queued(change, message):
+    engine = tiny_engine(max_batch_size=2)
+    request = replace(ask(0), **change)
+    if message is None:  # without images the placeholder is just text
+        assert list(engine.generate([request]))
+        return
+    with pytest.raises(DataError, match=message):
+        engine.submit(request)
+    assert not engine.busy
+    assert isinstance(request, Request)

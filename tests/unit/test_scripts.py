@@ -1,0 +1,56 @@
+"""Names that a shell could take for commands pass through the scripts of examples/ as they are."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from tests.helpers.paths import REPO
+from tests.helpers.scripts import validate_only
+
+HOSTILE = """it's $(touch executed) `touch executed`; touch executed & "quoted" *"""
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_hostile_paths_arrive_as_they_are_and_run_nothing(stage, tmp_path, stub):
+    names = {
+        name: f"{name} {HOSTILE}" for name in ("LOAD", "SAVE", "TOKENIZER", "DATA", "IMAGES", "CONFIG", "BACKBONE")
+    }
+    result, words = validate_only(f"train_stage{stage}.sh", tmp_path, stub, **names)
+    assert result.returncode == 0, result.stderr
+    for name, value in names.items():
+        wanted = f"data.tokenizer={value}" if name == "TOKENIZER" else value
+        assert wanted in words, name
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["NODES", "GPUS_PER_NODE"])
+def test_counts_are_numbers_and_never_expressions(name, tmp_path, stub):
+    result, words = validate_only("train_stage1.sh", tmp_path, stub, **{name: "x[$(touch executed)]"})
+    assert result.returncode == 2 and not words
+    assert "must be numbers" in result.stderr
+    assert not (tmp_path / "executed").exists()
+
+
+def test_gpus_may_carry_their_type(tmp_path, stub):
+    result, words = validate_only("train_stage1.sh", tmp_path, stub, GPUS_PER_NODE="h100:8")
+    assert result.returncode == 0 and words, result.stderr
+
+
+def test_hostile_paths_pass_through_the_conversion(tmp_path, stub):
+    environment = {"PATH": os.environ["PATH"], "REPO": str(REPO), "PYTHON": str(stub), "ASKED": str(tmp_path / "asked")}
+    words = ["import", f"model {HOSTILE}", "--save", f"save {HOSTILE}"]
+    command = [shutil.which("bash"), str(REPO / "examples/convert.sh"), *words]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "asked").read_text().split("\0")[1:-1] == words
+    assert not (tmp_path / "executed").exists()
+
+
+def test_control_the_stub_would_show_an_injection(tmp_path):
+    """A script that does not quote is caught by what the tests above look at."""
+    script = tmp_path / "bad.sh"
+    script.write_text('eval "echo $SAVE"\n')
+    subprocess.run(["bash", str(script)], env={"PATH": os.environ["PATH"], "SAVE": "; touch executed"}, cwd=tmp_path)
+    assert (tmp_path / "executed").exists()

@@ -1,0 +1,122 @@
+"""Switches that keep the routers stable: their dtype, and a warm-up of their own; and what validation says about them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_moellava import parallel
+from megatron_moellava.config import ConfigError, LoggingConfig, MoEConfig, OptimizerConfig, ParallelConfig
+from megatron_moellava.training.loop import Trainer
+from megatron_moellava.training.optimizer import distributed_optimizers
+from megatron_moellava.training.validate import validate
+from tests.helpers.batches import words
+from tests.helpers.inference_models import scatter, tiny_run
+
+from megatron.core.distributed import DistributedDataParallel
+
+STEPS = 20
+
+
+def trainer(moe: MoEConfig, precision: str = "bf16", stage: int = 3, **optimizer) -> Trainer:
+    parallel.initialize(ParallelConfig(), 1)
+    run = tiny_run(moe)
+    run = replace(
+        run,
+        training=replace(run.training, stage=stage, precision=precision, micro_batch_size=2, global_batch_size=2),
+        optimizer=OptimizerConfig(lr=1e-3, lr_decay_style="constant", lr_warmup_fraction=0.0, **optimizer),
+        logging=LoggingConfig(tensorboard=False),
+    )
+    started = Trainer(run, iter(lambda: words(), None), STEPS)
+    scatter(started.chunks[0])
+    return started
+
+
+def routers(started: Trainer) -> list:
+    return started.routing.routers
+
+
+@pytest.mark.parametrize("router", ["megatron", "original"])
+def test_bf16_router_computes_in_bf16_and_trains(router):
+    moe = MoEConfig(router=router, capacity_factor=1.5 if router == "original" else None, second_choice="deterministic")
+    outputs = {}
+    for dtype in ("fp32", "bf16"):
+        started = trainer(replace(moe, router_dtype=dtype))
+        seen: list = []
+        for layer in routers(started):
+            layer.register_forward_hook(lambda layer, inputs, output, seen=seen: seen.append(output[0].detach()))
+        before = [layer.weight.clone() for layer in routers(started)]
+        numbers, applied, _ = started.step()
+        assert applied and numbers["loss"] > 0
+        assert all(not torch.equal(layer.weight, old) for layer, old in zip(routers(started), before, strict=True))
+        assert routers(started)[0].weight.dtype == torch.float32
+        outputs[dtype] = seen
+    assert {output.dtype for output in outputs["fp32"]} == {torch.float32}
+    assert {output.dtype for output in outputs["bf16"]} == {torch.bfloat16}
+
+
+def test_an_update_gathers_every_parameter_once(monkeypatch):
+    """Dense and expert parameters have an optimizer each, and each of them would gather the parameters of both."""
+    started = trainer(MoEConfig())
+    gathered: list = []
+    gather = DistributedDataParallel._start_bucket_group_param_sync
+    monkeypatch.setattr(
+        DistributedDataParallel,
+        "_start_bucket_group_param_sync",
+        lambda self, group, *args, **options: gathered.append(group) or gather(self, group, *args, **options),
+    )
+    started.step()
+    (wrapped,) = started.wrapped
+    groups = [group for group in wrapped.bucket_groups + wrapped.expert_parallel_bucket_groups if group.buckets]
+    assert len(groups) >= 2
+    assert sorted(map(id, gathered)) == sorted(map(id, groups))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("use_residual", [False, True])
+def test_a_checkpoint_gets_every_parameter_its_own_states(stage, use_residual):
+    """Routers are fp32 among bf16 parameters, and which come first depends on what is trained."""
+    started = trainer(MoEConfig(use_residual=use_residual), stage=stage)
+    started.optimizer.reload_model_params()
+    seen = 0
+    for part in distributed_optimizers(started.optimizer):
+        for parameter in part.model_param_group_index_map:
+            main = part._get_main_param_and_optimizer_states(parameter)["param"]
+            assert torch.equal(main.to(parameter.dtype), parameter.detach().flatten())
+            seen += 1
+    assert seen == sum(parameter.requires_grad for parameter in started.chunks[0].parameters())
+
+
+def test_router_warmup_slows_the_routers_alone():
+    started = trainer(MoEConfig(), "fp32", router_lr_warmup_fraction=0.5)
+    others = [parameter for name, parameter in started.chunks[0].named_parameters() if "experts" in name]
+    rates, moves = [], []
+    for _ in range(STEPS):
+        rates.append({group["lr"] for group in started.optimizer.param_groups if group["params"]})
+        before = [layer.weight.clone() for layer in routers(started)], [other.clone() for other in others]
+        started.step()
+        moves.append(
+            [
+                max(float((new - old).detach().abs().max()) for new, old in zip(now, then, strict=True))
+                for now, then in zip(([layer.weight for layer in routers(started)], others), before, strict=True)
+            ]
+        )
+    assert rates[1] == {1e-3, 1e-4}  # a tenth of the way
+    assert rates[-1] == {1e-3}
+    assert moves[0][0] == 0.0 < moves[0][1]
+    assert 0 < moves[1][0] < moves[-1][0]
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"moe": MoEConfig(router_dtype="fp16")}, "moe.router_dtype='fp16' is not supported; use one of: fp32, bf16"),
+    ({"moe": MoEConfig(router_dtype="bf16")}, "set training.precision=bf16"),
+    ({"optimizer": OptimizerConfig(router_lr_warmup_fraction=1.5)}, "router_lr_warmup_fraction=1.5 must lie between 0 and 1"),
+    ({"moe": None, "optimizer": OptimizerConfig(router_lr_warmup_fraction=0.1)}, "needs a MoE model"),
+    ({"logging": LoggingConfig(routing_interval=0)}, "logging.routing_interval=0 must be at least 1"),
+    ({"logging": LoggingConfig(straggler_interval=-1)}, "logging.straggler_interval=-1 must be 0"),
+    ({"parallel": ParallelConfig(distributed_timeout_minutes=0)}, "distributed_timeout_minutes=0 must be positive"),
+])  # fmt: skip
+def test_validation_says_what_is_wrong(changes, message):
+    with pytest.raises(ConfigError) as error:
+        validate(replace(tiny_run(MoEConfig()), **changes), 1)
+    assert message in str(error.value)
