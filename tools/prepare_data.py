@@ -4,7 +4,7 @@
   tools/prepare_data.py --data pretrain.json --image-folder images --statistics --tokenizer phi-2 --out report
 
 Small sets need no shards: training reads the JSON itself. Shards are for slow or shared file systems, where hundreds of
-thousands of small files hurt. The same command continues an interrupted run. Bad rows stop it unless --max-skip-share
+thousands of small files hurt. The same command continues an interrupted run, and looks at bad rows again. Bad rows stop it unless --max-skip-share
 allows them; OUT/report.json names each. With --tokenizer it also writes OUT/token_lengths.png and prints how well the
 samples will pack. Exit code 2: the data cannot be used as asked.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, metavar="FILE", help="LLaVA JSON or JSONL")
+    parser.add_argument("--data", required=True, metavar="FILE", help="JSON, JSON Lines or Parquet; docs/data.md")
     parser.add_argument(
         "--image-folder", default="", metavar="DIR", help="image paths are relative to it (FILE's folder)"
     )
@@ -27,6 +27,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-images", type=int, default=16, help="per row (16)")
     parser.add_argument("--video-frames", type=int, default=8, help="frames kept of each video (8)")
     parser.add_argument("--max-skip-share", type=float, default=0.0, help="bad rows tolerated, e.g. 0.01 (0)")
+    parser.add_argument("--ignore-keys", nargs="*", default=[], metavar="KEY", help="keys of rows to pass over (none)")
+    parser.add_argument(
+        "--trust-paths", action="store_true", help="pictures may lie anywhere: absolute names, `..`, symbolic links"
+    )
     parser.add_argument("--statistics", action="store_true", help="only describe the JSON; needs --tokenizer")
     parser.add_argument("--tokenizer", metavar="PATH", help="folder or SentencePiece .model, for token lengths")
     parser.add_argument("--template", default="v1", help="conversation version (v1)")
@@ -66,6 +70,8 @@ def _shards(arguments: argparse.Namespace) -> dict:
         max_images=arguments.max_images,
         video_frames=arguments.video_frames,
         max_skip_share=arguments.max_skip_share,
+        ignore_keys=tuple(arguments.ignore_keys),
+        trust_paths=arguments.trust_paths,
     )
 
 
