@@ -158,14 +158,15 @@ def list_runs(args, grids) -> int:
 
 def print_shell(args, grids) -> int:
     """The last two steps of a run, for a script that starts them itself."""
+    from megatron_moellava.config import current_names
     from megatron_moellava.experiments.nodes import overrides_of
 
     grid, cell, seed = number_of(chosen_runs(args, grids), args.shell, "--shell")
     chain = grid.chain(cell, seed)
     upcycle = next((node.settings for node in chain if node.kind == "upcycle"), {})
-    moe = upcycle.get("moe") or {}
+    moe = current_names(upcycle).get("moe") or {}
     flags = {
-        "--num-experts": moe.get("num_experts"),
+        "--num-experts": moe.get("num_moe_experts"),
         "--topk": moe.get("moe_router_topk"),
         "--placement": moe.get("placement"),
     }

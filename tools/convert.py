@@ -223,7 +223,7 @@ def run_upcycle(parsed: argparse.Namespace) -> int:
         begin=bar.begin,
     )
     layers = ", ".join(map(str, report["model"].moe_layers))
-    print(f"{moe.num_experts} experts, top-{moe.moe_router_topk}, in layers {layers}; {bar.finish()}")
+    print(f"{moe.num_moe_experts} experts, top-{moe.moe_router_topk}, in layers {layers}; {bar.finish()}")
     print(f"wrote {report['tensors']} tensors to {report['folder']}")
     return 0
 

@@ -19,7 +19,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")
     parser.add_argument("--gpu", default="h100", help="h100 (default), h200, b200, a100-80, a100-40, v100-32")
     parser.add_argument("--tower", default="clip-vit-large-patch14-336", help="(clip-vit-large-patch14-336)")
-    parser.add_argument("--num-experts", type=int, help="moe.num_experts (stage 3: 4)")
+    parser.add_argument("--num-experts", type=int, help="moe.num_moe_experts (stage 3: 4)")
     parser.add_argument("--seq-length", type=int, help="data.seq_length (2048)")
     parser.add_argument("--global-batch-size", type=int, help="rows per step (the recipe's: 256, 128, 128)")
     parser.add_argument("--samples", type=int, help="rows of the data set (the published one of the stage)")

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from megatron_moellava.checkpoint.folders import RUN_FILE, newest_checkpoint
 from megatron_moellava.checkpoint.integrity import DamagedCheckpoint, check_seal, verify_files
-from megatron_moellava.config import CheckpointError
+from megatron_moellava.config import CheckpointError, current_names
 
 FORMAT = 1
 
 
 def read_run_file(checkpoint: Path) -> dict:
-    """The `run.json` of an iteration folder."""
+    """The `run.json` of an iteration folder; the fields of a run have today's names, whatever they had when it was written."""
     path = checkpoint / RUN_FILE
     try:
         description = json.loads(path.read_text())
@@ -22,6 +22,10 @@ def read_run_file(checkpoint: Path) -> dict:
         raise CheckpointError(
             f"{checkpoint} has format {description.get('format')}; this program reads format {FORMAT}"
         )
+    if description.get("config"):
+        description["config"] = current_names(description["config"])
+    if description.get("model"):
+        description["model"] = current_names(description["model"])
     return description
 
 

@@ -50,7 +50,7 @@ def count_parameters(model: Model) -> Parameters:
         count = math.prod(shape)
         if name.startswith(LANGUAGE):
             total += count
-            used = model.moe.moe_router_topk / model.moe.num_experts if model.moe and EXPERTS in name else 1
+            used = model.moe.moe_router_topk / model.moe.num_moe_experts if model.moe and EXPERTS in name else 1
             activated += int(count * used)
         elif name.startswith(TOWER):
             tower += count
@@ -90,7 +90,7 @@ def _model_lines(model: Model) -> list[str]:
     if model.moe:
         moe = model.moe
         lines.append(
-            f"  MoE          {moe.num_experts} experts, top-{moe.moe_router_topk}, layers "
+            f"  MoE          {moe.num_moe_experts} experts, top-{moe.moe_router_topk}, layers "
             f"{', '.join(map(str, model.moe_layers))}{', residual' if moe.use_residual else ''}"
         )
     lines.append(

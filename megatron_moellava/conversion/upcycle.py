@@ -69,8 +69,9 @@ def upcycle_checkpoint(
     job = Upcycling(
         tensors=dict(source.tensors),
         hidden_size=model.backbone.hidden_size,
-        old_experts=old.num_experts if old else 0,
-        repeats_router=bool(old) and moe.num_experts * old.moe_router_topk == old.num_experts * moe.moe_router_topk,
+        old_experts=old.num_moe_experts if old else 0,
+        repeats_router=bool(old)
+        and moe.num_moe_experts * old.moe_router_topk == old.num_moe_experts * moe.moe_router_topk,
         noise_std=noise_std,
         router_scale=router_scale,
         seed=seed,
@@ -120,7 +121,7 @@ def request(
         where = tuple(map(int, placement)) if numbers else placement[0]
     return replace(
         start,
-        num_experts=num_experts,
+        num_moe_experts=num_experts,
         moe_router_topk=topk or start.moe_router_topk,
         placement=where,
         use_residual=residual or bool(old and old.use_residual),
@@ -129,8 +130,10 @@ def request(
 
 def _check_request(source: Checkpoint, new: MoEConfig, layers: tuple[int, ...]) -> None:
     old = source.model.moe
-    if not 1 <= new.moe_router_topk <= new.num_experts:
-        raise ConfigError(f"moe_router_topk={new.moe_router_topk} must be between 1 and num_experts={new.num_experts}")
+    if not 1 <= new.moe_router_topk <= new.num_moe_experts:
+        raise ConfigError(
+            f"moe_router_topk={new.moe_router_topk} must be between 1 and num_moe_experts={new.num_moe_experts}"
+        )
     if new.moe_shared_expert_intermediate_size:
         raise ConfigError("moe_shared_expert_intermediate_size: a dense checkpoint has no shared expert to start from")
     if old is None:
@@ -142,8 +145,10 @@ def _check_request(source: Checkpoint, new: MoEConfig, layers: tuple[int, ...]) 
         )
     if new.use_residual != old.use_residual:
         raise ConfigError(f"use_residual={new.use_residual}, but the checkpoint has {old.use_residual}")
-    if new.num_experts < old.num_experts:
-        raise ConfigError(f"num_experts={new.num_experts}, but the checkpoint has {old.num_experts}; experts only grow")
+    if new.num_moe_experts < old.num_moe_experts:
+        raise ConfigError(
+            f"num_moe_experts={new.num_moe_experts}, but the checkpoint has {old.num_moe_experts}; experts only grow"
+        )
 
 
 def _made(name: str, shape: Shape, job: "Upcycling") -> Recipe:

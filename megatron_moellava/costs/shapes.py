@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from megatron_moellava.backbones import FAMILIES as BACKBONE_FAMILIES
 from megatron_moellava.backbones import Backbone, backbone_fields, backbone_from_fields, get_backbone
-from megatron_moellava.config import CheckpointError, MoEConfig, from_dict
+from megatron_moellava.config import CheckpointError, MoEConfig, current_names, from_dict
 from megatron_moellava.mapping import Shape
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import FAMILIES as TOWER_FAMILIES
@@ -69,7 +69,7 @@ def model_from_json(section: dict) -> Model:
         raise CheckpointError(
             f"run.json: model.{error.args[0]} is missing; the checkpoint does not say its model"
         ) from None
-    moe = from_dict(MoEConfig, section["moe"]) if section.get("moe") else None
+    moe = from_dict(MoEConfig, current_names(section)["moe"]) if section.get("moe") else None
     return Model(backbone=backbone, tower=tower, moe=moe)
 
 
@@ -135,7 +135,7 @@ def _mlp(backbone: Backbone) -> dict[str, Shape]:
 
 
 def _moe(model: Model) -> dict[str, Shape]:
-    experts, dense = model.required_moe.num_experts, _mlp(model.backbone)
+    experts, dense = model.required_moe.num_moe_experts, _mlp(model.backbone)
     tensors: dict[str, Shape] = {"router.weight": (experts, model.backbone.hidden_size)}
     if model.required_moe.moe_router_enable_expert_bias:
         tensors["router.expert_bias"] = (experts,)

@@ -182,7 +182,7 @@ class Engine:
 
     def _prompts_go_alone(self) -> bool:
         return any(
-            router.moe.eval_capacity_factor * router.moe.moe_router_topk < router.moe.num_experts
+            router.moe.eval_capacity_factor * router.moe.moe_router_topk < router.moe.num_moe_experts
             for router in self._routers[:1]
         )
 

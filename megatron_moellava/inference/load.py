@@ -110,7 +110,9 @@ def inference_run(folder: Path, layout: ParallelConfig, *, tokenizer: str, templ
         ),
     )
     if run.moe is not None and run.moe.router == "megatron":
-        run = replace(run, moe=replace(run.moe, capacity_factor=None))  # a request must not crowd out another
+        run = replace(
+            run, moe=replace(run.moe, moe_expert_capacity_factor=None)
+        )  # a request must not crowd out another
     return run
 
 

@@ -139,7 +139,7 @@ class OriginalRouter(MegatronRouter):
     def gate(self, logits_NE: torch.Tensor) -> Gate:
         """The choices of all tokens of a micro-batch, from their logits in batch-major order."""
         moe = self.moe
-        factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
+        factor = moe.moe_expert_capacity_factor if self.training else moe.eval_capacity_factor
         slots = expert_capacity(*logits_NE.shape, factor, moe.moe_router_topk, moe.min_capacity)
         slots = slots if self.drops else len(logits_NE)
         if moe.moe_router_topk == 1:

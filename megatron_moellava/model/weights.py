@@ -120,9 +120,9 @@ _FREE_FIELDS = (
 def _moe_fields(moe: dict | None, num_layers: int) -> dict:
     """The fields of a run's MoE section that its tensors depend on."""
     if moe is None:
-        return {"num_experts": None}
+        return {"num_moe_experts": None}
     placement = moe["placement"]
-    names = ("num_experts", "use_residual", "moe_shared_expert_intermediate_size")
+    names = ("num_moe_experts", "use_residual", "moe_shared_expert_intermediate_size")
     return {name: moe[name] for name in names if name in moe} | {"layers": list(moe_layers(placement, num_layers))}
 
 

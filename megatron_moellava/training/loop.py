@@ -95,7 +95,7 @@ class Trainer:
     # --- start ------------------------------------------------------------------------------------------------------
 
     def _emulated_fp8(self) -> Emulation | None:
-        recipe = self.run.training.fp8
+        recipe = self.run.training.fp8_recipe
         if recipe is None or platform.HAS_TRANSFORMER_ENGINE:
             return None
         return emulate_fp8(self.chunks, recipe, self.chunks[0].config)
@@ -174,7 +174,9 @@ class Trainer:
     def _train(self) -> int:
         self.log.say(f"trains {', '.join(f'{role} {count:,}' for role, count in self.trained.items())} (this rank)")
         if self.fp8 is not None:
-            self.log.say(f"training.fp8={self.run.training.fp8} is emulated here: FP8's rounding, not its speed")
+            self.log.say(
+                f"training.fp8_recipe={self.run.training.fp8_recipe} is emulated here: FP8's rounding, not its speed"
+            )
         skipped_in_a_row = 0
         for chunk in self.wrapped:
             chunk.train()

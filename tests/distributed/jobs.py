@@ -180,7 +180,7 @@ def reference_file(layout: Layout, folder: Path) -> Path:
 def compare(result: dict, reference: dict) -> dict:
     """Largest relative differences, each with the name of the tensor where it is."""
     groups = len(result["groups"] or ())
-    counts = 2 * MOE["num_experts"]  # the columns of choices, after and before dropping, are whole numbers
+    counts = 2 * MOE["num_moe_experts"]  # the columns of choices, after and before dropping, are whole numbers
     same_routing = result["routed"] is None or (
         result["groups"] == reference["groups"]
         and groups > 2

@@ -41,7 +41,7 @@ def stage_settings(rows: Path, save: Path) -> dict:
     """A packed stage-3 run on the real loader, with dropout."""
     return {
         "model": {"backbone": "phi-2-tiny-dropout", "tower": str(data_files.ASSETS / "openai/clip-tiny")},
-        "moe": {"num_experts": 2, "placement": "second_half"},
+        "moe": {"num_moe_experts": 2, "placement": "second_half"},
         "data": {
             "sources": [{"path": str(rows), "image_folder": str(rows.parent)}],
             "tokenizer": str(data_files.ASSETS / "tok_bpe"),
@@ -209,7 +209,7 @@ def run_fp8(job: dict, folder: Path) -> dict:
     """Losses of a stage-3 run in bf16 and in every recipe of `job`, from the same weights on the same rows."""
     losses = {}
     for recipe in (None, *job["recipes"]):
-        more = {"training.precision": "bf16", "training.fp8": recipe, "training.train_steps": job["steps"]}
+        more = {"training.precision": "bf16", "training.fp8_recipe": recipe, "training.train_steps": job["steps"]}
         trainer, _, _ = start(
             BY_ID[job["layout"]], **more, **{"optimizer.lr": 1e-3, "optimizer.lr_decay_style": "constant"}
         )

@@ -35,7 +35,7 @@ def settings(rows: Path, save: Path, **changes) -> dict:
     """A stage-3 run of a tiny model on rows with and without images, one epoch; `section__field=value` changes it."""
     tree = {
         "model": {"backbone": "phi-2-tiny", "tower": str(ASSETS / "openai/clip-tiny")},
-        "moe": {"num_experts": 2, "placement": "second_half"},
+        "moe": {"num_moe_experts": 2, "placement": "second_half"},
         "data": {
             "sources": [{"path": str(rows), "image_folder": str(rows.parent)}],
             "tokenizer": str(ASSETS / "tok_bpe"),

@@ -92,7 +92,11 @@ def test_minicpm_without_multimodal_scale_is_cached_right(seen):
 def test_a_gate_that_drops_treats_every_request_as_if_it_had_come_alone(seen):
     """Eight experts with an evaluation capacity of 0.5: prompts lose choices, and which ones must not depend on company."""
     moe = MoEConfig(
-        num_experts=8, router="original", capacity_factor=1.5, eval_capacity_factor=0.5, second_choice="deterministic"
+        num_moe_experts=8,
+        router="original",
+        moe_expert_capacity_factor=1.5,
+        eval_capacity_factor=0.5,
+        second_choice="deterministic",
     )
     engine = tiny_engine(moe, max_batch_size=4)
     together = {completion.request_id: completion.tokens for completion in engine.generate(mixed_requests())}

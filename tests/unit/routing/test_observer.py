@@ -100,9 +100,9 @@ def test_confidence_and_entropy_are_those_of_the_router():
 
 
 @pytest.mark.parametrize("moe", [
-    MoEConfig(router="original", capacity_factor=0.5, second_choice="deterministic"),
-    MoEConfig(capacity_factor=0.5),
-    MoEConfig(capacity_factor=0.5, moe_router_enable_expert_bias=True),
+    MoEConfig(router="original", moe_expert_capacity_factor=0.5, second_choice="deterministic"),
+    MoEConfig(moe_expert_capacity_factor=0.5),
+    MoEConfig(moe_expert_capacity_factor=0.5, moe_router_enable_expert_bias=True),
 ], ids=["original", "megatron", "megatron with bias"])  # fmt: skip
 def test_dropped_choices_are_those_asked_for_and_not_given(moe):
     batch = words(rows=1, length=32)
