@@ -25,6 +25,8 @@ FLOORS = (
     ("training", "inference"),
     ("evaluation", "analysis", "planning", "verify", "serving"),
     ("experiments",),
+    ("commands",),
+    ("__main__",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
