@@ -16,7 +16,7 @@ from megatron_moellava.analysis.routing import Routes, collect_routes
 from megatron_moellava.analysis.similarity import Similarity, expert_similarity
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.inference.load import layout_of, load_model
-from megatron_moellava.routing.health import advise, troubles
+from megatron_moellava.routing.health import advise, find_anomalies
 from megatron_moellava.training.metrics import rounded
 
 
@@ -45,7 +45,7 @@ def write_report(
 ) -> str:
     """PNGs, routing.json and report.html in `out`; returns a summary for the terminal."""
     out.mkdir(parents=True, exist_ok=True)
-    warnings = advise(troubles(routes.record))
+    warnings = advise(find_anomalies(routes.record))
     facts = {
         "checkpoint": name,
         "data": ", ".join(data),

@@ -24,6 +24,7 @@ from megatron_moellava.inference.prompts import Prompter
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.weights import load_weights
+from megatron_moellava.routers import ROUTERS
 
 from megatron.core import parallel_state
 
@@ -109,7 +110,7 @@ def inference_run(folder: Path, layout: ParallelConfig, *, tokenizer: str, templ
             template=template or run.data.template or get_backbone(run.model.backbone).template,
         ),
     )
-    if run.moe is not None and run.moe.router == "megatron":
+    if run.moe is not None and not ROUTERS[run.moe.router].evaluates_with_capacity:
         run = replace(
             run, moe=replace(run.moe, moe_expert_capacity_factor=None)
         )  # a request must not crowd out another

@@ -11,6 +11,7 @@ from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoEConfig, RunConfig
 from megatron_moellava.costs.pipeline_split import stage_layers
 from megatron_moellava.placement import moe_layer_freq
+from megatron_moellava.routers import ROUTERS
 from megatron_moellava.towers import Tower
 
 from megatron.core.activations import quick_gelu
@@ -143,7 +144,9 @@ def _moe_fields(moe: MoEConfig, backbone: Backbone) -> dict:
         "moe_router_score_function": "sigmoid" if moe.moe_router_enable_expert_bias else "softmax",
         "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
         # The dispatcher counts tokens instead of assuming top-k of each whenever a capacity is set.
-        "moe_expert_capacity_factor": 1.0 if moe.router == "original" else moe.moe_expert_capacity_factor,
+        "moe_expert_capacity_factor": 1.0
+        if ROUTERS[moe.router].always_has_capacity
+        else moe.moe_expert_capacity_factor,
         "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
         "moe_grouped_gemm": moe.moe_grouped_gemm,
         "moe_permute_fusion": platform.HAS_TRANSFORMER_ENGINE,

@@ -27,8 +27,8 @@ from megatron_moellava.model.fp8_emulation import Emulation, emulate_fp8
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.roles import freeze
 from megatron_moellava.model.weights import load_weights
-from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.routing.records import routing_record
+from megatron_moellava.routing.statistics import RoutingStatistics
 from megatron_moellava.stages import STAGES
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
@@ -70,7 +70,7 @@ class Trainer:
         self.trained = {}
         for chunk in self.chunks:
             self.trained |= freeze(chunk, run.training.trains or STAGES[run.training.stage])
-        self.routing = RoutingObserver(self.chunks) if run.moe else None
+        self.routing = RoutingStatistics(self.chunks) if run.moe else None
         self.fp8 = self._emulated_fp8()
         self.state = checkpoints.TrainingState(iteration=0, consumed_samples=0, data=None)
         resumed = self._load_weights()
@@ -284,7 +284,7 @@ class Trainer:
     def _forward_step(self, batches: Iterator[Batch], model, scale: float):
         batch = next(batches)
         count = self.routing is not None and (self.state.iteration + 1) % self.run.logging.routing_interval == 0
-        with self.routing.observe(batch) if count else nullcontext():
+        with self.routing.count(batch) if count else nullcontext():
             output = model(**model_inputs(batch))
         return output, partial(global_token_mean, scale=scale)
 

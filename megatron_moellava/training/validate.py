@@ -10,6 +10,7 @@ from megatron_moellava.checkpoint.folders import newest_checkpoint, require_chec
 from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.placement import moe_layers
+from megatron_moellava.routers import ROUTERS, RouterKind
 from megatron_moellava.stages import ROLES, STAGES
 from megatron_moellava.towers import get_tower
 
@@ -24,7 +25,7 @@ CHOICES = {
     "data.label_mode": ("spans", "original"),
     "data.long_samples": ("cut", "skip"),
     "data.sampler": ("shuffle", "modality_length"),
-    "moe.router": ("megatron", "original"),
+    "moe.router": tuple(ROUTERS),
     "moe.moe_router_dtype": ("fp32", "bf16"),
     "moe.second_choice": ("sampled", "deterministic"),
     "moe.moe_token_dispatcher_type": ("alltoall", "allgather", "flex"),
@@ -232,31 +233,31 @@ def _moe(run: RunConfig, backbone: Backbone) -> Iterator[str]:
         yield "moe.moe_token_dispatcher_type=flex (DeepEP) needs GPUs; use alltoall"
     if moe.moe_token_dispatcher_type == "allgather" and not run.data.packing:
         yield "moe.moe_token_dispatcher_type=allgather needs rows of one length (data.packing=true); use alltoall"
-    yield from _original_router(run) if moe.router == "original" else _megatron_router(run)
+    if moe.router in ROUTERS:
+        yield from _router(run, ROUTERS[moe.router])
 
 
-def _original_router(run: RunConfig) -> Iterator[str]:
-    moe = run.moe
-    if moe.moe_router_topk > 2:
-        yield f"moe.moe_router_topk={moe.moe_router_topk}: the original router has 1 or 2; use moe.router=megatron"
-    if moe.moe_expert_capacity_factor is None:
-        yield "moe.moe_expert_capacity_factor is unset: the original router always has one; the released recipes use 1.5"
-    if run.data.packing:
-        yield "moe.router=original counts places in padded batches; set data.packing=false"
-    for name in ("moe_z_loss_coeff", "moe_router_enable_expert_bias"):
-        if getattr(moe, name):
-            yield f"moe.{name}={getattr(moe, name)}: the original router has no such thing; use moe.router=megatron"
-    if run.parallel.context_parallel_size > 1:
-        yield "parallel.context_parallel_size: the original router counts places over the whole sequence; use 1"
-
-
-def _megatron_router(run: RunConfig) -> Iterator[str]:
-    shared = run.parallel.tensor_model_parallel_size * run.parallel.context_parallel_size
-    if run.moe.moe_expert_capacity_factor is not None and shared > 1:
+def _router(run: RunConfig, kind: RouterKind) -> Iterator[str]:
+    moe, parallel = run.moe, run.parallel
+    if kind.max_topk is not None and moe.moe_router_topk > kind.max_topk:
         yield (
-            f"moe.moe_expert_capacity_factor={run.moe.moe_expert_capacity_factor} with tensor or context parallelism: "
-            "Megatron-Core counts places in each rank's share of the sequence, so the result would depend on the layout; "
-            "leave it unset (dropless)"
+            f"moe.moe_router_topk={moe.moe_router_topk}: the {kind.name} router has at most {kind.max_topk}; "
+            "use moe.router=megatron"
+        )
+    if kind.always_has_capacity and moe.moe_expert_capacity_factor is None:
+        yield f"moe.moe_expert_capacity_factor is unset: the {kind.name} router always has one; the released recipes use 1.5"
+    if not kind.allows_packing and run.data.packing:
+        yield f"moe.router={kind.name} counts places in padded batches; set data.packing=false"
+    for name in kind.lacks:
+        if getattr(moe, name):
+            yield f"moe.{name}={getattr(moe, name)}: the {kind.name} router has no such thing; use moe.router=megatron"
+    if not kind.allows_context_parallelism and parallel.context_parallel_size > 1:
+        yield f"parallel.context_parallel_size: the {kind.name} router counts places over the whole sequence; use 1"
+    shared = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    if moe.moe_expert_capacity_factor is not None and not kind.counts_whole_sequence and shared > 1:
+        yield (
+            f"moe.moe_expert_capacity_factor={moe.moe_expert_capacity_factor} with tensor or context parallelism: Megatron-Core counts places in "
+            "each rank's share of the sequence, so the result would depend on the layout; leave it unset (dropless)"
         )
 
 

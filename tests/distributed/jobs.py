@@ -14,6 +14,7 @@ from megatron_moellava.backbones import BACKBONES
 from megatron_moellava.config import RunConfig, from_dict, set_override
 from megatron_moellava.model import weights as reading
 from megatron_moellava.model.router import OriginalRouter
+from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.loop import Trainer
 from tests.distributed.layouts import BY_ID, MODELS, MOE, REFERENCES, SAVED_AT, SOURCES, STEPS, Layout
@@ -101,17 +102,13 @@ def start(layout: Layout, first_step: int = 0, **more) -> tuple[Trainer, Recorde
 
 def inject_noise(trainer: Trainer) -> None:
     """The same noise in every layout; a fresh draw would depend on the data-parallel rank."""
-    for chunk in trainer.chunks:
-        for layer in chunk.language_model.decoder.layers:
-            router = getattr(layer.mlp, "router", None)
-            if isinstance(router, OriginalRouter):
-                router.register_forward_pre_hook(partial(_set_noise, chunk.config))
+    for layer, router in RoutingObserver(trainer.chunks).routers.items():
+        if isinstance(router, OriginalRouter):
+            router.gate.noise = partial(_same_noise, f"noise {layer + 1}")
 
 
-def _set_noise(config, router, inputs) -> None:
-    split = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    rows = inputs[0].shape[0] * inputs[0].shape[1] * split
-    router.injected_noise_NE = draw(f"noise {router.layer_number}", [rows, config.num_moe_experts]).abs()
+def _same_noise(name: str, logits_NE: torch.Tensor, sampler) -> torch.Tensor:
+    return draw(name, list(logits_NE.shape)).abs().to(logits_NE)
 
 
 # --- one layout -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from megatron_moellava.inference.engine import Engine
 from megatron_moellava.inference.prompts import Prompter
 from megatron_moellava.inference.requests import Request, Sampling
 from megatron_moellava.model.build import build_model
+from megatron_moellava.model.original_gate import OriginalGate, no_noise
 from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
 from tests.helpers.paths import ASSETS
 
@@ -54,8 +55,9 @@ def tiny_engine(moe: MoEConfig | None = None, backbone: str = "llama-tiny", seed
         template=get_template("v1"), tokenizer=load_tokenizer(TOKENIZER), tower=model.tower, data=run.data
     )
     engine = Engine(model, prompter, **options)
-    for router in engine._routers:
-        router.injected_noise_NE = torch.zeros(1, 1)
+    for module in model.modules():
+        if isinstance(module, OriginalGate):
+            module.noise = no_noise
     return engine
 
 

@@ -197,10 +197,10 @@ def test_routing_is_what_the_routers_of_an_uncached_pass_choose():
     completions = {completion.request_id: completion for completion in engine.generate(requests)}
     assert completions["r1"].routing is None
     found = completions["r0"].routing
-    engine.watch.active = True
-    uncached(engine, requests[0], completions["r0"].tokens)
+    with engine.token_weights.recording():
+        uncached(engine, requests[0], completions["r0"].tokens)
     for layer in found["layers"]:
-        chosen_TK = engine.watch.weights_TE[layer["layer"]].topk(2).indices
+        chosen_TK = engine.token_weights.weights_TE[layer["layer"]].topk(2).indices
         assert [sorted(row) for row in layer["experts"]] == [sorted(row) for row in chosen_TK.tolist()]
     prompt = engine.prompter(requests[0])
     assert [token.get("patch") for token in found["tokens"] if "image" in token] == list(

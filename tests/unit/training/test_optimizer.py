@@ -33,7 +33,7 @@ def trainer(moe: MoEConfig, precision: str = "bf16", stage: int = 3, **optimizer
 
 
 def routers(started: Trainer) -> list:
-    return started.routing.routers
+    return list(started.routing.observer.routers.values())
 
 
 @pytest.mark.parametrize("router", ["megatron", "original"])
