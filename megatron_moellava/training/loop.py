@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
-from megatron_moellava.checkpoint.description import read_run_file
+from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import CheckpointError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch
@@ -108,21 +108,21 @@ class Trainer:
         if source is not None:
             load_weights(source, self.chunks, verified=resumed is not None)
             if resumed:
-                self.state.provenance = read_run_file(resumed).get("provenance") or {}
+                self.state.provenance = read_description(resumed).provenance
             else:
                 self.state.provenance = checkpoints.provenance_of(self.run, source)
         return resumed
 
     def _resume(self, checkpoint: Path) -> None:
-        description = read_run_file(checkpoint)
-        if description["optimizer_steps"] is None or description["stage"] != self.run.training.stage:
+        description = read_description(checkpoint)
+        if description.optimizer_steps is None or description.stage != self.run.training.stage:
             raise CheckpointError(
-                f"checkpoint.save={checkpoint.parent} holds a checkpoint of stage {description['stage']} that cannot be "
+                f"checkpoint.save={checkpoint.parent} holds a checkpoint of stage {description.stage} that cannot be "
                 f"continued as stage {self.run.training.stage}; choose another checkpoint.save"
             )
-        self.state.iteration = description["iteration"]
-        self.state.consumed_samples = description["consumed_samples"]
-        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description["optimizer_steps"])
+        self.state.iteration = description.iteration
+        self.state.consumed_samples = description.consumed_samples
+        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description.optimizer_steps)
         self.scheduler.step(increment=self.state.iteration)
         loaders = checkpoints.load_rank_state(checkpoint, description, self.fp8)
         if self.loader is not None:
