@@ -12,7 +12,7 @@ from megatron_moellava.inference.text import TextStream
 
 
 @dataclass(slots=True)
-class Running:
+class RequestState:
     request: Request
     prompt: Prompt
     stop_ids: frozenset[int]

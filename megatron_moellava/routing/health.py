@@ -72,7 +72,7 @@ def advise(found: Sequence[Trouble]) -> list[str]:
     return lines
 
 
-class Watchman:
+class RoutingHealthMonitor:
     """Says what is new since the last observation, so that a trouble is not repeated every time."""
 
     def __init__(self) -> None:

@@ -42,7 +42,7 @@ from megatron_moellava.training.metrics import (
     load_imbalance,
     routing_summary,
 )
-from megatron_moellava.training.non_finite_report import Culprits
+from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.watchdog import Watchdog
@@ -81,7 +81,7 @@ class Trainer:
         if resumed:
             self._resume(resumed)
         self.stragglers = Stragglers(run.logging.straggler_interval)
-        self.culprits = Culprits(gradients_stay=not overlaps(run)[0])
+        self.non_finite_report = NonFiniteReport(gradients_stay=not overlaps(run)[0])
         self.watchdog: Watchdog | None = None
         self._configure_schedules()
         self.update = Update(self.optimizer)
@@ -138,7 +138,7 @@ class Trainer:
 
     def _finalize_gradients(self, *arguments, **options) -> None:
         self.stragglers.pause(self.state.iteration + 1)
-        self.culprits.before_reduction(self.wrapped)
+        self.non_finite_report.before_reduction(self.wrapped)
         self._at("reducing gradients")
         finalize_model_grads(*arguments, **options)
 
@@ -315,7 +315,7 @@ class Trainer:
         return [name for ids in gathered for name in ids]
 
     def _report_skipped(self, sample_ids: list[str], in_a_row: int) -> None:
-        whose, names = self.culprits.name(self.loss_sum, sample_ids)
+        whose, names = self.non_finite_report.name(self.loss_sum, sample_ids)
         self.log.say(f"step {self.state.iteration} skipped: {whose} is not finite; samples: {names}")
         if in_a_row >= self.run.training.non_finite_patience:
             self._finish_save()

@@ -9,8 +9,8 @@ import torch
 from megatron_moellava import parallel
 from megatron_moellava.config import DataError, MoEConfig
 from megatron_moellava.data.sample import Turn
-from megatron_moellava.inference.packed_linear import Products, can_pack
-from megatron_moellava.inference.request_state import Running
+from megatron_moellava.inference.packed_linear import PackedLinear, can_pack
+from megatron_moellava.inference.request_state import RequestState
 from megatron_moellava.inference.requests import Request, Sampling
 from tests.helpers.inference_models import GATES, ask, mixed_requests, tiny_engine
 
@@ -27,13 +27,13 @@ def _leave_no_groups():
 def seen(monkeypatch):
     """Logits that every choice was made from, by request."""
     logits: dict[str, list[torch.Tensor]] = {}
-    choose = Running.choose
+    choose = RequestState.choose
 
     def record(self, logits_KV, likeliest):
         logits.setdefault(self.request.id, []).append(logits_KV[0].clone())
         return choose(self, logits_KV, likeliest)
 
-    monkeypatch.setattr(Running, "choose", record)
+    monkeypatch.setattr(RequestState, "choose", record)
     return logits
 
 
@@ -47,13 +47,13 @@ def uncached(engine, request, tokens) -> torch.Tensor:
     return logits_1SV[0, len(prompt.tokens) - 1 :, : engine.prompter.tokenizer.vocab_size]
 
 
-@pytest.mark.parametrize("straight", [True, False], ids=["straight", "modules"])
+@pytest.mark.parametrize("fast", [True, False], ids=["fast decoder", "modules"])
 @pytest.mark.parametrize("gate", GATES)
-def test_cached_batched_logits_equal_the_uncached_ones(gate, straight, seen):
+def test_cached_batched_logits_equal_the_uncached_ones(gate, fast, seen):
     engine = tiny_engine(GATES[gate], max_batch_size=3)
-    assert engine.forward.straight is not None
-    if not straight:
-        engine.forward.straight = None
+    assert engine.forward.fast_decoder is not None
+    if not fast:
+        engine.forward.fast_decoder = None
     requests = mixed_requests()
     completions = {completion.request_id: completion for completion in engine.generate(requests)}
     assert len(completions) == len(requests)
@@ -108,7 +108,7 @@ def test_weights_are_packed_and_give_the_same_products():
     assert can_pack(torch.float32)
     x, weight, bias = torch.randn(8, 48), torch.randn(32, 48), torch.randn(32)
     for packs in (True, False):
-        product = Products(packs)
+        product = PackedLinear(packs)
         torch.testing.assert_close(product(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
         assert bool(product._packed) == packs
 

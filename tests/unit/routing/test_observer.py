@@ -12,7 +12,7 @@ from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.inputs import model_inputs
-from megatron_moellava.routing.health import Watchman, troubles
+from megatron_moellava.routing.health import RoutingHealthMonitor, troubles
 from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.routing.records import routing_record
 from megatron_moellava.routing.token_groups import question_types, token_groups, turn_numbers
@@ -152,14 +152,14 @@ def test_an_expert_that_drops_all_it_is_asked_for_is_not_dead():
 
 
 def test_a_warning_comes_once_and_again_when_it_comes_back():
-    watchman = Watchman()
+    health_monitor = RoutingHealthMonitor()
     bad, good = record([970, 10, 10, 10], 1), record([250, 250, 250, 250], 1)
-    (text,) = watchman(bad)
+    (text,) = health_monitor(bad)
     assert "layer 3: expert 0 takes 97% of the tokens" in text
     assert "moe.moe_aux_loss_coeff" in text
-    assert watchman(bad) == []
-    assert watchman(good) == []
-    assert len(watchman(bad)) == 1
+    assert health_monitor(bad) == []
+    assert health_monitor(good) == []
+    assert len(health_monitor(bad)) == 1
 
 
 def test_log_writes_record_and_warning(tmp_path, capsys):
