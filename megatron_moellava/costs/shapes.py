@@ -7,7 +7,7 @@ as a tensor that nobody produces.
 from dataclasses import asdict, dataclass
 
 from megatron_moellava.backbones import Backbone, backbone_fields, backbone_of_section
-from megatron_moellava.config import MoEConfig, from_dict
+from megatron_moellava.config import MoEConfig, current_names, from_dict
 from megatron_moellava.mapping import Shape
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import Tower, tower_fields, tower_of_section
@@ -53,7 +53,7 @@ class Model:
 
 def model_from_json(section: dict) -> Model:
     """The inverse of `Model.to_json`; also reads the short form, with names alone."""
-    moe = from_dict(MoEConfig, section["moe"]) if section.get("moe") else None
+    moe = from_dict(MoEConfig, current_names(section)["moe"]) if section.get("moe") else None
     return Model(backbone=backbone_of_section(section), tower=tower_of_section(section), moe=moe)
 
 

@@ -257,7 +257,8 @@ def _router(run: RunConfig, kind: RouterKind) -> Iterator[str]:
     if moe.moe_expert_capacity_factor is not None and not kind.counts_whole_sequence and shared > 1:
         yield (
             f"moe.moe_expert_capacity_factor={moe.moe_expert_capacity_factor} with tensor or context parallelism: "
-            "Megatron-Core counts places in each rank's share of the sequence, so the result would depend on the layout; leave it unset (dropless)"
+            "Megatron-Core counts places in each rank's share of the sequence, so the result would depend on the "
+            "layout; leave it unset (dropless)"
         )
 
 
