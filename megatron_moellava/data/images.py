@@ -96,7 +96,9 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
 
 def _to_8_bits(image: Image.Image) -> tuple[Image.Image, list[str]]:
     """Greys of more than 8 bits: level 255 is the brightest that the type can hold. (image, notes)"""
-    if image.mode == "F":  # a type without a brightest level: 0 to 255 are taken as levels, others clipped, as in Pillow
+    if (
+        image.mode == "F"
+    ):  # a type without a brightest level: 0 to 255 are taken as levels, others clipped, as in Pillow
         return image.convert("L"), ["float levels clipped"]
     if image.mode != "I" and not image.mode.startswith("I;16"):
         raw = str(image.tile[0][3]) if image.tile else ""  # Pillow reads 16-bit colours as their upper 8 bits

@@ -25,7 +25,9 @@ def locate(folder: str, name: str, where: str, trusted: bool = False) -> str:
     if "\0" in name:
         raise BadSample("missing image", f"{where}: image name {name!r} holds a zero byte; correct it")
     if name.startswith(("http://", "https://")):
-        raise BadSample("missing image", f"{where}: image {name[:80]!r} is a web address; download it and name the file")
+        raise BadSample(
+            "missing image", f"{where}: image {name[:80]!r} is a web address; download it and name the file"
+        )
     root = os.path.realpath(os.path.expanduser(folder or "."))
     path = os.path.realpath(os.path.join(root, name.removeprefix("file://")))
     if not trusted and not path.startswith(root.rstrip(os.sep) + os.sep):

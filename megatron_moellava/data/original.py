@@ -114,5 +114,5 @@ def encode_original(
     ids = split(prompt(template, turns), tokenizer)
     if not sample.images and template.style not in ("plain", "mpt"):
         ids = ids[:max_length]
-    labels, mismatch = LABELS[template.labels](ids, turns, template, tokenizer, tokenise, max_length)
+    labels, mismatch = LABELS[template.labels](ids, turns, template, tokenizer, split, max_length)
     return ids, labels, mismatch

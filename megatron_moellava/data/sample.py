@@ -18,8 +18,10 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 KEYS = ("id", "conversations", "messages", "system", "image", "images", "video", "tag")
 # About the row, not of it: LLaVA's mixes, ShareGPT and InternVL have them. They change nothing that is trained.
 INERT = frozenset(
-    ("model", "source", "dataset", "data_source", "question_id", "split", "category", "type", "language", "license")
-    + ("metadata", "width", "height", "width_list", "height_list")
+    (
+        *("model", "source", "dataset", "data_source", "question_id", "split", "category", "type", "language"),
+        *("license", "metadata", "width", "height", "width_list", "height_list"),
+    )
 )
 NEAR = {  # what another key probably means -> what to do
     ("image", "img", "pic", "photo"): "name pictures in `image`",

@@ -1,8 +1,9 @@
 """LLaVA JSON + images -> Energon WebDataset shards, in parallel, resumable and verified.
 
 A shard is written beside its place and renamed when it is whole; its report comes last. A shard with a report is written
-again only where it would become another one: rows of it were bad, or a picture's file has changed. Images keep their bytes (base64 is decoded, video frames become PNG) and are decoded once, so that
-nothing undecodable gets in. Rows are in random order across shards.
+again only where it would become another one: rows of it were bad, or a picture's file has changed. Images keep their
+bytes (base64 is decoded, video frames become PNG) and are decoded once, so that nothing undecodable gets in. Rows are in
+random order across shards.
 """
 
 import hashlib

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
-from megatron_moellava.checkpoint.description import read_run_file
+from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import CheckpointError, MoELlavaError, RunConfig
+from megatron_moellava.config import CheckpointError, DataError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IGNORE_INDEX
 from megatron_moellava.data.loader import Loader
@@ -27,8 +27,8 @@ from megatron_moellava.model.fp8_emulation import Emulation, emulate_fp8
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.roles import freeze
 from megatron_moellava.model.weights import load_weights
-from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.routing.records import routing_record
+from megatron_moellava.routing.statistics import RoutingStatistics
 from megatron_moellava.stages import STAGES
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
@@ -42,7 +42,7 @@ from megatron_moellava.training.metrics import (
     load_imbalance,
     routing_summary,
 )
-from megatron_moellava.training.non_finite_report import Culprits
+from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.watchdog import Watchdog
@@ -51,6 +51,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+NO_GRADIENT = "do its rows have answers, and pictures if training.trains is the projector alone, and is training.trains what you want?"
 INTERRUPTED = 85  # exit code: a checkpoint is written, run the same command again
 
 
@@ -70,7 +71,7 @@ class Trainer:
         self.trained = {}
         for chunk in self.chunks:
             self.trained |= freeze(chunk, run.training.trains or STAGES[run.training.stage])
-        self.routing = RoutingObserver(self.chunks) if run.moe else None
+        self.routing = RoutingStatistics(self.chunks) if run.moe else None
         self.fp8 = self._emulated_fp8()
         self.state = checkpoints.TrainingState(iteration=0, consumed_samples=0, data=None)
         resumed = self._load_weights()
@@ -81,7 +82,7 @@ class Trainer:
         if resumed:
             self._resume(resumed)
         self.stragglers = Stragglers(run.logging.straggler_interval)
-        self.culprits = Culprits(gradients_stay=not overlaps(run)[0])
+        self.non_finite_report = NonFiniteReport(gradients_stay=not overlaps(run)[0])
         self.watchdog: Watchdog | None = None
         self._configure_schedules()
         self.update = Update(self.optimizer)
@@ -89,13 +90,14 @@ class Trainer:
         title = f"stage {run.training.stage}"
         self.log = StepLog(self._log_folder(), run.logging.tensorboard, title, train_steps, self.state.iteration)
         self.stop_signal = None
+        self._bad_rows = 0  # of all ranks, in this epoch
         self.loss_sum = 0.0  # of this rank's last step, before anything is summed over ranks
         self.background = BackgroundSave() if run.checkpoint.async_save else None
 
     # --- start ------------------------------------------------------------------------------------------------------
 
     def _emulated_fp8(self) -> Emulation | None:
-        recipe = self.run.training.fp8
+        recipe = self.run.training.fp8_recipe
         if recipe is None or platform.HAS_TRANSFORMER_ENGINE:
             return None
         return emulate_fp8(self.chunks, recipe, self.chunks[0].config)
@@ -108,21 +110,21 @@ class Trainer:
         if source is not None:
             load_weights(source, self.chunks, verified=resumed is not None)
             if resumed:
-                self.state.provenance = read_run_file(resumed).get("provenance") or {}
+                self.state.provenance = read_description(resumed).provenance
             else:
                 self.state.provenance = checkpoints.provenance_of(self.run, source)
         return resumed
 
     def _resume(self, checkpoint: Path) -> None:
-        description = read_run_file(checkpoint)
-        if description["optimizer_steps"] is None or description["stage"] != self.run.training.stage:
+        description = read_description(checkpoint)
+        if description.optimizer_steps is None or description.stage != self.run.training.stage:
             raise CheckpointError(
-                f"checkpoint.save={checkpoint.parent} holds a checkpoint of stage {description['stage']} that cannot be "
+                f"checkpoint.save={checkpoint.parent} holds a checkpoint of stage {description.stage} that cannot be "
                 f"continued as stage {self.run.training.stage}; choose another checkpoint.save"
             )
-        self.state.iteration = description["iteration"]
-        self.state.consumed_samples = description["consumed_samples"]
-        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description["optimizer_steps"])
+        self.state.iteration = description.iteration
+        self.state.consumed_samples = description.consumed_samples
+        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description.optimizer_steps)
         self.scheduler.step(increment=self.state.iteration)
         loaders = checkpoints.load_rank_state(checkpoint, description, self.fp8)
         if self.loader is not None:
@@ -138,7 +140,7 @@ class Trainer:
 
     def _finalize_gradients(self, *arguments, **options) -> None:
         self.stragglers.pause(self.state.iteration + 1)
-        self.culprits.before_reduction(self.wrapped)
+        self.non_finite_report.before_reduction(self.wrapped)
         self._at("reducing gradients")
         finalize_model_grads(*arguments, **options)
 
@@ -174,7 +176,9 @@ class Trainer:
     def _train(self) -> int:
         self.log.say(f"trains {', '.join(f'{role} {count:,}' for role, count in self.trained.items())} (this rank)")
         if self.fp8 is not None:
-            self.log.say(f"training.fp8={self.run.training.fp8} is emulated here: FP8's rounding, not its speed")
+            self.log.say(
+                f"training.fp8_recipe={self.run.training.fp8_recipe} is emulated here: FP8's rounding, not its speed"
+            )
         skipped_in_a_row = 0
         for chunk in self.wrapped:
             chunk.train()
@@ -183,6 +187,12 @@ class Trainer:
             show = self.state.iteration % self.run.logging.log_interval == 0
             self.log.step(self.state.iteration, numbers, show, self._sample_ids(sample_ids))
             skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
+            if not applied and self.loader is not None:
+                self.loader.untrained(len(sample_ids))
+            if applied and numbers["grad_norm"] == 0.0:
+                self.log.say(
+                    f"step {self.state.iteration}: the gradient is exactly 0, so the step trains nothing; {NO_GRADIENT}"
+                )
             if not applied:
                 self._report_skipped(sample_ids, skipped_in_a_row)
             if self.background is not None:
@@ -206,7 +216,7 @@ class Trainer:
         started = time.perf_counter()
         self.stragglers.begin()
         self._at("reading data")
-        batches = [self._next_batch() for _ in range(self.num_microbatches)]
+        batches = self._read_batches()
         waited = time.perf_counter() - started
         self.stragglers.pause(self.state.iteration + 1)
         counts = [
@@ -258,13 +268,38 @@ class Trainer:
         total = parallel.sum_over_data_parallel([self.loss_sum], with_context_parallel=True)
         return float(total) / max(loss_tokens, 1)
 
-    def _next_batch(self) -> Batch:
-        """The next micro-batch of this data-parallel rank, on the device, on every rank that needs it.
+    def _read_batches(self) -> list[Batch]:
+        """The step's micro-batches of this data-parallel rank, on the device, on every rank that needs them.
 
-        A loader that starts draws from the generators: dropout after a resume would be another than without it.
+        A loader that starts draws from the generators: dropout after a resume would be another than without it. Where
+        the data are at fault, the run ends on all ranks, with a checkpoint of what has been trained.
         """
+        read: list[Batch | None] = [None] * self.num_microbatches
+        before, fault = None, None
         with platform.generators_kept():
-            return broadcast_batch(next(self.loader) if self.loader is not None else None)
+            if self.loader is not None:
+                before = self.loader.state_dict()
+                try:
+                    self.loader.check_skipped(self._bad_rows)
+                    read = [next(self.loader) for _ in read]
+                except DataError as error:
+                    fault = error
+            counts = [fault is not None, self.loader.num_bad if self.loader is not None else 0]
+            sums = torch.tensor(counts, dtype=torch.int64, device=platform.device())
+            dist.all_reduce(sums)
+            faults, self._bad_rows = sums.tolist()  # the latter of all ranks; judged before the next step
+            if faults:
+                self._end_by_data(fault, before)
+            return [broadcast_batch(batch) for batch in read]
+
+    def _end_by_data(self, fault: DataError | None, before: dict | None) -> None:
+        """Save what has been trained, the data as before this step, and raise what any rank has found."""
+        found: list[DataError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, fault)
+        if self.state.iteration % self.run.checkpoint.save_interval and self.state.iteration:
+            self.save(before)
+            self._finish_save()
+        raise next(error for error in found if error is not None)
 
     def _forward_backward(self, batches: list[Batch], loss_tokens: int) -> list[torch.Tensor]:
         scale = self.num_microbatches * parallel.data_parallel_size() / max(loss_tokens, 1)
@@ -282,7 +317,7 @@ class Trainer:
     def _forward_step(self, batches: Iterator[Batch], model, scale: float):
         batch = next(batches)
         count = self.routing is not None and (self.state.iteration + 1) % self.run.logging.routing_interval == 0
-        with self.routing.observe(batch) if count else nullcontext():
+        with self.routing.count(batch) if count else nullcontext():
             output = model(**model_inputs(batch))
         return output, partial(global_token_mean, scale=scale)
 
@@ -315,7 +350,7 @@ class Trainer:
         return [name for ids in gathered for name in ids]
 
     def _report_skipped(self, sample_ids: list[str], in_a_row: int) -> None:
-        whose, names = self.culprits.name(self.loss_sum, sample_ids)
+        whose, names = self.non_finite_report.name(self.loss_sum, sample_ids)
         self.log.say(f"step {self.state.iteration} skipped: {whose} is not finite; samples: {names}")
         if in_a_row >= self.run.training.non_finite_patience:
             self._finish_save()
@@ -341,14 +376,15 @@ class Trainer:
         dist.all_gather_object(counters, self.loader.counters() if self.loader is not None else None)
         self.log.data_report([counter for counter in counters if counter is not None])
 
-    def save(self) -> None:
+    def save(self, data: dict | None = None) -> None:
         """Write a checkpoint of this moment to `checkpoint.save`, if the run has one; in the background if it asks for it."""
         if self.run.checkpoint.save is None:
             return
         self._finish_save()
         self._at("writing a checkpoint")
         self.gather_parameters()
-        data = self.loader.state_dict() if self.loader is not None else None
+        if self.loader is not None and data is None:
+            data = self.loader.state_dict()
         state = replace(self.state, data=data, fp8=self.fp8.state() if self.fp8 is not None else [])
         # A scheduler may signal every process of a job, and processes that megatron-core's save forks would die of it.
         waiting = {signal.SIGTERM, signal.SIGUSR1}
