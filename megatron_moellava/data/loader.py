@@ -34,7 +34,25 @@ SHARED_MEMORY_LOW = 64 * 2**20  # bytes free, as much as Docker gives a containe
 MAX_NAMED = 10  # rows named of each kind that is used all the same; further ones are only counted
 
 
-class Loader:
+class Batches:
+    """What training asks of a loader beside batches; as it is, for batches that come from somewhere else."""
+
+    num_bad = 0  # bad samples met in this epoch, on this rank
+
+    def __next__(self) -> Batch:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def check_skipped(self, bad: int) -> None:
+        """DataError if so many bad samples, of all ranks, are too many."""
+
+    def untrained(self, samples: int) -> None:
+        """So many of the last ones were in a step that was not applied."""
+
+
+class Loader(Batches):
     """Endless iterator of Batch.
 
     `trained` counts the samples delivered, `seen` those and the skipped ones, `skipped` and `notes` count by reason.
@@ -116,8 +134,7 @@ class Loader:
         _LOG.warning("skipped: %s", message)
 
     @property
-    def num_bad(self) -> int:
-        """Bad samples that this rank has met in this epoch."""
+    def num_bad(self) -> int:  # type: ignore[override]
         return len(self._bad)
 
     def check_skipped(self, bad: int) -> None:
@@ -130,7 +147,6 @@ class Loader:
             raise DataError(f"{share if self._allowed else ''}{self._last_bad}") from None
 
     def untrained(self, samples: int) -> None:
-        """Of a step that was not applied."""
         self.trained -= samples
 
     def rows_per_epoch(self) -> int:

@@ -51,7 +51,9 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-NO_GRADIENT = "do its rows have answers, and pictures if training.trains is the projector alone, and is training.trains what you want?"
+NO_GRADIENT = (
+    "do its rows have answers, and pictures where the projector alone is trained? is training.trains as it should be?"
+)
 INTERRUPTED = 85  # exit code: a checkpoint is written, run the same command again
 
 
@@ -90,6 +92,7 @@ class Trainer:
         title = f"stage {run.training.stage}"
         self.log = StepLog(self._log_folder(), run.logging.tensorboard, title, train_steps, self.state.iteration)
         self.stop_signal = None
+        self._ready: list[Batch] = []  # read, and not yet trained on
         self._bad_rows = 0  # of all ranks, in this epoch
         self.loss_sum = 0.0  # of this rank's last step, before anything is summed over ranks
         self.background = BackgroundSave() if run.checkpoint.async_save else None
@@ -216,7 +219,8 @@ class Trainer:
         started = time.perf_counter()
         self.stragglers.begin()
         self._at("reading data")
-        batches = self._read_batches()
+        self._read_ahead()
+        batches = [self._next_batch() for _ in range(self.num_microbatches)]
         waited = time.perf_counter() - started
         self.stragglers.pause(self.state.iteration + 1)
         counts = [
@@ -268,29 +272,34 @@ class Trainer:
         total = parallel.sum_over_data_parallel([self.loss_sum], with_context_parallel=True)
         return float(total) / max(loss_tokens, 1)
 
-    def _read_batches(self) -> list[Batch]:
-        """The step's micro-batches of this data-parallel rank, on the device, on every rank that needs them.
-
-        A loader that starts draws from the generators: dropout after a resume would be another than without it. Where
-        the data are at fault, the run ends on all ranks, with a checkpoint of what has been trained.
-        """
-        read: list[Batch | None] = [None] * self.num_microbatches
+    def _read_ahead(self) -> None:
+        """Read the step's micro-batches. Where the data are at fault, the run ends on all ranks, with a checkpoint."""
         before, fault = None, None
         with platform.generators_kept():
             if self.loader is not None:
                 before = self.loader.state_dict()
                 try:
                     self.loader.check_skipped(self._bad_rows)
-                    read = [next(self.loader) for _ in read]
+                    self._ready = [next(self.loader) for _ in range(self.num_microbatches)]
                 except DataError as error:
                     fault = error
-            counts = [fault is not None, self.loader.num_bad if self.loader is not None else 0]
-            sums = torch.tensor(counts, dtype=torch.int64, device=platform.device())
-            dist.all_reduce(sums)
-            faults, self._bad_rows = sums.tolist()  # the latter of all ranks; judged before the next step
-            if faults:
-                self._end_by_data(fault, before)
-            return [broadcast_batch(batch) for batch in read]
+        counts = [fault is not None, self.loader.num_bad if self.loader is not None else 0]
+        sums = torch.tensor(counts, dtype=torch.int64, device=platform.device())
+        dist.all_reduce(sums)
+        faults, self._bad_rows = sums.tolist()  # bad rows of all ranks: judged before the next step
+        if faults:
+            self._end_by_data(fault, before)
+
+    def _next_batch(self) -> Batch:
+        """The next micro-batch of this data-parallel rank, on the device, on every rank that needs it.
+
+        A loader that starts draws from the generators: dropout after a resume would be another than without it.
+        """
+        with platform.generators_kept():
+            batch = None
+            if self.loader is not None:
+                batch = self._ready.pop(0) if self._ready else next(self.loader)
+            return broadcast_batch(batch)
 
     def _end_by_data(self, fault: DataError | None, before: dict | None) -> None:
         """Save what has been trained, the data as before this step, and raise what any rank has found."""
