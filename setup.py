@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 INSTALL_REQUIRES = [
     "torch>=2.9,<2.15",  # grouped_mm with autograd; tested with 2.14.1 (the NGC image brings a 2.10 pre-release)
     "megatron-core~=0.19.2",  # platform.py adapts internals of this release; the next minor may move them
-    "megatron-energon~=7.4",  # savable loader with exact resume
+    "megatron-energon~=7.4",  # WebDataset shards: index and reader
     "numpy>=1.26",
     "transformers>=5.0,<6",  # tokenizers and the Hugging Face side of the conversion
     "safetensors>=0.4.3",
