@@ -11,7 +11,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from megatron_moellava.data.sample import BadSample
 
@@ -48,6 +48,10 @@ def open_image(data: bytes | str, where: str) -> tuple[Image.Image, tuple[str, .
         raise
     except FileNotFoundError:
         raise BadSample("missing image", f"{where}: no such file; check image_folder and the row's `image`") from None
+    except UnidentifiedImageError:  # its message names an address in memory
+        raise BadSample(
+            "unreadable image", f"{where}: cannot be decoded: no picture that Pillow knows; replace the file"
+        ) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
         raise BadSample(
             "unreadable image", f"{where}: cannot be decoded ({type(error).__name__}: {error}); replace the file"
@@ -62,6 +66,10 @@ def image_size(data: bytes | str, where: str) -> tuple[int, int]:
             return (image.height, image.width) if turned else image.size
     except FileNotFoundError:
         raise BadSample("missing image", f"{where}: no such file; check image_folder and the row's `image`") from None
+    except UnidentifiedImageError:
+        raise BadSample(
+            "unreadable image", f"{where}: cannot be read: no picture that Pillow knows; replace it"
+        ) from None
     except Exception as error:
         raise BadSample("unreadable image", f"{where}: cannot be read ({error}); replace the file") from None
 

@@ -223,7 +223,7 @@ def test_an_empty_set_is_an_error(tmp_path):
 
 
 def test_a_template_of_another_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="ends answers with '</s>'"):
+    with pytest.raises(ConfigError, match="</s>, which the tokenizer does not have"):
         make_loader(config(make_set(tmp_path), template="v1"))
 
 
