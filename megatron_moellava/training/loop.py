@@ -285,7 +285,9 @@ class Trainer:
                     fault = error
         counts = [fault is not None, self.loader.num_bad if self.loader is not None else 0]
         sums = torch.tensor(counts, dtype=torch.int64, device=platform.device())
+        self.stragglers.pause(self.state.iteration + 1)
         dist.all_reduce(sums)
+        self.stragglers.begin()
         faults, self._bad_rows = sums.tolist()  # bad rows of all ranks: judged before the next step
         if faults:
             self._end_by_data(fault, before)
