@@ -12,6 +12,7 @@ are done; or, `replicated`, all ranks follow the same requests (serving).
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 
@@ -24,13 +25,14 @@ from megatron_moellava.inference.forward import Forward
 from megatron_moellava.inference.prompts import Prompt, Prompter
 from megatron_moellava.inference.request_state import RequestState
 from megatron_moellava.inference.requests import Completion, Event, Request
-from megatron_moellava.inference.routing_record import RoutingRecord, RoutingWatch
+from megatron_moellava.inference.routing_record import RoutingRecord
 from megatron_moellava.inference.sampling import Beam, likeliest_tokens
 from megatron_moellava.inference.text import TextStream
 from megatron_moellava.model.experts import GroupedLinear
 from megatron_moellava.model.kv_cache import KVCache, Step
 from megatron_moellava.model.moe_llava import MoELlava
-from megatron_moellava.model.router import OriginalRouter
+from megatron_moellava.model.original_gate import OriginalGate
+from megatron_moellava.routing.token_weights import TokenWeights
 
 from megatron.core import parallel_state
 
@@ -60,12 +62,12 @@ class Engine:
         self.max_sequence_length = min(max_sequence_length or limit, limit)
         self.cache = KVCache(max_batch_size, self.max_sequence_length)
         self.forward = Forward(model, self.cache, prompter.tokenizer.vocab_size)
-        self.watch = RoutingWatch(model)
+        self.token_weights = TokenWeights(model)
         self.waiting: deque[RequestState] = deque()
         self.rows: list[RequestState] = []  # owner of each cache row in use
         self.steps = self.generated_tokens = 0
         self._numbers = count()
-        self._routers = [module for module in model.modules() if isinstance(module, OriginalRouter)]
+        self._gates = [module for module in model.modules() if isinstance(module, OriginalGate)]
         for module in model.modules():
             if isinstance(module, GroupedLinear):
                 module.fuse()
@@ -182,8 +184,8 @@ class Engine:
 
     def _prompts_go_alone(self) -> bool:
         return any(
-            router.moe.eval_capacity_factor * router.moe.moe_router_topk < router.moe.num_experts
-            for router in self._routers[:1]
+            gate.moe.eval_capacity_factor * gate.moe.moe_router_topk < gate.moe.num_moe_experts
+            for gate in self._gates[:1]
         )
 
     def _run(self, admitted: Sequence[RequestState], decoding: Sequence[RequestState]) -> torch.Tensor | None:
@@ -195,13 +197,14 @@ class Engine:
             positions_T=torch.tensor(positions, device=platform.device()),
         )
         tokens = [running.next_tokens()[running.rows.index(row)] for row, running in enumerate(decoding)]
-        for router in self._routers:
-            router.drops = bool(admitted) and self._prompts_go_alone()
-        self.watch.active = any(running.record for running in (*admitted, *decoding))
-        logits_LV = self.forward(
-            step, [running.prompt for running in admitted], tokens, [running.has_images for running in decoding]
-        )
-        if self.watch.active:
+        for gate in self._gates:
+            gate.drops = bool(admitted) and self._prompts_go_alone()
+        recorded = any(running.record for running in (*admitted, *decoding))
+        with self.token_weights.recording() if recorded else nullcontext():
+            logits_LV = self.forward(
+                step, [running.prompt for running in admitted], tokens, [running.has_images for running in decoding]
+            )
+        if recorded:
             self._record(admitted, decoding)
         for running in admitted:
             for row in running.rows[1:]:
@@ -212,7 +215,7 @@ class Engine:
         start = 0
         for running, length in [(r, len(r.prompt.tokens)) for r in admitted] + [(r, 1) for r in decoding]:
             if running.record and running.beams is None:
-                running.record.add(self.watch, slice(start, start + length))
+                running.record.add(self.token_weights.weights_TE, slice(start, start + length))
             start += length
 
     def _choose(

@@ -3,7 +3,7 @@
 With one token per request, a layer of Megatron-Core's modules spends most of its time on the way to the products:
 process groups, autograd functions, the token dispatcher. Here the same parameters go through plain torch operations; the
 experts of all tokens are two products, and weights are laid out for few rows (`products.py`). What is not spelt out
-(shared experts, unusual routers) runs through its module. tests/unit/test_inference_engine.py compares every logit with
+(shared experts, unusual routers) runs through its module. tests/unit/inference/test_engine.py compares every logit with
 the modules' own.
 
 Shapes: T tokens of a step, H hidden, E experts, K choices of a token, G query groups, D channels of a head.
@@ -21,6 +21,7 @@ from megatron_moellava.model.kv_cache import KVCache
 from megatron_moellava.model.moe_layer import ResidualMoELayer
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.router import MegatronRouter
+from megatron_moellava.routing.observer import is_observed
 
 from megatron.core import parallel_state
 from megatron.core.transformer.mlp import MLP
@@ -150,7 +151,7 @@ def choices(router: MegatronRouter, x_TH: torch.Tensor) -> tuple[torch.Tensor, t
     config = router.config
     simple = type(router) is MegatronRouter and config.moe_router_score_function == "softmax"
     simple = simple and config.moe_router_dtype == "fp32"
-    if not simple or config.moe_router_topk == 1 or router.watched:
+    if not simple or config.moe_router_topk == 1 or is_observed(router):
         probs_TE, _ = router(x_TH.unsqueeze(1))
         return probs_TE.topk(config.moe_router_topk, dim=-1)
     logits_TK, experts_TK = F.linear(x_TH.float(), router.weight).topk(config.moe_router_topk, dim=-1)

@@ -16,7 +16,7 @@ COMMANDS = sorted([*REPO.glob("tools/*.py"), *REPO.glob("examples/*/run.py")])
 # An import may only go to a lower floor, or stay in its own room. Rooms on one floor never import each other.
 FLOORS = (
     ("config",),
-    ("platform", "mapping", "stages", "placement", "hf_config"),
+    ("platform", "mapping", "stages", "placement", "routers", "hf_config"),
     ("checkpoint", "parallel"),
     ("backbones", "towers"),
     ("costs", "data"),
@@ -25,6 +25,8 @@ FLOORS = (
     ("training", "inference"),
     ("evaluation", "analysis", "planning", "verify", "serving"),
     ("experiments",),
+    ("commands",),
+    ("__main__",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -34,6 +36,7 @@ NEVER = {
     "conversion": ("megatron.core", "megatron_moellava.model"),
     "config": ("torch", "megatron.core"),
     "stages": ("torch", "megatron.core"),
+    "routers": ("torch", "megatron.core"),
     "mapping": ("torch", "megatron.core"),
     "costs": ("torch", "megatron.core"),
     "checkpoint": ("megatron.core",),

@@ -92,7 +92,11 @@ def test_minicpm_without_multimodal_scale_is_cached_right(seen):
 def test_a_gate_that_drops_treats_every_request_as_if_it_had_come_alone(seen):
     """Eight experts with an evaluation capacity of 0.5: prompts lose choices, and which ones must not depend on company."""
     moe = MoEConfig(
-        num_experts=8, router="original", capacity_factor=1.5, eval_capacity_factor=0.5, second_choice="deterministic"
+        num_moe_experts=8,
+        router="original",
+        moe_expert_capacity_factor=1.5,
+        eval_capacity_factor=0.5,
+        second_choice="deterministic",
     )
     engine = tiny_engine(moe, max_batch_size=4)
     together = {completion.request_id: completion.tokens for completion in engine.generate(mixed_requests())}
@@ -193,10 +197,10 @@ def test_routing_is_what_the_routers_of_an_uncached_pass_choose():
     completions = {completion.request_id: completion for completion in engine.generate(requests)}
     assert completions["r1"].routing is None
     found = completions["r0"].routing
-    engine.watch.active = True
-    uncached(engine, requests[0], completions["r0"].tokens)
+    with engine.token_weights.recording():
+        uncached(engine, requests[0], completions["r0"].tokens)
     for layer in found["layers"]:
-        chosen_TK = engine.watch.weights_TE[layer["layer"]].topk(2).indices
+        chosen_TK = engine.token_weights.weights_TE[layer["layer"]].topk(2).indices
         assert [sorted(row) for row in layer["experts"]] == [sorted(row) for row in chosen_TK.tolist()]
     prompt = engine.prompter(requests[0])
     assert [token.get("patch") for token in found["tokens"] if "image" in token] == list(
