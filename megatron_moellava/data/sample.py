@@ -51,6 +51,7 @@ class Sample:
     origin: str  # "train.json row 17", for messages
     turns: tuple[Turn, ...]  # user and assistant alternate, user first
     images: tuple[ImageRef, ...] = ()  # one per `<image>` in the turns, in that order
+    leading: str = ""  # an answer before the first question: of the original's templates only `v0` keeps it
     tag: str = ""
     notes: tuple[str, ...] = ()  # what is odd about it, for the counters
 
@@ -77,9 +78,18 @@ def parse_record(record: dict, *, origin: str, max_images: int = 16, video_frame
         origin=origin,
         turns=turns,
         images=images,
+        leading=_leading(record),
         tag=str(record.get("tag", "")),
         notes=notes,
     )
+
+
+def _leading(record: dict) -> str:
+    first = (record.get("conversations") or record.get("messages"))[0]
+    if ROLES.get(first.get("from", first.get("role"))) != "assistant":
+        return ""
+    text = first.get("value", first.get("content"))
+    return text if isinstance(text, str) else ""
 
 
 def _parse_turns(conversations, origin: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
