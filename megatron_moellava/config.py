@@ -96,6 +96,7 @@ class DataConfig:
     max_sample_length: int | None = (
         None  # of one sample; None: seq_length, or the backbone's context where that is shorter
     )
+    length_counts: str = "positions"  # max_sample_length: "positions", images included, or "text", the original's rule
     long_samples: str = "cut"  # samples beyond it: "cut" there and count, as the original, or "skip" them as bad
     packing: bool = True  # several samples per row, with block-diagonal attention
     packing_buffer: int = 128  # samples the packer looks at

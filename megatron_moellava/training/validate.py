@@ -23,6 +23,7 @@ CHOICES = {
     "optimizer.lr_decay_style": ("cosine", "linear", "constant"),
     "data.image_aspect_ratio": ("pad", "square"),
     "data.label_mode": ("spans", "original"),
+    "data.length_counts": ("positions", "text"),
     "data.long_samples": ("cut", "skip"),
     "data.sampler": ("shuffle", "modality_length"),
     "moe.router": tuple(ROUTERS),
@@ -267,7 +268,8 @@ def _lengths(run: RunConfig, backbone: Backbone) -> Iterator[str]:
     data, context = run.data, backbone.context_length
     window = context < backbone.max_position_embeddings
     limit = f"{'sliding_window' if window else 'max_position_embeddings'}={context} ({backbone.name})"
-    if data.max_sample_length is None and not data.packing and data.seq_length > context:
+    by_text = data.length_counts == "text"  # images grow afterwards, beyond the context as in the original
+    if data.max_sample_length is None and not data.packing and not by_text and data.seq_length > context:
         yield f"data.seq_length={data.seq_length} is more than {limit}; use at most {context}, or set data.packing=true"
     if data.max_sample_length is not None and data.max_sample_length > min(context, data.seq_length):
         yield (
