@@ -7,8 +7,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_moellava.config import CheckpointError
 
 
@@ -21,6 +19,8 @@ def file_digests(folder: Path, known: dict[str, str] | None = None) -> dict[str,
 
     `known`: what this rank has computed before; those files are not read again.
     """
+    import torch.distributed as dist
+
     done = _shared(known or {})
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     missing = [name for name in names if name not in done]
@@ -30,6 +30,8 @@ def file_digests(folder: Path, known: dict[str, str] | None = None) -> dict[str,
 
 def verify_files(checkpoint: Path, expected: dict[str, str]) -> None:
     """Raises DamagedCheckpoint, on all ranks, that names every file which is missing or differs from what was written."""
+    import torch.distributed as dist
+
     names = sorted(expected)[dist.get_rank() :: dist.get_world_size()]
     found = _shared(
         {name: file_digest(checkpoint / name) if (checkpoint / name).is_file() else "missing" for name in names}
@@ -66,6 +68,8 @@ def file_digest(path: Path) -> str:
 
 
 def _shared(mine: dict[str, str]) -> dict[str, str]:
+    import torch.distributed as dist
+
     parts: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     return {name: digest for part in parts for name, digest in part.items()}
