@@ -127,7 +127,9 @@ class DataConfig:
     sampler: Literal["shuffle", "modality_length"] = "shuffle"  # modality_length: the original's (padded mode only)
     num_workers: int = 2
     max_images: int = 16  # per sample
-    max_skip_share: float = 0.0  # bad samples tolerated, as a share of those read; 0 stops at the first
+    ignore_keys: tuple[str, ...] = ()  # keys of rows that are passed over; any other unknown key makes a row bad
+    trust_paths: bool = False  # pictures may lie anywhere: absolute names, `..`, links out of the image folder
+    max_skip_share: float = 0.0  # bad rows tolerated, as a share of the data set's; 0 stops at the first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

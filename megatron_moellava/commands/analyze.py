@@ -32,6 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
     parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
     parser.add_argument("--precision", default="", choices=("", "bf16", "fp32"), help="(the checkpoint's own)")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
     parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
     parsed = parser.parse_intermixed_args(arguments)
     settings = [item for item in parsed.data if item.startswith("parallel.") and "=" in item]

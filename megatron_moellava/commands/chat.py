@@ -24,6 +24,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0, help="with a temperature: the likeliest words only (1.0)")
     parser.add_argument("--num-beams", type=int, default=1, help="beam search (1: off)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of one answer (512)")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
     parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
     return parser.parse_intermixed_args(arguments)
 

@@ -7,10 +7,12 @@
   moellava convert export runs/stage3 --layout transformers --tokenizer phi-2 --save exported
   moellava convert inspect runs/moe
   moellava convert diff runs/stage2 runs/moe
+  moellava convert seal runs/old                                       digests for an older version's
 
 A Megatron checkpoint is a folder with iter_*/run.json and loads under any tensor, pipeline and expert parallelism. All
 other folders are local downloads; nothing is fetched. Weights are copied unchanged, streamed, and every tensor is
-accounted for before anything is written; an interrupted conversion leaves nothing that loads.
+accounted for before anything is written; an interrupted conversion leaves nothing that loads. What is read is first
+compared with its digests (SHA-256 in run.json, or a SHA256SUMS file), and what is written gets some.
 `moellava convert COMMAND --help` explains one command. Exit codes: 0 done; 1 differences found (diff); 2 error.
 """
 
@@ -41,10 +43,23 @@ def build_parser() -> argparse.ArgumentParser:
     _add_upcycle(commands)
     one = commands.add_parser("inspect", help="a table of what a checkpoint holds")
     one.add_argument("checkpoint", type=Path, help="a Megatron checkpoint, or a Hugging Face folder or file")
+    _add_no_verify(one)
     two = commands.add_parser("diff", help="how two checkpoints differ; exit code 1 when they do")
     two.add_argument("first", type=Path)
     two.add_argument("second", type=Path)
+    _add_no_verify(two)
+    seal = commands.add_parser(
+        "seal",
+        help="give a checkpoint of an older version digests",
+        description="Writes digests of all files and a seal into run.json. They vouch for the bytes as they are now; "
+        "whether those are what was once written, nobody can tell. Refuses a checkpoint whose digests do not fit.",
+    )
+    seal.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     return parser
+
+
+def _add_no_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-verify", action="store_true", help="do not compare what is read with its digests")
 
 
 def _add_import(commands) -> None:
@@ -70,6 +85,7 @@ def _add_import(commands) -> None:
     parser.add_argument(
         "--keep-output-bias", action="store_true", help="Phi-2: keep lm_head.bias, which the original drops"
     )
+    _add_no_verify(parser)
 
 
 def _add_export(commands) -> None:
@@ -86,6 +102,7 @@ def _add_export(commands) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder whose tokenizer files are copied along")
     parser.add_argument("--tower", type=Path, metavar="DIR", help="published tower, for layers that training drops")
     parser.add_argument("--dtype", choices=DTYPES, help="convert all weights (default: as they are)")
+    _add_no_verify(parser)
 
 
 def _add_upcycle(commands) -> None:
@@ -117,6 +134,7 @@ def _add_upcycle(commands) -> None:
         help="new router weights, times the original's range (1)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of router and noise")
+    _add_no_verify(parser)
 
 
 class Bar:
@@ -167,6 +185,7 @@ def run_import(parsed: argparse.Namespace) -> int:
         dtype=parsed.dtype,
         seed=parsed.seed,
         keep_output_bias=parsed.keep_output_bias,
+        verify=not parsed.no_verify,
         progress=bar,
         begin=bar.begin,
     )
@@ -193,6 +212,7 @@ def run_export(parsed: argparse.Namespace) -> int:
         tokenizer=parsed.tokenizer,
         tower=parsed.tower,
         dtype=parsed.dtype,
+        verify=not parsed.no_verify,
         progress=bar,
         begin=bar.begin,
     )
@@ -220,6 +240,7 @@ def run_upcycle(parsed: argparse.Namespace) -> int:
         noise_std=parsed.noise,
         router_scale=parsed.router_scale,
         seed=parsed.seed,
+        verify=not parsed.no_verify,
         progress=bar,
         begin=bar.begin,
     )
@@ -232,21 +253,27 @@ def run_upcycle(parsed: argparse.Namespace) -> int:
 def run_inspect(parsed: argparse.Namespace) -> int:
     from megatron_moellava.conversion.inspection import inspect
 
-    print(inspect(parsed.checkpoint))
+    print(inspect(parsed.checkpoint, verify=not parsed.no_verify))
     return 0
 
 
 def run_diff(parsed: argparse.Namespace) -> int:
-    from megatron_moellava.conversion.inspection import diff, total_bytes
+    from megatron_moellava.conversion.inspection import diff
 
     bar = Bar()
-    bar.begin(total_bytes(parsed.first))
-    differences, same = diff(parsed.first, parsed.second, progress=bar)
+    differences, same = diff(parsed.first, parsed.second, verify=not parsed.no_verify, progress=bar, begin=bar.begin)
     bar.finish()
     for item in differences:
         print(f"{item.name}: {item.what}")
     print(f"{same} tensors are bit-identical, {len(differences)} differ")
     return 1 if differences else 0
+
+
+def run_seal(parsed: argparse.Namespace) -> int:
+    from megatron_moellava.conversion.seal import seal_checkpoint
+
+    print(seal_checkpoint(parsed.checkpoint))
+    return 0
 
 
 COMMANDS = {
@@ -255,4 +282,5 @@ COMMANDS = {
     "upcycle": run_upcycle,
     "inspect": run_inspect,
     "diff": run_diff,
+    "seal": run_seal,
 }

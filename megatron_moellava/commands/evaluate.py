@@ -45,6 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--judge-key-variable", default="OPENAI_API_KEY", help="environment variable with the judge's key"
     )
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
     parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
     parser.add_argument("--list", action="store_true", help="show the benchmarks and what each folder must hold")
     return parser.parse_intermixed_args(argv)
@@ -66,5 +67,5 @@ def main(argv: list[str] | None = None) -> int:
             print(command.score_predictions(args))
     except MoELlavaError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     return 0

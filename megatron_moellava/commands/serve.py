@@ -31,6 +31,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-body-mb", type=float, default=30.0, help="of one request (30)")
     parser.add_argument("--request-seconds", type=float, default=300.0, help="of one answer (300)")
     parser.add_argument("--allow-remote-images", action="store_true", help="fetch http(s) image URLs of public hosts")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
     parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
     return parser.parse_intermixed_args(arguments)
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_moellava.checkpoint.description import read_description
+from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.initial import language_dtype, linear_default, noise, zeros
 from megatron_moellava.conversion.layout import MLP
@@ -21,7 +23,7 @@ from megatron_moellava.conversion.megatron_checkpoint import (
 from megatron_moellava.conversion.recipes import Part, Recipe, check, identity
 from megatron_moellava.conversion.tensors import Tensor
 from megatron_moellava.conversion.writers import Progress
-from megatron_moellava.costs.shapes import EXPERTS, RESIDUAL, UNUSED, megatron_tensors
+from megatron_moellava.costs.shapes import EXPERTS, RESIDUAL, UNUSED, megatron_tensors, model_from_json
 from megatron_moellava.mapping import Shape
 
 ROUTER, EXPERT_BIAS = "router.weight", "router.expert_bias"
@@ -48,6 +50,7 @@ def upcycle_checkpoint(
     noise_std: float = 0.0,
     router_scale: float = 1.0,
     seed: int = 0,
+    verify: bool = True,
     progress: Progress = lambda count: None,
     begin: Callable[[int], object] = lambda total: None,
 ) -> dict:
@@ -56,8 +59,9 @@ def upcycle_checkpoint(
     `noise_std`: noise on the copies of the experts, relative to the spread of the weights; expert 0 stays exact.
     `router_scale`: new router weights relative to torch's default range, which the original uses; 0 starts undecided.
     `seed`: of the noise, the router and the coefficient. A MoE checkpoint keeps its layers and its residual MLP.
+    `verify`: False uses the checkpoint without comparing digests, and leaves a note of that in the provenance.
     """
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint, verify=verify)
     model = replace(source.model, moe=moe)
     old = source.model.moe
     _check_request(source, moe, model.moe_layers)
@@ -85,22 +89,23 @@ def upcycle_checkpoint(
     recipes += [identity(name, tensor) for name, tensor in source.tensors.items() if name.startswith(UNUSED)]
     tensors = job.tensors
     check(recipes, tensors, what=str(source.folder), copies=True)
+    earlier = source.run.provenance
     provenance = {
         "operation": "upcycle" if old is None else "grow",
         "source": source.folder.name,
         "noise_std": noise_std,
         "router_scale": router_scale,
         "seed": seed,
-        "hf_config": source.provenance.get("hf_config"),
-        "parent": {key: value for key, value in source.provenance.items() if key != "hf_config"},
-    }
+        "hf_config": earlier.get("hf_config"),
+        "parent": {key: value for key, value in earlier.items() if key != "hf_config"},
+    } | ({} if source.verified else {"source_verified": False})
     begin(sum(recipe.nbytes for recipe in recipes))
     folder = write_checkpoint(
         save,
         model,
         recipes,
         tensors,
-        stage=source.run.get("stage", 2),
+        stage=2 if source.run.stage is None else source.run.stage,
         provenance=provenance,
         progress=progress,
     )
@@ -111,7 +116,7 @@ def request(
     checkpoint: Path, *, num_experts: int, topk: int | None, placement: list[str] | None, residual: bool
 ) -> MoEConfig:
     """The MoE that a person asked for; what was left out is the checkpoint's own, or the recipes' (top-2, sparse)."""
-    old = open_checkpoint(checkpoint).model.moe
+    old = model_from_json(read_description(require_checkpoint(checkpoint)).model).moe
     start = old or MoEConfig()
     where: str | tuple[int, ...] = start.placement
     if placement:

@@ -24,6 +24,7 @@ def ask_checkpoint(args: argparse.Namespace) -> str:
         precision=args.precision,
         layout=layout_of(args.overrides),
         max_batch_size=args.batch_size,
+        verify=not args.no_verify,
     )
     place = Place(
         rank=parallel.data_parallel_rank(),

@@ -1,18 +1,26 @@
 """Where an expert meets a checkpoint: a model of any layout filled from one; training/checkpoint.py writes them."""
 
+import contextlib
+import json
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_moellava.checkpoint.description import read_run_file, verify
+from megatron_moellava.checkpoint.description import ANEW, read_description
+from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
 from megatron_moellava.checkpoint.safe_pickle import guard
+from megatron_moellava.checkpoint.verification import verify_checkpoint
 from megatron_moellava.config import CheckpointError
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.validation.checkpoints import differing_fields
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
@@ -40,14 +48,21 @@ def is_bookkeeping(name: str) -> bool:
 
 
 def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = False) -> None:
-    """Fill the model from a checkpoint of any layout. Raises CheckpointError that lists every field and tensor that differs."""
-    if not verified:
-        verify(checkpoint)
-    state = model_state(chunks)
-    stored = _stored_tensors(checkpoint)
-    _check_tensors(checkpoint, state, stored, _differing_fields(checkpoint, chunks[0]))
-    _carry_unused_tower(checkpoint, chunks[0], stored)
-    loaded = dist_checkpointing.load({"model": state}, str(checkpoint))["model"]
+    """Fill the model from a checkpoint of any layout. Collective.
+
+    `verified`: the files have been compared with their digests, or the user does without. Raises CheckpointError that
+    lists every file that is damaged, or every field and tensor that differs.
+    """
+    description = read_description(checkpoint) if verified else verify_checkpoint(checkpoint, together=True)
+    state, model = model_state(chunks), chunks[0]
+    with readable(checkpoint):
+        stored = _stored_tensors(checkpoint)
+    _check_tensors(
+        checkpoint, state, stored, differing_fields(description.model, model.backbone, model.tower, model.run.moe)
+    )
+    with readable(checkpoint):
+        _carry_unused_tower(checkpoint, chunks[0], stored)
+        loaded = dist_checkpointing.load({"model": state}, str(checkpoint))["model"]
     for index, chunk in enumerate(chunks):
         prefix = f"chunk{index}."
         own = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
@@ -56,14 +71,34 @@ def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = Fals
         assert not missing and not problems.unexpected_keys, (missing, problems.unexpected_keys)
 
 
+@contextlib.contextmanager
+def readable(checkpoint: Path) -> Iterator[None]:
+    """What the libraries raise over files that are no checkpoint becomes a DamagedCheckpoint.
+
+    Only files that were not verified come so far: those of an older version without digests, and of --no-verify.
+    """
+    try:
+        yield
+    except (*_UNREADABLE, RuntimeError) as error:
+        if not isinstance(error, _UNREADABLE) and "PytorchStreamReader" not in str(error):
+            raise  # a rank that died, memory: no fault of the checkpoint
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise DamagedCheckpoint(f"{checkpoint} cannot be read ({reason}); {ANEW}") from error
+
+
+_UNREADABLE = (
+    CheckpointingException,
+    CheckpointException,
+    FileNotFoundError,
+    EOFError,
+    json.JSONDecodeError,
+    pickle.UnpicklingError,
+)
+
+
 def _stored_tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     return {name: tuple(value.global_shape) for name, value in metadata.items() if not name.startswith("optimizer.")}
-
-
-def _differing_fields(checkpoint: Path, model: MoELlava) -> list[str]:
-    stored = read_run_file(checkpoint)["model"]
-    return differing_fields(stored, model.backbone, model.tower, model.run.moe)
 
 
 def _check_tensors(checkpoint: Path, state: dict, stored: dict[str, tuple[int, ...]], fields: list[str]) -> None:

@@ -31,6 +31,7 @@ def open_engine(args: argparse.Namespace, **options) -> Engine:
         template=args.template,
         precision=args.precision,
         layout=layout_of(args.overrides),
+        verify=not args.no_verify,
         replicated=True,
         **options,
     )

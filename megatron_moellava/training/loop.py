@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
-from megatron_moellava.checkpoint.description import read_run_file
+from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import MoELlavaError, RunConfig
+from megatron_moellava.config import DataError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IGNORE_INDEX
 from megatron_moellava.data.loader import Loader
@@ -52,6 +52,9 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+NO_GRADIENT = (
+    "do its rows have answers, and pictures where the projector alone is trained? is training.trains as it should be?"
+)
 INTERRUPTED = 85  # exit code: a checkpoint is written, run the same command again
 
 
@@ -90,6 +93,8 @@ class Trainer:
         title = f"stage {run.training.stage}"
         self.log = StepLog(self._log_folder(), run.logging.tensorboard, title, train_steps, self.state.iteration)
         self.stop_signal = None
+        self._ready: list[Batch] = []  # read, and not yet trained on
+        self._bad_rows = 0  # of all ranks, in this epoch
         self.loss_sum = 0.0  # of this rank's last step, before anything is summed over ranks
         self.background = BackgroundSave() if run.checkpoint.async_save else None
 
@@ -109,17 +114,17 @@ class Trainer:
         if source is not None:
             load_weights(source, self.chunks, verified=resumed is not None)
             if resumed:
-                self.state.provenance = read_run_file(resumed).get("provenance") or {}
+                self.state.provenance = read_description(resumed).provenance
             else:
                 self.state.provenance = checkpoints.provenance_of(self.run, source)
         return resumed
 
     def _resume(self, checkpoint: Path) -> None:
-        description = read_run_file(checkpoint)
+        description = read_description(checkpoint)
         check_resumable(checkpoint, description, self.run.training.stage)
-        self.state.iteration = description["iteration"]
-        self.state.consumed_samples = description["consumed_samples"]
-        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description["optimizer_steps"])
+        self.state.iteration = description.iteration
+        self.state.consumed_samples = description.consumed_samples
+        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description.optimizer_steps)
         self.scheduler.step(increment=self.state.iteration)
         loaders = checkpoints.load_rank_state(checkpoint, description, self.fp8)
         if self.loader is not None:
@@ -182,6 +187,12 @@ class Trainer:
             show = self.state.iteration % self.run.logging.log_interval == 0
             self.log.step(self.state.iteration, numbers, show, self._sample_ids(sample_ids))
             skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
+            if not applied and self.loader is not None:
+                self.loader.untrained(len(sample_ids))
+            if applied and numbers["grad_norm"] == 0.0:
+                self.log.say(
+                    f"step {self.state.iteration}: the gradient is exactly 0, so the step trains nothing; {NO_GRADIENT}"
+                )
             if not applied:
                 self._report_skipped(sample_ids, skipped_in_a_row)
             if self.background is not None:
@@ -205,6 +216,7 @@ class Trainer:
         started = time.perf_counter()
         self.stragglers.begin()
         self._at("reading data")
+        self._read_ahead()
         batches = [self._next_batch() for _ in range(self.num_microbatches)]
         waited = time.perf_counter() - started
         self.stragglers.pause(self.state.iteration + 1)
@@ -257,13 +269,43 @@ class Trainer:
         total = parallel.sum_over_data_parallel([self.loss_sum], with_context_parallel=True)
         return float(total) / max(loss_tokens, 1)
 
+    def _read_ahead(self) -> None:
+        """Read the step's micro-batches. Where the data are at fault, the run ends on all ranks, with a checkpoint."""
+        before, fault = None, None
+        with platform.generators_kept():
+            if self.loader is not None:
+                before = self.loader.state_dict()
+                try:
+                    self.loader.check_skipped(self._bad_rows)
+                    self._ready = [next(self.loader) for _ in range(self.num_microbatches)]
+                except DataError as error:
+                    fault = error
+        counts = [fault is not None, self.loader.num_bad if self.loader is not None else 0]
+        sums = torch.tensor(counts, dtype=torch.int64, device=platform.device())
+        dist.all_reduce(sums)
+        faults, self._bad_rows = sums.tolist()  # bad rows of all ranks: judged before the next step
+        if faults:
+            self._end_by_data(fault, before)
+
     def _next_batch(self) -> Batch:
         """The next micro-batch of this data-parallel rank, on the device, on every rank that needs it.
 
         A loader that starts draws from the generators: dropout after a resume would be another than without it.
         """
         with platform.generators_kept():
-            return broadcast_batch(next(self.loader) if self.loader is not None else None)
+            batch = None
+            if self.loader is not None:
+                batch = self._ready.pop(0) if self._ready else next(self.loader)
+            return broadcast_batch(batch)
+
+    def _end_by_data(self, fault: DataError | None, before: dict | None) -> None:
+        """Save what has been trained, the data as before this step, and raise what any rank has found."""
+        found: list[DataError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, fault)
+        if self.state.iteration % self.run.checkpoint.save_interval and self.state.iteration:
+            self.save(before)
+            self._finish_save()
+        raise next(error for error in found if error is not None)
 
     def _forward_backward(self, batches: list[Batch], loss_tokens: int) -> list[torch.Tensor]:
         scale = self.num_microbatches * parallel.data_parallel_size() / max(loss_tokens, 1)
@@ -340,14 +382,15 @@ class Trainer:
         dist.all_gather_object(counters, self.loader.counters() if self.loader is not None else None)
         self.log.data_report([counter for counter in counters if counter is not None])
 
-    def save(self) -> None:
+    def save(self, data: dict | None = None) -> None:
         """Write a checkpoint of this moment to `checkpoint.save`, if the run has one; in the background if it asks for it."""
         if self.run.checkpoint.save is None:
             return
         self._finish_save()
         self._at("writing a checkpoint")
         self.gather_parameters()
-        data = self.loader.state_dict() if self.loader is not None else None
+        if self.loader is not None and data is None:
+            data = self.loader.state_dict()
         state = replace(self.state, data=data, fp8=self.fp8.state() if self.fp8 is not None else [])
         # A scheduler may signal every process of a job, and processes that megatron-core's save forks would die of it.
         waiting = {signal.SIGTERM, signal.SIGUSR1}

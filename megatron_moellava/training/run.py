@@ -7,14 +7,14 @@ import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
 from megatron_moellava.backbones import get_backbone
-from megatron_moellava.config import RunConfig
+from megatron_moellava.config import ConfigError, RunConfig
 from megatron_moellava.data.loader import Loader, WorkerTrouble, build_train_loader, worker_trouble
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.towers import get_tower
 from megatron_moellava.training.lock import lock_folder
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.validation.run import validate_run
-from megatron_moellava.validation.tokenizer import check_size
+from megatron_moellava.validation.tokenizer import too_large
 
 
 def train(run: RunConfig) -> int:
@@ -47,7 +47,8 @@ def build_loader(run: RunConfig) -> Loader:
     """The training loader of this data-parallel rank."""
     backbone = get_backbone(run.model.backbone)
     tokenizer = load_tokenizer(run.data.tokenizer)
-    check_size(run.data.tokenizer, tokenizer.vocab_size, backbone)
+    if tokenizer.vocab_size > backbone.vocab_size:
+        raise ConfigError(too_large(run.data.tokenizer, tokenizer.vocab_size, backbone))
     return build_train_loader(
         run.data,
         tokenizer,
@@ -65,10 +66,56 @@ def build_loader(run: RunConfig) -> Loader:
 
 
 def train_steps(run: RunConfig, loader: Loader | None) -> int:
-    """`training.train_steps`, or the steps of one epoch."""
-    steps = [run.training.train_steps]
-    if not steps[0]:
-        if loader is not None:
-            steps = [max(1, math.ceil(loader.rows_per_epoch() / run.training.global_batch_size))]
-        dist.broadcast_object_list(steps, src=0)
-    return steps[0]
+    """`training.train_steps`, or the steps of one epoch. Raises ConfigError where a run so short trains nothing."""
+    found: list[tuple[int, str, str] | None] = [None]
+    if loader is not None:
+        found = [_steps_of(run, loader.rows_per_epoch())]
+    dist.broadcast_object_list(found, src=0)
+    assert found[0] is not None, "the first process reads data"
+    steps, problem, warning = found[0]
+    if problem:
+        raise ConfigError(problem)
+    if warning:
+        parallel.say(f"note: {warning}")
+    return steps
+
+
+def _steps_of(run: RunConfig, rows: int) -> tuple[int, str, str]:
+    """(steps, what makes the run useless, what makes it odd)"""
+    batch, steps = (
+        run.training.global_batch_size,
+        run.training.train_steps or math.ceil(rows / run.training.global_batch_size),
+    )
+    warmup = math.ceil(run.optimizer.lr_warmup_fraction * steps)
+    if not run.training.train_steps and rows < batch:
+        return (
+            steps,
+            (
+                f"training.train_steps=0 asks for one epoch, which fills {rows} rows, fewer than one step of "
+                f"training.global_batch_size={batch}: each row would be trained {batch / rows:.1f} times in it; set "
+                f"training.global_batch_size to at most {rows}, or training.train_steps to the steps that you want"
+            ),
+            "",
+        )
+    if steps == warmup == 1:
+        return (
+            steps,
+            (
+                f"optimizer.lr_warmup_fraction={run.optimizer.lr_warmup_fraction} makes the run's only step one of warm-up, "
+                "which begins at a learning rate of 0, so nothing would be trained; set optimizer.lr_warmup_fraction=0, or "
+                "train for more steps"
+            ),
+            "",
+        )
+    warnings = []
+    if rows < batch:
+        warnings.append(
+            f"one step of training.global_batch_size={batch} takes each of the {rows} rows {batch / rows:.1f} times; "
+            f"{steps} steps are {steps * batch / rows:.1f} epochs"
+        )
+    if warmup >= steps:
+        warnings.append(
+            f"all {steps} steps are warm-up (optimizer.lr_warmup_fraction={run.optimizer.lr_warmup_fraction}): the "
+            f"learning rate reaches {(steps - 1) / warmup:.2f} of optimizer.lr={run.optimizer.lr:g}"
+        )
+    return steps, "", "; ".join(warnings)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moellava.backbones import Backbone, backbone_fields
-from megatron_moellava.checkpoint.description import read_run_file
+from megatron_moellava.checkpoint.description import RunDescription, read_description
 from megatron_moellava.checkpoint.folders import newest_checkpoint, require_checkpoint
 from megatron_moellava.config import CheckpointError, MoEConfig, MoELlavaError, RunConfig, to_dict
 from megatron_moellava.placement import moe_layers
@@ -30,21 +30,21 @@ def checkpoint_problems(run: RunConfig, backbone: Backbone | None, tower: Tower 
     try:
         resumed = newest_checkpoint(save) if save is not None else None
         if resumed is not None:
-            check_resumable(resumed, read_run_file(resumed), run.training.stage)
+            check_resumable(resumed, read_description(resumed), run.training.stage)
         start = resumed or (require_checkpoint(load) if load is not None else None)
         if start is None or backbone is None or tower is None:
             return
-        stored = read_run_file(start)["model"]
+        stored = read_description(start).model
         given = f"checkpoint.{'save' if resumed else 'load'}={save if resumed else load}"
         yield from _model(given, stored, run, backbone, tower)
     except MoELlavaError as error:
         yield str(error)
 
 
-def check_resumable(checkpoint: Path, description: dict, stage: int) -> None:
+def check_resumable(checkpoint: Path, description: RunDescription, stage: int) -> None:
     """CheckpointError when training of `stage` cannot go on from a checkpoint that lies in its own `checkpoint.save`."""
-    if description.get("optimizer_steps") is None or description.get("stage") != stage:
-        made_by = "of a conversion" if description.get("stage") is None else f"of stage {description['stage']}"
+    if description.optimizer_steps is None or description.stage != stage:
+        made_by = "of a conversion" if description.optimizer_steps is None else f"of stage {description.stage}"
         raise CheckpointError(
             f"checkpoint.save={checkpoint.parent} holds a checkpoint {made_by} that cannot be continued as stage {stage}; "
             "choose another checkpoint.save (and start from that one with checkpoint.load)"
@@ -52,13 +52,13 @@ def check_resumable(checkpoint: Path, description: dict, stage: int) -> None:
 
 
 def _model(given: str, stored: dict, run: RunConfig, backbone: Backbone, tower: Tower) -> Iterator[str]:
-    if run.moe is not None and not stored["moe"]:
+    if run.moe is not None and not stored.get("moe"):
         yield (
             f"{given} holds a dense model ({stored.get('backbone')}), and moe.* asks for experts; make them first: "
             "tools/convert.py upcycle"
         )
         return
-    if run.moe is None and stored["moe"]:
+    if run.moe is None and stored.get("moe"):
         yield f"{given} holds a MoE model, and this run sets moe to null; leave moe out, or load a dense checkpoint"
         return
     differing = differing_fields(stored, backbone, tower, run.moe)
@@ -81,7 +81,7 @@ def differing_fields(stored: dict, backbone: Backbone, tower: Tower, moe: MoECon
     there = {
         "backbone": stored.get("backbone_fields") or {},  # a converter of another program may not describe its model
         "tower": stored.get("tower_fields") or {},
-        "moe": _moe_fields(stored["moe"], (stored.get("backbone_fields") or here["backbone"])["num_layers"]),
+        "moe": _moe_fields(stored.get("moe"), (stored.get("backbone_fields") or here["backbone"])["num_layers"]),
     }
     plain = json.loads(json.dumps(here))
     return [

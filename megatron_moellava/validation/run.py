@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_moellava import typed_tree
 from megatron_moellava.backbones import BACKBONES, Backbone, backbone_fields, get_backbone
-from megatron_moellava.checkpoint.description import read_run_file
+from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig, read_yaml, set_override, split_override
 from megatron_moellava.data.templates import get_template
@@ -56,8 +56,8 @@ def _model_of_checkpoint(options: object) -> dict:
     found = next((found for folder in folders if folder and (found := newest_checkpoint(str(folder)))), None)
     if found is None:
         return {}
-    model = read_run_file(found)["model"]
-    return {"model": model_names(found)} | ({"moe": dict(model["moe"])} if model["moe"] else {})
+    moe = read_description(found).model.get("moe")
+    return {"model": model_names(found)} | ({"moe": dict(moe)} if moe else {})
 
 
 def model_names(checkpoint: Path) -> dict:
@@ -66,14 +66,14 @@ def model_names(checkpoint: Path) -> dict:
     A known name, if that is what the checkpoint holds; else the checkpoint itself, which has every field: it may come from
     a folder that is gone, or have another feature layer.
     """
-    model = read_run_file(checkpoint)["model"]
+    model = read_description(checkpoint).model
     known = {"backbone": (BACKBONES, backbone_fields), "tower": (TOWERS, tower_fields)}
     return {
         part: model[part]
-        if model[part] in registry and fields_of(registry[model[part]]) == model[f"{part}_fields"]
+        if model[part] in registry and fields_of(registry[model[part]]) == model.get(f"{part}_fields")
         else str(checkpoint)
         for part, (registry, fields_of) in known.items()
-        if model[part] is not None
+        if model.get(part) is not None
     }
 
 

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from megatron_moellava import config
-from megatron_moellava.checkpoint.description import read_run_file
-from megatron_moellava.checkpoint.integrity import sealed
+from megatron_moellava.checkpoint.description import RunDescription, read_description, write_description
 from megatron_moellava.config import ConfigError, MoEConfig, RunConfig, from_dict, load_config
 from megatron_moellava.costs.shapes import model_from_json
 
@@ -37,12 +36,12 @@ def test_old_spellings_of_the_command_line_win_over_the_file(tmp_path):
 
 
 def test_a_checkpoints_old_spellings_are_read_silently(tmp_path, capsys):
-    written = {"format": 1, "model": {"backbone": "phi-2-tiny", "moe": OLD}, "config": {**RUN, "moe": OLD}}
-    (tmp_path / "run.json").write_text(json.dumps(sealed(written)))
-    description = read_run_file(tmp_path)
-    assert from_dict(MoEConfig, description["model"]["moe"]) == NEW
-    assert from_dict(RunConfig, description["config"]).moe == NEW
-    assert model_from_json(written["model"]).moe == NEW
+    model = {"backbone": "phi-2-tiny", "moe": OLD}
+    write_description(tmp_path, RunDescription(iteration=0, model=model, config={**RUN, "moe": OLD}))
+    description = read_description(tmp_path)
+    assert from_dict(MoEConfig, description.model["moe"]) == NEW
+    assert from_dict(RunConfig, description.config).moe == NEW
+    assert model_from_json(model).moe == NEW
     assert capsys.readouterr() == ("", "")
 
 

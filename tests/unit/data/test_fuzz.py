@@ -20,7 +20,8 @@ from megatron_moellava.config import DataError
 from megatron_moellava.data import images, media
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.index import index_json
-from megatron_moellava.data.sample import BadSample, parse_record, read_rows
+from megatron_moellava.data.rows import read_rows
+from megatron_moellava.data.sample import BadSample, parse_record
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import load_tokenizer
 from tests.helpers.data_files import ASSETS, TOWER, config, conversation, make_loader, row, write_images

@@ -7,7 +7,8 @@ import pytest
 from megatron_moellava.config import DataError
 from megatron_moellava.data import sample as reader
 from megatron_moellava.data.index import index_json
-from megatron_moellava.data.sample import BadSample, parse_record, read_rows
+from megatron_moellava.data.rows import read_rows
+from megatron_moellava.data.sample import BadSample, parse_record
 from tests.helpers.data_files import conversation, row, write_rows
 
 GOOD = conversation("<image>\nWhy?", "Because.")
