@@ -276,8 +276,10 @@ def read_yaml(path: str) -> dict:
         tree = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist; give an existing YAML file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read ({error.strerror}); give a YAML file") from None
     if not isinstance(tree, dict | None):
         raise ConfigError(f"config file {path} holds a {type(tree).__name__}; it must map sections such as `model:`")
     return current_names(tree or {}, say_renamed)
@@ -288,7 +290,12 @@ def split_override(override: str) -> tuple[str, object]:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not of the form section.field=value, e.g. optimizer.lr=1e-4")
-    return current_name(key, yaml.safe_load(text) if text else "", say_renamed)
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"override {override!r} is not valid YAML after the equals sign: {problem}") from None
+    return current_name(key, value, say_renamed)
 
 
 def current_names(tree: dict, say: Callable[[str, str], None] | None = None) -> dict:
