@@ -49,15 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_moellava.config import MoELlavaError
 
     try:
-        if _wants_cpu(parsed):  # before torch looks for GPUs
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        from megatron_moellava.training.run import load_run, train, validate_run
+        from megatron_moellava.validation.run import load_run, validate_run
 
         run = load_run(config=parsed.config, flags=flags(parsed), overrides=parsed.overrides)
         if parsed.validate_only:
             validate_run(run)
             print("the run is valid")
             return 0
+        if run.training.device == "cpu":  # before torch looks for GPUs
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        from megatron_moellava.training.run import train
+
         return train(run)
     except MoELlavaError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -74,7 +76,3 @@ def flags(parsed: argparse.Namespace) -> dict[str, object]:
         "checkpoint.save": parsed.save,
         "data.sources": [{"path": path, "image_folder": parsed.image_folder} for path in parsed.data],
     }
-
-
-def _wants_cpu(parsed: argparse.Namespace) -> bool:
-    return "training.device=cpu" in parsed.overrides

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_moellava import parallel, platform
 from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import CheckpointError, DataError, MoELlavaError, RunConfig
+from megatron_moellava.config import DataError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IGNORE_INDEX
 from megatron_moellava.data.loader import Loader
@@ -47,6 +47,7 @@ from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.watchdog import Watchdog
+from megatron_moellava.validation.checkpoints import check_resumable
 
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
@@ -123,11 +124,7 @@ class Trainer:
 
     def _resume(self, checkpoint: Path) -> None:
         description = read_description(checkpoint)
-        if description.optimizer_steps is None or description.stage != self.run.training.stage:
-            raise CheckpointError(
-                f"checkpoint.save={checkpoint.parent} holds a checkpoint of stage {description.stage} that cannot be "
-                f"continued as stage {self.run.training.stage}; choose another checkpoint.save"
-            )
+        check_resumable(checkpoint, description, self.run.training.stage)
         self.state.iteration = description.iteration
         self.state.consumed_samples = description.consumed_samples
         checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description.optimizer_steps)

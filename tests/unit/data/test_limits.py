@@ -15,7 +15,7 @@ from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.towers import get_tower
 from megatron_moellava.training.metrics import attention_cost, costs, imbalance
-from megatron_moellava.training.validate import validate
+from megatron_moellava.validation.run import validate
 from tests.helpers.data_files import ASSETS, config, conversation, make_set
 
 
@@ -68,7 +68,6 @@ def test_no_sample_is_longer_than_a_sliding_window(data):
         ({"packing_buffer": 0}, "data.packing_buffer=0 must be at least 1"),
         ({"num_workers": -1}, "data.num_workers=-1 must be at least 0"),
         ({"max_skip_share": 1.5}, "data.max_skip_share=1.5 must lie between 0 (stop at the first bad row) and 1"),
-        ({"long_samples": "drop"}, "data.long_samples='drop' is not supported; use one of: cut, skip"),
     ],
 )
 def test_a_wrong_field_says_what_is_right(data, change, message):

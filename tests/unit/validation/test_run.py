@@ -7,16 +7,16 @@ import pytest
 from megatron_moellava.backbones import BACKBONES
 from megatron_moellava.commands import train
 from megatron_moellava.config import ConfigError
-from megatron_moellava.training.run import load_run
-from megatron_moellava.training.validate import validate
+from megatron_moellava.validation.run import load_run, validate
 from tests.helpers import data_files
+from tests.helpers.made_tokenizer import write_tokenizer
 from tests.helpers.paths import REPO
 from tests.helpers.scripts import validate_only
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    return data_files.make_set(tmp_path_factory.mktemp("rows"), 8)
+    return data_files.make_set(write_tokenizer(tmp_path_factory.mktemp("rows")), 8)
 
 
 def asked(backbone: str, stage: int, folder: Path, stub: Path, rows: Path, **variables: str):
