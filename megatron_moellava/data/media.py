@@ -35,7 +35,7 @@ def locate(folder: str, name: str, where: str, trusted: bool = False) -> str:
         raise BadSample(
             "outside image folder",
             f"{where}: image {name!r} leads outside image_folder={folder!r}, to {path}; if you trust the data, set "
-            "data.trust_paths=true (--trust-paths of tools/prepare_data.py)",
+            "data.trust_paths=true (--trust-paths of prepare-data)",
         )
     return path
 
