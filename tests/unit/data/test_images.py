@@ -3,6 +3,7 @@
 import base64
 import io
 import struct
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -276,6 +277,13 @@ def test_a_frame_that_leads_outside_is_refused(tmp_path):
     with pytest.raises(BadSample, match="leads outside"):
         media.open_ref(ImageRef(name="frames", frame=(0, 1)), str(folder), "row 5")
     assert media.open_ref(ImageRef(name="frames", frame=(0, 1)), str(folder), "row 5", True)[0].size == (3, 3)
+
+
+@pytest.mark.parametrize("disk, row", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_is_found_in_either_spelling_of_unicode(tmp_path, disk, row):
+    noise(3, 3).save(tmp_path / unicodedata.normalize(disk, "été.png"))
+    ref = ImageRef(name=unicodedata.normalize(row, "été.png"))
+    assert media.open_ref(ref, str(tmp_path), "row 5")[0].size == (3, 3)
 
 
 def test_a_home_folder_is_found(tmp_path, monkeypatch):

@@ -128,6 +128,11 @@ def test_the_index_holds_every_row_once_and_counts_duplicate_ids(tmp_path):
     assert (index.lengths < 0).all()
 
 
+def test_ids_that_read_alike_are_duplicates(tmp_path):
+    index = index_json(write_rows(tmp_path, [row(0, None, id=3), row(1, None, id="3")]), tmp_path / "cache")
+    assert index.duplicates == 2
+
+
 def test_the_index_follows_the_file(tmp_path):
     path = write_rows(tmp_path, [row(0)])
     first = index_json(path, tmp_path / "cache")
