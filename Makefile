@@ -21,7 +21,7 @@ endif
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart chat serve test test-browser test-lmms test-layouts test-layouts-8 test-planning test-te fuzz bench check format test-resilience test-cluster test-docker clean
+.PHONY: help quickstart chat serve test test-browser test-lmms test-layouts test-layouts-8 test-planning test-te fuzz bench docs check format test-resilience test-cluster test-docker clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,10 @@ check: $(READY)  ## format, lint, types, import direction, shell scripts, Docker
 format: $(READY)  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(READY)  ## docs/reference/configuration.md, anew from the sources
+	mkdir -p docs/reference
+	$(BIN)/python -m megatron_moellava.config_reference > docs/reference/configuration.md
 
 test-browser: $(READY)  ## the web page in a real Chromium (apt-get install chromium)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/browser

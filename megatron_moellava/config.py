@@ -79,8 +79,8 @@ class ModelConfig:
 class MoEConfig:
     """The experts: how many, where, and how tokens are routed to them; null for a dense model."""
 
-    num_moe_experts: int = 4
-    moe_router_topk: int = 2
+    num_moe_experts: int = 4  # per MoE layer
+    moe_router_topk: int = 2  # experts per token
     placement: Placement | tuple[int, ...] = "sparse"  # by name (sparse: layers 0, 2, 4, ...), or layer numbers
     # "megatron": dropless deterministic top-k; "original": the DeepSpeed 0.9.5 gate
     router: Literal["megatron", "original"] = "megatron"
@@ -91,8 +91,8 @@ class MoEConfig:
     # megatron router only
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"] = "aux_loss"
     moe_router_enable_expert_bias: bool = False  # aux-loss-free balancing (megatron router)
-    moe_router_bias_update_rate: float = 1e-3
-    moe_shared_expert_intermediate_size: int | None = None
+    moe_router_bias_update_rate: float = 1e-3  # step of the expert bias
+    moe_shared_expert_intermediate_size: int | None = None  # of an expert that sees every token; None: there is none
     # slots per expert = ceil(tokens / experts * factor * top-k); None: dropless
     moe_expert_capacity_factor: float | None = None
     eval_capacity_factor: float = 2.0  # original router only
@@ -127,7 +127,7 @@ class DataConfig:
     packing: bool = True  # several samples per row, with block-diagonal attention
     packing_buffer: int = 128  # samples the packer looks at
     sampler: Literal["shuffle", "modality_length"] = "shuffle"  # modality_length: the original's (padded mode only)
-    num_workers: int = 2
+    num_workers: int = 2  # processes per data-parallel rank that read ahead
     max_images: int = 16  # per sample
     ignore_keys: tuple[str, ...] = ()  # keys of rows that are passed over; any other unknown key makes a row bad
     trust_paths: bool = False  # pictures may lie anywhere: absolute names, `..`, links out of the image folder
@@ -138,14 +138,14 @@ class DataConfig:
 class ParallelConfig:
     """How the model and the batch are divided over the processes; what is left over is data parallelism."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    tensor_model_parallel_size: int = 1  # processes that share each layer's matrices
+    pipeline_model_parallel_size: int = 1  # groups of layers, one after the other
     virtual_pipeline_model_parallel_size: int | None = None  # chunks of layers per stage: an interleaved pipeline
     num_layers_in_first_pipeline_stage: int | None = None  # fewer decoder layers beside the vision tower
     # "cost": level with the tower; or the layers of each (virtual) stage
     pipeline_split: Literal["even", "cost"] | tuple[int, ...] = "even"
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
+    context_parallel_size: int = 1  # processes that share the positions of a row
+    expert_model_parallel_size: int = 1  # processes that share the experts of a layer
     expert_tensor_parallel_size: int | None = None  # None: 1 for MoE, so that each expert is whole
     sequence_parallel: bool | None = None  # None: on when tensor_model_parallel_size > 1
     distributed_timeout_minutes: float = 10.0  # without progress; then a run names the rank that hangs, and ends with 4
@@ -165,16 +165,16 @@ class TrainingConfig:
     train_steps: int = 0  # optimizer steps; 0: one epoch
     micro_batch_size: int = 1  # rows per forward pass and data-parallel rank; 1 when packing
     global_batch_size: int = 128  # rows per optimizer step, over all data-parallel ranks
-    seed: int = 42
-    precision: Precision = "bf16"
+    seed: int = 42  # of new weights, of dropout and noise, and of the data's order
+    precision: Precision = "bf16"  # of weights and activations in the pass; the optimizer keeps fp32
     # on a CPU the recipe's numerics are emulated
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
     num_layers_at_start_in_bf16: int = 0  # decoder layers that stay out of FP8 (not with the delayed recipe)
-    num_layers_at_end_in_bf16: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_layers_at_end_in_bf16: int = 0  # likewise
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # "cuda": a machine without a GPU is an error
     trains: tuple[Role, ...] | None = None  # roles that receive gradients; None: the stage's own
     recompute: Literal["none", "full", "selective", "moe"] = "none"  # selective: the attention alone
-    recompute_tower: bool = False
+    recompute_tower: bool = False  # the vision tower's activations too
     non_finite_patience: int = 5  # consecutive skipped steps before the run stops
 
 
@@ -182,13 +182,13 @@ class TrainingConfig:
 class OptimizerConfig:
     """AdamW, its learning rates, and how its communication overlaps with computation."""
 
-    lr: float = 2e-5
-    min_lr: float = 0.0
+    lr: float = 2e-5  # the highest learning rate
+    min_lr: float = 0.0  # at the last step
     projector_lr: float | None = None  # None: lr
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     lr_warmup_fraction: float = 0.03  # of train_steps
     router_lr_warmup_fraction: float | None = None  # of train_steps, for the routers alone; None: lr_warmup_fraction
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of matrices; biases and norms have none
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+from typing import get_args
 
 from megatron_moellava.commands.program import INTERRUPTED, command_parser
 
@@ -21,8 +22,10 @@ SETTING = re.compile(r"(model|moe|data|parallel|training|optimizer|checkpoint|lo
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    from megatron_moellava.config import Stage  # not before `main` has its handlers
+
     parser = command_parser("train", __doc__)
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="training.stage")
+    parser.add_argument("--stage", type=int, choices=get_args(Stage), help="training.stage")
     parser.add_argument("--backbone", help="model.backbone: a name such as phi-2, or a folder with a config.json")
     parser.add_argument("--tower", help="model.tower: a name such as clip-vit-large-patch14-336, or a folder")
     parser.add_argument("--data", nargs="+", default=[], metavar="PATH", help="LLaVA JSON files or WebDataset folders")
@@ -42,10 +45,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parsed = parse_arguments(arguments)
     # Until the training loop takes over there is nothing to save: be gone before the scheduler's patience is.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: os._exit(INTERRUPTED))
+    parsed = parse_arguments(arguments)
     from megatron_moellava.config import MoELlavaError
 
     try:

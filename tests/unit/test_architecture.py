@@ -22,7 +22,7 @@ FLOORS = (
     ("backbones", "towers"),
     ("costs", "data"),
     ("validation",),
-    ("model",),
+    ("model", "config_reference"),
     ("conversion", "routing"),
     ("training", "inference"),
     ("evaluation", "analysis", "planning", "verify", "serving"),

@@ -119,7 +119,7 @@ MISTAKES = {
     "tokenizer folder empty": (lambda w: tokenizer(w, empty_folder(w)), "holds no tokenizer"),
     "tokenizer needs code": (
         lambda w: tokenizer(w, needs_code(w)),
-        "running the code that comes with it|without running",
+        "running the code that comes with it",
     ),
     "tokenizer damaged": (lambda w: tokenizer(w, damaged(w)), "tokenizer.json"),
     "tokenizer lacks the end": (
@@ -194,15 +194,11 @@ MISTAKES = {
 def test_a_run_that_cannot_start_is_refused(wanted, mistake):
     spoil, message = MISTAKES[mistake]
     spoil(wanted)
-    said = wanted.message()
-    assert (
-        any(part in said for part in message.split("|")) if "|" in message and "<|" not in message else message in said
-    )
-    assert "Traceback" not in said
+    assert message in wanted.message()
 
 
 def test_all_problems_are_reported_together(wanted):
-    wanted.overrides += ["training.recompute=ful", "data.sorces=1", "optimizer.lr=-1", "data.tokenizer=/nowhere"]
+    wanted.overrides += ["training.recompute=ful", "data.sorces=1", "optimizer.clip_grad=-1", "data.tokenizer=/nowhere"]
     said = wanted.message().splitlines()
     assert len(said) == 5  # a negative rate is also below optimizer.min_lr
     assert "did you mean full? Use one of: none, full, selective, moe" in wanted.message()
