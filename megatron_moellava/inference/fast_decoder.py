@@ -3,7 +3,7 @@
 With one token per request, a layer of Megatron-Core's modules spends most of its time on the way to the products:
 process groups, autograd functions, the token dispatcher. Here the same parameters go through plain torch operations; the
 experts of all tokens are two products, and weights are laid out for few rows (`products.py`). What is not spelt out
-(shared experts, unusual routers) runs through its module. tests/unit/test_inference_engine.py compares every logit with
+(shared experts, unusual routers) runs through its module. tests/unit/inference/test_engine.py compares every logit with
 the modules' own.
 
 Shapes: T tokens of a step, H hidden, E experts, K choices of a token, G query groups, D channels of a head.

@@ -80,7 +80,7 @@ def _files(run: RunConfig) -> Iterator[str]:
         yield "data.sources is empty; pass --data FILE.json (and --image-folder DIR)"
     for index, source in enumerate(run.data.sources):
         if not Path(source.path).exists():
-            yield f"data.sources[{index}].path={source.path} does not exist; docs/data.md says where the data sets come from"
+            yield f"data.sources[{index}].path={source.path} does not exist; the published sets are in docs/reference/data.md"
         if source.image_folder and not Path(source.image_folder).is_dir():
             yield f"data.sources[{index}].image_folder={source.image_folder} is not a folder; pass --image-folder DIR"
     if not run.data.tokenizer:

@@ -27,7 +27,7 @@ from megatron_moellava.towers import get_tower
 from megatron_moellava.training.validate import layout_problems, validate
 from tests.helpers.paths import REPO
 
-DOCUMENT = REPO / "docs" / "planning.md"
+DOCUMENT = REPO / "docs" / "measurements" / "planning.md"
 
 
 def arguments(**given) -> Namespace:

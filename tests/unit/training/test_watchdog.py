@@ -1,4 +1,4 @@
-"""The small parts behind docs/reliability.md: what is said of hung and slow ranks, the log's rewind, threads of a process."""
+"""The small parts behind docs/reference/reliability.md: hung and slow ranks, the log's rewind, threads of a process."""
 
 import json
 import re
@@ -116,10 +116,10 @@ def test_damaged_and_unfinished_folders_are_no_checkpoints(tmp_path):
     assert find_iteration(tmp_path) == tmp_path / "iter_0000002"
 
 
-@pytest.mark.parametrize("page", ["reliability.md", "cluster.md"])
+@pytest.mark.parametrize("page", ["reference/reliability.md", "how-to/cluster.md"])
 def test_every_proof_in_the_documents_exists(page):
-    defined = {path.stem for path in REPO.glob("tests/*/test_*.py")}
-    for path in REPO.glob("tests/*/test_*.py"):
+    defined = {path.stem for path in REPO.glob("tests/**/test_*.py")}
+    for path in REPO.glob("tests/**/test_*.py"):
         defined |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
     named = set(re.findall(r"\btest_\w+", (REPO / "docs" / page).read_text()))
     assert len(named) > 10 and named <= defined, named - defined
