@@ -74,7 +74,7 @@ def test_pictures_are_shown_somewhere():
 
 
 def test_files_that_texts_name_exist():
-    """docs/x.md, tests/x.py, examples/x, tools/x.py: in documents, sources, scripts and settings."""
+    """In documents, sources, scripts and settings: whatever looks like a file of docs, tests, tools, examples, benchmarks."""
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=REPO, check=True).stdout.split()
     readable = (".md", ".py", ".sh", ".yaml", ".yml", ".toml")
     named = re.compile(r"(?<![\w/.-])(?:docs|tests|tools|examples|benchmarks)/[\w./-]*\w\.(?:md|py|sh|yaml|yml|png)\b")
