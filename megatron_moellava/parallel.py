@@ -16,12 +16,15 @@ from megatron_moellava.config import ParallelConfig
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
+_host_group: dist.ProcessGroup | None = None  # all ranks, for numbers of the host; None: the world group will do
+
 
 def initialize(config: ParallelConfig, seed: int) -> None:
     """Join the processes that torchrun started (or run as the only one), build the groups, seed every generator.
 
     Called again, it replaces the groups of the layout before.
     """
+    global _host_group
     if parallel_state.model_parallel_is_initialized():
         _forget_layout()
     platform.claim_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -32,6 +35,8 @@ def initialize(config: ParallelConfig, seed: int) -> None:
         alone = "WORLD_SIZE" not in os.environ
         where = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
         dist.init_process_group(platform.BACKEND, timeout=timeout, **where)
+    if platform.BACKEND != "gloo" and _host_group is None:
+        _host_group = dist.new_group(backend="gloo", timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -47,7 +52,9 @@ def initialize(config: ParallelConfig, seed: int) -> None:
 
 def shutdown() -> None:
     """Undo of `initialize`; a process may then build another layout."""
+    global _host_group
     _forget_layout()
+    _host_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -110,22 +117,32 @@ def _leads_model_parallel_group() -> bool:
     return dist.get_rank() == dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
 
 
-def sum_over_data_parallel(values: Iterable[float], with_context_parallel: bool = False) -> torch.Tensor:
-    """fp64 sums of host numbers over the data-parallel ranks, on every rank of the group.
+def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:
+    """fp64 sum of a number of the device over all that share the batch (context-parallel ranks have parts of its rows).
 
-    `with_context_parallel`: the ranks of a context-parallel group have each counted their own positions.
+    Queued behind the work that makes the number: the host does not wait for it.
     """
-    total = torch.tensor(list(values), dtype=torch.float64, device=platform.device())
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=with_context_parallel))
+    total = value.detach().to(torch.float64, copy=True)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return total
 
 
-def gather_over_data_parallel(values: Iterable[float]) -> torch.Tensor:
-    """fp64 [ranks, values]: the host numbers of every data-parallel rank, on every rank of the group."""
-    own = torch.tensor(list(values), dtype=torch.float64, device=platform.device())
+def gather_over_data_parallel(values: Iterable[int]) -> list[list[int]]:
+    """[ranks][values]: the host's numbers of every data-parallel rank, on every rank of the group.
+
+    They go over the host's network (gloo), so that the device is not waited for.
+    """
+    own = torch.tensor(list(values), dtype=torch.int64)
     gathered = own.new_empty(data_parallel_size(), len(own))
-    dist.all_gather(list(gathered.unbind()), own, group=parallel_state.get_data_parallel_group())
-    return gathered.cpu()
+    dist.all_gather(list(gathered.unbind()), own, group=parallel_state.get_data_parallel_group_gloo())
+    return gathered.tolist()
+
+
+def on_any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on some rank of the world; likewise over the host's network."""
+    found = torch.tensor(int(flag))
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=_host_group)
+    return bool(found)
 
 
 def broadcast_from_reader(tensors: dict[str, torch.Tensor | None] | None, meta: object = None) -> tuple[dict, object]:
