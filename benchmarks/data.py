@@ -137,7 +137,7 @@ def loader_figures(data: DataConfig, tower, name: str, seconds: float) -> dict:
     with tempfile.TemporaryDirectory() as cache:
         source = open_source(data.sources[0], cache)
         encoder = build_encoder(data, tokenizer, tower)
-        tokens, _ = token_lengths(source.index, encoder, limit=5000)
+        tokens, *_ = token_lengths(source.index, encoder, limit=5000)
         share = {"seed": 0, "rank": 0, "world_size": 1, "micro_batch_size": 1}
         loader = build_train_loader(data, tokenizer, tower, cache_folder=cache, **share)
         next(loader)

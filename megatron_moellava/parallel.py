@@ -15,21 +15,33 @@ from megatron_moellava.config import ParallelConfig
 
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-
-_host_group: dist.ProcessGroup | None = None  # all ranks, for numbers of the host; None: the world group will do
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 
 def initialize(config: ParallelConfig, seed: int) -> None:
     """Join the processes that torchrun started (or run as the only one), build the groups, seed every generator.
 
-    Called again, it replaces the groups of the layout before.
+    Called again, it replaces the groups of the layout before, or keeps them when it is the same layout.
     """
-    global _host_group
-    if parallel_state.model_parallel_is_initialized():
-        _forget_layout()
+    global _layout
     platform.claim_device(int(os.environ.get("LOCAL_RANK", 0)))
     # The watchdog, which can say who hangs where, speaks first; a collective gives up only if it does not.
     minutes = 1.5 * config.distributed_timeout_minutes + 0.5
+    if _layout != config or not dist.is_initialized():
+        _forget_layout()
+        _build_groups(config, minutes)
+        _layout = config
+    _forget_losses()
+    platform.seed_everything(seed)
+    seed_model_parallel(seed)
+
+
+_layout: ParallelConfig | None = None  # of the groups that there are
+_host_group: dist.ProcessGroup | None = None  # all ranks, for numbers of the host; None: the world group will do
+
+
+def _build_groups(config: ParallelConfig, minutes: float) -> None:
+    global _host_group
     timeout = datetime.timedelta(minutes=minutes)
     if not dist.is_initialized():
         alone = "WORLD_SIZE" not in os.environ
@@ -46,8 +58,6 @@ def initialize(config: ParallelConfig, seed: int) -> None:
         expert_tensor_parallel_size=config.expert_tensor_parallel_size or 1,
         distributed_timeout_minutes=minutes,
     )
-    platform.seed_everything(seed)
-    seed_model_parallel(seed)
 
 
 def shutdown() -> None:
@@ -60,8 +70,18 @@ def shutdown() -> None:
 
 
 def _forget_layout() -> None:
+    global _layout
     parallel_state.destroy_model_parallel()
-    destroy_moe_metrics_tracker()  # it holds groups of the layout
+    _forget_losses()  # they hold groups of the layout
+    _layout = None
+
+
+def _forget_losses() -> None:
+    """What megatron-core keeps of the router losses for the life of a process."""
+    destroy_moe_metrics_tracker()
+    # In the shape of whoever set it first: a backward pass outside of a schedule makes it a scalar, into which the next
+    # schedule's [1] does not fit.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def seed_model_parallel(seed: int) -> None:
@@ -138,11 +158,11 @@ def gather_over_data_parallel(values: Iterable[int]) -> list[list[int]]:
     return gathered.tolist()
 
 
-def on_any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on some rank of the world; likewise over the host's network."""
-    found = torch.tensor(int(flag))
-    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=_host_group)
-    return bool(found)
+def sum_over_ranks(values: Iterable[int]) -> list[int]:
+    """The host's numbers summed over all ranks of the world, on every rank; likewise over the host's network."""
+    sums = torch.tensor(list(values), dtype=torch.int64)
+    dist.all_reduce(sums, group=_host_group)
+    return sums.tolist()
 
 
 def broadcast_from_reader(tensors: dict[str, torch.Tensor | None] | None, meta: object = None) -> tuple[dict, object]:

@@ -24,11 +24,14 @@ from collections.abc import Iterator
 import numpy
 import torch
 
+from megatron_moellava.machine import Machine
+
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRANSFORMER_ENGINE = HAS_CUDA and importlib.util.find_spec("transformer_engine") is not None
 # Megatron-Core's output layer refuses to be built with the fusion unless apex's kernel is there.
 HAS_GRADIENT_FUSION = HAS_TRANSFORMER_ENGINE and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 BACKEND = "nccl" if HAS_CUDA else "gloo"
+MACHINE = Machine(has_gpu=HAS_CUDA, has_transformer_engine=HAS_TRANSFORMER_ENGINE)
 
 
 def _keep_freed_memory() -> None:

@@ -86,9 +86,9 @@ def layer_work(sharding: Sharding, is_moe: bool, tokens: float, length: float) -
 def moe_work(sharding: Sharding, tokens: float) -> Iterator[Work]:
     """Router, routed experts (balanced), shared experts."""
     moe, trains = sharding.moe, sharding.trains
-    yield linear("router", tokens / sharding.sp, sharding.backbone.hidden_size, moe.num_experts, "router" in trains)
+    yield linear("router", tokens / sharding.sp, sharding.backbone.hidden_size, moe.num_moe_experts, "router" in trains)
     rows = routed_tokens(sharding) * tokens / sharding.tokens
-    local, inner = moe.num_experts / sharding.ep, sharding.backbone.ffn_hidden_size / sharding.etp
+    local, inner = moe.num_moe_experts / sharding.ep, sharding.backbone.ffn_hidden_size / sharding.etp
     yield from mlp_work(sharding, "experts", rows, inner, "experts" in trains, weights=local)
     if moe.moe_shared_expert_intermediate_size:
         inner = moe.moe_shared_expert_intermediate_size / sharding.tp

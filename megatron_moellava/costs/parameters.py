@@ -56,7 +56,7 @@ def activated_parameters(model: Model) -> Counter:
     for tensor in model_tensors(model).values():
         if tensor.is_expert:
             moe = model.required_moe
-            count[tensor.role] -= tensor.size // moe.num_experts * (moe.num_experts - moe.moe_router_topk)
+            count[tensor.role] -= tensor.size // moe.num_moe_experts * (moe.num_moe_experts - moe.moe_router_topk)
     return count
 
 

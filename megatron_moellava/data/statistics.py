@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,27 +16,37 @@ from megatron_moellava.data.sample import BadSample, parse_record
 LIMIT = 20_000  # rows that are tokenised
 
 
-def token_lengths(index: Index, encoder: Encoder, *, limit: int = LIMIT) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, images) of up to `limit` rows (they are in random order), images expanded, cut at seq_length."""
+def token_lengths(
+    index: Index, encoder: Encoder, ignore_keys: tuple[str, ...] = (), *, limit: int = LIMIT
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """(tokens, images, unusable rows by reason) of up to `limit` rows, which are in random order; images are expanded,
+    samples cut at seq_length."""
     from tqdm import tqdm
 
     tokens, images = [], []
+    unusable: Counter[str] = Counter()
+    example = ""
     with open(index.path) as file:
         for number, line in enumerate(tqdm(file, total=min(index.rows, limit), desc="Tokenising", unit=" rows")):
             if number == limit:
                 break
             try:
                 content = json.loads(line)
-                encoded = encoder(parse_record(content["record"], origin=str(content["row"]), max_images=10**6))
-            except (BadSample, KeyError):
+                if "bad" in content:
+                    raise BadSample(*content["bad"])
+                where = f"{content['file']} row {content['row']}"
+                encoded = encoder(
+                    parse_record(content["record"], origin=where, max_images=10**6, ignore_keys=ignore_keys)
+                )
+            except BadSample as error:
+                example = example or str(error)
+                unusable[error.reason] += 1
                 continue
             tokens.append(len(encoded))
             images.append(len(encoded.images))
     if not tokens:
-        raise DataError(
-            f"no row of {index.path.parent.name} can be used; prepare_data.py without --statistics says why"
-        )
-    return np.array(tokens), np.array(images)
+        raise DataError(f"no row of {index.path.parent.name} can be used; the first: {example}")
+    return np.array(tokens), np.array(images), dict(unusable)
 
 
 def packing(lengths: np.ndarray, seq_length: int, buffer: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ from megatron_moellava.model.context_parallel import encode_share, share
 from megatron_moellava.model.kv_cache import KVCache
 from megatron_moellava.model.layers import decoder_spec
 from megatron_moellava.model.vision import Projector, VisionTower
+from megatron_moellava.routers import ROUTERS
 from megatron_moellava.towers import Tower
 
 from megatron.core import parallel_state
@@ -148,6 +149,8 @@ class MoELlava(MegatronModule):
                 embeddings_SBD = embeddings_SBD * padding_mask_BS.transpose(0, 1).unsqueeze(-1)
         if embeddings_SBD is not None and self.config.sequence_parallel:
             embeddings_SBD = scatter_to_sequence_parallel_region(embeddings_SBD)
+        if embeddings_SBD is not None and self._needs_differentiable_input():
+            embeddings_SBD.requires_grad_()
         if attention_mask is None and padding_counts:
             attention_mask = causal_padding_mask(padding_mask_BS)
         position_ids_BS, labels_BS, padding_mask_BS = (
@@ -170,19 +173,30 @@ class MoELlava(MegatronModule):
             return output
         return output * (labels_BS != IGNORE_INDEX)
 
+    def _needs_differentiable_input(self) -> bool:
+        """A recomputed part of the decoder has a backward pass only where one of its inputs requires a gradient: with tower,
+        projector and embeddings frozen none would, and nothing would train (reentrant checkpointing,
+        megatron/core/tensor_parallel/random.py; Megatron-Bridge does the same for adapters)."""
+        return (
+            self.config.recompute_granularity is not None
+            and torch.is_grad_enabled()
+            and any(parameter.requires_grad for parameter in self.language_model.decoder.parameters())
+        )
+
     def _padding_counts(self) -> bool:
         """The states of padding rows matter to a router that counts them: zero embeddings, attending to real rows."""
-        return self.run.moe is not None and self.run.moe.router == "original" and not self.run.data.packing
+        moe = self.run.moe
+        return moe is not None and ROUTERS[moe.router].counts_padding and not self.run.data.packing
 
     def _router_padding(self, padding_mask_BS: torch.Tensor | None) -> torch.Tensor | None:
         """What the router leaves out, [B, S of this rank], True = padding.
 
-        The original's router counts padding, but not columns that only make the length divisible (`OriginalRouter`).
+        A router that counts padding leaves out columns that only make the length divisible (`OriginalRouter`).
         """
         if padding_mask_BS is None or self.run.moe is None:
             return None
         padding_BS = ~padding_mask_BS
-        if self.run.moe.router == "original":
+        if ROUTERS[self.run.moe.router].counts_padding:
             if not self.config.sequence_parallel:
                 return None
             padding_BS = padding_BS.all(dim=0, keepdim=True).expand_as(padding_BS)

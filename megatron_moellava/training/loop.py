@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
-from megatron_moellava.checkpoint.description import read_run_file
+from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import CheckpointError, MoELlavaError, RunConfig
+from megatron_moellava.config import DataError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch, Counts, total
 from megatron_moellava.data.loader import Loader
 from megatron_moellava.model.build import build_model
@@ -26,23 +26,28 @@ from megatron_moellava.model.fp8_emulation import Emulation, emulate_fp8
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.roles import freeze
 from megatron_moellava.model.weights import load_weights
-from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.routing.records import routing_record
+from megatron_moellava.routing.statistics import RoutingStatistics
 from megatron_moellava.stages import STAGES
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
+from megatron_moellava.training.first_gradients import FirstGradients, require_trained
 from megatron_moellava.training.metrics import StepLog, aux_losses, imbalance, load_imbalance, routing_summary
-from megatron_moellava.training.non_finite_report import Culprits
+from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.throughput import Throughput
 from megatron_moellava.training.watchdog import Watchdog
+from megatron_moellava.validation.checkpoints import check_resumable
 
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+NO_GRADIENT = (
+    "do its rows have answers, and pictures where the projector alone is trained? is training.trains as it should be?"
+)
 INTERRUPTED = 85  # exit code: a checkpoint is written, run the same command again
 
 
@@ -59,10 +64,11 @@ class Trainer:
         """`loader` on the processes that read data (`parallel.reads_data`), None elsewhere."""
         self.run, self.loader, self.train_steps = run, loader, train_steps
         self.chunks = build_model(run)
-        self.trained = {}
+        self.trained, roles = {}, run.training.trains or STAGES[run.training.stage]
         for chunk in self.chunks:
-            self.trained |= freeze(chunk, run.training.trains or STAGES[run.training.stage])
-        self.routing = RoutingObserver(self.chunks) if run.moe else None
+            self.trained |= freeze(chunk, roles)
+        require_trained(self.trained, roles)
+        self.routing = RoutingStatistics(self.chunks) if run.moe else None
         self.fp8 = self._emulated_fp8()
         self.state = checkpoints.TrainingState(iteration=0, consumed_samples=0, data=None)
         resumed = self._load_weights()
@@ -73,14 +79,17 @@ class Trainer:
         if resumed:
             self._resume(resumed)
         self.stragglers = Stragglers(run.logging.straggler_interval)
-        self.culprits = Culprits(gradients_stay=not overlaps(run)[0])
+        self.non_finite_report = NonFiniteReport(gradients_stay=not overlaps(run)[0])
         self.watchdog: Watchdog | None = None
         self._configure_schedules()
         self.update = Update(self.optimizer)
+        self.first_gradients: FirstGradients | None = FirstGradients(self.chunks)
         self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
         title = f"stage {run.training.stage}"
         self.log = StepLog(self._log_folder(), run.logging.tensorboard, title, train_steps, self.state.iteration)
         self.stop_signal = None
+        self._ready: list[Batch] = []  # read, and not yet trained on
+        self._bad_rows = 0  # of all ranks, in this epoch
         self.throughput = Throughput(run, self.chunks[0].backbone, self.chunks[0].tower, dist.get_world_size())
         self.loss_sum: torch.Tensor | float = 0.0  # of this rank's last step, before anything is summed over ranks
         self.background = BackgroundSave() if run.checkpoint.async_save else None
@@ -88,7 +97,7 @@ class Trainer:
     # --- start ------------------------------------------------------------------------------------------------------
 
     def _emulated_fp8(self) -> Emulation | None:
-        recipe = self.run.training.fp8
+        recipe = self.run.training.fp8_recipe
         if recipe is None or platform.HAS_TRANSFORMER_ENGINE:
             return None
         return emulate_fp8(self.chunks, recipe, self.chunks[0].config)
@@ -101,21 +110,17 @@ class Trainer:
         if source is not None:
             load_weights(source, self.chunks, verified=resumed is not None)
             if resumed:
-                self.state.provenance = read_run_file(resumed).get("provenance") or {}
+                self.state.provenance = read_description(resumed).provenance
             else:
                 self.state.provenance = checkpoints.provenance_of(self.run, source)
         return resumed
 
     def _resume(self, checkpoint: Path) -> None:
-        description = read_run_file(checkpoint)
-        if description["optimizer_steps"] is None or description["stage"] != self.run.training.stage:
-            raise CheckpointError(
-                f"checkpoint.save={checkpoint.parent} holds a checkpoint of stage {description['stage']} that cannot be "
-                f"continued as stage {self.run.training.stage}; choose another checkpoint.save"
-            )
-        self.state.iteration = description["iteration"]
-        self.state.consumed_samples = description["consumed_samples"]
-        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description["optimizer_steps"])
+        description = read_description(checkpoint)
+        check_resumable(checkpoint, description, self.run.training.stage)
+        self.state.iteration = description.iteration
+        self.state.consumed_samples = description.consumed_samples
+        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description.optimizer_steps)
         self.scheduler.step(increment=self.state.iteration)
         loaders = checkpoints.load_rank_state(checkpoint, description, self.fp8)
         if self.loader is not None:
@@ -131,7 +136,7 @@ class Trainer:
 
     def _finalize_gradients(self, *arguments, **options) -> None:
         self.stragglers.pause(self.state.iteration + 1)
-        self.culprits.before_reduction(self.wrapped)
+        self.non_finite_report.before_reduction(self.wrapped)
         self._at("reducing gradients")
         finalize_model_grads(*arguments, **options)
 
@@ -167,7 +172,9 @@ class Trainer:
     def _train(self) -> int:
         self.log.say(f"trains {', '.join(f'{role} {count:,}' for role, count in self.trained.items())} (this rank)")
         if self.fp8 is not None:
-            self.log.say(f"training.fp8={self.run.training.fp8} is emulated here: FP8's rounding, not its speed")
+            self.log.say(
+                f"training.fp8_recipe={self.run.training.fp8_recipe} is emulated here: FP8's rounding, not its speed"
+            )
         skipped_in_a_row = 0
         for chunk in self.wrapped:
             chunk.train()
@@ -176,17 +183,21 @@ class Trainer:
             show = self.state.iteration % self.run.logging.log_interval == 0
             self.log.step(self.state.iteration, numbers, show, self._sample_ids(sample_ids))
             skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
+            if not applied and self.loader is not None:
+                self.loader.untrained(len(sample_ids))
+            if applied and numbers["grad_norm"] == 0.0:
+                self.log.say(
+                    f"step {self.state.iteration}: the gradient is exactly 0, so the step trains nothing; {NO_GRADIENT}"
+                )
             if not applied:
                 self._report_skipped(sample_ids, skipped_in_a_row)
             if self.background is not None:
                 self._saved(self.background.poll())
-            interrupted = parallel.on_any_rank(self.stop_signal is not None)
+            interrupted = self._any_rank_interrupted()
             done = self.state.iteration == self.train_steps
             if done or interrupted or self.state.iteration % self.run.checkpoint.save_interval == 0:
                 self.save()
-                interrupted = parallel.on_any_rank(
-                    self.stop_signal is not None
-                )  # a save may take long enough to be interrupted itself
+                interrupted = self._any_rank_interrupted()  # a save may take long enough to be interrupted itself
             if done or interrupted:
                 self._finish_save()
             if interrupted and not done:
@@ -206,6 +217,7 @@ class Trainer:
         started = time.perf_counter()
         self.stragglers.begin()
         self._at("reading data")
+        self._read_ahead()
         batches = [self._next_batch() for _ in range(self.num_microbatches)]
         waited = time.perf_counter() - started
         self.stragglers.pause(self.state.iteration + 1)
@@ -219,6 +231,9 @@ class Trainer:
         self.stragglers.begin()
         self._at("forward and backward pass")
         loss_sums = self._forward_backward(batches, counts.loss_tokens)
+        if self.first_gradients is not None:
+            self.first_gradients.check()
+            self.first_gradients = None
         losses, by_layer = self._losses(loss_sums)
         reading = platform.ToHost(list(losses.values())) if losses else None
         self._at("updating parameters")
@@ -265,13 +280,43 @@ class Trainer:
         means, layers = aux_losses(self.chunks[0].config, self.num_microbatches, by_layer)
         return losses | means, layers
 
+    def _read_ahead(self) -> None:
+        """Read the step's micro-batches. Where the data are at fault, the run ends on all ranks, with a checkpoint."""
+        before, fault = None, None
+        with platform.generators_kept():
+            if self.loader is not None:
+                before = self.loader.state_dict()
+                try:
+                    self.loader.check_skipped(self._bad_rows)
+                    self._ready = [next(self.loader) for _ in range(self.num_microbatches)]
+                except DataError as error:
+                    fault = error
+        counts = [fault is not None, self.loader.num_bad if self.loader is not None else 0]
+        self.stragglers.pause(self.state.iteration + 1)
+        faults, self._bad_rows = parallel.sum_over_ranks(counts)  # bad rows of all ranks: judged before the next step
+        self.stragglers.begin()
+        if faults:
+            self._end_by_data(fault, before)
+
     def _next_batch(self) -> Batch:
         """The next micro-batch of this data-parallel rank, on the device, on every rank that needs it.
 
         A loader that starts draws from the generators: dropout after a resume would be another than without it.
         """
         with platform.generators_kept():
-            return broadcast_batch(next(self.loader) if self.loader is not None else None)
+            batch = None
+            if self.loader is not None:
+                batch = self._ready.pop(0) if self._ready else next(self.loader)
+            return broadcast_batch(batch)
+
+    def _end_by_data(self, fault: DataError | None, before: dict | None) -> None:
+        """Save what has been trained, the data as before this step, and raise what any rank has found."""
+        found: list[DataError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, fault)
+        if self.state.iteration % self.run.checkpoint.save_interval and self.state.iteration:
+            self.save(before)
+            self._finish_save()
+        raise next(error for error in found if error is not None)
 
     def _forward_backward(self, batches: list[Batch], loss_tokens: int) -> list[torch.Tensor]:
         scale = self.num_microbatches * parallel.data_parallel_size() / max(loss_tokens, 1)
@@ -289,7 +334,7 @@ class Trainer:
     def _forward_step(self, batches: Iterator[Batch], model, scale: float):
         batch = next(batches)
         count = self._counts_routing(self.state.iteration + 1)
-        with self.routing.observe(batch) if count else nullcontext():
+        with self.routing.count(batch) if count else nullcontext():
             output = model(**model_inputs(batch))
         return output, partial(global_token_mean, scale=scale)
 
@@ -323,7 +368,7 @@ class Trainer:
         return [name for ids in gathered for name in ids]
 
     def _report_skipped(self, sample_ids: list[str], in_a_row: int) -> None:
-        whose, names = self.culprits.name(float(self.loss_sum), sample_ids)
+        whose, names = self.non_finite_report.name(float(self.loss_sum), sample_ids)
         self.log.say(f"step {self.state.iteration} skipped: {whose} is not finite; samples: {names}")
         if in_a_row >= self.run.training.non_finite_patience:
             self._finish_save()
@@ -331,6 +376,9 @@ class Trainer:
                 f"{in_a_row} steps in a row without a finite gradient, the last with samples {names}; lower optimizer.lr, "
                 f"look at these samples, or raise training.non_finite_patience={self.run.training.non_finite_patience}"
             )
+
+    def _any_rank_interrupted(self) -> bool:
+        return parallel.sum_over_ranks([self.stop_signal is not None])[0] > 0
 
     def gather_parameters(self) -> None:
         """With `overlap_param_gather` an update reaches the other ranks in the next forward pass only; whoever reads
@@ -344,14 +392,15 @@ class Trainer:
         dist.all_gather_object(counters, self.loader.counters() if self.loader is not None else None)
         self.log.data_report([counter for counter in counters if counter is not None])
 
-    def save(self) -> None:
+    def save(self, data: dict | None = None) -> None:
         """Write a checkpoint of this moment to `checkpoint.save`, if the run has one; in the background if it asks for it."""
         if self.run.checkpoint.save is None:
             return
         self._finish_save()
         self._at("writing a checkpoint")
         self.gather_parameters()
-        data = self.loader.state_dict() if self.loader is not None else None
+        if self.loader is not None and data is None:
+            data = self.loader.state_dict()
         state = replace(self.state, data=data, fp8=self.fp8.state() if self.fp8 is not None else [])
         # A scheduler may signal every process of a job, and processes that megatron-core's save forks would die of it.
         waiting = {signal.SIGTERM, signal.SIGUSR1}

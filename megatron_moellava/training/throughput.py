@@ -28,7 +28,7 @@ class Throughput:
         self.world_size = world_size
         name = platform.device_name()
         gpu = gpu_of_device(name) if name else None
-        self.peak = gpu.peak(fp8=run.training.fp8 is not None) if gpu else None  # FLOP per second and device
+        self.peak = gpu.peak(fp8=run.training.fp8_recipe is not None) if gpu else None  # FLOP per second and device
 
     def flops(self, counts: Counts) -> float:
         """Model FLOPs of what `counts` counts, forward and backward."""

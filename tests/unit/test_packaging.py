@@ -16,8 +16,9 @@ import pytest
 
 from tests.helpers.paths import REPO
 
-TEXTS = [REPO / "Dockerfile", *REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("examples/**/*.y*ml")]
+TEXTS = [REPO / "Dockerfile", *REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("examples/**/*.y*ml")]
 TEXTS += [path for path in REPO.glob("examples/**/*") if path.suffix in (".sh", ".md")]
+FILE_NAME = r"\b(?:tests|tools|examples|benchmarks|docs|megatron_moellava)/[\w/-]+\.(?:py|md|sh|yaml|json)\b"
 SCRIPTS = [REPO / ".ci/run", REPO / ".ci/find_python", *REPO.glob("examples/**/*.sh"), *REPO.glob("tests/**/*.sh")]
 
 
@@ -172,6 +173,34 @@ def test_every_import_is_a_declared_dependency(folder):
         for top in imported(path) - sys.stdlib_module_names - {"megatron_moellava", "tools", *siblings(path)}:
             packages = {name_of(item) for item in providers.get(top, [top])}
             assert packages & declared, f"{path.relative_to(REPO)} imports {top}, which setup.py does not list"
+
+
+OTHERS_FILES = {"docs/Evaluation.md"}  # of LLaVA's repository
+
+
+def test_files_named_in_texts_and_sources_exist():
+    missing = [
+        f"{path.relative_to(REPO)} names {name}"
+        for path in [*TEXTS, *REPO.glob("*.py"), *REPO.glob("megatron_moellava/**/*.py"), *REPO.glob("t*/**/*.py")]
+        for name in re.findall(FILE_NAME, path.read_text())
+        if name not in OTHERS_FILES and not (REPO / name).exists()
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def test_every_proof_in_the_documents_exists():
+    """A test with its file, and a test or a file alone (`test_name`), as docs/reliability.md has them."""
+    files = {path: path.read_text() for path in REPO.glob("tests/**/test_*.py")}
+    defined = {path.name for path in files} | {
+        name for text in files.values() for name in re.findall(r"^def (test_\w+)", text, re.M)
+    }
+    documents = {path.name: path.read_text() for path in TEXTS}
+    pairs = [pair for text in documents.values() for pair in re.findall(r"(tests/[\w/]+\.py)::(test_\w+)", text)]
+    assert pairs
+    elsewhere = [f"{file}::{name}" for file, name in pairs if f"def {name}(" not in files.get(REPO / file, "")]
+    named = {name for text in documents.values() for name in re.findall(r"`(test_[\w.]+)`", text)}
+    unknown = sorted(named - defined)
+    assert not elsewhere and not unknown, [*elsewhere, *unknown]
 
 
 def test_hadolint_finds_nothing():

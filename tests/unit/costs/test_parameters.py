@@ -22,7 +22,7 @@ EXPERTS = {
     "dense": None,
     "experts": MoEConfig(),
     "residual": MoEConfig(use_residual=True, moe_router_enable_expert_bias=True),
-    "shared": MoEConfig(moe_shared_expert_intermediate_size=96, experts="sequential"),
+    "shared": MoEConfig(moe_shared_expert_intermediate_size=96, moe_grouped_gemm=False),
 }
 
 
@@ -79,7 +79,7 @@ def test_every_family_has_a_tiny_size_and_every_role_is_met():
 
 
 def test_a_token_passes_through_its_own_experts_alone():
-    model = layout_of("llama-tiny", MoEConfig(num_experts=8, moe_router_topk=2)).model
+    model = layout_of("llama-tiny", MoEConfig(num_moe_experts=8, moe_router_topk=2)).model
     whole, activated = whole_parameters(model), activated_parameters(model)
     assert activated["experts"] == whole["experts"] // 4 > 0
     assert all(activated[role] == whole[role] for role in ROLES if role != "experts")

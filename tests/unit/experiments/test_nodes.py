@@ -49,7 +49,7 @@ GRID = {
     "cells": {"moe": {}},
     "steps": {
         "stage2": {"kind": "given", "folder": "{here}/stage2"},
-        "upcycle": {"kind": "upcycle", "from": "stage2", "moe": {"num_experts": 3}, "noise_std": 0.0},
+        "upcycle": {"kind": "upcycle", "from": "stage2", "moe": {"num_moe_experts": 3}, "noise_std": 0.0},
         "stage3": {
             "kind": "train",
             "from": "upcycle",
@@ -118,6 +118,7 @@ def options(chain, out, **changes):
         "template": "",
         "precision": "",
         "overrides": [],
+        "no_verify": False,
     }
     return SimpleNamespace(**base | changes)
 

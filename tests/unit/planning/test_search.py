@@ -26,7 +26,9 @@ from megatron_moellava.planning.report import settings_line
 from megatron_moellava.planning.search import candidates, search, with_settings
 from megatron_moellava.towers import get_tower
 from megatron_moellava.training.throughput import Throughput
-from megatron_moellava.training.validate import layout_problems, validate
+from megatron_moellava.validation.run import layout_problems, validate
+from tests.helpers import data_files
+from tests.helpers.made_tokenizer import write_tokenizer
 from tests.helpers.paths import REPO
 
 DOCUMENT = REPO / "docs" / "planning.md"
@@ -63,7 +65,7 @@ def found_for(**given):
 
 
 def layout_of(world_size: int = 8, **settings) -> Layout:
-    run = load_config(None, ["model.backbone=phi-2", "training.stage=3", "moe.num_experts=4"])
+    run = load_config(None, ["model.backbone=phi-2", "training.stage=3", "moe.num_moe_experts=4"])
     run = with_settings(run, {name.replace("__", "."): value for name, value in settings.items()})
     backbone, tower = get_backbone("phi-2"), get_tower(run.model.tower)
     return Layout(run=run, backbone=backbone, tower=tower, world_size=world_size)
@@ -85,12 +87,13 @@ def layout_of(world_size: int = 8, **settings) -> Layout:
 )
 def test_every_suggestion_is_accepted_by_the_training_command(given, tmp_path):
     """The pasted settings go the way of tools/train.py: overrides, the whole validation, files included."""
-    (tmp_path / "data.json").write_text("[]")
+    data = data_files.make_set(write_tokenizer(tmp_path))
     options = arguments(**given)
     extra = settings_of(options)
     found = search(request_of(options, extra))
     assert found.plans and found.tried > len(found.plans)
-    files = [f"data.tokenizer={tmp_path}", f"data.sources=[{{path: {tmp_path}/data.json}}]"]
+    files = [f"data.tokenizer={tmp_path}", f"data.sources=[{{path: {data}, image_folder: {tmp_path}}}]"]
+    files += ["data.template=chatml"]
     model = [f"model.backbone={options.backbone}", f"training.stage={options.stage}"]
     for suggestion in found.plans:
         pasted = settings_line(suggestion, extra).split()
@@ -98,6 +101,8 @@ def test_every_suggestion_is_accepted_by_the_training_command(given, tmp_path):
         validate(run, options.gpus)
         assert run.parallel == suggestion.layout.run.parallel
         assert suggestion.memory.total <= GPUS["h100"].memory
+        interleaved = run.parallel.virtual_pipeline_model_parallel_size
+        assert interleaved is None or run.data.packing  # padded rows abort in megatron-core's interleaved pipeline
 
 
 def test_layouts_that_validation_refuses_are_tried_and_never_suggested():
@@ -207,7 +212,7 @@ def test_published_layouts_count_the_published_parameters():
 # The paper's table 8, in billions: language model with experts in every second layer, without tower and projector.
 @pytest.mark.parametrize(("name", "total"), [("stablelm-2-1.6b", 2.9), ("qwen-1.8b", 3.1), ("phi-2", 5.3)])
 def test_models_of_the_paper_have_its_number_of_parameters(name, total):
-    run = load_config(None, [f"model.backbone={name}", "training.stage=3", "moe.num_experts=4"])
+    run = load_config(None, [f"model.backbone={name}", "training.stage=3", "moe.num_moe_experts=4"])
     layout = Layout(run=run, backbone=get_backbone(name), tower=get_tower(run.model.tower), world_size=1)
     language = sum(n for part, n in parameters_of(layout, 0).items() if part not in ("tower", "projector"))
     assert round(language / 1e9, 1) == total
@@ -225,7 +230,7 @@ def test_yaml_holds_the_whole_suggestion(tmp_path):
     )
     text = plan(options)
     run = load_config(str(file), ["model.backbone=phi-2", "training.stage=3"])
-    assert run.moe.capacity_factor == 1.5 and run.optimizer.lr == 1e-5
+    assert run.moe.moe_expert_capacity_factor == 1.5 and run.optimizer.lr == 1e-5
     assert f"training.micro_batch_size={run.training.micro_batch_size}" in text
     assert layout_problems(run, get_backbone("phi-2"), 8) == []
 
@@ -236,7 +241,11 @@ def planned(tmp_path_factory) -> tuple[str, dict, Path, int]:
     folder = tmp_path_factory.mktemp("plan")
     command = [sys.executable, "tools/plan.py", "--backbone", "phi-2", "--stage", "3", "--gpus", "8", "--dry-run"]
     command += ["--picture", str(folder / "plan.png"), "--json", str(folder / "plan.json")]
-    command += ["parallel.pipeline_model_parallel_size=2", "parallel.expert_model_parallel_size=4", "moe.num_experts=8"]
+    command += [
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.expert_model_parallel_size=4",
+        "moe.num_moe_experts=8",
+    ]
     with (folder / "out").open("w") as out, (folder / "errors").open("w") as errors:
         process = subprocess.Popen(command, stdout=out, stderr=errors, cwd=REPO)
         _, status, usage = os.wait4(process.pid, 0)
@@ -253,7 +262,7 @@ def test_command_writes_report_picture_and_json(planned):
     assert data["predicted"] is True
     best = data["plans"][0]
     assert best["settings"]["parallel.pipeline_model_parallel_size"] == 2
-    assert "moe.num_experts=8" in best["command"] and best["command"] in text
+    assert "moe.num_moe_experts=8" in best["command"] and best["command"] in text
     assert best["memory_bytes"]["total"] < 80 * GIB
 
 
@@ -280,7 +289,7 @@ def test_dry_run_counts_little_more_than_a_training_log(planned):
     _, data, _, _ = planned
     settings = data["plans"][0]["settings"]
     assert settings["training.recompute"] == "none", "a log counts nothing twice"
-    run = load_config(None, ["model.backbone=phi-2", "training.stage=3", "moe.num_experts=8"])
+    run = load_config(None, ["model.backbone=phi-2", "training.stage=3", "moe.num_moe_experts=8"])
     run = with_settings(run, settings)
     backbone, tower = get_backbone("phi-2"), get_tower(run.model.tower)
     layout = Layout(run=run, backbone=backbone, tower=tower, world_size=8)
@@ -301,13 +310,13 @@ def test_dry_run_counts_little_more_than_a_training_log(planned):
 
 def test_moe_is_assumed_in_stage_3_only_and_is_pasted():
     assert request_of(arguments(), settings_of(arguments())).run.moe == MoEConfig()
-    assert settings_of(arguments()) == ["moe.num_experts=4"]
+    assert settings_of(arguments()) == ["moe.num_moe_experts=4"]
     assert request_of(arguments(stage=2), settings_of(arguments(stage=2))).run.moe is None
 
 
 def test_context_parallelism_is_refused_rather_than_guessed():
     with pytest.raises(ConfigError, match="context_parallel_size=2 cannot be planned"):
-        request_of(arguments(), ["moe.num_experts=4", "parallel.context_parallel_size=2"])
+        request_of(arguments(), ["moe.num_moe_experts=4", "parallel.context_parallel_size=2"])
 
 
 def test_pipeline_stages_level_in_cost_are_tried_and_win_where_the_tower_weighs():

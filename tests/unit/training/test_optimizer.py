@@ -9,8 +9,8 @@ from megatron_moellava import parallel
 from megatron_moellava.config import ConfigError, LoggingConfig, MoEConfig, OptimizerConfig, ParallelConfig
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.optimizer import distributed_optimizers
-from megatron_moellava.training.validate import validate
-from tests.helpers.batches import words
+from megatron_moellava.validation.run import validate
+from tests.helpers.batches import Repeated, words
 from tests.helpers.inference_models import scatter, tiny_run
 
 from megatron.core.distributed import DistributedDataParallel
@@ -27,21 +27,23 @@ def trainer(moe: MoEConfig, precision: str = "bf16", stage: int = 3, **optimizer
         optimizer=OptimizerConfig(lr=1e-3, lr_decay_style="constant", lr_warmup_fraction=0.0, **optimizer),
         logging=LoggingConfig(tensorboard=False),
     )
-    started = Trainer(run, iter(lambda: words(), None), STEPS)
+    started = Trainer(run, Repeated([words()]), STEPS)
     scatter(started.chunks[0])
     return started
 
 
 def routers(started: Trainer) -> list:
-    return started.routing.routers
+    return list(started.routing.observer.routers.values())
 
 
 @pytest.mark.parametrize("router", ["megatron", "original"])
 def test_bf16_router_computes_in_bf16_and_trains(router):
-    moe = MoEConfig(router=router, capacity_factor=1.5 if router == "original" else None, second_choice="deterministic")
+    moe = MoEConfig(
+        router=router, moe_expert_capacity_factor=1.5 if router == "original" else None, second_choice="deterministic"
+    )
     outputs = {}
     for dtype in ("fp32", "bf16"):
-        started = trainer(replace(moe, router_dtype=dtype))
+        started = trainer(replace(moe, moe_router_dtype=dtype))
         seen: list = []
         for layer in routers(started):
             layer.register_forward_hook(lambda layer, inputs, output, seen=seen: seen.append(output[0].detach()))
@@ -108,8 +110,7 @@ def test_router_warmup_slows_the_routers_alone():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"moe": MoEConfig(router_dtype="fp16")}, "moe.router_dtype='fp16' is not supported; use one of: fp32, bf16"),
-    ({"moe": MoEConfig(router_dtype="bf16")}, "set training.precision=bf16"),
+    ({"moe": MoEConfig(moe_router_dtype="bf16")}, "set training.precision=bf16"),
     ({"optimizer": OptimizerConfig(router_lr_warmup_fraction=1.5)}, "router_lr_warmup_fraction=1.5 must lie between 0 and 1"),
     ({"moe": None, "optimizer": OptimizerConfig(router_lr_warmup_fraction=0.1)}, "needs a MoE model"),
     ({"logging": LoggingConfig(routing_interval=0)}, "logging.routing_interval=0 must be at least 1"),

@@ -29,6 +29,7 @@ from megatron_moellava.planning.counting import flop_counter
 from megatron_moellava.towers import get_tower
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.throughput import Throughput
+from tests.helpers.batches import Repeated
 from tests.helpers.data_files import ASSETS, config, make_loader, make_set
 
 LENGTH, ROWS, MICRO_BATCHES = 512, 2, 2  # rows long enough for the fused attention that the counter knows
@@ -81,7 +82,7 @@ def test_a_full_batch_logs_the_planners_flops_and_what_its_operations_count(run)
     load = Load(tokens=ROWS * LENGTH, length=LENGTH, images=ROWS, samples=ROWS)
     planned = MICRO_BATCHES * model_flops(layout, load)
     parallel.initialize(ParallelConfig(), 1)
-    trainer = Trainer(run, iter(lambda: batch(layout.tower, [LENGTH] * ROWS), None), 3)
+    trainer = Trainer(run, Repeated([batch(layout.tower, [LENGTH] * ROWS)]), 3)
     with flop_counter() as counter:
         numbers, applied, _ = trainer.step()
     assert applied

@@ -12,7 +12,7 @@ from megatron_moellava import parallel
 from megatron_moellava.config import LoggingConfig, MoEConfig, ParallelConfig
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.training.loop import Trainer
-from tests.helpers.batches import words
+from tests.helpers.batches import Repeated, words
 from tests.helpers.inference_models import tiny_run
 
 OURS = megatron_moellava.__path__[0]
@@ -41,8 +41,7 @@ def trainer(moe: MoEConfig | None) -> Trainer:
         training=replace(run.training, micro_batch_size=2, global_batch_size=4),
         logging=LoggingConfig(tensorboard=False),
     )
-    batches = [words() for _ in range(2)]
-    return Trainer(run, iter(batches * 3), 3)
+    return Trainer(run, Repeated([words()]), 3)
 
 
 @pytest.mark.parametrize(

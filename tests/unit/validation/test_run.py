@@ -1,26 +1,22 @@
 """The scripts of examples/ with every backbone: what they ask tools/train.py to check is a valid run, or a clear mistake."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from megatron_moellava.backbones import BACKBONES
+from megatron_moellava.commands import train
 from megatron_moellava.config import ConfigError
-from megatron_moellava.training.run import load_run
-from megatron_moellava.training.validate import validate
+from megatron_moellava.validation.run import load_run, validate
 from tests.helpers import data_files
+from tests.helpers.made_tokenizer import write_tokenizer
 from tests.helpers.paths import REPO
 from tests.helpers.scripts import validate_only
-
-_spec = importlib.util.spec_from_file_location("train_tool", REPO / "tools/train.py")
-train = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(train)
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    return data_files.make_set(tmp_path_factory.mktemp("rows"), 8)
+    return data_files.make_set(write_tokenizer(tmp_path_factory.mktemp("rows")), 8)
 
 
 def asked(backbone: str, stage: int, folder: Path, stub: Path, rows: Path, **variables: str):
