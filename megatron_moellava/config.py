@@ -120,6 +120,8 @@ class DataConfig:
     seq_length: int = 2048  # tokens per row, image tokens included
     # of one sample; None: seq_length, or the backbone's context where that is shorter
     max_sample_length: int | None = None
+    # max_sample_length: "positions", images included, or "text", the original's rule
+    length_counts: Literal["positions", "text"] = "positions"
     # samples beyond it: "cut" there and count, as the original, or "skip" them as bad
     long_samples: Literal["cut", "skip"] = "cut"
     packing: bool = True  # several samples per row, with block-diagonal attention

@@ -4,6 +4,7 @@ moellava evaluate --list
 moellava evaluate --load runs/stage3 --benchmark pope,gqa --data eval --out runs/eval
 moellava launch --nproc-per-node 8 evaluate --load runs/stage3 --benchmark pope parallel.expert_model_parallel_size=4
 moellava evaluate --benchmark pope --data eval --score-only answers.jsonl --out runs/eval
+moellava evaluate --load runs/stage3 --questions mine.jsonl --image-folder pictures --answers answers.jsonl
 
 An interrupted run goes on where it stopped when the same command is given again.
 """
@@ -26,6 +27,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/eval"), help="predictions, scores and table (runs/eval)")
     parser.add_argument(
         "--score-only", type=Path, metavar="JSONL", help="score this file of answers (question_id, text)"
+    )
+    parser.add_argument(
+        "--questions", type=Path, metavar="JSONL", help="ask these: question_id, image (a name, a list, or none), text"
+    )
+    parser.add_argument("--image-folder", type=Path, help="of --questions: where its pictures lie (its own folder)")
+    parser.add_argument("--answers", type=Path, metavar="JSONL", help="of --questions: also write the answers here")
+    parser.add_argument("--max-new-tokens", type=int, help="of --questions: tokens of an answer (1024)")
+    parser.add_argument(
+        "--image-aspect-ratio",
+        default="model",
+        choices=("model", "square"),
+        help="of --questions: as the model was trained, or unpadded as the original's model_vqa (model)",
     )
     parser.add_argument("--load", default="", metavar="CKPT", help="ask this checkpoint")
     parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")

@@ -33,6 +33,7 @@ from megatron_moellava.stages import STAGES
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
+from megatron_moellava.training.first_gradients import FirstGradients, require_trained
 from megatron_moellava.training.metrics import (
     COSTS,
     StepLog,
@@ -71,9 +72,10 @@ class Trainer:
         """`loader` on the processes that read data (`parallel.reads_data`), None elsewhere."""
         self.run, self.loader, self.train_steps = run, loader, train_steps
         self.chunks = build_model(run)
-        self.trained = {}
+        self.trained, roles = {}, run.training.trains or STAGES[run.training.stage]
         for chunk in self.chunks:
-            self.trained |= freeze(chunk, run.training.trains or STAGES[run.training.stage])
+            self.trained |= freeze(chunk, roles)
+        require_trained(self.trained, roles)
         self.routing = RoutingStatistics(self.chunks) if run.moe else None
         self.fp8 = self._emulated_fp8()
         self.state = checkpoints.TrainingState(iteration=0, consumed_samples=0, data=None)
@@ -89,6 +91,7 @@ class Trainer:
         self.watchdog: Watchdog | None = None
         self._configure_schedules()
         self.update = Update(self.optimizer)
+        self.first_gradients: FirstGradients | None = FirstGradients(self.chunks)
         self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
         title = f"stage {run.training.stage}"
         self.log = StepLog(self._log_folder(), run.logging.tensorboard, title, train_steps, self.state.iteration)
@@ -235,6 +238,9 @@ class Trainer:
         self.stragglers.begin()
         self._at("forward and backward pass")
         loss_sums = self._forward_backward(batches, loss_tokens)
+        if self.first_gradients is not None:
+            self.first_gradients.check()
+            self.first_gradients = None
         self._at("updating parameters")
         applied, grad_norm = self.update()
         if self.fp8 is not None:
@@ -282,7 +288,9 @@ class Trainer:
                     fault = error
         counts = [fault is not None, self.loader.num_bad if self.loader is not None else 0]
         sums = torch.tensor(counts, dtype=torch.int64, device=platform.device())
+        self.stragglers.pause(self.state.iteration + 1)
         dist.all_reduce(sums)
+        self.stragglers.begin()
         faults, self._bad_rows = sums.tolist()  # bad rows of all ranks: judged before the next step
         if faults:
             self._end_by_data(fault, before)

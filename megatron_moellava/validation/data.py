@@ -27,7 +27,7 @@ def data_problems(run: RunConfig) -> Iterator[str]:
         if source.image_folder and not Path(source.image_folder).expanduser().is_dir():
             yield f"{where}.image_folder={source.image_folder} is not a folder; pass --image-folder DIR"
         elif not Path(source.path).expanduser().exists():
-            yield f"{where}.path={source.path} does not exist; docs/data.md says which files can be read"
+            yield f"{where}.path={source.path} does not exist; docs/reference/data.md says which files can be read"
         elif problem := first_rows_problem(source, data):
             yield problem
 
@@ -37,7 +37,8 @@ def length_problems(run: RunConfig, backbone: Backbone) -> Iterator[str]:
     data, context = run.data, backbone.context_length
     window = context < backbone.max_position_embeddings
     limit = f"{'sliding_window' if window else 'max_position_embeddings'}={context} ({backbone.name})"
-    if data.max_sample_length is None and not data.packing and data.seq_length > context:
+    by_text = data.length_counts == "text"  # images grow afterwards, beyond the context as in the original
+    if data.max_sample_length is None and not data.packing and not by_text and data.seq_length > context:
         yield f"data.seq_length={data.seq_length} is more than {limit}; use at most {context}, or set data.packing=true"
     if data.max_sample_length is not None and data.max_sample_length > min(context, data.seq_length):
         yield (

@@ -29,7 +29,7 @@ from tests.helpers import data_files
 from tests.helpers.made_tokenizer import write_tokenizer
 from tests.helpers.paths import REPO
 
-DOCUMENT = REPO / "docs" / "planning.md"
+DOCUMENT = REPO / "docs" / "measurements" / "planning.md"
 
 
 def arguments(**given) -> Namespace:

@@ -200,7 +200,7 @@ def test_a_run_that_cannot_start_is_refused(wanted, mistake):
 def test_all_problems_are_reported_together(wanted):
     wanted.overrides += ["training.recompute=ful", "data.sorces=1", "optimizer.clip_grad=-1", "data.tokenizer=/nowhere"]
     said = wanted.message().splitlines()
-    assert len(said) == 4
+    assert len(said) == 5  # a negative rate is also below optimizer.min_lr
     assert "did you mean full? Use one of: none, full, selective, moe" in wanted.message()
 
 
