@@ -17,6 +17,7 @@ BENCH ?=
 ifeq ($(origin VENV),undefined)
 VENV := .venv
 READY := $(VENV)/.installed
+DOCS_READY := $(VENV)/.docs-installed
 endif
 BIN := $(VENV)/bin
 
@@ -30,10 +31,14 @@ quickstart: $(READY)  ## the three stages on a published benchmark, on this CPU 
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) examples/quickstart/run.py --preset $(PRESET) --out runs/quickstart $(ARGS)
 
 chat: $(READY)  ## talk with the quickstart's model in the terminal (ARGS="--load CKPT --image a.jpg")
-	$(BIN)/python tools/chat.py $(ARGS)
+	$(BIN)/python -m megatron_moellava chat $(ARGS)
 
 serve: $(READY)  ## the same in a browser, and as an OpenAI-compatible API, on http://127.0.0.1:8000
-	$(BIN)/python tools/serve.py $(ARGS)
+	$(BIN)/python -m megatron_moellava serve $(ARGS)
+
+docs: $(DOCS_READY)  ## this documentation and the API as a site, in build/docs
+	$(BIN)/python -m megatron_moellava.config_reference > docs/reference/configuration.md
+	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 # Two test processes of one thread each: oversubscribed threads make small products several times slower.
 test: $(READY)  ## unit and parity tests (TESTS=tests/unit for a part)
@@ -54,7 +59,7 @@ fuzz: $(READY)  ## malformed rows and images by the ten thousand, with the count
 test-te: .te-venv/.installed  ## checkpoints of Transformer Engine's modules against the local ones (builds it: nvcc, 10 minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .te-venv/bin/python -m pytest $(PYTEST_ARGS) tests/te
 
-bench: .bench-venv/.installed  ## measure, then write docs/performance.md (BENCH="moe_layer generation" for a part)
+bench: .bench-venv/.installed  ## measure, then write docs/measurements/performance.md (BENCH="moe_layer generation" for a part)
 	.bench-venv/bin/python -m benchmarks.run $(BENCH)
 
 check: $(READY)  ## format, lint, types, import direction, shell scripts, Dockerfile
@@ -68,10 +73,6 @@ check: $(READY)  ## format, lint, types, import direction, shell scripts, Docker
 format: $(READY)  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-
-docs: $(READY)  ## docs/reference/configuration.md, anew from the sources
-	mkdir -p docs/reference
-	$(BIN)/python -m megatron_moellava.config_reference > docs/reference/configuration.md
 
 test-browser: $(READY)  ## the web page in a real Chromium (apt-get install chromium)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/browser
@@ -98,6 +99,10 @@ clean:  ## remove the environments, caches and runs/
 	if ! .venv/bin/python -c pass 2>/dev/null; then echo "Making .venv with $$python"; $$python -m venv --clear .venv; fi
 	@echo "Installing the package and its dependencies (about 6 GB; torch is most of it)"
 	.venv/bin/python -m pip install --disable-pip-version-check --editable '.[quickstart,dev]'
+	@touch $@
+
+.venv/.docs-installed: setup.py | $(READY)
+	.venv/bin/python -m pip install --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
 # lmms-eval and Energon's video decoding need different releases of `av`, hence two environments.

@@ -5,7 +5,7 @@ moellava analyze --load runs/quickstart/stage3 --data runs/quickstart/data/test.
 moellava launch --nproc-per-node 4 analyze ... parallel.expert_model_parallel_size=4
 
 --data takes LLaVA JSON or JSONL, or lines of {image, question, answer, type}. A collapsed layer or a dead expert is a
-warning with advice. docs/routing.md explains the pictures.
+warning with advice. docs/how-to/routing.md explains the pictures.
 """
 
 import argparse

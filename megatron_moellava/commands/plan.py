@@ -5,7 +5,8 @@
 
 Layouts that moellava train would refuse are never suggested. A parallel.* or training.* setting given here stays as it
 is. --dry-run builds the full-size model of every pipeline stage on fake tensors and counts what it holds and computes.
-docs/planning.md says how far predictions are from published runs. Exit codes: 0 planned; 2 nothing fits or is valid.
+docs/measurements/planning.md says how far predictions are from published runs.
+Exit codes: 0 planned; 2 nothing fits or is valid.
 """
 
 import argparse

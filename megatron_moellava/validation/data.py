@@ -27,7 +27,7 @@ def data_problems(run: RunConfig) -> Iterator[str]:
         if source.image_folder and not Path(source.image_folder).expanduser().is_dir():
             yield f"{where}.image_folder={source.image_folder} is not a folder; pass --image-folder DIR"
         elif not Path(source.path).expanduser().exists():
-            yield f"{where}.path={source.path} does not exist; docs/data.md says which files can be read"
+            yield f"{where}.path={source.path} does not exist; docs/reference/data.md says which files can be read"
         elif problem := first_rows_problem(source, data):
             yield problem
 

@@ -23,7 +23,12 @@ def test_every_command_is_a_file_of_tools_and_nothing_else_is():
 
 
 def test_every_module_of_the_room_is_a_command():
-    modules = {path.stem for path in REPO.glob("megatron_moellava/commands/*.py")} - {"__init__", "main", "program"}
+    modules = {path.stem for path in REPO.glob("megatron_moellava/commands/*.py")} - {
+        "__init__",
+        "main",
+        "program",
+        "reference",
+    }
     assert modules == {command.module for command in COMMANDS.values()}
 
 
@@ -65,7 +70,7 @@ def test_an_unknown_command_gets_the_nearest_names(name, says, capsys):
 
 
 def test_exit_codes_are_the_commands_own(tmp_path, capsys):
-    assert main(["evaluate", "--score-only", str(tmp_path / "nothing")]) == 1
+    assert main(["evaluate", "--score-only", str(tmp_path / "nothing")]) == 2
     assert main(["convert", "inspect", str(tmp_path / "nothing")]) == 2
     assert "benchmark is empty" in capsys.readouterr().err
     assert run("-m", "megatron_moellava", "train", "--stage", "4").returncode == 2
