@@ -14,7 +14,6 @@ import megatron_moellava.platform as platform
 from megatron_moellava.config import ParallelConfig
 
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 
 def initialize(config: ParallelConfig, seed: int) -> None:
@@ -54,7 +53,6 @@ def shutdown() -> None:
 
 def _forget_layout() -> None:
     parallel_state.destroy_model_parallel()
-    destroy_moe_metrics_tracker()  # it holds groups of the layout
 
 
 def seed_model_parallel(seed: int) -> None:

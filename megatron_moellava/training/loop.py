@@ -37,10 +37,10 @@ from megatron_moellava.training.first_gradients import FirstGradients, require_t
 from megatron_moellava.training.metrics import (
     COSTS,
     StepLog,
-    aux_losses,
     costs,
     imbalance,
     load_imbalance,
+    router_losses,
     routing_summary,
 )
 from megatron_moellava.training.non_finite_report import Culprits
@@ -294,7 +294,7 @@ class Trainer:
 
     def _router_numbers(self) -> dict[str, float]:
         """The routers' losses; every `logging.routing_interval` steps their state goes to the log as well."""
-        means, by_layer = aux_losses(self.chunks[0].config, self.num_microbatches, self.state.iteration)
+        means, by_layer = router_losses(self.chunks, self.num_microbatches)
         if self.state.iteration % self.run.logging.routing_interval:
             return means
         sums = self.routing.collect()
