@@ -34,6 +34,7 @@ EXTRAS_REQUIRE = {
     "demo": ["fastapi>=0.110", "starlette", "uvicorn>=0.29", "prometheus-client>=0.20"],
     "quickstart": ["easy-vqa~=1.0", "scikit-learn>=1.4", "scipy>=1.11"],  # scipy: the paired test of tools/ablate.py
     "video": ["av>=17"],  # the release that Energon 7.4 decodes with
+    "docs": ["mkdocs~=1.6", "mkdocstrings[python]~=1.0"],  # `make docs`; reads the sources, imports nothing
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.6",

@@ -347,11 +347,14 @@ def _length_key(fingerprint: dict, opened: list[OpenSource], data, tower) -> lis
 def build_encoder(data, tokenizer: Tokenizer, tower, template: str = "", context_length: int | None = None) -> Encoder:
     chosen = get_template(data.template or template)
     check_template(chosen, tokenizer)
+    longest = min(data.seq_length, data.max_sample_length or context_length or data.seq_length)
+    by_text = data.length_counts == "text"
     return Encoder(
         template=chosen,
         tokenizer=tokenizer,
         num_features=tower.num_features,
-        max_length=min(data.seq_length, data.max_sample_length or context_length or data.seq_length),
+        max_length=data.seq_length if by_text else longest,
+        text_length=longest if by_text else None,
         label_mode=data.label_mode,
         long_samples=data.long_samples,
     )
@@ -367,7 +370,7 @@ def order_fields(data, encoder: Encoder, tower, opened: list[OpenSource]) -> dic
         "packing": data.packing,
         "packing_buffer": data.packing_buffer if data.packing else None,
         "seq_length": data.seq_length,
-        "max_sample_length": encoder.max_length,
+        "max_sample_length": encoder.max_length if encoder.text_length is None else f"{encoder.text_length} of text",
         "long_samples": data.long_samples,
         "template": encoder.template.version,
         "label_mode": data.label_mode,

@@ -16,7 +16,8 @@ def epoch_order(lengths: np.ndarray, micro_batch_size: int, chunks: int, generat
     lengths = np.where(lengths == 0, -1, lengths)
     image_rows, text_rows = np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)
     if not len(image_rows) or not len(text_rows):
-        return _grouped(np.abs(lengths), micro_batch_size, chunks, generator)
+        # As in the original, text alone keeps its sign: shortest first, and batches of like lengths.
+        return _grouped(lengths, micro_batch_size, chunks, generator)
     size = micro_batch_size * chunks
     full, rest = [], []
     for rows in (image_rows, text_rows):

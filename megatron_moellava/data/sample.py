@@ -66,6 +66,7 @@ class Sample:
     turns: tuple[Turn, ...]  # user and assistant alternate, user first
     images: tuple[ImageRef, ...] = ()  # one per `<image>` in the turns, in that order; if none, `<image>` is text
     system: str = ""  # in place of the template's own system prompt
+    leading: str = ""  # an answer before the first question: of the original's templates only `v0` keeps it
     tag: str = ""
     notes: tuple[str, ...] = ()  # what is odd about it, for the counters
 
@@ -77,7 +78,7 @@ def parse_record(
     if not isinstance(record, dict):
         raise BadSample("not a record", f"{origin}: a row must be a JSON object, found {type(record).__name__}")
     record = {key: value for key, value in record.items() if key not in ignore_keys}
-    system, turns, inline, notes = _parse_turns(*_conversation(record, origin), origin)
+    system, leading, turns, inline, notes = _parse_turns(*_conversation(record, origin), origin)
     _refuse_unknown(record, {*KEYS, *INERT}, origin, "data.ignore_keys=[{}] passes over it")
     images, turns = _parse_images(record, turns, inline, origin, video_frames)
     if len(images) > max_images:
@@ -92,6 +93,7 @@ def parse_record(
         turns=turns,
         images=images,
         system=_system(record, system, origin),
+        leading=leading,
         tag=_utf8(str(record.get("tag", "")), origin),
         notes=tuple(notes),
     )
@@ -130,9 +132,11 @@ def _conversation(record: dict, origin: str) -> tuple[str, list]:
     return found[0], turns
 
 
-def _parse_turns(name: str, conversation: list, origin: str) -> tuple[str, tuple[Turn, ...], list[ImageRef], list[str]]:
-    """(system prompt, turns, pictures named inside of turns, notes)"""
-    system, turns, inline, notes = "", [], [], []
+def _parse_turns(
+    name: str, conversation: list, origin: str
+) -> tuple[str, str, tuple[Turn, ...], list[ImageRef], list[str]]:
+    """(system prompt, answer before the first question, turns, pictures named inside of turns, notes)"""
+    system, leading, turns, inline, notes = "", "", [], [], []
     for number, turn in enumerate(conversation):
         where = f"{origin}: turn {number} of `{name}`"
         role, text, pictures = _parse_turn(turn, where)
@@ -142,7 +146,8 @@ def _parse_turns(name: str, conversation: list, origin: str) -> tuple[str, tuple
             system = text
             continue
         if not turns and role == "assistant" and not notes:
-            notes.append("leading answer dropped")  # as in the original
+            notes.append("leading answer dropped")  # as in the original, `v0` apart
+            leading = "" if pictures or IMAGE_PLACEHOLDER in text else text
             continue
         turns.append(Turn(role=role, text=text))
         inline += pictures
@@ -157,7 +162,7 @@ def _parse_turns(name: str, conversation: list, origin: str) -> tuple[str, tuple
         notes.append("empty answer among others")
     if turns[-1].role == "user":
         notes.append("question without an answer")
-    return system, tuple(turns), inline, notes
+    return system, leading, tuple(turns), inline, notes
 
 
 def _parse_turn(turn, where: str) -> tuple[str, str, list[ImageRef]]:

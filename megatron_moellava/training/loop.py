@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_moellava import parallel, platform
 from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import CheckpointError, DataError, MoELlavaError, RunConfig
+from megatron_moellava.config import DataError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IGNORE_INDEX
 from megatron_moellava.data.loader import Loader
@@ -33,6 +33,7 @@ from megatron_moellava.stages import STAGES
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
+from megatron_moellava.training.first_gradients import FirstGradients, require_trained
 from megatron_moellava.training.metrics import (
     COSTS,
     StepLog,
@@ -46,6 +47,7 @@ from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.watchdog import Watchdog
+from megatron_moellava.validation.checkpoints import check_resumable
 
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
@@ -70,9 +72,10 @@ class Trainer:
         """`loader` on the processes that read data (`parallel.reads_data`), None elsewhere."""
         self.run, self.loader, self.train_steps = run, loader, train_steps
         self.chunks = build_model(run)
-        self.trained = {}
+        self.trained, roles = {}, run.training.trains or STAGES[run.training.stage]
         for chunk in self.chunks:
-            self.trained |= freeze(chunk, run.training.trains or STAGES[run.training.stage])
+            self.trained |= freeze(chunk, roles)
+        require_trained(self.trained, roles)
         self.routing = RoutingStatistics(self.chunks) if run.moe else None
         self.fp8 = self._emulated_fp8()
         self.state = checkpoints.TrainingState(iteration=0, consumed_samples=0, data=None)
@@ -88,6 +91,7 @@ class Trainer:
         self.watchdog: Watchdog | None = None
         self._configure_schedules()
         self.update = Update(self.optimizer)
+        self.first_gradients: FirstGradients | None = FirstGradients(self.chunks)
         self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
         title = f"stage {run.training.stage}"
         self.log = StepLog(self._log_folder(), run.logging.tensorboard, title, train_steps, self.state.iteration)
@@ -120,11 +124,7 @@ class Trainer:
 
     def _resume(self, checkpoint: Path) -> None:
         description = read_description(checkpoint)
-        if description.optimizer_steps is None or description.stage != self.run.training.stage:
-            raise CheckpointError(
-                f"checkpoint.save={checkpoint.parent} holds a checkpoint of stage {description.stage} that cannot be "
-                f"continued as stage {self.run.training.stage}; choose another checkpoint.save"
-            )
+        check_resumable(checkpoint, description, self.run.training.stage)
         self.state.iteration = description.iteration
         self.state.consumed_samples = description.consumed_samples
         checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description.optimizer_steps)
@@ -238,6 +238,9 @@ class Trainer:
         self.stragglers.begin()
         self._at("forward and backward pass")
         loss_sums = self._forward_backward(batches, loss_tokens)
+        if self.first_gradients is not None:
+            self.first_gradients.check()
+            self.first_gradients = None
         self._at("updating parameters")
         applied, grad_norm = self.update()
         if self.fp8 is not None:
