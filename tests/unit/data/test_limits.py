@@ -1,11 +1,9 @@
 """How long rows and samples may be: checked before any weight is touched, and reported with both numbers."""
 
 import pytest
-import torch
 
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig, from_dict
-from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.loader import build_encoder
@@ -14,7 +12,6 @@ from megatron_moellava.data.sample import BadSample, parse_record
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.towers import get_tower
-from megatron_moellava.training.metrics import attention_cost, costs, imbalance
 from megatron_moellava.validation.run import validate
 from tests.helpers.data_files import ASSETS, config, conversation, make_set
 
@@ -72,32 +69,6 @@ def test_no_sample_is_longer_than_a_sliding_window(data):
 )
 def test_a_wrong_field_says_what_is_right(data, change, message):
     assert message in problems(data(**change), "phi-2")
-
-
-def row(lengths: list[int], images: int) -> Batch:
-    """A packed row of `lengths`, whose last is padding, with so many image tokens at its start."""
-    size = sum(lengths)
-    tokens_BS = torch.ones(1, size, dtype=torch.int64)
-    tokens_BS[0, :images] = -200
-    return Batch(
-        tokens_BS=tokens_BS,
-        labels_BS=tokens_BS,
-        position_ids_BS=tokens_BS,
-        padding_mask_BS=(torch.arange(size) < size - lengths[-1])[None],
-        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        max_seqlen=max(lengths),
-        pixel_values_NCHW=torch.zeros(0),
-    )
-
-
-def test_imbalance_is_the_busiest_rank_over_the_mean():
-    assert costs([row([3, 4, 1], 2), row([8, 0], 5)]) == [15, 7, 9 + 16 + 1 + 64]
-    padded = row([4, 4], 0)
-    padded.cu_seqlens, padded.tokens_BS = None, torch.zeros(2, 4)
-    assert attention_cost(padded) == 32
-    found = imbalance(torch.tensor([[10.0, 0.0, 4.0], [10.0, 6.0, 12.0]]))
-    assert found == {"imbalance/tokens": 1.0, "imbalance/image_tokens": 2.0, "imbalance/attention": 1.5}
-    assert imbalance(torch.tensor([[7.0, 0.0, 3.0]]))["imbalance/image_tokens"] == 1.0  # no picture anywhere is even
 
 
 # --- what a limit counts ----------------------------------------------------------------------------------------------
