@@ -20,7 +20,9 @@ from megatron_moellava.commands.program import command_parser
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser("prepare-data", __doc__)
-    parser.add_argument("--data", required=True, metavar="FILE", help="JSON, JSON Lines or Parquet; docs/data.md")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="JSON, JSON Lines or Parquet; docs/reference/data.md"
+    )
     parser.add_argument(
         "--image-folder", default="", metavar="DIR", help="image paths are relative to it (FILE's folder)"
     )

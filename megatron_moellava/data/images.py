@@ -11,7 +11,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from megatron_moellava.data.sample import BadSample
 
@@ -48,6 +48,10 @@ def open_image(data: bytes | str, where: str) -> tuple[Image.Image, tuple[str, .
         raise
     except FileNotFoundError:
         raise BadSample("missing image", f"{where}: no such file; check image_folder and the row's `image`") from None
+    except UnidentifiedImageError:  # its message names an address in memory
+        raise BadSample(
+            "unreadable image", f"{where}: cannot be decoded: no picture that Pillow knows; replace the file"
+        ) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
         raise BadSample(
             "unreadable image", f"{where}: cannot be decoded ({type(error).__name__}: {error}); replace the file"
@@ -62,6 +66,10 @@ def image_size(data: bytes | str, where: str) -> tuple[int, int]:
             return (image.height, image.width) if turned else image.size
     except FileNotFoundError:
         raise BadSample("missing image", f"{where}: no such file; check image_folder and the row's `image`") from None
+    except UnidentifiedImageError:
+        raise BadSample(
+            "unreadable image", f"{where}: cannot be read: no picture that Pillow knows; replace it"
+        ) from None
     except Exception as error:
         raise BadSample("unreadable image", f"{where}: cannot be read ({error}); replace the file") from None
 
@@ -69,10 +77,11 @@ def image_size(data: bytes | str, where: str) -> tuple[int, int]:
 def to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     """Three 8-bit channels, and notes on what that took."""
     notes = []
+    layout = str(image.tile[0][3]) if image.tile else ""  # as in the file; gone once anything has been decoded
     rotated = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
     if getattr(image, "n_frames", 1) > 1 and image.tell() == 0 and image.format in _SEQUENCES:
         notes.append("first of several frames")
-    image, deep = _to_8_bits(image)
+    image, deep = _to_8_bits(image, layout)
     notes += deep
     if image.mode in _CONVERTED:
         notes.append(_CONVERTED[image.mode])
@@ -94,15 +103,14 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     return image, tuple(notes)
 
 
-def _to_8_bits(image: Image.Image) -> tuple[Image.Image, list[str]]:
+def _to_8_bits(image: Image.Image, layout: str) -> tuple[Image.Image, list[str]]:
     """Greys of more than 8 bits: level 255 is the brightest that the type can hold. (image, notes)"""
     if (
         image.mode == "F"
     ):  # a type without a brightest level: 0 to 255 are taken as levels, others clipped, as in Pillow
         return image.convert("L"), ["float levels clipped"]
     if image.mode != "I" and not image.mode.startswith("I;16"):
-        raw = str(image.tile[0][3]) if image.tile else ""  # Pillow reads 16-bit colours as their upper 8 bits
-        return image, ["16-bit image scaled"] if ";16" in raw else []
+        return image, ["16-bit image scaled"] if ";16" in layout else []  # Pillow reads their upper 8 bits
     bits, signed = _grey_bits(image)
     levels = np.asarray(image).astype(np.int64)
     if bits == 32 and not signed:

@@ -83,15 +83,16 @@ def _write(path: Path, folder: Path) -> None:
     from tqdm import tqdm
 
     offsets, lengths, ids = [0], [], Counter()
-    first: dict[str | int | None, int] = {}
+    first: dict[str, int] = {}
     repeated = ""
     with open(folder / "unordered", "wb") as file:
         for row, record in tqdm(read_rows(path), desc=f"Indexing {path.name}", unit=" rows", mininterval=1):
             line, length, name = _line(path, row, record)
-            ids[name] += name is not None
-            first.setdefault(name, row)
-            if ids[name] == 2 and not repeated:
-                repeated = f"row {row} repeats the id {name!r} of row {first[name]}"
+            key = str(name)  # messages and metrics show 3 and "3" alike
+            ids[key] += name is not None
+            first.setdefault(key, row)
+            if ids[key] == 2 and not repeated:
+                repeated = f"row {row} repeats the id {name!r} of row {first[key]}"
             lengths.append(length)
             offsets.append(offsets[-1] + file.write(line))
     if not lengths:

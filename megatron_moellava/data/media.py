@@ -4,6 +4,7 @@ import base64
 import binascii
 import importlib.util
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +30,20 @@ def locate(folder: str, name: str, where: str, trusted: bool = False) -> str:
             "missing image", f"{where}: image {name[:80]!r} is a web address; download it and name the file"
         )
     root = os.path.realpath(os.path.expanduser(folder or "."))
-    path = os.path.realpath(os.path.join(root, name.removeprefix("file://")))
+    path = _existing(os.path.realpath(os.path.join(root, name.removeprefix("file://"))))
     if not trusted and not path.startswith(root.rstrip(os.sep) + os.sep):
         raise BadSample(
             "outside image folder",
             f"{where}: image {name!r} leads outside image_folder={folder!r}, to {path}; if you trust the data, set "
-            "data.trust_paths=true (--trust-paths of tools/prepare_data.py)",
+            "data.trust_paths=true (--trust-paths of prepare-data)",
         )
     return path
+
+
+def _existing(path: str) -> str:
+    """The path, or its other spelling in Unicode: archives from a Mac have `é` as two characters."""
+    forms = [path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]
+    return next((os.path.realpath(form) for form in forms if os.path.exists(form)), path)
 
 
 def source(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> bytes | str:

@@ -33,7 +33,7 @@ FOREIGN = {  # (offset, bytes) -> what it is and what to do
     (0, b"SQLite format 3"): "a database: write its rows as JSON Lines",
     (257, b"ustar"): "a tar: put the WebDataset shards into a folder, run `energon prepare` on it, and name the folder",
 }
-HELP = "give a JSON, JSON Lines (also .gz, .bz2, .xz) or Parquet file; docs/data.md lists the formats"
+HELP = "give a JSON, JSON Lines (also .gz, .bz2, .xz) or Parquet file; docs/reference/data.md lists the formats"
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict | BadSample]]:

@@ -1,6 +1,5 @@
 """Sources on disk -> records by sample number: indexed files and WebDataset shards."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -11,13 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from megatron_moellava.config import DataError
+from megatron_moellava.data.first_rows import shard_counts
 from megatron_moellava.data.index import Index, index_json
 from megatron_moellava.data.order import SHARD_RUN, Share
-from megatron_moellava.data.rows import HELP, read_rows
-from megatron_moellava.data.sample import BadSample, Sample, parse_record
+from megatron_moellava.data.sample import BadSample, Sample
 
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
@@ -25,7 +23,6 @@ from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 
 MEMBER_TYPES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 OPEN_TARS = 16
-FIRST_ROWS = 20  # that a check of a source looks at
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,45 +74,9 @@ def open_source(source, cache_folder: str | Path | None) -> OpenSource:
     )
 
 
-def first_rows_problem(source, data) -> str | None:
-    """Why no run can begin with a source, from its first rows and without an index; None if it can."""
-    path = Path(source.path).expanduser()
-    try:
-        if path.is_dir():
-            _open_shards(path, "", source.weight)
-            return None
-        bad, count = None, 0
-        with contextlib.closing(read_rows(path)) as rows:
-            for number, record in rows:
-                count += 1
-                try:
-                    if isinstance(record, BadSample):
-                        raise record
-                    origin = f"{path.name} row {number}"
-                    parse_record(record, origin=origin, max_images=data.max_images, ignore_keys=data.ignore_keys)
-                except BadSample as error:
-                    bad = error
-                    if not data.max_skip_share:
-                        break
-                else:
-                    if data.max_skip_share:
-                        return None
-                if count == FIRST_ROWS:
-                    break
-    except DataError as error:
-        return str(error)
-    if not count:
-        return f"data.sources.path={path} holds no rows; {HELP}"
-    return str(bad) if bad else None
-
-
 def _open_shards(path: Path, folder: str, weight: float) -> OpenSource:
-    found = [path / ".nv-meta" / name for name in (".info.json", ".info.yaml")]
-    info = next((file for file in found if file.exists()), None)
-    if info is None:
-        raise DataError(f"data.sources.path={path} is a folder without Energon's .nv-meta; {_folder_advice(path)}")
+    counts = shard_counts(path)
     shards = _shards(path)
-    counts = yaml.safe_load(info.read_text())["shard_counts"]
     digest = hashlib.sha256(json.dumps([counts, _content(path, shards)], sort_keys=True).encode()).hexdigest()[:16]
     report = path / "report.json"  # of tools/prepare_data.py
     known = json.loads(report.read_text()) if report.exists() else {}
@@ -132,13 +93,6 @@ def _open_shards(path: Path, folder: str, weight: float) -> OpenSource:
         duplicates=known.get("rows_with_duplicate_id", 0),
         duplicates_message=known.get("duplicates_message", ""),
     )
-
-
-def _folder_advice(path: Path) -> str:
-    for pattern in ("*.parquet", "*.jsonl", "*.json", "*.jsonl.gz", "*.json.gz"):
-        if files := sorted(path.glob(pattern)):
-            return f"name its files as sources, such as {files[0]}"
-    return "make shards with tools/prepare_data.py, or run `energon prepare` on existing ones"
 
 
 def _shards(path: Path):

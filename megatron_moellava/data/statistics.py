@@ -1,6 +1,5 @@
 """Token lengths of a source, and how well they pack."""
 
-import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 from megatron_moellava.config import DataError
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.index import Index
-from megatron_moellava.data.packing import select_rows
+from megatron_moellava.data.packing import pack_epoch
 from megatron_moellava.data.sample import BadSample, parse_record
 
 LIMIT = 20_000  # rows that are tokenised
@@ -50,22 +49,13 @@ def token_lengths(
 
 
 def packing(lengths: np.ndarray, seq_length: int, buffer: int) -> list[list[int]]:
-    """The rows that the loader would make of these samples in this order, as indices."""
-    waiting: list[int] = []
-    rows, arriving = [], iter(range(len(lengths)))
-    while True:
-        waiting += itertools.islice(arriving, buffer - len(waiting))
-        if len(waiting) < buffer:
-            return rows  # the stream is endless in training: what is left would be packed with what comes
-        chosen, rest = select_rows([int(lengths[i]) for i in waiting], seq_length)
-        rows += [[waiting[i] for i in row] for row in chosen]
-        waiting = [waiting[i] for i in rest]
+    """The rows that the loader makes of an epoch of these samples in this order, as indices."""
+    return pack_epoch(range(len(lengths)), [int(length) for length in lengths], seq_length, buffer)
 
 
 def describe(tokens: np.ndarray, images: np.ndarray, seq_length: int, buffer: int) -> dict:
-    stream = np.tile(tokens, max(1, -(-4 * buffer // len(tokens))))  # training repeats a small set, too
-    rows = packing(stream, seq_length, buffer)
-    filled = [int(stream[row].sum()) for row in rows]
+    rows = packing(tokens, seq_length, buffer)
+    filled = [int(tokens[row].sum()) for row in rows]
     grouped = np.array_split(tokens, max(1, len(tokens) // 8))
     padded = sum(len(part) * int(part.max()) for part in grouped if len(part))
     return {

@@ -36,7 +36,7 @@ class Conversation:
 
     def show(self, file: str) -> None:
         """Raises DataError when it is no readable picture."""
-        file = os.path.expanduser(file.strip("\"'"))
+        file = os.path.abspath(os.path.expanduser(file.strip("\"'")))  # a later `cd` must not lose it
         image, _ = open_image(file, file)
         self.pending.append((file, image))
 

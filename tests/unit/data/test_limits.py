@@ -1,11 +1,9 @@
 """How long rows and samples may be: checked before any weight is touched, and reported with both numbers."""
 
 import pytest
-import torch
 
 from megatron_moellava.backbones import get_backbone
-from megatron_moellava.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
-from megatron_moellava.data.batch import Batch
+from megatron_moellava.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig, from_dict
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.loader import build_encoder
@@ -14,8 +12,7 @@ from megatron_moellava.data.sample import BadSample, parse_record
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.towers import get_tower
-from megatron_moellava.training.metrics import attention_cost, costs, imbalance
-from megatron_moellava.training.validate import validate
+from megatron_moellava.validation.run import validate
 from tests.helpers.data_files import ASSETS, config, conversation, make_set
 
 
@@ -68,37 +65,10 @@ def test_no_sample_is_longer_than_a_sliding_window(data):
         ({"packing_buffer": 0}, "data.packing_buffer=0 must be at least 1"),
         ({"num_workers": -1}, "data.num_workers=-1 must be at least 0"),
         ({"max_skip_share": 1.5}, "data.max_skip_share=1.5 must lie between 0 (stop at the first bad row) and 1"),
-        ({"long_samples": "drop"}, "data.long_samples='drop' is not supported; use one of: cut, skip"),
     ],
 )
 def test_a_wrong_field_says_what_is_right(data, change, message):
     assert message in problems(data(**change), "phi-2")
-
-
-def row(lengths: list[int], images: int) -> Batch:
-    """A packed row of `lengths`, whose last is padding, with so many image tokens at its start."""
-    size = sum(lengths)
-    tokens_BS = torch.ones(1, size, dtype=torch.int64)
-    tokens_BS[0, :images] = -200
-    return Batch(
-        tokens_BS=tokens_BS,
-        labels_BS=tokens_BS,
-        position_ids_BS=tokens_BS,
-        padding_mask_BS=(torch.arange(size) < size - lengths[-1])[None],
-        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        max_seqlen=max(lengths),
-        pixel_values_NCHW=torch.zeros(0),
-    )
-
-
-def test_imbalance_is_the_busiest_rank_over_the_mean():
-    assert costs([row([3, 4, 1], 2), row([8, 0], 5)]) == [15, 7, 9 + 16 + 1 + 64]
-    padded = row([4, 4], 0)
-    padded.cu_seqlens, padded.tokens_BS = None, torch.zeros(2, 4)
-    assert attention_cost(padded) == 32
-    found = imbalance(torch.tensor([[10.0, 0.0, 4.0], [10.0, 6.0, 12.0]]))
-    assert found == {"imbalance/tokens": 1.0, "imbalance/image_tokens": 2.0, "imbalance/attention": 1.5}
-    assert imbalance(torch.tensor([[7.0, 0.0, 3.0]]))["imbalance/image_tokens"] == 1.0  # no picture anywhere is even
 
 
 # --- what a limit counts ----------------------------------------------------------------------------------------------
@@ -170,8 +140,8 @@ def test_the_rule_reaches_the_loader(data):
 
 def test_rows_may_be_longer_than_the_context_where_text_is_what_counts(data):
     assert problems(data(seq_length=4096, packing=False, length_counts="text"), "phi-2") == ""
-    text = problems(data(seq_length=4096, packing=False, length_counts="texts"), "phi-2")
-    assert "data.length_counts='texts' is not supported; use one of: positions, text" in text
+    with pytest.raises(ConfigError, match=r"length_counts='texts' is not supported.*positions, text"):
+        from_dict(DataConfig, {"length_counts": "texts"})
 
 
 def test_the_originals_labels_need_one_of_the_originals_templates():

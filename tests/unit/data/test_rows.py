@@ -10,10 +10,10 @@ import pytest
 
 from megatron_moellava.config import DataConfig, DataError, Source
 from megatron_moellava.data import rows as reader
+from megatron_moellava.data.first_rows import first_rows_problem
 from megatron_moellava.data.rows import read_rows
 from megatron_moellava.data.sample import BadSample, parse_record
-from megatron_moellava.data.sources import first_rows_problem
-from tests.helpers.data_files import row
+from tests.helpers.data_files import row, write_images
 
 ROWS = [row(i, id="é☃") for i in range(6)]
 TEXTS = {
@@ -118,6 +118,7 @@ FIRST = {
 def test_the_first_rows_of_a_source_tell_whether_it_can_be_read(tmp_path, case):
     text, message = FIRST[case]
     (tmp_path / "rows.json").write_text(text)
+    write_images(tmp_path)
     found = first_rows_problem(Source(path=str(tmp_path / "rows.json")), DataConfig())
     assert found is None if message is None else message in found
 

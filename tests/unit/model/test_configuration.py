@@ -12,7 +12,7 @@ from megatron_moellava.model.configuration import transformer_config
 from megatron_moellava.model.context_parallel import Piece, attention_pieces, chunks_of_rank
 from megatron_moellava.training.metrics import load_imbalance
 from megatron_moellava.training.optimizer import overlaps
-from megatron_moellava.training.validate import validate
+from megatron_moellava.validation.run import validate
 
 
 def tiny(**fields) -> RunConfig:
@@ -118,7 +118,7 @@ def test_split_of_stages_must_fit():
     pipeline = {"parallel__pipeline_model_parallel_size": 2}
     assert "must be 2 numbers" in problems(2, **pipeline, parallel__pipeline_split=[1, 2, 1])
     assert "in all 4" in problems(2, **pipeline, parallel__pipeline_split=[2, 3])
-    assert "is unknown" in problems(2, **pipeline, parallel__pipeline_split="costs")
+    assert "did you mean cost?" in problems(2, **pipeline, parallel__pipeline_split="costs")
     assert "pipeline_split" not in problems(2, **pipeline, parallel__pipeline_split=[1, 3])
 
 

@@ -12,22 +12,26 @@ import pytest
 
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, MoEConfig, load_config
+from megatron_moellava.costs.gpus import GIB, GPUS
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.parameters import parameters_of
 from megatron_moellava.costs.pipeline_split import stage_layers
+from megatron_moellava.data.batch import Counts
 from megatron_moellava.planning import published
 from megatron_moellava.planning.activations import activations_of
 from megatron_moellava.planning.command import plan, request_of, settings_of
-from megatron_moellava.planning.hardware import GIB, GPUS, get_gpu
 from megatron_moellava.planning.memory import worst_memory
 from megatron_moellava.planning.picture import time_parts
 from megatron_moellava.planning.report import settings_line
 from megatron_moellava.planning.search import candidates, search, with_settings
 from megatron_moellava.towers import get_tower
-from megatron_moellava.training.validate import layout_problems, validate
+from megatron_moellava.training.throughput import Throughput
+from megatron_moellava.validation.run import layout_problems, validate
+from tests.helpers import data_files
+from tests.helpers.made_tokenizer import write_tokenizer
 from tests.helpers.paths import REPO
 
-DOCUMENT = REPO / "docs" / "planning.md"
+DOCUMENT = REPO / "docs" / "measurements" / "planning.md"
 
 
 def arguments(**given) -> Namespace:
@@ -83,12 +87,13 @@ def layout_of(world_size: int = 8, **settings) -> Layout:
 )
 def test_every_suggestion_is_accepted_by_the_training_command(given, tmp_path):
     """The pasted settings go the way of tools/train.py: overrides, the whole validation, files included."""
-    (tmp_path / "data.json").write_text("[]")
+    data = data_files.make_set(write_tokenizer(tmp_path))
     options = arguments(**given)
     extra = settings_of(options)
     found = search(request_of(options, extra))
     assert found.plans and found.tried > len(found.plans)
-    files = [f"data.tokenizer={tmp_path}", f"data.sources=[{{path: {tmp_path}/data.json}}]"]
+    files = [f"data.tokenizer={tmp_path}", f"data.sources=[{{path: {data}, image_folder: {tmp_path}}}]"]
+    files += ["data.template=chatml"]
     model = [f"model.backbone={options.backbone}", f"training.stage={options.stage}"]
     for suggestion in found.plans:
         pasted = settings_line(suggestion, extra).split()
@@ -96,6 +101,8 @@ def test_every_suggestion_is_accepted_by_the_training_command(given, tmp_path):
         validate(run, options.gpus)
         assert run.parallel == suggestion.layout.run.parallel
         assert suggestion.memory.total <= GPUS["h100"].memory
+        interleaved = run.parallel.virtual_pipeline_model_parallel_size
+        assert interleaved is None or run.data.packing  # padded rows abort in megatron-core's interleaved pipeline
 
 
 def test_layouts_that_validation_refuses_are_tried_and_never_suggested():
@@ -124,11 +131,6 @@ def test_too_little_memory_says_what_is_missing(tmp_path):
 def test_no_valid_layout_repeats_the_reasons():
     with pytest.raises(ConfigError, match=r"no layout is valid.*\n.*global_batch_size"):
         plan(arguments(gpus=7, overrides=["parallel.pipeline_model_parallel_size=1"]))
-
-
-def test_unknown_gpu_names_the_nearest():
-    with pytest.raises(ConfigError, match="h100"):
-        get_gpu("h10")
 
 
 def test_seconds_of_a_step_add_up():
@@ -275,6 +277,35 @@ def test_dry_run_counts_what_the_formulas_say(planned):
     held = sum(rows[kind]["counted"] for rows in data["dry_run"] for kind in ("weights", "gradients", "activations"))
     assert held > 29e9
     assert peak < 2e9, "a full-size model must not take real memory"
+
+
+# Counted over logged FLOPs: a counter takes scores above the diagonal and those that a flash kernel's backward pass makes
+# again as work; at full size that is little. Measured: 1.065.
+COUNTED_OVER_LOGGED = 1.08
+
+
+def test_dry_run_counts_little_more_than_a_training_log(planned):
+    """The FLOPs that the log of a run would give for the very micro-batch of the dry run."""
+    _, data, _, _ = planned
+    settings = data["plans"][0]["settings"]
+    assert settings["training.recompute"] == "none", "a log counts nothing twice"
+    run = load_config(None, ["model.backbone=phi-2", "training.stage=3", "moe.num_moe_experts=8"])
+    run = with_settings(run, settings)
+    backbone, tower = get_backbone("phi-2"), get_tower(run.model.tower)
+    layout = Layout(run=run, backbone=backbone, tower=tower, world_size=8)
+    rows, length = run.training.micro_batch_size, run.data.seq_length
+    counts = Counts(
+        samples=rows,
+        loss_tokens=layout.tokens,
+        real_tokens=layout.tokens,
+        positions=layout.tokens,
+        image_rows=layout.images * tower.num_features,
+        squared_lengths=rows * length**2,
+        attended=rows * length**2,
+    )
+    logged = Throughput(run, backbone, tower, world_size=8).flops(counts)
+    counted = sum(stage[kind]["counted"] for stage in data["dry_run"] for kind in ("forward_flops", "backward_flops"))
+    assert 1.0 < counted / logged < COUNTED_OVER_LOGGED
 
 
 def test_moe_is_assumed_in_stage_3_only_and_is_pasted():

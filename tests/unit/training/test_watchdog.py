@@ -1,4 +1,4 @@
-"""The small parts behind docs/reliability.md: what is said of hung and slow ranks, the log's rewind, threads of a process."""
+"""The small parts behind docs/reference/reliability.md: hung and slow ranks, the log's rewind, threads of a process."""
 
 import json
 from pathlib import Path
