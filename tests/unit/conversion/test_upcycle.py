@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_moellava.config import ConfigError, MoEConfig
+from megatron_moellava.config import CheckpointError, ConfigError, MoEConfig
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.conversion.inspection import diff, inspect
@@ -159,6 +159,17 @@ def test_inspect_and_diff_say_what_is_there(dense, tmp_path):
     differences, same = diff(folder, tmp_path / "moe")
     assert {item.name.split(".layers.2.mlp.")[0] for item in differences} == {"language_model.decoder"} and same > 50
     assert diff(folder, folder)[0] == []
+
+
+def test_diff_refuses_what_calls_its_tensors_by_other_names(dense, tmp_path):
+    """A checkpoint and its own export would differ in every line."""
+    folder, _ = dense
+    for layout in ("original", "transformers"):
+        export_checkpoint(folder, save=tmp_path / layout, layout=layout)
+    for pair in ((folder, tmp_path / "original"), (tmp_path / "original", tmp_path / "transformers")):
+        with pytest.raises(CheckpointError, match="their tensors have other names and pieces; bring both"):
+            diff(*pair)
+    assert diff(tmp_path / "original", tmp_path / "original")[0] == []
 
 
 def test_diff_measures_changed_values(tmp_path):
