@@ -44,7 +44,14 @@ from megatron_moellava.training.metrics import (
     routing_summary,
 )
 from megatron_moellava.training.non_finite_report import Culprits
-from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
+from megatron_moellava.training.optimizer import (
+    ExpertBiases,
+    Update,
+    build_optimizer,
+    build_scheduler,
+    overlaps,
+    wrap_data_parallel,
+)
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.watchdog import Watchdog
 
@@ -87,6 +94,7 @@ class Trainer:
         self.watchdog: Watchdog | None = None
         self._configure_schedules()
         self.update = Update(self.optimizer)
+        self.expert_biases = ExpertBiases(self.chunks)
         self.first_gradients: FirstGradients | None = FirstGradients(self.chunks)
         self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
         title = f"stage {run.training.stage}"
@@ -126,7 +134,7 @@ class Trainer:
         self.state.iteration = description["iteration"]
         self.state.consumed_samples = description["consumed_samples"]
         checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description["optimizer_steps"])
-        self.scheduler.step(increment=self.state.iteration)
+        self.scheduler.step(increment=description["optimizer_steps"])  # skipped steps did not move it
         loaders = checkpoints.load_rank_state(checkpoint, description, self.fp8)
         if self.loader is not None:
             self.loader.load_states(loaders)
@@ -142,6 +150,7 @@ class Trainer:
     def _finalize_gradients(self, *arguments, **options) -> None:
         self.stragglers.pause(self.state.iteration + 1)
         self.culprits.before_reduction(self.wrapped)
+        self.expert_biases.keep()
         self._at("reducing gradients")
         finalize_model_grads(*arguments, **options)
 
@@ -232,10 +241,8 @@ class Trainer:
             self.first_gradients = None
         self._at("updating parameters")
         applied, grad_norm = self.update()
-        if self.fp8 is not None:
-            self.fp8.advance()
         lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
-        self.scheduler.step(increment=1)
+        self._finish_update(applied)
 
         self.loss_sum = float(sum(loss_sums)) if loss_sums else 0.0
         loss = self._mean_loss(loss_tokens) if loss_sums else 0.0
@@ -256,9 +263,18 @@ class Trainer:
             **imbalance(counts_RC[:, : len(COSTS)]),
         }
         if self.run.moe:
-            numbers |= self._router_numbers()
+            numbers |= self._router_numbers(applied)
         numbers |= self._straggler_numbers()
         return numbers, applied, [name for batch in batches for name in batch.sample_ids]
+
+    def _finish_update(self, applied: bool) -> None:
+        """What goes on with an update, and stays as it was without one."""
+        if applied:
+            self.scheduler.step(increment=1)
+        else:
+            self.expert_biases.restore()
+        if self.fp8 is not None:
+            self.fp8.advance() if applied else self.fp8.forget()
 
     def _mean_loss(self, loss_tokens: int) -> float:
         total = parallel.sum_over_data_parallel([self.loss_sum], with_context_parallel=True)
@@ -292,10 +308,13 @@ class Trainer:
             output = model(**model_inputs(batch))
         return output, partial(global_token_mean, scale=scale)
 
-    def _router_numbers(self) -> dict[str, float]:
-        """The routers' losses; every `logging.routing_interval` steps their state goes to the log as well."""
+    def _router_numbers(self, applied: bool) -> dict[str, float]:
+        """The routers' losses; every `logging.routing_interval` steps their state goes to the log as well, unless the step
+        was skipped: what routers make of numbers that are not finite is no statistics."""
         means, by_layer = router_losses(self.chunks, self.num_microbatches)
-        if self.state.iteration % self.run.logging.routing_interval:
+        if not applied:
+            self.routing.forget()
+        if not applied or self.state.iteration % self.run.logging.routing_interval:
             return means
         sums = self.routing.collect()
         record = routing_record(sums, by_layer)
