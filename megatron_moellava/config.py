@@ -15,6 +15,8 @@ from pathlib import Path
 
 import yaml
 
+INTERRUPTED = 85  # exit code after a signal: a checkpoint is written, run the same command again
+
 
 class MoELlavaError(Exception):
     """Base of every error that a user can cause and mend."""

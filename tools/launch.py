@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 
-INTERRUPTED = 85  # tools/train.py's answer to a signal: not a failure
+from megatron_moellava.config import INTERRUPTED  # tools/train.py's answer to a signal: not a failure
 
 
 def _forward(signum: int, _frame) -> None:

@@ -15,7 +15,8 @@ import re
 import signal
 import sys
 
-INTERRUPTED = 85  # training.loop has the same, but importing it takes seconds in which signals may arrive
+from megatron_moellava.config import INTERRUPTED
+
 SETTING = re.compile(r"(model|moe|data|parallel|training|optimizer|checkpoint|logging)(\.\w+)+=")
 
 

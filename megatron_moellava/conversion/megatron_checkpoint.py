@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moellava import __version__
-from megatron_moellava.checkpoint.folders import complete_iterations
+from megatron_moellava.checkpoint.description import FORMAT
+from megatron_moellava.checkpoint.folders import TRACKER, complete_iterations
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion.readers import open_megatron
 from megatron_moellava.conversion.recipes import Part, Recipe, Tensors, check
@@ -25,9 +26,6 @@ from megatron_moellava.costs.shapes import (
     megatron_tensors,
     model_from_json,
 )
-
-FORMAT = 1
-LATEST = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +129,7 @@ def write_checkpoint(
         "provenance": {**provenance, "version": __version__},
     }
     write_last(folder / "run.json", json.dumps(run, indent=2) + "\n")
-    write_last(Path(save) / LATEST, "0\n")
+    write_last(Path(save) / TRACKER, "0\n")
     return folder
 
 

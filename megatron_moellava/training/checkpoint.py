@@ -26,7 +26,7 @@ import megatron_moellava
 from megatron_moellava import parallel, platform
 from megatron_moellava.backbones import backbone_fields
 from megatron_moellava.checkpoint.description import FORMAT, read_run_file, verify
-from megatron_moellava.checkpoint.folders import RUN_FILE, complete_iterations
+from megatron_moellava.checkpoint.folders import RUN_FILE, TRACKER, complete_iterations
 from megatron_moellava.checkpoint.integrity import DamagedCheckpoint, file_digests, sealed
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
 from megatron_moellava.model.fp8_emulation import Emulation
@@ -41,7 +41,6 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_moellava import parallel, platform
 from megatron_moellava.checkpoint.description import read_run_file
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import CheckpointError, MoELlavaError, RunConfig
+from megatron_moellava.config import INTERRUPTED, CheckpointError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IGNORE_INDEX
 from megatron_moellava.data.loader import Loader
@@ -50,8 +50,6 @@ from megatron_moellava.training.watchdog import Watchdog
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-
-INTERRUPTED = 85  # exit code: a checkpoint is written, run the same command again
 
 
 class TrainingDiverged(MoELlavaError):

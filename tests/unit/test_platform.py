@@ -1,10 +1,16 @@
-"""What the platform changes for the whole process."""
+"""What the platform changes for the whole process, and what it relies on in other packages."""
 
 import ctypes
+import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.helpers.paths import REPO
+from tests.helpers.rules import TABLE, table_rows
 
 LARGE = 64 * 2**20  # bytes; glibc by itself would give such a block back at once
 REPEATS = 20
@@ -28,3 +34,28 @@ def test_freed_memory_is_used_again_without_page_faults():
     block = LARGE / 2**21  # page faults of one block with pages of 2 MB, the least that a kernel can do with
     assert first > block  # a few blocks are touched until one fits again
     assert second < block
+
+
+def exists(name: str) -> bool:
+    """Whether the dotted `name` is a module, an attribute, or an attribute that the module's source gives to objects."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = module = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:-1]:
+            found = getattr(found, part, None)
+        file = Path(getattr(module, "__file__", ""))
+        source = file.read_text() if file.suffix == ".py" and file.is_file() else ""
+        return end == len(parts) or hasattr(found, parts[-1]) or bool(re.search(rf"\b{parts[-1]}\b", source))
+    return False
+
+
+def test_private_names_in_the_table_exist_in_what_is_installed():
+    import megatron_moellava.platform  # noqa: F401  before Megatron-Core
+
+    names = [name for name, *_ in table_rows((REPO / TABLE).read_text())]
+    missing = [name for name in names if not exists(name)]
+    assert len(names) > 20 and not missing, missing
+    assert not exists("megatron.core.parallel_state._gone") and not exists("torch.ops.aten._gone")
