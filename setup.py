@@ -63,10 +63,13 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.12",  # what megatron-core 0.19 asks for
     packages=find_packages(include=["megatron_moellava", "megatron_moellava.*"]),
-    package_data={"megatron_moellava.serving": ["web/index.html"]},
+    package_data={"megatron_moellava": ["py.typed"], "megatron_moellava.serving": ["web/index.html"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
-    entry_points={"lmms_eval.models": ["megatron_moellava = megatron_moellava.evaluation.lmms_eval:manifest"]},
+    entry_points={
+        "console_scripts": ["moellava = megatron_moellava.commands.main:main"],
+        "lmms_eval.models": ["megatron_moellava = megatron_moellava.evaluation.lmms_eval:manifest"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3.12",
         "Intended Audience :: Science/Research",

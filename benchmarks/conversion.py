@@ -43,7 +43,7 @@ def sized_model(gigabytes: float) -> Model:
         model = Model(
             backbone=replace(backbone, name="synthetic", num_layers=layers),
             tower=get_tower("clip-vit-large-patch14-336"),
-            moe=MoEConfig(router="original", capacity_factor=1.5),
+            moe=MoEConfig(router="original", moe_expert_capacity_factor=1.5),
         )
         counts = count_parameters(model)
         if 2 * (counts.total + counts.tower) >= gigabytes * 1e9:

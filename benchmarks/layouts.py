@@ -85,7 +85,7 @@ def _predicted(gpus: int, axes: dict | None) -> dict | None:
 
     given = {f"parallel.{name}": value for name, value in (EVEN | axes if axes is not None else {}).items()}
     stage = {"model.backbone": PLANNED, "training.stage": 3, "training.global_batch_size": PLANNED_ROWS}
-    run = load_config(None, [f"{name}={value}" for name, value in (stage | {"moe.num_experts": 4} | given).items()])
+    run = load_config(None, [f"{name}={value}" for name, value in (stage | {"moe.num_moe_experts": 4} | given).items()])
     request = Request(
         run=run,
         backbone=get_backbone(PLANNED),

@@ -46,7 +46,7 @@ def quickstart_trainer(folder: Path, overrides: list[str]):
         config=str(QUICKSTART / "quickstart.yaml"),
         flags={
             "model.backbone": "llama-tiny",
-            "moe.num_experts": 4,
+            "moe.num_moe_experts": 4,
             "training.stage": 3,
             "training.train_steps": 1000,
             "data.sources": [{"path": str(folder / "conversations.json"), "image_folder": str(folder / "images")}],

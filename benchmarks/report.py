@@ -155,7 +155,7 @@ def profile_step(results: dict) -> str:
     others = [[f"`{name}`", percent(value)] for name, value in results["largest others"].items()]
     return f"""## Where a step goes
 
-The quickstart's stage-3 step on one process takes {number(results["step milliseconds"])} ms ({number(results["profiled step milliseconds"])} ms under torch's profiler, {number(results["calls per step"])} operations). Products of a model this small are short: on larger models their share grows.
+The quickstart's stage-3 step on one process takes {number(results["step milliseconds"])} ms ({number(results["profiled step milliseconds"])} ms under torch's profiler, {number(results["calls per step"])} operations). PackedLinear of a model this small are short: on larger models their share grows.
 
 {table(["kind", "share"], shares)}
 

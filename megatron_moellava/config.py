@@ -7,9 +7,13 @@ files, backbone limits) are in `validation.py`; this file only knows shapes and 
 
 import dataclasses
 import difflib
+import functools
 import math
+import os
+import sys
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,26 +58,30 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoEConfig:
-    num_experts: int = 4
+    num_moe_experts: int = 4
     moe_router_topk: int = 2
     placement: str | tuple[int, ...] = (
         "sparse"  # first_half, second_half, sparse (0, 2, 4, ...), dense, or layer numbers
     )
     router: str = "megatron"  # "megatron": dropless deterministic top-k; "original": the DeepSpeed 0.9.5 gate
-    router_dtype: str = "fp32"  # of the router's logits and choices: "fp32", or "bf16" as a plain 16-bit model has them
+    moe_router_dtype: str = (
+        "fp32"  # of the router's logits and choices: "fp32", or "bf16" as a plain 16-bit model has them
+    )
     moe_aux_loss_coeff: float = 0.01  # per MoE layer, summed over layers
     moe_z_loss_coeff: float | None = None  # megatron router only
     moe_router_load_balancing_type: str = "aux_loss"  # aux_loss, seq_aux_loss, global_aux_loss, none (megatron router)
     moe_router_enable_expert_bias: bool = False  # aux-loss-free balancing (megatron router)
     moe_router_bias_update_rate: float = 1e-3
     moe_shared_expert_intermediate_size: int | None = None
-    capacity_factor: float | None = None  # slots per expert = ceil(tokens / experts * factor * top-k); None: dropless
+    moe_expert_capacity_factor: float | None = (
+        None  # slots per expert = ceil(tokens / experts * factor * top-k); None: dropless
+    )
     eval_capacity_factor: float = 2.0  # original router only
     min_capacity: int = 0  # original router only
     second_choice: str = "sampled"  # original router: "sampled" (Gumbel) or "deterministic"
     aux_loss_gradient: bool = True  # False reproduces the released recipes, whose aux loss has no gradient
     use_residual: bool = False  # residual MoE: the dense FFN stays beside the experts, mixed by a learned coefficient
-    experts: str = "grouped"  # "grouped" GEMM or "sequential"
+    moe_grouped_gemm: bool = True  # one product for all experts of a rank; False: one after the other
     moe_token_dispatcher_type: str = "alltoall"  # alltoall, allgather, flex (GPU)
     moe_router_padding_for_quantization: bool = False  # FP8 on a GPU: the router fills experts up, instead of zero rows
 
@@ -129,7 +137,7 @@ class TrainingConfig:
     global_batch_size: int = 128  # rows per optimizer step, over all data-parallel ranks
     seed: int = 42
     precision: str = "bf16"  # "bf16" or "fp32"
-    fp8: str | None = None  # recipe: delayed, tensorwise, blockwise, mxfp8; on a CPU its numerics are emulated
+    fp8_recipe: str | None = None  # delayed, tensorwise, blockwise, mxfp8; on a CPU its numerics are emulated
     num_layers_at_start_in_bf16: int = 0  # decoder layers that stay out of FP8 (not with the delayed recipe)
     num_layers_at_end_in_bf16: int = 0
     device: str = "auto"  # "auto", "cpu" or "cuda"
@@ -195,12 +203,23 @@ class RunConfig:
     @property
     def row_multiple(self) -> int:
         """Rows are padded to a multiple of so many tokens: by the parallel layout, and by FP8 products on each rank."""
-        fp8 = {None: 1, "mxfp8": 32}.get(self.training.fp8, 16)
+        fp8 = {None: 1, "mxfp8": 32}.get(self.training.fp8_recipe, 16)
         return math.lcm(self.parallel.sequence_multiple, fp8 * self.parallel.context_parallel_size)
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Micro-batches per optimizer step and data-parallel rank."""
         return self.training.global_batch_size // (self.training.micro_batch_size * data_parallel_size)
+
+
+# Names that fields once had, as YAML files, command lines and checkpoints still spell them -> today's names.
+RENAMED = {
+    "moe.num_experts": "moe.num_moe_experts",
+    "moe.capacity_factor": "moe.moe_expert_capacity_factor",
+    "moe.router_dtype": "moe.moe_router_dtype",
+    "moe.experts": "moe.moe_grouped_gemm",
+    "training.fp8": "training.fp8_recipe",
+}
+RENAMED_VALUES = {"moe.experts": {"grouped": True, "sequential": False}}
 
 
 def load_config(yaml_path: str | None = None, overrides: typing.Sequence[str] = ()) -> RunConfig:
@@ -215,7 +234,7 @@ def load_config(yaml_path: str | None = None, overrides: typing.Sequence[str] = 
 
 
 def read_yaml(path: str) -> dict:
-    """The mapping in a YAML file; ConfigError when the file is missing or is something else."""
+    """The mapping in a YAML file, in today's names; ConfigError when the file is missing or is something else."""
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
@@ -224,7 +243,7 @@ def read_yaml(path: str) -> dict:
         raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict | None):
         raise ConfigError(f"config file {path} holds a {type(tree).__name__}; it must map sections such as `model:`")
-    return tree or {}
+    return current_names(tree or {}, say_renamed)
 
 
 def split_override(override: str) -> tuple[str, object]:
@@ -232,7 +251,40 @@ def split_override(override: str) -> tuple[str, object]:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not of the form section.field=value, e.g. optimizer.lr=1e-4")
-    return key, yaml.safe_load(text) if text else ""
+    return current_name(key, yaml.safe_load(text) if text else "", say_renamed)
+
+
+def current_names(tree: dict, say: Callable[[str, str], None] | None = None) -> dict:
+    """A run as nested plain data, with today's names for the `RENAMED` ones.
+
+    `say` hears of each (old, new). ConfigError when both are there.
+    """
+    tree = {section: dict(fields) if isinstance(fields, dict) else fields for section, fields in tree.items()}
+    for old in RENAMED:
+        section, name = old.split(".")
+        if isinstance(tree.get(section), dict) and name in tree[section]:
+            new, value = current_name(old, tree[section].pop(name), say)
+            there = tree[section].get(new.partition(".")[2], value)
+            if there != value:
+                raise ConfigError(f"{old} is now {new}, and both are given, with different values; drop {old}")
+            set_override(tree, new, value)
+    return tree
+
+
+def current_name(path: str, value: object, say: Callable[[str, str], None] | None = None) -> tuple[str, object]:
+    """A field's dotted path and its value as today's names have them."""
+    if path not in RENAMED:
+        return path, value
+    if say is not None:
+        say(path, RENAMED[path])
+    return RENAMED[path], RENAMED_VALUES.get(path, {}).get(str(value), value)
+
+
+@functools.cache
+def say_renamed(old: str, new: str) -> None:
+    """One note for each old spelling, on the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {old} is now {new}", file=sys.stderr, flush=True)
 
 
 def set_override(tree: dict, path: str, value: object) -> None:

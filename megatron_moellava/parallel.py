@@ -15,6 +15,7 @@ from megatron_moellava.config import ParallelConfig
 
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 
 def initialize(config: ParallelConfig, seed: int) -> None:
@@ -55,6 +56,9 @@ def shutdown() -> None:
 def _forget_layout() -> None:
     parallel_state.destroy_model_parallel()
     destroy_moe_metrics_tracker()  # it holds groups of the layout
+    # Kept in the class for the life of a process, in the shape of whoever set it first: a backward pass outside of a
+    # schedule makes it a scalar, into which the next schedule's [1] does not fit.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def seed_model_parallel(seed: int) -> None:

@@ -122,7 +122,9 @@ class Quickstart:
         from megatron_moellava.training.run import validate_run
 
         for name, plan in PLAN.items():
-            model = {"model.backbone": self.arguments.backbone} | ({"moe.num_experts": 4} if plan["stage"] == 3 else {})
+            model = {"model.backbone": self.arguments.backbone} | (
+                {"moe.num_moe_experts": 4} if plan["stage"] == 3 else {}
+            )
             validate_run(self.run_config(name, plan, model | {"checkpoint.load": None}))
 
     def run_config(self, name: str, plan: dict, more: dict | None = None):

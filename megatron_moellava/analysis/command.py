@@ -16,7 +16,7 @@ from megatron_moellava.analysis.routing import Routes, collect_routes
 from megatron_moellava.analysis.similarity import Similarity, expert_similarity
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.inference.load import layout_of, load_model
-from megatron_moellava.routing.health import advise, troubles
+from megatron_moellava.routing.health import advise, find_anomalies
 from megatron_moellava.training.metrics import rounded
 
 
@@ -29,12 +29,14 @@ def analyse(args) -> str:
         template=args.template,
         precision=args.precision,
         layout=layout_of(args.overrides),
+        verify=not args.no_verify,
     )
     data = [(path, args.image_folder) for path in args.data]
     routes = collect_routes(model, prompter, data, limit=args.limit, pictures=args.overlays)
     text = ""
     if dist.get_rank() == 0:
-        similarity = expert_similarity(checkpoint, Path(args.origin) if args.origin else None)
+        origin = Path(args.origin) if args.origin else None
+        similarity = expert_similarity(checkpoint, origin, verify=not args.no_verify, verified=True)
         text = write_report(args.out, str(args.load), [path for path, _ in data], routes, similarity, pca=args.pca)
     parallel.shutdown()
     return text
@@ -45,7 +47,7 @@ def write_report(
 ) -> str:
     """PNGs, routing.json and report.html in `out`; returns a summary for the terminal."""
     out.mkdir(parents=True, exist_ok=True)
-    warnings = advise(troubles(routes.record))
+    warnings = advise(find_anomalies(routes.record))
     facts = {
         "checkpoint": name,
         "data": ", ".join(data),

@@ -4,6 +4,7 @@ Shapes: T tokens of all samples, L MoE layers, K choices, E experts, M modalitie
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from megatron_moellava.data.encode import IMAGE_TOKEN, EncodedSample
 from megatron_moellava.data.loader import build_encoder
 from megatron_moellava.data.sample import BadSample, parse_record, read_rows
 from megatron_moellava.inference.prompts import Prompter
-from megatron_moellava.inference.routing_record import RoutingWatch
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.moe_llava import MoELlava
-from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.routing.records import routing_record
+from megatron_moellava.routing.statistics import RoutingStatistics
+from megatron_moellava.routing.token_weights import TokenWeights
 from megatron_moellava.training.broadcast import broadcast_batch
 
 NONE = -1  # in place of a choice that was dropped
@@ -48,7 +49,7 @@ class Routes:
     topk: int
     choices_TLK: np.ndarray  # int16, best first
     is_image_T: np.ndarray  # bool
-    record: dict  # `training.routing.routing_record`
+    record: dict  # `routing.records.routing_record`
     counts_LME: np.ndarray  # by decoder layer, dense ones included
     pictures: tuple[Picture, ...]
     num_samples: int
@@ -79,10 +80,9 @@ def collect_routes(
         raise ConfigError(
             "parallel.pipeline_model_parallel_size must be 1 for an analysis; use tensor or expert parallelism"
         )
-    watch, observer = RoutingWatch(model), RoutingObserver([model])
-    if not watch.layers:
+    token_weights, statistics = TokenWeights(model), RoutingStatistics([model])
+    if not token_weights.layers:
         raise ConfigError("the checkpoint is dense: it has no routers; give one made by stage 3 or by upcycling")
-    watch.active = True
     rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
     questions, skipped = _questions(prompter, data, limit)
     mine = questions[rank::size]
@@ -90,13 +90,13 @@ def collect_routes(
     for number in range(-(-len(questions) // size)):  # the last round may repeat, so that shared experts are met
         counted = number < len(mine)
         batch = broadcast_batch(_batch(mine[number if counted else 0], prompter)) if mine else _nothing(prompter)
-        choices_TLK = _forward(model, batch, watch, observer if counted else None)
+        choices_TLK = _forward(model, batch, token_weights, statistics if counted else None)
         if counted:
             is_image_T = (batch.tokens_BS[0] == IMAGE_TOKEN).cpu().numpy()
             parts.append((choices_TLK, is_image_T))
             if len(shown) < pictures:
                 shown += _picture(mine[number], model, choices_TLK, is_image_T)
-    sums = observer.collect()
+    sums = statistics.collect()
     gathered = _gathered((parts, shown))
     parts = [part for rank_parts, _ in gathered for part in rank_parts]
     if not parts:
@@ -170,18 +170,15 @@ def _nothing(prompter: Prompter) -> Batch:
 
 
 @torch.no_grad()
-def _forward(model: MoELlava, batch: Batch, watch: RoutingWatch, observer: RoutingObserver | None) -> np.ndarray:
+def _forward(
+    model: MoELlava, batch: Batch, token_weights: TokenWeights, statistics: RoutingStatistics | None
+) -> np.ndarray:
     """[T, L, K]"""
     model.eval()
-    if observer is None:
+    with token_weights.recording(), statistics.count(batch) if statistics else nullcontext():
         model(**(model_inputs(batch) | {"labels_BS": None}))
-    else:
-        with observer.observe(batch):
-            model(**(model_inputs(batch) | {"labels_BS": None}))
-    watch.active = True  # the observer has switched it off
-    return np.stack(
-        [first_choices(watch.weights_TE[layer], model.config.moe_router_topk) for layer in watch.layers], axis=1
-    )
+    topk = model.config.moe_router_topk
+    return np.stack([first_choices(token_weights.weights_TE[layer], topk) for layer in token_weights.layers], axis=1)
 
 
 def first_choices(weights_TE: torch.Tensor, topk: int) -> np.ndarray:

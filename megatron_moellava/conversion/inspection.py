@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_moellava.checkpoint.folders import complete_iterations
+from megatron_moellava.checkpoint.folders import newest_checkpoint
+from megatron_moellava.checkpoint.sums import verify_sums
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.conversion.readers import open_huggingface
 from megatron_moellava.conversion.recipes import Tensors
 from megatron_moellava.conversion.tensors import Files, Tensor
+from megatron_moellava.conversion.writers import METADATA_FILES
 from megatron_moellava.costs.shapes import EXPERTS, LANGUAGE, PROJECTOR, TOWER, UNUSED, Model, megatron_tensors
 
 # End of a Megatron key -> which axis each parallel group cuts. Norms, routers and what is not listed are copied.
@@ -50,7 +52,7 @@ def count_parameters(model: Model) -> Parameters:
         count = math.prod(shape)
         if name.startswith(LANGUAGE):
             total += count
-            used = model.moe.moe_router_topk / model.moe.num_experts if model.moe and EXPERTS in name else 1
+            used = model.moe.moe_router_topk / model.moe.num_moe_experts if model.moe and EXPERTS in name else 1
             activated += int(count * used)
         elif name.startswith(TOWER):
             tower += count
@@ -59,17 +61,18 @@ def count_parameters(model: Model) -> Parameters:
     return Parameters(total=total, activated=activated, tower=tower, projector=projector)
 
 
-def inspect(path: Path) -> str:
-    """The table of a checkpoint or a Hugging Face folder, as text."""
+def inspect(path: Path, *, verify: bool = True) -> str:
+    """The table of a checkpoint or a Hugging Face folder, as text. `verify`: first compare its files with their digests."""
     if not _is_megatron(Path(path)):
+        verify_sums(Path(path), verify=verify)
         tensors = open_huggingface(Path(path))
         return "\n".join([f"{path}: Hugging Face tensors", "", *_table(tensors, lambda name: ""), "", _totals(tensors)])
-    source = open_checkpoint(path)
+    source = open_checkpoint(path, verify=verify)
     lines = [
         f"{source.folder}",
-        f"  stage        {STAGES[source.run['stage']]}, iteration {source.run.get('iteration')}",
+        f"  stage        {STAGES.get(source.run.stage or 0, source.run.stage)}, iteration {source.run.iteration}",
         *_model_lines(source.model),
-        *_provenance_lines(source.provenance),
+        *_provenance_lines(source.run.provenance),
         "",
         *_table(source.tensors, _parallel),
         "",
@@ -79,7 +82,9 @@ def inspect(path: Path) -> str:
 
 
 def _is_megatron(path: Path) -> bool:
-    return not path.is_file() and ((path / "run.json").exists() or bool(complete_iterations(path)))
+    """Whether `path` is one, or what an interrupted copy has left of one."""
+    left = (path / METADATA_FILES[0]).exists() or any(path.glob("iter_*"))
+    return not path.is_file() and (newest_checkpoint(path) is not None or left)
 
 
 def _model_lines(model: Model) -> list[str]:
@@ -90,7 +95,7 @@ def _model_lines(model: Model) -> list[str]:
     if model.moe:
         moe = model.moe
         lines.append(
-            f"  MoE          {moe.num_experts} experts, top-{moe.moe_router_topk}, layers "
+            f"  MoE          {moe.num_moe_experts} experts, top-{moe.moe_router_topk}, layers "
             f"{', '.join(map(str, model.moe_layers))}{', residual' if moe.use_residual else ''}"
         )
     lines.append(
@@ -178,10 +183,19 @@ class Difference:
 
 
 def diff(
-    first: Path, second: Path, *, progress: Callable[[int], object] = lambda count: None
+    first: Path,
+    second: Path,
+    *,
+    verify: bool = True,
+    progress: Callable[[int], object] = lambda count: None,
+    begin: Callable[[int], object] = lambda total: None,
 ) -> tuple[list[Difference], int]:
-    """All differences of two checkpoints or folders, and how many tensors are bit-identical."""
-    left, right = _open(Path(first)), _open(Path(second))
+    """All differences of two checkpoints or folders, and how many tensors are bit-identical.
+
+    `verify`: first compare the files of each with their digests.
+    """
+    left, right = _open(Path(first), verify), _open(Path(second), verify)
+    begin(sum(tensor.nbytes for tensor in left.values()))
     found = [Difference(name, f"only in {first}") for name in left.keys() - right.keys()]
     found += [Difference(name, f"only in {second}") for name in right.keys() - left.keys()]
     same = 0
@@ -195,13 +209,11 @@ def diff(
     return sorted(found, key=lambda item: item.name), same
 
 
-def _open(path: Path) -> dict[str, Tensor]:
-    return open_checkpoint(path).tensors if _is_megatron(path) else open_huggingface(path)
-
-
-def total_bytes(path: Path) -> int:
-    """Bytes of the tensors of a checkpoint, for a progress bar."""
-    return sum(tensor.nbytes for tensor in _open(Path(path)).values())
+def _open(path: Path, verify: bool) -> dict[str, Tensor]:
+    if _is_megatron(path):
+        return open_checkpoint(path, verify=verify).tensors
+    verify_sums(path, verify=verify)
+    return open_huggingface(path)
 
 
 def _compare(one: Tensor, other: Tensor, files: Files, others: Files) -> str:

@@ -104,9 +104,9 @@ def layer_work(layout: Layout, is_moe: bool, tokens: float, length: float) -> It
 def moe_work(layout: Layout, tokens: float) -> Iterator[Work]:
     """Router, routed experts (balanced), shared experts."""
     moe, trains = layout.moe, layout.trains
-    yield linear("router", tokens / layout.sp, layout.backbone.hidden_size, moe.num_experts, "router" in trains)
+    yield linear("router", tokens / layout.sp, layout.backbone.hidden_size, moe.num_moe_experts, "router" in trains)
     rows = routed_tokens(layout) * tokens / layout.tokens
-    local, inner = moe.num_experts / layout.ep, layout.backbone.ffn_hidden_size / layout.etp
+    local, inner = moe.num_moe_experts / layout.ep, layout.backbone.ffn_hidden_size / layout.etp
     yield from mlp_work(layout, "experts", rows, inner, "experts" in trains, weights=local)
     if moe.moe_shared_expert_intermediate_size:
         inner = moe.moe_shared_expert_intermediate_size / layout.tp

@@ -44,9 +44,9 @@ def layer_parameters(layout: Layout, is_moe: bool) -> Counter:
         count["language.ffn"] = mlp_parameters(layout, backbone.ffn_hidden_size)
         return count
     moe, width = layout.moe, backbone.hidden_size
-    local = moe.num_experts // layout.ep
+    local = moe.num_moe_experts // layout.ep
     count["experts"] = local * mlp_parameters(layout, backbone.ffn_hidden_size, split=layout.etp)
-    count["router"] = moe.num_experts * width
+    count["router"] = moe.num_moe_experts * width
     if moe.use_residual:
         count["language.ffn"] = mlp_parameters(layout, backbone.ffn_hidden_size)
         count["router"] += 2 * width + 2

@@ -6,13 +6,11 @@ as a tensor that nobody produces.
 
 from dataclasses import asdict, dataclass
 
-from megatron_moellava.backbones import FAMILIES as BACKBONE_FAMILIES
-from megatron_moellava.backbones import Backbone, backbone_fields, backbone_from_fields, get_backbone
-from megatron_moellava.config import CheckpointError, MoEConfig, from_dict
+from megatron_moellava.backbones import Backbone, backbone_fields, backbone_of_section
+from megatron_moellava.config import MoEConfig, current_names, from_dict
 from megatron_moellava.mapping import Shape
 from megatron_moellava.placement import moe_layers
-from megatron_moellava.towers import FAMILIES as TOWER_FAMILIES
-from megatron_moellava.towers import Tower, get_tower, tower_fields, tower_from_fields
+from megatron_moellava.towers import Tower, tower_fields, tower_of_section
 
 LANGUAGE, TOWER, PROJECTOR = "language_model.", "vision_tower.", "projector."
 UNUSED = f"{TOWER}unused."  # tensors that ride along so that an export is complete
@@ -55,22 +53,8 @@ class Model:
 
 def model_from_json(section: dict) -> Model:
     """The inverse of `Model.to_json`; also reads the short form, with names alone."""
-    try:
-        if section.get("backbone_fields"):
-            backbone = backbone_from_fields(section["backbone_fields"], BACKBONE_FAMILIES)
-        else:
-            backbone = get_backbone(section["backbone"])
-        tower = None
-        if section.get("tower_fields"):
-            tower = tower_from_fields(section["tower_fields"], TOWER_FAMILIES)
-        elif section.get("tower"):
-            tower = get_tower(section["tower"])
-    except KeyError as error:
-        raise CheckpointError(
-            f"run.json: model.{error.args[0]} is missing; the checkpoint does not say its model"
-        ) from None
-    moe = from_dict(MoEConfig, section["moe"]) if section.get("moe") else None
-    return Model(backbone=backbone, tower=tower, moe=moe)
+    moe = from_dict(MoEConfig, current_names(section)["moe"]) if section.get("moe") else None
+    return Model(backbone=backbone_of_section(section), tower=tower_of_section(section), moe=moe)
 
 
 def megatron_tensors(model: Model) -> dict[str, Shape]:
@@ -135,7 +119,7 @@ def _mlp(backbone: Backbone) -> dict[str, Shape]:
 
 
 def _moe(model: Model) -> dict[str, Shape]:
-    experts, dense = model.required_moe.num_experts, _mlp(model.backbone)
+    experts, dense = model.required_moe.num_moe_experts, _mlp(model.backbone)
     tensors: dict[str, Shape] = {"router.weight": (experts, model.backbone.hidden_size)}
     if model.required_moe.moe_router_enable_expert_bias:
         tensors["router.expert_bias"] = (experts,)

@@ -17,10 +17,10 @@ from megatron_moellava.config import DataError
 from megatron_moellava.data.batch import Batch, from_wire
 from megatron_moellava.data.encode import check_template
 from megatron_moellava.data.encoder import Encoder
-from megatron_moellava.data.modality import ModalityEngine, Rows, check_sources
+from megatron_moellava.data.modality import LengthGroupedStream, Rows, check_sources
 from megatron_moellava.data.pipeline import Pipeline
 from megatron_moellava.data.sample import BadSample, parse_record
-from megatron_moellava.data.sources import EnergonEngine, OpenSource, open_source, peek_records
+from megatron_moellava.data.sources import EnergonStream, OpenSource, open_source, peek_records
 from megatron_moellava.data.state import redistribute
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import Tokenizer
@@ -231,10 +231,10 @@ def build_train_loader(
     fingerprint |= {"seed": seed, "rank": rank, "world_size": world_size}
     share = {"seed": seed, "rank": rank, "world_size": world_size, "micro_batch_size": micro_batch_size}
     if data.sampler == "modality_length":
-        engine = _modality_engine(data, opened, pipeline, accumulation_steps, share)
+        engine = _length_grouped_stream(data, opened, pipeline, accumulation_steps, share)
         fingerprint |= {"micro_batches_per_step": accumulation_steps * world_size}
     else:
-        engine = EnergonEngine(data, opened, pipeline, cache_folder=cache_folder, **share)
+        engine = EnergonStream(data, opened, pipeline, cache_folder=cache_folder, **share)
         fingerprint |= {"num_workers": data.num_workers}
     return Loader(engine, fingerprint, opened, encoder)
 
@@ -263,13 +263,13 @@ def build_encoder(data, tokenizer: Tokenizer, tower, template: str = "", context
     )
 
 
-def _modality_engine(data, opened: list[OpenSource], pipeline: Pipeline, accumulation_steps: int, share: dict):
+def _length_grouped_stream(data, opened: list[OpenSource], pipeline: Pipeline, accumulation_steps: int, share: dict):
     check_sources(data)
     indices = [entry.index for entry in opened if entry.index is not None]
     if len(indices) != len(opened):
         raise DataError("data.sampler=modality_length needs to know all lengths: use LLaVA JSON files, not shards")
     lengths = [index.lengths for index in indices]
-    return ModalityEngine(
+    return LengthGroupedStream(
         Rows(indices, pipeline),
         [length for part in lengths for length in part],
         chunks=share["world_size"] * accumulation_steps,

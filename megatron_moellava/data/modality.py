@@ -94,7 +94,7 @@ class Rows(torch.utils.data.Dataset):
         }
 
 
-class ModalityEngine:
+class LengthGroupedStream:
     """Endless batches of one rank; the state is epoch and position, whatever the number of workers."""
 
     def __init__(

@@ -89,7 +89,7 @@ def _open_shards(path: Path, weight: float) -> OpenSource:
     )
 
 
-class EnergonEngine:
+class EnergonStream:
     """Endless {"batch", "events"} of one data-parallel rank."""
 
     def __init__(self, data, opened: list[OpenSource], pipeline: Pipeline, *, cache_folder, **share):

@@ -5,10 +5,14 @@ own (only the template's own text may hold control tokens). All versions share t
 """
 
 import difflib
+import re
 from dataclasses import dataclass, replace
 
 from megatron_moellava.config import ConfigError
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Turn
+
+# Control tokens as the templates spell them.
+CONTROL = re.compile(r"(</?s>|<\|[a-z_]+\|>)")
 
 _CURIOUS = (
     "A chat between a curious {0} and an artificial intelligence assistant. "
@@ -39,18 +43,25 @@ _MPT = (
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
     version: str  # the template version of the original's conversation object
-    style: str  # "plain", "two", "single", "llama_2" or "mpt"
+    style: str  # "plain", "two", "single", "llama_2" or "mpt" (roles are marked by control tokens)
     system: str = ""
     roles: tuple[str, str] = ("USER", "ASSISTANT")
     sep: str = " "  # after a user turn
     sep2: str = ""  # after an answer, trained; one control token of the tokenizer
+    examples: tuple[Turn, ...] = ()  # turns that a generation prompt begins with
     labels: str = "bos"  # counting rule of the original: "bos" (v1), "no_bos" (phi), "llama_2", "mpt", "plain", "v0"
     image_tags: tuple[str, str] = ("", "")  # around every `<image>`
 
     @property
     def end(self) -> str:
-        """What ends an answer; generation stops at it."""
+        """What training puts after an answer; generation stops at it."""
         return self.sep2 or self.sep
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """The control tokens of the template's own text: the tokenizer must have them all."""
+        own = (self.system, *self.roles, self.sep, self.sep2)
+        return tuple(dict.fromkeys(token for text in own for token in CONTROL.findall(text)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +114,18 @@ TEMPLATES: dict[str, Template] = {
     "v0_mmtag": replace(_V0, version="v0_mmtag", system=_MMTAG, image_tags=("<Image>", "</Image>")),
     # Not in the original: no system prompt, so that small runs spend their tokens on the data.
     "short": replace(_V1, version="short", system=""),
+    # Llama-3's chat template, with LLaVA-NeXT's system prompt.
+    "llama_3": Template(
+        version="llama_3",
+        style="mpt",
+        system=f"<|start_header_id|>system<|end_header_id|>\n\n{_VISUAL}",
+        roles=(
+            "<|start_header_id|>user<|end_header_id|>\n\n",
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        sep="<|eot_id|>",
+        labels="",
+    ),
     # ChatML, the chat template of Qwen2 and later.
     "chatml": Template(
         version="chatml",

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_moellava import parallel
 from megatron_moellava.evaluation.command import chosen_tasks, judge_of, options_of
-from megatron_moellava.evaluation.generation import CheckpointEngine
+from megatron_moellava.evaluation.generation import CheckpointAnswers
 from megatron_moellava.evaluation.predictions import Place
 from megatron_moellava.evaluation.report import write_summary
 from megatron_moellava.evaluation.runner import evaluate
@@ -24,6 +24,7 @@ def ask_checkpoint(args: argparse.Namespace) -> str:
         precision=args.precision,
         layout=layout_of(args.overrides),
         max_batch_size=args.batch_size,
+        verify=not args.no_verify,
     )
     place = Place(
         rank=parallel.data_parallel_rank(),
@@ -38,7 +39,7 @@ def ask_checkpoint(args: argparse.Namespace) -> str:
                 task,
                 args.data,
                 args.out,
-                CheckpointEngine(engine),
+                CheckpointAnswers(engine),
                 model=name,
                 judge=judge,
                 place=place,

@@ -25,7 +25,7 @@ from megatron_moellava.data.sample import parse_record
 from megatron_moellava.model.context_parallel import gather_positions, share
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.moe_llava import MoELlava
-from megatron_moellava.routing.observer import RoutingObserver
+from megatron_moellava.routing.statistics import RoutingStatistics
 from megatron_moellava.training.broadcast import broadcast_batch
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -40,13 +40,13 @@ def predict(
     image_folder: str | Path,
     *,
     blank: bool = False,
-    observer: RoutingObserver | None = None,
+    statistics: RoutingStatistics | None = None,
 ) -> list[dict]:
     """{"prediction", "loss"} of each row {image, question, answer}, in order, on every rank.
 
     `prediction` is what greedy decoding answers, `loss` minus the log of the probability of the truth, in nats. `blank`:
-    every picture is replaced by the mean colour, to see what the words alone give away. `observer`: counts which experts
-    the tokens go to.
+    every picture is replaced by the mean colour, to see what the words alone give away. `statistics`: counts which
+    experts the tokens go to.
     """
     plan = Plan(encoder, rows, Path(image_folder), blank)
     mine, counted = plan.of_rank(parallel.data_parallel_rank(), parallel.data_parallel_size())
@@ -58,7 +58,7 @@ def predict(
         part = mine[start : start + at_once]
         # Handed out before the pipeline starts: inside it, a later stage waits for the one that would hand out.
         batches = [broadcast_batch(next(source) if source is not None else None) for _ in part]
-        observed = [observer if start + number < counted else None for number in range(len(part))]
+        observed = [statistics if start + number < counted else None for number in range(len(part))]
         guesses = _guesses(chunks, list(zip(batches, observed, strict=True)), encoder.max_length)
         for packed, (guess_S, loss_S) in zip(part, guesses, strict=False):  # no guesses on stages before the last
             found |= plan.read(packed, guess_S.numpy(), loss_S.numpy())
@@ -85,9 +85,9 @@ def _guesses(chunks: list[MoELlava], batches: list[tuple], length: int) -> list[
     )
 
 
-def _forward_step(batches: Iterator[tuple[Batch, RoutingObserver | None]], model):
-    batch, observer = next(batches)
-    with observer.observe(batch) if observer else nullcontext():
+def _forward_step(batches: Iterator[tuple[Batch, RoutingStatistics | None]], model):
+    batch, statistics = next(batches)
+    with statistics.count(batch) if statistics else nullcontext():
         logits = model(**(model_inputs(batch) | {"labels_BS": None}))
 
     def read(logits_BLV: torch.Tensor):

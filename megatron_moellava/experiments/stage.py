@@ -48,7 +48,7 @@ def ask_closed(
     )
     if trainer.routing is not None:
         trainer.routing.collect()  # what training has left
-    said = predict(trainer.chunks, encoder, rows, image_folder, observer=trainer.routing)
+    said = predict(trainer.chunks, encoder, rows, image_folder, statistics=trainer.routing)
     answered = [row | answer for row, answer in zip(rows, said, strict=True)]
     routing = trainer.routing.collect() if trainer.routing is not None else None
     blanked = None

@@ -1,6 +1,6 @@
 """Which experts the tokens of one request went to, layer by layer.
 
-Routers are watched by hooks, so nothing is computed twice. Shapes: T tokens of a step, E experts, K choices of a token.
+`routing/token_weights.py` keeps what the routers say. Shapes: T tokens of a step, E experts, K choices of a token.
 """
 
 from collections.abc import Sequence
@@ -11,40 +11,6 @@ import torch
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.inference.prompts import Prompt
 from megatron_moellava.inference.text import TextStream
-from megatron_moellava.model.moe_llava import MoELlava
-
-from megatron.core.transformer.moe.moe_layer import MoELayer
-
-
-class RoutingWatch:
-    """The routers' choices of the last forward pass, on this pipeline stage."""
-
-    def __init__(self, model: MoELlava):
-        self.weights_TE: dict[int, torch.Tensor] = {}  # by layer, from 0
-        self.routers = []
-        layers = [layer for layer in model.language_model.decoder.layers if isinstance(layer.mlp, MoELayer)]
-        for layer in layers:
-            layer.mlp.router.register_forward_hook(self._keep(layer.layer_number - 1))
-            self.routers.append(layer.mlp.router)
-        self.active = False
-        self.layers = [layer.layer_number - 1 for layer in layers]
-
-    @property
-    def active(self) -> bool:
-        return self._active
-
-    @active.setter
-    def active(self, on: bool) -> None:
-        self._active = on
-        for router in self.routers:
-            router.watched = on
-
-    def _keep(self, layer: int):
-        def hook(router, inputs, output):
-            if self.active:
-                self.weights_TE[layer] = output[0].detach().float().cpu()
-
-        return hook
 
 
 @dataclass(slots=True)
@@ -53,9 +19,10 @@ class RoutingRecord:
 
     parts: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
-    def add(self, watch: RoutingWatch, indices: slice) -> None:
-        for layer, weights_TE in watch.weights_TE.items():
-            self.parts.setdefault(layer, []).append(weights_TE[indices])
+    def add(self, weights_TE: dict[int, torch.Tensor], indices: slice) -> None:
+        """`weights_TE`: of all tokens of a step, by layer; `indices`: those of this request."""
+        for layer, step_TE in weights_TE.items():
+            self.parts.setdefault(layer, []).append(step_TE[indices])
 
     def table(self, prompt: Prompt, stream: TextStream) -> dict | None:
         """JSON-able. `tokens`: text of each token, or the number of its image; `layers`: per token its experts, best

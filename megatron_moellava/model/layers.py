@@ -14,7 +14,7 @@ from megatron_moellava.model.experts import GroupedColumnLinear, GroupedMLP, Gro
 from megatron_moellava.model.kv_cache import CachedSelfAttention
 from megatron_moellava.model.moe_layer import ResidualMoELayer
 from megatron_moellava.model.norms import Norm
-from megatron_moellava.model.router import router_class
+from megatron_moellava.model.router import router_builder
 
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -115,8 +115,8 @@ def _dense_mlp(provider, backbone: Backbone):
 def _moe_mlp(provider, moe: MoEConfig):
     dense = mlp_submodules(provider)
     submodules = MoESubmodules(
-        router=router_class(moe),
-        experts=provider.grouped_mlp_modules(moe.experts == "grouped"),
+        router=router_builder(moe),
+        experts=provider.grouped_mlp_modules(moe.moe_grouped_gemm),
         shared_experts=partial(_shared_experts, submodules=dense),
     )
     if moe.use_residual:

@@ -17,6 +17,7 @@ from megatron_moellava.model.context_parallel import encode_share, share
 from megatron_moellava.model.kv_cache import KVCache
 from megatron_moellava.model.layers import decoder_spec
 from megatron_moellava.model.vision import Projector, VisionTower
+from megatron_moellava.routers import ROUTERS
 from megatron_moellava.towers import Tower
 
 from megatron.core import parallel_state
@@ -167,17 +168,18 @@ class MoELlava(MegatronModule):
 
     def _padding_counts(self) -> bool:
         """The states of padding rows matter to a router that counts them: zero embeddings, attending to real rows."""
-        return self.run.moe is not None and self.run.moe.router == "original" and not self.run.data.packing
+        moe = self.run.moe
+        return moe is not None and ROUTERS[moe.router].counts_padding and not self.run.data.packing
 
     def _router_padding(self, padding_mask_BS: torch.Tensor | None) -> torch.Tensor | None:
         """What the router leaves out, [B, S of this rank], True = padding.
 
-        The original's router counts padding, but not columns that only make the length divisible (`OriginalRouter`).
+        A router that counts padding leaves out columns that only make the length divisible (`OriginalRouter`).
         """
         if padding_mask_BS is None or self.run.moe is None:
             return None
         padding_BS = ~padding_mask_BS
-        if self.run.moe.router == "original":
+        if ROUTERS[self.run.moe.router].counts_padding:
             if not self.config.sequence_parallel:
                 return None
             padding_BS = padding_BS.all(dim=0, keepdim=True).expand_as(padding_BS)

@@ -1,4 +1,5 @@
-"""The gate of MoE-LLaVA: DeepSpeed 0.9.5's top-1 and top-2 gating, as pure functions of the router's logits.
+"""The gate of MoE-LLaVA: DeepSpeed 0.9.5's top-1 and top-2 gating, as pure functions of logits and noise, and `OriginalGate`,
+the module that applies them as a run asks for.
 
 It differs from Megatron-Core's top-k in five ways: the second expert is sampled (Gumbel noise on the logits, in
 evaluation too), every expert takes a fixed number of tokens by position (all first choices before any second choice),
@@ -7,9 +8,15 @@ takes part in everything. Shapes: N tokens in batch-major order, E experts, K ch
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from megatron_moellava.config import MoEConfig
+
+Draw = Callable[..., torch.Tensor]  # (shape, device=...) -> fp32 samples: torch.rand or `gumbel`
+Noise = Callable[[torch.Tensor, Draw], torch.Tensor]  # (logits [N, E], draw) -> noise [N, E]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +27,36 @@ class Gate:
     slots_NE: torch.Tensor  # int64, the token's place in the expert's batch, -1 where it is not sent
     capacity: int  # slots per expert
     aux_loss: torch.Tensor  # E * sum_e(mean softmax_e * share of first choices_e), before dropping; 1 when balanced
+
+
+class OriginalGate(torch.nn.Module):
+    """The choices of all tokens of a micro-batch, from their logits [N, E] in batch-major order. Without parameters.
+
+    `noise`: where fresh noise comes from; a layer's own stream in training and generation (`router.LayerNoise`), recorded
+    noise where the original is reproduced. `drops` = False gives every token a place, as if it were alone (decoding:
+    requests must not compete).
+    """
+
+    def __init__(self, moe: MoEConfig, noise: Noise):
+        super().__init__()
+        self.moe, self.noise, self.drops = moe, noise, True
+
+    def forward(self, logits_NE: torch.Tensor) -> Gate:
+        """Deterministic but for the noise: the same logits and noise give the same choices on every rank."""
+        moe = self.moe
+        factor = moe.moe_expert_capacity_factor if self.training else moe.eval_capacity_factor
+        slots = expert_capacity(*logits_NE.shape, factor, moe.moe_router_topk, moe.min_capacity)
+        slots = slots if self.drops else len(logits_NE)
+        if moe.moe_router_topk == 1:
+            return top1_gate(logits_NE, slots, self.noise(logits_NE, torch.rand))
+        if moe.second_choice == "deterministic":
+            return top2_gate(logits_NE, slots, torch.zeros_like(logits_NE))
+        return top2_gate(logits_NE, slots, self.noise(logits_NE, gumbel))
+
+
+def no_noise(logits_NE: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """Zeros: the second best is the second choice, and a full expert keeps its first tokens."""
+    return torch.zeros_like(logits_NE)
 
 
 def expert_capacity(num_tokens: int, num_experts: int, factor: float, topk: int, min_capacity: int) -> int:

@@ -6,13 +6,15 @@ first; the original counts places batch first, over the whole sequence, so `Orig
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from megatron_moellava import parallel
 from megatron_moellava.config import MoEConfig
-from megatron_moellava.model.original_gate import Gate, expert_capacity, gumbel, top1_gate, top2_gate
+from megatron_moellava.model.original_gate import Draw, OriginalGate, no_noise
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
@@ -28,9 +30,6 @@ class MegatronRouter(TopKRouter):
     Megatron-Core adds a bias to the router of every model whose MLPs have one (Phi-2); the original has none.
     """
 
-    watched = False  # somebody's hook wants every call, so no shortcut may be taken around the module
-    seen_logits_NE: torch.Tensor | None = None  # of the last call while watched
-
     def __init__(
         self,
         config: TransformerConfig,
@@ -43,28 +42,20 @@ class MegatronRouter(TopKRouter):
         unbiased.init_method = uniform_router_init
         super().__init__(config=unbiased, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
 
-    def gating(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
-        logits_SBE = super().gating(hidden_SBH)
-        if self.watched:
-            self.seen_logits_NE = logits_SBE.detach().flatten(0, 1)
-        return logits_SBE
-
-    def probabilities(self) -> torch.Tensor:
-        """[N, E] over all experts (fp32) of the last watched call, before any choice."""
-        logits_NE = self.seen_logits_NE.float()
+    def probabilities(self, logits_NE: torch.Tensor) -> torch.Tensor:
+        """[N, E] over all experts (fp32), before any choice."""
+        logits_NE = logits_NE.float()
         if self.score_function == "softmax":
             return logits_NE.softmax(dim=-1)
         scores_NE = logits_NE.sigmoid()
         return scores_NE / scores_NE.sum(dim=-1, keepdim=True)
 
-    def asked(self, map_NE: torch.Tensor) -> torch.Tensor:
-        """[N, E] bool, what the tokens of the last watched call asked for. `map_NE`: what they got; drops are missing."""
-        if self.config.moe_expert_capacity_factor is None:
-            return map_NE
-        scores_NE = self.seen_logits_NE
+    def choices(self, logits_NE: torch.Tensor) -> torch.Tensor:
+        """[N, K], the experts that each token asks for, before any capacity is looked at."""
+        scores_NE = logits_NE
         if self.expert_bias is not None:
-            scores_NE = scores_NE.float().sigmoid() + self.expert_bias
-        return torch.zeros_like(map_NE).scatter(1, scores_NE.topk(self.topk, dim=-1).indices, True)
+            scores_NE = logits_NE.float().sigmoid() + self.expert_bias
+        return scores_NE.topk(self.topk, dim=-1).indices
 
     def _apply_expert_bias(self, routing_map_NE: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
         """Megatron-Core 0.19.2 masks the [N, E] map by a mask [N], which does not broadcast."""
@@ -91,17 +82,13 @@ class MegatronRouter(TopKRouter):
 class OriginalRouter(MegatronRouter):
     """The gate of DeepSpeed 0.9.5 (`original_gate.py`), the same under any tensor, sequence, expert, pipeline layout."""
 
-    moe: MoEConfig  # a subclass made by `router_class` carries it
-    injected_noise_NE: torch.Tensor | None = None  # for tests: used instead of fresh noise, batch-major
-    asked_NE: torch.Tensor | None = None  # choices of the last watched call, before dropping
-    drops: bool = True  # False: every token has a place, as if it were alone (decoding: requests must not compete)
+    def __init__(self, *arguments, moe: MoEConfig, **options):
+        super().__init__(*arguments, **options)
+        self.moe, self.gate = moe, OriginalGate(moe, no_noise)
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Start the layer's noise stream here, before any state of the generators is taken for a recomputation."""
         super().set_layer_number(layer_number)
-        name, tracker = f"router-{layer_number}", get_cuda_rng_tracker()
-        if name not in tracker.get_states():
-            tracker.add(name, torch.initial_seed() % 2**31 + 100_003 * layer_number + parallel.data_parallel_rank())
+        self.gate.noise = LayerNoise(layer_number)
 
     def routing(self, logits_SBE: torch.Tensor, padding_mask: torch.Tensor | None = None):
         """Returns weights [N, E] (fp32) and map [N, E] (bool) in Megatron-Core's order. Padding takes part.
@@ -109,25 +96,28 @@ class OriginalRouter(MegatronRouter):
         `padding_mask` [S, B], with sequence parallelism only: True in the columns beyond the longest row. They are
         there to make the length divisible, the original's batch does not have them, and they get no expert.
         """
-        split = self.tp_group.size() if self.config.sequence_parallel else 1
-        if split > 1:
+        if self.sequence_split > 1:
             logits_SBE = gather_from_sequence_parallel_region(logits_SBE, group=self.tp_group)
         length, batch, experts = logits_SBE.shape
         width = length - self._added_columns(padding_mask)
         gate = self.gate(logits_SBE[:width].transpose(0, 1).reshape(-1, experts))
+        probs_NE = self._attach(self.of_this_rank(gate.probs_NE, length, batch), gate.aux_loss)
+        return probs_NE, self.of_this_rank(gate.routing_map_NE, length, batch)
 
-        def of_this_rank(item_NE: torch.Tensor) -> torch.Tensor:
-            item_SBE = F.pad(item_NE.view(batch, width, experts).transpose(0, 1), (0, 0, 0, 0, 0, length - width))
-            return item_SBE.chunk(split)[self.tp_group.rank() if split > 1 else 0].reshape(-1, experts)
+    @property
+    def sequence_split(self) -> int:
+        """Ranks that share a sequence."""
+        return self.tp_group.size() if self.config.sequence_parallel else 1
 
-        if self.watched:
-            all_NE = torch.zeros_like(gate.routing_map_NE)
-            self.asked_NE = of_this_rank(all_NE.scatter(1, gate.choices_NK, True))
-        probs_NE = self._attach(of_this_rank(gate.probs_NE), gate.aux_loss, split)
-        return probs_NE, of_this_rank(gate.routing_map_NE)
+    def of_this_rank(self, item_NE: torch.Tensor, length: int, batch: int) -> torch.Tensor:
+        """What the gate said of the whole sequence, batch-major, for this rank's tokens in Megatron-Core's order.
 
-    def asked(self, map_NE: torch.Tensor) -> torch.Tensor:
-        return self.asked_NE
+        `length`: of the sequence with the columns that the gate was not shown; they get zeros.
+        """
+        item_SBE = item_NE.view(batch, -1, item_NE.shape[-1]).transpose(0, 1)
+        item_SBE = F.pad(item_SBE, (0, 0, 0, 0, 0, length - len(item_SBE)))
+        rank = self.tp_group.rank() if self.sequence_split > 1 else 0
+        return item_SBE.chunk(self.sequence_split)[rank].reshape(-1, item_NE.shape[-1])
 
     def _added_columns(self, padding_mask: torch.Tensor | None) -> int:
         if padding_mask is None:
@@ -136,26 +126,7 @@ class OriginalRouter(MegatronRouter):
         torch.distributed.all_reduce(count, group=self.tp_group)
         return int(count)
 
-    def gate(self, logits_NE: torch.Tensor) -> Gate:
-        """The choices of all tokens of a micro-batch, from their logits in batch-major order."""
-        moe = self.moe
-        factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
-        slots = expert_capacity(*logits_NE.shape, factor, moe.moe_router_topk, moe.min_capacity)
-        slots = slots if self.drops else len(logits_NE)
-        if moe.moe_router_topk == 1:
-            return top1_gate(logits_NE, slots, self._noise(logits_NE, torch.rand))
-        if moe.second_choice == "deterministic":
-            return top2_gate(logits_NE, slots, torch.zeros_like(logits_NE))
-        return top2_gate(logits_NE, slots, self._noise(logits_NE, gumbel))
-
-    def _noise(self, logits_NE: torch.Tensor, draw) -> torch.Tensor:
-        """Fresh noise from this layer's own stream, so that it depends neither on the layout nor on recomputation."""
-        if self.injected_noise_NE is not None:
-            return self.injected_noise_NE.to(logits_NE)
-        with get_cuda_rng_tracker().fork(f"router-{self.layer_number}"):
-            return draw(tuple(logits_NE.shape), device=logits_NE.device)
-
-    def _attach(self, probs_NE: torch.Tensor, aux_loss: torch.Tensor, split: int) -> torch.Tensor:
+    def _attach(self, probs_NE: torch.Tensor, aux_loss: torch.Tensor) -> torch.Tensor:
         """Add coefficient * aux loss to the loss, once per layer and micro-batch, and record it for the log."""
         if not (self.training and torch.is_grad_enabled()):
             return probs_NE
@@ -165,7 +136,23 @@ class OriginalRouter(MegatronRouter):
         if not self.moe.aux_loss_gradient or self.moe.moe_aux_loss_coeff == 0:
             return probs_NE
         # Every tensor-parallel rank attaches it to its own copy, and the gather's backward sums the copies.
-        return MoEAuxLossAutoScaler.apply(probs_NE, aux_loss * (self.moe.moe_aux_loss_coeff / split))
+        return MoEAuxLossAutoScaler.apply(probs_NE, aux_loss * (self.moe.moe_aux_loss_coeff / self.sequence_split))
+
+
+class LayerNoise:
+    """Fresh noise from a layer's own stream, so that it depends neither on the layout nor on recomputation."""
+
+    def __init__(self, layer_number: int):
+        """Starts the stream here, before any state of the generators is taken for a recomputation."""
+        self.stream, tracker = f"router-{layer_number}", get_cuda_rng_tracker()
+        if self.stream not in tracker.get_states():
+            seed = torch.initial_seed() % 2**31 + 100_003 * layer_number + parallel.data_parallel_rank()
+            tracker.add(self.stream, seed)
+
+    def __call__(self, logits_NE: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """[N, E] on the device of the logits."""
+        with get_cuda_rng_tracker().fork(self.stream):
+            return draw(tuple(logits_NE.shape), device=logits_NE.device)
 
 
 def uniform_router_init(weight_EH: torch.Tensor) -> torch.Tensor:
@@ -174,8 +161,10 @@ def uniform_router_init(weight_EH: torch.Tensor) -> torch.Tensor:
     return torch.nn.init.uniform_(weight_EH, -bound, bound)
 
 
-def router_class(moe: MoEConfig) -> type[MegatronRouter]:
-    """The router that a run asks for."""
-    if moe.router == "megatron":
-        return MegatronRouter
-    return type("OriginalRouter", (OriginalRouter,), {"moe": moe})
+MODULES = {"megatron": MegatronRouter, "original": OriginalRouter}  # by the kinds of `routers.py`
+
+
+def router_builder(moe: MoEConfig) -> Callable[..., MegatronRouter]:
+    """What makes the routers of a run."""
+    module = MODULES[moe.router]
+    return partial(module, moe=moe) if issubclass(module, OriginalRouter) else module

@@ -1,14 +1,20 @@
 """Where an expert meets a checkpoint: a model of any layout filled from one; training/checkpoint.py writes them."""
 
+import contextlib
 import json
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_moellava.backbones import BACKBONES, backbone_fields
-from megatron_moellava.checkpoint.description import read_run_file, verify
+from megatron_moellava.checkpoint.description import ANEW, read_description
+from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
 from megatron_moellava.checkpoint.safe_pickle import guard
+from megatron_moellava.checkpoint.verification import verify_checkpoint
 from megatron_moellava.config import CheckpointError, to_dict
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.placement import moe_layers
@@ -16,6 +22,7 @@ from megatron_moellava.towers import TOWERS, tower_fields
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
@@ -29,14 +36,14 @@ def model_names(checkpoint: Path) -> dict:
     A known name, if that is what the checkpoint holds; else the checkpoint itself, which has every field: it may come from
     a folder that is gone, or have another feature layer.
     """
-    model = read_run_file(checkpoint)["model"]
+    model = read_description(checkpoint).model
     known = {"backbone": (BACKBONES, backbone_fields), "tower": (TOWERS, tower_fields)}
     return {
         part: model[part]
-        if model[part] in registry and fields_of(registry[model[part]]) == model[f"{part}_fields"]
+        if model[part] in registry and fields_of(registry[model[part]]) == model.get(f"{part}_fields")
         else str(checkpoint)
         for part, (registry, fields_of) in known.items()
-        if model[part] is not None
+        if model.get(part) is not None
     }
 
 
@@ -60,20 +67,50 @@ def is_bookkeeping(name: str) -> bool:
 
 
 def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = False) -> None:
-    """Fill the model from a checkpoint of any layout. Raises CheckpointError that lists every field and tensor that differs."""
-    if not verified:
-        verify(checkpoint)
+    """Fill the model from a checkpoint of any layout. Collective.
+
+    `verified`: the files have been compared with their digests, or the user does without. Raises CheckpointError that
+    lists every file that is damaged, or every field and tensor that differs.
+    """
+    description = read_description(checkpoint) if verified else verify_checkpoint(checkpoint, together=True)
     state = model_state(chunks)
-    stored = _stored_tensors(checkpoint)
-    _check_tensors(checkpoint, state, stored, differing_fields(read_run_file(checkpoint)["model"], chunks[0]))
-    _carry_unused_tower(checkpoint, chunks[0], stored)
-    loaded = dist_checkpointing.load({"model": state}, str(checkpoint))["model"]
+    with readable(checkpoint):
+        stored = _stored_tensors(checkpoint)
+    _check_tensors(checkpoint, state, stored, differing_fields(description.model, chunks[0]))
+    with readable(checkpoint):
+        _carry_unused_tower(checkpoint, chunks[0], stored)
+        loaded = dist_checkpointing.load({"model": state}, str(checkpoint))["model"]
     for index, chunk in enumerate(chunks):
         prefix = f"chunk{index}."
         own = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
         problems = chunk.load_state_dict(own, strict=False)
         missing = [name for name in problems.missing_keys if not is_bookkeeping(name)]
         assert not missing and not problems.unexpected_keys, (missing, problems.unexpected_keys)
+
+
+@contextlib.contextmanager
+def readable(checkpoint: Path) -> Iterator[None]:
+    """What the libraries raise over files that are no checkpoint becomes a DamagedCheckpoint.
+
+    Only files that were not verified come so far: those of an older version without digests, and of --no-verify.
+    """
+    try:
+        yield
+    except (*_UNREADABLE, RuntimeError) as error:
+        if not isinstance(error, _UNREADABLE) and "PytorchStreamReader" not in str(error):
+            raise  # a rank that died, memory: no fault of the checkpoint
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise DamagedCheckpoint(f"{checkpoint} cannot be read ({reason}); {ANEW}") from error
+
+
+_UNREADABLE = (
+    CheckpointingException,
+    CheckpointException,
+    FileNotFoundError,
+    EOFError,
+    json.JSONDecodeError,
+    pickle.UnpicklingError,
+)
 
 
 def _stored_tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
@@ -94,7 +131,7 @@ def differing_fields(stored: dict, model: MoELlava) -> list[str]:
     there = {
         "backbone": stored.get("backbone_fields") or {},  # a converter of another program may not describe its model
         "tower": stored.get("tower_fields") or {},
-        "moe": _moe_fields(stored["moe"], model.backbone.num_layers),
+        "moe": _moe_fields(stored.get("moe"), model.backbone.num_layers),
     }
     plain = json.loads(json.dumps(here))
     return [
@@ -120,9 +157,9 @@ _FREE_FIELDS = (
 def _moe_fields(moe: dict | None, num_layers: int) -> dict:
     """The fields of a run's MoE section that its tensors depend on."""
     if moe is None:
-        return {"num_experts": None}
+        return {"num_moe_experts": None}
     placement = moe["placement"]
-    names = ("num_experts", "use_residual", "moe_shared_expert_intermediate_size")
+    names = ("num_moe_experts", "use_residual", "moe_shared_expert_intermediate_size")
     return {name: moe[name] for name in names if name in moe} | {"layers": list(moe_layers(placement, num_layers))}
 
 

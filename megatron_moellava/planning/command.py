@@ -42,9 +42,9 @@ def plan(arguments: argparse.Namespace) -> str:
 
 def settings_of(arguments: argparse.Namespace) -> list[str]:
     """The command line as settings of the run: flags first, so that an override wins. Stage 3 has experts anyhow."""
-    assumed = MoEConfig().num_experts if arguments.stage == 3 and arguments.config is None else None
+    assumed = MoEConfig().num_moe_experts if arguments.stage == 3 and arguments.config is None else None
     flags = {
-        "moe.num_experts": arguments.num_experts or assumed,
+        "moe.num_moe_experts": arguments.num_experts or assumed,
         "data.seq_length": arguments.seq_length,
         "training.global_batch_size": arguments.global_batch_size,
     }

@@ -18,7 +18,7 @@ from megatron_moellava.planning.memory import state_bytes
 GROUPED = ("experts",)
 FP8_PARTS = ("attention", "ffn", "experts", "shared experts")  # router, logits, projector and tower stay in bf16
 # Element-wise kernels move every kept byte about so often: written and read once forwards; read, and its gradient
-# written and read, backwards. Products read theirs besides (flops.py).
+# written and read, backwards. PackedLinear read theirs besides (flops.py).
 MOVES_FORWARD, MOVES_BACKWARD = 2, 3
 # Kernel launches of a layer, forward and backward, counted from the operations of Megatron-Core's layers.
 LAUNCHES = {False: (30, 60), True: (75, 130)}

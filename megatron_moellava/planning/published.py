@@ -57,9 +57,11 @@ EVERY_ROLE = (
     "experts",
     "router",
 )
-TOP2_OF_8 = MoEConfig(num_experts=8, placement="dense")
-TOP8_OF_64 = MoEConfig(num_experts=64, moe_router_topk=8, placement="dense", moe_shared_expert_intermediate_size=20480)
-TOP2_OF_4 = MoEConfig(num_experts=4)
+TOP2_OF_8 = MoEConfig(num_moe_experts=8, placement="dense")
+TOP8_OF_64 = MoEConfig(
+    num_moe_experts=64, moe_router_topk=8, placement="dense", moe_shared_expert_intermediate_size=20480
+)
+TOP2_OF_4 = MoEConfig(num_moe_experts=4)
 PAPER = "arXiv 2504.14960"
 ZOO = "Megatron-MoE-ModelZoo, runtime.conf and the Mixtral script"
 LLAVA = "LLaVA's README"

@@ -65,7 +65,7 @@ def text_report(request: Request, found: Found, best: Sequence[Plan], given: Seq
         f"{data.name}, {data.samples:,} samples of {tokens:,.0f} tokens ({data.images:.2f} images).",
         f"Rows of {run.data.seq_length:,} tokens, {'packed' if run.data.packing else 'padded'}"
         + (
-            f"; {run.moe.num_experts} experts, top-{run.moe.moe_router_topk}, {run.moe.placement}."
+            f"; {run.moe.num_moe_experts} experts, top-{run.moe.moe_router_topk}, {run.moe.placement}."
             if run.moe
             else "; dense."
         ),

@@ -118,7 +118,7 @@ def best_first(plans: list[Plan]) -> list[Plan]:
 
 def stage_costs(request: Request, layout: Layout) -> Costs:
     """Costs of the whole stage in one layout."""
-    fp8 = layout.run.training.fp8 is not None
+    fp8 = layout.run.training.fp8_recipe is not None
     pricing = Pricing(gpu=request.gpu, imbalance=request.imbalance if layout.run.moe else 1.0, fp8=fp8)
     return costs_of(layout, pricing, mean_load(layout, request.data), samples=request.data.samples)
 
@@ -137,7 +137,7 @@ def candidates(request: Request) -> Iterator[RunConfig]:
 
 def _axes(request: Request) -> dict[str, Sequence[object]]:
     run, world = request.run, request.world_size
-    experts = run.moe.num_experts if run.moe else 1
+    experts = run.moe.num_moe_experts if run.moe else 1
     layers = min(request.backbone.num_layers, world)
     is_free = run.parallel.num_layers_in_first_pipeline_stage is None and run.parallel.pipeline_split == "even"
     return {

@@ -1,6 +1,6 @@
 """Routing that goes wrong, in words: experts that take everything, and experts that nobody asks.
 
-Works on the plain numbers of `routing.routing_record`, so that a training step and an analysis judge alike.
+Works on the plain numbers of `routing.records.routing_record`, so that a training step and an analysis judge alike.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,9 @@ ADVICE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
+class Anomaly:
+    """One expert of one layer (both from 0) that takes too much or nothing, in words."""
+
     kind: str  # a key of ADVICE
     layer: int
     expert: int
@@ -36,16 +38,16 @@ class Trouble:
         return self.kind, self.layer, self.expert
 
 
-def troubles(record: dict) -> list[Trouble]:
+def find_anomalies(record: dict) -> list[Anomaly]:
     """Every collapsed layer and dead expert of an observation."""
-    found: list[Trouble] = []
+    found: list[Anomaly] = []
     for layer in record["layers"]:
         asked = [kept + lost for kept, lost in zip(layer["choices"], layer["dropped"], strict=True)]
         found += _of_layer(layer["layer"], asked, layer["tokens"], record["topk"])
     return found
 
 
-def _of_layer(layer: int, asked: Sequence[int], tokens: int, topk: int) -> Iterable[Trouble]:
+def _of_layer(layer: int, asked: Sequence[int], tokens: int, topk: int) -> Iterable[Anomaly]:
     experts, total = len(asked), sum(asked)
     if experts <= topk or total < FEW * experts:  # every expert takes every token, or too few were seen
         return
@@ -55,31 +57,32 @@ def _of_layer(layer: int, asked: Sequence[int], tokens: int, topk: int) -> Itera
             text = (
                 f"layer {layer}: expert {expert} takes {count / tokens:.0%} of the tokens, {load:.1f} x the mean load"
             )
-            yield Trouble("collapse", layer, expert, text)
+            yield Anomaly("collapse", layer, expert, text)
         if load < DEAD:
-            yield Trouble(
+            yield Anomaly(
                 "dead", layer, expert, f"layer {layer}: expert {expert} is dead ({count:,} of {total:,} choices)"
             )
 
 
-def advise(found: Sequence[Trouble]) -> list[str]:
-    """One line for each kind of trouble: what, and what to do."""
+def advise(found: Sequence[Anomaly]) -> list[str]:
+    """One line for each kind of anomaly: what, and what to do."""
     lines = []
     for kind, advice in ADVICE.items():
-        texts = [trouble.text for trouble in found if trouble.kind == kind]
+        texts = [anomaly.text for anomaly in found if anomaly.kind == kind]
         if texts:
             lines.append(f"{'; '.join(texts)}. Advice: {advice}")
     return lines
 
 
-class Watchman:
-    """Says what is new since the last observation, so that a trouble is not repeated every time."""
+class RoutingHealthMonitor:
+    """Says what is new since the last observation, so that an anomaly is not repeated every time."""
 
     def __init__(self) -> None:
         self.known: set[tuple[str, int, int]] = set()
 
     def __call__(self, record: dict) -> list[str]:
-        found = troubles(record)
-        new = [trouble for trouble in found if trouble.key not in self.known]
-        self.known = {trouble.key for trouble in found}
+        """Lines of advice about anomalies that the last record did not have."""
+        found = find_anomalies(record)
+        new = [anomaly for anomaly in found if anomaly.key not in self.known]
+        self.known = {anomaly.key for anomaly in found}
         return advise(new)

@@ -1,117 +1,128 @@
-"""What the routers of a training step do, counted exactly under any layout.
+"""Watching routers: whoever wants to know what they decide subscribes for a while, and routers know nothing of it.
 
-Routers are watched by hooks during a model's forward pass only, so that recomputed layers are not counted twice. Every
-token is counted by the one rank that routes it; `collect` adds up all ranks. Counting happens on the device, one small
-product per layer and micro-batch, and nothing waits for it before `collect`.
+Training statistics, a request's record and an analysis may watch the same routers at once and stop in any order. Hooks
+exist only while somebody watches, so an unwatched model pays nothing, and `is_observed` tells code that computes what a
+router would have decided (`inference/fast_decoder.py`) that this time the module itself must be asked.
 
-Shapes: N tokens, E experts, G groups of tokens (`token_groups.py`), L decoder layers, C columns.
+Shapes: N tokens of this rank in Megatron-Core's order (sequence first), S sequence, B batch, H hidden, E experts.
 """
 
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+
 import torch
-import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
-from megatron_moellava import platform
-from megatron_moellava.data.batch import Batch
-from megatron_moellava.model.context_parallel import share
 from megatron_moellava.model.moe_llava import MoELlava
-from megatron_moellava.routing.records import PER_EXPERT, PER_TOKEN, RoutingSums
-from megatron_moellava.routing.token_groups import MODALITIES, token_groups
+from megatron_moellava.model.original_gate import Gate
+from megatron_moellava.model.router import MegatronRouter, OriginalRouter
 
-from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 
+class RouterCall:
+    """One forward pass of one router. What is not needed is not computed; valid only while the callback runs."""
+
+    def __init__(
+        self,
+        layer: int,
+        router: MegatronRouter,
+        hidden_SBH: torch.Tensor,
+        weights_NE: torch.Tensor,
+        map_NE: torch.Tensor,
+        gating: tuple[torch.Tensor, Gate] | None,
+    ):
+        """`layer`: from 0. `gating`: what the gate of the original's router was given and said, whole and batch-major."""
+        self.layer, self.router, self._hidden_SBH = layer, router, hidden_SBH
+        self.weights_NE, self.map_NE, self.gating = weights_NE, map_NE, gating
+
+    @cached_property
+    @torch.no_grad()
+    def logits_NE(self) -> torch.Tensor:
+        """The router's own product once more: the same operands give the same bits."""
+        return self.router.gating(self._hidden_SBH).flatten(0, 1)
+
+    @cached_property
+    def probabilities_NE(self) -> torch.Tensor:
+        """Over all experts (fp32), before any choice."""
+        return self.router.probabilities(self.logits_NE)
+
+    @cached_property
+    def asked_NE(self) -> torch.Tensor:
+        """bool: what the tokens asked for. `map_NE` is what they got; what a full expert dropped is missing there."""
+        if self.gating is not None:
+            gate = self.gating[1]
+            asked_NE = torch.zeros_like(gate.routing_map_NE).scatter(1, gate.choices_NK, True)
+            length, batch = self._hidden_SBH.shape[:2]
+            return self.router.of_this_rank(asked_NE, length * self.router.sequence_split, batch)
+        if self.router.config.moe_expert_capacity_factor is None:
+            return self.map_NE
+        return torch.zeros_like(self.map_NE).scatter(1, self.router.choices(self.logits_NE), True)
+
+
+Subscriber = Callable[[RouterCall], None]
+
+
 class RoutingObserver:
-    """Watches the routers of this rank's layers."""
+    """The routers of this rank's chunks, by decoder layer from 0."""
 
-    def __init__(self, chunks: list[MoELlava]):
-        self.config = chunks[0].config
-        layers = [
-            layer
-            for chunk in chunks
-            for layer in chunk.language_model.decoder.layers
-            if isinstance(layer.mlp, MoELayer)
-        ]
-        self.routers = [layer.mlp.router for layer in layers]
-        self.sums: dict[str, torch.Tensor] = {}  # group -> [L, C]
-        self.names: list[str] = []
-        self.members_GN: torch.Tensor | None = None
-        for layer in layers:
-            layer.mlp.router.register_forward_hook(self._count(layer.layer_number - 1))
+    def __init__(self, chunks: Sequence[MoELlava]):
+        layers = [layer for chunk in chunks for layer in chunk.language_model.decoder.layers]
+        self.routers: dict[int, MegatronRouter] = {
+            layer.layer_number - 1: layer.mlp.router for layer in layers if isinstance(layer.mlp, MoELayer)
+        }
 
-    @property
-    def width(self) -> int:
-        return len(PER_EXPERT) * self.config.num_moe_experts + len(PER_TOKEN)
-
-    def observe(self, batch: Batch):
-        """Context in which the routers are counted."""
-        self.names, members_GBS = token_groups(batch)
-        members_GBS = share(members_GBS, dim=2)
-        if self.config.sequence_parallel:
-            size, rank = (
-                parallel_state.get_tensor_model_parallel_world_size(),
-                parallel_state.get_tensor_model_parallel_rank(),
-            )
-            members_GBS = members_GBS.chunk(size, dim=2)[rank]
-        self.members_GN = members_GBS.transpose(1, 2).flatten(1).double()
-        return self
-
-    def __enter__(self):
-        self._watch(True)
-        return self
-
-    def __exit__(self, *exception):
-        self._watch(False)
-        self.members_GN = None
-
-    def _watch(self, on: bool) -> None:
-        for router in self.routers:
-            router.watched = on
-
-    def _count(self, layer: int):
-        @torch.no_grad()
-        def hook(router, inputs, output):
-            if self.members_GN is None:
-                return
-            _, map_NE = output
-            sums_GC = self.members_GN @ token_table(router, map_NE)
-            for name, sums_C in zip(self.names, sums_GC, strict=True):
-                if name not in self.sums:
-                    self.sums[name] = sums_C.new_zeros(self.config.num_layers, self.width)
-                self.sums[name][layer] += sums_C
-
-        return hook
-
-    def collect(self) -> RoutingSums:
-        """The sums of all ranks since the last call. Collective."""
-        names = [*MODALITIES, *self._all_types()]
-        empty = torch.zeros(self.config.num_layers, self.width, dtype=torch.float64, device=platform.device())
-        total_GLC = torch.stack([self.sums.get(name, empty) for name in names])
-        if not self.config.sequence_parallel and parallel_state.get_tensor_model_parallel_rank() > 0:
-            total_GLC.zero_()  # without sequence parallelism every tensor-parallel rank saw the same tokens
-        dist.all_reduce(total_GLC)
-        self.sums.clear()
-        return RoutingSums(
-            groups=tuple(names),
-            layers=tuple(layer for layer, is_moe in enumerate(self.config.moe_layer_freq) if is_moe),
-            num_experts=self.config.num_moe_experts,
-            topk=self.config.moe_router_topk,
-            sums_GLC=total_GLC.cpu(),
-        )
-
-    def _all_types(self) -> list[str]:
-        """Every rank's question types: a rank may not have met one."""
-        everywhere: list[list[str]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(everywhere, [name for name in self.sums if name not in MODALITIES])
-        return sorted({name for names in everywhere for name in names})
+    @contextmanager
+    def watch(self, subscriber: Subscriber) -> Iterator[None]:
+        """Context in which `subscriber` hears of every call of every router, also of those that a recomputation makes."""
+        taps = [_TAPS.setdefault(router, _Tap(layer, router)) for layer, router in self.routers.items()]
+        for tap in taps:
+            tap.add(subscriber)
+        try:
+            yield
+        finally:
+            for tap in taps:
+                tap.remove(subscriber)
 
 
-def token_table(router, map_NE: torch.Tensor) -> torch.Tensor:
-    """[N, C] in float64: what one token adds to each column."""
-    probabilities_NE = router.probabilities()
-    best_NK = probabilities_NE.topk(min(2, probabilities_NE.shape[1]), dim=-1).values
-    columns = [map_NE, router.asked(map_NE), probabilities_NE, torch.ones_like(best_NK[:, :1])]
-    columns += [-torch.xlogy(probabilities_NE, probabilities_NE).sum(dim=-1, keepdim=True), best_NK]
-    if best_NK.shape[1] == 1:
-        columns.append(torch.zeros_like(best_NK))
-    return torch.cat([column.double() for column in columns], dim=-1)
+def is_observed(router: MegatronRouter) -> bool:
+    """Whether anybody watches this router now."""
+    return router in _TAPS and bool(_TAPS[router].subscribers)
+
+
+class _Tap:
+    """The hooks of one router, there while it has subscribers."""
+
+    def __init__(self, layer: int, router: MegatronRouter):
+        self.layer, self.router = layer, weakref.ref(router)
+        self.subscribers: list[Subscriber] = []
+        self.hooks: list[RemovableHandle] = []
+        self.gating: tuple[torch.Tensor, Gate] | None = None  # of the call that is under way
+
+    def add(self, subscriber: Subscriber) -> None:
+        if not self.subscribers:
+            router = self.router()
+            self.hooks = [router.register_forward_hook(self._after_router)]
+            if isinstance(router, OriginalRouter):
+                self.hooks.append(router.gate.register_forward_hook(self._after_gate))
+        self.subscribers.append(subscriber)
+
+    def remove(self, subscriber: Subscriber) -> None:
+        self.subscribers.remove(subscriber)
+        if not self.subscribers:
+            for hook in self.hooks:
+                hook.remove()
+
+    def _after_gate(self, gate, inputs, output: Gate) -> None:
+        self.gating = inputs[0].detach(), output
+
+    def _after_router(self, router: MegatronRouter, inputs, output) -> None:
+        gating, self.gating = self.gating, None
+        call = RouterCall(self.layer, router, inputs[0].detach(), output[0].detach(), output[1], gating)
+        for subscriber in tuple(self.subscribers):
+            subscriber(call)
+
+
+_TAPS: weakref.WeakKeyDictionary[MegatronRouter, _Tap] = weakref.WeakKeyDictionary()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
-from megatron_moellava.checkpoint.description import read_run_file
+from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import INTERRUPTED, CheckpointError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch
@@ -27,8 +27,8 @@ from megatron_moellava.model.fp8_emulation import Emulation, emulate_fp8
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.roles import freeze
 from megatron_moellava.model.weights import load_weights
-from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.routing.records import routing_record
+from megatron_moellava.routing.statistics import RoutingStatistics
 from megatron_moellava.stages import STAGES
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
@@ -42,7 +42,7 @@ from megatron_moellava.training.metrics import (
     load_imbalance,
     routing_summary,
 )
-from megatron_moellava.training.non_finite_report import Culprits
+from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.watchdog import Watchdog
@@ -68,7 +68,7 @@ class Trainer:
         self.trained = {}
         for chunk in self.chunks:
             self.trained |= freeze(chunk, run.training.trains or STAGES[run.training.stage])
-        self.routing = RoutingObserver(self.chunks) if run.moe else None
+        self.routing = RoutingStatistics(self.chunks) if run.moe else None
         self.fp8 = self._emulated_fp8()
         self.state = checkpoints.TrainingState(iteration=0, consumed_samples=0, data=None)
         resumed = self._load_weights()
@@ -79,7 +79,7 @@ class Trainer:
         if resumed:
             self._resume(resumed)
         self.stragglers = Stragglers(run.logging.straggler_interval)
-        self.culprits = Culprits(gradients_stay=not overlaps(run)[0])
+        self.non_finite_report = NonFiniteReport(gradients_stay=not overlaps(run)[0])
         self.watchdog: Watchdog | None = None
         self._configure_schedules()
         self.update = Update(self.optimizer)
@@ -93,7 +93,7 @@ class Trainer:
     # --- start ------------------------------------------------------------------------------------------------------
 
     def _emulated_fp8(self) -> Emulation | None:
-        recipe = self.run.training.fp8
+        recipe = self.run.training.fp8_recipe
         if recipe is None or platform.HAS_TRANSFORMER_ENGINE:
             return None
         return emulate_fp8(self.chunks, recipe, self.chunks[0].config)
@@ -106,21 +106,21 @@ class Trainer:
         if source is not None:
             load_weights(source, self.chunks, verified=resumed is not None)
             if resumed:
-                self.state.provenance = read_run_file(resumed).get("provenance") or {}
+                self.state.provenance = read_description(resumed).provenance
             else:
                 self.state.provenance = checkpoints.provenance_of(self.run, source)
         return resumed
 
     def _resume(self, checkpoint: Path) -> None:
-        description = read_run_file(checkpoint)
-        if description["optimizer_steps"] is None or description["stage"] != self.run.training.stage:
+        description = read_description(checkpoint)
+        if description.optimizer_steps is None or description.stage != self.run.training.stage:
             raise CheckpointError(
-                f"checkpoint.save={checkpoint.parent} holds a checkpoint of stage {description['stage']} that cannot be "
+                f"checkpoint.save={checkpoint.parent} holds a checkpoint of stage {description.stage} that cannot be "
                 f"continued as stage {self.run.training.stage}; choose another checkpoint.save"
             )
-        self.state.iteration = description["iteration"]
-        self.state.consumed_samples = description["consumed_samples"]
-        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description["optimizer_steps"])
+        self.state.iteration = description.iteration
+        self.state.consumed_samples = description.consumed_samples
+        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description.optimizer_steps)
         self.scheduler.step(increment=self.state.iteration)
         loaders = checkpoints.load_rank_state(checkpoint, description, self.fp8)
         if self.loader is not None:
@@ -136,7 +136,7 @@ class Trainer:
 
     def _finalize_gradients(self, *arguments, **options) -> None:
         self.stragglers.pause(self.state.iteration + 1)
-        self.culprits.before_reduction(self.wrapped)
+        self.non_finite_report.before_reduction(self.wrapped)
         self._at("reducing gradients")
         finalize_model_grads(*arguments, **options)
 
@@ -172,7 +172,9 @@ class Trainer:
     def _train(self) -> int:
         self.log.say(f"trains {', '.join(f'{role} {count:,}' for role, count in self.trained.items())} (this rank)")
         if self.fp8 is not None:
-            self.log.say(f"training.fp8={self.run.training.fp8} is emulated here: FP8's rounding, not its speed")
+            self.log.say(
+                f"training.fp8_recipe={self.run.training.fp8_recipe} is emulated here: FP8's rounding, not its speed"
+            )
         skipped_in_a_row = 0
         for chunk in self.wrapped:
             chunk.train()
@@ -280,7 +282,7 @@ class Trainer:
     def _forward_step(self, batches: Iterator[Batch], model, scale: float):
         batch = next(batches)
         count = self.routing is not None and (self.state.iteration + 1) % self.run.logging.routing_interval == 0
-        with self.routing.observe(batch) if count else nullcontext():
+        with self.routing.count(batch) if count else nullcontext():
             output = model(**model_inputs(batch))
         return output, partial(global_token_mean, scale=scale)
 
@@ -313,7 +315,7 @@ class Trainer:
         return [name for ids in gathered for name in ids]
 
     def _report_skipped(self, sample_ids: list[str], in_a_row: int) -> None:
-        whose, names = self.culprits.name(self.loss_sum, sample_ids)
+        whose, names = self.non_finite_report.name(self.loss_sum, sample_ids)
         self.log.say(f"step {self.state.iteration} skipped: {whose} is not finite; samples: {names}")
         if in_a_row >= self.run.training.non_finite_patience:
             self._finish_save()

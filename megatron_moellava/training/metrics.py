@@ -11,7 +11,7 @@ from megatron_moellava import parallel
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.data.loader import summary
-from megatron_moellava.routing.health import Watchman
+from megatron_moellava.routing.health import RoutingHealthMonitor
 
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
@@ -40,7 +40,7 @@ class StepLog:
         self.active = parallel.is_main_process()
         self.title, self.train_steps = title, train_steps
         self.file = self.routing_file = self.writer = None
-        self.watchman = Watchman()
+        self.routing_health = RoutingHealthMonitor()
         self.clock = time.time() - time.monotonic()  # what must be added to the latter
         self.folder = folder
         if self.active and folder is not None:
@@ -83,10 +83,10 @@ class StepLog:
             )
 
     def routing(self, iteration: int, record: dict) -> None:
-        """What the routers did in one step (`routing.routing_record`)."""
+        """What the routers did in one step (`routing.records.routing_record`)."""
         if not self.active:
             return
-        warnings = self.watchman(record)
+        warnings = self.routing_health(record)
         for warning in warnings:
             self.say(f"step {iteration} warning: {warning}")
         try:

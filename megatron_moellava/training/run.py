@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_moellava import parallel
 from megatron_moellava.backbones import get_backbone
-from megatron_moellava.checkpoint.description import read_run_file
+from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.config import ConfigError, RunConfig, from_dict, read_yaml, set_override, split_override
 from megatron_moellava.data.loader import Loader, WorkerTrouble, build_train_loader, worker_trouble
@@ -41,8 +41,8 @@ def _model_of_checkpoint(load: str | None) -> dict:
     checkpoint = newest_checkpoint(load) if load else None
     if checkpoint is None:
         return {}
-    model = read_run_file(checkpoint)["model"]
-    return {"model": model_names(checkpoint)} | ({"moe": dict(model["moe"])} if model["moe"] else {})
+    moe = read_description(checkpoint).model.get("moe")
+    return {"model": model_names(checkpoint)} | ({"moe": dict(moe)} if moe else {})
 
 
 def validate_run(run: RunConfig) -> None:

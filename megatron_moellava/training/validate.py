@@ -10,6 +10,7 @@ from megatron_moellava.checkpoint.folders import newest_checkpoint, require_chec
 from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.placement import moe_layers
+from megatron_moellava.routers import ROUTERS, RouterKind
 from megatron_moellava.stages import ROLES, STAGES
 from megatron_moellava.towers import get_tower
 
@@ -18,16 +19,15 @@ CHOICES = {
     "training.precision": ("bf16", "fp32"),
     "training.device": ("auto", "cpu", "cuda"),
     "training.recompute": ("none", "full", "selective", "moe"),
-    "training.fp8": (None, "delayed", "tensorwise", "blockwise", "mxfp8"),
+    "training.fp8_recipe": (None, "delayed", "tensorwise", "blockwise", "mxfp8"),
     "optimizer.lr_decay_style": ("cosine", "linear", "constant"),
     "data.image_aspect_ratio": ("pad", "square"),
     "data.label_mode": ("spans", "original"),
     "data.long_samples": ("cut", "skip"),
     "data.sampler": ("shuffle", "modality_length"),
-    "moe.router": ("megatron", "original"),
-    "moe.router_dtype": ("fp32", "bf16"),
+    "moe.router": tuple(ROUTERS),
+    "moe.moe_router_dtype": ("fp32", "bf16"),
     "moe.second_choice": ("sampled", "deterministic"),
-    "moe.experts": ("grouped", "sequential"),
     "moe.moe_token_dispatcher_type": ("alltoall", "allgather", "flex"),
     "moe.moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
 }
@@ -203,26 +203,26 @@ def _moe(run: RunConfig, backbone: Backbone) -> Iterator[str]:
         if run.training.stage == 3 and run.training.trains is None:
             yield (
                 "training.stage=3 trains MoE layers, and this model has none; start from a checkpoint made by "
-                "`tools/convert.py upcycle`, or set moe.num_experts"
+                "`tools/convert.py upcycle`, or set moe.num_moe_experts"
             )
         if parallel.expert_model_parallel_size > 1:
             yield f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} needs a MoE model; use 1"
         return
-    if moe.num_experts % parallel.expert_model_parallel_size:
+    if moe.num_moe_experts % parallel.expert_model_parallel_size:
         yield (
-            f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} does not divide moe.num_experts="
-            f"{moe.num_experts}; use {_divisors(moe.num_experts)}"
+            f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} does not divide moe.num_moe_experts="
+            f"{moe.num_moe_experts}; use {_divisors(moe.num_moe_experts)}"
         )
-    if not 1 <= moe.moe_router_topk <= moe.num_experts:
-        yield f"moe.moe_router_topk={moe.moe_router_topk} must lie between 1 and moe.num_experts={moe.num_experts}"
+    if not 1 <= moe.moe_router_topk <= moe.num_moe_experts:
+        yield f"moe.moe_router_topk={moe.moe_router_topk} must lie between 1 and moe.num_moe_experts={moe.num_moe_experts}"
     try:
         moe_layers(moe.placement, backbone.num_layers)
     except MoELlavaError as error:
         yield str(error)
-    if moe.router_dtype == "bf16" and run.training.precision != "bf16":
+    if moe.moe_router_dtype == "bf16" and run.training.precision != "bf16":
         yield (
-            f"moe.router_dtype=bf16 with training.precision={run.training.precision}: the router takes the dtype of the "
-            "hidden states; set training.precision=bf16, or moe.router_dtype=fp32"
+            f"moe.moe_router_dtype=bf16 with training.precision={run.training.precision}: the router takes the dtype of the "
+            "hidden states; set training.precision=bf16, or moe.moe_router_dtype=fp32"
         )
     if (parallel.expert_tensor_parallel_size or 1) > 1 and backbone.add_bias_linear:
         yield (
@@ -233,30 +233,32 @@ def _moe(run: RunConfig, backbone: Backbone) -> Iterator[str]:
         yield "moe.moe_token_dispatcher_type=flex (DeepEP) needs GPUs; use alltoall"
     if moe.moe_token_dispatcher_type == "allgather" and not run.data.packing:
         yield "moe.moe_token_dispatcher_type=allgather needs rows of one length (data.packing=true); use alltoall"
-    yield from _original_router(run) if moe.router == "original" else _megatron_router(run)
+    if moe.router in ROUTERS:
+        yield from _router(run, ROUTERS[moe.router])
 
 
-def _original_router(run: RunConfig) -> Iterator[str]:
-    moe = run.moe
-    if moe.moe_router_topk > 2:
-        yield f"moe.moe_router_topk={moe.moe_router_topk}: the original router has 1 or 2; use moe.router=megatron"
-    if moe.capacity_factor is None:
-        yield "moe.capacity_factor is unset: the original router always has one; the released recipes use 1.5"
-    if run.data.packing:
-        yield "moe.router=original counts places in padded batches; set data.packing=false"
-    for name in ("moe_z_loss_coeff", "moe_router_enable_expert_bias"):
-        if getattr(moe, name):
-            yield f"moe.{name}={getattr(moe, name)}: the original router has no such thing; use moe.router=megatron"
-    if run.parallel.context_parallel_size > 1:
-        yield "parallel.context_parallel_size: the original router counts places over the whole sequence; use 1"
-
-
-def _megatron_router(run: RunConfig) -> Iterator[str]:
-    shared = run.parallel.tensor_model_parallel_size * run.parallel.context_parallel_size
-    if run.moe.capacity_factor is not None and shared > 1:
+def _router(run: RunConfig, kind: RouterKind) -> Iterator[str]:
+    moe, parallel = run.moe, run.parallel
+    if kind.max_topk is not None and moe.moe_router_topk > kind.max_topk:
         yield (
-            f"moe.capacity_factor={run.moe.capacity_factor} with tensor or context parallelism: Megatron-Core counts places in "
-            "each rank's share of the sequence, so the result would depend on the layout; leave it unset (dropless)"
+            f"moe.moe_router_topk={moe.moe_router_topk}: the {kind.name} router has at most {kind.max_topk}; "
+            "use moe.router=megatron"
+        )
+    if kind.always_has_capacity and moe.moe_expert_capacity_factor is None:
+        yield f"moe.moe_expert_capacity_factor is unset: the {kind.name} router always has one; the released recipes use 1.5"
+    if not kind.allows_packing and run.data.packing:
+        yield f"moe.router={kind.name} counts places in padded batches; set data.packing=false"
+    for name in kind.lacks:
+        if getattr(moe, name):
+            yield f"moe.{name}={getattr(moe, name)}: the {kind.name} router has no such thing; use moe.router=megatron"
+    if not kind.allows_context_parallelism and parallel.context_parallel_size > 1:
+        yield f"parallel.context_parallel_size: the {kind.name} router counts places over the whole sequence; use 1"
+    shared = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    if moe.moe_expert_capacity_factor is not None and not kind.counts_whole_sequence and shared > 1:
+        yield (
+            f"moe.moe_expert_capacity_factor={moe.moe_expert_capacity_factor} with tensor or context parallelism: "
+            "Megatron-Core counts places in each rank's share of the sequence, so the result would depend on the "
+            "layout; leave it unset (dropless)"
         )
 
 
@@ -310,7 +312,7 @@ def _training(run: RunConfig) -> Iterator[str]:
     for role in training.trains or ():
         if role not in ROLES:
             yield f"training.trains: {role!r} is not a role; roles are {', '.join(ROLES)}"
-    if training.fp8 is not None:
+    if training.fp8_recipe is not None:
         yield from _fp8(run)
     if run.optimizer.overlap_param_gather and run.optimizer.overlap_grad_reduce is False:
         yield "optimizer.overlap_param_gather=true needs overlap_grad_reduce; set it to true as well, or leave both unset"
@@ -335,13 +337,19 @@ def _training(run: RunConfig) -> Iterator[str]:
 def _fp8(run: RunConfig) -> Iterator[str]:
     training = run.training
     if platform.HAS_CUDA and not platform.HAS_TRANSFORMER_ENGINE:
-        yield f"training.fp8={training.fp8} needs Transformer Engine on a GPU (on a CPU it is emulated); leave it unset"
+        yield (
+            f"training.fp8_recipe={training.fp8_recipe} needs Transformer Engine on a GPU (on a CPU it is emulated); "
+            "leave it unset"
+        )
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
-        if (count := getattr(training, name)) and training.fp8 == "delayed":
+        if (count := getattr(training, name)) and training.fp8_recipe == "delayed":
             yield f"training.{name}={count}: Megatron-Core's delayed recipe covers all layers; use tensorwise or 0"
     multiple = run.row_multiple
     if run.data.seq_length % multiple:
-        yield f"data.seq_length={run.data.seq_length} must be a multiple of {multiple} for training.fp8={training.fp8}"
+        yield (
+            f"data.seq_length={run.data.seq_length} must be a multiple of {multiple} for "
+            f"training.fp8_recipe={training.fp8_recipe}"
+        )
 
 
 def _divisors(number: int) -> str:

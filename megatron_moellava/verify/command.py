@@ -8,9 +8,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_moellava import parallel
+from megatron_moellava.checkpoint.description import read_description
+from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import CheckpointError, MoELlavaError, RunConfig, from_dict, set_override, split_override
 from megatron_moellava.conversion.imports import import_checkpoint
-from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
+from megatron_moellava.costs.shapes import model_from_json
 from megatron_moellava.verify.conversations import verify_conversations
 from megatron_moellava.verify.curves import verify_curves
 from megatron_moellava.verify.dense import verify_dense
@@ -63,11 +65,16 @@ def verify_folder(folder: Folder, run: RunConfig) -> Table:
     with shared_folder() as place:
         names = [name for name in CHECKPOINTS if folder.has_checkpoint(name)]
         on_first_rank(lambda: import_all(folder, names, place))
-        subjects = {name: Subject(open_checkpoint(place / name).model, str(place / name)) for name in names}
+        subjects = {name: subject_of(place / name) for name in names}
         if subjects:
             verify_models(folder, run, subjects, table)
         dist.barrier()
     return table
+
+
+def subject_of(imported: Path) -> Subject:
+    """What a checkpoint's run.json says of its model; its weights are verified when they are loaded."""
+    return Subject(model_from_json(read_description(require_checkpoint(imported)).model), str(imported))
 
 
 def verify_models(folder: Folder, run: RunConfig, subjects: dict[str, Subject], table: Table) -> None:

@@ -16,7 +16,7 @@ from megatron_moellava.verify.table import Table
 
 GATE_LOGITS = 1e-4  # as the model's logits; measured 4e-6
 SETTINGS = {
-    "capacity_factor": "capacity_factor",
+    "capacity_factor": "moe_expert_capacity_factor",
     "eval_capacity_factor": "eval_capacity_factor",
     "min_capacity": "min_capacity",
     "router_aux_loss_coef": "moe_aux_loss_coeff",

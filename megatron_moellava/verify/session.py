@@ -23,9 +23,10 @@ from megatron_moellava.data.encode import IGNORE_INDEX
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.moe_llava import MoELlava
-from megatron_moellava.model.original_gate import Gate
+from megatron_moellava.model.original_gate import Draw, Gate, OriginalGate, no_noise
 from megatron_moellava.model.router import OriginalRouter
 from megatron_moellava.model.weights import load_weights, model_state
+from megatron_moellava.routing.observer import RouterCall, RoutingObserver
 from megatron_moellava.training.loop import global_token_mean
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
@@ -46,7 +47,11 @@ class Subject:
         """`run` for this model; `moe` replaces the settings of its gates. The way experts are computed is the run's."""
         moe = moe or self.model.moe
         if moe and run.moe:
-            moe = replace(moe, experts=run.moe.experts, moe_token_dispatcher_type=run.moe.moe_token_dispatcher_type)
+            moe = replace(
+                moe,
+                moe_grouped_gemm=run.moe.moe_grouped_gemm,
+                moe_token_dispatcher_type=run.moe.moe_token_dispatcher_type,
+            )
         model = replace(run.model, backbone=self.checkpoint, tower=self.checkpoint)
         parallel = run.parallel if moe else replace(run.parallel, expert_model_parallel_size=1)  # more data parallelism
         return replace(run, model=model, moe=moe, parallel=parallel)
@@ -74,18 +79,14 @@ class Session:
     model: Model
     chunks: list[MoELlava]
     gatings: dict[int, Gating] = field(default_factory=dict)  # by layer, of the last forward pass on this rank
+    observer: RoutingObserver = field(init=False)
 
     def __post_init__(self) -> None:
-        for layer, router in routers(self.chunks).items():
-            router.gate = self._recording(layer, router.gate)  # type: ignore[method-assign]
+        self.observer = RoutingObserver(self.chunks)
 
-    def _recording(self, layer: int, gate: Callable[[torch.Tensor], Gate]):
-        def recorded(logits_NE: torch.Tensor) -> Gate:
-            result = gate(logits_NE)
-            self.gatings[layer] = Gating(logits_NE.detach(), result)
-            return result
-
-        return recorded
+    def _keep(self, call: RouterCall) -> None:
+        if call.gating is not None:
+            self.gatings[call.layer] = Gating(*call.gating)
 
     @property
     def multiple(self) -> int:
@@ -97,8 +98,8 @@ class Session:
     def inject(self, noise: dict[str, torch.Tensor] | None) -> None:
         """Noise [N, E] by the original's name of the gate; None: zeros."""
         names = gate_names(self.model)
-        for layer, router in routers(self.chunks).items():
-            router.injected_noise_NE = noise[names[layer]] if noise else torch.zeros(1, 1)
+        for layer, gate in original_gates(self.observer).items():
+            gate.noise = partial(_recorded_noise, noise[names[layer]]) if noise else no_noise
 
     def train(self, mode: bool) -> None:
         for chunk in self.chunks:
@@ -149,7 +150,7 @@ class Session:
             output = chunk(**inputs)
             return output, (lambda result, non_loss_data=True: measure(result)) if non_loss else measure
 
-        with torch.set_grad_enabled(not forward_only):
+        with torch.set_grad_enabled(not forward_only), self.observer.watch(self._keep):
             return get_forward_backward_func()(
                 forward_step_func=step,
                 data_iterator=[None] * len(model) if len(model) > 1 else None,
@@ -190,11 +191,14 @@ def open_session(run: RunConfig, subject: Subject, moe: MoEConfig | None = None)
     return Session(run, subject.model, chunks)
 
 
-def routers(chunks: list[MoELlava]) -> dict[int, OriginalRouter]:
+def original_gates(observer: RoutingObserver) -> dict[int, OriginalGate]:
     """The original's gates of this rank by layer, from 0."""
-    layers = (layer for chunk in chunks for layer in chunk.language_model.decoder.layers)
-    found = {layer.layer_number - 1: getattr(layer.mlp, "router", None) for layer in layers}
-    return {layer: router for layer, router in found.items() if isinstance(router, OriginalRouter)}
+    routers = observer.routers.items()
+    return {layer: router.gate for layer, router in routers if isinstance(router, OriginalRouter)}
+
+
+def _recorded_noise(noise_NE: torch.Tensor, logits_NE: torch.Tensor, draw: Draw) -> torch.Tensor:
+    return noise_NE.to(logits_NE)
 
 
 def gate_names(model: Model) -> dict[int, str]:

@@ -11,9 +11,12 @@ import torch
 
 from megatron_moellava import parallel
 from megatron_moellava.backbones import BACKBONES
+from megatron_moellava.checkpoint.description import read_description
+from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import RunConfig, from_dict, set_override
 from megatron_moellava.model import weights as reading
 from megatron_moellava.model.router import OriginalRouter
+from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.loop import Trainer
 from tests.distributed.layouts import BY_ID, MODELS, MOE, REFERENCES, SAVED_AT, SOURCES, STEPS, Layout
@@ -101,17 +104,13 @@ def start(layout: Layout, first_step: int = 0, **more) -> tuple[Trainer, Recorde
 
 def inject_noise(trainer: Trainer) -> None:
     """The same noise in every layout; a fresh draw would depend on the data-parallel rank."""
-    for chunk in trainer.chunks:
-        for layer in chunk.language_model.decoder.layers:
-            router = getattr(layer.mlp, "router", None)
-            if isinstance(router, OriginalRouter):
-                router.register_forward_pre_hook(partial(_set_noise, chunk.config))
+    for layer, router in RoutingObserver(trainer.chunks).routers.items():
+        if isinstance(router, OriginalRouter):
+            router.gate.noise = partial(_same_noise, f"noise {layer + 1}")
 
 
-def _set_noise(config, router, inputs) -> None:
-    split = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    rows = inputs[0].shape[0] * inputs[0].shape[1] * split
-    router.injected_noise_NE = draw(f"noise {router.layer_number}", [rows, config.num_moe_experts]).abs()
+def _same_noise(name: str, logits_NE: torch.Tensor, sampler) -> torch.Tensor:
+    return draw(name, list(logits_NE.shape)).abs().to(logits_NE)
 
 
 # --- one layout -------------------------------------------------------------------------------------------------------
@@ -180,7 +179,7 @@ def reference_file(layout: Layout, folder: Path) -> Path:
 def compare(result: dict, reference: dict) -> dict:
     """Largest relative differences, each with the name of the tensor where it is."""
     groups = len(result["groups"] or ())
-    counts = 2 * MOE["num_experts"]  # the columns of choices, after and before dropping, are whole numbers
+    counts = 2 * MOE["num_moe_experts"]  # the columns of choices, after and before dropping, are whole numbers
     same_routing = result["routed"] is None or (
         result["groups"] == reference["groups"]
         and groups > 2
@@ -239,14 +238,14 @@ def run_continuation(job: dict, folder: Path) -> dict:
     Negative controls: `zero_moments` forgets Adam's state, `skip_weights` the parameters. Both must be seen.
     """
     layout = BY_ID[job["layout"]]
-    checkpoint = reading.require_checkpoint(folder / job["source"])
-    description = reading.read_run_file(checkpoint)
+    checkpoint = require_checkpoint(folder / job["source"])
+    description = read_description(checkpoint)
     trainer, _, _ = start(layout, first_step=SAVED_AT)
     if not job.get("skip_weights"):
         reading.load_weights(checkpoint, trainer.chunks)
     trainer.optimizer.reload_model_params()
     if not job.get("zero_moments"):
-        checkpoints.load_optimizer(checkpoint, trainer.optimizer, trainer.chunks, description["optimizer_steps"])
+        checkpoints.load_optimizer(checkpoint, trainer.optimizer, trainer.chunks, description.optimizer_steps)
     if job.get("skip_weights"):  # the optimizer's copy has filled them
         fill(trainer.chunks)
         trainer.optimizer.reload_model_params()

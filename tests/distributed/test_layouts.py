@@ -33,7 +33,7 @@ def test_layout_equals_one_process(job, result):
     for name in ("loss", "grad_norm", "aux_loss", "z_loss", "gradients", "parameters", "routing_sums"):
         error, where = result[name]
         assert error <= TOLERANCE, f"{name}: {error:.1e} at {where}"
-    assert result["same_routing"], "RoutingObserver counted other tokens"
+    assert result["same_routing"], "RoutingStatistics counted other tokens"
     assert result["frozen_moved"] == []
     assert result["copies"] == 0.0, "copies of one shard differ between ranks"
 

@@ -14,6 +14,7 @@ from megatron_moellava.inference.engine import Engine
 from megatron_moellava.inference.prompts import Prompter
 from megatron_moellava.inference.requests import Request, Sampling
 from megatron_moellava.model.build import build_model
+from megatron_moellava.model.original_gate import OriginalGate, no_noise
 from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
 from tests.helpers.paths import ASSETS
 
@@ -21,13 +22,15 @@ TOKENIZER = ASSETS / "tok_spm"
 GATES = {
     "dense": None,
     "megatron": MoEConfig(),
-    "original deterministic": MoEConfig(router="original", capacity_factor=1.5, second_choice="deterministic"),
-    "original without noise": MoEConfig(router="original", capacity_factor=1.5),
+    "original deterministic": MoEConfig(
+        router="original", moe_expert_capacity_factor=1.5, second_choice="deterministic"
+    ),
+    "original without noise": MoEConfig(router="original", moe_expert_capacity_factor=1.5),
     "residual": MoEConfig(use_residual=True),
-    "sequential experts": MoEConfig(experts="sequential"),
+    "sequential experts": MoEConfig(moe_grouped_gemm=False),
     "one choice": MoEConfig(moe_router_topk=1),
     "original, one choice": MoEConfig(
-        router="original", moe_router_topk=1, capacity_factor=1.5, eval_capacity_factor=4.0
+        router="original", moe_router_topk=1, moe_expert_capacity_factor=1.5, eval_capacity_factor=4.0
     ),
     "shared experts": MoEConfig(moe_shared_expert_intermediate_size=96),
     "balanced by a bias": MoEConfig(moe_router_enable_expert_bias=True),
@@ -52,8 +55,9 @@ def tiny_engine(moe: MoEConfig | None = None, backbone: str = "llama-tiny", seed
         template=get_template("v1"), tokenizer=load_tokenizer(TOKENIZER), tower=model.tower, data=run.data
     )
     engine = Engine(model, prompter, **options)
-    for router in engine._routers:
-        router.injected_noise_NE = torch.zeros(1, 1)
+    for module in model.modules():
+        if isinstance(module, OriginalGate):
+            module.noise = no_noise
     return engine
 
 

@@ -1,12 +1,12 @@
 """tools/convert.py as a person runs it."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
 
+from megatron_moellava.commands.convert import main
 from tests.helpers.conversion_models import TOWER, original_config, original_state, write_folder
 from tests.helpers.paths import REPO
 
@@ -14,12 +14,9 @@ from tests.helpers.paths import REPO
 @pytest.fixture
 def convert(capsys):
     """Runs the tool in this process: (exit code, standard output, standard error)."""
-    spec = importlib.util.spec_from_file_location("convert", REPO / "tools/convert.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        code = tool.main([str(argument) for argument in arguments])
+        code = main([str(argument) for argument in arguments])
         return code, *capsys.readouterr()
 
     return run

@@ -50,8 +50,8 @@ def test_residual_moe_is_byte_equal(tmp_path):
 def test_released_moe_settings_are_read(tmp_path):
     source = write_folder(tmp_path / "source", original_state("phi", "moe"), original_config("phi", "moe"))
     moe = import_checkpoint(source, save=tmp_path / "run", tower=str(TOWER))["model"].moe
-    assert (moe.num_experts, moe.moe_router_topk, moe.placement, moe.router) == (4, 2, (0, 2), "original")
-    assert (moe.capacity_factor, moe.eval_capacity_factor, moe.min_capacity) == (1.5, 2.0, 0)
+    assert (moe.num_moe_experts, moe.moe_router_topk, moe.placement, moe.router) == (4, 2, (0, 2), "original")
+    assert (moe.moe_expert_capacity_factor, moe.eval_capacity_factor, moe.min_capacity) == (1.5, 2.0, 0)
 
 
 @pytest.mark.parametrize("backbone", ["phi", "llama"])

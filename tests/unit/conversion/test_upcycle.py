@@ -109,7 +109,7 @@ def test_twice_the_experts_and_top_k_repeat_experts_and_router_rows(dense, tmp_p
     upcycle_checkpoint(folder, save=tmp_path / "four", moe=MoEConfig(), noise_std=0.1)
     export_checkpoint(tmp_path / "four", save=tmp_path / "four_out", layout="original")
     four = load_file(tmp_path / "four_out/model.safetensors")
-    eight = upcycled(tmp_path / "four", tmp_path, "eight", moe=MoEConfig(num_experts=8, moe_router_topk=4))
+    eight = upcycled(tmp_path / "four", tmp_path, "eight", moe=MoEConfig(num_moe_experts=8, moe_router_topk=4))
     gate = f"model.layers.0{GATE}"
     assert torch.equal(eight[gate], torch.cat([four[gate], four[gate]]))
     for number in range(8):
@@ -121,7 +121,7 @@ def test_more_experts_with_the_same_top_k_get_new_router_rows(dense, tmp_path):
     folder, _ = dense
     upcycle_checkpoint(folder, save=tmp_path / "four", moe=MoEConfig())
     export_checkpoint(tmp_path / "four", save=tmp_path / "four_out", layout="original")
-    six = upcycled(tmp_path / "four", tmp_path, "six", moe=MoEConfig(num_experts=6))
+    six = upcycled(tmp_path / "four", tmp_path, "six", moe=MoEConfig(num_moe_experts=6))
     gate = f"model.layers.0{GATE}"
     four = load_file(tmp_path / "four_out/model.safetensors")[gate]
     assert torch.equal(six[gate][:4], four) and six[gate].shape[0] == 6
@@ -135,7 +135,7 @@ def test_a_moe_checkpoint_keeps_its_layers(dense, tmp_path):
     assert (asked.placement, asked.moe_router_topk) == ((1, 3), 2)
     for wrong, message in (
         (MoEConfig(placement="sparse"), "placement"),
-        (MoEConfig(placement=(1, 3), num_experts=2), "only grow"),
+        (MoEConfig(placement=(1, 3), num_moe_experts=2), "only grow"),
         (MoEConfig(placement=(1, 3), use_residual=True), "use_residual"),
         (MoEConfig(placement=(1, 3), moe_router_topk=9), "moe_router_topk"),
     ):

@@ -148,7 +148,7 @@ def test_score_only_needs_no_pictures_and_names_missing_answers(tmp_path):
     result = command(
         "--benchmark", "gqa", "--score-only", tmp_path / "gqa.jsonl", "--data", tmp_path, "--out", tmp_path / "o"
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "lacks 2 of 3 answers, first question a2" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -165,6 +165,6 @@ def test_score_only_needs_no_pictures_and_names_missing_answers(tmp_path):
 )
 def test_mistakes_are_one_clear_line(arguments, message):
     result = command(*arguments)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -25,7 +25,7 @@ seeds: [1, 2, 3]
 steps:
   prepare: {kind: command, command: ["{python}", -c, "open('{folder}/data.json', 'w').write('{colour} {seed}')"], colour: red}
   stage2: {kind: train, from: prepare/start, stage: 2, steps: 100, data: prepare/data.json}
-  upcycle: {kind: upcycle, from: stage2, moe: {num_experts: 4}}
+  upcycle: {kind: upcycle, from: stage2, moe: {num_moe_experts: 4}}
   stage3: {kind: train, from: upcycle, stage: 3, steps: 10, data: prepare/data.json, set: {optimizer: {lr: 0.1}}}
 """
 GRID = """
@@ -33,7 +33,7 @@ extends: base.yaml
 baseline: four
 cells:
   four: {}
-  two: {upcycle.moe.num_experts: 2}
+  two: {upcycle.moe.num_moe_experts: 2}
   slow: {stage3.set.optimizer.lr: 0.01}
   dense: {stage3.from: stage2, stage3.stage: 2}
   early: {end: stage2}
@@ -144,7 +144,7 @@ def test_the_array_script_reads_its_settings_from_the_grid():
     words = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True).stdout.split("\n")
     assert words[0] == "top-1"
     assert words[words.index("--topk") + 1] == "1"
-    assert {"moe.moe_router_topk=1", "moe.num_experts=4", "training.seed=42"} <= set(words)
+    assert {"moe.moe_router_topk=1", "moe.num_moe_experts=4", "training.seed=42"} <= set(words)
 
 
 @pytest.mark.parametrize("text, message", [

@@ -49,7 +49,7 @@ GRID = {
     "cells": {"moe": {}},
     "steps": {
         "stage2": {"kind": "given", "folder": "{here}/stage2"},
-        "upcycle": {"kind": "upcycle", "from": "stage2", "moe": {"num_experts": 3}, "noise_std": 0.0},
+        "upcycle": {"kind": "upcycle", "from": "stage2", "moe": {"num_moe_experts": 3}, "noise_std": 0.0},
         "stage3": {
             "kind": "train",
             "from": "upcycle",

@@ -17,7 +17,7 @@ from megatron_moellava.training.validate import validate
 
 def tiny(**fields) -> RunConfig:
     tree: dict = {"model": {"backbone": "llama-tiny", "tower": "clip-tiny"}, "training": {"stage": 3, "device": "cpu"}}
-    for name, value in {"moe.num_experts": 4, "data.seq_length": 128, **fields}.items():
+    for name, value in {"moe.num_moe_experts": 4, "data.seq_length": 128, **fields}.items():
         set_override(tree, name.replace("__", "."), value)
     return from_dict(RunConfig, tree)
 
@@ -57,7 +57,11 @@ def test_rows_must_be_cut_into_two_chunks_per_rank_on_a_multiple_of_the_tensor_p
                                        data__seq_length=132)  # fmt: skip
     assert "seq_length" not in problems(4, parallel__context_parallel_size=2, parallel__tensor_model_parallel_size=2)
     assert "original router counts places" in problems(
-        2, parallel__context_parallel_size=2, moe__router="original", moe__capacity_factor=1.0, data__packing=False
+        2,
+        parallel__context_parallel_size=2,
+        moe__router="original",
+        moe__moe_expert_capacity_factor=1.0,
+        data__packing=False,
     )
 
 
@@ -77,13 +81,13 @@ def test_overlap_is_on_by_itself_on_gpus_only():
 def test_gpu_runs_hand_the_recipe_to_transformer_engine(monkeypatch):
     from megatron_moellava.model import configuration
 
-    run = tiny(training__fp8="blockwise", training__num_layers_at_end_in_bf16=1)
+    run = tiny(training__fp8_recipe="blockwise", training__num_layers_at_end_in_bf16=1)
     here = transformer_config(BACKBONES["llama-tiny"], run)
     assert here.fp8 is None and here.first_last_layers_bf16 and here.num_layers_at_end_in_bf16 == 1
     monkeypatch.setattr(platform, "HAS_TRANSFORMER_ENGINE", True)
     fields = configuration._fp8_fields(run)
     assert (fields["fp8"], fields["fp8_recipe"]) == ("e4m3", "blockwise")
-    delayed = configuration._fp8_fields(replace(run, training=replace(run.training, fp8="delayed")))
+    delayed = configuration._fp8_fields(replace(run, training=replace(run.training, fp8_recipe="delayed")))
     assert (delayed["fp8"], delayed["fp8_amax_history_len"], delayed["fp8_amax_compute_algo"]) == (
         "hybrid",
         1024,
@@ -93,10 +97,12 @@ def test_gpu_runs_hand_the_recipe_to_transformer_engine(monkeypatch):
 
 def test_runs_in_fp8_that_cannot_work_are_refused():
     assert "delayed recipe covers all layers" in problems(
-        1, training__fp8="delayed", training__num_layers_at_start_in_bf16=1
+        1, training__fp8_recipe="delayed", training__num_layers_at_start_in_bf16=1
     )
-    assert "multiple of 32 for training.fp8=mxfp8" in problems(1, training__fp8="mxfp8", data__seq_length=144)
-    assert "multiple of" not in problems(1, training__fp8="tensorwise", data__seq_length=144)
+    assert "multiple of 32 for training.fp8_recipe=mxfp8" in problems(
+        1, training__fp8_recipe="mxfp8", data__seq_length=144
+    )
+    assert "multiple of" not in problems(1, training__fp8_recipe="tensorwise", data__seq_length=144)
 
 
 def test_deepep_is_a_matter_of_configuration():

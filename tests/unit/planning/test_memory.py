@@ -52,7 +52,7 @@ CASES = {
     "experts": ("llama-tiny", 3, MoEConfig(), "none", "bf16"),
     "experts, all recomputed": ("llama-tiny", 3, MoEConfig(), "full", "bf16"),
     "experts, experts recomputed": ("llama-tiny", 3, MoEConfig(), "moe", "fp32"),
-    "sequential experts": ("llama-tiny", 3, MoEConfig(experts="sequential"), "none", "fp32"),
+    "sequential experts": ("llama-tiny", 3, MoEConfig(moe_grouped_gemm=False), "none", "fp32"),
     "parallel residual": ("phi-2-tiny", 2, None, "none", "fp32"),
     "parallel residual, experts": ("phi-2-tiny", 3, MoEConfig(), "none", "bf16"),
 }

@@ -61,7 +61,7 @@ def found_for(**given):
 
 
 def layout_of(world_size: int = 8, **settings) -> Layout:
-    run = load_config(None, ["model.backbone=phi-2", "training.stage=3", "moe.num_experts=4"])
+    run = load_config(None, ["model.backbone=phi-2", "training.stage=3", "moe.num_moe_experts=4"])
     run = with_settings(run, {name.replace("__", "."): value for name, value in settings.items()})
     backbone, tower = get_backbone("phi-2"), get_tower(run.model.tower)
     return Layout(run=run, backbone=backbone, tower=tower, world_size=world_size)
@@ -210,7 +210,7 @@ def test_published_layouts_count_the_published_parameters():
 # The paper's table 8, in billions: language model with experts in every second layer, without tower and projector.
 @pytest.mark.parametrize(("name", "total"), [("stablelm-2-1.6b", 2.9), ("qwen-1.8b", 3.1), ("phi-2", 5.3)])
 def test_models_of_the_paper_have_its_number_of_parameters(name, total):
-    run = load_config(None, [f"model.backbone={name}", "training.stage=3", "moe.num_experts=4"])
+    run = load_config(None, [f"model.backbone={name}", "training.stage=3", "moe.num_moe_experts=4"])
     layout = Layout(run=run, backbone=get_backbone(name), tower=get_tower(run.model.tower), world_size=1)
     language = sum(n for part, n in parameters_of(layout, 0).items() if part not in ("tower", "projector"))
     assert round(language / 1e9, 1) == total
@@ -228,7 +228,7 @@ def test_yaml_holds_the_whole_suggestion(tmp_path):
     )
     text = plan(options)
     run = load_config(str(file), ["model.backbone=phi-2", "training.stage=3"])
-    assert run.moe.capacity_factor == 1.5 and run.optimizer.lr == 1e-5
+    assert run.moe.moe_expert_capacity_factor == 1.5 and run.optimizer.lr == 1e-5
     assert f"training.micro_batch_size={run.training.micro_batch_size}" in text
     assert layout_problems(run, get_backbone("phi-2"), 8) == []
 
@@ -239,7 +239,11 @@ def planned(tmp_path_factory) -> tuple[str, dict, Path, int]:
     folder = tmp_path_factory.mktemp("plan")
     command = [sys.executable, "tools/plan.py", "--backbone", "phi-2", "--stage", "3", "--gpus", "8", "--dry-run"]
     command += ["--picture", str(folder / "plan.png"), "--json", str(folder / "plan.json")]
-    command += ["parallel.pipeline_model_parallel_size=2", "parallel.expert_model_parallel_size=4", "moe.num_experts=8"]
+    command += [
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.expert_model_parallel_size=4",
+        "moe.num_moe_experts=8",
+    ]
     with (folder / "out").open("w") as out, (folder / "errors").open("w") as errors:
         process = subprocess.Popen(command, stdout=out, stderr=errors, cwd=REPO)
         _, status, usage = os.wait4(process.pid, 0)
@@ -256,7 +260,7 @@ def test_command_writes_report_picture_and_json(planned):
     assert data["predicted"] is True
     best = data["plans"][0]
     assert best["settings"]["parallel.pipeline_model_parallel_size"] == 2
-    assert "moe.num_experts=8" in best["command"] and best["command"] in text
+    assert "moe.num_moe_experts=8" in best["command"] and best["command"] in text
     assert best["memory_bytes"]["total"] < 80 * GIB
 
 
@@ -275,13 +279,13 @@ def test_dry_run_counts_what_the_formulas_say(planned):
 
 def test_moe_is_assumed_in_stage_3_only_and_is_pasted():
     assert request_of(arguments(), settings_of(arguments())).run.moe == MoEConfig()
-    assert settings_of(arguments()) == ["moe.num_experts=4"]
+    assert settings_of(arguments()) == ["moe.num_moe_experts=4"]
     assert request_of(arguments(stage=2), settings_of(arguments(stage=2))).run.moe is None
 
 
 def test_context_parallelism_is_refused_rather_than_guessed():
     with pytest.raises(ConfigError, match="context_parallel_size=2 cannot be planned"):
-        request_of(arguments(), ["moe.num_experts=4", "parallel.context_parallel_size=2"])
+        request_of(arguments(), ["moe.num_moe_experts=4", "parallel.context_parallel_size=2"])
 
 
 def test_pipeline_stages_level_in_cost_are_tried_and_win_where_the_tower_weighs():

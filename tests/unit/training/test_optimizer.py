@@ -33,15 +33,17 @@ def trainer(moe: MoEConfig, precision: str = "bf16", stage: int = 3, **optimizer
 
 
 def routers(started: Trainer) -> list:
-    return started.routing.routers
+    return list(started.routing.observer.routers.values())
 
 
 @pytest.mark.parametrize("router", ["megatron", "original"])
 def test_bf16_router_computes_in_bf16_and_trains(router):
-    moe = MoEConfig(router=router, capacity_factor=1.5 if router == "original" else None, second_choice="deterministic")
+    moe = MoEConfig(
+        router=router, moe_expert_capacity_factor=1.5 if router == "original" else None, second_choice="deterministic"
+    )
     outputs = {}
     for dtype in ("fp32", "bf16"):
-        started = trainer(replace(moe, router_dtype=dtype))
+        started = trainer(replace(moe, moe_router_dtype=dtype))
         seen: list = []
         for layer in routers(started):
             layer.register_forward_hook(lambda layer, inputs, output, seen=seen: seen.append(output[0].detach()))
@@ -108,8 +110,8 @@ def test_router_warmup_slows_the_routers_alone():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"moe": MoEConfig(router_dtype="fp16")}, "moe.router_dtype='fp16' is not supported; use one of: fp32, bf16"),
-    ({"moe": MoEConfig(router_dtype="bf16")}, "set training.precision=bf16"),
+    ({"moe": MoEConfig(moe_router_dtype="fp16")}, "moe.moe_router_dtype='fp16' is not supported; use one of: fp32, bf16"),
+    ({"moe": MoEConfig(moe_router_dtype="bf16")}, "set training.precision=bf16"),
     ({"optimizer": OptimizerConfig(router_lr_warmup_fraction=1.5)}, "router_lr_warmup_fraction=1.5 must lie between 0 and 1"),
     ({"moe": None, "optimizer": OptimizerConfig(router_lr_warmup_fraction=0.1)}, "needs a MoE model"),
     ({"logging": LoggingConfig(routing_interval=0)}, "logging.routing_interval=0 must be at least 1"),

@@ -1,21 +1,17 @@
 """The scripts of examples/ with every backbone: what they ask tools/train.py to check is a valid run, or a clear mistake."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from megatron_moellava.backbones import BACKBONES
+from megatron_moellava.commands import train
 from megatron_moellava.config import ConfigError
 from megatron_moellava.training.run import load_run
 from megatron_moellava.training.validate import validate
 from tests.helpers import data_files
 from tests.helpers.paths import REPO
 from tests.helpers.scripts import validate_only
-
-_spec = importlib.util.spec_from_file_location("train_tool", REPO / "tools/train.py")
-train = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(train)
 
 
 @pytest.fixture(scope="module")

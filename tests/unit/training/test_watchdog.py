@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from megatron_moellava import platform
-from megatron_moellava.checkpoint.description import FORMAT, described_model
-from megatron_moellava.checkpoint.folders import complete_iterations, newest_checkpoint
-from megatron_moellava.conversion.megatron_checkpoint import find_iteration
+from megatron_moellava.checkpoint.description import described_model
+from megatron_moellava.checkpoint.folders import complete_iterations, newest_checkpoint, require_checkpoint
 from megatron_moellava.training.metrics import StepLog, rewind
-from megatron_moellava.training.non_finite_report import blame
+from megatron_moellava.training.non_finite_report import name_ranks
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.watchdog import report
 
@@ -69,13 +68,13 @@ def test_log_is_rewound_to_the_step_that_a_run_continues_from(tmp_path):
 
 def test_who_began_is_named_and_a_loss_comes_before_gradients():
     ranks = [(0, ["a"], "gradient"), (1, ["b"], "loss"), (2, ["c"], "")]
-    assert blame(ranks) == ("the loss of rank 1", "b")
-    assert blame([ranks[0], ranks[2]]) == ("the gradient of rank 0", "a")
+    assert name_ranks(ranks) == ("the loss of rank 1", "b")
+    assert name_ranks([ranks[0], ranks[2]]) == ("the gradient of rank 0", "a")
 
 
 def test_ranks_of_one_model_name_their_samples_once():
-    assert blame([(0, ["a"], "loss"), (1, ["a"], "loss")]) == ("the loss of rank 0, 1", "a")
-    assert blame([(0, ["a"], ""), (1, ["a"], ""), (2, ["b"], "")]) == ("the gradient", "a, b")
+    assert name_ranks([(0, ["a"], "loss"), (1, ["a"], "loss")]) == ("the loss of rank 0, 1", "a")
+    assert name_ranks([(0, ["a"], ""), (1, ["a"], ""), (2, ["b"], "")]) == ("the gradient", "a, b")
 
 
 @pytest.mark.skipif(platform.HAS_CUDA, reason="threads matter on a CPU")
@@ -107,11 +106,13 @@ def test_damaged_and_unfinished_folders_are_no_checkpoints(tmp_path):
     """All three may hold a run.json that says it is complete."""
     for name in ("iter_0000002", "iter_0000004.damaged", "iter_0000006.tmp"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "run.json").write_text(json.dumps({"format": FORMAT, "model": {"backbone": name}}))
+        (tmp_path / name / "run.json").write_text(
+            json.dumps({"format": 1, "iteration": 2, "model": {"backbone": name}})
+        )
     assert complete_iterations(tmp_path) == [tmp_path / "iter_0000002"]
     assert described_model(tmp_path) == {"backbone": "iter_0000002"}
     assert newest_checkpoint(tmp_path) == tmp_path / "iter_0000002"
-    assert find_iteration(tmp_path) == tmp_path / "iter_0000002"
+    assert require_checkpoint(tmp_path) == tmp_path / "iter_0000002"
 
 
 def test_a_log_that_does_not_fit_at_the_end_takes_no_exit_code_away(tmp_path, monkeypatch, capsys):

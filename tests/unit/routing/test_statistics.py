@@ -1,0 +1,86 @@
+"""Routing statistics: who is counted where, exactly."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_moellava import parallel
+from megatron_moellava.config import MoEConfig, ParallelConfig
+from megatron_moellava.data.batch import Batch
+from megatron_moellava.model.build import build_model
+from megatron_moellava.model.inputs import model_inputs
+from megatron_moellava.routing.records import routing_record
+from megatron_moellava.routing.statistics import RoutingStatistics
+from tests.helpers.batches import words
+from tests.helpers.inference_models import scatter, tiny_run
+
+
+def observed(moe: MoEConfig, batch: Batch, training: bool = True):
+    """(sums, [(probs [N, E], map [N, E]) of every router]) of one forward pass."""
+    parallel.initialize(ParallelConfig(), 1)
+    (model,) = build_model(tiny_run(moe))
+    scatter(model)
+    model.train(training)
+    statistics, outputs = RoutingStatistics([model]), []
+    for router in statistics.observer.routers.values():
+        router.register_forward_hook(lambda router, inputs, output: outputs.append(output))
+    with statistics.count(batch):
+        model(**model_inputs(batch))
+    model(**model_inputs(batch))  # outside of the context: not counted
+    return statistics.collect(), outputs
+
+
+def test_every_real_token_is_counted_once_for_each_choice():
+    batch = words()
+    sums, outputs = observed(MoEConfig(), batch)
+    assert (sums.groups, sums.layers) == (("text", "image", "type:color", "type:shape"), (0, 2))
+    real_N = batch.padding_mask_BS.T.flatten()
+    for index, layer in enumerate(sums.layers):
+        expected = outputs[index][1][real_N].sum(dim=0)
+        assert torch.equal(sums.choices_LME[layer, 0], expected.long())
+    assert not sums.choices_LME[:, 1].any()
+    by_type = sums.column("tokens")[2:, 0]
+    assert by_type.tolist() == [12, 9]
+    assert torch.equal(sums.column("asked"), sums.column("choices"))
+
+
+def test_confidence_and_entropy_are_those_of_the_router():
+    batch = words()
+    sums, outputs = observed(
+        MoEConfig(moe_router_topk=1), batch
+    )  # with one choice its weight is the probability itself
+    real_N = batch.padding_mask_BS.T.flatten()
+    record = routing_record(sums)
+    for index, layer in enumerate(record["layers"]):
+        best_N = outputs[index][0].max(dim=-1).values[real_N]
+        assert layer["top1"] == pytest.approx(float(best_N.mean()), rel=1e-6)
+        assert 0 < layer["entropy"] < 1
+        assert layer["top2"] < layer["top1"]
+
+
+@pytest.mark.parametrize("moe", [
+    MoEConfig(router="original", moe_expert_capacity_factor=0.5, second_choice="deterministic"),
+    MoEConfig(moe_expert_capacity_factor=0.5),
+    MoEConfig(moe_expert_capacity_factor=0.5, moe_router_enable_expert_bias=True),
+], ids=["original", "megatron", "megatron with bias"])  # fmt: skip
+def test_dropped_choices_are_those_asked_for_and_not_given(moe):
+    batch = words(rows=1, length=32)
+    sums, _ = observed(moe, batch)
+    asked, given = sums.column("asked")[0], sums.column("choices")[0]
+    for layer in sums.layers:
+        assert asked[layer].sum() == 2 * sums.column("tokens")[0, layer]
+        assert (given[layer] <= asked[layer]).all()
+        assert given[layer].sum() < asked[layer].sum()
+    dropped = routing_record(sums)["layers"][0]["dropped"]
+    assert sum(dropped) == int((asked - given)[0].sum())
+
+
+def test_record_of_balanced_routing_says_so():
+    sums, _ = observed(MoEConfig(), words())
+    even = torch.zeros_like(sums.sums_GLC)
+    even[..., :8], even[..., 8:12], even[..., 12:] = 50.0, 25.0, torch.tensor([100.0, 138.62944, 25.0, 25.0])
+    layer = routing_record(replace(sums, sums_GLC=even), {"z_loss": [0.5, 0, 0.25, 0]})["layers"][0]
+    assert layer["balance"] == pytest.approx(1.0)
+    assert layer["entropy"] == pytest.approx(1.0)
+    assert (layer["max_load"], layer["z_loss"]) == (1.0, 0.5)
