@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_moellava import platform
 from tests.helpers.paths import REPO
 from tests.helpers.rules import TABLE, table_rows
 
@@ -59,3 +61,28 @@ def test_private_names_in_the_table_exist_in_what_is_installed():
     missing = [name for name in names if not exists(name)]
     assert len(names) > 20 and not missing, missing
     assert not exists("megatron.core.parallel_state._gone") and not exists("torch.ops.aten._gone")
+
+
+@pytest.mark.skipif(platform.HAS_CUDA, reason="threads matter on a CPU")
+@pytest.mark.parametrize(("variables", "threads"), [({}, [4]), ({"LOCAL_WORLD_SIZE": "2"}, [2])])
+def test_processes_share_the_cores(monkeypatch, variables, threads):
+    assert _threads(monkeypatch, variables) == threads
+
+
+@pytest.mark.skipif(platform.HAS_CUDA, reason="threads matter on a CPU")
+@pytest.mark.parametrize("variables", [{}, {"LOCAL_WORLD_SIZE": "1"}, {"LOCAL_WORLD_SIZE": "2"}])
+def test_number_of_threads_that_the_user_sets_stays(monkeypatch, variables):
+    assert _threads(monkeypatch, variables | {"OMP_NUM_THREADS": "3"}) == []
+
+
+def _threads(monkeypatch, variables: dict[str, str]) -> list[int]:
+    """What claim_device sets on four cores."""
+    found: list[int] = []
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2, 3})
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    platform.claim_device(0)
+    return found
