@@ -39,7 +39,8 @@ def quickstart_trainer(folder: Path, overrides: list[str]):
     from make_data import write_quickstart
 
     from megatron_moellava import parallel
-    from megatron_moellava.training.run import build_trainer, load_run, validate_run
+    from megatron_moellava.training.run import build_trainer
+    from megatron_moellava.validation.run import load_run, validate_run
 
     write_quickstart(folder)
     run = load_run(

@@ -1,4 +1,4 @@
-"""benchmarks/results.json -> docs/performance.md and docs/pictures/*.png. Nothing is measured here.
+"""benchmarks/results.json -> docs/measurements/performance.md and its pictures. Nothing is measured here.
 
   python -m benchmarks.report
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 REPO = Path(__file__).parents[1]
 RESULTS = REPO / "benchmarks" / "results.json"
-PAGE = REPO / "docs" / "performance.md"
-PICTURES = REPO / "docs" / "pictures"
+PAGE = REPO / "docs" / "measurements" / "performance.md"
+PICTURES = PAGE.parent / "images"
 NAMES = {
     "ours": "ours, grouped",
     "sequential": "megatron-core SequentialMLP",
@@ -69,7 +69,7 @@ Ours, SequentialMLP and transformers drop nothing and give the same outputs. Dee
 
 {layer_targets(rows)}
 
-![time by tokens](pictures/moe_layer.png)"""
+![time by tokens](images/moe_layer.png)"""
 
 
 def layer_targets(rows: dict) -> str:
@@ -208,7 +208,7 @@ def prediction(answers: dict) -> str:
     ]
     return f"""
 
-**Prediction, not a measurement**: the cost model of `tools/plan.py` (`docs/planning.md` says how far off it is) for {answers["backbone"]} with 4 experts in every other layer, stage 3, {answers["rows per step"]} packed rows of 2,048 tokens per step, on 8 to 512 H100s. Tokens per second of the whole job, padding included, and MFU. No GPU was used.
+**Prediction, not a measurement**: the cost model of `moellava plan` ([how far off it is](planning.md)) for {answers["backbone"]} with 4 experts in every other layer, stage 3, {answers["rows per step"]} packed rows of 2,048 tokens per step, on 8 to 512 H100s. Tokens per second of the whole job, padding included, and MFU. No GPU was used.
 
 {table(["layout", *(f"{count} GPUs" for count in gpus)], rows)}"""
 

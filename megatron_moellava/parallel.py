@@ -21,18 +21,29 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 def initialize(config: ParallelConfig, seed: int) -> None:
     """Join the processes that torchrun started (or run as the only one), build the groups, seed every generator.
 
-    Called again, it replaces the groups of the layout before.
+    Called again, it replaces the groups of the layout before, or keeps them when it is the same layout.
     """
-    if parallel_state.model_parallel_is_initialized():
-        _forget_layout()
+    global _layout
     platform.claim_device(int(os.environ.get("LOCAL_RANK", 0)))
     # The watchdog, which can say who hangs where, speaks first; a collective gives up only if it does not.
     minutes = 1.5 * config.distributed_timeout_minutes + 0.5
-    timeout = datetime.timedelta(minutes=minutes)
+    if _layout != config or not dist.is_initialized():
+        _forget_layout()
+        _build_groups(config, minutes)
+        _layout = config
+    _forget_losses()
+    platform.seed_everything(seed)
+    seed_model_parallel(seed)
+
+
+_layout: ParallelConfig | None = None  # of the groups that there are
+
+
+def _build_groups(config: ParallelConfig, minutes: float) -> None:
     if not dist.is_initialized():
         alone = "WORLD_SIZE" not in os.environ
         where = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
-        dist.init_process_group(platform.BACKEND, timeout=timeout, **where)
+        dist.init_process_group(platform.BACKEND, timeout=datetime.timedelta(minutes=minutes), **where)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -42,8 +53,6 @@ def initialize(config: ParallelConfig, seed: int) -> None:
         expert_tensor_parallel_size=config.expert_tensor_parallel_size or 1,
         distributed_timeout_minutes=minutes,
     )
-    platform.seed_everything(seed)
-    seed_model_parallel(seed)
 
 
 def shutdown() -> None:
@@ -54,10 +63,17 @@ def shutdown() -> None:
 
 
 def _forget_layout() -> None:
+    global _layout
     parallel_state.destroy_model_parallel()
-    destroy_moe_metrics_tracker()  # it holds groups of the layout
-    # Kept in the class for the life of a process, in the shape of whoever set it first: a backward pass outside of a
-    # schedule makes it a scalar, into which the next schedule's [1] does not fit.
+    _forget_losses()  # they hold groups of the layout
+    _layout = None
+
+
+def _forget_losses() -> None:
+    """What megatron-core keeps of the router losses for the life of a process."""
+    destroy_moe_metrics_tracker()
+    # In the shape of whoever set it first: a backward pass outside of a schedule makes it a scalar, into which the next
+    # schedule's [1] does not fit.
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 

@@ -5,7 +5,7 @@ megatron-core, which documents no CPU path, run unchanged on CPU tensors and glo
 handed a facade of `torch` whose `cuda` member and device arguments mean the CPU. The rest of the process keeps the
 real torch. `import megatron_moellava.platform` must come before the first import of megatron.core.
 
-Every adaptation was needed: with one left out megatron-core 0.19.2 stops (docs/numerics.md has the places).
+Every adaptation was needed: with one left out megatron-core 0.19.2 stops (docs/measurements/numerics.md has the places).
 """
 
 import builtins
@@ -24,18 +24,22 @@ from collections.abc import Iterator
 import numpy
 import torch
 
+from megatron_moellava.machine import Machine
+
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRANSFORMER_ENGINE = HAS_CUDA and importlib.util.find_spec("transformer_engine") is not None
 # Megatron-Core's output layer refuses to be built with the fusion unless apex's kernel is there.
 HAS_GRADIENT_FUSION = HAS_TRANSFORMER_ENGINE and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 BACKEND = "nccl" if HAS_CUDA else "gloo"
+MACHINE = Machine(has_gpu=HAS_CUDA, has_transformer_engine=HAS_TRANSFORMER_ENGINE)
 
 
 def _keep_freed_memory() -> None:
     """Torch's CPU allocator is malloc, and glibc's takes blocks of over 32 MB from the system and gives them back, each time.
 
-    A MoE layer with 8,192 tokens met 270,000 page faults a pass so, a third of its time (docs/numerics.md). Now freed
-    memory stays with the process, as it does with torch's allocator on a GPU. Other C libraries have no such switch.
+    A MoE layer with 8,192 tokens met 270,000 page faults a pass so, a third of its time (docs/measurements/numerics.md).
+    Now freed memory stays with the process, as it does with torch's allocator on a GPU. Other C libraries have no such
+    switch.
     """
     trim_threshold, mmap_max = -1, -4  # numbers of <malloc.h>
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -119,7 +119,7 @@ class Quickstart:
 
     def check(self) -> None:
         """Every run must be able to work before minutes go into the first one."""
-        from megatron_moellava.training.run import validate_run
+        from megatron_moellava.validation.run import validate_run
 
         for name, plan in PLAN.items():
             model = {"model.backbone": self.arguments.backbone} | (
@@ -128,7 +128,7 @@ class Quickstart:
             validate_run(self.run_config(name, plan, model | {"checkpoint.load": None}))
 
     def run_config(self, name: str, plan: dict, more: dict | None = None):
-        from megatron_moellava.training.run import load_run
+        from megatron_moellava.validation.run import load_run
 
         data = self.out / "data"
         flags = {

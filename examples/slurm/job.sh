@@ -77,7 +77,7 @@ start() {
 }
 
 # SLURM sends USR1 to this shell (#SBATCH --signal=B:...), before the time limit and, if the cluster is set to do so
-# (docs/cluster.md), before a preemption; the training processes must hear of it.
+# (docs/how-to/cluster.md), before a preemption; the training processes must hear of it.
 forward_signal() {
     TOLD_TO_STOP=1
     [ -n "$STEP" ] || return 0 # the run is still being checked

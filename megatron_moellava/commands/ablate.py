@@ -4,7 +4,7 @@ moellava ablate examples/ablations/topk.yaml --jobs 2            run (or continu
 moellava ablate examples/ablations/topk.yaml --list              its runs, numbered, and which are finished
 moellava ablate examples/ablations/topk.yaml --cell $SLURM_ARRAY_TASK_ID    one of them, with what it needs
 moellava ablate examples/ablations/*.yaml --report               tables of what is finished; trains nothing
-moellava ablate examples/ablations/*.yaml --docs docs/ablations.md          the same as a document
+moellava ablate examples/ablations/*.yaml --docs docs/measurements/ablations.md          the same as a document
 
 Results go to RUNS/<grid>/: results.jsonl, table.md, plot.png, and curves.png where the grid asks for it. Runs that share
 their first stages share them, a finished one is never repeated, and the same command continues. Exit codes: 0, 1 something

@@ -5,14 +5,16 @@ moellava analyze --load runs/quickstart/stage3 --data runs/quickstart/data/test.
 moellava launch --nproc-per-node 4 analyze ... parallel.expert_model_parallel_size=4
 
 --data takes LLaVA JSON or JSONL, or lines of {image, question, answer, type}. A collapsed layer or a dead expert is a
-warning with advice. docs/routing.md explains the pictures.
+warning with advice. docs/how-to/routing.md explains the pictures.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 from megatron_moellava.commands.program import command_parser
+from megatron_moellava.config import Precision
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +33,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pca", action="store_true", help="also the original's picture of pathways")
     parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
     parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="", choices=("", "bf16", "fp32"), help="(the checkpoint's own)")
+    parser.add_argument("--precision", default="", choices=("", *get_args(Precision)), help="(the checkpoint's own)")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
     parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
     parsed = parser.parse_intermixed_args(arguments)

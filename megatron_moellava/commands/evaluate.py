@@ -4,6 +4,7 @@ moellava evaluate --list
 moellava evaluate --load runs/stage3 --benchmark pope,gqa --data eval --out runs/eval
 moellava launch --nproc-per-node 8 evaluate --load runs/stage3 --benchmark pope parallel.expert_model_parallel_size=4
 moellava evaluate --benchmark pope --data eval --score-only answers.jsonl --out runs/eval
+moellava evaluate --load runs/stage3 --questions mine.jsonl --image-folder pictures --answers answers.jsonl
 
 An interrupted run goes on where it stopped when the same command is given again.
 """
@@ -11,8 +12,10 @@ An interrupted run goes on where it stopped when the same command is given again
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 from megatron_moellava.commands.program import command_parser
+from megatron_moellava.config import Precision
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,10 +28,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--score-only", type=Path, metavar="JSONL", help="score this file of answers (question_id, text)"
     )
+    parser.add_argument(
+        "--questions", type=Path, metavar="JSONL", help="ask these: question_id, image (a name, a list, or none), text"
+    )
+    parser.add_argument("--image-folder", type=Path, help="of --questions: where its pictures lie (its own folder)")
+    parser.add_argument("--answers", type=Path, metavar="JSONL", help="of --questions: also write the answers here")
+    parser.add_argument("--max-new-tokens", type=int, help="of --questions: tokens of an answer (1024)")
+    parser.add_argument(
+        "--image-aspect-ratio",
+        default="model",
+        choices=("model", "square"),
+        help="of --questions: as the model was trained, or unpadded as the original's model_vqa (model)",
+    )
     parser.add_argument("--load", default="", metavar="CKPT", help="ask this checkpoint")
     parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
     parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="", choices=("", "bf16", "fp32"), help="(the checkpoint's own)")
+    parser.add_argument("--precision", default="", choices=("", *get_args(Precision)), help="(the checkpoint's own)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered at the same time (32)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (0)")
     parser.add_argument("--blank-images", action="store_true", help="grey pictures: what the model answers unseeing")

@@ -5,19 +5,22 @@
 
 Layouts that moellava train would refuse are never suggested. A parallel.* or training.* setting given here stays as it
 is. --dry-run builds the full-size model of every pipeline stage on fake tensors and counts what it holds and computes.
-docs/planning.md says how far predictions are from published runs. Exit codes: 0 planned; 2 nothing fits or is valid.
+docs/measurements/planning.md says how far predictions are from published runs.
+Exit codes: 0 planned; 2 nothing fits or is valid.
 """
 
 import argparse
 import sys
+from typing import get_args
 
 from megatron_moellava.commands.program import command_parser
+from megatron_moellava.config import Stage
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser("plan", __doc__)
     parser.add_argument("--backbone", required=True, help="a name such as phi-2, or a folder with a config.json")
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
+    parser.add_argument("--stage", type=int, choices=get_args(Stage), required=True)
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")
     parser.add_argument("--gpu", default="h100", help="h100 (default), h200, b200, a100-80, a100-40, v100-32")
     parser.add_argument("--tower", default="clip-vit-large-patch14-336", help="(clip-vit-large-patch14-336)")

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+from typing import get_args
 
 from megatron_moellava.commands.program import command_parser
 from megatron_moellava.config import INTERRUPTED
@@ -22,8 +23,10 @@ SETTING = re.compile(r"(model|moe|data|parallel|training|optimizer|checkpoint|lo
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    from megatron_moellava.config import Stage  # not before `main` has its handlers
+
     parser = command_parser("train", __doc__)
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="training.stage")
+    parser.add_argument("--stage", type=int, choices=get_args(Stage), help="training.stage")
     parser.add_argument("--backbone", help="model.backbone: a name such as phi-2, or a folder with a config.json")
     parser.add_argument("--tower", help="model.tower: a name such as clip-vit-large-patch14-336, or a folder")
     parser.add_argument("--data", nargs="+", default=[], metavar="PATH", help="LLaVA JSON files or WebDataset folders")
@@ -43,22 +46,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parsed = parse_arguments(arguments)
     # Until the training loop takes over there is nothing to save: be gone before the scheduler's patience is.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: os._exit(INTERRUPTED))
+    parsed = parse_arguments(arguments)
     from megatron_moellava.config import MoELlavaError
 
     try:
-        if _wants_cpu(parsed):  # before torch looks for GPUs
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        from megatron_moellava.training.run import load_run, train, validate_run
+        from megatron_moellava.validation.run import load_run, validate_run
 
         run = load_run(config=parsed.config, flags=flags(parsed), overrides=parsed.overrides)
         if parsed.validate_only:
             validate_run(run)
             print("the run is valid")
             return 0
+        if run.training.device == "cpu":  # before torch looks for GPUs
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        from megatron_moellava.training.run import train
+
         return train(run)
     except MoELlavaError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -75,7 +80,3 @@ def flags(parsed: argparse.Namespace) -> dict[str, object]:
         "checkpoint.save": parsed.save,
         "data.sources": [{"path": path, "image_folder": parsed.image_folder} for path in parsed.data],
     }
-
-
-def _wants_cpu(parsed: argparse.Namespace) -> bool:
-    return "training.device=cpu" in parsed.overrides

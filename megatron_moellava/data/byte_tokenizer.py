@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_moellava.config import ConfigError
 from megatron_moellava.data import qwen_tokenizer, stablelm_tokenizer
-from megatron_moellava.data.tokenizer import UNKNOWN_TOKENS, Pieces, Tokenizer
+from megatron_moellava.data.tokenizer import INVENTED, UNKNOWN_TOKENS, Pieces, Tokenizer
 from megatron_moellava.data.tokenizer_files import TokenizerFiles, read_files
 
 
@@ -30,7 +30,7 @@ class ByteTokenizer(Tokenizer):
         reserved = model.get_added_vocab()  # in Qwen's vocabulary "<unk>" is a word like any other
         unknown = next((token for token in UNKNOWN_TOKENS if token in reserved or token == model.unk_token), None)
         if unknown is None:
-            unknown = UNKNOWN_TOKENS[-1]
+            unknown = INVENTED
             model.add_special_tokens({"unk_token": unknown})
         self.pad_id = model.convert_tokens_to_ids(unknown)
         self.eos_id = model.eos_token_id

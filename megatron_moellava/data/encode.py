@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_moellava.config import ConfigError
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
-from megatron_moellava.data.templates import CONTROL, TEMPLATES, Piece, Template, render
+from megatron_moellava.data.templates import CONTROL, TEMPLATES, Piece, Template, render, turns_of
 from megatron_moellava.data.tokenizer import Tokenizer
 
 IMAGE_TOKEN = -200  # placeholder that image features overwrite (the original's IMAGE_TOKEN_INDEX)
@@ -75,7 +75,7 @@ def encode(sample: Sample, template: Template, tokenizer: Tokenizer) -> tuple[li
     """
     builder = _Builder(tokenizer, images=bool(sample.images))
     builder.add_ids(tokenizer.bos_ids, trained=False)
-    for piece in render(template, sample.turns):
+    for piece in render(template, turns_of(template, sample)):
         builder.add(piece)
     builder.flush()
     return builder.ids, builder.labels
@@ -135,16 +135,24 @@ class _Builder:
         self.labels += ids if trained else [IGNORE_INDEX] * len(ids)
 
 
-def expand(ids: list[int], labels: list[int], images: tuple, features: tuple[int, ...], seq_length: int):
+def expand(
+    ids: list[int],
+    labels: list[int],
+    images: tuple,
+    features: tuple[int, ...],
+    seq_length: int,
+    text_length: int | None = None,
+):
     """(tokens_S, shifted labels_S, images kept, length before the cut).
 
     A row longer than seq_length is cut there; an image that would be cut goes as a whole, with all that follows it.
+    `text_length` cuts before images grow: so many ids, of which an image is one.
     """
     widths = iter(features)
     counts = np.array([next(widths) if token == IMAGE_TOKEN else 1 for token in ids], dtype=np.int64)
     ends = np.cumsum(counts)
     length = int(ends[-1]) if len(ends) else 0
-    kept = int(np.searchsorted(ends, seq_length, side="right"))
+    kept = int(np.searchsorted(ends[:text_length], seq_length, side="right"))
     tokens_S = np.repeat(np.array(ids[:kept], dtype=np.int64), counts[:kept])
     labels_S = np.repeat(np.array(labels[:kept], dtype=np.int64), counts[:kept])
     shifted_S = np.append(labels_S[1:], IGNORE_INDEX) if len(labels_S) else labels_S

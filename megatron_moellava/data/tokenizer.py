@@ -15,8 +15,9 @@ from pathlib import Path
 from megatron_moellava.config import ConfigError
 
 # Padding is the unknown token, as in the original (specification 3.5): the native one (Llama, Mistral, MiniCPM),
-# StableLM-2's reserved one, Qwen-1's reserved one, else a new token with this name (Phi-2, Qwen1.5).
-UNKNOWN_TOKENS = ("<unk>", "<|reg0|>", "<|extra_0|>")
+# StableLM-2's, Qwen-1's and Llama-3's reserved ones, else a new token (Phi-2, Qwen1.5).
+UNKNOWN_TOKENS = ("<unk>", "<|reg0|>", "<|extra_0|>", "<|reserved_special_token_0|>")
+INVENTED = "<|extra_0|>"
 Pieces = tuple[list[int], list[int]]  # ids, and the character of the text at which each starts
 
 

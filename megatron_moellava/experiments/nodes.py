@@ -135,7 +135,7 @@ def _train(grid: Grid, runs: Path, node: Node, folder: Path) -> dict | None:
 
 def node_run(grid: Grid, runs: Path, node: Node, folder: Path):
     """The RunConfig of a training node."""
-    from megatron_moellava.training.run import load_run
+    from megatron_moellava.validation.run import load_run
 
     settings = node.settings
     data = resolve(grid, runs, node, "data").split(":")  # several files, as in examples/train_stage3.sh

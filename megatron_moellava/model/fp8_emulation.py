@@ -82,14 +82,20 @@ def blocks(x_RC: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 class Scaling:
     """The scales of one module's products: the amax history of the delayed recipe, nothing for the others."""
 
-    def __init__(self, recipe: Fp8Recipe, num_experts: int):
-        self.recipe = recipe
+    def __init__(self, recipe: Fp8Recipe, num_experts: int, is_trained: bool = True):
+        """A frozen module keeps the history that it has, like everything else of it."""
+        self.recipe, self.is_trained = recipe, is_trained
         self.seen_KE = torch.zeros(len(KINDS), num_experts)  # largest magnitudes since the last `advance`
         self.history_TKE = torch.zeros(recipe.history, len(KINDS), num_experts)
 
     def advance(self, seen_KE: torch.Tensor) -> None:
         """Push the amaxes of one optimizer step; the oldest falls out."""
-        self.history_TKE = torch.cat([seen_KE[None], self.history_TKE[:-1]])
+        if self.is_trained:
+            self.history_TKE = torch.cat([seen_KE[None], self.history_TKE[:-1]])
+        self.forget()
+
+    def forget(self) -> None:
+        """As if nothing had been seen since the last `advance`."""
         self.seen_KE = torch.zeros_like(self.seen_KE)
 
     def round(self, x_RC: torch.Tensor, kind: str, axis: int, expert: int = 0) -> torch.Tensor:
@@ -209,6 +215,11 @@ class Emulation:
         for scaling, part in zip(self.scalings, parts, strict=True):
             scaling.advance(part.view_as(scaling.seen_KE))
 
+    def forget(self) -> None:
+        """After a step that was skipped: what it saw, perhaps infinities, must not reach the histories."""
+        for scaling in self.scalings:
+            scaling.forget()
+
     def state(self) -> list[torch.Tensor]:
         """The histories, for a checkpoint of this rank."""
         return [scaling.history_TKE for scaling in self.scalings if self.recipe.history]
@@ -230,9 +241,10 @@ def emulate_fp8(chunks: list, recipe: str, config: TransformerConfig) -> Emulati
 
 
 def _replace_product(module: torch.nn.Module, emulation: Emulation) -> None:
+    is_trained = any(parameter.requires_grad for parameter in module.parameters())
     if isinstance(module, GroupedLinear):
-        emulation.scalings.append(scaling := Scaling(emulation.recipe, module.num_experts))
+        emulation.scalings.append(scaling := Scaling(emulation.recipe, module.num_experts, is_trained))
         module.product = partial(grouped_product, scaling)
     elif isinstance(module, ColumnParallelLinear | RowParallelLinear):
-        emulation.scalings.append(scaling := Scaling(emulation.recipe, 1))
+        emulation.scalings.append(scaling := Scaling(emulation.recipe, 1, is_trained))
         module._forward_impl = partial(linear_product, scaling)

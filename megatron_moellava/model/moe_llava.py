@@ -144,6 +144,8 @@ class MoELlava(MegatronModule):
                 embeddings_SBD = embeddings_SBD * padding_mask_BS.transpose(0, 1).unsqueeze(-1)
         if embeddings_SBD is not None and self.config.sequence_parallel:
             embeddings_SBD = scatter_to_sequence_parallel_region(embeddings_SBD)
+        if embeddings_SBD is not None and self._needs_differentiable_input():
+            embeddings_SBD.requires_grad_()
         if attention_mask is None and padding_counts:
             attention_mask = causal_padding_mask(padding_mask_BS)
         position_ids_BS, labels_BS, padding_mask_BS = (
@@ -165,6 +167,16 @@ class MoELlava(MegatronModule):
         if labels_BS is None or not self.post_process:
             return output
         return output * (labels_BS != IGNORE_INDEX)
+
+    def _needs_differentiable_input(self) -> bool:
+        """A recomputed part of the decoder has a backward pass only where one of its inputs requires a gradient: with tower,
+        projector and embeddings frozen none would, and nothing would train (reentrant checkpointing,
+        megatron/core/tensor_parallel/random.py; Megatron-Bridge does the same for adapters)."""
+        return (
+            self.config.recompute_granularity is not None
+            and torch.is_grad_enabled()
+            and any(parameter.requires_grad for parameter in self.language_model.decoder.parameters())
+        )
 
     def _padding_counts(self) -> bool:
         """The states of padding rows matter to a router that counts them: zero embeddings, attending to real rows."""

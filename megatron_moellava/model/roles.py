@@ -46,10 +46,16 @@ def _named(role: str, prefix: str, module: torch.nn.Module) -> Iterator[tuple[st
 
 
 def freeze(model: MoELlava, trained_roles: tuple[str, ...]) -> dict[str, int]:
-    """Let only these roles receive gradients. Returns the number of trained parameters of this rank per role."""
+    """Let only these roles receive gradients. Returns the number of trained parameters of this rank per role.
+
+    A router's expert bias has no gradient; Megatron-Core moves it by the tokens of each expert unless it is told not to.
+    """
     trained: dict[str, int] = {}
     for role, _, parameter in parameter_roles(model):
         parameter.requires_grad = role in trained_roles
         if parameter.requires_grad:
             trained[role] = trained.get(role, 0) + parameter.numel()
+    for layer in model.language_model.decoder.layers:
+        if isinstance(layer.mlp, MoELayer):
+            layer.mlp.router.frozen_expert_bias = "router" not in trained_roles
     return trained

@@ -1,7 +1,7 @@
 """GPUs as data, and the efficiencies that turn a data sheet into a prediction.
 
 Nothing here was measured by this project: data-sheet peaks, and constants whose origin stands beside them. The only
-number that was fitted is `CALIBRATION` (docs/planning.md says to which run).
+number that was fitted is `CALIBRATION` (docs/measurements/planning.md says to which run).
 """
 
 import difflib
@@ -117,7 +117,7 @@ class Efficiency:
 
 CALIBRATION = Efficiency(
     matmul=0.72,  # cuBLAS bf16 on H100 at its sustained clock: 680 to 750 TFLOP/s of 989 on 8k products
-    grouped_matmul=0.595,  # fitted to one published run, the Mixtral 8x7B row of docs/planning.md
+    grouped_matmul=0.595,  # fitted to one published run, the Mixtral 8x7B row of docs/measurements/planning.md
     attention=0.50,  # cuDNN and FlashAttention-3 reach 500 to 600 TFLOP/s forward and 450 to 500 backward on H100
     memory=0.80,  # what STREAM-like kernels reach of HBM's rate
     nvlink=0.75,  # nccl-tests bus bandwidth: about 340 of 450 GB/s on H100

@@ -1,4 +1,4 @@
-"""Published runs as data, and what the planner says of them. docs/planning.md shows the table.
+"""Published runs as data, and what the planner says of them. docs/measurements/planning.md shows the table.
 
 Language-model benchmarks have no tower and no images; their MFU follows Megatron-LM's count of the time, which takes
 attention above the diagonal as work. Layouts that a source does not give are assumptions, and say so.
@@ -266,7 +266,7 @@ def recipe_hours(backbone: str, gpu: str = "a100-80") -> float:
 
 
 def markdown_table() -> str:
-    """The table of docs/planning.md."""
+    """The table of docs/measurements/planning.md."""
     lines = ["| run | on | measured | predicted | off | source |", "|---|---|---|---|---|---|"]
     for item in check_all():
         run = item.run

@@ -12,7 +12,7 @@ from megatron_moellava.planning.memory import Memory, worst_memory
 from megatron_moellava.planning.pricing import Costs, Pricing, costs_of
 from megatron_moellava.planning.workload import StageData, mean_load
 from megatron_moellava.towers import Tower
-from megatron_moellava.training.validate import layout_problems
+from megatron_moellava.validation.run import layout_problems
 
 POWERS = tuple(2**power for power in range(11))
 RECOMPUTE = ("none", "moe", "full")  # `selective` keeps what flash attention keeps anyway

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_moellava import parallel, platform
 from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import INTERRUPTED, CheckpointError, MoELlavaError, RunConfig
+from megatron_moellava.config import INTERRUPTED, DataError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IGNORE_INDEX
 from megatron_moellava.data.loader import Loader
@@ -33,6 +33,7 @@ from megatron_moellava.stages import STAGES
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
+from megatron_moellava.training.first_gradients import FirstGradients, require_trained
 from megatron_moellava.training.metrics import (
     COSTS,
     StepLog,
@@ -46,10 +47,15 @@ from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.watchdog import Watchdog
+from megatron_moellava.validation.checkpoints import check_resumable
 
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+
+NO_GRADIENT = (
+    "do its rows have answers, and pictures where the projector alone is trained? is training.trains as it should be?"
+)
 
 
 class TrainingDiverged(MoELlavaError):
@@ -65,9 +71,10 @@ class Trainer:
         """`loader` on the processes that read data (`parallel.reads_data`), None elsewhere."""
         self.run, self.loader, self.train_steps = run, loader, train_steps
         self.chunks = build_model(run)
-        self.trained = {}
+        self.trained, roles = {}, run.training.trains or STAGES[run.training.stage]
         for chunk in self.chunks:
-            self.trained |= freeze(chunk, run.training.trains or STAGES[run.training.stage])
+            self.trained |= freeze(chunk, roles)
+        require_trained(self.trained, roles)
         self.routing = RoutingStatistics(self.chunks) if run.moe else None
         self.fp8 = self._emulated_fp8()
         self.state = checkpoints.TrainingState(iteration=0, consumed_samples=0, data=None)
@@ -83,10 +90,13 @@ class Trainer:
         self.watchdog: Watchdog | None = None
         self._configure_schedules()
         self.update = Update(self.optimizer)
+        self.first_gradients: FirstGradients | None = FirstGradients(self.chunks)
         self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
         title = f"stage {run.training.stage}"
         self.log = StepLog(self._log_folder(), run.logging.tensorboard, title, train_steps, self.state.iteration)
         self.stop_signal = None
+        self._ready: list[Batch] = []  # read, and not yet trained on
+        self._bad_rows = 0  # of all ranks, in this epoch
         self.loss_sum = 0.0  # of this rank's last step, before anything is summed over ranks
         self.background = BackgroundSave() if run.checkpoint.async_save else None
 
@@ -113,11 +123,7 @@ class Trainer:
 
     def _resume(self, checkpoint: Path) -> None:
         description = read_description(checkpoint)
-        if description.optimizer_steps is None or description.stage != self.run.training.stage:
-            raise CheckpointError(
-                f"checkpoint.save={checkpoint.parent} holds a checkpoint of stage {description.stage} that cannot be "
-                f"continued as stage {self.run.training.stage}; choose another checkpoint.save"
-            )
+        check_resumable(checkpoint, description, self.run.training.stage)
         self.state.iteration = description.iteration
         self.state.consumed_samples = description.consumed_samples
         checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description.optimizer_steps)
@@ -183,6 +189,12 @@ class Trainer:
             show = self.state.iteration % self.run.logging.log_interval == 0
             self.log.step(self.state.iteration, numbers, show, self._sample_ids(sample_ids))
             skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
+            if not applied and self.loader is not None:
+                self.loader.untrained(len(sample_ids))
+            if applied and numbers["grad_norm"] == 0.0:
+                self.log.say(
+                    f"step {self.state.iteration}: the gradient is exactly 0, so the step trains nothing; {NO_GRADIENT}"
+                )
             if not applied:
                 self._report_skipped(sample_ids, skipped_in_a_row)
             if self.background is not None:
@@ -206,6 +218,7 @@ class Trainer:
         started = time.perf_counter()
         self.stragglers.begin()
         self._at("reading data")
+        self._read_ahead()
         batches = [self._next_batch() for _ in range(self.num_microbatches)]
         waited = time.perf_counter() - started
         self.stragglers.pause(self.state.iteration + 1)
@@ -224,6 +237,9 @@ class Trainer:
         self.stragglers.begin()
         self._at("forward and backward pass")
         loss_sums = self._forward_backward(batches, loss_tokens)
+        if self.first_gradients is not None:
+            self.first_gradients.check()
+            self.first_gradients = None
         self._at("updating parameters")
         applied, grad_norm = self.update()
         if self.fp8 is not None:
@@ -258,13 +274,45 @@ class Trainer:
         total = parallel.sum_over_data_parallel([self.loss_sum], with_context_parallel=True)
         return float(total) / max(loss_tokens, 1)
 
+    def _read_ahead(self) -> None:
+        """Read the step's micro-batches. Where the data are at fault, the run ends on all ranks, with a checkpoint."""
+        before, fault = None, None
+        with platform.generators_kept():
+            if self.loader is not None:
+                before = self.loader.state_dict()
+                try:
+                    self.loader.check_skipped(self._bad_rows)
+                    self._ready = [next(self.loader) for _ in range(self.num_microbatches)]
+                except DataError as error:
+                    fault = error
+        counts = [fault is not None, self.loader.num_bad if self.loader is not None else 0]
+        sums = torch.tensor(counts, dtype=torch.int64, device=platform.device())
+        self.stragglers.pause(self.state.iteration + 1)
+        dist.all_reduce(sums)
+        self.stragglers.begin()
+        faults, self._bad_rows = sums.tolist()  # bad rows of all ranks: judged before the next step
+        if faults:
+            self._end_by_data(fault, before)
+
     def _next_batch(self) -> Batch:
         """The next micro-batch of this data-parallel rank, on the device, on every rank that needs it.
 
         A loader that starts draws from the generators: dropout after a resume would be another than without it.
         """
         with platform.generators_kept():
-            return broadcast_batch(next(self.loader) if self.loader is not None else None)
+            batch = None
+            if self.loader is not None:
+                batch = self._ready.pop(0) if self._ready else next(self.loader)
+            return broadcast_batch(batch)
+
+    def _end_by_data(self, fault: DataError | None, before: dict | None) -> None:
+        """Save what has been trained, the data as before this step, and raise what any rank has found."""
+        found: list[DataError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, fault)
+        if self.state.iteration % self.run.checkpoint.save_interval and self.state.iteration:
+            self.save(before)
+            self._finish_save()
+        raise next(error for error in found if error is not None)
 
     def _forward_backward(self, batches: list[Batch], loss_tokens: int) -> list[torch.Tensor]:
         scale = self.num_microbatches * parallel.data_parallel_size() / max(loss_tokens, 1)
@@ -341,14 +389,15 @@ class Trainer:
         dist.all_gather_object(counters, self.loader.counters() if self.loader is not None else None)
         self.log.data_report([counter for counter in counters if counter is not None])
 
-    def save(self) -> None:
+    def save(self, data: dict | None = None) -> None:
         """Write a checkpoint of this moment to `checkpoint.save`, if the run has one; in the background if it asks for it."""
         if self.run.checkpoint.save is None:
             return
         self._finish_save()
         self._at("writing a checkpoint")
         self.gather_parameters()
-        data = self.loader.state_dict() if self.loader is not None else None
+        if self.loader is not None and data is None:
+            data = self.loader.state_dict()
         state = replace(self.state, data=data, fp8=self.fp8.state() if self.fp8 is not None else [])
         # A scheduler may signal every process of a job, and processes that megatron-core's save forks would die of it.
         waiting = {signal.SIGTERM, signal.SIGUSR1}

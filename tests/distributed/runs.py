@@ -14,7 +14,7 @@ from megatron_moellava import parallel
 from megatron_moellava.checkpoint.folders import RUN_FILE, TRACKER, newest_checkpoint, require_checkpoint
 from megatron_moellava.config import CheckpointError, RunConfig, from_dict
 from megatron_moellava.data import sources
-from megatron_moellava.data.loader import build_encoder
+from megatron_moellava.data.loader import Batches, build_encoder
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.evaluation.closed_questions import Plan, predict
 from megatron_moellava.model import weights as reading
@@ -196,7 +196,7 @@ def run_async(job: dict, folder: Path) -> dict:
 # --- FP8 ----------------------------------------------------------------------------------------------------------
 
 
-class SameRows:
+class SameRows(Batches):
     """The first global batch again and again, so that a run learns it by heart."""
 
     def __init__(self, rows):
@@ -271,7 +271,7 @@ def run_retention(job: dict, folder: Path) -> dict:
 # --- not finite -------------------------------------------------------------------------------------------------------
 
 
-class Poisoned:
+class Poisoned(Batches):
     """Rows whose images are NaN while `poisoned` is set; rows without images stay good."""
 
     def __init__(self, rows):

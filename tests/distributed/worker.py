@@ -5,7 +5,6 @@ own; a job that fails leaves its traceback there, and its peers give up after TI
 """
 
 import datetime
-import gc
 import json
 import os
 import sys
@@ -16,8 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_moellava import parallel
-
-from megatron.core.distributed import DistributedDataParallel
+from tests.helpers.process_groups import release_groups
 
 TIMEOUT = datetime.timedelta(seconds=90)
 PATIENCE = datetime.timedelta(minutes=60)  # for jobs of other ranks
@@ -43,25 +41,13 @@ def main() -> None:
             result_file = result_file if rank == 0 else folder / f"{job['id']}.rank{rank}.json"
         finally:
             parallel.shutdown()
-            _release_groups()
+            release_groups()
         seconds = time.perf_counter() - started
         print(f"{job['id']} rank {rank}: {seconds:.1f} s", result.get("error", ""), flush=True)
         if rank == 0 or "error" in result:
             temporary = result_file.with_suffix(".tmp")
             temporary.write_text(json.dumps(result | {"seconds": seconds}))
             temporary.rename(result_file)
-
-
-def _release_groups() -> None:
-    """Free the groups of a finished job: each has threads that poll 100 times a second, and dozens add up to a standstill.
-
-    A DistributedDataParallel keeps them alive: module -> dispatcher -> last activations -> graph -> gradient accumulator
-    -> hook -> DistributedDataParallel, a cycle that the garbage collector cannot see through.
-    """
-    for item in gc.get_objects():
-        if isinstance(item, DistributedDataParallel):
-            vars(item).clear()
-    gc.collect()
 
 
 def _meet(store: dist.Store, name: str, rank: int, world: int) -> None:

@@ -8,7 +8,7 @@ from megatron_moellava.config import (
     from_dict,
     set_override,
 )
-from megatron_moellava.training.validate import validate
+from megatron_moellava.validation.run import validate
 
 
 def tiny(**fields) -> RunConfig:

@@ -158,15 +158,16 @@ def test_each_rule_names_its_offender(rule, files, message, tmp_path):
 
 def test_a_module_without_its_test_is_named(tmp_path):
     sources = made_up(tmp_path, {"data/a.py": "", "data/b.py": "", "data/__init__.py": ""})
-    (tmp_path / "tests/unit/data").mkdir(parents=True)
-    (tmp_path / "tests/unit/data/test_a.py").touch()
+    tests = tmp_path / "tests" / "unit" / "data"
+    tests.mkdir(parents=True)
+    (tests / "test_a.py").touch()
+    modules = ["megatron_moellava", "data", "b.py"]
     assert rules.modules_without_a_test(sources, tmp_path, {}) == [
-        "megatron_moellava/data/b.py has no tests/unit/data/test_b.py"
+        "/".join(modules) + " has no " + "/".join(["tests", "unit", "data", "test_b.py"])
     ]
-    assert not rules.modules_without_a_test(
-        sources, tmp_path, {"megatron_moellava/data/b.py": "tests/unit/data/test_a.py"}
-    )
-    assert rules.modules_without_a_test(sources, tmp_path, {"megatron_moellava/data/b.py": "tests/unit/none.py"})
+    shared = {"/".join(modules): str((tests / "test_a.py").relative_to(tmp_path))}
+    assert not rules.modules_without_a_test(sources, tmp_path, shared)
+    assert rules.modules_without_a_test(sources, tmp_path, dict.fromkeys(shared, "none"))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.helpers.paths import REPO
 from tests.helpers.requirements import all_requirements, name_of, setup_lists
@@ -20,7 +21,6 @@ from tests.helpers.sources import read_sources
 
 TEXTS = [REPO / "Dockerfile", *REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("examples/**/*.y*ml")]
 TEXTS += [path for path in REPO.glob("examples/**/*") if path.suffix in (".sh", ".md")]
-FILE_NAME = r"\b(?:tests|tools|examples|benchmarks|docs|megatron_moellava)/[a-z0-9_/-]+\.(?:py|md|sh|yaml|json)\b"
 SCRIPTS = [REPO / ".ci/run", REPO / ".ci/find_python", *REPO.glob("examples/**/*.sh"), *REPO.glob("tests/**/*.sh")]
 
 
@@ -147,21 +147,8 @@ def test_every_import_is_a_declared_dependency():
     assert not offenders, "\n".join(sorted(offenders))
 
 
-MADE_UP = REPO / "tests/unit/test_architecture.py"  # trees with offenders
-
-
-def test_files_named_in_texts_and_sources_exist():
-    missing = [
-        f"{path.relative_to(REPO)} names {name}"
-        for path in [*TEXTS, *REPO.glob("*.py"), *REPO.glob("megatron_moellava/**/*.py"), *REPO.glob("t*/**/*.py")]
-        for name in re.findall(FILE_NAME, path.read_text())
-        if path != MADE_UP and not (REPO / name).exists()
-    ]
-    assert not missing, "\n".join(missing)
-
-
 def test_every_proof_in_the_documents_exists():
-    """A test with its file, and a test or a file alone (`test_name`), as docs/reliability.md has them."""
+    """A test with its file, and a test or a file alone (`test_name`), as docs/reference/reliability.md has them."""
     files = {path: path.read_text() for path in REPO.glob("tests/**/test_*.py")}
     defined = {path.name for path in files} | {
         name for text in files.values() for name in re.findall(r"^def (test_\w+)", text, re.M)
@@ -243,3 +230,33 @@ def test_a_named_python_that_does_not_run_is_an_error(tmp_path):
     result = find_python(tmp_path, PYTHON="python3.12")
     assert result.returncode == 1
     assert "does not run" in result.stderr
+
+
+def test_the_workflow_calls_what_a_developer_runs():
+    workflow = yaml.safe_load((REPO / ".github/workflows/ci.yml").read_text())
+    steps = workflow["jobs"]["check-and-test"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    versions = [step["with"]["python-version"] for step in steps if "setup-python" in step.get("uses", "")]
+    assert versions == re.findall(r'python_requires=">=([\d.]+)"', (REPO / "setup.py").read_text())
+
+
+@pytest.mark.parametrize("name", ["bug", "feature", "gpu_report"])
+def test_issue_forms_have_what_github_asks_for(name):
+    form = yaml.safe_load((REPO / f".github/ISSUE_TEMPLATE/{name}.yml").read_text())
+    assert form["name"] and form["description"]
+    fields = [item["id"] for item in form["body"]]
+    assert len(set(fields)) == len(fields) and all(item["attributes"]["label"] for item in form["body"])
+
+
+def test_the_citation_is_of_this_release():
+    citation = yaml.safe_load((REPO / "CITATION.cff").read_text())
+    setup = (REPO / "setup.py").read_text()
+    for field, pattern in (("version", r'version="([^"]+)"'), ("license", r'license="([^"]+)"')):
+        assert citation[field] == re.search(pattern, setup)[1]
+
+
+def test_make_targets_in_documents_exist():
+    targets = set(re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(), re.M))
+    for path in [*REPO.glob("*.md"), *REPO.glob("docs/**/*.md")]:
+        named = re.findall(r"(?:^|`|&& )make ([a-z][\w-]*)", path.read_text(), re.M)
+        assert set(named) <= targets, f"{path.name}: {set(named) - targets}"

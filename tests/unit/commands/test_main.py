@@ -23,7 +23,12 @@ def test_every_command_is_a_file_of_tools_and_nothing_else_is():
 
 
 def test_every_module_of_the_room_is_a_command():
-    modules = {path.stem for path in REPO.glob("megatron_moellava/commands/*.py")} - {"__init__", "main", "program"}
+    modules = {path.stem for path in REPO.glob("megatron_moellava/commands/*.py")} - {
+        "__init__",
+        "main",
+        "program",
+        "reference",
+    }
     assert modules == {command.module for command in COMMANDS.values()}
 
 

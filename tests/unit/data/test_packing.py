@@ -62,11 +62,8 @@ def test_short_samples_fill_short_rows():
 
 
 def test_ranks_get_rows_of_equal_cost():
-    """Busiest rank over the mean of 8, per step; rows in random order would be at 1.5."""
-    costs = []
-    for rank in range(8):
-        tokens, _ = sample_lengths(2000, 576, 4096, seed=rank)
-        costs.append([float((tokens[row] ** 2).sum()) for row in packing(tokens, 4096, 128)])
-    steps = min(map(len, costs))
-    table = np.array([row[:steps] for row in costs])
-    assert (table.max(0) / table.mean(0)).mean() < 1.25
+    """Busiest rank over the mean of 8, per step; rows in random order would be at 1.4."""
+    tokens, _ = sample_lengths(16_000, 576, 4096)
+    costs = [float((tokens[row].astype(float) ** 2).sum()) for row in packing(tokens, 4096, 128)]
+    table = np.array(costs[: len(costs) // 8 * 8]).reshape(-1, 8)
+    assert (table.max(1) / table.mean(1)).mean() < 1.1

@@ -120,6 +120,7 @@ def options(chain, out, **changes):
         "template": "",
         "precision": "",
         "overrides": [],
+        "no_verify": False,
     }
     return SimpleNamespace(**base | changes)
 

@@ -13,7 +13,7 @@ from megatron_moellava.planning.hardware import GPUS
 from megatron_moellava.towers import get_tower
 from tests.helpers.paths import REPO
 
-DOCUMENT = REPO / "docs" / "planning.md"
+DOCUMENT = REPO / "docs" / "measurements" / "planning.md"
 
 
 def test_document_has_the_table_that_the_code_computes():

@@ -8,7 +8,9 @@ from megatron_moellava.planning.command import plan, request_of, settings_of
 from megatron_moellava.planning.hardware import GPUS
 from megatron_moellava.planning.report import settings_line
 from megatron_moellava.planning.search import candidates, search
-from megatron_moellava.training.validate import layout_problems, validate
+from megatron_moellava.validation.run import layout_problems, validate
+from tests.helpers import data_files
+from tests.helpers.made_tokenizer import write_tokenizer
 from tests.helpers.paths import REPO
 from tests.helpers.planning import arguments, found_for
 
@@ -29,12 +31,13 @@ from tests.helpers.planning import arguments, found_for
 )
 def test_every_suggestion_is_accepted_by_the_training_command(given, tmp_path):
     """The pasted settings go the way of tools/train.py: overrides, the whole validation, files included."""
-    (tmp_path / "data.json").write_text("[]")
+    data = data_files.make_set(write_tokenizer(tmp_path))
     options = arguments(**given)
     extra = settings_of(options)
     found = search(request_of(options, extra))
     assert found.plans and found.tried > len(found.plans)
-    files = [f"data.tokenizer={tmp_path}", f"data.sources=[{{path: {tmp_path}/data.json}}]"]
+    files = [f"data.tokenizer={tmp_path}", f"data.sources=[{{path: {data}, image_folder: {tmp_path}}}]"]
+    files += ["data.template=chatml"]
     model = [f"model.backbone={options.backbone}", f"training.stage={options.stage}"]
     for suggestion in found.plans:
         pasted = settings_line(suggestion, extra).split()
@@ -42,6 +45,8 @@ def test_every_suggestion_is_accepted_by_the_training_command(given, tmp_path):
         validate(run, options.gpus)
         assert run.parallel == suggestion.layout.run.parallel
         assert suggestion.memory.total <= GPUS["h100"].memory
+        interleaved = run.parallel.virtual_pipeline_model_parallel_size
+        assert interleaved is None or run.data.packing  # padded rows abort in megatron-core's interleaved pipeline
 
 
 def test_layouts_that_validation_refuses_are_tried_and_never_suggested():
