@@ -62,6 +62,6 @@ def test_what_is_not_json_stays_as_its_own_error(tmp_path):
 def test_an_empty_and_a_missing_file_are_errors(tmp_path):
     with pytest.raises(DataError, match="holds no rows"):
         index_json(write_rows(tmp_path, []), tmp_path / "cache")
-    with pytest.raises(DataError, match="No such file or directory; give a LLaVA JSON"):
+    with pytest.raises(DataError, match="No such file or directory; give a JSON"):
         index_json(tmp_path / "none.json", tmp_path / "cache")
     assert not list((tmp_path / "cache").glob(".*")), "nothing half made is left"

@@ -1,97 +1,37 @@
-"""A loader's state as JSON, and for another number of ranks."""
+"""A loader's state for another number of ranks."""
 
-import json
-
-import numpy as np
 import pytest
-import torch
 
 from megatron_moellava.config import DataError
-from megatron_moellava.data.state import from_json, redistribute, to_json
-
-from megatron.energon.state import FlexState
+from megatron_moellava.data.state import redistribute
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        None,
-        True,
-        7,
-        0.5,
-        "text",
-        b"\x00\xff",
-        [1, "a", None],
-        (1, (2, 3)),
-        {"a": 1, 2: (3,)},
-        list(range(100)),
-        tuple(range(-50, 50)),
-        [2**70, *range(40)],
-        [True] * 40,
-    ],
-)
-def test_plain_values_come_back_with_their_types(value):
-    back = from_json(json.loads(json.dumps(to_json(value))))
-    assert back == value and type(back) is type(value)
-    if isinstance(value, list | tuple):
-        assert [type(item) for item in back] == [type(item) for item in value]
+def state(position: int, seen: int, epoch: int = 0, **counters) -> dict:
+    counted = {"seen": seen, "trained": seen, "skipped": {}, "notes": {}, "bad_epoch": epoch, "bad": []} | counters
+    fingerprint = {"seed": 1, "rank": 0, "world_size": 2}
+    return {"fingerprint": fingerprint, "engine": {"epoch": epoch, "position": position}, "counters": counted}
 
 
-def test_arrays_tensors_and_energons_own_dictionaries_come_back():
-    array = np.arange(6, dtype=np.uint32).reshape(2, 3)
-    back = from_json(json.loads(json.dumps(to_json({"array": array, "tensor": torch.arange(3)}))))
-    assert np.array_equal(back["array"], array) and back["array"].dtype == array.dtype
-    assert torch.equal(back["tensor"], torch.arange(3))
-    flex = from_json(to_json(FlexState(a=1)))
-    assert isinstance(flex, FlexState) and flex["a"] == 1
-    assert from_json(to_json(np.int64(5))) == 5
+def test_every_rank_continues_from_the_same_position_and_what_was_counted_is_counted_once():
+    saved = [state(6, 10, skipped={"missing image": 1}), state(6, 12, skipped={"missing image": 2}, notes={"x": 1})]
+    moved = redistribute(saved, 3)
+    assert [item["engine"] for item in moved] == [{"epoch": 0, "position": 6}] * 3
+    assert [item["fingerprint"] for item in moved] == [{"seed": 1, "rank": rank, "world_size": 3} for rank in range(3)]
+    assert (moved[0]["counters"]["seen"], moved[0]["counters"]["skipped"]) == (22, {"missing image": 3})
+    assert moved[0]["counters"]["notes"] == {"x": 1}
+    assert moved[1]["counters"]["seen"] == 0 and moved[1]["counters"]["skipped"] == {}
 
 
-def test_what_is_not_known_is_an_error_in_both_directions():
-    with pytest.raises(DataError, match="holds a set"):
-        to_json({1, 2})
-    with pytest.raises(DataError, match=r"unknown class 'os\.system'"):
-        from_json({"class": "os.system", "fields": {}})
+def test_a_rank_that_is_ahead_goes_back_to_where_all_have_been():
+    assert redistribute([state(8, 1), state(6, 1)], 1)[0]["engine"]["position"] == 6
+    assert redistribute([state(2, 1, epoch=1), state(9, 1)], 1)[0]["engine"] == {"epoch": 0, "position": 9}
 
 
-def workers(ranks: int, per_rank: int, next_worker: int = 0) -> list[dict]:
-    """Saved states of `ranks` ranks whose workers are numbered on."""
-    return [
-        {
-            "fingerprint": {"rank": rank, "num_workers": per_rank},
-            "counters": {"seen": 10, "skipped": {"missing image": 1}, "notes": {}},
-            "engine": {
-                "class": "SavableDataLoaderState",
-                "fields": {
-                    "next_worker_id": next_worker,
-                    "worker_states": {"list": [rank * per_rank + worker for worker in range(per_rank)]},
-                },
-            },
-        }
-        for rank in range(ranks)
-    ]
+def test_bad_samples_of_the_newest_epoch_are_remembered_once():
+    saved = [state(1, 1, epoch=2, bad=[5, 3]), state(1, 1, epoch=2, bad=[3]), state(1, 1, epoch=1, bad=[9])]
+    assert redistribute(saved, 1)[0]["counters"]["bad"] == [3, 5]
 
 
-def test_workers_move_between_ranks_in_their_order():
-    moved = redistribute(workers(2, 2), world_size=4, num_workers=1)
-    assert [state["engine"]["fields"]["worker_states"]["list"] for state in moved] == [[0], [1], [2], [3]]
-    assert [state["fingerprint"]["rank"] for state in moved] == [0, 1, 2, 3]
-    assert moved[0]["counters"] == {"seen": 20, "skipped": {"missing image": 2}, "notes": {}}
-    assert moved[1]["counters"]["seen"] == 0, "what was counted is counted once"
-    (single,) = redistribute(workers(2, 2), world_size=1, num_workers=4)
-    assert single["engine"]["fields"]["worker_states"]["list"] == [0, 1, 2, 3]
-
-
-def test_what_cannot_be_dealt_out_exactly_is_refused():
-    with pytest.raises(DataError, match=r"any ranks x data\.num_workers that gives 4, not 3 x 1"):
-        redistribute(workers(2, 2), 3, 1)
-    with pytest.raises(DataError, match="between two workers' turns"):
-        redistribute(workers(2, 2, next_worker=1), 4, 1)
-
-
-def test_a_position_moves_if_the_ranks_can_have_shared_it():
-    counters = {"seen": 1, "skipped": {}, "notes": {}}
-    saved = [{"fingerprint": {}, "counters": counters, "engine": {"position": 6}} for _ in range(2)]
-    assert [state["engine"]["position"] for state in redistribute(saved, 3)] == [4, 4, 4]
-    with pytest.raises(DataError, match="after 12 micro-batches of the epoch, which 5 ranks"):
-        redistribute(saved, 5)
+def test_a_damaged_state_is_an_error():
+    with pytest.raises(DataError, match=r"cannot be restored \(KeyError\('engine'\)\); the checkpoint is damaged"):
+        redistribute([{"counters": {}}], 1)

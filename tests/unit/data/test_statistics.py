@@ -19,15 +19,15 @@ def tokenizer():
 def test_lengths_count_images_and_pass_over_bad_rows(tokenizer, tmp_path):
     rows = [row(0), row(1, None), {"id": "bad"}]
     index = index_json(write_rows(tmp_path, rows), tmp_path / "cache")
-    tokens, images = token_lengths(index, encoder(tokenizer))
+    tokens, images, unusable = token_lengths(index, encoder(tokenizer))
     assert sorted(images.tolist()) == [0, 1] and len(tokens) == 2
-    assert tokens[images == 1][0] > 16
+    assert tokens[images == 1][0] > 16 and sum(unusable.values()) == 1
     assert len(token_lengths(index, encoder(tokenizer), limit=1)[0]) <= 1
 
 
 def test_a_source_without_a_usable_row_is_an_error(tokenizer, tmp_path):
     index = index_json(write_rows(tmp_path, [{"id": "bad"}]), tmp_path / "cache")
-    with pytest.raises(DataError, match="prepare_data"):
+    with pytest.raises(DataError, match=r"no row of .* can be used; the first: rows\.json row 0"):
         token_lengths(index, encoder(tokenizer))
 
 

@@ -42,8 +42,13 @@ class Rows:
     def load_states(self, states):
         (self.read,) = (state["read"] for state in states.values())
 
+    num_bad = 0
+
+    def check_skipped(self, bad):
+        assert bad == 0
+
     def counters(self):
-        return {"seen": self.read, "skipped": {}, "notes": {}, "duplicates": 0}
+        return {"seen": self.read, "skipped": {}, "notes": {}, "duplicates": 0, "trained": self.read}
 
 
 def run_in(folder, **training):
