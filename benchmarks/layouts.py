@@ -77,7 +77,7 @@ def prediction() -> dict:
 def _predicted(gpus: int, axes: dict | None) -> dict | None:
     from megatron_moellava.backbones import get_backbone
     from megatron_moellava.config import load_config
-    from megatron_moellava.planning.hardware import GIB, get_gpu
+    from megatron_moellava.costs.gpus import GIB, get_gpu
     from megatron_moellava.planning.picture import label
     from megatron_moellava.planning.search import Request, search
     from megatron_moellava.planning.workload import STAGE_DATA

@@ -68,6 +68,27 @@ def claim_device(local_rank: int) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
 
 
+def device_name() -> str | None:
+    """What CUDA calls this process's GPU; None on a CPU."""
+    return torch.cuda.get_device_name(device()) if HAS_CUDA else None
+
+
+class ToHost:
+    """Numbers of the device on their way to the host: nothing waits for them before `read`, and nothing else then."""
+
+    def __init__(self, values: list[torch.Tensor]):
+        """`values`: single numbers, ready when the work queued so far is done."""
+        self.values = torch.stack([value.detach().double() for value in values]).to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if HAS_CUDA else None
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def read(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
 def synchronize() -> None:
     """Wait for the device, so that a wall clock means something."""
     if HAS_CUDA:

@@ -1,10 +1,10 @@
 """What is in a checkpoint, as a table, and how two of them differ. Reads Megatron checkpoints and Hugging Face folders."""
 
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_moellava.checkpoint.folders import newest_checkpoint
@@ -14,24 +14,10 @@ from megatron_moellava.conversion.readers import open_huggingface
 from megatron_moellava.conversion.recipes import Tensors
 from megatron_moellava.conversion.tensors import Files, Tensor
 from megatron_moellava.conversion.writers import METADATA_FILES
-from megatron_moellava.costs.shapes import EXPERTS, LANGUAGE, PROJECTOR, TOWER, UNUSED, Model, megatron_tensors
+from megatron_moellava.costs.parameters import activated_parameters, whole_parameters
+from megatron_moellava.costs.shapes import Model, ModelTensor, model_tensors
+from megatron_moellava.stages import LANGUAGE as LANGUAGE_ROLES
 
-# End of a Megatron key -> which axis each parallel group cuts. Norms, routers and what is not listed are copied.
-PARALLEL_LAYOUT = (
-    (f"{EXPERTS}linear_fc1.weight", "EP 0, ETP 1"),
-    (f"{EXPERTS}linear_fc1.bias", "EP 0, ETP 1"),
-    (f"{EXPERTS}linear_fc2.weight", "EP 0, ETP 2"),
-    (f"{EXPERTS}linear_fc2.bias", "EP 0"),
-    ("word_embeddings.weight", "TP 0"),
-    ("output_layer.weight", "TP 0"),
-    ("output_layer.bias", "TP 0"),
-    ("linear_qkv.weight", "TP 0"),
-    ("linear_qkv.bias", "TP 0"),
-    ("linear_proj.weight", "TP 1"),
-    ("mlp.linear_fc1.weight", "TP 0"),
-    ("mlp.linear_fc1.bias", "TP 0"),
-    ("mlp.linear_fc2.weight", "TP 1"),
-)
 STAGES = {0: "start of stage 1", 1: "stage 1: projector", 2: "stage 2: projector + language model", 3: "stage 3: MoE"}
 
 
@@ -47,18 +33,13 @@ class Parameters:
 
 def count_parameters(model: Model) -> Parameters:
     """From the sizes alone; activated = total without the experts that a token does not use."""
-    total = activated = tower = projector = 0
-    for name, shape in megatron_tensors(model).items():
-        count = math.prod(shape)
-        if name.startswith(LANGUAGE):
-            total += count
-            used = model.moe.moe_router_topk / model.moe.num_moe_experts if model.moe and EXPERTS in name else 1
-            activated += int(count * used)
-        elif name.startswith(TOWER):
-            tower += count
-        elif name.startswith(PROJECTOR):
-            projector += count
-    return Parameters(total=total, activated=activated, tower=tower, projector=projector)
+    whole, activated = whole_parameters(model), activated_parameters(model)
+    return Parameters(
+        total=sum(whole[role] for role in LANGUAGE_ROLES),
+        activated=sum(activated[role] for role in LANGUAGE_ROLES),
+        tower=whole["tower"],
+        projector=whole["projector"],
+    )
 
 
 def inspect(path: Path, *, verify: bool = True) -> str:
@@ -74,7 +55,7 @@ def inspect(path: Path, *, verify: bool = True) -> str:
         *_model_lines(source.model),
         *_provenance_lines(source.run.provenance),
         "",
-        *_table(source.tensors, _parallel),
+        *_table(source.tensors, partial(_parallel, tensors=model_tensors(source.model))),
         "",
         _totals(source.tensors),
     ]
@@ -120,12 +101,16 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e8 else f"{number:,}"
 
 
-def _parallel(name: str) -> str:
-    if name.startswith(UNUSED):
+def _parallel(name: str, tensors: dict[str, ModelTensor]) -> str:
+    """Which axis of a tensor each parallel group divides: "EP 0, ETP 1", "TP 0", or "copied"."""
+    if name not in tensors:
         return "rides along"
-    if name.startswith(PROJECTOR):
-        return "copied"
-    return next((layout for end, layout in PARALLEL_LAYOUT if name.endswith(end)), "copied")
+    tensor, axes = tensors[name], []
+    if tensor.is_expert:
+        axes.append("EP 0")
+    if tensor.split is not None:
+        axes.append(f"{'ETP' if tensor.is_expert else 'TP'} {tensor.split}")
+    return ", ".join(axes) or "copied"
 
 
 def _table(tensors: Tensors, layout: Callable[[str], str]) -> list[str]:

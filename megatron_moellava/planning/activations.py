@@ -8,7 +8,8 @@ measured. A row applies when all its conditions hold, and is counted `times` the
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_moellava.costs.layout import Layout, routed_tokens
+from megatron_moellava.costs.layout import Layout
+from megatron_moellava.costs.sharding import routed_tokens
 
 FP32, MASK = 4, 1
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, MoEConfig, load_config
-from megatron_moellava.costs.flops import recomputed_work, stage_work
+from megatron_moellava.costs.gpus import GIB, get_gpu
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.parameters import parameters_of
+from megatron_moellava.costs.stage_work import recomputed_work, stage_work
 from megatron_moellava.planning import report
 from megatron_moellava.planning.activations import activations_of
-from megatron_moellava.planning.hardware import GIB, get_gpu
 from megatron_moellava.planning.memory import state_bytes
 from megatron_moellava.planning.picture import draw, label
 from megatron_moellava.planning.search import Found, Request, search

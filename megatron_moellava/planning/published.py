@@ -15,9 +15,9 @@ from megatron_moellava.config import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_moellava.costs.flops import model_flops
+from megatron_moellava.costs.gpus import GPUS
 from megatron_moellava.costs.layout import Layout
-from megatron_moellava.planning.hardware import GPUS
+from megatron_moellava.costs.stage_work import model_flops
 from megatron_moellava.planning.memory import worst_memory
 from megatron_moellava.planning.pricing import Pricing, costs_of
 from megatron_moellava.planning.workload import STAGE_DATA, StageData, full_load, mean_load

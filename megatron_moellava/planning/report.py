@@ -6,7 +6,7 @@ from dataclasses import asdict
 import yaml
 
 from megatron_moellava.config import read_yaml, set_override, split_override
-from megatron_moellava.planning.hardware import GIB
+from megatron_moellava.costs.gpus import GIB
 from megatron_moellava.planning.picture import label, time_parts
 from megatron_moellava.planning.search import Found, Plan, Request
 

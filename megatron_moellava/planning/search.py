@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import RunConfig
+from megatron_moellava.costs.gpus import Gpu
 from megatron_moellava.costs.layout import Layout
-from megatron_moellava.planning.hardware import IMBALANCE, Gpu
+from megatron_moellava.planning.hardware import IMBALANCE
 from megatron_moellava.planning.memory import Memory, worst_memory
 from megatron_moellava.planning.pricing import Costs, Pricing, costs_of
 from megatron_moellava.planning.workload import StageData, mean_load

@@ -6,8 +6,8 @@ of the 665k mix from its published counts (`data/length_distribution.py`), of th
 
 from dataclasses import dataclass
 
-from megatron_moellava.costs.flops import Load
 from megatron_moellava.costs.layout import Layout
+from megatron_moellava.costs.stage_work import Load
 from megatron_moellava.data.length_distribution import PROMPT_TOKENS, SOURCES
 
 

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +19,7 @@ from megatron_moellava import parallel, platform
 from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import INTERRUPTED, DataError, MoELlavaError, RunConfig
-from megatron_moellava.data.batch import Batch
-from megatron_moellava.data.encode import IGNORE_INDEX
+from megatron_moellava.data.batch import Batch, Counts, total
 from megatron_moellava.data.loader import Loader
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.fp8_emulation import Emulation, emulate_fp8
@@ -34,18 +33,11 @@ from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.first_gradients import FirstGradients, require_trained
-from megatron_moellava.training.metrics import (
-    COSTS,
-    StepLog,
-    aux_losses,
-    costs,
-    imbalance,
-    load_imbalance,
-    routing_summary,
-)
+from megatron_moellava.training.metrics import StepLog, aux_losses, imbalance, load_imbalance, routing_summary
 from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
 from megatron_moellava.training.stragglers import Stragglers
+from megatron_moellava.training.throughput import Throughput
 from megatron_moellava.training.watchdog import Watchdog
 from megatron_moellava.validation.checkpoints import check_resumable
 
@@ -97,7 +89,8 @@ class Trainer:
         self.stop_signal = None
         self._ready: list[Batch] = []  # read, and not yet trained on
         self._bad_rows = 0  # of all ranks, in this epoch
-        self.loss_sum = 0.0  # of this rank's last step, before anything is summed over ranks
+        self.throughput = Throughput(run, self.chunks[0].backbone, self.chunks[0].tower, dist.get_world_size())
+        self.loss_sum: torch.Tensor | float = 0.0  # of this rank's last step, before anything is summed over ranks
         self.background = BackgroundSave() if run.checkpoint.async_save else None
 
     # --- start ------------------------------------------------------------------------------------------------------
@@ -214,7 +207,12 @@ class Trainer:
         return 0
 
     def step(self) -> tuple[dict[str, float], bool, list[str]]:
-        """One optimizer step over the global batch. Returns (numbers for the log, applied, sample ids of this rank)."""
+        """One optimizer step over the global batch. Returns (numbers for the log, applied, sample ids of this rank).
+
+        The host waits for the device once, in `update`: whether to skip a step is its decision, by the gradient norm. What
+        else a log needs of the device is on its way by then; what the host knows (counts) it learns from the batches.
+        `step_seconds` therefore ends when an update begins to run, as that of the step before did.
+        """
         started = time.perf_counter()
         self.stragglers.begin()
         self._at("reading data")
@@ -222,24 +220,21 @@ class Trainer:
         batches = [self._next_batch() for _ in range(self.num_microbatches)]
         waited = time.perf_counter() - started
         self.stragglers.pause(self.state.iteration + 1)
-        counts = [
-            *costs(batches),
-            sum(int((batch.labels_BS != IGNORE_INDEX).sum()) for batch in batches),
-            sum(batch.tokens_BS.numel() for batch in batches),
-            sum(len(batch.sample_ids) for batch in batches),
-        ]
-        counts_RC = parallel.gather_over_data_parallel(counts)
-        real_tokens, *_, loss_tokens, positions, samples = (int(count) for count in counts_RC.sum(dim=0))
+        own = total(batch.counts for batch in batches)
+        ranks = [Counts(*values) for values in parallel.gather_over_data_parallel(astuple(own))]
+        counts = total(ranks)
 
         for wrapped in self.wrapped:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.stragglers.begin()
         self._at("forward and backward pass")
-        loss_sums = self._forward_backward(batches, loss_tokens)
+        loss_sums = self._forward_backward(batches, counts.loss_tokens)
         if self.first_gradients is not None:
             self.first_gradients.check()
             self.first_gradients = None
+        losses, by_layer = self._losses(loss_sums)
+        reading = platform.ToHost(list(losses.values())) if losses else None
         self._at("updating parameters")
         applied, grad_norm = self.update()
         if self.fp8 is not None:
@@ -247,32 +242,42 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
         self.scheduler.step(increment=1)
 
-        self.loss_sum = float(sum(loss_sums)) if loss_sums else 0.0
-        loss = self._mean_loss(loss_tokens) if loss_sums else 0.0
-        platform.synchronize()
+        read = dict(zip(losses, reading.read(), strict=True)) if reading else {}
         seconds = time.perf_counter() - started
         self.state.iteration += 1
-        self.state.consumed_samples += samples
+        self.state.consumed_samples += counts.samples
         numbers = {
-            "loss": loss,
+            "loss": read.pop("loss", 0.0) / max(counts.loss_tokens, 1),
             "lr": lr,
             "grad_norm": grad_norm,
-            "tokens_per_second": real_tokens / seconds,
-            "samples": samples,
+            "tokens_per_second": counts.real_tokens / seconds,
+            **self.throughput.numbers(counts, seconds),
+            "samples": counts.samples,
             "step_seconds": seconds,
             "data_wait_share": waited / seconds,
-            "padding_share": 1.0 - real_tokens / positions,
+            "padding_share": 1.0 - counts.real_tokens / counts.positions,
             "skipped": 0.0 if applied else 1.0,
-            **imbalance(counts_RC[:, : len(COSTS)]),
+            **imbalance(ranks),
+            **read,
         }
-        if self.run.moe:
-            numbers |= self._router_numbers()
+        if self._counts_routing(self.state.iteration):
+            numbers |= self._router_numbers(by_layer)
         numbers |= self._straggler_numbers()
         return numbers, applied, [name for batch in batches for name in batch.sample_ids]
 
-    def _mean_loss(self, loss_tokens: int) -> float:
-        total = parallel.sum_over_data_parallel([self.loss_sum], with_context_parallel=True)
-        return float(total) / max(loss_tokens, 1)
+    def _losses(self, loss_sums: list[torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
+        """(numbers of all ranks, still on the device: the summed loss on the last stage, means of the routers' losses;
+        the latter by layer, where the routers' state is logged). Collective."""
+        losses: dict[str, torch.Tensor] = {}
+        self.loss_sum = 0.0
+        if loss_sums:
+            self.loss_sum = sum(loss_sums)
+            losses["loss"] = parallel.sum_over_data_parallel(self.loss_sum)
+        if not self.run.moe:
+            return losses, {}
+        by_layer = self._counts_routing(self.state.iteration + 1)
+        means, layers = aux_losses(self.chunks[0].config, self.num_microbatches, by_layer)
+        return losses | means, layers
 
     def _read_ahead(self) -> None:
         """Read the step's micro-batches. Where the data are at fault, the run ends on all ranks, with a checkpoint."""
@@ -286,11 +291,9 @@ class Trainer:
                 except DataError as error:
                     fault = error
         counts = [fault is not None, self.loader.num_bad if self.loader is not None else 0]
-        sums = torch.tensor(counts, dtype=torch.int64, device=platform.device())
         self.stragglers.pause(self.state.iteration + 1)
-        dist.all_reduce(sums)
+        faults, self._bad_rows = parallel.sum_over_ranks(counts)  # bad rows of all ranks: judged before the next step
         self.stragglers.begin()
-        faults, self._bad_rows = sums.tolist()  # bad rows of all ranks: judged before the next step
         if faults:
             self._end_by_data(fault, before)
 
@@ -329,21 +332,22 @@ class Trainer:
 
     def _forward_step(self, batches: Iterator[Batch], model, scale: float):
         batch = next(batches)
-        count = self.routing is not None and (self.state.iteration + 1) % self.run.logging.routing_interval == 0
+        count = self._counts_routing(self.state.iteration + 1)
         with self.routing.count(batch) if count else nullcontext():
             output = model(**model_inputs(batch))
         return output, partial(global_token_mean, scale=scale)
 
-    def _router_numbers(self) -> dict[str, float]:
-        """The routers' losses; every `logging.routing_interval` steps their state goes to the log as well."""
-        means, by_layer = aux_losses(self.chunks[0].config, self.num_microbatches, self.state.iteration)
-        if self.state.iteration % self.run.logging.routing_interval:
-            return means
+    def _counts_routing(self, iteration: int) -> bool:
+        """Whether the routers' state goes to the log in this step: every `logging.routing_interval` steps."""
+        return self.routing is not None and iteration % self.run.logging.routing_interval == 0
+
+    def _router_numbers(self, by_layer: dict[str, list[float]]) -> dict[str, float]:
+        """Write the routers' state to the log, and sum it up for the step's own line."""
         sums = self.routing.collect()
         record = routing_record(sums, by_layer)
         self.log.routing(self.state.iteration, record)
         load_LE = sums.choices_LME.sum(dim=1)[list(sums.layers)]
-        return means | routing_summary(record) | load_imbalance(load_LE, self.run.parallel.expert_model_parallel_size)
+        return routing_summary(record) | load_imbalance(load_LE, self.run.parallel.expert_model_parallel_size)
 
     def _straggler_numbers(self) -> dict[str, float]:
         """Every `logging.straggler_interval` steps: which rank is the slowest, and a line on the screen if it stays so."""
@@ -363,7 +367,7 @@ class Trainer:
         return [name for ids in gathered for name in ids]
 
     def _report_skipped(self, sample_ids: list[str], in_a_row: int) -> None:
-        whose, names = self.non_finite_report.name(self.loss_sum, sample_ids)
+        whose, names = self.non_finite_report.name(float(self.loss_sum), sample_ids)
         self.log.say(f"step {self.state.iteration} skipped: {whose} is not finite; samples: {names}")
         if in_a_row >= self.run.training.non_finite_patience:
             self._finish_save()
@@ -373,9 +377,7 @@ class Trainer:
             )
 
     def _any_rank_interrupted(self) -> bool:
-        flag = torch.tensor(int(self.stop_signal is not None), device=platform.device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        return parallel.sum_over_ranks([self.stop_signal is not None])[0] > 0
 
     def gather_parameters(self) -> None:
         """With `overlap_param_gather` an update reaches the other ranks in the next forward pass only; whoever reads

@@ -8,14 +8,14 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_moellava import parallel
-from megatron_moellava.data.batch import Batch
-from megatron_moellava.data.encode import IMAGE_TOKEN
+from megatron_moellava.data.batch import Counts
 from megatron_moellava.data.loader import summary
 from megatron_moellava.routing.health import RoutingHealthMonitor
 
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-COSTS = ("tokens", "image_tokens", "attention")  # what the ranks of a step should have equally much of
+# What the ranks of a step should have equally much of, and which of the batches' counts says it.
+COSTS = {"tokens": "real_tokens", "image_tokens": "image_rows", "attention": "attended"}
 # What Megatron-Core calls the loss of each kind of balancing.
 BALANCE_LOSSES = {
     "aux_loss": "load_balancing_loss",
@@ -178,9 +178,12 @@ def _line(numbers: dict[str, float]) -> str:
         "grad_norm": "grad {:.3f}",
         "max_load": "busiest expert {:.1f}x",
         "tokens_per_second": "{:,.0f} tok/s",
+        "tflops_per_device": "{:.3g} TFLOP/s",
+        "mfu": "MFU {:.1%}",
         "step_seconds": "{:.2f} s",
         "data_wait_share": "wait {:.0%}",
         "padding_share": "pad {:.1%}",
+        "peak_memory_gib": "{:.1f} GiB",
     }
     return " | ".join(text.format(numbers[name]) for name, text in formats.items() if name in numbers)
 
@@ -204,29 +207,13 @@ def rewind(path: Path, iteration: int) -> float:
     return last
 
 
-def costs(batches: list[Batch]) -> list[int]:
-    """COSTS of one rank's step: real tokens, visual tokens, and the pairs of positions that attention multiplies."""
-    return [
-        sum(int(batch.padding_mask_BS.sum()) for batch in batches),
-        sum(int((batch.tokens_BS == IMAGE_TOKEN).sum()) for batch in batches),
-        sum(attention_cost(batch) for batch in batches),
-    ]
-
-
-def attention_cost(batch: Batch) -> int:
-    """Sum of squared lengths, padding included, since it is computed.
-
-    >>> a packed row with cu_seqlens [0, 3, 5] -> 3 * 3 + 2 * 2 = 13; two padded rows of 4 -> 32
-    """
-    if batch.cu_seqlens is None:
-        return batch.tokens_BS.shape[0] * batch.tokens_BS.shape[1] ** 2
-    return int((batch.cu_seqlens.diff().long() ** 2).sum())
-
-
-def imbalance(costs_RC: torch.Tensor) -> dict[str, float]:
-    """Busiest rank over the mean of R data-parallel ranks, for each of COSTS; 1.0 = even."""
-    worst_C = costs_RC.max(dim=0).values / costs_RC.mean(dim=0).clamp(min=1e-9)
-    return {f"imbalance/{name}": max(1.0, float(value)) for name, value in zip(COSTS, worst_C, strict=True)}
+def imbalance(ranks: list[Counts]) -> dict[str, float]:
+    """Busiest of the data-parallel ranks over their mean, for each of COSTS; 1.0 = even."""
+    found = {}
+    for name, field in COSTS.items():
+        values = [getattr(counts, field) for counts in ranks]
+        found[f"imbalance/{name}"] = max(1.0, max(values) / max(sum(values) / len(values), 1e-9))
+    return found
 
 
 def load_imbalance(load_LE: torch.Tensor, expert_parallel_size: int) -> dict[str, float]:
@@ -278,10 +265,10 @@ class LayerScalars:
             self.by_layer.setdefault(name.removeprefix("moe/").rpartition("_layer_")[0], []).append(float(value))
 
 
-def aux_losses(config, num_microbatches: int, iteration: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+def aux_losses(config, num_microbatches: int, by_layer: bool) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
     """(mean over MoE layers and micro-batches of the router's losses, before their coefficients; the same by layer).
 
-    Collective.
+    The means stay on the device, and nothing waits for them; `by_layer` waits. Collective, once a step.
     """
     kind = BALANCE_LOSSES[config.moe_router_load_balancing_type]
     names = [kind] + (["z_loss"] if config.moe_z_loss_coeff else [])
@@ -289,9 +276,9 @@ def aux_losses(config, num_microbatches: int, iteration: int) -> tuple[dict[str,
     layers = LayerScalars()
     get_moe_metrics_tracker().report(
         loss_scale=1.0 / num_microbatches,
-        iteration=iteration,
-        writer=layers,
-        per_layer_logging=True,
+        iteration=0,  # for a TensorBoard writer, which `layers` is not
+        writer=layers if by_layer else None,
+        per_layer_logging=by_layer,
         force_initialize=True,
         track_names=names,
         num_layers=config.num_layers,
@@ -299,5 +286,5 @@ def aux_losses(config, num_microbatches: int, iteration: int) -> tuple[dict[str,
         total_loss_dict=losses,
     )
     shown = {kind: "load_balancing_loss", "z_loss": "z_loss"}
-    means = {shown[name]: float(value) for name, value in losses.items()}
+    means = {shown[name]: value for name, value in losses.items()}
     return means, {shown[name]: values for name, values in layers.by_layer.items()}

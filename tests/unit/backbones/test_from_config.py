@@ -15,7 +15,8 @@ from megatron_moellava.backbones import (
 )
 from megatron_moellava.backbones.from_config import hf_config_of
 from megatron_moellava.config import ConfigError
-from megatron_moellava.towers import get_tower
+from megatron_moellava.towers import TOWERS, get_tower
+from tests.helpers.paths import REPO
 
 # MoE-LLaVA's table of parameters in billions (arXiv 2401.15947): placement -> (activated, total).
 
@@ -58,3 +59,46 @@ def test_unknown_name_lists_the_nearest():
         get_backbone("phi2")
     with pytest.raises(ConfigError, match="clip-vit-large-patch14-336"):
         get_tower("clip-vit-large-336")
+
+
+# --- published configs ------------------------------------------------------------------------------------------------
+
+# {"backbones" or "towers": {repository: {"name": ours, "but": fields that differ from it, "config": its config.json}}}
+PUBLISHED_CONFIGS = json.loads((REPO / "tests/published/configs.json").read_text())
+PARTS = {"backbones": (get_backbone, BACKBONES), "towers": (get_tower, TOWERS)}
+
+
+@pytest.mark.parametrize(
+    ("part", "repository"), [(part, repository) for part, found in PUBLISHED_CONFIGS.items() for repository in found]
+)
+def test_a_published_config_is_read_from_any_path(part, repository, tmp_path):
+    """As it is published, in every spelling that was: a folder of any name gives what the name gives."""
+    entry, (get, known) = PUBLISHED_CONFIGS[part][repository], PARTS[part]
+    folder = tmp_path / "models" / "some folder"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(entry["config"]))
+    named = known[entry["name"]]
+    own = {"name": str(folder), "source": str(folder)} | ({"template": named.template} if part == "backbones" else {})
+    read = get(str(folder))
+    assert replace(read, **{name: value for name, value in own.items() if name == "template"}) == replace(
+        named, **entry.get("but", {}), **{name: value for name, value in own.items() if name != "template"}
+    )
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_published_config_of_every_known_size_is_here(part):
+    _, known = PARTS[part]
+    names = {entry["name"] for entry in PUBLISHED_CONFIGS[part].values()}
+    published = {name for name, size in known.items() if size.source.startswith("https://")}
+    assert published - names == ({"siglip-so400m-patch14-384-original"} if part == "towers" else set())
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"])
+@pytest.mark.parametrize("name", ["microsoft/phi-2", "Qwen/Qwen-1_8B", "mistralai/Mistral-7B-v0.1"])
+def test_a_config_without_a_size_is_refused(name, field, tmp_path):
+    """It must not silently get the size of another model of the family."""
+    config = dict(PUBLISHED_CONFIGS["backbones"][name]["config"])
+    del config[field]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=field):
+        get_backbone(str(tmp_path))

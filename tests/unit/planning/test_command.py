@@ -4,8 +4,8 @@ import pytest
 
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, MoEConfig, load_config
+from megatron_moellava.costs.gpus import GIB
 from megatron_moellava.planning.command import plan, request_of, settings_of
-from megatron_moellava.planning.hardware import GIB
 from megatron_moellava.training.validate import layout_problems
 from tests.helpers.paths import REPO
 from tests.helpers.planning import arguments

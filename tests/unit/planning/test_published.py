@@ -6,10 +6,10 @@ import pytest
 
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import load_config
+from megatron_moellava.costs.gpus import GPUS
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.parameters import parameters_of
 from megatron_moellava.planning import published
-from megatron_moellava.planning.hardware import GPUS
 from megatron_moellava.towers import get_tower
 from tests.helpers.paths import REPO
 

@@ -3,9 +3,9 @@
 import pytest
 
 from megatron_moellava.config import ConfigError, load_config
+from megatron_moellava.costs.gpus import GPUS
 from megatron_moellava.costs.pipeline_split import stage_layers
 from megatron_moellava.planning.command import plan, request_of, settings_of
-from megatron_moellava.planning.hardware import GPUS
 from megatron_moellava.planning.report import settings_line
 from megatron_moellava.planning.search import candidates, search
 from megatron_moellava.validation.run import layout_problems, validate

@@ -19,22 +19,22 @@ from megatron_moellava.config import (
     ParallelConfig,
     Source,
 )
+from megatron_moellava.data.loader import Batches
 from megatron_moellava.training.loop import Trainer, TrainingDiverged, global_token_mean
 from tests.helpers.batches import X, padded
 from tests.helpers.inference_models import tiny_run
 
 
-class Rows:
-    """A loader of one row, again and again."""
+class Rows(Batches):
+    """One row again and again, with something to do when so many have been read."""
 
     def __init__(self):
-        self.read, self.at = 0, {}  # calls to make when so many rows have been read
+        self.read, self.at = 0, {}
 
     def __next__(self):
         self.read += 1
         self.at.get(self.read, lambda *_: None)(signal.SIGTERM, None)
-        tokens = [[5, 6, 7, 8, 9, 10, 11, 12]]
-        return padded(tokens, [[6, 7, 8, 9, 10, 11, 12, X]], ["color"])
+        return padded([[5, 6, 7, 8, 9, 10, 11, 12]], [[6, 7, 8, 9, 10, 11, 12, X]], ["color"])
 
     def state_dict(self):
         return {"read": self.read}
@@ -42,13 +42,9 @@ class Rows:
     def load_states(self, states):
         (self.read,) = (state["read"] for state in states.values())
 
-    num_bad = 0
-
-    def check_skipped(self, bad):
-        assert bad == 0
-
     def counters(self):
-        return {"seen": self.read, "skipped": {}, "notes": {}, "duplicates": 0, "trained": self.read}
+        counted = {"seen": self.read, "trained": self.read, "skipped": {}, "notes": {}}
+        return counted | {"bad_epoch": 0, "bad": [], "duplicates": 0, "epoch": 1}
 
 
 def run_in(folder, **training):

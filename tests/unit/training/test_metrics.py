@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moellava.data.batch import Batch
-from megatron_moellava.training.metrics import StepLog, attention_cost, costs, imbalance, load_imbalance, rewind
+from megatron_moellava.data.batch import Counts
+from megatron_moellava.training.metrics import StepLog, imbalance, load_imbalance, rewind
 
 
 def test_log_is_rewound_to_the_step_that_a_run_continues_from(tmp_path):
@@ -38,27 +38,22 @@ def test_load_of_the_busiest_rank_and_expert():
     assert load_imbalance(torch.zeros(2, 4), 4) == {"routing/imbalance/expert": 0.0, "routing/imbalance/rank": 0.0}
 
 
-def row(lengths: list[int], images: int) -> Batch:
-    """A packed row of `lengths`, whose last is padding, with so many image tokens at its start."""
-    size = sum(lengths)
-    tokens_BS = torch.ones(1, size, dtype=torch.int64)
-    tokens_BS[0, :images] = -200
-    return Batch(
-        tokens_BS=tokens_BS,
-        labels_BS=tokens_BS,
-        position_ids_BS=tokens_BS,
-        padding_mask_BS=(torch.arange(size) < size - lengths[-1])[None],
-        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        max_seqlen=max(lengths),
-        pixel_values_NCHW=torch.zeros(0),
+def rank(tokens: int, images: int, attended: int) -> Counts:
+    return Counts(
+        samples=1,
+        loss_tokens=1,
+        real_tokens=tokens,
+        positions=16,
+        image_rows=images,
+        squared_lengths=1,
+        attended=attended,
     )
 
 
 def test_imbalance_is_the_busiest_rank_over_the_mean():
-    assert costs([row([3, 4, 1], 2), row([8, 0], 5)]) == [15, 7, 9 + 16 + 1 + 64]
-    padded = row([4, 4], 0)
-    padded.cu_seqlens, padded.tokens_BS = None, torch.zeros(2, 4)
-    assert attention_cost(padded) == 32
-    found = imbalance(torch.tensor([[10.0, 0.0, 4.0], [10.0, 6.0, 12.0]]))
+    found = imbalance([rank(10, 0, 4), rank(10, 6, 12)])
     assert found == {"imbalance/tokens": 1.0, "imbalance/image_tokens": 2.0, "imbalance/attention": 1.5}
-    assert imbalance(torch.tensor([[7.0, 0.0, 3.0]]))["imbalance/image_tokens"] == 1.0  # no picture anywhere is even
+
+
+def test_no_picture_anywhere_is_even():
+    assert imbalance([rank(7, 0, 3)])["imbalance/image_tokens"] == 1.0

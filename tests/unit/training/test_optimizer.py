@@ -14,7 +14,7 @@ from megatron_moellava.config import (
 )
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.optimizer import distributed_optimizers, overlaps
-from tests.helpers.batches import words
+from tests.helpers.batches import Repeated, words
 from tests.helpers.inference_models import scatter, tiny_run
 from tests.helpers.runs import problems, tiny
 
@@ -32,7 +32,7 @@ def trainer(moe: MoEConfig, precision: str = "bf16", stage: int = 3, **optimizer
         optimizer=OptimizerConfig(lr=1e-3, lr_decay_style="constant", lr_warmup_fraction=0.0, **optimizer),
         logging=LoggingConfig(tensorboard=False),
     )
-    started = Trainer(run, iter(lambda: words(), None), STEPS)
+    started = Trainer(run, Repeated([words()]), STEPS)
     scatter(started.chunks[0])
     return started
 

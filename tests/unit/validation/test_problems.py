@@ -218,6 +218,16 @@ def test_a_resumed_run_needs_its_start_no_more(wanted):
     assert (run.model.backbone, run.model.tower) == ("qwen2-tiny", "clip-tiny")
 
 
+@pytest.mark.parametrize("text", ["", "{", '{"format": 1}'])
+def test_a_damaged_newest_checkpoint_is_passed_over(wanted, text):
+    """Training sets it aside and takes the one before; the check must not end the run first."""
+    saved(wanted, stage=2, optimizer_steps=4)
+    damaged = wanted.folder / "save/iter_0000006"
+    damaged.mkdir()
+    (damaged / "run.json").write_text(text)
+    validate(wanted.load(), 1)
+
+
 def test_a_checkpoint_that_the_yaml_file_names_brings_its_model(wanted):
     file = wanted.folder / "run.yaml"
     file.write_text(json.dumps({"checkpoint": {"load": checkpoint(wanted.folder / "start", moe=MoEConfig())}}))
