@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_moellava import parallel, platform
 from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import DataError, MoELlavaError, RunConfig
+from megatron_moellava.config import INTERRUPTED, DataError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch, Counts, total
 from megatron_moellava.data.loader import Loader
 from megatron_moellava.model.build import build_model
@@ -55,7 +55,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 NO_GRADIENT = (
     "do its rows have answers, and pictures where the projector alone is trained? is training.trains as it should be?"
 )
-INTERRUPTED = 85  # exit code: a checkpoint is written, run the same command again
 
 
 class TrainingDiverged(MoELlavaError):
