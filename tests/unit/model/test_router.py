@@ -57,7 +57,7 @@ def routed(moe: MoEConfig, width: int) -> tuple[torch.Tensor, list[torch.Tensor]
 @pytest.mark.parametrize("topk", [1, 2])
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
 def test_padding_takes_no_place_at_an_expert_and_makes_none(factor, topk, bias):
-    moe = MoEConfig(capacity_factor=factor, moe_router_topk=topk, moe_router_enable_expert_bias=bias)
+    moe = MoEConfig(moe_expert_capacity_factor=factor, moe_router_topk=topk, moe_router_enable_expert_bias=bias)
     losses, maps, of_padding = routed(moe, 20)
     places = -(-sum(LENGTHS) * topk * factor // 4)
     for item in maps:
