@@ -17,7 +17,7 @@ def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Ite
         if run.training.stage == 3 and run.training.trains is None:
             yield (
                 "training.stage=3 trains MoE layers, and this model has none; start from a checkpoint made by "
-                "`tools/convert.py upcycle`" + ("" if run.checkpoint.load else ", or set moe.num_moe_experts")
+                "`moellava convert upcycle`" + ("" if run.checkpoint.load else ", or set moe.num_moe_experts")
             )
         if parallel.expert_model_parallel_size > 1:
             yield f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} needs a MoE model; use 1"
