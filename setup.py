@@ -33,6 +33,7 @@ EXTRAS_REQUIRE = {
     "lmms-eval": ["lmms-eval~=0.7.3", "filelock<4"],
     "demo": ["fastapi>=0.110", "starlette", "uvicorn>=0.29", "prometheus-client>=0.20"],
     "quickstart": ["easy-vqa~=1.0", "scikit-learn>=1.4", "scipy>=1.11"],  # scipy: the paired test of tools/ablate.py
+    "parquet": ["pyarrow>=17"],  # data sources as Parquet files
     "video": ["av>=17"],  # the release that Energon 7.4 decodes with
     "docs": ["mkdocs~=1.6", "mkdocstrings[python]~=1.0"],  # `make docs`; reads the sources, imports nothing
     "dev": [

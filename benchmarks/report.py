@@ -247,6 +247,34 @@ def data(results: dict) -> str:
     )
 
 
+def conversion(results: dict) -> str:
+    columns = [
+        "peak memory, MB",
+        "of the size",
+        "copying, x `cp`",
+        "whole command, s",
+        "start-up, s",
+        "`cp`, s",
+        "`sha256sum`, s",
+    ]
+    body = [
+        [
+            row["name"],
+            number(row["gigabytes"]),
+            number(row["peak megabytes"]),
+            number(row["memory over size"]),
+            number(row["wall"]["times cp"]),
+            *(number(row["wall"][what]) for what in ("command", "start-up", "cp", "sha256sum")),
+        ]
+        for row in results["rows"]
+    ]
+    return f"""## Conversions
+
+A synthetic MoE-LLaVA release beside `cp` and `sha256sum` of the same files, in the page cache; the fastest of three rounds. Every conversion writes the digests of its output; export and upcycling first verify what they read. Copying is the bytes per second without the start-up, over those of `cp`.
+
+{table(["", "GB", *columns], body)}"""
+
+
 SECTIONS: dict[str, Callable[[dict], str]] = {
     "moe_layer": moe_layer,
     "train_step": train_step,
@@ -255,6 +283,7 @@ SECTIONS: dict[str, Callable[[dict], str]] = {
     "layouts": layouts,
     "generation": generation,
     "data": data,
+    "conversion": conversion,
 }
 
 

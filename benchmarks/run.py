@@ -28,6 +28,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "layouts": (),
     "generation": (),
     "data": (),
+    "conversion": (),
 }
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "deepspeed")
 

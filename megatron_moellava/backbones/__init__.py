@@ -38,12 +38,13 @@ def get_backbone(name: str) -> Backbone:
     """
     if name in BACKBONES:
         return BACKBONES[name]
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.exists():
         described = described_model(path)
         if described:
             return backbone_of_section(described)
-        return backbone_from_hf_config(read_json(path), FAMILIES, name=name)
+        config = read_json(path)
+        return backbone_from_hf_config(config.get("text_config") or config, FAMILIES, name=name)
     near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.3) or sorted(BACKBONES)
     raise ConfigError(
         f"model.backbone={name!r} is neither a known backbone nor a folder with a config.json; "

@@ -36,7 +36,7 @@ def get_tower(name: str) -> Tower:
         return replace(get_tower(name.removesuffix(ORIGINAL)), name=name, drop_first_feature=True)
     if name in TOWERS:
         return TOWERS[name]
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.exists():
         described = described_model(path)
         if described:

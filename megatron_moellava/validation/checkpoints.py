@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moellava.backbones import Backbone, backbone_fields
-from megatron_moellava.checkpoint.description import RunDescription, read_description
+from megatron_moellava.checkpoint.description import RunDescription, newest_described, read_description
 from megatron_moellava.checkpoint.folders import newest_checkpoint, require_checkpoint
 from megatron_moellava.config import CheckpointError, MoEConfig, MoELlavaError, RunConfig, to_dict
 from megatron_moellava.placement import moe_layers
@@ -28,10 +28,10 @@ def checkpoint_problems(run: RunConfig, backbone: Backbone | None, tower: Tower 
         yield from _writable(save)
         yield from _foreign(Path(save))
     try:
-        resumed = newest_checkpoint(save) if save is not None else None
+        resumed = newest_described(save) if save is not None else None
         if resumed is not None:
-            check_resumable(resumed, read_description(resumed), run.training.stage)
-        start = resumed or (require_checkpoint(load) if load is not None else None)
+            check_resumable(*resumed, run.training.stage)
+        start = resumed[0] if resumed else require_checkpoint(load) if load is not None else None
         if start is None or backbone is None or tower is None:
             return
         stored = read_description(start).model

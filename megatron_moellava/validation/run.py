@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_moellava import typed_tree
 from megatron_moellava.backbones import BACKBONES, Backbone, backbone_fields, get_backbone
-from megatron_moellava.checkpoint.description import read_description
+from megatron_moellava.checkpoint.description import newest_described, read_description
 from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig, read_yaml, set_override, split_override
 from megatron_moellava.data.templates import get_template
@@ -52,8 +52,9 @@ def _about_other_fields(rules: list[str], problems: list[str]) -> list[str]:
 
 def _model_of_checkpoint(options: object) -> dict:
     """Sections `model` and `moe` of the checkpoint that a run goes on with, or starts from."""
-    folders = [options.get("save"), options.get("load")] if isinstance(options, dict) else []
-    found = next((found for folder in folders if folder and (found := newest_checkpoint(str(folder)))), None)
+    save, load = (options.get("save"), options.get("load")) if isinstance(options, dict) else (None, None)
+    resumed = newest_described(str(save)) if save else None
+    found = resumed[0] if resumed else newest_checkpoint(str(load)) if load else None
     if found is None:
         return {}
     moe = read_description(found).model.get("moe")

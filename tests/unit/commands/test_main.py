@@ -70,7 +70,7 @@ def test_an_unknown_command_gets_the_nearest_names(name, says, capsys):
 
 
 def test_exit_codes_are_the_commands_own(tmp_path, capsys):
-    assert main(["evaluate", "--score-only", str(tmp_path / "nothing")]) == 1
+    assert main(["evaluate", "--score-only", str(tmp_path / "nothing")]) == 2
     assert main(["convert", "inspect", str(tmp_path / "nothing")]) == 2
     assert "benchmark is empty" in capsys.readouterr().err
     assert run("-m", "megatron_moellava", "train", "--stage", "4").returncode == 2
