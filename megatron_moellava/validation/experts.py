@@ -17,7 +17,7 @@ def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Ite
         if run.training.stage == 3 and run.training.trains is None:
             yield (
                 "training.stage=3 trains MoE layers, and this model has none; start from a checkpoint made by "
-                "`tools/convert.py upcycle`" + ("" if run.checkpoint.load else ", or set moe.num_moe_experts")
+                "`moellava convert upcycle`" + ("" if run.checkpoint.load else ", or set moe.num_moe_experts")
             )
         if run.training.trains and {*run.training.trains} <= {"experts", "router"}:
             yield f"training.trains={list(run.training.trains)}: a dense model has no such parameters, so nothing would train"

@@ -150,7 +150,7 @@ MISTAKES = {
     # checkpoint.load
     "dense checkpoint for stage 3": (
         lambda w: load(w, "moe.num_moe_experts=4", training__stage=3),
-        "holds a dense model (llama-tiny), and moe.* asks for experts; make them first: tools/convert.py upcycle",
+        "holds a dense model (llama-tiny), and moe.* asks for experts; make them first: moellava convert upcycle",
     ),
     "dense checkpoint for stage 3, no experts asked for": (
         lambda w: load(w, training__stage=3),
