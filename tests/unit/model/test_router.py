@@ -88,7 +88,7 @@ def test_every_kind_of_router_has_its_module():
     ("moe", "message"),
     [
         ({"moe_router_topk": 3}, "the original router has at most 2"),
-        ({"capacity_factor": None}, "the original router always has one"),
+        ({"moe_expert_capacity_factor": None}, "the original router always has one"),
         ({"moe_z_loss_coeff": 0.1}, "the original router has no such thing"),
         ({"moe_router_enable_expert_bias": True}, "the original router has no such thing"),
         ({"moe_router_load_balancing_type": "seq_aux_loss"}, "the original router has aux_loss or none"),
@@ -97,7 +97,7 @@ def test_every_kind_of_router_has_its_module():
 )
 def test_what_a_kind_of_router_cannot_do_is_refused(moe, message):
     with pytest.raises(ConfigError, match=message):
-        validate(tiny_run(MoEConfig(**{"router": "original", "capacity_factor": 1.5} | moe)), 1)
+        validate(tiny_run(MoEConfig(**{"router": "original", "moe_expert_capacity_factor": 1.5} | moe)), 1)
 
 
 def test_fresh_noise_is_a_stream_of_the_layer():
