@@ -14,7 +14,8 @@ import os
 import signal
 import sys
 
-from megatron_moellava.commands.program import COMMANDS, INTERRUPTED, as_called
+from megatron_moellava.commands.program import COMMANDS, as_called
+from megatron_moellava.config import INTERRUPTED
 
 
 def _forward(signum: int, _frame) -> None:

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-INTERRUPTED = 85  # exit code of a run that a signal ended; training.loop has the same, but takes seconds to import
 QUICKSTART = "runs/quickstart/stage3"  # the checkpoint that chat and serve take without --load
 
 

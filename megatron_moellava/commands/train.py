@@ -16,7 +16,8 @@ import signal
 import sys
 from typing import get_args
 
-from megatron_moellava.commands.program import INTERRUPTED, command_parser
+from megatron_moellava.commands.program import command_parser
+from megatron_moellava.config import INTERRUPTED
 
 SETTING = re.compile(r"(model|moe|data|parallel|training|optimizer|checkpoint|logging)(\.\w+)+=")
 

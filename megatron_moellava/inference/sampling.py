@@ -5,12 +5,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from megatron_moellava import platform
 from megatron_moellava.inference.requests import Sampling
 
 
 def likeliest_tokens(logits_LV: torch.Tensor) -> list[int]:
     """The argmax of each row. NumPy's is ten times as fast as torch's on a CPU (8 x 32,000: 19 against 216 us)."""
-    if logits_LV.device.type != "cpu":
+    if platform.HAS_CUDA:
         return logits_LV.argmax(dim=-1).tolist()
     return logits_LV.float().numpy().argmax(axis=-1).tolist()
 

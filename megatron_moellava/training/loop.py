@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_moellava import parallel, platform
 from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import DataError, MoELlavaError, RunConfig
+from megatron_moellava.config import INTERRUPTED, DataError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch, Counts, total
 from megatron_moellava.data.loader import Loader
 from megatron_moellava.model.build import build_model
@@ -33,9 +33,16 @@ from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.first_gradients import FirstGradients, require_trained
-from megatron_moellava.training.metrics import StepLog, aux_losses, imbalance, load_imbalance, routing_summary
+from megatron_moellava.training.metrics import StepLog, imbalance, load_imbalance, router_losses, routing_summary
 from megatron_moellava.training.non_finite_report import NonFiniteReport
-from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
+from megatron_moellava.training.optimizer import (
+    ExpertBiases,
+    Update,
+    build_optimizer,
+    build_scheduler,
+    overlaps,
+    wrap_data_parallel,
+)
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.throughput import Throughput
 from megatron_moellava.training.watchdog import Watchdog
@@ -48,7 +55,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 NO_GRADIENT = (
     "do its rows have answers, and pictures where the projector alone is trained? is training.trains as it should be?"
 )
-INTERRUPTED = 85  # exit code: a checkpoint is written, run the same command again
 
 
 class TrainingDiverged(MoELlavaError):
@@ -83,6 +89,7 @@ class Trainer:
         self.watchdog: Watchdog | None = None
         self._configure_schedules()
         self.update = Update(self.optimizer)
+        self.expert_biases = ExpertBiases(self.chunks)
         self.first_gradients: FirstGradients | None = FirstGradients(self.chunks)
         self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
         title = f"stage {run.training.stage}"
@@ -121,7 +128,7 @@ class Trainer:
         self.state.iteration = description.iteration
         self.state.consumed_samples = description.consumed_samples
         checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description.optimizer_steps)
-        self.scheduler.step(increment=self.state.iteration)
+        self.scheduler.step(increment=description.optimizer_steps)  # skipped steps did not move it
         loaders = checkpoints.load_rank_state(checkpoint, description, self.fp8)
         if self.loader is not None:
             self.loader.load_states(loaders)
@@ -137,6 +144,7 @@ class Trainer:
     def _finalize_gradients(self, *arguments, **options) -> None:
         self.stragglers.pause(self.state.iteration + 1)
         self.non_finite_report.before_reduction(self.wrapped)
+        self.expert_biases.keep()
         self._at("reducing gradients")
         finalize_model_grads(*arguments, **options)
 
@@ -238,10 +246,8 @@ class Trainer:
         reading = platform.ToHost(list(losses.values())) if losses else None
         self._at("updating parameters")
         applied, grad_norm = self.update()
-        if self.fp8 is not None:
-            self.fp8.advance()
         lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
-        self.scheduler.step(increment=1)
+        self._finish_update(applied)
 
         read = dict(zip(losses, reading.read(), strict=True)) if reading else {}
         seconds = time.perf_counter() - started
@@ -261,10 +267,21 @@ class Trainer:
             **imbalance(ranks),
             **read,
         }
-        if self._counts_routing(self.state.iteration):
+        if self.routing is not None and not applied:
+            self.routing.forget()  # what routers make of numbers that are not finite is no statistics
+        elif self._counts_routing(self.state.iteration):
             numbers |= self._router_numbers(by_layer)
         numbers |= self._straggler_numbers()
         return numbers, applied, [name for batch in batches for name in batch.sample_ids]
+
+    def _finish_update(self, applied: bool) -> None:
+        """What goes on with an update, and stays as it was without one."""
+        if applied:
+            self.scheduler.step(increment=1)
+        else:
+            self.expert_biases.restore()
+        if self.fp8 is not None:
+            self.fp8.advance() if applied else self.fp8.forget()
 
     def _losses(self, loss_sums: list[torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
         """(numbers of all ranks, still on the device: the summed loss on the last stage, means of the routers' losses;
@@ -277,7 +294,7 @@ class Trainer:
         if not self.run.moe:
             return losses, {}
         by_layer = self._counts_routing(self.state.iteration + 1)
-        means, layers = aux_losses(self.chunks[0].config, self.num_microbatches, by_layer)
+        means, layers = router_losses(self.chunks, self.num_microbatches, by_layer)
         return losses | means, layers
 
     def _read_ahead(self) -> None:

@@ -19,6 +19,8 @@ def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Ite
                 "training.stage=3 trains MoE layers, and this model has none; start from a checkpoint made by "
                 "`tools/convert.py upcycle`" + ("" if run.checkpoint.load else ", or set moe.num_moe_experts")
             )
+        if run.training.trains and {*run.training.trains} <= {"experts", "router"}:
+            yield f"training.trains={list(run.training.trains)}: a dense model has no such parameters, so nothing would train"
         if parallel.expert_model_parallel_size > 1:
             yield f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} needs a MoE model; use 1"
         return
@@ -43,6 +45,11 @@ def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Ite
             f"parallel.expert_tensor_parallel_size={parallel.expert_tensor_parallel_size}: the experts of {backbone.name} "
             "have biases, which Megatron-Core cannot split; use 1"
         )
+    if moe.moe_shared_expert_intermediate_size and backbone.add_bias_linear:
+        yield (
+            f"moe.moe_shared_expert_intermediate_size={moe.moe_shared_expert_intermediate_size}: the MLPs of {backbone.name} "
+            "have biases, which Megatron-Core's shared experts cannot; leave it unset"
+        )
     if moe.moe_token_dispatcher_type == "flex" and not machine.has_gpu:
         yield "moe.moe_token_dispatcher_type=flex (DeepEP) needs GPUs; use alltoall"
     if moe.moe_token_dispatcher_type == "allgather" and not run.data.packing:
@@ -64,6 +71,11 @@ def _router(run: RunConfig, kind: RouterKind) -> Iterator[str]:
     for name in kind.lacks:
         if getattr(moe, name):
             yield f"moe.{name}={getattr(moe, name)}: the {kind.name} router has no such thing; use moe.router=megatron"
+    if moe.moe_router_load_balancing_type not in kind.balancing:
+        yield (
+            f"moe.moe_router_load_balancing_type={moe.moe_router_load_balancing_type}: the {kind.name} router has "
+            f"{' or '.join(kind.balancing)}; use one of them, or moe.router=megatron"
+        )
     if not kind.allows_context_parallelism and parallel.context_parallel_size > 1:
         yield f"parallel.context_parallel_size: the {kind.name} router counts places over the whole sequence; use 1"
     shared = parallel.tensor_model_parallel_size * parallel.context_parallel_size

@@ -16,30 +16,12 @@ import pytest
 import yaml
 
 from tests.helpers.paths import REPO
+from tests.helpers.requirements import all_requirements, name_of, setup_lists
+from tests.helpers.sources import read_sources
 
 TEXTS = [REPO / "Dockerfile", *REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("examples/**/*.y*ml")]
 TEXTS += [path for path in REPO.glob("examples/**/*") if path.suffix in (".sh", ".md")]
-FILE_NAME = r"\b(?:tests|tools|examples|benchmarks|docs|megatron_moellava)/[\w/-]+\.(?:py|md|sh|yaml|json)\b"
 SCRIPTS = [REPO / ".ci/run", REPO / ".ci/find_python", *REPO.glob("examples/**/*.sh"), *REPO.glob("tests/**/*.sh")]
-
-
-def setup_lists() -> tuple[list[str], dict[str, list[str]]]:
-    """INSTALL_REQUIRES and EXTRAS_REQUIRE, read without running setup()."""
-    values = {}
-    for node in ast.parse((REPO / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign):
-            values[ast.unparse(node.targets[0])] = ast.literal_eval(node.value)
-    return values["INSTALL_REQUIRES"], values["EXTRAS_REQUIRE"]
-
-
-def name_of(requirement: str) -> str:
-    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
-
-
-def all_requirements() -> dict[str, str]:
-    """{name: requirement}, extras included."""
-    install, extras = setup_lists()
-    return {name_of(item): item for group in (install, *extras.values()) for item in group}
 
 
 def dockerfile_stages() -> dict[str, list[tuple[str, str]]]:
@@ -153,40 +135,16 @@ def test_apex_is_never_required():
     assert "apex" not in all_requirements()
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names that a file imports, also inside functions."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level and node.module else []
-    return {name.split(".")[0] for name in names}
-
-
-def siblings(path: Path) -> set[str]:
-    return {other.stem for other in path.parent.glob("*.py")}
-
-
-@pytest.mark.parametrize("folder", ["megatron_moellava", "tools", "examples"])
-def test_every_import_is_a_declared_dependency(folder):
+def test_every_import_is_a_declared_dependency():
     declared = set(all_requirements())
     providers = importlib.metadata.packages_distributions()
-    for path in REPO.glob(f"{folder}/**/*.py"):
-        for top in imported(path) - sys.stdlib_module_names - {"megatron_moellava", "tools", *siblings(path)}:
-            packages = {name_of(item) for item in providers.get(top, [top])}
-            assert packages & declared, f"{path.relative_to(REPO)} imports {top}, which setup.py does not list"
-
-
-OTHERS_FILES = {"docs/Evaluation.md"}  # of LLaVA's repository
-
-
-def test_files_named_in_texts_and_sources_exist():
-    missing = [
-        f"{path.relative_to(REPO)} names {name}"
-        for path in [*TEXTS, *REPO.glob("*.py"), *REPO.glob("megatron_moellava/**/*.py"), *REPO.glob("t*/**/*.py")]
-        for name in re.findall(FILE_NAME, path.read_text())
-        if name not in OTHERS_FILES and not (REPO / name).exists()
-    ]
-    assert not missing, "\n".join(missing)
+    offenders = set()
+    for source in read_sources(REPO, "megatron_moellava/**/*.py", "tools/*.py", "examples/**/*.py"):
+        ours = {"megatron_moellava", "tools", *(other.stem for other in (REPO / source.path).parent.glob("*.py"))}
+        for top in {item.name.split(".")[0] for item in source.imports} - sys.stdlib_module_names - ours:
+            if not {name_of(item) for item in providers.get(top, [top])} & declared:
+                offenders.add(f"{source.path} imports {top}, which setup.py does not list")
+    assert not offenders, "\n".join(sorted(offenders))
 
 
 def test_every_proof_in_the_documents_exists():
@@ -209,9 +167,8 @@ def test_hadolint_finds_nothing():
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))
-def test_shellcheck_finds_nothing(path):
-    result = subprocess.run([tool("shellcheck"), "-x", str(path)], capture_output=True, text=True, cwd=REPO)
+def test_shellcheck_finds_nothing():
+    result = subprocess.run([tool("shellcheck"), "-x", *map(str, SCRIPTS)], capture_output=True, text=True, cwd=REPO)
     assert result.returncode == 0, result.stdout
 
 
