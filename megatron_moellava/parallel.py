@@ -14,7 +14,6 @@ import megatron_moellava.platform as platform
 from megatron_moellava.config import ParallelConfig
 
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 
@@ -72,13 +71,12 @@ def shutdown() -> None:
 def _forget_layout() -> None:
     global _layout
     parallel_state.destroy_model_parallel()
-    _forget_losses()  # they hold groups of the layout
+    _forget_losses()
     _layout = None
 
 
 def _forget_losses() -> None:
-    """What megatron-core keeps of the router losses for the life of a process."""
-    destroy_moe_metrics_tracker()
+    """What megatron-core keeps of the router losses' scale for the life of a process."""
     # In the shape of whoever set it first: a backward pass outside of a schedule makes it a scalar, into which the next
     # schedule's [1] does not fit.
     MoEAuxLossAutoScaler.main_loss_backward_scale = None

@@ -18,6 +18,7 @@ class RouterKind:
     allows_packing: bool
     allows_context_parallelism: bool
     max_topk: int | None  # None: as many as there are experts
+    balancing: tuple[str, ...]  # values of `moe.moe_router_load_balancing_type` that it knows
     lacks: tuple[str, ...] = ()  # fields of MoEConfig that it cannot honour
 
 
@@ -33,6 +34,7 @@ ROUTERS = {
             allows_packing=True,
             allows_context_parallelism=True,
             max_topk=None,
+            balancing=("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
         ),
         RouterKind(  # the gate of DeepSpeed 0.9.5, which MoE-LLaVA was trained with
             name="original",
@@ -43,6 +45,7 @@ ROUTERS = {
             allows_packing=False,
             allows_context_parallelism=False,
             max_topk=2,
+            balancing=("aux_loss", "none"),
             lacks=("moe_z_loss_coeff", "moe_router_enable_expert_bias"),
         ),
     )

@@ -76,7 +76,7 @@ def import_checkpoint(
     for path in (source, *(Path(other) for other in (tower, projector) if other)):
         verify_sums(path, verify=verify)
     config = read_json(source)
-    job = Import(_detect(tensors := open_huggingface(source)), tensors)
+    job = Import(detect(tensors := open_huggingface(source)), tensors)
     job.tensors = _renamed(job.tensors, job.layout)
     backbone = _backbone(config, source, job, keep_output_bias)
     moe = original.moe_config(config) or huggingface.moe_config(config)
@@ -101,7 +101,7 @@ def import_checkpoint(
     return {"folder": str(folder), "stage": stage, "model": model, "tensors": len(recipes), **provenance}
 
 
-def _detect(tensors: dict[str, Tensor]) -> Layout:
+def detect(tensors: dict[str, Tensor]) -> Layout:
     """Which layout the names belong to."""
     marks = (
         (ORIGINAL, ("mm_projector.image_spatial_proj.", ".image_tower.", "deepspeed_moe.")),

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.checkpoint.sums import verify_sums
+from megatron_moellava.config import CheckpointError
+from megatron_moellava.conversion.imports import detect
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.conversion.readers import open_huggingface
 from megatron_moellava.conversion.recipes import Tensors
@@ -177,9 +179,16 @@ def diff(
 ) -> tuple[list[Difference], int]:
     """All differences of two checkpoints or folders, and how many tensors are bit-identical.
 
-    `verify`: first compare the files of each with their digests.
+    `verify`: first compare the files of each with their digests. Raises CheckpointError when the two call their tensors
+    by other names, so that every line would say "only in".
     """
     left, right = _open(Path(first), verify), _open(Path(second), verify)
+    layouts = _layout_name(Path(first), left), _layout_name(Path(second), right)
+    if layouts[0] != layouts[1]:
+        raise CheckpointError(
+            f"{first} is {layouts[0]} and {second} is {layouts[1]}: their tensors have other names and pieces; bring both "
+            "into one form with `convert import` or `convert export --layout`, then compare"
+        )
     begin(sum(tensor.nbytes for tensor in left.values()))
     found = [Difference(name, f"only in {first}") for name in left.keys() - right.keys()]
     found += [Difference(name, f"only in {second}") for name in right.keys() - left.keys()]
@@ -192,6 +201,10 @@ def diff(
             if what:
                 found.append(Difference(name, what))
     return sorted(found, key=lambda item: item.name), same
+
+
+def _layout_name(path: Path, tensors: Tensors) -> str:
+    return "a Megatron checkpoint" if _is_megatron(path) else f"in the layout of {detect(tensors).title}"
 
 
 def _open(path: Path, verify: bool) -> dict[str, Tensor]:

@@ -339,7 +339,16 @@ def _packed(data, pipeline: Pipeline, order, key: list, cache: str | Path):
 
 def _length_key(fingerprint: dict, opened: list[OpenSource], data, tower) -> list:
     """What the lengths of samples depend on; the rest of the fingerprint says which of them share a row."""
-    fields = ("max_sample_length", "long_samples", "template", "label_mode", "tokenizer", "num_features", "max_images")
+    fields = (
+        "seq_length",
+        "max_sample_length",
+        "long_samples",
+        "template",
+        "label_mode",
+        "tokenizer",
+        "num_features",
+        "max_images",
+    )
     tiles = [[entry.folder for entry in opened], tower.image_size] if data.image_grid else []
     return [{name: fingerprint[name] for name in fields}, [entry.fingerprint for entry in opened], tiles]
 

@@ -15,11 +15,15 @@ import torch.nn.functional as F
 from megatron_moellava import parallel
 from megatron_moellava.config import MoEConfig
 from megatron_moellava.model.original_gate import Draw, OriginalGate, no_noise
+from megatron_moellava.model.router_losses import reduced, switch_loss, z_loss
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss_func
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    compute_routing_scores_for_aux_loss,
+    topk_routing_with_score_function,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -41,6 +45,10 @@ class MegatronRouter(TopKRouter):
         unbiased.params_dtype = torch.float32
         unbiased.init_method = uniform_router_init
         super().__init__(config=unbiased, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.losses: dict[
+            str, torch.Tensor
+        ] = {}  # sums over the micro-batches of a step; `training/metrics.py` takes them
+        self.counts_of_step_1E: torch.Tensor | int = 0  # choices of all ranks, for global_aux_loss
 
     def probabilities(self, logits_NE: torch.Tensor) -> torch.Tensor:
         """[N, E] over all experts (fp32), before any choice."""
@@ -57,26 +65,85 @@ class MegatronRouter(TopKRouter):
             scores_NE = logits_NE.float().sigmoid() + self.expert_bias
         return scores_NE.topk(self.topk, dim=-1).indices
 
-    def _apply_expert_bias(self, routing_map_NE: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
-        """Megatron-Core 0.19.2 masks the [N, E] map by a mask [N], which does not broadcast."""
-        super()._apply_expert_bias(routing_map_NE, None if padding_mask is None else padding_mask.unsqueeze(-1))
+    def routing(self, logits_SBE: torch.Tensor, padding_mask: torch.Tensor | None = None):
+        """Returns weights [N, E] and map [N, E] (bool). `padding_mask` [S, B]: True where a token is padding.
 
-    def apply_z_loss(self, logits_NE: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The mean over the real tokens of the micro-batch. Megatron-Core averages the means of the tensor-parallel ranks,
-        though one may hold more padding than another: the result would depend on the layout."""
-        ranks, coefficient = self.tp_cp_group.size(), self.config.moe_z_loss_coeff
-        if padding_mask is None or ranks == 1 or not coefficient:
-            return super().apply_z_loss(logits_NE, padding_mask)
-        if not (self.training and torch.is_grad_enabled()):
-            return logits_NE
-        here = (~padding_mask).sum()
-        everywhere = here.clone()
-        torch.distributed.all_reduce(everywhere, group=self.tp_cp_group)
-        z_loss = z_loss_func(logits_NE, 1.0, padding_mask) * (here / everywhere.clamp(min=1))
-        get_moe_metrics_tracker().record(
-            "z_loss", z_loss.detach() * ranks, self.layer_number, self.config.num_layers, avg_group=self.tp_dp_cp_group
+        Megatron-Core's, but that padding takes no place at an expert and makes none, whose capacity is of the real tokens;
+        that the losses are those of `router_losses.py`; and that a bias balances what tokens ask for, not what is left of
+        it after dropping.
+        """
+        logits_NE = logits_SBE.view(-1, self.config.num_moe_experts)
+        padding_N = None if padding_mask is None else padding_mask.reshape(-1)
+        is_training = self.training and torch.is_grad_enabled()  # not in the first pass over what is recomputed later
+        if is_training and self.config.moe_z_loss_coeff:
+            logits_NE = self._with_z_loss(logits_NE, padding_N)
+        weights_NE, map_NE = topk_routing_with_score_function(
+            logits_NE,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            score_function=self.score_function,
+            expert_bias=self.expert_bias,
         )
-        return MoEAuxLossAutoScaler.apply(logits_NE, z_loss * coefficient)
+        asked_NE = map_NE if padding_N is None else map_NE & ~padding_N.unsqueeze(-1)
+        if self.config.moe_expert_capacity_factor is not None:
+            map_NE = within_capacity(weights_NE, asked_NE, self.topk, self.config.moe_expert_capacity_factor)
+            weights_NE = weights_NE * map_NE
+        if is_training and self.routing_type != "none":
+            weights_NE = self._with_balancing_loss(weights_NE, logits_NE, padding_N, logits_SBE.shape[:2])
+        if is_training and self.enable_expert_bias:
+            self.local_tokens_per_expert += asked_NE.sum(dim=0)
+        return weights_NE, map_NE
+
+    def _with_z_loss(self, logits_NE: torch.Tensor, padding_N: torch.Tensor | None) -> torch.Tensor:
+        coefficient = self.config.moe_z_loss_coeff
+        loss = z_loss(logits_NE, padding_N, self.tp_cp_group, coefficient)
+        self._record("z_loss", loss / coefficient)
+        return MoEAuxLossAutoScaler.apply(logits_NE, loss)
+
+    def _with_balancing_loss(
+        self, weights_NE: torch.Tensor, logits_NE: torch.Tensor, padding_N: torch.Tensor | None, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        """`weights` with coefficient * loss in their graph. With a coefficient of 0 the loss is only recorded."""
+        asked_NE, scores_NE = compute_routing_scores_for_aux_loss(
+            logits_NE, self.topk, self.score_function, padding_mask=padding_N
+        )
+        coefficient = self.config.moe_aux_loss_coeff
+        asked_SBE, scores_SBE = (item_NE.view(*shape, -1) for item_NE in (asked_NE, scores_NE))
+        loss = BALANCING[self.routing_type](self, scores_SBE, asked_SBE, coefficient or 1.0)
+        self._record("load_balancing_loss", loss / (coefficient or 1.0))
+        return MoEAuxLossAutoScaler.apply(weights_NE, loss) if coefficient else weights_NE
+
+    def _aux_loss(self, scores_SBE: torch.Tensor, asked_SBE: torch.Tensor, coefficient: float) -> torch.Tensor:
+        """Of all tokens of the micro-batch together."""
+        counts_1E = reduced(asked_SBE.sum(dim=(0, 1))[None], self.tp_cp_group)
+        tokens_1 = counts_1E.sum(dim=-1) / self.topk
+        return switch_loss(scores_SBE.sum(dim=(0, 1))[None], tokens_1, counts_1E, self.topk, coefficient)
+
+    def _seq_aux_loss(self, scores_SBE: torch.Tensor, asked_SBE: torch.Tensor, coefficient: float) -> torch.Tensor:
+        """Of each row on its own (a packed row is one), then their mean."""
+        counts_BE = reduced(asked_SBE.sum(dim=0), self.tp_cp_group)
+        tokens_B = counts_BE.sum(dim=-1) / self.topk
+        return switch_loss(scores_SBE.sum(dim=0), tokens_B, counts_BE, self.topk, coefficient)
+
+    def _global_aux_loss(self, scores_SBE: torch.Tensor, asked_SBE: torch.Tensor, coefficient: float) -> torch.Tensor:
+        """The probabilities of this micro-batch's tokens on all ranks against the choices of all ranks so far in the step
+        (arXiv 2501.11873)."""
+        counts_1E = reduced(asked_SBE.sum(dim=(0, 1))[None], self.tp_dp_cp_group)
+        tokens_1 = counts_1E.sum(dim=-1) / self.topk
+        self.counts_of_step_1E = self.counts_of_step_1E + counts_1E
+        # The mean over data-parallel ranks is taken of shares that add up to the loss.
+        coefficient *= self.tp_dp_cp_group.size() // self.tp_cp_group.size()
+        scores_1E = scores_SBE.sum(dim=(0, 1))[None]
+        return switch_loss(scores_1E, tokens_1, self.counts_of_step_1E, self.topk, coefficient)
+
+    def reset_global_aux_loss_tracker(self) -> None:
+        """Megatron-Core calls it at the end of every step."""
+        super().reset_global_aux_loss_tracker()
+        self.counts_of_step_1E = 0
+
+    def _record(self, name: str, share: torch.Tensor) -> None:
+        """Add this rank's share of a loss, before its coefficient, to what a step will log."""
+        self.losses[name] = self.losses.get(name, 0.0) + share.detach()
 
 
 class OriginalRouter(MegatronRouter):
@@ -127,16 +194,34 @@ class OriginalRouter(MegatronRouter):
         return int(count)
 
     def _attach(self, probs_NE: torch.Tensor, aux_loss: torch.Tensor) -> torch.Tensor:
-        """Add coefficient * aux loss to the loss, once per layer and micro-batch, and record it for the log."""
-        if not (self.training and torch.is_grad_enabled()):
+        """Add coefficient * aux loss to the loss, once per layer and micro-batch, and record it for the log.
+
+        Every tensor-parallel rank attaches its share to its own copy, and the gather's backward sums the copies.
+        """
+        if not (self.training and torch.is_grad_enabled()) or self.routing_type == "none":
             return probs_NE
-        get_moe_metrics_tracker().record(
-            "load_balancing_loss", aux_loss.detach(), self.layer_number, self.config.num_layers
-        )
+        self._record("load_balancing_loss", aux_loss / self.sequence_split)
         if not self.moe.aux_loss_gradient or self.moe.moe_aux_loss_coeff == 0:
             return probs_NE
-        # Every tensor-parallel rank attaches it to its own copy, and the gather's backward sums the copies.
         return MoEAuxLossAutoScaler.apply(probs_NE, aux_loss * (self.moe.moe_aux_loss_coeff / self.sequence_split))
+
+
+BALANCING = {
+    "aux_loss": MegatronRouter._aux_loss,
+    "seq_aux_loss": MegatronRouter._seq_aux_loss,
+    "global_aux_loss": MegatronRouter._global_aux_loss,
+}
+
+
+def within_capacity(weights_NE: torch.Tensor, asked_NE: torch.Tensor, topk: int, factor: float) -> torch.Tensor:
+    """The choices that find a place: each expert keeps its ceil(real tokens / E * K * factor) largest weights.
+
+    What is not asked for (padding) takes no place and makes none. 281 real tokens of 364, E=4, K=2, factor 1: 141 places.
+    """
+    tokens = asked_NE.any(dim=1).sum()
+    capacity = (tokens.double() * topk / asked_NE.shape[1] * factor).ceil()
+    order_NE = weights_NE.masked_fill(~asked_NE, -1.0).argsort(dim=0, descending=True, stable=True)
+    return asked_NE & (order_NE.argsort(dim=0) < capacity)
 
 
 class LayerNoise:

@@ -33,7 +33,7 @@ from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.first_gradients import FirstGradients, require_trained
-from megatron_moellava.training.metrics import StepLog, aux_losses, imbalance, load_imbalance, routing_summary
+from megatron_moellava.training.metrics import StepLog, imbalance, load_imbalance, router_losses, routing_summary
 from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
 from megatron_moellava.training.stragglers import Stragglers
@@ -276,7 +276,7 @@ class Trainer:
         if not self.run.moe:
             return losses, {}
         by_layer = self._counts_routing(self.state.iteration + 1)
-        means, layers = aux_losses(self.chunks[0].config, self.num_microbatches, by_layer)
+        means, layers = router_losses(self.chunks, self.num_microbatches, by_layer)
         return losses | means, layers
 
     def _read_ahead(self) -> None:

@@ -2,27 +2,22 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_moellava import parallel
+from megatron_moellava import parallel, platform
 from megatron_moellava.data.batch import Counts
 from megatron_moellava.data.loader import summary
+from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.routing.health import RoutingHealthMonitor
-
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron_moellava.routing.observer import RoutingObserver
 
 # What the ranks of a step should have equally much of, and which of the batches' counts says it.
 COSTS = {"tokens": "real_tokens", "image_tokens": "image_rows", "attention": "attended"}
-# What Megatron-Core calls the loss of each kind of balancing.
-BALANCE_LOSSES = {
-    "aux_loss": "load_balancing_loss",
-    "seq_aux_loss": "seq_load_balancing_loss",
-    "global_aux_loss": "global_load_balancing_loss",
-    "none": "load_balancing_loss",
-}
 LAYER_NUMBERS = ("max_load", "balance", "load_balancing_loss", "z_loss")
 
 
@@ -254,37 +249,24 @@ def routing_summary(record: dict) -> dict[str, float]:
     }
 
 
-class LayerScalars:
-    """Stands where Megatron-Core's tracker expects a TensorBoard writer, and keeps its numbers by layer."""
+def router_losses(
+    chunks: Sequence[MoELlava], num_microbatches: int, by_layer: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
+    """(mean over MoE layers of the routers' losses in the last step, before their coefficients; the same by layer).
 
-    def __init__(self) -> None:
-        self.by_layer: dict[str, list[float]] = {}
-
-    def add_scalar(self, name: str, value, iteration: int) -> None:
-        if name.startswith("moe/"):  # "moe/load_balancing_loss_layer_3", in the order of the layers
-            self.by_layer.setdefault(name.removeprefix("moe/").rpartition("_layer_")[0], []).append(float(value))
-
-
-def aux_losses(config, num_microbatches: int, by_layer: bool) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
-    """(mean over MoE layers and micro-batches of the router's losses, before their coefficients; the same by layer).
-
-    The means stay on the device, and nothing waits for them; `by_layer` waits. Collective, once a step.
+    The means stay on the device, and nothing waits for them; `by_layer` waits. Collective: every rank adds its shares,
+    also one that has no MoE layer, and all get the result.
     """
-    kind = BALANCE_LOSSES[config.moe_router_load_balancing_type]
-    names = [kind] + (["z_loss"] if config.moe_z_loss_coeff else [])
-    losses: dict[str, torch.Tensor] = {}
-    layers = LayerScalars()
-    get_moe_metrics_tracker().report(
-        loss_scale=1.0 / num_microbatches,
-        iteration=0,  # for a TensorBoard writer, which `layers` is not
-        writer=layers if by_layer else None,
-        per_layer_logging=by_layer,
-        force_initialize=True,
-        track_names=names,
-        num_layers=config.num_layers,
-        moe_layer_freq=config.moe_layer_freq,
-        total_loss_dict=losses,
-    )
-    shown = {kind: "load_balancing_loss", "z_loss": "z_loss"}
-    means = {shown[name]: value for name, value in losses.items()}
-    return means, {shown[name]: values for name, values in layers.by_layer.items()}
+    config = chunks[0].config
+    names = ["load_balancing_loss"] if config.moe_router_load_balancing_type != "none" else []
+    names += ["z_loss"] if config.moe_z_loss_coeff else []
+    sums_CL = torch.zeros(len(names), config.num_layers, device=platform.device())
+    for layer, router in RoutingObserver(chunks).routers.items():
+        for row, name in enumerate(names):
+            sums_CL[row, layer] = router.losses.get(name, 0.0)
+        router.losses.clear()
+    dist.all_reduce(sums_CL)
+    by_layer_CL = sums_CL / parallel.data_parallel_size() * (1.0 / num_microbatches)
+    means_C = by_layer_CL.sum(dim=1) / sum(config.moe_layer_freq)
+    means = dict(zip(names, means_C.unbind(), strict=True))
+    return means, dict(zip(names, by_layer_CL.tolist(), strict=True)) if by_layer else {}

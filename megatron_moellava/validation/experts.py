@@ -64,6 +64,11 @@ def _router(run: RunConfig, kind: RouterKind) -> Iterator[str]:
     for name in kind.lacks:
         if getattr(moe, name):
             yield f"moe.{name}={getattr(moe, name)}: the {kind.name} router has no such thing; use moe.router=megatron"
+    if moe.moe_router_load_balancing_type not in kind.balancing:
+        yield (
+            f"moe.moe_router_load_balancing_type={moe.moe_router_load_balancing_type}: the {kind.name} router has "
+            f"{' or '.join(kind.balancing)}; use one of them, or moe.router=megatron"
+        )
     if not kind.allows_context_parallelism and parallel.context_parallel_size > 1:
         yield f"parallel.context_parallel_size: the {kind.name} router counts places over the whole sequence; use 1"
     shared = parallel.tensor_model_parallel_size * parallel.context_parallel_size

@@ -10,7 +10,15 @@ import torch.distributed as dist
 from megatron_moellava import parallel
 from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import CheckpointError, MoELlavaError, RunConfig, from_dict, set_override, split_override
+from megatron_moellava.config import (
+    CheckpointError,
+    ConfigError,
+    MoELlavaError,
+    RunConfig,
+    from_dict,
+    set_override,
+    split_override,
+)
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.costs.shapes import model_from_json
 from megatron_moellava.verify.conversations import verify_conversations
@@ -52,12 +60,33 @@ def base_run(overrides: list[str]) -> RunConfig:
     }
     for override in overrides:
         set_override(tree, *split_override(override))
-    return from_dict(RunConfig, tree)
+    run = from_dict(RunConfig, tree)
+    _check_layout(run)
+    return run
+
+
+def _check_layout(run: RunConfig) -> None:
+    """Layouts that cannot run rows of the recordings' lengths, said before anything is imported."""
+    layout = run.parallel
+    refused = {
+        "parallel.context_parallel_size": (layout.context_parallel_size > 1, "rows of any length cannot be cut"),
+        "parallel.virtual_pipeline_model_parallel_size": (
+            (layout.virtual_pipeline_model_parallel_size or 1) > 1,
+            "a single micro-batch cannot be interleaved",
+        ),
+        "parallel.sequence_parallel=false": (
+            layout.sequence_parallel is False and layout.tensor_model_parallel_size > 1,
+            "Megatron-Core's MoE layers need it with tensor parallelism",
+        ),
+    }
+    for name, (is_asked, why) in refused.items():
+        if is_asked:
+            raise ConfigError(f"{name} cannot be verified: {why}; leave it unset")
 
 
 def verify_folder(folder: Folder, run: RunConfig) -> Table:
     """Every case that this folder has files for."""
-    table = Table()
+    table = Table(left_out=folder.left_out(CHECKPOINTS))
     verify_gates(folder, table)
     conversations = folder.beside("data/conversations.json")
     if conversations:

@@ -12,8 +12,6 @@ from megatron_moellava.verify.folder import Folder, to_batch
 from megatron_moellava.verify.session import Session, Subject, without_tied_head
 from megatron_moellava.verify.table import Table, relative_errors
 
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-
 LOSS = 1e-4  # absolute; measured 2e-6
 NORM = 1e-4  # relative; measured 4e-7
 # Relative. Adam divides by the size of the gradient, and so turns the rounding noise of a parameter that has next to no
@@ -45,7 +43,6 @@ def verify_curve(
         len(history),
     )
     session = Session(trainer.run, subject.model, trainer.chunks)
-    get_moe_metrics_tracker().clear()  # of the passes of the cases before
     for chunk in trainer.wrapped:
         chunk.train()
     errors: dict[str, dict[str, float]] = {"loss": {}, "moe_loss": {}, "gradient norm": {}}

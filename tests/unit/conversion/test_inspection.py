@@ -1,6 +1,7 @@
 """What a checkpoint is said to hold."""
 
-from megatron_moellava.config import MoEConfig
+from megatron_moellava.config import CheckpointError, MoEConfig
+from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.inspection import diff, inspect
 from megatron_moellava.conversion.upcycle import upcycle_checkpoint
 from tests.helpers.conversion_models import original_config, original_state, write_folder
@@ -36,3 +37,14 @@ def test_diff_measures_changed_values(tmp_path):
     assert found.keys() == {"model.norm.weight", "lm_head.weight"}
     assert "largest difference 2" in found["model.norm.weight"]
     assert "bfloat16 against float32, largest difference 0 " in found["lm_head.weight"]
+
+
+def test_diff_refuses_what_calls_its_tensors_by_other_names(dense, tmp_path):
+    """A checkpoint and its own export would differ in every line."""
+    folder, _ = dense
+    for layout in ("original", "transformers"):
+        export_checkpoint(folder, save=tmp_path / layout, layout=layout)
+    for pair in ((folder, tmp_path / "original"), (tmp_path / "original", tmp_path / "transformers")):
+        with pytest.raises(CheckpointError, match="their tensors have other names and pieces; bring both"):
+            diff(*pair)
+    assert diff(tmp_path / "original", tmp_path / "original")[0] == []

@@ -1,0 +1,75 @@
+"""Balancing and z losses of every type: value, gradient and logged number are what their definitions say, however the tokens
+are spread over micro-batches and ranks, with padding or packed."""
+
+import pytest
+
+# Relative to the largest entry. Values are sums of a few hundred fp32 numbers; a gradient is the difference of two steps'.
+VALUE, GRADIENT = 1e-5, 1e-4
+
+KINDS = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
+GATES = {
+    "softmax": {},
+    "one choice": {"moe_router_topk": 1},
+    "bias": {"moe_router_enable_expert_bias": True},
+    "capacity": {"capacity_factor": 0.75},
+    "bias and capacity": {"moe_router_enable_expert_bias": True, "capacity_factor": 0.75},
+}
+ONE = {"one": (1, {})}
+LAYOUTS = {
+    "dp2": (2, {}),
+    "ep2": (2, {"expert_model_parallel_size": 2}),
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "cp2": (2, {"context_parallel_size": 2}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "dp4": (4, {}),
+    "dp2-tp2": (4, {"tensor_model_parallel_size": 2}),
+    "dp2-cp2": (4, {"context_parallel_size": 2}),
+    "pp2-tp2": (4, {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2}),
+    "pp2-cp2": (4, {"pipeline_model_parallel_size": 2, "context_parallel_size": 2}),
+}
+PLACEMENTS = ("first_half", "second_half")  # the other stage of a pipeline has no router
+
+
+def job(kind: str, gate: str, rows: str, size: int, layout: str, placement: str = "sparse") -> dict:
+    world, parallel = (ONE | LAYOUTS)[layout]
+    moe = GATES[gate] | {"moe_router_load_balancing_type": kind, "placement": placement}
+    name = f"balancing {kind} {gate} {rows}{size} {layout} {placement}"
+    return {
+        "id": name,
+        "run": "run_balancing",
+        "world": world,
+        "parallel": parallel,
+        "moe": moe,
+        "rows": rows,
+        "size": size,
+    }
+
+
+def spread(kind: str) -> list[dict]:
+    jobs = [job(kind, "softmax", "padded", 2, layout) for layout in LAYOUTS]
+    jobs += [job(kind, "softmax", "packed", 2, layout) for layout in ("dp2", "tp2", "cp2", "dp2-cp2")]
+    jobs += [job(kind, "bias", "padded", 2, layout) for layout in ("dp2", "tp2")]
+    jobs += [job(kind, "capacity", "padded", 2, layout) for layout in ("dp2", "pp2")]
+    return jobs + [
+        job(kind, "softmax", "padded", 2, layout, placement)
+        for layout in ("pp2", "pp2-tp2", "pp2-cp2")
+        for placement in PLACEMENTS
+    ]
+
+
+JOBS = [
+    *(job(kind, gate, "padded", size, "one") for kind in KINDS for gate in GATES for size in (1, 2, 4, 8)),
+    *(job(kind, gate, "packed", 2, "one") for kind in KINDS for gate in GATES),
+    *(item for kind in KINDS for item in spread(kind)),
+]
+
+
+@pytest.mark.parametrize("job", JOBS, ids=[item["id"] for item in JOBS])
+def test_loss_is_what_its_definition_says(job, result):
+    assert result["size"] > 1e-3, "there is a gradient to compare"
+    assert result["gradient"] <= GRADIENT
+    names = ["z_loss"] + (["load_balancing_loss"] if job["moe"]["moe_router_load_balancing_type"] != "none" else [])
+    for name in names:
+        assert result[name] <= VALUE, f"{name} by layer in the routing record"
+        assert result[f"mean {name}"] <= VALUE, f"{name} in the log of every rank"
+    assert "load_balancing_loss" not in result or "load_balancing_loss" in names
