@@ -1,5 +1,7 @@
 """What a checkpoint is said to hold."""
 
+import pytest
+
 from megatron_moellava.config import CheckpointError, MoEConfig
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.inspection import diff, inspect
