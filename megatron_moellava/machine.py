@@ -15,9 +15,12 @@ class Machine:
 
     has_gpu: bool
     has_transformer_engine: bool
+    has_gradient_fusion: bool  # apex's kernel that adds weight gradients inside of the product
 
 
-GPU_CLUSTER = Machine(has_gpu=True, has_transformer_engine=True)  # what plans are made for, wherever they are made
+GPU_CLUSTER = Machine(
+    has_gpu=True, has_transformer_engine=True, has_gradient_fusion=True
+)  # what plans are made for, wherever they are made
 
 
 def this_machine(device: str = "auto") -> Machine:
@@ -26,7 +29,8 @@ def this_machine(device: str = "auto") -> Machine:
         return GPU_CLUSTER
     has_gpu = device == "auto" and _sees_gpus()
     has_engine = has_gpu and importlib.util.find_spec("transformer_engine") is not None
-    return Machine(has_gpu=has_gpu, has_transformer_engine=has_engine)
+    has_fusion = has_engine and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return Machine(has_gpu=has_gpu, has_transformer_engine=has_engine, has_gradient_fusion=has_fusion)
 
 
 def _sees_gpus() -> bool:

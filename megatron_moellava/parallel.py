@@ -146,7 +146,7 @@ def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:
 
 
 def gather_over_data_parallel(values: Iterable[int]) -> list[list[int]]:
-    """[ranks][values]: the host's numbers of every data-parallel rank, on every rank of the group.
+    """`[ranks][values]`: the host's numbers of every data-parallel rank, on every rank of the group.
 
     They go over the host's network (gloo), so that the device is not waited for.
     """

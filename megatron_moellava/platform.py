@@ -31,7 +31,9 @@ HAS_TRANSFORMER_ENGINE = HAS_CUDA and importlib.util.find_spec("transformer_engi
 # Megatron-Core's output layer refuses to be built with the fusion unless apex's kernel is there.
 HAS_GRADIENT_FUSION = HAS_TRANSFORMER_ENGINE and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 BACKEND = "nccl" if HAS_CUDA else "gloo"
-MACHINE = Machine(has_gpu=HAS_CUDA, has_transformer_engine=HAS_TRANSFORMER_ENGINE)
+MACHINE = Machine(
+    has_gpu=HAS_CUDA, has_transformer_engine=HAS_TRANSFORMER_ENGINE, has_gradient_fusion=HAS_GRADIENT_FUSION
+)
 
 
 def _keep_freed_memory() -> None:

@@ -5,7 +5,7 @@
 
 Makes the data, a tiny language model and a tiny pretrained tower; runs stage 1 (projector), stage 2 (projector and
 language model), the upcycling to experts, stage 3 (MoE), and the dense model continued for as long; asks the held-out
-questions after each. Every step is what the tools do (tools/convert.py, tools/train.py). Results: OUT/summary.json,
+questions after each. Every step is what the tools do (moellava convert, moellava train). Results: OUT/summary.json,
 curves.png, expert_load.png; TensorBoard logs below OUT.
 """
 
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
         "--steps-scale", type=float, default=1.0, help="multiplies the steps of every run, for a quick look"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="for every run, as in tools/train.py"
+        "overrides", nargs="*", metavar="section.field=value", help="for every run, as in moellava train"
     )
     return parser.parse_intermixed_args()
 

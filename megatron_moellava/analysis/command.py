@@ -1,4 +1,4 @@
-"""tools/analyze_routing.py: a checkpoint and a data set -> PNGs, routing.json and report.html."""
+"""moellava analyze: a checkpoint and a data set -> PNGs, routing.json and report.html."""
 
 import json
 from collections.abc import Sequence

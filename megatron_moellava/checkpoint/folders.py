@@ -43,7 +43,7 @@ def require_checkpoint(folder: str | Path) -> Path:
     elif halves:
         hint = f"{', '.join(halves)}: the save or the copy was interrupted, copy it anew"
     else:
-        hint = "make one with tools/convert.py"
+        hint = "make one with moellava convert"
     raise CheckpointError(f"{folder} holds no complete checkpoint (a folder iter_*/ with {RUN_FILE}); {hint}")
 
 

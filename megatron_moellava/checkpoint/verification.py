@@ -45,7 +45,7 @@ def verify_checkpoint(
         what = "its files have no digests" if not expected else f"{RUN_FILE} has no seal"
         say(
             f"{checkpoint} is of an older version: {what}, so damage cannot be noticed; "
-            f"`tools/convert.py seal {checkpoint}` adds what is missing"
+            f"`moellava convert seal {checkpoint}` adds what is missing"
         )
     damaged = _damaged_together(checkpoint, expected) if together else _damaged(checkpoint, expected)
     if damaged:

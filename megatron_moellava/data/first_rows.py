@@ -65,4 +65,4 @@ def _folder_advice(path: Path) -> str:
     for pattern in ("*.parquet", "*.jsonl", "*.json", "*.jsonl.gz", "*.json.gz"):
         if files := sorted(path.glob(pattern)):
             return f"name its files as sources, such as {files[0]}"
-    return "make shards with tools/prepare_data.py, or run `energon prepare` on existing ones"
+    return "make shards with moellava prepare-data, or run `energon prepare` on existing ones"

@@ -78,7 +78,7 @@ def _open_shards(path: Path, folder: str, weight: float) -> OpenSource:
     counts = shard_counts(path)
     shards = _shards(path)
     digest = hashlib.sha256(json.dumps([counts, _content(path, shards)], sort_keys=True).encode()).hexdigest()[:16]
-    report = path / "report.json"  # of tools/prepare_data.py
+    report = path / "report.json"  # of moellava prepare-data
     known = json.loads(report.read_text()) if report.exists() else {}
     rows = sum(shard.count for shard in shards)
     if not rows:
@@ -222,7 +222,7 @@ def read_members(sample: dict) -> tuple[dict, str, dict[str, bytes]]:
     members = {key: value for key, value in sample.items() if key.rpartition(".")[2].lower() in MEMBER_TYPES}
     origin = f"{sample['__shard__']} sample {sample['__key__']}"
     if content is None:
-        raise BadSample("not a record", f"{origin}: no .json member; prepare the shards with tools/prepare_data.py")
+        raise BadSample("not a record", f"{origin}: no .json member; prepare the shards with moellava prepare-data")
     try:
         return json.loads(content.decode("utf-8", "surrogateescape")), origin, members
     except (ValueError, RecursionError) as error:

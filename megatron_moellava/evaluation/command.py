@@ -1,4 +1,4 @@
-"""What tools/evaluate.py calls: from its arguments to files and a table."""
+"""What moellava evaluate calls: from its arguments to files and a table."""
 
 import argparse
 

@@ -119,7 +119,7 @@ def _check_tensors(checkpoint: Path, state: dict, stored: dict[str, tuple[int, .
             f"{checkpoint} does not fit this model.\n  other fields: {'; '.join(fields) or 'none'}\n"
             f"  missing: {_some(missing)}\n  not wanted: {_some(surplus)}\n"
             f"  other shape: {_some(other)}\n"
-            "  A dense checkpoint becomes a MoE one with `tools/convert.py upcycle`; `tools/convert.py inspect` shows it."
+            "  A dense checkpoint becomes a MoE one with `moellava convert upcycle`; `moellava convert inspect` shows it."
         )
 
 

@@ -1,4 +1,4 @@
-"""tools/plan.py: from a command line to a report, a picture, JSON, and a dry run."""
+"""moellava plan: from a command line to a report, a picture, JSON, and a dry run."""
 
 import argparse
 import json

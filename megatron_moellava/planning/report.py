@@ -42,14 +42,14 @@ def plan_row(plan: Plan) -> tuple[str, ...]:
 
 
 def settings_line(plan: Plan, given: Sequence[str]) -> str:
-    """What to paste behind tools/train.py: the request's own settings, then the planner's."""
+    """What to paste behind moellava train: the request's own settings, then the planner's."""
     chosen = [f"{path}={value}" for path, value in plan.settings.items()]
     names = {item.partition("=")[0] for item in chosen}
     return " ".join([*(item for item in given if item.partition("=")[0] not in names), *chosen])
 
 
 def yaml_report(plan: Plan, config: str | None, given: Sequence[str]) -> str:
-    """The run of a plan as a file that `tools/train.py --config` takes."""
+    """The run of a plan as a file that `moellava train --config` takes."""
     tree = read_yaml(config) if config else {}
     for item in [*given, *(f"{path}={value}" for path, value in plan.settings.items())]:
         set_override(tree, *split_override(item))

@@ -32,7 +32,7 @@ class Plan:
 
     @property
     def settings(self) -> dict[str, object]:
-        """The fields that the planner chose, as tools/train.py takes them."""
+        """The fields that the planner chose, as moellava train takes them."""
         parallel, training = self.layout.run.parallel, self.layout.run.training
         chosen: dict[str, object] = {
             "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size,

@@ -57,6 +57,10 @@ class RoutingStatistics:
                 self.sums[name] = sums_C.new_zeros(self.config.num_layers, self.width)
             self.sums[name][call.layer] += sums_C
 
+    def forget(self) -> None:
+        """Drop what was counted since the last `collect`."""
+        self.sums.clear()
+
     def collect(self) -> RoutingSums:
         """The sums of all ranks since the last call. Collective."""
         names = [*MODALITIES, *self._all_types()]

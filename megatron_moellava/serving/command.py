@@ -1,4 +1,4 @@
-"""What tools/chat.py and tools/serve.py call."""
+"""What moellava chat and moellava serve call."""
 
 import argparse
 import importlib.util

@@ -32,10 +32,9 @@ class FirstGradients:
     """Listens to the trained parameters of this rank until `check`."""
 
     def __init__(self, chunks: list[MoELlava]):
-        trained = [(role, p) for chunk in chunks for role, _, p in parameter_roles(chunk) if p.requires_grad]
-        self.roles = {role for role, _ in trained}
+        self.trained = [(role, p) for chunk in chunks for role, _, p in parameter_roles(chunk) if p.requires_grad]
         self.received: set[str] = set()
-        self.hooks = [p.register_post_accumulate_grad_hook(self._receive(role)) for role, p in trained]
+        self.hooks = [p.register_post_accumulate_grad_hook(self._receive(role)) for role, p in self.trained]
 
     def _receive(self, role: str):
         return lambda parameter: self.received.add(role)
@@ -45,8 +44,10 @@ class FirstGradients:
         on any."""
         for hook in self.hooks:
             hook.remove()
+        # A fused kernel adds to the buffer of gradients by itself, and says so.
+        self.received |= {role for role, p in self.trained if getattr(p, "grad_added_to_main_grad", False)}
         found: list[tuple[set[str], set[str]]] = [(set(), set())] * dist.get_world_size()
-        dist.all_gather_object(found, (self.roles, self.received))
+        dist.all_gather_object(found, ({role for role, _ in self.trained}, self.received))
         roles, received = (set().union(*parts) for parts in zip(*found, strict=True))
         if silent := sorted(roles - received):
             raise NothingTrains(

@@ -35,7 +35,14 @@ from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.first_gradients import FirstGradients, require_trained
 from megatron_moellava.training.metrics import StepLog, imbalance, load_imbalance, router_losses, routing_summary
 from megatron_moellava.training.non_finite_report import NonFiniteReport
-from megatron_moellava.training.optimizer import Update, build_optimizer, build_scheduler, overlaps, wrap_data_parallel
+from megatron_moellava.training.optimizer import (
+    ExpertBiases,
+    Update,
+    build_optimizer,
+    build_scheduler,
+    overlaps,
+    wrap_data_parallel,
+)
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.throughput import Throughput
 from megatron_moellava.training.watchdog import Watchdog
@@ -82,6 +89,7 @@ class Trainer:
         self.watchdog: Watchdog | None = None
         self._configure_schedules()
         self.update = Update(self.optimizer)
+        self.expert_biases = ExpertBiases(self.chunks)
         self.first_gradients: FirstGradients | None = FirstGradients(self.chunks)
         self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
         title = f"stage {run.training.stage}"
@@ -120,7 +128,7 @@ class Trainer:
         self.state.iteration = description.iteration
         self.state.consumed_samples = description.consumed_samples
         checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description.optimizer_steps)
-        self.scheduler.step(increment=self.state.iteration)
+        self.scheduler.step(increment=description.optimizer_steps)  # skipped steps did not move it
         loaders = checkpoints.load_rank_state(checkpoint, description, self.fp8)
         if self.loader is not None:
             self.loader.load_states(loaders)
@@ -136,6 +144,7 @@ class Trainer:
     def _finalize_gradients(self, *arguments, **options) -> None:
         self.stragglers.pause(self.state.iteration + 1)
         self.non_finite_report.before_reduction(self.wrapped)
+        self.expert_biases.keep()
         self._at("reducing gradients")
         finalize_model_grads(*arguments, **options)
 
@@ -237,10 +246,8 @@ class Trainer:
         reading = platform.ToHost(list(losses.values())) if losses else None
         self._at("updating parameters")
         applied, grad_norm = self.update()
-        if self.fp8 is not None:
-            self.fp8.advance()
         lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
-        self.scheduler.step(increment=1)
+        self._finish_update(applied)
 
         read = dict(zip(losses, reading.read(), strict=True)) if reading else {}
         seconds = time.perf_counter() - started
@@ -260,10 +267,21 @@ class Trainer:
             **imbalance(ranks),
             **read,
         }
-        if self._counts_routing(self.state.iteration):
+        if self.routing is not None and not applied:
+            self.routing.forget()  # what routers make of numbers that are not finite is no statistics
+        elif self._counts_routing(self.state.iteration):
             numbers |= self._router_numbers(by_layer)
         numbers |= self._straggler_numbers()
         return numbers, applied, [name for batch in batches for name in batch.sample_ids]
+
+    def _finish_update(self, applied: bool) -> None:
+        """What goes on with an update, and stays as it was without one."""
+        if applied:
+            self.scheduler.step(increment=1)
+        else:
+            self.expert_biases.restore()
+        if self.fp8 is not None:
+            self.fp8.advance() if applied else self.fp8.forget()
 
     def _losses(self, loss_sums: list[torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
         """(numbers of all ranks, still on the device: the summed loss on the last stage, means of the routers' losses;

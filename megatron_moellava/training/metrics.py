@@ -24,7 +24,7 @@ LAYER_NUMBERS = ("max_load", "balance", "load_balancing_loss", "z_loss")
 class StepLog:
     """Writes each step's numbers to the terminal, to `steps.jsonl` and to TensorBoard; on the main process only.
 
-    What the routers do goes to `routing.jsonl` (tools/watch_routing.py follows it) and TensorBoard, and warnings about it
+    What the routers do goes to `routing.jsonl` (moellava watch follows it) and TensorBoard, and warnings about it
     to the terminal.
 
     A run that continues from step n drops what an earlier attempt wrote about later steps: the log tells the life of the

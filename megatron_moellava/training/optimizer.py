@@ -7,6 +7,7 @@ import torch
 from megatron_moellava import platform
 from megatron_moellava.config import OptimizerConfig, RunConfig
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.routing.observer import RoutingObserver
 
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -120,6 +121,25 @@ class Update:
             return False, grad_norm
         self.optimizer.step()
         return True, grad_norm
+
+
+class ExpertBiases:
+    """The routers' expert biases of this rank, which Megatron-Core moves when it finalizes gradients, before anybody has
+    looked whether these are finite."""
+
+    def __init__(self, chunks: list[MoELlava]):
+        routers = RoutingObserver(chunks).routers.values()
+        self.biases = [router.expert_bias for router in routers if router.expert_bias is not None]
+        self.kept: list[torch.Tensor] = []
+
+    def keep(self) -> None:
+        """Remember them as they are."""
+        self.kept = [bias.clone() for bias in self.biases]
+
+    def restore(self) -> None:
+        """Bring back what was kept last."""
+        for bias, kept in zip(self.biases, self.kept, strict=True):
+            bias.copy_(kept)
 
 
 def distributed_optimizers(optimizer: ChainedOptimizer) -> list:

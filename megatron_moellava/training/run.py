@@ -18,7 +18,7 @@ from megatron_moellava.validation.tokenizer import too_large
 
 
 def train(run: RunConfig) -> int:
-    """Train the stage that the run describes. Returns the exit code; see tools/train.py."""
+    """Train the stage that the run describes. Returns the exit code; see moellava train."""
     validate_run(run, platform.MACHINE)
     parallel.initialize(run.parallel, run.training.seed)
     lock = None

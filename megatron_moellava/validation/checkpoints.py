@@ -55,7 +55,7 @@ def _model(given: str, stored: dict, run: RunConfig, backbone: Backbone, tower: 
     if run.moe is not None and not stored.get("moe"):
         yield (
             f"{given} holds a dense model ({stored.get('backbone')}), and moe.* asks for experts; make them first: "
-            "tools/convert.py upcycle"
+            "moellava convert upcycle"
         )
         return
     if run.moe is None and stored.get("moe"):

@@ -17,8 +17,10 @@ def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Ite
         if run.training.stage == 3 and run.training.trains is None:
             yield (
                 "training.stage=3 trains MoE layers, and this model has none; start from a checkpoint made by "
-                "`tools/convert.py upcycle`" + ("" if run.checkpoint.load else ", or set moe.num_moe_experts")
+                "`moellava convert upcycle`" + ("" if run.checkpoint.load else ", or set moe.num_moe_experts")
             )
+        if run.training.trains and {*run.training.trains} <= {"experts", "router"}:
+            yield f"training.trains={list(run.training.trains)}: a dense model has no such parameters, so nothing would train"
         if parallel.expert_model_parallel_size > 1:
             yield f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} needs a MoE model; use 1"
         return
@@ -42,6 +44,11 @@ def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Ite
         yield (
             f"parallel.expert_tensor_parallel_size={parallel.expert_tensor_parallel_size}: the experts of {backbone.name} "
             "have biases, which Megatron-Core cannot split; use 1"
+        )
+    if moe.moe_shared_expert_intermediate_size and backbone.add_bias_linear:
+        yield (
+            f"moe.moe_shared_expert_intermediate_size={moe.moe_shared_expert_intermediate_size}: the MLPs of {backbone.name} "
+            "have biases, which Megatron-Core's shared experts cannot; leave it unset"
         )
     if moe.moe_token_dispatcher_type == "flex" and not machine.has_gpu:
         yield "moe.moe_token_dispatcher_type=flex (DeepEP) needs GPUs; use alltoall"

@@ -51,6 +51,8 @@ def _pipeline(run: RunConfig, backbone: Backbone) -> Iterator[str]:
     parallel = run.parallel
     stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     first = parallel.num_layers_in_first_pipeline_stage
+    if virtual == 1:
+        yield "parallel.virtual_pipeline_model_parallel_size=1 is no interleaved pipeline; use 2 or more, or leave it unset"
     if virtual is not None and stages == 1:
         yield f"parallel.virtual_pipeline_model_parallel_size={virtual} needs pipeline_model_parallel_size > 1"
     if virtual is not None and not run.data.packing:

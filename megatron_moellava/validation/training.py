@@ -43,6 +43,8 @@ def training_problems(run: RunConfig, machine: Machine) -> Iterator[str]:
     if run.optimizer.overlap_param_gather and run.optimizer.overlap_grad_reduce is False:
         yield "optimizer.overlap_param_gather=true needs overlap_grad_reduce; set it to true as well, or leave both unset"
     optimizer = run.optimizer
+    if optimizer.gradient_accumulation_fusion and not machine.has_gradient_fusion:
+        yield "optimizer.gradient_accumulation_fusion=true needs Transformer Engine and apex's kernel on a GPU; leave it unset"
     for name in ("lr", "projector_lr"):
         if (rate := getattr(optimizer, name)) is not None and rate < optimizer.min_lr:
             yield f"optimizer.min_lr={optimizer.min_lr} is more than optimizer.{name}={rate}; it is where the rate decays to"

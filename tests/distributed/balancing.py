@@ -55,7 +55,7 @@ def _sample(name: str, tokens_S: np.ndarray) -> EncodedSample:
 
 def trainer_of(job: dict, aux: float, z: float | None) -> Trainer:
     packed, size = job["rows"] == "packed", job["size"]
-    tree: dict = {"moe": {"num_experts": 4, "placement": "sparse"} | job["moe"]}
+    tree: dict = {"moe": {"num_moe_experts": 4, "placement": "sparse"} | job["moe"]}
     settings = {
         "model.backbone": "llama-tiny",
         "model.tower": "clip-tiny",

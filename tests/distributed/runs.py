@@ -295,13 +295,19 @@ def run_not_finite(job: dict, folder: Path) -> dict:
     trainer.loader = poison if trainer.loader is not None else None
     trainer.update = trainer.update.update
     before, _ = gather_parameters(trainer.chunks)
+    histories = [history.clone() for history in trainer.fp8.state()] if trainer.fp8 else []
     numbers, applied, ids = trainer.step()
+    kept = trainer.fp8.state() if trainer.fp8 else []
+    same_histories: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(same_histories, all(map(torch.equal, histories, kept)))
     after, _ = gather_parameters(trainer.chunks)
     result = {
         "first_applied": applied,
         "skipped": numbers["skipped"],
         "moved": sorted(name for name in before if not torch.equal(before[name], after[name])),
         "updates": optimizer_step_count(trainer.optimizer),
+        "schedule": trainer.scheduler.num_steps,
+        "same_histories": all(same_histories),
         "ids": ids,
     }
     poison.poisoned = False

@@ -157,7 +157,7 @@ def test_unknown_files_are_named_and_do_not_matter(copy, command, tmp_path):
 def test_a_checkpoint_of_an_older_version_is_read_with_a_note(copy, command, tmp_path):
     forget_digests(iteration(copy))
     code, error = command(*COMMANDS["export"](copy, tmp_path / "out"))
-    assert code == 0 and error.count("older version") == 1 and "convert.py seal" in error
+    assert code == 0 and error.count("older version") == 1 and "convert seal" in error
 
 
 def test_conversions_vouch_for_what_they_write(copy, command, tmp_path):

@@ -35,7 +35,7 @@ def test_the_newest_complete_folder_is_meant_or_the_folder_itself(tmp_path):
 def test_what_is_there_instead_is_said(tmp_path):
     with pytest.raises(CheckpointError, match="the folder does not exist"):
         require_checkpoint(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="make one with tools/convert"):
+    with pytest.raises(CheckpointError, match="make one with moellava convert"):
         require_checkpoint(tmp_path)
     iteration_folder(tmp_path, 3).mkdir()
     for path in (tmp_path, iteration_folder(tmp_path, 3)):

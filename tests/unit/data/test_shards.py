@@ -270,7 +270,7 @@ def test_hostile_names_in_a_tar_reach_no_file(tmp_path):
 
 def test_a_folder_without_energons_index_says_what_to_do(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"")
-    with pytest.raises(DataError, match=r"without Energon's .nv-meta; make shards with tools/prepare_data.py"):
+    with pytest.raises(DataError, match=r"without Energon's .nv-meta; make shards with moellava prepare-data"):
         make_loader(config(tmp_path))
 
 
