@@ -34,7 +34,7 @@ def test_fewer_rows_than_a_batch_are_refused_or_told(world, capsys):
 
 
 def test_a_single_step_of_warm_up_trains_nothing_and_warm_up_alone_is_told(world, capsys):
-    with pytest.raises(ConfigError, match="set optimizer.lr_warmup_fraction=0, or train for more steps"):
+    with pytest.raises(ConfigError, match=r"set optimizer.lr_warmup_fraction=0, or train for more steps"):
         train_steps(run_of(train_steps=1, warmup=0.5), rows(9))
     assert train_steps(run_of(train_steps=4, warmup=1.0), rows(99)) == 4
     assert "all 4 steps are warm-up" in capsys.readouterr().out
@@ -46,5 +46,5 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_is_refused(world, tmp_p
     from tests.helpers.made_tokenizer import write_tokenizer
 
     big = write_tokenizer(tmp_path / "big", size=100_000)
-    with pytest.raises(ConfigError, match="has 100000 tokens, more than the vocab_size="):
+    with pytest.raises(ConfigError, match=r"has 100000 tokens, more than the vocab_size="):
         build_loader(replace(run, data=replace(run.data, tokenizer=str(big))))
