@@ -4,14 +4,12 @@ import pytest
 import torch
 
 from megatron_moellava import parallel
-from megatron_moellava.config import ConfigError, MoEConfig, ParallelConfig
+from megatron_moellava.config import MoEConfig, ParallelConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.inputs import model_inputs
-from megatron_moellava.model.router import MODULES, LayerNoise, within_capacity
-from megatron_moellava.routers import ROUTERS
+from megatron_moellava.model.router import LayerNoise, within_capacity
 from megatron_moellava.routing.observer import RouterCall, RoutingObserver
-from megatron_moellava.training.validate import validate
 from tests.helpers.batches import padded
 from tests.helpers.inference_models import scatter, tiny_run
 
@@ -67,27 +65,6 @@ def test_places_go_to_the_largest_weights_of_what_is_asked_for():
     kept_NE = within_capacity(weights_NE, asked_NE, topk=1, factor=1.0)  # ceil(4 / 2) = 2 places
     assert kept_NE.int().tolist() == [[1, 0], [1, 0], [0, 0], [0, 1], [0, 0]]
     assert torch.equal(within_capacity(weights_NE, asked_NE, topk=1, factor=9.0), asked_NE)
-
-
-def test_every_kind_of_router_has_its_module():
-    assert MODULES.keys() == ROUTERS.keys()
-    assert all(kind.name == name for name, kind in ROUTERS.items())
-
-
-@pytest.mark.parametrize(
-    ("moe", "message"),
-    [
-        ({"moe_router_topk": 3}, "the original router has at most 2"),
-        ({"capacity_factor": None}, "the original router always has one"),
-        ({"moe_z_loss_coeff": 0.1}, "the original router has no such thing"),
-        ({"moe_router_enable_expert_bias": True}, "the original router has no such thing"),
-        ({"moe_router_load_balancing_type": "seq_aux_loss"}, "the original router has aux_loss or none"),
-        ({"moe_router_load_balancing_type": "global_aux_loss"}, "the original router has aux_loss or none"),
-    ],
-)
-def test_what_a_kind_of_router_cannot_do_is_refused(moe, message):
-    with pytest.raises(ConfigError, match=message):
-        validate(tiny_run(MoEConfig(**{"router": "original", "capacity_factor": 1.5} | moe)), 1)
 
 
 def test_fresh_noise_is_a_stream_of_the_layer():

@@ -5,15 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_moellava import parallel
-from megatron_moellava.config import ParallelConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.stages import ROLES
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
 from tests.distributed.rows import Rows
-from tests.helpers.process_groups import release_groups
-from tests.unit.training.test_trained_roles import started
+from tests.helpers.trainers import one_layout, started
 
 RUNS = {
     "dense": {"moe": None},
@@ -34,10 +31,8 @@ RUNS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_layout():
-    parallel.initialize(ParallelConfig(), 1)
-    yield
-    parallel.shutdown()
-    release_groups()
+    with one_layout():
+        yield
 
 
 class Spoilt:
