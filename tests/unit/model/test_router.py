@@ -59,6 +59,22 @@ def test_padding_takes_no_place_at_an_expert_and_makes_none(factor, topk, bias):
         torch.testing.assert_close(wider, losses, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("factor", [None, 0.5], ids=["dropless", "capacity"])
+def test_an_expert_bias_counts_what_real_tokens_ask_for_and_not_what_is_left_after_dropping(factor):
+    moe = MoEConfig(capacity_factor=factor, moe_router_enable_expert_bias=True)
+    parallel.initialize(ParallelConfig(), 1)
+    (model,) = build_model(tiny_run(moe))
+    scatter(model)
+    batch, asked = rows(33), []
+    real_N = batch.padding_mask_BS.T.flatten()
+    observer = RoutingObserver([model])
+    with observer.watch(lambda call: asked.append(call.asked_NE[real_N].sum(dim=0))):
+        model.train()(**model_inputs(batch))
+    for router, counts_E in zip(observer.routers.values(), asked, strict=True):
+        assert counts_E.sum() == 2 * sum(LENGTHS)
+        assert torch.equal(router.local_tokens_per_expert, counts_E.float())
+
+
 def test_places_go_to_the_largest_weights_of_what_is_asked_for():
     weights_NE = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4], [1.0, 1.0]])
     asked_NE = torch.tensor([[1, 0], [1, 0], [1, 0], [0, 1], [0, 0]]).bool()  # the last row is padding
