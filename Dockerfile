@@ -1,7 +1,7 @@
 # Two images:
 #   docker build --tag megatron-moellava:gpu .                  for GPU clusters (the last stage, hence the default)
 #   docker build --tag megatron-moellava:cpu --target cpu .     for CI and laptops
-# docs/docker.md says how to run them and what was checked.
+# docs/how-to/containers.md says how to run them and what was checked.
 
 # --- CPU, build stage: pip and its downloads stay behind here.
 # 3.12 because megatron-core 0.19 needs at least that and the NGC image below has it too; slim because every dependency

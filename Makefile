@@ -17,11 +17,12 @@ BENCH ?=
 ifeq ($(origin VENV),undefined)
 VENV := .venv
 READY := $(VENV)/.installed
+DOCS_READY := $(VENV)/.docs-installed
 endif
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart chat serve test test-browser test-lmms test-layouts test-layouts-8 test-planning test-te fuzz bench check format test-resilience test-cluster test-docker clean
+.PHONY: help quickstart chat serve test test-browser test-lmms test-layouts test-layouts-8 test-planning test-te fuzz bench docs check format test-resilience test-cluster test-docker clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,10 +31,14 @@ quickstart: $(READY)  ## the three stages on a published benchmark, on this CPU 
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) examples/quickstart/run.py --preset $(PRESET) --out runs/quickstart $(ARGS)
 
 chat: $(READY)  ## talk with the quickstart's model in the terminal (ARGS="--load CKPT --image a.jpg")
-	$(BIN)/python tools/chat.py $(ARGS)
+	$(BIN)/python -m megatron_moellava chat $(ARGS)
 
 serve: $(READY)  ## the same in a browser, and as an OpenAI-compatible API, on http://127.0.0.1:8000
-	$(BIN)/python tools/serve.py $(ARGS)
+	$(BIN)/python -m megatron_moellava serve $(ARGS)
+
+docs: $(DOCS_READY)  ## this documentation and the API as a site, in build/docs
+	$(BIN)/python -m megatron_moellava.config_reference > docs/reference/configuration.md
+	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 # Two test processes of one thread each: oversubscribed threads make small products several times slower.
 test: $(READY)  ## unit and parity tests (TESTS=tests/unit for a part)
@@ -54,7 +59,7 @@ fuzz: $(READY)  ## malformed rows and images by the ten thousand, with the count
 test-te: .te-venv/.installed  ## checkpoints of Transformer Engine's modules against the local ones (builds it: nvcc, 10 minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .te-venv/bin/python -m pytest $(PYTEST_ARGS) tests/te
 
-bench: .bench-venv/.installed  ## measure, then write docs/performance.md (BENCH="moe_layer generation" for a part)
+bench: .bench-venv/.installed  ## measure, then write docs/measurements/performance.md (BENCH="moe_layer generation" for a part)
 	.bench-venv/bin/python -m benchmarks.run $(BENCH)
 
 check: $(READY)  ## format, lint, types, import direction, shell scripts, Dockerfile
@@ -94,6 +99,10 @@ clean:  ## remove the environments, caches and runs/
 	if ! .venv/bin/python -c pass 2>/dev/null; then echo "Making .venv with $$python"; $$python -m venv --clear .venv; fi
 	@echo "Installing the package and its dependencies (about 6 GB; torch is most of it)"
 	.venv/bin/python -m pip install --disable-pip-version-check --editable '.[quickstart,dev]'
+	@touch $@
+
+.venv/.docs-installed: setup.py | $(READY)
+	.venv/bin/python -m pip install --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
 # lmms-eval and Energon's video decoding need different releases of `av`, hence two environments.

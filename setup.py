@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 INSTALL_REQUIRES = [
     "torch>=2.9,<2.15",  # grouped_mm with autograd; tested with 2.14.1 (the NGC image brings a 2.10 pre-release)
     "megatron-core~=0.19.2",  # platform.py adapts internals of this release; the next minor may move them
-    "megatron-energon~=7.4",  # savable loader with exact resume
+    "megatron-energon~=7.4",  # WebDataset shards: index and reader
     "numpy>=1.26",
     "transformers>=5.0,<6",  # tokenizers and the Hugging Face side of the conversion
     "safetensors>=0.4.3",
@@ -33,7 +33,9 @@ EXTRAS_REQUIRE = {
     "lmms-eval": ["lmms-eval~=0.7.3", "filelock<4"],
     "demo": ["fastapi>=0.110", "starlette", "uvicorn>=0.29", "prometheus-client>=0.20"],
     "quickstart": ["easy-vqa~=1.0", "scikit-learn>=1.4", "scipy>=1.11"],  # scipy: the paired test of tools/ablate.py
+    "parquet": ["pyarrow>=17"],  # data sources as Parquet files
     "video": ["av>=17"],  # the release that Energon 7.4 decodes with
+    "docs": ["mkdocs~=1.6", "mkdocstrings[python]~=1.0"],  # `make docs`; reads the sources, imports nothing
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -63,10 +65,13 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.12",  # what megatron-core 0.19 asks for
     packages=find_packages(include=["megatron_moellava", "megatron_moellava.*"]),
-    package_data={"megatron_moellava.serving": ["web/index.html"]},
+    package_data={"megatron_moellava": ["py.typed"], "megatron_moellava.serving": ["web/index.html"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
-    entry_points={"lmms_eval.models": ["megatron_moellava = megatron_moellava.evaluation.lmms_eval:manifest"]},
+    entry_points={
+        "console_scripts": ["moellava = megatron_moellava.commands.main:main"],
+        "lmms_eval.models": ["megatron_moellava = megatron_moellava.evaluation.lmms_eval:manifest"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3.12",
         "Intended Audience :: Science/Research",

@@ -3,9 +3,10 @@
   python -m benchmarks.conversion [--gigabytes 2.5] [--folder DIR]
 
 Writes a synthetic MoE-LLaVA release (bf16, random bytes) as safetensors and as .bin, converts it each way in a
-process of its own, and prints peak memory over the checkpoint's bytes, and bytes per second over those of `cp`. The
-limits that the project set itself: memory at most 0.35, throughput at least 0.5. Start-up (Python, torch) is measured
-apart, and processor time beside wall-clock time.
+process of its own, and prints peak memory over the checkpoint's bytes, and bytes per second over those of `cp`. All
+conversions compute the digests of what they write; export and upcycling first verify what they read, a second pass over
+it, and --no-verify shows what that costs. The limits that the project set itself: memory at most 0.35, throughput at
+least 0.5. Start-up (Python, torch) is measured apart, and processor time beside wall-clock time.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.measure import finish, say
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import MoEConfig
 from megatron_moellava.conversion.inspection import count_parameters
@@ -43,7 +45,7 @@ def sized_model(gigabytes: float) -> Model:
         model = Model(
             backbone=replace(backbone, name="synthetic", num_layers=layers),
             tower=get_tower("clip-vit-large-patch14-336"),
-            moe=MoEConfig(router="original", capacity_factor=1.5),
+            moe=MoEConfig(router="original", moe_expert_capacity_factor=1.5),
         )
         counts = count_parameters(model)
         if 2 * (counts.total + counts.tower) >= gigabytes * 1e9:
@@ -139,26 +141,34 @@ def started_up() -> Cost:
     return run([sys.executable, "-c", "import torch, torch.distributed.checkpoint"])[0]
 
 
-def measure(name: str, source: Path, target: Path, *arguments: object) -> None:
+def hashed(source: Path) -> Cost:
+    """`sha256sum` of all files, one after another: what digests cost by themselves."""
+    return run(["sha256sum", *sorted(path for path in source.rglob("*") if path.is_file())])[0]
+
+
+def measure(name: str, source: Path, target: Path, *arguments: object) -> dict:
     """Convert `source` into `target`, beside `cp` of it, both ROUNDS times: bytes per second relative to cp's, fastest rounds.
 
     A virtual machine gives freed memory back to its host after a second or two, and has to fetch it again to write. The
     conversion starts that long after the last deletion, so `cp` waits as long.
     """
-    size, costs = folder_bytes(source), {"start-up": [], "cp": [], "command": []}
+    size, costs = folder_bytes(source), {"start-up": [], "cp": [], "sha256sum": [], "command": []}
     for _ in range(ROUNDS):
         costs["start-up"].append(started_up())
         costs["cp"].append(copied(source))
+        costs["sha256sum"].append(hashed(source))
         costs["command"].append(converted(*arguments, "--save", target))
         shutil.rmtree(target)
-    lines = []
+    row: dict = {"name": name, "gigabytes": size / 1e9}
     for unit in ("wall", "processor"):
         fastest = {what: min(getattr(cost, unit) for cost in rounds) for what, rounds in costs.items()}
         relative = fastest["cp"] / max(fastest["command"] - fastest["start-up"], 1e-3)
-        lines.append(f"{unit}: {', '.join(f'{k} {v:.2f} s' for k, v in fastest.items())}, copying {relative:.2f} x cp")
-    memory = max(cost.peak_bytes for cost in costs["command"])
-    print(f"{name}, {size / 1e9:.2f} GB; memory {memory / 1e6:.0f} MB = {memory / size:.2f} x")
-    print("  " + "\n  ".join(lines), flush=True)
+        row[unit] = fastest | {"times cp": relative}
+        say(f"{name}, {unit}: {', '.join(f'{k} {v:.2f} s' for k, v in fastest.items())}, copying {relative:.2f} x cp")
+    row["peak megabytes"] = max(cost.peak_bytes for cost in costs["command"]) / 1e6
+    row["memory over size"] = row["peak megabytes"] * 1e6 / size
+    say(f"  memory {row['peak megabytes']:.0f} MB = {row['memory over size']:.2f} x")
+    return row
 
 
 def main() -> None:
@@ -172,11 +182,21 @@ def main() -> None:
         write_release(release, sized_model(parsed.gigabytes))
         write_bin(pickled, release)
         converted("import", release, "--save", run)
-        measure("import, safetensors", release, work / "out", "import", release)
-        measure("import, .bin", pickled, work / "out", "import", pickled)
-        measure("import, to fp16", release, work / "out", "import", release, "--dtype", "float16")
-        measure("export, original", run, work / "out", "export", run, "--layout", "original")
-        measure("8 experts from 4", run, work / "out", "upcycle", run, "--num-experts", 8)
+        export, upcycle = ("export", run, "--layout", "original"), ("upcycle", run, "--num-experts", 8)
+        jobs = (
+            ("import, safetensors", release, ("import", release)),
+            ("import, `.bin`", pickled, ("import", pickled)),
+            (
+                "import with `--dtype float16` (every number is rounded)",
+                release,
+                ("import", release, "--dtype", "float16"),
+            ),
+            ("export to MoE-LLaVA's layout", run, export),
+            ("the same with `--no-verify`", run, (*export, "--no-verify")),
+            ("8 experts from 4 (writes 1.3 times what it reads)", run, upcycle),
+            ("the same with `--no-verify`", run, (*upcycle, "--no-verify")),
+        )
+        finish({"rows": [measure(name, source, work / "out", *command) for name, source, command in jobs]})
 
 
 if __name__ == "__main__":

@@ -90,31 +90,27 @@ def _ceiling(path: str, tower, aspect: str) -> None:
 
 def law_figures(seq_length: int, features: int, buffer: int) -> dict:
     """Useful share, and busiest rank over the mean of RANKS ranks per step, by images and by attention cost."""
-    lengths, filled, images, attention = [], [], [], []
-    for rank in range(RANKS):
-        tokens, has_image = sample_lengths(3000, features, min(LONGEST, seq_length), seed=rank)
-        rows = packing(tokens, seq_length, buffer)
-        lengths.append(tokens)
-        filled.append([tokens[row].sum() / seq_length for row in rows])
-        images.append([has_image[row].sum() for row in rows])
-        attention.append([(tokens[row].astype(float) ** 2).sum() for row in rows])
-    everything = np.concatenate(lengths)
-    shuffled = [np.random.default_rng(number).permutation(row) for number, row in enumerate(attention)]
+    tokens, has_image = sample_lengths(3000 * RANKS, features, min(LONGEST, seq_length))
+    rows = packing(tokens, seq_length, buffer)
+    filled = [tokens[row].sum() / seq_length for row in rows]
+    images = [has_image[row].sum() for row in rows]
+    attention = [(tokens[row].astype(float) ** 2).sum() for row in rows]
+    shuffled = np.random.default_rng(0).permutation(attention)
     name = f"law {seq_length} tokens, {features} features, buffer {buffer}"
     return {
-        f"{name}/useful share": round(float(np.mean([np.mean(row) for row in filled])), 4),
-        f"{name}/best possible useful share": round(min(1.0, packing_bound(everything, seq_length, 16)), 4),
+        f"{name}/useful share": round(float(np.mean(filled)), 4),
+        f"{name}/best possible useful share": round(min(1.0, packing_bound(tokens, seq_length, 16)), 4),
         f"{name}/images, busiest over mean": _imbalance(images),
         f"{name}/attention, busiest over mean": _imbalance(attention),
         f"{name}/attention in random order": _imbalance(shuffled),
     }
 
 
-def _imbalance(per_rank: list) -> float:
-    steps = min(map(len, per_rank))
-    table = np.array([row[:steps] for row in per_rank], dtype=float)
-    table = table[:, table.mean(0) > 0]
-    return round(float((table.max(0) / table.mean(0)).mean()), 3)
+def _imbalance(per_row) -> float:
+    """Of steps of one row per rank, which take the rows in turn."""
+    table = np.array(per_row[: len(per_row) // RANKS * RANKS], dtype=float).reshape(-1, RANKS)
+    table = table[table.mean(1) > 0]
+    return round(float((table.max(1) / table.mean(1)).mean()), 3)
 
 
 def write_rows(folder: Path, count: int) -> Path:
@@ -137,7 +133,7 @@ def loader_figures(data: DataConfig, tower, name: str, seconds: float) -> dict:
     with tempfile.TemporaryDirectory() as cache:
         source = open_source(data.sources[0], cache)
         encoder = build_encoder(data, tokenizer, tower)
-        tokens, _ = token_lengths(source.index, encoder, limit=5000)
+        tokens, *_ = token_lengths(source.index, encoder, limit=5000)
         share = {"seed": 0, "rank": 0, "world_size": 1, "micro_batch_size": 1}
         loader = build_train_loader(data, tokenizer, tower, cache_folder=cache, **share)
         next(loader)

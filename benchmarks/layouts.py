@@ -77,7 +77,7 @@ def prediction() -> dict:
 def _predicted(gpus: int, axes: dict | None) -> dict | None:
     from megatron_moellava.backbones import get_backbone
     from megatron_moellava.config import load_config
-    from megatron_moellava.planning.hardware import GIB, get_gpu
+    from megatron_moellava.costs.gpus import GIB, get_gpu
     from megatron_moellava.planning.picture import label
     from megatron_moellava.planning.search import Request, search
     from megatron_moellava.planning.workload import STAGE_DATA
@@ -85,7 +85,7 @@ def _predicted(gpus: int, axes: dict | None) -> dict | None:
 
     given = {f"parallel.{name}": value for name, value in (EVEN | axes if axes is not None else {}).items()}
     stage = {"model.backbone": PLANNED, "training.stage": 3, "training.global_batch_size": PLANNED_ROWS}
-    run = load_config(None, [f"{name}={value}" for name, value in (stage | {"moe.num_experts": 4} | given).items()])
+    run = load_config(None, [f"{name}={value}" for name, value in (stage | {"moe.num_moe_experts": 4} | given).items()])
     request = Request(
         run=run,
         backbone=get_backbone(PLANNED),

@@ -3,7 +3,7 @@
   python -m benchmarks.moe_layer [--hidden 512] [--ffn 1408] [--rounds 5] [--deepspeed FOLDER]
 
 ours          Megatron-Core's MoE layer with this package's router and grouped experts, as a training run builds it
-sequential    the same with one product per expert (`moe.experts=sequential`)
+sequential    the same with one product per expert (`moe.moe_grouped_gemm=false`)
 transformers  Mixtral's sparse block, as `from_pretrained` gives it (grouped products) and eager (a loop over experts)
 DeepSpeed     its gate and dispatch: einsum over [tokens, experts, slots] (0.18, as in the original's 0.9), and its newest
               release, which no longer does so; capacity factor 1.5, as in the original's recipes
@@ -34,7 +34,7 @@ TOP_K = 2
 AGREEMENT = 0.02  # relative error of two bf16 results of a token; measured: 0.005
 
 
-def our_layer(hidden: int, ffn: int, experts: int, kind: str = "grouped") -> torch.nn.Module:
+def our_layer(hidden: int, ffn: int, experts: int, grouped: bool = True) -> torch.nn.Module:
     """The MoE layer of a one-layer Llama of this size."""
     backbone = replace(
         get_backbone("llama-tiny"),
@@ -47,7 +47,7 @@ def our_layer(hidden: int, ffn: int, experts: int, kind: str = "grouped") -> tor
     )
     run = RunConfig(
         model=ModelConfig(backbone="llama-tiny"),
-        moe=MoEConfig(num_experts=experts, moe_router_topk=TOP_K, placement="dense", experts=kind),
+        moe=MoEConfig(num_moe_experts=experts, moe_router_topk=TOP_K, placement="dense", moe_grouped_gemm=grouped),
         training=TrainingConfig(stage=3),
     )
     model = LanguageModel(run, backbone, transformer_config(backbone, run), True, True, None)
@@ -180,7 +180,7 @@ def measure(tokens: int, experts: int, args, rivals: tuple[str, ...], deepspeed:
     ours = our_layer(hidden, ffn, experts)
     exact = {
         "ours": lambda: ours,
-        "sequential": lambda: our_layer(hidden, ffn, experts, "sequential"),
+        "sequential": lambda: our_layer(hidden, ffn, experts, grouped=False),
         "transformers": lambda: mixtral(hidden, ffn, experts, "grouped_mm"),
         "transformers eager": lambda: mixtral(hidden, ffn, experts, "eager"),
     }

@@ -39,14 +39,15 @@ def quickstart_trainer(folder: Path, overrides: list[str]):
     from make_data import write_quickstart
 
     from megatron_moellava import parallel
-    from megatron_moellava.training.run import build_trainer, load_run, validate_run
+    from megatron_moellava.training.run import build_trainer
+    from megatron_moellava.validation.run import load_run, validate_run
 
     write_quickstart(folder)
     run = load_run(
         config=str(QUICKSTART / "quickstart.yaml"),
         flags={
             "model.backbone": "llama-tiny",
-            "moe.num_experts": 4,
+            "moe.num_moe_experts": 4,
             "training.stage": 3,
             "training.train_steps": 1000,
             "data.sources": [{"path": str(folder / "conversations.json"), "image_folder": str(folder / "images")}],

@@ -1,4 +1,4 @@
-"""benchmarks/results.json -> docs/performance.md and docs/pictures/*.png. Nothing is measured here.
+"""benchmarks/results.json -> docs/measurements/performance.md and its pictures. Nothing is measured here.
 
   python -m benchmarks.report
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 REPO = Path(__file__).parents[1]
 RESULTS = REPO / "benchmarks" / "results.json"
-PAGE = REPO / "docs" / "performance.md"
-PICTURES = REPO / "docs" / "pictures"
+PAGE = REPO / "docs" / "measurements" / "performance.md"
+PICTURES = PAGE.parent / "images"
 NAMES = {
     "ours": "ours, grouped",
     "sequential": "megatron-core SequentialMLP",
@@ -69,7 +69,7 @@ Ours, SequentialMLP and transformers drop nothing and give the same outputs. Dee
 
 {layer_targets(rows)}
 
-![time by tokens](pictures/moe_layer.png)"""
+![time by tokens](images/moe_layer.png)"""
 
 
 def layer_targets(rows: dict) -> str:
@@ -155,7 +155,7 @@ def profile_step(results: dict) -> str:
     others = [[f"`{name}`", percent(value)] for name, value in results["largest others"].items()]
     return f"""## Where a step goes
 
-The quickstart's stage-3 step on one process takes {number(results["step milliseconds"])} ms ({number(results["profiled step milliseconds"])} ms under torch's profiler, {number(results["calls per step"])} operations). Products of a model this small are short: on larger models their share grows.
+The quickstart's stage-3 step on one process takes {number(results["step milliseconds"])} ms ({number(results["profiled step milliseconds"])} ms under torch's profiler, {number(results["calls per step"])} operations). PackedLinear of a model this small are short: on larger models their share grows.
 
 {table(["kind", "share"], shares)}
 
@@ -208,7 +208,7 @@ def prediction(answers: dict) -> str:
     ]
     return f"""
 
-**Prediction, not a measurement**: the cost model of `tools/plan.py` (`docs/planning.md` says how far off it is) for {answers["backbone"]} with 4 experts in every other layer, stage 3, {answers["rows per step"]} packed rows of 2,048 tokens per step, on 8 to 512 H100s. Tokens per second of the whole job, padding included, and MFU. No GPU was used.
+**Prediction, not a measurement**: the cost model of `moellava plan` ([how far off it is](planning.md)) for {answers["backbone"]} with 4 experts in every other layer, stage 3, {answers["rows per step"]} packed rows of 2,048 tokens per step, on 8 to 512 H100s. Tokens per second of the whole job, padding included, and MFU. No GPU was used.
 
 {table(["layout", *(f"{count} GPUs" for count in gpus)], rows)}"""
 
@@ -247,6 +247,34 @@ def data(results: dict) -> str:
     )
 
 
+def conversion(results: dict) -> str:
+    columns = [
+        "peak memory, MB",
+        "of the size",
+        "copying, x `cp`",
+        "whole command, s",
+        "start-up, s",
+        "`cp`, s",
+        "`sha256sum`, s",
+    ]
+    body = [
+        [
+            row["name"],
+            number(row["gigabytes"]),
+            number(row["peak megabytes"]),
+            number(row["memory over size"]),
+            number(row["wall"]["times cp"]),
+            *(number(row["wall"][what]) for what in ("command", "start-up", "cp", "sha256sum")),
+        ]
+        for row in results["rows"]
+    ]
+    return f"""## Conversions
+
+A synthetic MoE-LLaVA release beside `cp` and `sha256sum` of the same files, in the page cache; the fastest of three rounds. Every conversion writes the digests of its output; export and upcycling first verify what they read. Copying is the bytes per second without the start-up, over those of `cp`.
+
+{table(["", "GB", *columns], body)}"""
+
+
 SECTIONS: dict[str, Callable[[dict], str]] = {
     "moe_layer": moe_layer,
     "train_step": train_step,
@@ -255,6 +283,7 @@ SECTIONS: dict[str, Callable[[dict], str]] = {
     "layouts": layouts,
     "generation": generation,
     "data": data,
+    "conversion": conversion,
 }
 
 

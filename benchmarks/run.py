@@ -1,4 +1,4 @@
-"""Run benchmarks one after another and write benchmarks/results.json, then docs/performance.md and its pictures.
+"""Run benchmarks one after another and write benchmarks/results.json, then docs/measurements/performance.md and its pictures.
 
   python -m benchmarks.run [moe_layer train_step ...]     default: all of TABLE
 
@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 EINSUM = Path(sys.prefix) / "deepspeed-einsum"  # put there by environment.sh
-# name: arguments of benchmarks.NAME. Order is that of docs/performance.md.
+# name: arguments of benchmarks.NAME. Order is that of docs/measurements/performance.md.
 TABLE: dict[str, tuple[str, ...]] = {
     "moe_layer": ("--deepspeed", str(EINSUM)),
     "train_step": ("--deepspeed", str(EINSUM)),
@@ -28,6 +28,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "layouts": (),
     "generation": (),
     "data": (),
+    "conversion": (),
 }
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "deepspeed")
 

@@ -19,6 +19,7 @@ eager    as "padded", but transformers' own experts, one after another, instead 
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,11 @@ from benchmarks.moe_layer import SwiGLU, deepspeed_layer, import_deepspeed
 from benchmarks.reference import Sizes, write_reference
 from benchmarks.synthetic import QUARTER, make_samples, packed_rows, trainer_of, useful_tokens
 from megatron_moellava import parallel
-from megatron_moellava.checkpoint.description import read_run_file
+from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import DataConfig, ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainingConfig
+from megatron_moellava.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from megatron_moellava.conversion.imports import import_checkpoint
+from megatron_moellava.costs.shapes import model_from_json
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
 from megatron_moellava.data.modality import epoch_order
@@ -58,10 +60,10 @@ CHUNKS = 16  # micro-batches of a global batch: 8 GPUs, 2 steps of accumulation
 def our_trainer(folder: Path, rows: list[Batch]) -> Trainer:
     import_checkpoint(folder, save=folder / "megatron", dtype="bfloat16", seed=1)
     checkpoint = require_checkpoint(folder / "megatron")
-    model = read_run_file(checkpoint)["model"]
+    model = model_from_json(read_description(checkpoint).model)
     run = RunConfig(
         model=ModelConfig(backbone=str(checkpoint), tower=str(checkpoint)),
-        moe=MoEConfig(**{**model["moe"], "moe_aux_loss_coeff": AUX_LOSS}),
+        moe=replace(model.required_moe, moe_aux_loss_coeff=AUX_LOSS),
         data=DataConfig(seq_length=ROW),
         training=TrainingConfig(stage=3, global_batch_size=len(rows)),
         optimizer=OptimizerConfig(lr=1e-5),

@@ -26,6 +26,10 @@ cd "$REPO"
 
 for folder in "$MODELS/$BACKBONE" "$MODELS/$TOWER"; do
     [ -d "$folder" ] || { echo "$folder does not exist; set MODELS, BACKBONE or TOWER" >&2 && exit 2; }
+    [ -f "$folder/config.json" ] || { echo "$folder has no config.json; download the model again" >&2 && exit 2; }
+    compgen -G "$folder/*.safetensors" >/dev/null || compgen -G "$folder/*.bin" >/dev/null || {
+        echo "$folder holds no weights (*.safetensors or *.bin); download the model again" >&2 && exit 2
+    }
 done
 for stage in 1 2 3; do
     echo "Checking stage $stage"

@@ -1,19 +1,27 @@
 """One run as data: frozen dataclasses, loaded from YAML and dotted overrides.
 
 Free of torch, so that `--help` and `--validate-only` answer at once. Field names are Megatron-Core's wherever
-Megatron-Core has the thing, so that a search finds both sides. The rules that tie fields together (divisibility,
-files, backbone limits) are in `validation.py`; this file only knows shapes and types.
+Megatron-Core has the thing, so that a search finds both sides. A field's type says which values are legal, and nothing
+else does; the rules that tie fields together (divisibility, files, backbone limits) are in `validation/`.
+docs/reference/configuration.md is made of this file: docstrings, types, defaults, and the comment of each field.
 """
 
 import dataclasses
-import difflib
+import functools
 import math
-import types
+import os
+import sys
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import yaml
+
+from megatron_moellava import typed_tree
+
+INTERRUPTED = 85  # exit code after a signal: a checkpoint is written, run the same command again
 
 
 class MoELlavaError(Exception):
@@ -34,8 +42,26 @@ class DataError(MoELlavaError):
     """A data set is missing or a sample is malformed; says file, row and fix."""
 
 
+# Legal values that have a name, because more than one field or a command has them; `typing.get_args` lists them.
+Stage = Literal[1, 2, 3]
+Precision = Literal["bf16", "fp32"]
+Placement = Literal["first_half", "second_half", "sparse", "dense"]
+Role = Literal[
+    "tower",
+    "projector",
+    "language.embedding",  # word embeddings and output layer
+    "language.attention",
+    "language.norm",
+    "language.ffn",  # FFN of the dense layers, and the dense FFN beside the experts of a residual MoE
+    "experts",
+    "router",  # and the mixing coefficient of a residual MoE
+]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
+    """One data set of `data.sources`."""
+
     path: str  # LLaVA JSON or JSONL, or a folder of WebDataset shards
     image_folder: str = ""  # image paths of the rows are relative to it
     weight: float = 1.0  # how often each row is seen in an epoch; 1.0 for all: their concatenation, as LLaVA does
@@ -43,71 +69,85 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
+    """Which language model and which vision tower; `checkpoint.load` brings both along."""
+
     backbone: str  # a name in backbones/, or a folder with a Hugging Face config.json
     tower: str = "clip-vit-large-patch14-336"  # a name in towers/, or a folder with a config.json
-    scale_multimodal_embeddings: bool = (
-        True  # MiniCPM: False reproduces the original, which skips scale_emb with images
-    )
+    # MiniCPM: False reproduces the original, which skips scale_emb with images
+    scale_multimodal_embeddings: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoEConfig:
-    num_experts: int = 4
-    moe_router_topk: int = 2
-    placement: str | tuple[int, ...] = (
-        "sparse"  # first_half, second_half, sparse (0, 2, 4, ...), dense, or layer numbers
-    )
-    router: str = "megatron"  # "megatron": dropless deterministic top-k; "original": the DeepSpeed 0.9.5 gate
-    router_dtype: str = "fp32"  # of the router's logits and choices: "fp32", or "bf16" as a plain 16-bit model has them
+    """The experts: how many, where, and how tokens are routed to them; null for a dense model."""
+
+    num_moe_experts: int = 4  # per MoE layer
+    moe_router_topk: int = 2  # experts per token
+    placement: Placement | tuple[int, ...] = "sparse"  # by name (sparse: layers 0, 2, 4, ...), or layer numbers
+    # "megatron": dropless deterministic top-k; "original": the DeepSpeed 0.9.5 gate
+    router: Literal["megatron", "original"] = "megatron"
+    # of the router's logits and choices; "bf16" as a plain 16-bit model has them
+    moe_router_dtype: Literal["fp32", "bf16"] = "fp32"
     moe_aux_loss_coeff: float = 0.01  # per MoE layer, summed over layers
     moe_z_loss_coeff: float | None = None  # megatron router only
-    moe_router_load_balancing_type: str = "aux_loss"  # aux_loss, seq_aux_loss, global_aux_loss, none (megatron router)
+    # megatron router only
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"] = "aux_loss"
     moe_router_enable_expert_bias: bool = False  # aux-loss-free balancing (megatron router)
-    moe_router_bias_update_rate: float = 1e-3
-    moe_shared_expert_intermediate_size: int | None = None
-    capacity_factor: float | None = None  # slots per expert = ceil(tokens / experts * factor * top-k); None: dropless
+    moe_router_bias_update_rate: float = 1e-3  # step of the expert bias
+    moe_shared_expert_intermediate_size: int | None = None  # of an expert that sees every token; None: there is none
+    # slots per expert = ceil(tokens / experts * factor * top-k); None: dropless
+    moe_expert_capacity_factor: float | None = None
     eval_capacity_factor: float = 2.0  # original router only
     min_capacity: int = 0  # original router only
-    second_choice: str = "sampled"  # original router: "sampled" (Gumbel) or "deterministic"
+    second_choice: Literal["sampled", "deterministic"] = "sampled"  # original router; sampled: with Gumbel noise
     aux_loss_gradient: bool = True  # False reproduces the released recipes, whose aux loss has no gradient
     use_residual: bool = False  # residual MoE: the dense FFN stays beside the experts, mixed by a learned coefficient
-    experts: str = "grouped"  # "grouped" GEMM or "sequential"
-    moe_token_dispatcher_type: str = "alltoall"  # alltoall, allgather, flex (GPU)
+    moe_grouped_gemm: bool = True  # one product for all experts of a rank; False: one after the other
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"  # flex: DeepEP, on GPUs
     moe_router_padding_for_quantization: bool = False  # FP8 on a GPU: the router fills experts up, instead of zero rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
+    """What is read, and how rows are made of it."""
+
     sources: tuple[Source, ...] = ()
     tokenizer: str = ""  # folder with a Hugging Face tokenizer, or a SentencePiece .model
     template: str = ""  # conversation version; empty: the backbone's own
-    label_mode: str = "spans"  # "spans": by construction; "original": the original's algorithm with its failures
-    image_aspect_ratio: str = "pad"  # "pad" to a square with the mean colour, or "square" (resize and crop)
+    # "spans": by construction; "original": the original's algorithm with its failures
+    label_mode: Literal["spans", "original"] = "spans"
+    # "pad" to a square with the mean colour, or "square" (resize and crop)
+    image_aspect_ratio: Literal["pad", "square"] = "pad"
     image_grid: bool = False  # LLaVA-NeXT tiling of high-resolution images
     seq_length: int = 2048  # tokens per row, image tokens included
-    max_sample_length: int | None = (
-        None  # of one sample; None: seq_length, or the backbone's context where that is shorter
-    )
-    long_samples: str = "cut"  # samples beyond it: "cut" there and count, as the original, or "skip" them as bad
+    # of one sample; None: seq_length, or the backbone's context where that is shorter
+    max_sample_length: int | None = None
+    # max_sample_length: "positions", images included, or "text", the original's rule
+    length_counts: Literal["positions", "text"] = "positions"
+    # samples beyond it: "cut" there and count, as the original, or "skip" them as bad
+    long_samples: Literal["cut", "skip"] = "cut"
     packing: bool = True  # several samples per row, with block-diagonal attention
     packing_buffer: int = 128  # samples the packer looks at
-    sampler: str = "shuffle"  # or "modality_length", the original's (padded mode only)
-    num_workers: int = 2
+    sampler: Literal["shuffle", "modality_length"] = "shuffle"  # modality_length: the original's (padded mode only)
+    num_workers: int = 2  # processes per data-parallel rank that read ahead
     max_images: int = 16  # per sample
-    max_skip_share: float = 0.0  # bad samples tolerated, as a share of those read; 0 stops at the first
+    ignore_keys: tuple[str, ...] = ()  # keys of rows that are passed over; any other unknown key makes a row bad
+    trust_paths: bool = False  # pictures may lie anywhere: absolute names, `..`, links out of the image folder
+    max_skip_share: float = 0.0  # bad rows tolerated, as a share of the data set's; 0 stops at the first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
+    """How the model and the batch are divided over the processes; what is left over is data parallelism."""
+
+    tensor_model_parallel_size: int = 1  # processes that share each layer's matrices
+    pipeline_model_parallel_size: int = 1  # groups of layers, one after the other
+    virtual_pipeline_model_parallel_size: int | None = None  # chunks of layers per stage: an interleaved pipeline
     num_layers_in_first_pipeline_stage: int | None = None  # fewer decoder layers beside the vision tower
-    pipeline_split: str | tuple[int, ...] = (
-        "even"  # "cost": level with the tower; or the layers of each (virtual) stage
-    )
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
+    # "cost": level with the tower; or the layers of each (virtual) stage
+    pipeline_split: Literal["even", "cost"] | tuple[int, ...] = "even"
+    context_parallel_size: int = 1  # processes that share the positions of a row
+    expert_model_parallel_size: int = 1  # processes that share the experts of a layer
     expert_tensor_parallel_size: int | None = None  # None: 1 for MoE, so that each expert is whole
     sequence_parallel: bool | None = None  # None: on when tensor_model_parallel_size > 1
     distributed_timeout_minutes: float = 10.0  # without progress; then a run names the rank that hangs, and ends with 4
@@ -121,31 +161,36 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
-    stage: int  # 1 projector, 2 projector + language model, 3 MoE
+    """The stage, its steps and batches, and the numbers it computes in."""
+
+    stage: Stage  # 1 projector, 2 projector + language model, 3 MoE
     train_steps: int = 0  # optimizer steps; 0: one epoch
     micro_batch_size: int = 1  # rows per forward pass and data-parallel rank; 1 when packing
     global_batch_size: int = 128  # rows per optimizer step, over all data-parallel ranks
-    seed: int = 42
-    precision: str = "bf16"  # "bf16" or "fp32"
-    fp8: str | None = None  # recipe: delayed, tensorwise, blockwise, mxfp8; on a CPU its numerics are emulated
+    seed: int = 42  # of new weights, of dropout and noise, and of the data's order
+    precision: Precision = "bf16"  # of weights and activations in the pass; the optimizer keeps fp32
+    # on a CPU the recipe's numerics are emulated
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
     num_layers_at_start_in_bf16: int = 0  # decoder layers that stay out of FP8 (not with the delayed recipe)
-    num_layers_at_end_in_bf16: int = 0
-    device: str = "auto"  # "auto", "cpu" or "cuda"
-    trains: tuple[str, ...] | None = None  # roles that receive gradients; None: the stage's own
-    recompute: str = "none"  # none, full, selective (attention), moe
-    recompute_tower: bool = False
+    num_layers_at_end_in_bf16: int = 0  # likewise
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # "cuda": a machine without a GPU is an error
+    trains: tuple[Role, ...] | None = None  # roles that receive gradients; None: the stage's own
+    recompute: Literal["none", "full", "selective", "moe"] = "none"  # selective: the attention alone
+    recompute_tower: bool = False  # the vision tower's activations too
     non_finite_patience: int = 5  # consecutive skipped steps before the run stops
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    lr: float = 2e-5
-    min_lr: float = 0.0
+    """AdamW, its learning rates, and how its communication overlaps with computation."""
+
+    lr: float = 2e-5  # the highest learning rate
+    min_lr: float = 0.0  # at the last step
     projector_lr: float | None = None  # None: lr
-    lr_decay_style: str = "cosine"  # cosine, linear, constant
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     lr_warmup_fraction: float = 0.03  # of train_steps
     router_lr_warmup_fraction: float | None = None  # of train_steps, for the routers alone; None: lr_warmup_fraction
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of matrices; biases and norms have none
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
@@ -162,6 +207,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
+    """Where a stage starts from and where it writes to."""
+
     load: str | None = None  # where the stage starts from, unless `save` already holds a checkpoint
     save: str | None = None  # resumed from when it holds a complete checkpoint
     save_interval: int = 1000  # steps; the end of the run is always saved
@@ -171,6 +218,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoggingConfig:
+    """What a run says of itself, how often, and where."""
+
     log_interval: int = 1  # steps per log line
     routing_interval: int = 10  # steps between router statistics
     straggler_interval: int = 50  # steps between measurements of each rank's own work; 0: never
@@ -181,6 +230,8 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
+    """A whole run: what `--config` and `section.field=value` describe."""
+
     model: ModelConfig
     training: TrainingConfig
     moe: MoEConfig | None = None  # None: dense
@@ -193,12 +244,23 @@ class RunConfig:
     @property
     def row_multiple(self) -> int:
         """Rows are padded to a multiple of so many tokens: by the parallel layout, and by FP8 products on each rank."""
-        fp8 = {None: 1, "mxfp8": 32}.get(self.training.fp8, 16)
+        fp8 = {None: 1, "mxfp8": 32}.get(self.training.fp8_recipe, 16)
         return math.lcm(self.parallel.sequence_multiple, fp8 * self.parallel.context_parallel_size)
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Micro-batches per optimizer step and data-parallel rank."""
         return self.training.global_batch_size // (self.training.micro_batch_size * data_parallel_size)
+
+
+# Names that fields once had, as YAML files, command lines and checkpoints still spell them -> today's names.
+RENAMED = {
+    "moe.num_experts": "moe.num_moe_experts",
+    "moe.capacity_factor": "moe.moe_expert_capacity_factor",
+    "moe.router_dtype": "moe.moe_router_dtype",
+    "moe.experts": "moe.moe_grouped_gemm",
+    "training.fp8": "training.fp8_recipe",
+}
+RENAMED_VALUES = {"moe.experts": {"grouped": True, "sequential": False}}
 
 
 def load_config(yaml_path: str | None = None, overrides: typing.Sequence[str] = ()) -> RunConfig:
@@ -213,16 +275,18 @@ def load_config(yaml_path: str | None = None, overrides: typing.Sequence[str] = 
 
 
 def read_yaml(path: str) -> dict:
-    """The mapping in a YAML file; ConfigError when the file is missing or is something else."""
+    """The mapping in a YAML file, in today's names; ConfigError when the file is missing or is something else."""
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist; give an existing YAML file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read ({error.strerror}); give a YAML file") from None
     if not isinstance(tree, dict | None):
         raise ConfigError(f"config file {path} holds a {type(tree).__name__}; it must map sections such as `model:`")
-    return tree or {}
+    return current_names(tree or {}, say_renamed)
 
 
 def split_override(override: str) -> tuple[str, object]:
@@ -230,7 +294,45 @@ def split_override(override: str) -> tuple[str, object]:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not of the form section.field=value, e.g. optimizer.lr=1e-4")
-    return key, yaml.safe_load(text) if text else ""
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"override {override!r} is not valid YAML after the equals sign: {problem}") from None
+    return current_name(key, value, say_renamed)
+
+
+def current_names(tree: dict, say: Callable[[str, str], None] | None = None) -> dict:
+    """A run as nested plain data, with today's names for the `RENAMED` ones.
+
+    `say` hears of each (old, new). ConfigError when both are there.
+    """
+    tree = {section: dict(fields) if isinstance(fields, dict) else fields for section, fields in tree.items()}
+    for old in RENAMED:
+        section, name = old.split(".")
+        if isinstance(tree.get(section), dict) and name in tree[section]:
+            new, value = current_name(old, tree[section].pop(name), say)
+            there = tree[section].get(new.partition(".")[2], value)
+            if there != value:
+                raise ConfigError(f"{old} is now {new}, and both are given, with different values; drop {old}")
+            set_override(tree, new, value)
+    return tree
+
+
+def current_name(path: str, value: object, say: Callable[[str, str], None] | None = None) -> tuple[str, object]:
+    """A field's dotted path and its value as today's names have them."""
+    if path not in RENAMED:
+        return path, value
+    if say is not None:
+        say(path, RENAMED[path])
+    return RENAMED[path], RENAMED_VALUES.get(path, {}).get(str(value), value)
+
+
+@functools.cache
+def say_renamed(old: str, new: str) -> None:
+    """One note for each old spelling, on the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {old} is now {new}", file=sys.stderr, flush=True)
 
 
 def set_override(tree: dict, path: str, value: object) -> None:
@@ -244,9 +346,8 @@ def set_override(tree: dict, path: str, value: object) -> None:
 
 
 def from_dict(cls: type, tree: dict):
-    """A dataclass of this file from nested plain data, types checked; see `load_config` for the errors."""
-    problems: list[str] = []
-    value = _build(cls, tree, "", problems)
+    """A dataclass of this file from nested plain data, names, types and choices checked; `load_config` has the errors."""
+    value, problems = typed_tree.build(cls, tree)
     if problems:
         raise ConfigError("\n".join(problems))
     return value
@@ -255,61 +356,3 @@ def from_dict(cls: type, tree: dict):
 def to_dict(config) -> dict:
     """Plain nested data (JSON-able) of a config; `from_dict` reads it back."""
     return dataclasses.asdict(config)
-
-
-def _build(cls: type, tree: object, path: str, problems: list[str]):
-    if not isinstance(tree, dict):
-        problems.append(f"{path.rstrip('.')}={tree!r} must be a section with the fields of {cls.__name__}")
-        return None
-    known = {item.name: item for item in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    for key in tree.keys() - known.keys():
-        near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.4) or sorted(known)
-        problems.append(f"{path}{key} is not a field; did you mean {', '.join(path + name for name in near)}?")
-    values = {}
-    for name, item in known.items():
-        if name in tree:
-            values[name] = _convert(hints[name], tree[name], path + name, problems)
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            problems.append(f"{path}{name} is required")
-    return cls(**values) if not problems else None
-
-
-def _convert(hint, value, path: str, problems: list[str]):
-    """`value` as the type `hint`: a dataclass, a scalar, a tuple of either, or a union of those."""
-    if isinstance(hint, types.UnionType):
-        return _convert_union(typing.get_args(hint), value, path, problems)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _build(hint, value, path + ".", problems)
-    if typing.get_origin(hint) is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(typing.get_args(hint)[0], item, f"{path}[{i}]", problems) for i, item in enumerate(items))
-    converted = _scalar(hint, value)
-    if converted is None:
-        problems.append(f"{path}={value!r} must be of type {hint.__name__}")
-    return converted
-
-
-def _convert_union(options, value, path: str, problems: list[str]):
-    if value is None and types.NoneType in options:
-        return None
-    options = [option for option in options if option is not types.NoneType]
-    if not isinstance(value, list | tuple):  # `str | tuple[int, ...]`: a list is the tuple, anything else the scalar
-        options = [option for option in options if typing.get_origin(option) is not tuple] or options
-    else:
-        options = [option for option in options if typing.get_origin(option) is tuple] or options
-    return _convert(options[0], value, path, problems)
-
-
-def _scalar(hint: type, value):
-    """`value` if it is a `hint`, with the harmless conversions (1 -> 1.0, YAML's "1e-4" -> 1e-4); else None."""
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            return None
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if hint is int and isinstance(value, bool):
-        return None
-    return value if isinstance(value, hint) else None

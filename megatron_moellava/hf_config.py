@@ -24,7 +24,8 @@ INERT = frozenset((
     "exponential_decay_length_penalty", "remove_invalid_values", "output_scores", "return_dict_in_generate",
     "finetuning_task", "id2label", "label2id", "problem_type", "prefix", "pruned_heads", "sep_token_id",
     "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "torchscript",
-    "use_bfloat16", "layer_types",
+    "use_bfloat16", "layer_types", "_attn_implementation_autoset",
+    "max_sequence_length",  # of LLaMA-1 and Vicuna 1.3, beside max_position_embeddings
 ))
 # What LLaVA and MoE-LLaVA add to the text model's config; `conversion.original` reads the ones that matter.
 MULTIMODAL = frozenset((
@@ -35,7 +36,7 @@ MULTIMODAL = frozenset((
     "tokenizer_padding_side", "tokenizer_model_max_length", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter",
     "mm_projector_lr", "mm_use_im_start_end", "mm_use_im_patch_token", "unfreeze_mm_vision_tower",
     "mm_resampler_type", "pretrain_mm_mlp_adapter", "freeze_mm_vision_resampler", "vision_config",
-    "text_config",
+    "text_config", "image_crop_resolution", "image_split_resolution", "mm_vision_tower_lr", "tune_mm_vision_resampler",
 ))
 # fmt: on
 

@@ -14,23 +14,40 @@ import megatron_moellava.platform as platform
 from megatron_moellava.config import ParallelConfig
 
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 
 def initialize(config: ParallelConfig, seed: int) -> None:
     """Join the processes that torchrun started (or run as the only one), build the groups, seed every generator.
 
-    Called again, it replaces the groups of the layout before.
+    Called again, it replaces the groups of the layout before, or keeps them when it is the same layout.
     """
-    if parallel_state.model_parallel_is_initialized():
-        _forget_layout()
+    global _layout
     platform.claim_device(int(os.environ.get("LOCAL_RANK", 0)))
     # The watchdog, which can say who hangs where, speaks first; a collective gives up only if it does not.
     minutes = 1.5 * config.distributed_timeout_minutes + 0.5
+    if _layout != config or not dist.is_initialized():
+        _forget_layout()
+        _build_groups(config, minutes)
+        _layout = config
+    _forget_losses()
+    platform.seed_everything(seed)
+    seed_model_parallel(seed)
+
+
+_layout: ParallelConfig | None = None  # of the groups that there are
+_host_group: dist.ProcessGroup | None = None  # all ranks, for numbers of the host; None: the world group will do
+
+
+def _build_groups(config: ParallelConfig, minutes: float) -> None:
+    global _host_group
     timeout = datetime.timedelta(minutes=minutes)
     if not dist.is_initialized():
         alone = "WORLD_SIZE" not in os.environ
         where = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
         dist.init_process_group(platform.BACKEND, timeout=timeout, **where)
+    if platform.BACKEND != "gloo" and _host_group is None:
+        _host_group = dist.new_group(backend="gloo", timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -40,19 +57,29 @@ def initialize(config: ParallelConfig, seed: int) -> None:
         expert_tensor_parallel_size=config.expert_tensor_parallel_size or 1,
         distributed_timeout_minutes=minutes,
     )
-    platform.seed_everything(seed)
-    seed_model_parallel(seed)
 
 
 def shutdown() -> None:
     """Undo of `initialize`; a process may then build another layout."""
+    global _host_group
     _forget_layout()
+    _host_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _forget_layout() -> None:
+    global _layout
     parallel_state.destroy_model_parallel()
+    _forget_losses()
+    _layout = None
+
+
+def _forget_losses() -> None:
+    """What megatron-core keeps of the router losses' scale for the life of a process."""
+    # In the shape of whoever set it first: a backward pass outside of a schedule makes it a scalar, into which the next
+    # schedule's [1] does not fit.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def seed_model_parallel(seed: int) -> None:
@@ -108,22 +135,32 @@ def _leads_model_parallel_group() -> bool:
     return dist.get_rank() == dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
 
 
-def sum_over_data_parallel(values: Iterable[float], with_context_parallel: bool = False) -> torch.Tensor:
-    """fp64 sums of host numbers over the data-parallel ranks, on every rank of the group.
+def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:
+    """fp64 sum of a number of the device over all that share the batch (context-parallel ranks have parts of its rows).
 
-    `with_context_parallel`: the ranks of a context-parallel group have each counted their own positions.
+    Queued behind the work that makes the number: the host does not wait for it.
     """
-    total = torch.tensor(list(values), dtype=torch.float64, device=platform.device())
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=with_context_parallel))
+    total = value.detach().to(torch.float64, copy=True)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return total
 
 
-def gather_over_data_parallel(values: Iterable[float]) -> torch.Tensor:
-    """fp64 [ranks, values]: the host numbers of every data-parallel rank, on every rank of the group."""
-    own = torch.tensor(list(values), dtype=torch.float64, device=platform.device())
+def gather_over_data_parallel(values: Iterable[int]) -> list[list[int]]:
+    """`[ranks][values]`: the host's numbers of every data-parallel rank, on every rank of the group.
+
+    They go over the host's network (gloo), so that the device is not waited for.
+    """
+    own = torch.tensor(list(values), dtype=torch.int64)
     gathered = own.new_empty(data_parallel_size(), len(own))
-    dist.all_gather(list(gathered.unbind()), own, group=parallel_state.get_data_parallel_group())
-    return gathered.cpu()
+    dist.all_gather(list(gathered.unbind()), own, group=parallel_state.get_data_parallel_group_gloo())
+    return gathered.tolist()
+
+
+def sum_over_ranks(values: Iterable[int]) -> list[int]:
+    """The host's numbers summed over all ranks of the world, on every rank; likewise over the host's network."""
+    sums = torch.tensor(list(values), dtype=torch.int64)
+    dist.all_reduce(sums, group=_host_group)
+    return sums.tolist()
 
 
 def broadcast_from_reader(tensors: dict[str, torch.Tensor | None] | None, meta: object = None) -> tuple[dict, object]:

@@ -5,7 +5,7 @@ megatron-core, which documents no CPU path, run unchanged on CPU tensors and glo
 handed a facade of `torch` whose `cuda` member and device arguments mean the CPU. The rest of the process keeps the
 real torch. `import megatron_moellava.platform` must come before the first import of megatron.core.
 
-Every adaptation was needed: with one left out megatron-core 0.19.2 stops (docs/numerics.md has the places).
+Every adaptation was needed: with one left out megatron-core 0.19.2 stops (docs/measurements/numerics.md has the places).
 """
 
 import builtins
@@ -24,18 +24,24 @@ from collections.abc import Iterator
 import numpy
 import torch
 
+from megatron_moellava.machine import Machine
+
 HAS_CUDA = torch.cuda.is_available()
 HAS_TRANSFORMER_ENGINE = HAS_CUDA and importlib.util.find_spec("transformer_engine") is not None
 # Megatron-Core's output layer refuses to be built with the fusion unless apex's kernel is there.
 HAS_GRADIENT_FUSION = HAS_TRANSFORMER_ENGINE and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 BACKEND = "nccl" if HAS_CUDA else "gloo"
+MACHINE = Machine(
+    has_gpu=HAS_CUDA, has_transformer_engine=HAS_TRANSFORMER_ENGINE, has_gradient_fusion=HAS_GRADIENT_FUSION
+)
 
 
 def _keep_freed_memory() -> None:
     """Torch's CPU allocator is malloc, and glibc's takes blocks of over 32 MB from the system and gives them back, each time.
 
-    A MoE layer with 8,192 tokens met 270,000 page faults a pass so, a third of its time (docs/numerics.md). Now freed
-    memory stays with the process, as it does with torch's allocator on a GPU. Other C libraries have no such switch.
+    A MoE layer with 8,192 tokens met 270,000 page faults a pass so, a third of its time (docs/measurements/numerics.md).
+    Now freed memory stays with the process, as it does with torch's allocator on a GPU. Other C libraries have no such
+    switch.
     """
     trim_threshold, mmap_max = -1, -4  # numbers of <malloc.h>
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -62,6 +68,27 @@ def claim_device(local_rank: int) -> None:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+
+
+def device_name() -> str | None:
+    """What CUDA calls this process's GPU; None on a CPU."""
+    return torch.cuda.get_device_name(device()) if HAS_CUDA else None
+
+
+class ToHost:
+    """Numbers of the device on their way to the host: nothing waits for them before `read`, and nothing else then."""
+
+    def __init__(self, values: list[torch.Tensor]):
+        """`values`: single numbers, ready when the work queued so far is done."""
+        self.values = torch.stack([value.detach().double() for value in values]).to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if HAS_CUDA else None
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def read(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()
 
 
 def synchronize() -> None:

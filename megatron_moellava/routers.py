@@ -12,7 +12,7 @@ class RouterKind:
 
     name: str
     counts_padding: bool  # padding takes places at the experts and part in the balance, so its states matter
-    always_has_capacity: bool  # an expert may turn a token away whatever `moe.capacity_factor` says
+    always_has_capacity: bool  # an expert may turn a token away whatever `moe.moe_expert_capacity_factor` says
     evaluates_with_capacity: bool  # in evaluation too; otherwise every token has its place there
     counts_whole_sequence: bool  # places are counted over the whole sequence, not over a rank's share of it
     allows_packing: bool

@@ -1,15 +1,10 @@
 """The three stages of MoE-tuning as data: which roles of parameters each one trains (`model/roles.py` finds them)."""
 
-ROLES = (
-    "tower",
-    "projector",
-    "language.embedding",  # word embeddings and output layer
-    "language.attention",
-    "language.norm",
-    "language.ffn",  # FFN of the dense layers, and the dense FFN beside the experts of a residual MoE
-    "experts",
-    "router",  # and the mixing coefficient of a residual MoE
-)
+import typing
+
+from megatron_moellava.config import Role
+
+ROLES: tuple[Role, ...] = typing.get_args(Role)
 LANGUAGE = tuple(role for role in ROLES if role not in ("tower", "projector"))
 STAGES = {
     1: ("projector",),

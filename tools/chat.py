@@ -1,46 +1,11 @@
 """Talk with a checkpoint in the terminal.
 
-  python tools/chat.py                                            the quickstart's last stage
-  python tools/chat.py --load runs/stage3 --image photo.jpg       more pictures later with /image FILE
-  torchrun --nproc-per-node 2 tools/chat.py --load runs/stage3 parallel.tensor_model_parallel_size=2
-
-Commands in the conversation: /image FILE, /clear, /save FILE, /help, /quit. Ctrl-C stops an answer.
+The same as `moellava chat`; the parser is in megatron_moellava/commands/chat.py.
 """
 
-import argparse
 import sys
 
-QUICKSTART = "runs/quickstart/stage3"
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", default=QUICKSTART, metavar="CKPT", help=f"checkpoint ({QUICKSTART})")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="shown with the first question")
-    parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
-    parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="", choices=("", "bf16", "fp32"), help="(the checkpoint's own)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest word each time (0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="with a temperature: the likeliest words only (1.0)")
-    parser.add_argument("--num-beams", type=int, default=1, help="beam search (1: off)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="of one answer (512)")
-    parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
-    return parser.parse_intermixed_args(arguments)
-
-
-def main() -> int:
-    arguments = parse_arguments()
-    from megatron_moellava.config import MoELlavaError
-
-    try:
-        from megatron_moellava.serving.command import chat
-
-        chat(arguments)
-    except MoELlavaError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
+from megatron_moellava.commands.chat import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,72 +1,11 @@
-"""Ask a checkpoint the paper's benchmarks, score the answers, and put the paper's rows beside ours.
+"""Ask a checkpoint the paper's benchmarks.
 
-python tools/evaluate.py --list
-python tools/evaluate.py --load runs/stage3 --benchmark pope,gqa --data eval --out runs/eval
-torchrun --nproc-per-node 8 tools/evaluate.py --load runs/stage3 --benchmark pope parallel.expert_model_parallel_size=4
-python tools/evaluate.py --benchmark pope --data eval --score-only answers.jsonl --out runs/eval
-
-An interrupted run goes on where it stopped when the same command is given again.
+The same as `moellava evaluate`; the parser is in megatron_moellava/commands/evaluate.py.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--benchmark", default="", help="names separated by commas (--list shows them)")
-    parser.add_argument(
-        "--data", type=Path, default=Path("eval"), help="folder in the layout of LLaVA's eval.zip (eval)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/eval"), help="predictions, scores and table (runs/eval)")
-    parser.add_argument(
-        "--score-only", type=Path, metavar="JSONL", help="score this file of answers (question_id, text)"
-    )
-    parser.add_argument("--load", default="", metavar="CKPT", help="ask this checkpoint")
-    parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
-    parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="", choices=("", "bf16", "fp32"), help="(the checkpoint's own)")
-    parser.add_argument("--batch-size", type=int, default=32, help="questions answered at the same time (32)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (0)")
-    parser.add_argument("--blank-images", action="store_true", help="grey pictures: what the model answers unseeing")
-    parser.add_argument("--model-name", default="", help="our row's name in the table and in submission files")
-    parser.add_argument("--limit", type=int, default=0, help="only the first N questions (0: all)")
-    parser.add_argument(
-        "--circular", action="store_true", help="MMBench: ask every question once per rotation of options"
-    )
-    parser.add_argument("--bootstrap", type=int, default=1000, help="bootstrap samples of the standard error (1000)")
-    parser.add_argument(
-        "--judge-url", default="", help="base of an OpenAI-compatible server, as http://localhost:8000/v1"
-    )
-    parser.add_argument("--judge-model", default="", help="the model that judges LLaVA-Bench and MM-Vet")
-    parser.add_argument(
-        "--judge-key-variable", default="OPENAI_API_KEY", help="environment variable with the judge's key"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
-    parser.add_argument("--list", action="store_true", help="show the benchmarks and what each folder must hold")
-    return parser.parse_intermixed_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    from megatron_moellava.config import MoELlavaError
-    from megatron_moellava.evaluation import command
-
-    try:
-        if args.list:
-            print(command.list_tasks())
-        elif args.load:
-            from megatron_moellava.evaluation.ask import ask_checkpoint
-
-            print(ask_checkpoint(args), end="")
-        else:
-            print(command.score_predictions(args))
-    except MoELlavaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
+from megatron_moellava.commands.evaluate import main
 
 if __name__ == "__main__":
     sys.exit(main())

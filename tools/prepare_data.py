@@ -1,110 +1,11 @@
-"""Turn a LLaVA JSON and its images into WebDataset shards for training, or describe a JSON without writing any.
+"""Write WebDataset shards, or describe a data set.
 
-  tools/prepare_data.py --data pretrain.json --image-folder images --out shards --workers 8
-  tools/prepare_data.py --data pretrain.json --image-folder images --statistics --tokenizer phi-2 --out report
-
-Small sets need no shards: training reads the JSON itself. Shards are for slow or shared file systems, where hundreds of
-thousands of small files hurt. The same command continues an interrupted run. Bad rows stop it unless --max-skip-share
-allows them; OUT/report.json names each. With --tokenizer it also writes OUT/token_lengths.png and prints how well the
-samples will pack. Exit code 2: the data cannot be used as asked.
+The same as `moellava prepare-data`; the parser is in megatron_moellava/commands/prepare_data.py.
 """
 
-import argparse
-import json
 import sys
-from pathlib import Path
 
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, metavar="FILE", help="LLaVA JSON or JSONL")
-    parser.add_argument(
-        "--image-folder", default="", metavar="DIR", help="image paths are relative to it (FILE's folder)"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards and the report")
-    parser.add_argument("--workers", type=int, default=4, help="processes (4)")
-    parser.add_argument("--rows-per-shard", type=int, default=1000, help="1000")
-    parser.add_argument("--max-images", type=int, default=16, help="per row (16)")
-    parser.add_argument("--video-frames", type=int, default=8, help="frames kept of each video (8)")
-    parser.add_argument("--max-skip-share", type=float, default=0.0, help="bad rows tolerated, e.g. 0.01 (0)")
-    parser.add_argument("--statistics", action="store_true", help="only describe the JSON; needs --tokenizer")
-    parser.add_argument("--tokenizer", metavar="PATH", help="folder or SentencePiece .model, for token lengths")
-    parser.add_argument("--template", default="v1", help="conversation version (v1)")
-    parser.add_argument(
-        "--tower", default="clip-vit-large-patch14-336", help="vision tower (clip-vit-large-patch14-336)"
-    )
-    parser.add_argument("--seq-length", type=int, default=4096, help="tokens per packed row (4096)")
-    parser.add_argument("--max-sample-length", type=int, default=2048, help="longer samples are cut (2048)")
-    parser.add_argument("--packing-buffer", type=int, default=128, help="samples the packer looks at (128)")
-    return parser.parse_args()
-
-
-def main() -> int:
-    arguments = parse_arguments()
-    from megatron_moellava.config import MoELlavaError
-
-    try:
-        if not arguments.statistics:
-            _print_report(_shards(arguments))
-        if arguments.tokenizer or arguments.statistics:
-            _statistics(arguments)
-    except MoELlavaError as error:
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _shards(arguments: argparse.Namespace) -> dict:
-    from megatron_moellava.data.shards import make_shards
-
-    return make_shards(
-        arguments.data,
-        arguments.image_folder or Path(arguments.data).parent,
-        arguments.out,
-        rows_per_shard=arguments.rows_per_shard,
-        workers=arguments.workers,
-        max_images=arguments.max_images,
-        video_frames=arguments.video_frames,
-        max_skip_share=arguments.max_skip_share,
-    )
-
-
-def _print_report(report: dict) -> None:
-    skipped = ", ".join(f"{count} {reason}" for reason, count in report["skipped"].items()) or "none"
-    print(
-        f"wrote {report['written']:,} of {report['rows']:,} rows, {report['images']:,} images, {report['shards']} shards"
-    )
-    print(f"skipped {len(report['skipped_rows']):,}: {skipped}")
-    for name, count in report["notes"].items():
-        print(f"note: {count:,} x {name}")
-    if report["rows_with_duplicate_id"]:
-        print(f"note: {report['duplicates_message']}")
-
-
-def _statistics(arguments: argparse.Namespace) -> None:
-    from megatron_moellava.config import ConfigError, DataConfig
-    from megatron_moellava.data.index import index_json
-    from megatron_moellava.data.loader import build_encoder
-    from megatron_moellava.data.statistics import LIMIT, describe, plot, token_lengths
-    from megatron_moellava.data.tokenizer import load_tokenizer
-    from megatron_moellava.towers import get_tower
-
-    if not arguments.tokenizer:
-        raise ConfigError("--statistics needs --tokenizer: the language model's folder, or a SentencePiece .model")
-    data = DataConfig(
-        seq_length=arguments.seq_length, max_sample_length=arguments.max_sample_length, template=arguments.template
-    )
-    encoder = build_encoder(data, load_tokenizer(arguments.tokenizer), get_tower(arguments.tower))
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
-    index = index_json(arguments.data, out / "index")
-    tokens, images = token_lengths(index, encoder)
-    found = {"rows": index.rows, "unusable_rows": min(index.rows, LIMIT) - len(tokens)}
-    found |= describe(tokens, images, arguments.seq_length, arguments.packing_buffer)
-    plot(tokens, images, out / "token_lengths.png", f"{Path(arguments.data).name}: {len(tokens):,} samples")
-    (out / "statistics.json").write_text(json.dumps(found, indent=1))
-    print(json.dumps(found, indent=1))
-
+from megatron_moellava.commands.prepare_data import main
 
 if __name__ == "__main__":
     sys.exit(main())

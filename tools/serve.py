@@ -1,53 +1,11 @@
-"""Serve a checkpoint: a web page, and OpenAI's /v1/chat/completions.
+"""Serve a checkpoint: web page and OpenAI-compatible API.
 
-  python tools/serve.py                                           the quickstart's last stage on http://127.0.0.1:8000
-  python tools/serve.py --load runs/stage3 --port 9000 --examples pictures/
-  torchrun --nproc-per-node 2 tools/serve.py --load runs/stage3 parallel.expert_model_parallel_size=2
-
-Only this machine can connect unless --host says otherwise; then set a token: MOELLAVA_TOKEN=... python tools/serve.py
+The same as `moellava serve`; the parser is in megatron_moellava/commands/serve.py.
 """
 
-import argparse
 import sys
 
-QUICKSTART = "runs/quickstart/stage3"
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", default=QUICKSTART, metavar="CKPT", help=f"checkpoint ({QUICKSTART})")
-    parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
-    parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="", choices=("", "bf16", "fp32"), help="(the checkpoint's own)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="(8000)")
-    parser.add_argument("--allow-host", action="append", default=[], help="accept this Host header too ('*': any)")
-    parser.add_argument("--model-name", default="", help="name in the API (the checkpoint's folder)")
-    parser.add_argument("--token-variable", default="MOELLAVA_TOKEN", help="environment variable with a bearer token")
-    parser.add_argument("--examples", default="", metavar="DIR", help="pictures that the page offers")
-    parser.add_argument("--batch-size", type=int, default=16, help="answers at the same time (16)")
-    parser.add_argument("--max-open-requests", type=int, default=64, help="running and waiting; more get 429 (64)")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="of one answer (1024)")
-    parser.add_argument("--max-body-mb", type=float, default=30.0, help="of one request (30)")
-    parser.add_argument("--request-seconds", type=float, default=300.0, help="of one answer (300)")
-    parser.add_argument("--allow-remote-images", action="store_true", help="fetch http(s) image URLs of public hosts")
-    parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
-    return parser.parse_intermixed_args(arguments)
-
-
-def main() -> int:
-    arguments = parse_arguments()
-    from megatron_moellava.config import MoELlavaError
-
-    try:
-        from megatron_moellava.serving.command import serve
-
-        serve(arguments)
-    except MoELlavaError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
+from megatron_moellava.commands.serve import main
 
 if __name__ == "__main__":
     sys.exit(main())

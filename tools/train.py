@@ -1,83 +1,11 @@
-"""Train one stage of MoE-tuning: 1 projector, 2 projector + language model, 3 MoE.
+"""Train one stage of MoE-tuning.
 
-  tools/train.py --stage 1 --backbone phi-2 --data pretrain.json --image-folder images --load CKPT --save OUT
-  torchrun --nproc-per-node 8 tools/train.py --stage 3 --config stage3.yaml parallel.expert_model_parallel_size=4
-
-Every field of the run can be set in the YAML file of --config and by section.field=value, which wins. The same command
-continues an interrupted run. Exit codes: 0 trained to the end; 2 the run as asked for cannot work; 3 too many steps
-without a finite gradient; 4 no progress for parallel.distributed_timeout_minutes (stderr says which rank hangs where);
-85 interrupted by SIGTERM or SIGUSR1: all finished steps are on disk; other codes are crashes.
+The same as `moellava train`; the parser is in megatron_moellava/commands/train.py.
 """
 
-import argparse
-import os
-import re
-import signal
 import sys
 
-INTERRUPTED = 85  # training.loop has the same, but importing it takes seconds in which signals may arrive
-SETTING = re.compile(r"(model|moe|data|parallel|training|optimizer|checkpoint|logging)(\.\w+)+=")
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="training.stage")
-    parser.add_argument("--backbone", help="model.backbone: a name such as phi-2, or a folder with a config.json")
-    parser.add_argument("--tower", help="model.tower: a name such as clip-vit-large-patch14-336, or a folder")
-    parser.add_argument("--data", nargs="+", default=[], metavar="PATH", help="LLaVA JSON files or WebDataset folders")
-    parser.add_argument("--image-folder", default="", metavar="DIR", help="image paths of the rows are relative to it")
-    parser.add_argument("--load", metavar="CKPT", help="checkpoint.load: where the stage starts from")
-    parser.add_argument("--save", metavar="DIR", help="checkpoint.save: written to, and continued from when not empty")
-    parser.add_argument("--config", metavar="FILE.yaml", help="the run as YAML; flags and overrides win over it")
-    parser.add_argument(
-        "--validate-only", action="store_true", help="check the run and the files, then exit with 0 or 2"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. optimizer.lr=1e-4")
-    parsed = parser.parse_intermixed_args(arguments)
-    settings = [item for item in parsed.data if SETTING.match(item)]  # `--data a.json b.json optimizer.lr=1e-4`
-    parsed.data = [item for item in parsed.data if item not in settings]
-    parsed.overrides += settings
-    return parsed
-
-
-def main() -> int:
-    arguments = parse_arguments()
-    # Until the training loop takes over there is nothing to save: be gone before the scheduler's patience is.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: os._exit(INTERRUPTED))
-    from megatron_moellava.config import MoELlavaError
-
-    try:
-        if _wants_cpu(arguments):  # before torch looks for GPUs
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        from megatron_moellava.training.run import load_run, train, validate_run
-
-        run = load_run(config=arguments.config, flags=flags(arguments), overrides=arguments.overrides)
-        if arguments.validate_only:
-            validate_run(run)
-            print("the run is valid")
-            return 0
-        return train(run)
-    except MoELlavaError as error:
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-
-
-def flags(arguments: argparse.Namespace) -> dict[str, object]:
-    """The flags as fields of the run."""
-    return {
-        "training.stage": arguments.stage,
-        "model.backbone": arguments.backbone,
-        "model.tower": arguments.tower,
-        "checkpoint.load": arguments.load,
-        "checkpoint.save": arguments.save,
-        "data.sources": [{"path": path, "image_folder": arguments.image_folder} for path in arguments.data],
-    }
-
-
-def _wants_cpu(arguments: argparse.Namespace) -> bool:
-    return "training.device=cpu" in arguments.overrides
-
+from megatron_moellava.commands.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

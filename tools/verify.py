@@ -1,41 +1,11 @@
-"""Compare this program with recorded outputs of the original MoE-LLaVA, and say pass or FAIL for every quantity.
+"""Compare this program with recordings of the original.
 
-  tools/verify.py tests/golden/llama
-  torchrun --nproc-per-node 2 tools/verify.py tests/golden parallel.expert_model_parallel_size=2
-
-FOLDER holds one backbone's recordings (inputs.pt, dense/, dense.pt, moe/, moe.pt, ...), or folders that do; towers and
-tokenizers are looked for in its assets/ or in the one beside it. Cases without a file are left out. Exit codes: 0
-everything agrees; 1 something does not; 2 the folder or the layout cannot be used.
+The same as `moellava verify`; the parser is in megatron_moellava/commands/verify.py.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="recordings of one backbone, or a folder of those")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.field=value",
-        help="the layout, e.g. parallel.tensor_model_parallel_size=2",
-    )
-    return parser.parse_intermixed_args(arguments)
-
-
-def main() -> int:
-    arguments = parse_arguments()
-    from megatron_moellava.config import MoELlavaError
-    from megatron_moellava.verify.command import verify
-
-    try:
-        return 0 if verify(arguments.folder, arguments.overrides) else 1
-    except MoELlavaError as error:
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-
+from megatron_moellava.commands.verify import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,43 +1,11 @@
-"""Watch the routers of a run while it trains: a bar for each expert and layer, text and image tokens side by side.
+"""Watch the routers of a run while it trains.
 
-  tools/watch_routing.py runs/stage3            follow the run (Ctrl-C ends)
-  tools/watch_routing.py runs/stage3 --once     the newest observation
-
-Reads the routing.jsonl that training writes every `logging.routing_interval` steps. Yellow is an expert with less than a
-quarter of the mean load, red one with more than twice the mean.
+The same as `moellava watch`; the parser is in megatron_moellava/commands/watch.py.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "run", type=Path, metavar="RUN_FOLDER", help="checkpoint.save (or logging.directory) of the run"
-    )
-    parser.add_argument("--once", action="store_true", help="draw the newest observation and exit")
-    parser.add_argument("--interval", type=float, default=1.0, help="seconds between looks at the file (1)")
-    parser.add_argument("--no-colour", action="store_true", help="plain text (the default when piped)")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
-    from megatron_moellava.analysis.watch import watch
-    from megatron_moellava.config import MoELlavaError
-
-    colour = sys.stdout.isatty() and not args.no_colour
-    try:
-        watch(args.run, follow=not args.once, interval=args.interval, colour=colour)
-    except MoELlavaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print()
-    return 0
-
+from megatron_moellava.commands.watch import main
 
 if __name__ == "__main__":
     sys.exit(main())

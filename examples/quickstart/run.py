@@ -5,7 +5,7 @@
 
 Makes the data, a tiny language model and a tiny pretrained tower; runs stage 1 (projector), stage 2 (projector and
 language model), the upcycling to experts, stage 3 (MoE), and the dense model continued for as long; asks the held-out
-questions after each. Every step is what the tools do (tools/convert.py, tools/train.py). Results: OUT/summary.json,
+questions after each. Every step is what the tools do (moellava convert, moellava train). Results: OUT/summary.json,
 curves.png, expert_load.png; TensorBoard logs below OUT.
 """
 
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
         "--steps-scale", type=float, default=1.0, help="multiplies the steps of every run, for a quick look"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="for every run, as in tools/train.py"
+        "overrides", nargs="*", metavar="section.field=value", help="for every run, as in moellava train"
     )
     return parser.parse_intermixed_args()
 
@@ -119,14 +119,16 @@ class Quickstart:
 
     def check(self) -> None:
         """Every run must be able to work before minutes go into the first one."""
-        from megatron_moellava.training.run import validate_run
+        from megatron_moellava.validation.run import validate_run
 
         for name, plan in PLAN.items():
-            model = {"model.backbone": self.arguments.backbone} | ({"moe.num_experts": 4} if plan["stage"] == 3 else {})
+            model = {"model.backbone": self.arguments.backbone} | (
+                {"moe.num_moe_experts": 4} if plan["stage"] == 3 else {}
+            )
             validate_run(self.run_config(name, plan, model | {"checkpoint.load": None}))
 
     def run_config(self, name: str, plan: dict, more: dict | None = None):
-        from megatron_moellava.training.run import load_run
+        from megatron_moellava.validation.run import load_run
 
         data = self.out / "data"
         flags = {

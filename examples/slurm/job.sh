@@ -12,7 +12,11 @@
 OVERRIDES=("$@")                # what the caller added: dotted fields such as optimizer.lr=1e-5
 PYTHON="${PYTHON:-python3}"     # interpreter of the environment, or of the container
 CONTAINER="${CONTAINER:-}"      # "": bare metal; a .sif file: Apptainer; anything else: an image for enroot/pyxis
-MOUNTS="${MOUNTS:-$REPO,$SAVE}" # folders the container sees, comma-separated
+# Folders the container sees, comma-separated. Of $SAVE the folder above: it is written beside itself, then renamed.
+ABOVE_SAVE="${SAVE:+$(realpath -m -- "$SAVE/..")}"
+MOUNTS="${MOUNTS:-$REPO${ABOVE_SAVE:+,$ABOVE_SAVE}}"
+# A container cannot be asked to see what does not exist yet.
+[ -z "$CONTAINER" ] || [ -z "$ABOVE_SAVE" ] || mkdir -p -- "$ABOVE_SAVE"
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # communication and GEMMs start in program order
@@ -77,7 +81,7 @@ start() {
 }
 
 # SLURM sends USR1 to this shell (#SBATCH --signal=B:...), before the time limit and, if the cluster is set to do so
-# (docs/cluster.md), before a preemption; the training processes must hear of it.
+# (docs/how-to/cluster.md), before a preemption; the training processes must hear of it.
 forward_signal() {
     TOLD_TO_STOP=1
     [ -n "$STEP" ] || return 0 # the run is still being checked

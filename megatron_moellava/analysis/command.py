@@ -1,4 +1,4 @@
-"""tools/analyze_routing.py: a checkpoint and a data set -> PNGs, routing.json and report.html."""
+"""moellava analyze: a checkpoint and a data set -> PNGs, routing.json and report.html."""
 
 import json
 from collections.abc import Sequence
@@ -29,12 +29,14 @@ def analyse(args) -> str:
         template=args.template,
         precision=args.precision,
         layout=layout_of(args.overrides),
+        verify=not args.no_verify,
     )
     data = [(path, args.image_folder) for path in args.data]
     routes = collect_routes(model, prompter, data, limit=args.limit, pictures=args.overlays)
     text = ""
     if dist.get_rank() == 0:
-        similarity = expert_similarity(checkpoint, Path(args.origin) if args.origin else None)
+        origin = Path(args.origin) if args.origin else None
+        similarity = expert_similarity(checkpoint, origin, verify=not args.no_verify, verified=True)
         text = write_report(args.out, str(args.load), [path for path, _ in data], routes, similarity, pca=args.pca)
     parallel.shutdown()
     return text

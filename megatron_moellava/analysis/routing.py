@@ -18,7 +18,8 @@ from megatron_moellava.data import media
 from megatron_moellava.data.batch import Batch, pad
 from megatron_moellava.data.encode import IMAGE_TOKEN, EncodedSample
 from megatron_moellava.data.loader import build_encoder
-from megatron_moellava.data.sample import BadSample, parse_record, read_rows
+from megatron_moellava.data.rows import read_rows
+from megatron_moellava.data.sample import BadSample, parse_record
 from megatron_moellava.inference.prompts import Prompter
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.moe_llava import MoELlava

@@ -33,10 +33,15 @@ class Similarity:
         return not self.between_LEE.any()
 
 
-def expert_similarity(checkpoint: Path, origin: Path | None = None) -> Similarity:
-    """`origin`: the dense stage-2 checkpoint, or the upcycled one. Raises CheckpointError when it is of another model."""
-    trained = open_checkpoint(checkpoint)
-    source = open_checkpoint(origin) if origin else None
+def expert_similarity(
+    checkpoint: Path, origin: Path | None = None, *, verify: bool = True, verified: bool = False
+) -> Similarity:
+    """`origin`: the dense stage-2 checkpoint, or the upcycled one. Raises CheckpointError when it is of another model.
+
+    `verify`: False does not compare files with their digests. `verified`: `checkpoint` has been, in this process.
+    """
+    trained = open_checkpoint(checkpoint, verify=verify, verified=verified)
+    source = open_checkpoint(origin, verify=verify) if origin else None
     layers = trained.model.moe_layers
     results = [_layer(layer, trained, source) for layer in layers]
     from_origin, between, cosine = (np.stack(part) for part in zip(*results, strict=True))

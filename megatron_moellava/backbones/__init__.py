@@ -11,7 +11,7 @@ from megatron_moellava.backbones.from_config import (
     backbone_from_hf_config,
 )
 from megatron_moellava.checkpoint.description import described_model
-from megatron_moellava.config import ConfigError
+from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.hf_config import read_json
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "backbone_fields",
     "backbone_from_fields",
     "backbone_from_hf_config",
+    "backbone_of_section",
     "get_backbone",
 ]
 
@@ -37,14 +38,27 @@ def get_backbone(name: str) -> Backbone:
     """
     if name in BACKBONES:
         return BACKBONES[name]
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.exists():
         described = described_model(path)
         if described:
-            return backbone_from_fields(described["backbone_fields"], FAMILIES)
-        return backbone_from_hf_config(read_json(path), FAMILIES, name=name)
+            return backbone_of_section(described)
+        config = read_json(path)
+        return backbone_from_hf_config(config.get("text_config") or config, FAMILIES, name=name)
     near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.3) or sorted(BACKBONES)
     raise ConfigError(
         f"model.backbone={name!r} is neither a known backbone nor a folder with a config.json; "
         f"nearest names: {', '.join(near)}"
     )
+
+
+def backbone_of_section(section: dict) -> Backbone:
+    """The backbone of the `model` section of a run.json: by its fields, or by name where there are none."""
+    if section.get("backbone_fields"):
+        try:
+            return backbone_from_fields(section["backbone_fields"], FAMILIES)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"run.json: model.backbone_fields do not describe a backbone: {error}") from None
+    if not section.get("backbone") or not isinstance(section["backbone"], str):
+        raise CheckpointError("run.json: model.backbone is missing; the checkpoint does not say its model")
+    return get_backbone(section["backbone"])

@@ -16,6 +16,7 @@ from megatron_moellava.hf_config import INERT, MULTIMODAL
 REQUIRED = (
     "num_layers",
     "hidden_size",
+    "ffn_hidden_size",
     "num_attention_heads",
     "vocab_size",
     "max_position_embeddings",
@@ -32,10 +33,12 @@ def backbone_from_hf_config(config: dict, families, *, name: str) -> Backbone:
     settings = normalised(config)
     problems = _unsupported(settings, hf)
     if problems:
-        raise ConfigError(f"{name} (model_type {config['model_type']}) is not supported:\n" + "\n".join(problems))
+        raise ConfigError(f"{name} (model_type {config.get('model_type')}) is not supported:\n" + "\n".join(problems))
     values = {hf.fields[key]: value for key, value in hf.defaults.items() if key in hf.fields}
     values |= {field: settings[key] for key, field in hf.fields.items() if settings.get(key) is not None}
     missing = [key for key, field in hf.fields.items() if field in REQUIRED and field not in values]
+    if "ffn_hidden_size" not in hf.fields.values() and "intermediate_size" not in settings:
+        missing.append("intermediate_size")  # of a family that reads it by itself
     if missing:
         raise ConfigError(f"{name}: config.json lacks {', '.join(missing)}; add what the published model has")
     if isinstance(values.get("rope_scaling"), dict):
@@ -49,8 +52,13 @@ def backbone_from_hf_config(config: dict, families, *, name: str) -> Backbone:
 
 
 def find_family(config: dict, families):
-    """The family file for a config's model_type."""
+    """The family file for a config's model_type, or for its architecture where it has none (MiniCPM-2B)."""
     model_type = config.get("model_type")
+    if model_type is None:
+        architectures = config.get("architectures") or ()
+        found = next((family for family in families if family.SIZES[0].hf.architecture in architectures), None)
+        if found is not None:
+            return found
     for family in families:
         if model_type in _model_types(family.SIZES[0].hf):
             return family

@@ -119,7 +119,7 @@ LLAMA_3_8B = replace(
     vocab_size=128256,
     max_position_embeddings=8192,
     rotary_base=500000.0,
-    template="chat",
+    template="llama_3",
 )
 LLAMA_3_1_SCALING = RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192

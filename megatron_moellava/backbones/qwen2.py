@@ -76,7 +76,7 @@ QWEN2_0_5B = replace(
     num_attention_heads=14,
     num_query_groups=2,
     max_position_embeddings=131072,
-    template="chat",
+    template="chatml",
 )
 QWEN2_1_5B = replace(
     QWEN2_0_5B,

@@ -49,7 +49,7 @@ QWEN3_0_6B = Backbone(
     qk_layernorm=True,
     rotary_base=1e6,
     share_embeddings_and_output_weights=True,
-    template="chat",
+    template="chatml",
     hf=HF,
     mapping=MAPPING,
 )

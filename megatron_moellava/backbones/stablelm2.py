@@ -65,6 +65,7 @@ HF = HuggingFace(
         "qk_layernorm": False,
         "use_parallel_residual": False,
     },
+    inert=("num_heads",),  # of the first release, which reads num_attention_heads
 )
 
 STABLELM_2_1_6B = Backbone(

@@ -1,36 +1,110 @@
-"""What a checkpoint says of itself: `run.json`, sealed by a checksum of its own content."""
+"""What a checkpoint says of itself: `run.json`, sealed by a checksum of its own content.
 
+The one reader and the one writer of the file, for training and conversions alike. A reader never sees a file that is
+not what was written: reading checks the seal.
+"""
+
+import contextlib
+import hashlib
 import json
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import get_type_hints
 
-from megatron_moellava.checkpoint.folders import RUN_FILE, newest_checkpoint
-from megatron_moellava.checkpoint.integrity import DamagedCheckpoint, check_seal, verify_files
-from megatron_moellava.config import CheckpointError
+from megatron_moellava.checkpoint.folders import RUN_FILE, complete_iterations, newest_checkpoint, write_durably
+from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
+from megatron_moellava.config import CheckpointError, current_names
 
 FORMAT = 1
+ANEW = "copy it anew, or use another checkpoint"
 
 
-def read_run_file(checkpoint: Path) -> dict:
-    """The `run.json` of an iteration folder."""
-    path = checkpoint / RUN_FILE
-    try:
-        description = json.loads(path.read_text())
-        check_seal(path, description)
-    except (ValueError, TypeError) as error:
-        raise DamagedCheckpoint(f"{path} is damaged ({error}); copy it anew, or use another checkpoint") from None
-    if description.get("format") != FORMAT:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunDescription:
+    """The content of run.json. Fields with a default may be missing from files of older versions and of conversions."""
+
+    format: int = FORMAT
+    iteration: int  # optimizer steps done; 0: a conversion
+    stage: int | None = None  # the last one trained; 0: start of stage 1
+    consumed_samples: int = 0
+    optimizer_steps: int | None = None  # updates made; None: no optimizer state, training cannot resume here
+    world_size: int | None = None  # None: a conversion
+    data_parallel_size: int | None = None
+    model: dict  # costs.shapes.model_from_json makes backbone, tower and experts of it
+    config: dict | None = None  # the whole run; None: a conversion
+    provenance: dict = field(default_factory=dict)  # of the weights: what was done to what
+    sha256: dict = field(default_factory=dict)  # {file below the folder: digest}; empty: an older version wrote none
+    checksum: str | None = None  # the seal: of everything above; None: an older version wrote none
+
+
+def read_description(checkpoint: Path) -> RunDescription:
+    """The description of an iteration folder.
+
+    Raises DamagedCheckpoint when the file is not what was written, CheckpointError when another version wrote it.
+    """
+    path = Path(checkpoint) / RUN_FILE
+    content = _read(path)
+    if "checksum" in content and content["checksum"] != _checksum(content):
+        raise DamagedCheckpoint(f"{path} differs from what was written; {ANEW}")
+    if content.get("format") != FORMAT:
         raise CheckpointError(
-            f"{checkpoint} has format {description.get('format')}; this program reads format {FORMAT}"
+            f"{path} has format {content.get('format')!r}, this version reads {FORMAT}; upgrade, or {ANEW}"
         )
-    return description
+    hints = get_type_hints(RunDescription)
+    unknown = sorted(content.keys() - hints.keys())
+    if unknown:  # in a file without a seal it may be the seal's own name that is damaged
+        error = CheckpointError if "checksum" in content else DamagedCheckpoint
+        raise error(f"{path} has unknown fields {', '.join(unknown)}; upgrade if a newer version wrote it, or {ANEW}")
+    missing = [name for name in ("iteration", "model") if name not in content]
+    if missing:
+        raise DamagedCheckpoint(f"{path} lacks {', '.join(missing)}; {ANEW}")
+    wrong = [f"{name}={value!r}" for name, value in content.items() if not isinstance(value, hints[name])]
+    if wrong:
+        raise DamagedCheckpoint(f"{path} is damaged: {', '.join(wrong)[:200]}; {ANEW}")
+    for section in ("config", "model"):  # fields of a run have today's names, whatever they had when it was written
+        if content.get(section):
+            content[section] = current_names(content[section])
+    return RunDescription(**content)
+
+
+def write_description(checkpoint: Path, description: RunDescription) -> None:
+    """Write run.json with its seal; the last act of a save, since it makes the folder a complete checkpoint."""
+    content = {item.name: getattr(description, item.name) for item in fields(description) if item.name != "checksum"}
+    content["checksum"] = _checksum(content)
+    write_durably(Path(checkpoint) / RUN_FILE, json.dumps(content, indent=1).encode())
+
+
+def newest_described(save: str | Path) -> tuple[Path, RunDescription] | None:
+    """The checkpoint that a run in the folder `save` goes on from, so far as run.json tells; None: it starts.
+
+    Training sets damaged checkpoints aside and takes the one before.
+    """
+    for checkpoint in reversed(complete_iterations(Path(save))):
+        with contextlib.suppress(DamagedCheckpoint):
+            return checkpoint, read_description(checkpoint)
+    return None
 
 
 def described_model(path: Path) -> dict | None:
     """The `model` section of a checkpoint's run.json (the newest of a run's folder); None for other folders."""
     found = newest_checkpoint(path)
-    return read_run_file(found)["model"] if found else None
+    return read_description(found).model if found else None
 
 
-def verify(checkpoint: Path) -> None:
-    """Raises DamagedCheckpoint, on all ranks, unless every file is what was written; collective."""
-    verify_files(checkpoint, read_run_file(checkpoint).get("sha256", {}))
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: the checkpoint is incomplete; {ANEW}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); {ANEW}") from None
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({error}); {ANEW}") from None
+    if not isinstance(content, dict):
+        raise DamagedCheckpoint(f"{path} is damaged (not a JSON object); {ANEW}")
+    return content
+
+
+def _checksum(content: dict) -> str:
+    sealed = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()

@@ -1,16 +1,26 @@
 """The folder of a run: what lies where, which checkpoints in it are complete, and which one is meant.
 
 SAVE/latest_checkpointed_iteration.txt
-SAVE/iter_0000100/  .metadata, *.distcp   tensors by global name, any layout loads them
-                    run.json              the model and the run; a folder without it is incomplete
+SAVE/iter_0000100/          .metadata, *.distcp   tensors by global name, any layout loads them
+                            ranks/                what a training run needs to go on, by rank
+                            run.json              the model and the run; written last, a folder without it is incomplete
+SAVE/iter_0000100.tmp       an unfinished save
+SAVE/iter_0000100.damaged   a checkpoint whose files are no longer what was written, set aside by training
 """
 
+import os
 from pathlib import Path
 
 from megatron_moellava.config import CheckpointError
 
 RUN_FILE = "run.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+UNFINISHED, DAMAGED = ".tmp", ".damaged"
+
+
+def iteration_folder(save: str | Path, iteration: int) -> Path:
+    """The folder of one checkpoint of a run."""
+    return Path(save) / f"iter_{iteration:07d}"
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -26,10 +36,15 @@ def require_checkpoint(folder: str | Path) -> Path:
     found = newest_checkpoint(folder)
     if found is not None:
         return found
-    raise CheckpointError(
-        f"checkpoint.load={folder} holds no complete checkpoint (a folder iter_*/ with {RUN_FILE}); "
-        + ("make one with tools/convert.py" if Path(folder).exists() else "the folder does not exist")
-    )
+    folder = Path(folder)
+    halves = sorted(path.name for path in (folder, *folder.glob("iter_*")) if path.name.startswith("iter_"))
+    if not folder.exists():
+        hint = "the folder does not exist"
+    elif halves:
+        hint = f"{', '.join(halves)}: the save or the copy was interrupted, copy it anew"
+    else:
+        hint = "make one with moellava convert"
+    raise CheckpointError(f"{folder} holds no complete checkpoint (a folder iter_*/ with {RUN_FILE}); {hint}")
 
 
 def complete_iterations(folder: Path) -> list[Path]:
@@ -38,3 +53,21 @@ def complete_iterations(folder: Path) -> list[Path]:
     An interrupted save leaves iter_*.tmp, a damaged checkpoint is kept as iter_*.damaged; both may have a run.json.
     """
     return sorted(file.parent for file in folder.glob(f"iter_*/{RUN_FILE}") if not file.parent.suffix)
+
+
+def write_tracker(save: Path, iteration: int) -> None:
+    """Note the newest iteration where Megatron-LM's own tools look for it; nothing here reads it."""
+    write_durably(save / TRACKER, f"{iteration}\n".encode())
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a small file that is either the old one or the new one, never half of it, and lies on the disk itself.
+
+    What lies only in memory is lost when the node dies.
+    """
+    temporary = path.with_name(path.name + UNFINISHED)
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)

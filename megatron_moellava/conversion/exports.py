@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_moellava.backbones.from_config import hf_config_of
+from megatron_moellava.checkpoint.sums import verify_sums, write_sums
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion import huggingface, original
 from megatron_moellava.conversion.imports import TOWER_FILE, is_unused, tower_file
@@ -73,18 +74,21 @@ def export_checkpoint(
     tokenizer: Path | None = None,
     tower: Path | None = None,
     dtype: str | None = None,
+    verify: bool = True,
     progress: Progress = lambda count: None,
     begin: Callable[[int], object] = lambda total: None,
 ) -> dict:
     """Write `checkpoint` in `layout` (one of EXPORT_LAYOUTS) to folder `save`, with config and tokenizer files.
 
     `tower`: a folder with the published tower, for its tensors that training does not keep (the last layer).
+    `verify`: False uses what is read without comparing digests. The folder gets a SHA256SUMS of all its files.
     Raises ConfigError or CheckpointError before anything is written.
     """
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint, verify=verify)
     check_complete(source)
     _check_exportable(source, layout)
     if tower:
+        verify_sums(Path(tower), verify=verify)
         source = _with_unused(source, Path(tower))
     if layout == "projector":
         return _export_projector(source, Path(save))
@@ -93,8 +97,9 @@ def export_checkpoint(
         job.files |= _tokenizer_files(Path(tokenizer), job.files)
     begin(sum(recipe.nbytes for recipe in job.recipes))
     with staged(Path(save)) as staging:
-        write_safetensors(staging, job.recipes, job.tensors, progress)
+        digests = write_safetensors(staging, job.recipes, job.tensors, progress)
         _write_files(staging, job.files)
+        write_sums(staging, digests)
     return {"folder": str(save), "layout": job.title, "tensors": len(job.recipes), "files": sorted(job.files)}
 
 
@@ -147,7 +152,7 @@ def _needs_unused(source: Checkpoint) -> None:
 
 def _plan_original(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
     _needs_unused(source)
-    config = original.original_config(source.model, source.provenance.get("hf_config") or {})
+    config = original.original_config(source.model, source.run.provenance.get("hf_config") or {})
     return Export(
         _weights(source, source.model, ORIGINAL, dtype), source.tensors, {"config.json": config}, ORIGINAL.title
     )
@@ -159,7 +164,7 @@ def _plan_llava(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -
         raise ConfigError(
             "--layout llava is LLaVA-1.5's: a dense Llama or Vicuna; use --layout original or transformers"
         )
-    config = original.llava_config(source.model, source.provenance.get("hf_config") or {})
+    config = original.llava_config(source.model, source.run.provenance.get("hf_config") or {})
     return Export(_weights(source, source.model, LLAVA, dtype), source.tensors, {"config.json": config}, LLAVA.title)
 
 
@@ -295,10 +300,11 @@ def _export_projector(source: Checkpoint, save: Path) -> dict:
             tensor = source.tensors[line.megatron]
             content = bytearray().join(bytes(block) for block in files.blocks(tensor, 0, tensor.numel))
             state[line.names[0]] = torch.frombuffer(content, dtype=getattr(torch, tensor.dtype)).view(line.shape)
-    config = original.original_config(source.model, source.provenance.get("hf_config") or {})
+    config = original.original_config(source.model, source.run.provenance.get("hf_config") or {})
     with staged(save) as staging:
         torch.save(state, staging / "mm_projector.bin")
         _write_files(staging, {"config.json": config})
+        write_sums(staging, {})
     return {"folder": str(save), "layout": "mm_projector.bin", "tensors": len(state), "files": ["config.json"]}
 
 

@@ -53,7 +53,9 @@ def moe_config(config: dict) -> MoEConfig | None:
         raise ConfigError("experts must have the dense MLP's size and there must be no shared expert")
     if not normalises:
         raise ConfigError("norm_topk_prob must be true (and false for one expert per token)")
-    return MoEConfig(num_experts=text["num_experts"], moe_router_topk=text["num_experts_per_tok"], placement=placement)
+    return MoEConfig(
+        num_moe_experts=text["num_experts"], moe_router_topk=text["num_experts_per_tok"], placement=placement
+    )
 
 
 def needs_modelling_file(model: Model) -> str:
@@ -129,7 +131,7 @@ def _moe_text(model: Model) -> dict:
     return {
         "model_type": kind,
         "architectures": [f"{name}ForCausalLM"],
-        "num_experts": moe.num_experts,
+        "num_experts": moe.num_moe_experts,
         "num_experts_per_tok": moe.moe_router_topk,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i in range(backbone.num_layers) if i not in model.moe_layers],
@@ -151,7 +153,7 @@ def own_config(model: Model) -> dict:
             "AutoModelForImageTextToText": "modeling_moe_llava.MoELlavaForConditionalGeneration",
         },
         "moe_layers": list(model.moe_layers),
-        "num_experts": moe.num_experts if moe else 0,
+        "num_experts": moe.num_moe_experts if moe else 0,
         "num_experts_per_tok": moe.moe_router_topk if moe else 0,
         "use_residual": bool(moe and moe.use_residual),
         "logits_divisor": backbone.logits_divisor,

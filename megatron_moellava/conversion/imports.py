@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_moellava.backbones import BACKBONES, Backbone
+from megatron_moellava.checkpoint.sums import verify_sums
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion import huggingface, original
 from megatron_moellava.conversion.initial import new_projector
@@ -60,6 +61,7 @@ def import_checkpoint(
     dtype: str | None = None,
     seed: int = 0,
     keep_output_bias: bool = False,
+    verify: bool = True,
     progress: Progress = lambda count: None,
     begin: Callable[[int], object] = lambda total: None,
 ) -> dict:
@@ -67,11 +69,14 @@ def import_checkpoint(
 
     `tower`: a folder with the tower's weights; or, when `source` has the weights, a name or folder that defines it.
     `projector`: a mm_projector file; without one, and without one in `source`, a new projector is drawn with `seed`.
+    `verify`: compare what is read with a SHA256SUMS file where one lies beside it.
     Raises ConfigError or CheckpointError that list every problem, before anything is written.
     """
     source = Path(source)
+    for path in (source, *(Path(other) for other in (tower, projector) if other)):
+        verify_sums(path, verify=verify)
     config = read_json(source)
-    job = Import(_detect(tensors := open_huggingface(source)), tensors)
+    job = Import(detect(tensors := open_huggingface(source)), tensors)
     job.tensors = _renamed(job.tensors, job.layout)
     backbone = _backbone(config, source, job, keep_output_bias)
     moe = original.moe_config(config) or huggingface.moe_config(config)
@@ -96,7 +101,7 @@ def import_checkpoint(
     return {"folder": str(folder), "stage": stage, "model": model, "tensors": len(recipes), **provenance}
 
 
-def _detect(tensors: dict[str, Tensor]) -> Layout:
+def detect(tensors: dict[str, Tensor]) -> Layout:
     """Which layout the names belong to."""
     marks = (
         (ORIGINAL, ("mm_projector.image_spatial_proj.", ".image_tower.", "deepspeed_moe.")),

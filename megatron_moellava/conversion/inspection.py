@@ -1,35 +1,25 @@
 """What is in a checkpoint, as a table, and how two of them differ. Reads Megatron checkpoints and Hugging Face folders."""
 
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from megatron_moellava.checkpoint.folders import complete_iterations
+from megatron_moellava.checkpoint.folders import newest_checkpoint
+from megatron_moellava.checkpoint.sums import verify_sums
+from megatron_moellava.config import CheckpointError
+from megatron_moellava.conversion.imports import detect
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.conversion.readers import open_huggingface
 from megatron_moellava.conversion.recipes import Tensors
 from megatron_moellava.conversion.tensors import Files, Tensor
-from megatron_moellava.costs.shapes import EXPERTS, LANGUAGE, PROJECTOR, TOWER, UNUSED, Model, megatron_tensors
+from megatron_moellava.conversion.writers import METADATA_FILES
+from megatron_moellava.costs.parameters import activated_parameters, whole_parameters
+from megatron_moellava.costs.shapes import Model, ModelTensor, model_tensors
+from megatron_moellava.stages import LANGUAGE as LANGUAGE_ROLES
 
-# End of a Megatron key -> which axis each parallel group cuts. Norms, routers and what is not listed are copied.
-PARALLEL_LAYOUT = (
-    (f"{EXPERTS}linear_fc1.weight", "EP 0, ETP 1"),
-    (f"{EXPERTS}linear_fc1.bias", "EP 0, ETP 1"),
-    (f"{EXPERTS}linear_fc2.weight", "EP 0, ETP 2"),
-    (f"{EXPERTS}linear_fc2.bias", "EP 0"),
-    ("word_embeddings.weight", "TP 0"),
-    ("output_layer.weight", "TP 0"),
-    ("output_layer.bias", "TP 0"),
-    ("linear_qkv.weight", "TP 0"),
-    ("linear_qkv.bias", "TP 0"),
-    ("linear_proj.weight", "TP 1"),
-    ("mlp.linear_fc1.weight", "TP 0"),
-    ("mlp.linear_fc1.bias", "TP 0"),
-    ("mlp.linear_fc2.weight", "TP 1"),
-)
 STAGES = {0: "start of stage 1", 1: "stage 1: projector", 2: "stage 2: projector + language model", 3: "stage 3: MoE"}
 
 
@@ -45,33 +35,29 @@ class Parameters:
 
 def count_parameters(model: Model) -> Parameters:
     """From the sizes alone; activated = total without the experts that a token does not use."""
-    total = activated = tower = projector = 0
-    for name, shape in megatron_tensors(model).items():
-        count = math.prod(shape)
-        if name.startswith(LANGUAGE):
-            total += count
-            used = model.moe.moe_router_topk / model.moe.num_experts if model.moe and EXPERTS in name else 1
-            activated += int(count * used)
-        elif name.startswith(TOWER):
-            tower += count
-        elif name.startswith(PROJECTOR):
-            projector += count
-    return Parameters(total=total, activated=activated, tower=tower, projector=projector)
+    whole, activated = whole_parameters(model), activated_parameters(model)
+    return Parameters(
+        total=sum(whole[role] for role in LANGUAGE_ROLES),
+        activated=sum(activated[role] for role in LANGUAGE_ROLES),
+        tower=whole["tower"],
+        projector=whole["projector"],
+    )
 
 
-def inspect(path: Path) -> str:
-    """The table of a checkpoint or a Hugging Face folder, as text."""
+def inspect(path: Path, *, verify: bool = True) -> str:
+    """The table of a checkpoint or a Hugging Face folder, as text. `verify`: first compare its files with their digests."""
     if not _is_megatron(Path(path)):
+        verify_sums(Path(path), verify=verify)
         tensors = open_huggingface(Path(path))
         return "\n".join([f"{path}: Hugging Face tensors", "", *_table(tensors, lambda name: ""), "", _totals(tensors)])
-    source = open_checkpoint(path)
+    source = open_checkpoint(path, verify=verify)
     lines = [
         f"{source.folder}",
-        f"  stage        {STAGES[source.run['stage']]}, iteration {source.run.get('iteration')}",
+        f"  stage        {STAGES.get(source.run.stage or 0, source.run.stage)}, iteration {source.run.iteration}",
         *_model_lines(source.model),
-        *_provenance_lines(source.provenance),
+        *_provenance_lines(source.run.provenance),
         "",
-        *_table(source.tensors, _parallel),
+        *_table(source.tensors, partial(_parallel, tensors=model_tensors(source.model))),
         "",
         _totals(source.tensors),
     ]
@@ -79,7 +65,9 @@ def inspect(path: Path) -> str:
 
 
 def _is_megatron(path: Path) -> bool:
-    return not path.is_file() and ((path / "run.json").exists() or bool(complete_iterations(path)))
+    """Whether `path` is one, or what an interrupted copy has left of one."""
+    left = (path / METADATA_FILES[0]).exists() or any(path.glob("iter_*"))
+    return not path.is_file() and (newest_checkpoint(path) is not None or left)
 
 
 def _model_lines(model: Model) -> list[str]:
@@ -90,7 +78,7 @@ def _model_lines(model: Model) -> list[str]:
     if model.moe:
         moe = model.moe
         lines.append(
-            f"  MoE          {moe.num_experts} experts, top-{moe.moe_router_topk}, layers "
+            f"  MoE          {moe.num_moe_experts} experts, top-{moe.moe_router_topk}, layers "
             f"{', '.join(map(str, model.moe_layers))}{', residual' if moe.use_residual else ''}"
         )
     lines.append(
@@ -115,12 +103,16 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e8 else f"{number:,}"
 
 
-def _parallel(name: str) -> str:
-    if name.startswith(UNUSED):
+def _parallel(name: str, tensors: dict[str, ModelTensor]) -> str:
+    """Which axis of a tensor each parallel group divides: "EP 0, ETP 1", "TP 0", or "copied"."""
+    if name not in tensors:
         return "rides along"
-    if name.startswith(PROJECTOR):
-        return "copied"
-    return next((layout for end, layout in PARALLEL_LAYOUT if name.endswith(end)), "copied")
+    tensor, axes = tensors[name], []
+    if tensor.is_expert:
+        axes.append("EP 0")
+    if tensor.split is not None:
+        axes.append(f"{'ETP' if tensor.is_expert else 'TP'} {tensor.split}")
+    return ", ".join(axes) or "copied"
 
 
 def _table(tensors: Tensors, layout: Callable[[str], str]) -> list[str]:
@@ -178,10 +170,26 @@ class Difference:
 
 
 def diff(
-    first: Path, second: Path, *, progress: Callable[[int], object] = lambda count: None
+    first: Path,
+    second: Path,
+    *,
+    verify: bool = True,
+    progress: Callable[[int], object] = lambda count: None,
+    begin: Callable[[int], object] = lambda total: None,
 ) -> tuple[list[Difference], int]:
-    """All differences of two checkpoints or folders, and how many tensors are bit-identical."""
-    left, right = _open(Path(first)), _open(Path(second))
+    """All differences of two checkpoints or folders, and how many tensors are bit-identical.
+
+    `verify`: first compare the files of each with their digests. Raises CheckpointError when the two call their tensors
+    by other names, so that every line would say "only in".
+    """
+    left, right = _open(Path(first), verify), _open(Path(second), verify)
+    layouts = _layout_name(Path(first), left), _layout_name(Path(second), right)
+    if layouts[0] != layouts[1]:
+        raise CheckpointError(
+            f"{first} is {layouts[0]} and {second} is {layouts[1]}: their tensors have other names and pieces; bring both "
+            "into one form with `convert import` or `convert export --layout`, then compare"
+        )
+    begin(sum(tensor.nbytes for tensor in left.values()))
     found = [Difference(name, f"only in {first}") for name in left.keys() - right.keys()]
     found += [Difference(name, f"only in {second}") for name in right.keys() - left.keys()]
     same = 0
@@ -195,13 +203,15 @@ def diff(
     return sorted(found, key=lambda item: item.name), same
 
 
-def _open(path: Path) -> dict[str, Tensor]:
-    return open_checkpoint(path).tensors if _is_megatron(path) else open_huggingface(path)
+def _layout_name(path: Path, tensors: Tensors) -> str:
+    return "a Megatron checkpoint" if _is_megatron(path) else f"in the layout of {detect(tensors).title}"
 
 
-def total_bytes(path: Path) -> int:
-    """Bytes of the tensors of a checkpoint, for a progress bar."""
-    return sum(tensor.nbytes for tensor in _open(Path(path)).values())
+def _open(path: Path, verify: bool) -> dict[str, Tensor]:
+    if _is_megatron(path):
+        return open_checkpoint(path, verify=verify).tensors
+    verify_sums(path, verify=verify)
+    return open_huggingface(path)
 
 
 def _compare(one: Tensor, other: Tensor, files: Files, others: Files) -> str:

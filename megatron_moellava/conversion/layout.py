@@ -116,7 +116,7 @@ def _lifted(mapping: Mapping, layer: int, layout: Layout, model: Model) -> Itera
         names = tuple(name.replace(MLP, MLP + part, 1) for part in hf for name in mapping.hf)
         return type(mapping)(mapping.megatron.replace(MLP, MLP + megatron, 1), names)
 
-    experts = model.required_moe.num_experts
+    experts = model.required_moe.num_moe_experts
     yield renamed(EXPERTS, *(layout.expert.format(k=expert) for expert in range(experts))), experts
     if model.required_moe.use_residual:
         yield renamed(RESIDUAL, layout.residual), 0

@@ -1,17 +1,14 @@
-"""Megatron checkpoint folders: finding one, reading what it says of itself, writing a new one.
+"""A Megatron checkpoint as named tensors, for conversions: opening one, and writing a new one."""
 
-`SAVE/iter_0000000/run.json` is written last, after the rename: a folder with it is complete.
-"""
-
-import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moellava import __version__
-from megatron_moellava.checkpoint.folders import complete_iterations
-from megatron_moellava.config import CheckpointError, ConfigError
+from megatron_moellava.checkpoint.description import RunDescription, read_description, write_description
+from megatron_moellava.checkpoint.folders import iteration_folder, require_checkpoint, write_tracker
+from megatron_moellava.checkpoint.verification import verify_checkpoint
+from megatron_moellava.config import ConfigError
 from megatron_moellava.conversion.readers import open_megatron
 from megatron_moellava.conversion.recipes import Part, Recipe, Tensors, check
 from megatron_moellava.conversion.tensors import Tensor
@@ -26,9 +23,6 @@ from megatron_moellava.costs.shapes import (
     model_from_json,
 )
 
-FORMAT = 1
-LATEST = "latest_checkpointed_iteration.txt"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
@@ -37,50 +31,33 @@ class Checkpoint:
     folder: Path
     model: Model
     tensors: dict[str, Tensor]
-    run: dict  # run.json
-
-    @property
-    def provenance(self) -> dict:
-        return self.run.get("provenance") or {}
+    run: RunDescription
+    verified: bool = True  # False: the caller did without
 
 
-def find_iteration(path: Path) -> Path:
-    """The iter_ folder that `path` means: itself, or the newest complete one of a run's folder."""
-    path = Path(path)
-    if (path / "run.json").exists():
-        return path
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a checkpoint folder")
-    complete = complete_iterations(path)
-    if complete:
-        return complete[-1]
-    raise CheckpointError(f"{path} holds no complete checkpoint (iter_*/run.json); give the folder of a finished save")
+def open_checkpoint(path: Path, *, verify: bool = True, verified: bool = False) -> Checkpoint:
+    """Open the newest complete checkpoint of a folder, after its files have been verified; weights stay in the files.
 
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open the newest complete checkpoint of a folder; nothing is read but names and shapes."""
-    folder = find_iteration(path)
-    try:
-        run = json.loads((folder / "run.json").read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{folder / 'run.json'} is damaged ({error}); restore the checkpoint") from None
-    if run.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: run.json format={run.get('format')!r}, this version reads {FORMAT}; upgrade")
+    `verify`: False when the user does without. `verified`: that has been done in this process.
+    """
+    folder = require_checkpoint(path)
+    run = read_description(folder) if verified else verify_checkpoint(folder, verify=verify)
     prefixes = (LANGUAGE, TOWER, PROJECTOR)
     tensors = {
         name: tensor
         for name, tensor in open_megatron(folder).items()
         if name.startswith(prefixes) and "_extra_state" not in name
     }
-    return Checkpoint(folder=folder, model=model_from_json(run["model"]), tensors=_unpadded(tensors, run), run=run)
+    model = model_from_json(run.model)
+    return Checkpoint(folder=folder, model=model, tensors=_unpadded(tensors, model), run=run, verified=verify)
 
 
-def _unpadded(tensors: dict[str, Tensor], run: dict) -> dict[str, Tensor]:
+def _unpadded(tensors: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
     """Training may have padded the vocabulary for tensor parallelism: only the model's own rows are looked at."""
-    vocab = run["model"].get("backbone_fields", {}).get("vocab_size")
+    vocab = model.backbone.vocab_size
     trimmed = {}
     for name, tensor in tensors.items():
-        if vocab and name.startswith((f"{LANGUAGE}embedding.", f"{LANGUAGE}output_layer.")) and tensor.shape[0] > vocab:
+        if name.startswith((f"{LANGUAGE}embedding.", f"{LANGUAGE}output_layer.")) and tensor.shape[0] > vocab:
             tensor = _first_rows(tensor, vocab)
         trimmed[name] = tensor
     return trimmed
@@ -119,27 +96,15 @@ def write_checkpoint(
     progress: Progress,
 ) -> Path:
     """Write SAVE/iter_0000000 and return it. `provenance` says where the weights come from."""
-    folder = Path(save) / "iter_0000000"
+    folder = iteration_folder(save, 0)
     with staged(folder) as staging:
-        write_megatron(staging, recipes, tensors, progress)
-    run = {
-        "format": FORMAT,
-        "iteration": 0,
-        "stage": stage,
-        "model": model.to_json(),
-        "config": None,
-        "provenance": {**provenance, "version": __version__},
-    }
-    write_last(folder / "run.json", json.dumps(run, indent=2) + "\n")
-    write_last(Path(save) / LATEST, "0\n")
+        description = RunDescription(
+            iteration=0,
+            stage=stage,
+            model=model.to_json(),
+            provenance={**provenance, "version": __version__},
+            sha256=write_megatron(staging, recipes, tensors, progress),
+        )
+        write_description(staging, description)
+    write_tracker(Path(save), 0)
     return folder
-
-
-def write_last(path: Path, text: str) -> None:
-    """Write a small file that is either the old one or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)

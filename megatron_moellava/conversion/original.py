@@ -34,12 +34,12 @@ def moe_config(config: dict) -> MoEConfig | None:
     if len(set(experts)) != 1:
         raise ConfigError(f"config.moe.num_experts={experts}: all MoE layers must have equally many experts")
     return MoEConfig(
-        num_experts=experts[0],
+        num_moe_experts=experts[0],
         moe_router_topk=moe["top_k_experts"],
         placement=tuple(moe.get("moe_layers_idx") or moe_layers(moe["moe_mode"], config["num_hidden_layers"])),
         router="original",
         moe_aux_loss_coeff=moe["router_aux_loss_coef"],
-        capacity_factor=moe.get("capacity_factor", 1.0),
+        moe_expert_capacity_factor=moe.get("capacity_factor", 1.0),
         eval_capacity_factor=moe.get("eval_capacity_factor", 1.0),
         min_capacity=moe.get("min_capacity", 4),  # the original's class default, where a config has none
         use_residual=moe.get("use_residual", False),
@@ -171,11 +171,11 @@ def _moe_section(model: Model, source: dict, train_modules: tuple[str, ...]) -> 
         "moe_layers_idx": layers,
         "ep_size": source.get("ep_size", 1),
         "top_k_experts": moe.moe_router_topk,
-        "capacity_factor": moe.capacity_factor or source.get("capacity_factor", 1.5),
+        "capacity_factor": moe.moe_expert_capacity_factor or source.get("capacity_factor", 1.5),
         "eval_capacity_factor": moe.eval_capacity_factor,
         "min_capacity": moe.min_capacity,
         "use_residual": moe.use_residual,
         "router_aux_loss_coef": moe.moe_aux_loss_coeff,
         "train_modules": source.get("train_modules") or list(train_modules),
-        "num_experts": [moe.num_experts] * len(layers),
+        "num_experts": [moe.num_moe_experts] * len(layers),
     }

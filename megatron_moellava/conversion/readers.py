@@ -45,7 +45,10 @@ def _listed(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.index.json"
     if not index.exists():
         return [folder / stem] if (folder / stem).exists() else []
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not an index of shards ({error}); download it again") from None
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise CheckpointError(f"{index} names {', '.join(missing)}, which are missing; download the folder again")
@@ -69,7 +72,10 @@ def open_safetensors(file: Path) -> dict[str, Tensor]:
         length = int.from_bytes(stream.read(8), "little")
         if 8 + length > size:
             raise CheckpointError(f"{file} is not a safetensors file or is truncated; copy it again")
-        header = json.loads(stream.read(length))
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{file} has a damaged header ({error}); copy it again") from None
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():

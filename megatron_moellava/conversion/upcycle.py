@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_moellava.checkpoint.description import read_description
+from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.initial import language_dtype, linear_default, noise, zeros
 from megatron_moellava.conversion.layout import MLP
@@ -21,7 +23,7 @@ from megatron_moellava.conversion.megatron_checkpoint import (
 from megatron_moellava.conversion.recipes import Part, Recipe, check, identity
 from megatron_moellava.conversion.tensors import Tensor
 from megatron_moellava.conversion.writers import Progress
-from megatron_moellava.costs.shapes import EXPERTS, RESIDUAL, UNUSED, megatron_tensors
+from megatron_moellava.costs.shapes import EXPERTS, RESIDUAL, UNUSED, megatron_tensors, model_from_json
 from megatron_moellava.mapping import Shape
 
 ROUTER, EXPERT_BIAS = "router.weight", "router.expert_bias"
@@ -48,6 +50,7 @@ def upcycle_checkpoint(
     noise_std: float = 0.0,
     router_scale: float = 1.0,
     seed: int = 0,
+    verify: bool = True,
     progress: Progress = lambda count: None,
     begin: Callable[[int], object] = lambda total: None,
 ) -> dict:
@@ -56,8 +59,9 @@ def upcycle_checkpoint(
     `noise_std`: noise on the copies of the experts, relative to the spread of the weights; expert 0 stays exact.
     `router_scale`: new router weights relative to torch's default range, which the original uses; 0 starts undecided.
     `seed`: of the noise, the router and the coefficient. A MoE checkpoint keeps its layers and its residual MLP.
+    `verify`: False uses the checkpoint without comparing digests, and leaves a note of that in the provenance.
     """
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint, verify=verify)
     model = replace(source.model, moe=moe)
     old = source.model.moe
     _check_request(source, moe, model.moe_layers)
@@ -69,8 +73,9 @@ def upcycle_checkpoint(
     job = Upcycling(
         tensors=dict(source.tensors),
         hidden_size=model.backbone.hidden_size,
-        old_experts=old.num_experts if old else 0,
-        repeats_router=bool(old) and moe.num_experts * old.moe_router_topk == old.num_experts * moe.moe_router_topk,
+        old_experts=old.num_moe_experts if old else 0,
+        repeats_router=bool(old)
+        and moe.num_moe_experts * old.moe_router_topk == old.num_moe_experts * moe.moe_router_topk,
         noise_std=noise_std,
         router_scale=router_scale,
         seed=seed,
@@ -84,22 +89,23 @@ def upcycle_checkpoint(
     recipes += [identity(name, tensor) for name, tensor in source.tensors.items() if name.startswith(UNUSED)]
     tensors = job.tensors
     check(recipes, tensors, what=str(source.folder), copies=True)
+    earlier = source.run.provenance
     provenance = {
         "operation": "upcycle" if old is None else "grow",
         "source": source.folder.name,
         "noise_std": noise_std,
         "router_scale": router_scale,
         "seed": seed,
-        "hf_config": source.provenance.get("hf_config"),
-        "parent": {key: value for key, value in source.provenance.items() if key != "hf_config"},
-    }
+        "hf_config": earlier.get("hf_config"),
+        "parent": {key: value for key, value in earlier.items() if key != "hf_config"},
+    } | ({} if source.verified else {"source_verified": False})
     begin(sum(recipe.nbytes for recipe in recipes))
     folder = write_checkpoint(
         save,
         model,
         recipes,
         tensors,
-        stage=source.run.get("stage", 2),
+        stage=2 if source.run.stage is None else source.run.stage,
         provenance=provenance,
         progress=progress,
     )
@@ -110,7 +116,7 @@ def request(
     checkpoint: Path, *, num_experts: int, topk: int | None, placement: list[str] | None, residual: bool
 ) -> MoEConfig:
     """The MoE that a person asked for; what was left out is the checkpoint's own, or the recipes' (top-2, sparse)."""
-    old = open_checkpoint(checkpoint).model.moe
+    old = model_from_json(read_description(require_checkpoint(checkpoint)).model).moe
     start = old or MoEConfig()
     where: str | tuple[int, ...] = start.placement
     if placement:
@@ -120,7 +126,7 @@ def request(
         where = tuple(map(int, placement)) if numbers else placement[0]
     return replace(
         start,
-        num_experts=num_experts,
+        num_moe_experts=num_experts,
         moe_router_topk=topk or start.moe_router_topk,
         placement=where,
         use_residual=residual or bool(old and old.use_residual),
@@ -129,8 +135,10 @@ def request(
 
 def _check_request(source: Checkpoint, new: MoEConfig, layers: tuple[int, ...]) -> None:
     old = source.model.moe
-    if not 1 <= new.moe_router_topk <= new.num_experts:
-        raise ConfigError(f"moe_router_topk={new.moe_router_topk} must be between 1 and num_experts={new.num_experts}")
+    if not 1 <= new.moe_router_topk <= new.num_moe_experts:
+        raise ConfigError(
+            f"moe_router_topk={new.moe_router_topk} must be between 1 and num_moe_experts={new.num_moe_experts}"
+        )
     if new.moe_shared_expert_intermediate_size:
         raise ConfigError("moe_shared_expert_intermediate_size: a dense checkpoint has no shared expert to start from")
     if old is None:
@@ -142,8 +150,10 @@ def _check_request(source: Checkpoint, new: MoEConfig, layers: tuple[int, ...]) 
         )
     if new.use_residual != old.use_residual:
         raise ConfigError(f"use_residual={new.use_residual}, but the checkpoint has {old.use_residual}")
-    if new.num_experts < old.num_experts:
-        raise ConfigError(f"num_experts={new.num_experts}, but the checkpoint has {old.num_experts}; experts only grow")
+    if new.num_moe_experts < old.num_moe_experts:
+        raise ConfigError(
+            f"num_moe_experts={new.num_moe_experts}, but the checkpoint has {old.num_moe_experts}; experts only grow"
+        )
 
 
 def _made(name: str, shape: Shape, job: "Upcycling") -> Recipe:

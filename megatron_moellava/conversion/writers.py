@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megatron_moellava.checkpoint.folders import UNFINISHED
+from megatron_moellava.checkpoint.integrity import HashingFile, file_digests
 from megatron_moellava.config import ConfigError
 from megatron_moellava.conversion.readers import SAFETENSORS_TYPES
 from megatron_moellava.conversion.recipes import Recipe, Tensors, stream
@@ -19,6 +21,7 @@ from megatron_moellava.conversion.tensors import BLOCK, ITEM_SIZES, Files
 from megatron_moellava.conversion.torch_file import MAX_BYTES, frame
 
 SHARD_BYTES = 4_500_000_000  # per file, as Hugging Face's 5 GB with room for the header
+METADATA_FILES = (".metadata", "metadata.json")  # of a Megatron checkpoint
 CHUNK_BYTES = 256 << 20  # per piece of a Megatron tensor: loading reads whole pieces into memory
 Progress = Callable[[int], object]  # called with the bytes just written
 
@@ -28,7 +31,7 @@ def staged(folder: Path) -> Iterator[Path]:
     """A folder to write into that becomes `folder` when the block ends well, and is removed when it does not."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} already exists; choose another --save, or remove it first")
-    staging = folder.with_name(folder.name + ".tmp")
+    staging = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(staging, ignore_errors=True)  # of a conversion that was interrupted
     staging.mkdir(parents=True)
     try:
@@ -41,7 +44,7 @@ def staged(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _write(file, recipe: Recipe, tensors: Tensors, files: Files, progress: Progress) -> None:
+def _write(file: HashingFile, recipe: Recipe, tensors: Tensors, files: Files, progress: Progress) -> None:
     written = 0
     for block in stream(recipe, tensors, files):
         file.write(block)
@@ -50,21 +53,23 @@ def _write(file, recipe: Recipe, tensors: Tensors, files: Files, progress: Progr
     assert written == recipe.nbytes, f"{recipe.name}: wrote {written} of {recipe.nbytes} bytes"
 
 
-def write_safetensors(folder: Path, recipes: list[Recipe], tensors: Tensors, progress: Progress) -> None:
-    """`model.safetensors`, or shards with an index when the tensors exceed `SHARD_BYTES`."""
+def write_safetensors(folder: Path, recipes: list[Recipe], tensors: Tensors, progress: Progress) -> dict[str, str]:
+    """`model.safetensors`, or shards with an index when the tensors exceed `SHARD_BYTES`. Returns {file: SHA-256}."""
     shards = _shards(recipes)
     names = ["model.safetensors"] if len(shards) == 1 else _shard_names(len(shards))
-    weight_map = {}
+    weight_map, digests = {}, {}
     with Files() as files:
         for name, shard in zip(names, shards, strict=True):
-            with open(folder / name, "wb", buffering=0) as file:
+            with HashingFile(folder / name) as file:
                 file.write(_safetensors_header(shard))
                 for recipe in shard:
                     _write(file, recipe, tensors, files, progress)
                     weight_map[recipe.name] = name
+            digests[name] = file.digest
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(recipe.nbytes for recipe in recipes)}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return digests
 
 
 def _shard_names(count: int) -> list[str]:
@@ -96,12 +101,12 @@ def _safetensors_header(recipes: list[Recipe]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_megatron(folder: Path, recipes: list[Recipe], tensors: Tensors, progress: Progress) -> None:
+def write_megatron(folder: Path, recipes: list[Recipe], tensors: Tensors, progress: Progress) -> dict[str, str]:
     """A Megatron-Core `torch_dist` folder: `.distcp` files, `.metadata` and `metadata.json`.
 
     Megatron-Core 0.19's dist_checkpointing.load reads it under any parallel layout. Torch's own writer needs every
     tensor in memory at once; here each piece is framed as `torch.save` would and its bytes are streamed from the
-    source.
+    source. Returns {file: SHA-256}.
     """
     from torch.distributed.checkpoint.metadata import Metadata
 
@@ -111,6 +116,7 @@ def write_megatron(folder: Path, recipes: list[Recipe], tensors: Tensors, progre
         for recipe in recipes:
             _add_tensor(out, metadata, recipe, tensors, files, progress)
     _write_metadata(folder, metadata)
+    return out.digests | file_digests(folder, METADATA_FILES)
 
 
 class _Distcp:
@@ -118,6 +124,7 @@ class _Distcp:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._number = folder, 0
+        self.digests: dict[str, str] = {}  # of the files that are finished
         self._open()
 
     def __enter__(self) -> "_Distcp":
@@ -128,11 +135,12 @@ class _Distcp:
 
     def _open(self) -> None:
         self.name = f"__0_{self._number}.distcp"
-        self.file = open(self._folder / self.name, "wb", buffering=0)  # noqa: SIM115 (closed by _close)
+        self.file = HashingFile(self._folder / self.name)
         self._number += 1
 
     def _close(self) -> None:
         self.file.close()
+        self.digests[self.name] = self.file.digest
 
     def start(self) -> int:
         """Position at which the next piece begins."""
@@ -212,5 +220,6 @@ def _cut(parts, start: int, stop: int):
 def _write_metadata(folder: Path, metadata) -> None:
     import pickle
 
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    tensors, backend = METADATA_FILES
+    (folder / tensors).write_bytes(pickle.dumps(metadata))
+    (folder / backend).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))

@@ -1,28 +1,18 @@
-"""A run on so many GPUs as the planner sees it: sizes of every axis, and which layers each pipeline rank holds.
-
-Legend used in all of planning/: a rank's `tokens` are those of one micro-batch before tensor parallelism splits them.
-"""
+"""A run on so many processes: what each axis divides (`sharding.py`), and which layers each pipeline rank holds."""
 
 import functools
-import math
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from megatron_moellava.backbones import Backbone
-from megatron_moellava.config import MoEConfig, RunConfig
 from megatron_moellava.costs.pipeline_split import stage_layers
+from megatron_moellava.costs.sharding import Sharding
 from megatron_moellava.placement import moe_layer_freq
-from megatron_moellava.stages import STAGES
-from megatron_moellava.towers import Tower
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """`run` on `world_size` processes. The backbone is an object, so that models without a name can be planned."""
+class Layout(Sharding):
+    """`run` on `world_size` processes."""
 
-    run: RunConfig
-    backbone: Backbone
-    tower: Tower
     world_size: int
     moe_layers: tuple[bool, ...] = field(init=False)  # for each decoder layer: does it have experts?
     stage_sizes: tuple[int, ...] = field(init=False)  # decoder layers in model order; virtual stages are stages
@@ -41,31 +31,6 @@ class Layout:
         return [layers // self.vp for layers in ranks] * self.vp
 
     @property
-    def tp(self) -> int:
-        return self.run.parallel.tensor_model_parallel_size
-
-    @property
-    def pp(self) -> int:
-        return self.run.parallel.pipeline_model_parallel_size
-
-    @property
-    def vp(self) -> int:
-        return self.run.parallel.virtual_pipeline_model_parallel_size or 1
-
-    @property
-    def ep(self) -> int:
-        return self.run.parallel.expert_model_parallel_size
-
-    @property
-    def etp(self) -> int:
-        return self.run.parallel.expert_tensor_parallel_size or 1
-
-    @property
-    def sp(self) -> int:
-        """Ranks that share the positions of the residual stream."""
-        return 1 if self.run.parallel.sequence_parallel is False else self.tp
-
-    @property
     def dp(self) -> int:
         return self.world_size // (self.tp * self.pp)
 
@@ -77,37 +42,6 @@ class Layout:
     def micro_batches(self) -> int:
         """Per step and data-parallel rank."""
         return self.run.num_microbatches(self.dp)
-
-    @property
-    def tokens(self) -> int:
-        """Of the longest possible micro-batch."""
-        return self.run.training.micro_batch_size * self.run.data.seq_length
-
-    @property
-    def images(self) -> int:
-        """Of the fullest micro-batch: whole images with a short text each in a packed row, one per padded row."""
-        fits = self.run.data.seq_length // (self.tower.num_features + 16)
-        return self.run.training.micro_batch_size * (max(fits, 1) if self.run.data.packing else 1)
-
-    @property
-    def trains(self) -> tuple[str, ...]:
-        """Roles that receive gradients."""
-        return self.run.training.trains or STAGES[self.run.training.stage]
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the word embeddings, padded for tensor parallelism."""
-        return math.ceil(self.backbone.vocab_size / self.tp) * self.tp
-
-    @property
-    def moe(self) -> MoEConfig:
-        """Of a model that has experts."""
-        assert self.run.moe is not None
-        return self.run.moe
-
-    @property
-    def activation_bytes(self) -> int:
-        return 2 if self.run.training.precision == "bf16" else 4
 
     def layers_of(self, pipeline_rank: int) -> list[list[int]]:
         """Layer numbers of each chunk of a pipeline rank: 8 layers, pp 2, vp 2, rank 0 -> [[0, 1], [4, 5]]."""
@@ -126,11 +60,6 @@ class Layout:
     def in_flight(self, pipeline_rank: int) -> frozenset[tuple[int, ...]]:
         """How many micro-batches each chunk of a rank keeps activations of: every state that a step passes through."""
         return schedule_states(self.pp, pipeline_rank, self.vp, min(self.micro_batches, 4 * self.pp))
-
-
-def routed_tokens(layout: Layout, imbalance: float = 1.0) -> float:
-    """Rows that the experts of one rank compute: with expert tensor parallelism each rank of the group sees them all."""
-    return layout.tokens / layout.sp * layout.moe.moe_router_topk * layout.etp * imbalance
 
 
 @functools.cache

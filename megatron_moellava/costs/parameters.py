@@ -1,14 +1,39 @@
-"""How many parameters each role has on one rank, from the shapes that model/ builds. Checked against the built model.
+"""How many parameters a model has, by role, whole or on one rank: sums over the tensors of `shapes.py`.
 
-Elements after tensor and expert parallelism. Experts are reduced over fewer ranks than the rest, so they stay apart.
+Experts are reduced over fewer ranks than the rest, so what every expert rank has whole stays apart from them.
 """
 
+import math
 from collections import Counter
+from collections.abc import Iterator
 
 from megatron_moellava.costs.layout import Layout
-from megatron_moellava.towers import Tower
+from megatron_moellava.costs.shapes import (
+    Model,
+    ModelTensor,
+    Tensors,
+    embedding_tensors,
+    layer_tensors,
+    model_tensors,
+    output_tensors,
+    projector_tensors,
+    tower_layer_tensors,
+    tower_stem_tensors,
+)
 
 SHARED = "shared experts"  # of role `experts`, but whole on every expert rank and reduced like the dense layers
+# Sums over the parts of a rank (bytes, seconds) are made in this order, so that they do not depend on shapes.py's.
+PARTS = (
+    "tower",
+    "projector",
+    "language.embedding",
+    "language.attention",
+    "language.norm",
+    "experts",
+    "router",
+    "language.ffn",
+    SHARED,
+)
 FP32_ROLE = "router"  # kept in fp32 whatever the run's precision
 
 
@@ -17,91 +42,61 @@ def role_of(part: str) -> str:
     return "experts" if part == SHARED else part
 
 
-def parameters_of(layout: Layout, pipeline_rank: int) -> Counter:
-    """role -> parameters of this pipeline rank (of any of its tensor, expert and data ranks)."""
+def whole_parameters(model: Model) -> Counter:
+    """role -> parameters of the whole model."""
     count: Counter = Counter()
+    for tensor in model_tensors(model).values():
+        count[tensor.role] += tensor.size if tensor.is_parameter else 0
+    return count
+
+
+def activated_parameters(model: Model) -> Counter:
+    """role -> parameters that one token passes through: of the routed experts, top-k."""
+    count = whole_parameters(model)
+    for tensor in model_tensors(model).values():
+        if tensor.is_expert:
+            moe = model.required_moe
+            count[tensor.role] -= tensor.size // moe.num_moe_experts * (moe.num_moe_experts - moe.moe_router_topk)
+    return count
+
+
+def parameters_of(layout: Layout, pipeline_rank: int) -> Counter:
+    """role, or SHARED -> parameters of this pipeline rank (of any of its tensor, expert and data ranks)."""
+    count: Counter = Counter()
+    for times, tensors in _held(layout, pipeline_rank):
+        own: Counter = Counter()
+        for tensor in tensors.values():
+            own[_part(tensor)] += elements_on_rank(layout, tensor) if tensor.is_parameter else 0
+        for part in sorted(own, key=PARTS.index):
+            count[part] += times * own[part]
+    return count
+
+
+def _part(tensor: ModelTensor) -> str:
+    return SHARED if tensor.role == "experts" and not tensor.is_expert else tensor.role
+
+
+def elements_on_rank(layout: Layout, tensor: ModelTensor) -> int:
+    """Of one tensor; a vocabulary that does not divide is padded, so that every rank has equally many rows."""
+    shape, ranks = list(tensor.shape), layout.etp if tensor.is_expert else layout.tp
+    if tensor.split is not None:
+        shape[tensor.split] = -(-shape[tensor.split] // ranks)
+    if tensor.is_expert:
+        shape[0] //= layout.ep
+    return math.prod(shape)
+
+
+def _held(layout: Layout, pipeline_rank: int) -> Iterator[tuple[int, Tensors]]:
+    """(how often, tensors) of everything that a pipeline rank holds: layers of one kind are counted once."""
+    model = layout.model
     if pipeline_rank == 0:
-        count["tower"] = tower_parameters(layout.tower, layout.tp)
-        count["projector"] = projector_parameters(layout)
-        count["language.embedding"] += layout.vocabulary // layout.tp * layout.backbone.hidden_size
+        yield 1, tower_stem_tensors(layout.tower)
+        yield layout.tower.num_used_layers, tower_layer_tensors(layout.tower)
+        yield 1, projector_tensors(model)
+        yield 1, embedding_tensors(model.backbone)
     for is_moe, layers in Counter(layout.kinds_of(pipeline_rank)).items():
-        for part, number in layer_parameters(layout, is_moe).items():
-            count[part] += layers * number
+        yield layers, layer_tensors(model, is_moe)
     if pipeline_rank == layout.pp - 1:
-        count["language.norm"] += norm_parameters(layout)
-        count["language.embedding"] += output_parameters(layout)
-    return count
-
-
-def layer_parameters(layout: Layout, is_moe: bool) -> Counter:
-    """One decoder layer."""
-    backbone = layout.backbone
-    norms = 1 if backbone.parallel_residual else 2
-    count = Counter(
-        {"language.attention": attention_parameters(layout), "language.norm": norms * norm_parameters(layout)}
-    )
-    if not is_moe:
-        count["language.ffn"] = mlp_parameters(layout, backbone.ffn_hidden_size)
-        return count
-    moe, width = layout.moe, backbone.hidden_size
-    local = moe.num_experts // layout.ep
-    count["experts"] = local * mlp_parameters(layout, backbone.ffn_hidden_size, split=layout.etp)
-    count["router"] = moe.num_experts * width
-    if moe.use_residual:
-        count["language.ffn"] = mlp_parameters(layout, backbone.ffn_hidden_size)
-        count["router"] += 2 * width + 2
-    if moe.moe_shared_expert_intermediate_size:
-        count[SHARED] = mlp_parameters(layout, moe.moe_shared_expert_intermediate_size)
-    return count
-
-
-def attention_parameters(layout: Layout) -> int:
-    backbone, tp = layout.backbone, layout.tp
-    query = backbone.num_attention_heads * backbone.kv_channels
-    qkv = query + 2 * backbone.num_query_groups * backbone.kv_channels
-    count = qkv * backbone.hidden_size // tp + query * backbone.hidden_size // tp
-    if backbone.add_bias_linear or backbone.add_qkv_bias:
-        count += qkv // tp
-    if backbone.add_bias_linear:
-        count += backbone.hidden_size
-    return count + (2 * backbone.kv_channels * _norm_vectors(layout) if backbone.qk_layernorm else 0)
-
-
-def mlp_parameters(layout: Layout, inner: int, split: int | None = None) -> int:
-    """fc1 and fc2 of one FFN or expert, split over `split` ranks (default: tensor parallelism)."""
-    backbone, split = layout.backbone, split or layout.tp
-    fc1 = inner * (2 if backbone.gated_linear_unit else 1) // split
-    count = fc1 * backbone.hidden_size + inner // split * backbone.hidden_size
-    return count + (fc1 + backbone.hidden_size if backbone.add_bias_linear else 0)
-
-
-def norm_parameters(layout: Layout) -> int:
-    return layout.backbone.hidden_size * _norm_vectors(layout)
-
-
-def _norm_vectors(layout: Layout) -> int:
-    return 2 if layout.backbone.normalization == "LayerNorm" else 1
-
-
-def output_parameters(layout: Layout) -> int:
-    """The output layer of the last stage; tied weights exist twice only when the pipeline separates the two ends."""
-    backbone = layout.backbone
-    rows = layout.vocabulary // layout.tp
-    weight = 0 if backbone.share_embeddings_and_output_weights and layout.pp == 1 else rows * backbone.hidden_size
-    return weight + (rows if backbone.output_layer_bias else 0)
-
-
-def projector_parameters(layout: Layout) -> int:
-    width, tp = layout.backbone.hidden_size, layout.tp
-    return (layout.tower.hidden_size * width + width + width * width) // tp + width
-
-
-def tower_parameters(tower: Tower, tp: int) -> int:
-    """The layers that features need; biases everywhere but in CLIP's patches."""
-    width, inner = tower.hidden_size, tower.ffn_hidden_size
-    attention = (4 * width * width + 3 * width) // tp + width
-    mlp = (2 * width * inner + inner) // tp + width
-    layer = attention + mlp + 4 * width
-    stem = 3 * tower.patch_size**2 * width + tower.num_positions * width
-    stem += width * (int(tower.patch_bias) + int(tower.class_token) + 2 * int(tower.pre_layernorm))
-    return tower.num_used_layers * layer + stem
+        yield 1, output_tensors(model.backbone)
+        if model.backbone.share_embeddings_and_output_weights and layout.pp > 1:
+            yield 1, embedding_tensors(model.backbone)  # the pipeline separates the two ends: each has a copy

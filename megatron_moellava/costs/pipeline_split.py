@@ -1,16 +1,21 @@
 """Which decoder layers a pipeline stage holds: equal numbers, the run's own, or what a cost model finds level.
 
 The first stage also encodes the images, the last one also computes the logits; with equal numbers of layers everybody
-waits for one of the two. Costs are floating-point operations of one row, forward and backward, before any layout: every
-stage is divided alike.
+waits for one of the two. The work of one row, before any layout, is `flops.py`'s; how many passes it counts for
+follows from the stage alone, as if all layers of stages 2 and 3 were trained, and the small projector is left out: finer
+passes (by role) would change the layers of runs that are split already.
 """
 
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 from megatron_moellava.backbones import Backbone
-from megatron_moellava.config import RunConfig
+from megatron_moellava.config import ParallelConfig, RunConfig
+from megatron_moellava.costs.flops import Work, forward_flops, last_stage_work, layer_work, tower_layers_work
+from megatron_moellava.costs.sharding import Sharding
 from megatron_moellava.placement import moe_layer_freq
-from megatron_moellava.towers import Tower, get_tower
+from megatron_moellava.towers import get_tower
 
 WORDS_PER_IMAGE = 200  # text tokens beside an image: LLaVA-665k has 30 to 400, by the set
 FORWARD_ONLY, TO_INPUT, TRAINED = 1, 2, 3  # a product costs once more for its input's gradient, and for its weight's
@@ -23,10 +28,8 @@ def stage_layers(run: RunConfig, backbone: Backbone) -> list[int] | None:
     if parallel.pipeline_split == "even":
         return None
     if parallel.pipeline_split == "cost":
-        tower = get_tower(run.model.tower)
-        return balanced(
-            layer_costs(run, backbone), stages, first_stage_cost(run, tower), last_stage_cost(run, backbone)
-        )
+        first, last = first_stage_cost(run, backbone), last_stage_cost(run, backbone)
+        return balanced(layer_costs(run, backbone), stages, first, last)
     return list(parallel.pipeline_split)
 
 
@@ -35,7 +38,7 @@ def stage_costs(run: RunConfig, backbone: Backbone, layers: list[int]) -> list[f
     edges = [0, *accumulate(layers)]
     costs = layer_costs(run, backbone)
     stages = [sum(costs[a:b]) for a, b in pairwise(edges)]
-    stages[0] += first_stage_cost(run, get_tower(run.model.tower))
+    stages[0] += first_stage_cost(run, backbone)
     stages[-1] += last_stage_cost(run, backbone)
     return stages
 
@@ -63,32 +66,37 @@ def balanced(costs: list[float], stages: int, first: float, last: float) -> list
 
 def layer_costs(run: RunConfig, backbone: Backbone) -> list[float]:
     """Of every decoder layer; a MoE layer costs its active experts and the shared one."""
-    heads = backbone.num_attention_heads * backbone.kv_channels
-    keys = 2 * backbone.num_query_groups * backbone.kv_channels
-    attention = backbone.hidden_size * (2 * heads + keys) + heads * run.data.seq_length  # a causal row: half of S x S
-    products = 3 if backbone.gated_linear_unit else 2
-    ffn = products * backbone.hidden_size * backbone.ffn_hidden_size
-    moe = run.moe
-    active = ffn
-    if moe is not None:
-        shared = moe.moe_shared_expert_intermediate_size or 0
-        active = ffn * (moe.moe_router_topk + moe.use_residual) + products * backbone.hidden_size * shared
+    whole, moe = _whole(run, backbone), run.moe
     freq = moe_layer_freq(moe.placement, backbone.num_layers) if moe else [0] * backbone.num_layers
-    times = (TO_INPUT if run.training.stage == 1 else TRAINED) + (run.training.recompute == "full")
-    return [2.0 * run.data.seq_length * times * (attention + (active if is_moe else ffn)) for is_moe in freq]
+    passes = (TO_INPUT if run.training.stage == 1 else TRAINED) + (run.training.recompute == "full")
+    cost = {
+        is_moe: passes * _forward(layer_work(whole, bool(is_moe), whole.tokens, run.data.seq_length))
+        for is_moe in set(freq)
+    }
+    return [cost[is_moe] for is_moe in freq]
 
 
-def first_stage_cost(run: RunConfig, tower: Tower) -> float:
+def first_stage_cost(run: RunConfig, backbone: Backbone) -> float:
     """Of the images of a row: packed samples fill it, a padded row has one."""
-    images = run.data.seq_length / (tower.num_features + WORDS_PER_IMAGE) if run.data.packing else 1.0
-    width, tokens = tower.hidden_size, tower.num_positions
-    layer = width * (4 * width + 2 * tower.ffn_hidden_size + 2 * tokens)
-    times = TRAINED if "tower" in (run.training.trains or ()) else FORWARD_ONLY
-    times += times == TRAINED and run.training.recompute_tower
-    return 2.0 * images * tokens * times * tower.num_used_layers * layer
+    whole = _whole(run, backbone)
+    images = run.data.seq_length / (whole.tower.num_features + WORDS_PER_IMAGE) if run.data.packing else 1.0
+    passes = TRAINED if "tower" in (run.training.trains or ()) else FORWARD_ONLY
+    passes += passes == TRAINED and run.training.recompute_tower
+    return passes * _forward(tower_layers_work(whole, images))
 
 
 def last_stage_cost(run: RunConfig, backbone: Backbone) -> float:
     """Of the logits."""
-    times = TRAINED if run.training.stage == 2 else TO_INPUT
-    return 2.0 * run.data.seq_length * times * backbone.hidden_size * backbone.vocab_size
+    whole = _whole(run, backbone)
+    return (TRAINED if run.training.stage == 2 else TO_INPUT) * _forward(last_stage_work(whole, whole.tokens))
+
+
+def _whole(run: RunConfig, backbone: Backbone) -> Sharding:
+    """One row on one process."""
+    training = replace(run.training, micro_batch_size=1)
+    alone = replace(run, parallel=ParallelConfig(), training=training)
+    return Sharding(run=alone, backbone=backbone, tower=get_tower(run.model.tower))
+
+
+def _forward(works: Iterable[Work]) -> float:
+    return sum(forward_flops(work) for work in works)

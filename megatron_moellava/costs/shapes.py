@@ -1,23 +1,24 @@
-"""What a checkpoint holds: `Model` is backbone + tower + MoE, and `megatron_tensors` lists every Megatron tensor of it.
+"""What a model holds: `Model` is backbone + tower + MoE, and `model_tensors` lists every Megatron tensor of it with its
+shape, its role in training and the axes that parallel ranks divide.
 
 The list comes from the sizes alone, not from the mapping tables, so that a line that is missing in a table shows up
 as a tensor that nobody produces.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
-from megatron_moellava.backbones import FAMILIES as BACKBONE_FAMILIES
-from megatron_moellava.backbones import Backbone, backbone_fields, backbone_from_fields, get_backbone
-from megatron_moellava.config import CheckpointError, MoEConfig, from_dict
+from megatron_moellava.backbones import Backbone, backbone_fields, backbone_of_section
+from megatron_moellava.config import MoEConfig, current_names, from_dict
 from megatron_moellava.mapping import Shape
 from megatron_moellava.placement import moe_layers
-from megatron_moellava.towers import FAMILIES as TOWER_FAMILIES
-from megatron_moellava.towers import Tower, get_tower, tower_fields, tower_from_fields
+from megatron_moellava.towers import Tower, tower_fields, tower_of_section
 
 LANGUAGE, TOWER, PROJECTOR = "language_model.", "vision_tower.", "projector."
 UNUSED = f"{TOWER}unused."  # tensors that ride along so that an export is complete
 EXPERTS = "experts.experts."  # Megatron-Core's key for SequentialMLP and the grouped MLP alike
 RESIDUAL = "residual_mlp."
+SHARED_EXPERTS = "shared_experts."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,117 +56,162 @@ class Model:
 
 def model_from_json(section: dict) -> Model:
     """The inverse of `Model.to_json`; also reads the short form, with names alone."""
-    try:
-        if section.get("backbone_fields"):
-            backbone = backbone_from_fields(section["backbone_fields"], BACKBONE_FAMILIES)
-        else:
-            backbone = get_backbone(section["backbone"])
-        tower = None
-        if section.get("tower_fields"):
-            tower = tower_from_fields(section["tower_fields"], TOWER_FAMILIES)
-        elif section.get("tower"):
-            tower = get_tower(section["tower"])
-    except KeyError as error:
-        raise CheckpointError(
-            f"run.json: model.{error.args[0]} is missing; the checkpoint does not say its model"
-        ) from None
-    moe = from_dict(MoEConfig, section["moe"]) if section.get("moe") else None
-    return Model(backbone=backbone, tower=tower, moe=moe)
+    moe = from_dict(MoEConfig, current_names(section)["moe"]) if section.get("moe") else None
+    return Model(backbone=backbone_of_section(section), tower=tower_of_section(section), moe=moe)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTensor:
+    """One Megatron tensor of a whole model: what it is trained as, and which ranks divide it."""
+
+    shape: Shape
+    role: str  # of stages.ROLES
+    split: int | None = None  # axis divided among tensor-parallel ranks (experts: expert tensor-parallel); None: whole
+    is_expert: bool = False  # the first axis counts experts, and expert-parallel ranks divide it
+    is_parameter: bool = True  # False: a buffer, which no optimizer knows
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+Tensors = dict[str, ModelTensor]
 
 
 def megatron_tensors(model: Model) -> dict[str, Shape]:
     """Every Megatron key of a model with its global shape, without the tensors that ride along (`UNUSED`)."""
-    tensors = {LANGUAGE + key: shape for key, shape in _language(model).items()}
+    return {name: tensor.shape for name, tensor in model_tensors(model).items()}
+
+
+def model_tensors(model: Model) -> Tensors:
+    """The same keys with role and division. Parameter counts (`parameters.py`) are sums over this list."""
+    moe_layers = set(model.moe_layers)
+    tensors = _prefixed(LANGUAGE, embedding_tensors(model.backbone))
+    for layer in range(model.backbone.num_layers):
+        tensors |= _prefixed(f"{LANGUAGE}decoder.layers.{layer}.", layer_tensors(model, layer in moe_layers))
+    tensors |= _prefixed(LANGUAGE, output_tensors(model.backbone))
     if model.tower:
-        tensors |= {TOWER + key: shape for key, shape in _tower(model.tower).items()}
-        tensors |= {PROJECTOR + key: shape for key, shape in _projector(model).items()}
+        tensors |= _prefixed(TOWER, tower_stem_tensors(model.tower))
+        for layer in range(model.tower.num_used_layers):
+            tensors |= _prefixed(f"{TOWER}decoder.layers.{layer}.", tower_layer_tensors(model.tower))
+        tensors |= _prefixed(PROJECTOR, projector_tensors(model))
     return tensors
 
 
-def _language(model: Model) -> dict[str, Shape]:
-    backbone = model.backbone
-    hidden, vocab = backbone.hidden_size, backbone.vocab_size
-    tensors = {"embedding.word_embeddings.weight": (vocab, hidden)}
-    for layer in range(backbone.num_layers):
-        prefix = f"decoder.layers.{layer}."
-        tensors |= _prefixed(prefix, _attention(backbone))
-        tensors |= _prefixed(prefix + "mlp.", _moe(model) if layer in model.moe_layers else _mlp(backbone))
-    tensors |= _prefixed("decoder.final_layernorm.", _norm(backbone))
+def embedding_tensors(backbone: Backbone) -> Tensors:
+    shape = (backbone.vocab_size, backbone.hidden_size)
+    return {"embedding.word_embeddings.weight": ModelTensor(shape, "language.embedding", split=0)}
+
+
+def output_tensors(backbone: Backbone) -> Tensors:
+    """What follows the decoder layers. An output layer that shares the embedding's weight has none of its own."""
+    shape = (backbone.vocab_size, backbone.hidden_size)
+    tensors = _prefixed("decoder.final_layernorm.", _norm(backbone))
     if not backbone.share_embeddings_and_output_weights:
-        tensors["output_layer.weight"] = (vocab, hidden)
+        tensors["output_layer.weight"] = ModelTensor(shape, "language.embedding", split=0)
     if backbone.output_layer_bias:
-        tensors["output_layer.bias"] = (vocab,)
+        tensors["output_layer.bias"] = ModelTensor(shape[:1], "language.embedding", split=0)
     return tensors
 
 
-def _prefixed(prefix: str, tensors: dict[str, Shape]) -> dict[str, Shape]:
-    return {prefix + key: shape for key, shape in tensors.items()}
+def layer_tensors(model: Model, is_moe: bool) -> Tensors:
+    """One decoder layer."""
+    ffn = _moe(model) if is_moe else _mlp(model.backbone, model.backbone.ffn_hidden_size, "language.ffn")
+    return _attention(model.backbone) | _prefixed("mlp.", ffn)
 
 
-def _linear(rows: int, columns: int, bias: bool) -> dict[str, Shape]:
-    return {"weight": (rows, columns)} | ({"bias": (rows,)} if bias else {})
+def _prefixed(prefix: str, tensors: Tensors) -> Tensors:
+    return {prefix + key: tensor for key, tensor in tensors.items()}
 
 
-def _norm(backbone: Backbone) -> dict[str, Shape]:
-    bias = backbone.normalization == "LayerNorm"
-    return {"weight": (backbone.hidden_size,)} | ({"bias": (backbone.hidden_size,)} if bias else {})
+def _linear(rows: int, columns: int, bias: bool, role: str, split: int | None = None) -> Tensors:
+    """Split along its outputs (0), a layer divides its bias too; along its inputs (1), every rank has the bias."""
+    tensors = {"weight": ModelTensor((rows, columns), role, split)}
+    if bias:
+        tensors["bias"] = ModelTensor((rows,), role, 0 if split == 0 else None)
+    return tensors
 
 
-def _attention(backbone: Backbone) -> dict[str, Shape]:
+def _norm(backbone: Backbone) -> Tensors:
+    return _norm_of(backbone.hidden_size, "language.norm", bias=backbone.normalization == "LayerNorm")
+
+
+def _norm_of(size: int, role: str, bias: bool) -> Tensors:
+    vector = ModelTensor((size,), role)
+    return {"weight": vector} | ({"bias": vector} if bias else {})
+
+
+def _attention(backbone: Backbone) -> Tensors:
     """One layer's attention and norms."""
-    heads, head = backbone.heads, backbone.kv_channels
+    heads, head, role = backbone.heads, backbone.kv_channels, "language.attention"
     query, hidden = heads.num_attention_heads * head, backbone.hidden_size
+    qkv = query + 2 * heads.num_query_groups * head
     qkv_bias = backbone.add_qkv_bias or backbone.add_bias_linear
     tensors = _prefixed("input_layernorm.", _norm(backbone))
-    tensors |= _prefixed(
-        "self_attention.linear_qkv.", _linear(query + 2 * heads.num_query_groups * head, hidden, qkv_bias)
-    )
-    tensors |= _prefixed("self_attention.linear_proj.", _linear(hidden, query, backbone.add_bias_linear))
+    tensors |= _prefixed("self_attention.linear_qkv.", _linear(qkv, hidden, qkv_bias, role, split=0))
+    tensors |= _prefixed("self_attention.linear_proj.", _linear(hidden, query, backbone.add_bias_linear, role, split=1))
     if backbone.qk_layernorm:
-        tensors |= {f"self_attention.{name}_layernorm.weight": (head,) for name in "qk"}
+        has_bias = backbone.normalization == "LayerNorm"
+        for name in "qk":
+            tensors |= _prefixed(f"self_attention.{name}_layernorm.", _norm_of(head, role, has_bias))
     if not backbone.parallel_residual:
         tensors |= _prefixed("pre_mlp_layernorm.", _norm(backbone))
     return tensors
 
 
-def _mlp(backbone: Backbone) -> dict[str, Shape]:
-    hidden, ffn, bias = backbone.hidden_size, backbone.ffn_hidden_size, backbone.add_bias_linear
-    fc1 = _linear(ffn * (2 if backbone.gated_linear_unit else 1), hidden, bias)
-    return _prefixed("linear_fc1.", fc1) | _prefixed("linear_fc2.", _linear(hidden, ffn, bias))
+def _mlp(backbone: Backbone, inner: int, role: str) -> Tensors:
+    hidden, bias = backbone.hidden_size, backbone.add_bias_linear
+    fc1 = _linear(inner * (2 if backbone.gated_linear_unit else 1), hidden, bias, role, split=0)
+    return _prefixed("linear_fc1.", fc1) | _prefixed("linear_fc2.", _linear(hidden, inner, bias, role, split=1))
 
 
-def _moe(model: Model) -> dict[str, Shape]:
-    experts, dense = model.required_moe.num_experts, _mlp(model.backbone)
-    tensors: dict[str, Shape] = {"router.weight": (experts, model.backbone.hidden_size)}
-    if model.required_moe.moe_router_enable_expert_bias:
-        tensors["router.expert_bias"] = (experts,)
-    tensors |= {EXPERTS + key: (experts, *shape) for key, shape in dense.items()}
-    if model.required_moe.use_residual:
-        tensors |= _prefixed(RESIDUAL, dense)
-        tensors |= _prefixed("coefficient.", _linear(2, model.backbone.hidden_size, bias=True))
+def _moe(model: Model) -> Tensors:
+    moe, backbone = model.required_moe, model.backbone
+    experts, inner = moe.num_moe_experts, backbone.ffn_hidden_size
+    tensors = {"router.weight": ModelTensor((experts, backbone.hidden_size), "router")}
+    if moe.moe_router_enable_expert_bias:
+        tensors["router.expert_bias"] = ModelTensor((experts,), "router", is_parameter=False)
+    for key, one in _mlp(backbone, inner, "experts").items():
+        split = None if one.split is None else one.split + 1
+        tensors[EXPERTS + key] = ModelTensor((experts, *one.shape), "experts", split, is_expert=True)
+    if moe.use_residual:
+        tensors |= _prefixed(RESIDUAL, _mlp(backbone, inner, "language.ffn"))
+        tensors |= _prefixed("coefficient.", _linear(2, backbone.hidden_size, bias=True, role="router"))
+    if moe.moe_shared_expert_intermediate_size:
+        tensors |= _prefixed(SHARED_EXPERTS, _mlp(backbone, moe.moe_shared_expert_intermediate_size, "experts"))
     return tensors
 
 
-def _tower(tower: Tower) -> dict[str, Shape]:
-    hidden, ffn = tower.hidden_size, tower.ffn_hidden_size
+def tower_stem_tensors(tower: Tower) -> Tensors:
+    """What comes before the tower's layers."""
+    hidden, role = tower.hidden_size, "tower"
     patches = (hidden, 3, tower.patch_size, tower.patch_size)
-    norm = {"weight": (hidden,), "bias": (hidden,)}
-    tensors: dict[str, Shape] = {"class_token": (1, 1, hidden)} if tower.class_token else {}
-    tensors |= {"conv1.weight": patches} | ({"conv1.bias": (hidden,)} if tower.patch_bias else {})
-    tensors["position_embeddings.weight"] = (tower.num_positions, hidden)
-    tensors |= _prefixed("ln_pre.", norm) if tower.pre_layernorm else {}
-    for layer in range(tower.num_used_layers):
-        block = _prefixed("input_layernorm.", norm) | _prefixed("pre_mlp_layernorm.", norm)
-        block |= _prefixed("self_attention.linear_qkv.", _linear(3 * hidden, hidden, bias=True))
-        block |= _prefixed("self_attention.linear_proj.", _linear(hidden, hidden, bias=True))
-        block |= _prefixed("mlp.linear_fc1.", _linear(ffn, hidden, bias=True))
-        block |= _prefixed("mlp.linear_fc2.", _linear(hidden, ffn, bias=True))
-        tensors |= _prefixed(f"decoder.layers.{layer}.", block)
+    tensors = {"class_token": ModelTensor((1, 1, hidden), role)} if tower.class_token else {}
+    tensors["conv1.weight"] = ModelTensor(patches, role)
+    if tower.patch_bias:
+        tensors["conv1.bias"] = ModelTensor((hidden,), role)
+    tensors["position_embeddings.weight"] = ModelTensor((tower.num_positions, hidden), role)
+    return tensors | (_prefixed("ln_pre.", _norm_of(hidden, role, bias=True)) if tower.pre_layernorm else {})
+
+
+def tower_layer_tensors(tower: Tower) -> Tensors:
+    """One layer of the tower."""
+    hidden, ffn, role = tower.hidden_size, tower.ffn_hidden_size, "tower"
+    norm = _norm_of(hidden, role, bias=True)
+    tensors = _prefixed("input_layernorm.", norm) | _prefixed("pre_mlp_layernorm.", norm)
+    for name, rows, columns, split in (
+        ("self_attention.linear_qkv.", 3 * hidden, hidden, 0),
+        ("self_attention.linear_proj.", hidden, hidden, 1),
+        ("mlp.linear_fc1.", ffn, hidden, 0),
+        ("mlp.linear_fc2.", hidden, ffn, 1),
+    ):
+        tensors |= _prefixed(name, _linear(rows, columns, True, role, split))
     return tensors
 
 
-def _projector(model: Model) -> dict[str, Shape]:
+def projector_tensors(model: Model) -> Tensors:
     """LLaVA's mlp2x_gelu."""
-    hidden = model.backbone.hidden_size
-    fc1, fc2 = _linear(hidden, model.required_tower.hidden_size, bias=True), _linear(hidden, hidden, bias=True)
-    return _prefixed("linear_fc1.", fc1) | _prefixed("linear_fc2.", fc2)
+    hidden, role = model.backbone.hidden_size, "projector"
+    fc1 = _linear(hidden, model.required_tower.hidden_size, True, role, split=0)
+    return _prefixed("linear_fc1.", fc1) | _prefixed("linear_fc2.", _linear(hidden, hidden, True, role, split=1))

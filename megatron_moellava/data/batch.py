@@ -1,11 +1,25 @@
 """`Batch`: one micro-batch, packed or padded. Suffixes: B rows, S positions, N images, C H W channels and pixels."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
 import torch
 
-from megatron_moellava.data.encode import IGNORE_INDEX, EncodedSample
+from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN, EncodedSample
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a batch holds, as numbers of the host: a training step must not wait for the device to learn them."""
+
+    samples: int
+    loss_tokens: int  # positions with a label
+    real_tokens: int  # positions that are no padding
+    positions: int  # padding included
+    image_rows: int  # positions of visual tokens
+    squared_lengths: int  # sum of length ** 2 over the samples: twice the pairs that causal attention needs
+    attended: int  # the same of what is computed: pad tails are segments, padded rows are as long as the longest
 
 
 @dataclass(kw_only=True, slots=True)
@@ -19,6 +33,40 @@ class Batch:
     pixel_values_NCHW: torch.Tensor  # float32, in the order of the image tokens; N may be 0
     sample_ids: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
+    counts: Counts | None = None  # taken from the tensors when the batch is made, on the host, and carried along
+
+    def __post_init__(self) -> None:
+        if self.counts is None:
+            self.counts = count(self)
+
+
+def count(batch: Batch) -> Counts:
+    """The counts of a batch whose tensors are on the host.
+
+    >>> a packed row with cu_seqlens [0, 3, 5, 8], the last 3 padding -> squared_lengths 9 + 4, attended 9 + 4 + 9
+    >>> rows of 4 and 2 tokens padded to 4 -> squared_lengths 16 + 4, attended 16 + 16
+    """
+    real_tokens = int(batch.padding_mask_BS.sum())
+    if batch.cu_seqlens is None:
+        rows, width = batch.tokens_BS.shape
+        lengths, computed = batch.padding_mask_BS.sum(dim=1), torch.full((rows,), width)
+    else:
+        computed = batch.cu_seqlens.diff().long()
+        lengths = computed[batch.cu_seqlens[1:] <= real_tokens]  # without the pad tail
+    return Counts(
+        samples=len(batch.sample_ids),
+        loss_tokens=int((batch.labels_BS != IGNORE_INDEX).sum()),
+        real_tokens=real_tokens,
+        positions=batch.tokens_BS.numel(),
+        image_rows=int((batch.tokens_BS == IMAGE_TOKEN).sum()),
+        squared_lengths=int((lengths**2).sum()),
+        attended=int((computed**2).sum()),
+    )
+
+
+def total(counts: Iterable[Counts]) -> Counts:
+    """The counts of several batches together."""
+    return Counts(*map(sum, zip(*map(astuple, counts), strict=True)))
 
 
 _SMALL = ("tokens_BS", "labels_BS", "position_ids_BS", "padding_mask_BS", "cu_seqlens")

@@ -9,19 +9,17 @@ special tokens only by "original".
 Labels stay aligned with their token until `expand`, which also shifts: labels_S[t] is the target of position t.
 """
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_moellava.config import ConfigError
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
-from megatron_moellava.data.templates import Piece, Template, render
+from megatron_moellava.data.templates import CONTROL, TEMPLATES, Piece, Template, render, turns_of
 from megatron_moellava.data.tokenizer import Tokenizer
 
 IMAGE_TOKEN = -200  # placeholder that image features overwrite (the original's IMAGE_TOKEN_INDEX)
 IGNORE_INDEX = -100  # label of a position without loss
-_CONTROL = re.compile(r"(<s>|</s>|<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|<\|end_of_turn\|>)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -40,12 +38,34 @@ class EncodedSample:
 
 
 def check_template(template: Template, tokenizer: Tokenizer) -> None:
-    """The token that ends an answer must exist, else generation never stops."""
-    if template.sep2 and tokenizer.token_id(template.sep2) is None:
-        raise ConfigError(
-            f"data.template={template.version!r} ends answers with {template.sep2!r}, which the tokenizer does not "
-            "have; use the template that belongs to this tokenizer's language model"
-        )
+    """Every control token that the template writes must be one of the tokenizer's.
+
+    Otherwise roles would be spelt in ordinary tokens that the model has never seen as marks, and an answer would never end.
+    """
+    missing = [token for token in template.control_tokens if tokenizer.token_id(token) is None]
+    if not missing:
+        return
+    fitting = dict.fromkeys(
+        name
+        for name, other in TEMPLATES.items()
+        if all(tokenizer.token_id(token) is not None for token in other.control_tokens)
+    )
+    raise ConfigError(
+        f"data.template={template.version!r} writes {', '.join(missing)}, which the tokenizer does not have; use the "
+        f"template that belongs to this tokenizer's language model (this tokenizer has all of {', '.join(fitting)})"
+    )
+
+
+def answer_ends(template: Template, tokenizer: Tokenizer) -> tuple[frozenset[int], tuple[str, ...]]:
+    """(tokens, texts) at which generation stops: the end that training put after an answer, and the tokenizer's own.
+
+    >>> ChatML's end is "<|im_end|>" and a line break: the token stops. The end of `v0` is "###", that of `plain` a line
+    break: these are found in the text, since no one knows which tokens spell them there.
+    """
+    token = CONTROL.search(template.end)
+    end = tokenizer.token_id(token.group()) if token else None
+    texts = (template.end.strip() or template.end,) if end is None else ()
+    return frozenset({tokenizer.eos_id} | ({end} if end is not None else set())), texts
 
 
 def encode(sample: Sample, template: Template, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -55,7 +75,7 @@ def encode(sample: Sample, template: Template, tokenizer: Tokenizer) -> tuple[li
     """
     builder = _Builder(tokenizer, images=bool(sample.images))
     builder.add_ids(tokenizer.bos_ids, trained=False)
-    for piece in render(template, sample.turns):
+    for piece in render(template, turns_of(template, sample)):
         builder.add(piece)
     builder.flush()
     return builder.ids, builder.labels
@@ -69,23 +89,23 @@ class _Span:
 
 
 class _Builder:
-    """Collects text until a control token or an image ends it: that stretch is what gets tokenised as one."""
+    """Collects what lies between two images: that stretch is what the original hands to its tokenizer as one text."""
 
     def __init__(self, tokenizer: Tokenizer, *, images: bool):
         self.tokenizer, self.images = tokenizer, images
         self.ids: list[int] = []
         self.labels: list[int] = []
-        self._text, self._spans = "", []
+        self._parts: list[str | int] = [""]  # texts and control tokens in turn
+        self._spans: list[list[_Span]] = [[]]  # of each part
 
     def add(self, piece: Piece) -> None:
-        head = piece.head
-        for index, part in enumerate(_CONTROL.split(piece.text) if piece.literal else [piece.text]):
+        for index, part in enumerate(CONTROL.split(piece.text) if piece.literal else [piece.text]):
             token = self.tokenizer.token_id(part) if index % 2 else None
             if token is None:
-                self._add_text(part, piece.trained, head)
+                self._add_text(part, piece.trained, piece.head)
                 continue
-            self.flush()
-            self.add_ids([token], trained=piece.trained)
+            self._parts += [token, ""]
+            self._spans += [[_Span(start=0, trained=piece.trained, head=0)], []]
 
     def _add_text(self, text: str, trained: bool, head: int) -> None:
         for index, part in enumerate(text.split(IMAGE_PLACEHOLDER) if self.images else [text]):
@@ -93,35 +113,46 @@ class _Builder:
                 self.flush()
                 self.add_ids([IMAGE_TOKEN], trained=False)
             if part:
-                self._spans.append(_Span(start=len(self._text), trained=trained, head=head))
-                self._text += part
+                before = str(self._parts[-1])
+                self._spans[-1].append(_Span(start=len(before), trained=trained, head=head))
+                self._parts[-1] = before + part
 
     def flush(self) -> None:
-        ids, starts = self.tokenizer.encode_text(self._text)
-        spans, current = [*self._spans, _Span(start=len(self._text) + 1, trained=False, head=0)], -1
-        for token, start in zip(ids, starts, strict=True):
-            while start >= spans[current + 1].start:
-                current += 1
-            span = spans[max(current, 0)]
-            self.add_ids([token], trained=span.trained or span.head > 0)
-            span.head -= 1
-        self._text, self._spans = "", []
+        pieces = self.tokenizer.encode_parts(self._parts)
+        for part, spans, (ids, starts) in zip(self._parts, self._spans, pieces, strict=True):
+            length = len(part) if isinstance(part, str) else 1
+            ends, current = [*spans, _Span(start=length + 1, trained=False, head=0)], -1
+            for token, start in zip(ids, starts, strict=True):
+                while start >= ends[current + 1].start:
+                    current += 1
+                span = ends[max(current, 0)]
+                self.add_ids([token], trained=span.trained or span.head > 0)
+                span.head -= 1
+        self._parts, self._spans = [""], [[]]
 
     def add_ids(self, ids: list[int], *, trained: bool) -> None:
         self.ids += ids
         self.labels += ids if trained else [IGNORE_INDEX] * len(ids)
 
 
-def expand(ids: list[int], labels: list[int], images: tuple, features: tuple[int, ...], seq_length: int):
+def expand(
+    ids: list[int],
+    labels: list[int],
+    images: tuple,
+    features: tuple[int, ...],
+    seq_length: int,
+    text_length: int | None = None,
+):
     """(tokens_S, shifted labels_S, images kept, length before the cut).
 
     A row longer than seq_length is cut there; an image that would be cut goes as a whole, with all that follows it.
+    `text_length` cuts before images grow: so many ids, of which an image is one.
     """
     widths = iter(features)
     counts = np.array([next(widths) if token == IMAGE_TOKEN else 1 for token in ids], dtype=np.int64)
     ends = np.cumsum(counts)
     length = int(ends[-1]) if len(ends) else 0
-    kept = int(np.searchsorted(ends, seq_length, side="right"))
+    kept = int(np.searchsorted(ends[:text_length], seq_length, side="right"))
     tokens_S = np.repeat(np.array(ids[:kept], dtype=np.int64), counts[:kept])
     labels_S = np.repeat(np.array(labels[:kept], dtype=np.int64), counts[:kept])
     shifted_S = np.append(labels_S[1:], IGNORE_INDEX) if len(labels_S) else labels_S

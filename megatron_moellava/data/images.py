@@ -3,22 +3,31 @@
 Pillow does the work, as in the original's processors. `image_aspect_ratio` "pad" centres the image on a square of the
 tower's mean colour first; "square" hands it to the processor as it is (CLIP: shortest edge and centre crop; SigLIP:
 squashed to a square). Colour modes go through Pillow's own conversion, as in the original (alpha is dropped); what
-Pillow would get wrong is mended and noted: 16-bit greys are scaled, not clipped, and EXIF rotation is applied.
+Pillow would get wrong is mended and noted: deep greys are scaled by the bits that the file's type says, not clipped, and
+EXIF rotation is applied. What a picture shows never decides how it is read: frames of one sequence stay comparable.
 """
 
 import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from megatron_moellava.data.sample import BadSample
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error; more is taken for a decompression bomb
 MAX_ASPECT = 64  # a longer image would make the shortest-edge resize explode; its middle is used
-_DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-_CONVERTED = {"CMYK": "CMYK", "P": "palette", "PA": "palette"}
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF; a format of 2 is signed
+_CONVERTED = {  # mode -> note
+    "CMYK": "CMYK colours converted",
+    "P": "palette colours converted",
+    "PA": "palette colours converted",
+    "LAB": "LAB colours converted",
+    "YCbCr": "YCbCr colours converted",
+    "HSV": "HSV colours converted",
+}
 _ORIENTATION = 0x0112
+_SEQUENCES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # formats whose further frames a picture would lose
 
 Image.MAX_IMAGE_PIXELS = None  # checked below, before decoding, with a message that names the row
 
@@ -34,11 +43,15 @@ def open_image(data: bytes | str, where: str) -> tuple[Image.Image, tuple[str, .
                     "decompression bomb",
                     f"{where}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; shrink the image",
                 )
-            return _to_rgb(image)
+            return to_rgb(image)
     except BadSample:
         raise
     except FileNotFoundError:
         raise BadSample("missing image", f"{where}: no such file; check image_folder and the row's `image`") from None
+    except UnidentifiedImageError:  # its message names an address in memory
+        raise BadSample(
+            "unreadable image", f"{where}: cannot be decoded: no picture that Pillow knows; replace the file"
+        ) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
         raise BadSample(
             "unreadable image", f"{where}: cannot be decoded ({type(error).__name__}: {error}); replace the file"
@@ -53,32 +66,75 @@ def image_size(data: bytes | str, where: str) -> tuple[int, int]:
             return (image.height, image.width) if turned else image.size
     except FileNotFoundError:
         raise BadSample("missing image", f"{where}: no such file; check image_folder and the row's `image`") from None
+    except UnidentifiedImageError:
+        raise BadSample(
+            "unreadable image", f"{where}: cannot be read: no picture that Pillow knows; replace it"
+        ) from None
     except Exception as error:
         raise BadSample("unreadable image", f"{where}: cannot be read ({error}); replace the file") from None
 
 
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+def to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    """Three 8-bit channels, and notes on what that took."""
     notes = []
-    rotated = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
-    if image.mode in _DEEP:
-        values = np.asarray(image).astype(np.int64)
-        image_8bit = Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).clip(0, 255).astype("u1"))
-        image_8bit.info, image_8bit._exif = image.info, image.getexif()
-        notes.append("16-bit image scaled")
-        image = image_8bit
+    layout = str(image.tile[0][3]) if image.tile else ""  # as in the file; gone once anything has been decoded
+    rotated = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    if getattr(image, "n_frames", 1) > 1 and image.tell() == 0 and image.format in _SEQUENCES:
+        notes.append("first of several frames")
+    image, deep = _to_8_bits(image, layout)
+    notes += deep
     if image.mode in _CONVERTED:
-        notes.append(f"{_CONVERTED[image.mode]} colours converted")
+        notes.append(_CONVERTED[image.mode])
     if image.size == (1, 1):
         notes.append("image of one pixel")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         notes.append("alpha dropped")
     if rotated:
         image = ImageOps.exif_transpose(image)
         notes.append("EXIF rotation applied")
+    if image.mode == "LAB":  # the one mode that convert() does not know
+        profiles = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
+        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB"), tuple(notes)
+    if image.mode in ("La", "RGBa"):  # colours premultiplied with alpha
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.mode != "RGB" or "transparency" in image.info:
         return image.convert("RGB"), tuple(notes)
     image.load()  # convert() would copy
     return image, tuple(notes)
+
+
+def _to_8_bits(image: Image.Image, layout: str) -> tuple[Image.Image, list[str]]:
+    """Greys of more than 8 bits: level 255 is the brightest that the type can hold. (image, notes)"""
+    if (
+        image.mode == "F"
+    ):  # a type without a brightest level: 0 to 255 are taken as levels, others clipped, as in Pillow
+        return image.convert("L"), ["float levels clipped"]
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image, ["16-bit image scaled"] if ";16" in layout else []  # Pillow reads their upper 8 bits
+    bits, signed = _grey_bits(image)
+    levels = np.asarray(image).astype(np.int64)
+    if bits == 32 and not signed:
+        levels &= 0xFFFFFFFF  # Pillow holds them as signed ones
+    used = bits - 1 if signed else bits
+    levels = (levels.clip(0) >> (used - 8)).clip(0, 255).astype(np.uint8)
+    if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0:  # white is 0; Pillow knows that of 8 bits only
+        levels = 255 - levels
+    small = Image.fromarray(levels)
+    small.info, small._exif = dict(image.info), image.getexif()
+    small.info.pop("transparency", None)  # a grey level of the deep image
+    return small, [f"{bits}-bit image scaled"]
+
+
+def _grey_bits(image: Image.Image) -> tuple[int, bool]:
+    """(bits per level, signed) by the file's type."""
+    if image.format != "TIFF":
+        deep = image.mode == "I" and image.format not in ("PNG", "PPM")  # these two have 16 bits in a wider mode
+        return (32, True) if deep else (16, False)
+    (bits, *_) = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))
+    (kind, *_) = image.tag_v2.get(_SAMPLE_FORMAT, (1,))
+    if bits not in (12, 16, 32):
+        raise ValueError(f"greys of {bits} bits are not supported")
+    return int(bits), int(kind) == 2
 
 
 def preprocess(image: Image.Image, tower, aspect_ratio: str) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""A LLaVA JSON becomes an indexed JSONL once, so that any row is one seek away (Energon's crude JSONL data set).
+"""A file of records becomes an indexed JSON Lines file once, so that any row is one seek away.
 
-Rows are written in a random but fixed order, since Energon gives each worker a contiguous share. Rows that are not even
-JSON stay in it as their own error message, so that they are counted when their turn comes.
+Rows are written in a random but fixed order, so that the first ones stand for all. Rows that are not even JSON stay in
+it as their own error message, so that they are counted when their turn comes.
 """
 
 import hashlib
@@ -17,19 +17,25 @@ from pathlib import Path
 import numpy as np
 
 from megatron_moellava.config import DataError
-from megatron_moellava.data.sample import BadSample, read_rows
+from megatron_moellava.data.rows import HELP, read_rows
+from megatron_moellava.data.sample import BadSample
 
-FORMAT = 2  # of the cache; raise it when what is written changes
+FORMAT = 3  # of the cache; raise it when what is written changes
 ORDER = 1  # seed of the rows' order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Index:
-    path: Path  # rows.jsonl, Energon's .idx beside it
+    path: Path  # rows.jsonl, its lines' offsets in rows.jsonl.idx
     rows: int
     duplicates: int  # rows whose id another row has too
     duplicates_message: str  # names two of them and says what to do; "" if there are none
-    fingerprint: str  # of the source file's name, size and time
+    fingerprint: str  # of the source file's content, wherever it lies
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Bytes at which the lines of rows.jsonl begin, and its size."""
+        return np.fromfile(self.path.with_suffix(".jsonl.idx"), dtype=np.uint64).astype(np.int64)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -43,15 +49,14 @@ class Index:
 
 
 def index_json(path: str | Path, cache_folder: str | Path) -> Index:
-    """Build or find the index of a JSON or JSONL file. Safe when several processes do it at once."""
+    """Build or find the index of a file of records. Safe when several processes do it at once."""
     path = Path(path)
     try:
-        status = path.stat()
+        with open(path, "rb") as file:
+            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError as error:
-        raise DataError(f"data.sources.path={path}: {error.strerror}; give a LLaVA JSON or JSONL file") from None
-    key = f"{FORMAT}|{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
-    fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
-    folder = Path(cache_folder) / f"{path.stem}-{fingerprint}"
+        raise DataError(f"data.sources.path={path}: {error.strerror}; {HELP}") from None
+    folder = Path(cache_folder) / f"{path.name.partition('.')[0] or 'rows'}-{fingerprint}-{FORMAT}"
     if not (folder / "info.json").exists():
         _build(path, folder)
     info = json.loads((folder / "info.json").read_text())
@@ -66,7 +71,10 @@ def _build(path: Path, folder: Path) -> None:
         work.rename(folder)
     except OSError as error:
         if not (folder / "info.json").exists():  # else another process was faster, with the same content
-            raise DataError(f"data.cache_folder={folder.parent}: cannot write the index of {path}: {error}") from None
+            raise DataError(
+                f"cannot write the index of {path} into {folder.parent} ({error}); set checkpoint.save to a folder that "
+                "can be written, or copy the data to one"
+            ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -75,19 +83,20 @@ def _write(path: Path, folder: Path) -> None:
     from tqdm import tqdm
 
     offsets, lengths, ids = [0], [], Counter()
-    first: dict[str | int | None, int] = {}
+    first: dict[str, int] = {}
     repeated = ""
     with open(folder / "unordered", "wb") as file:
         for row, record in tqdm(read_rows(path), desc=f"Indexing {path.name}", unit=" rows", mininterval=1):
             line, length, name = _line(path, row, record)
-            ids[name] += name is not None
-            first.setdefault(name, row)
-            if ids[name] == 2 and not repeated:
-                repeated = f"row {row} repeats the id {name!r} of row {first[name]}"
+            key = str(name)  # messages and metrics show 3 and "3" alike
+            ids[key] += name is not None
+            first.setdefault(key, row)
+            if ids[key] == 2 and not repeated:
+                repeated = f"row {row} repeats the id {name!r} of row {first[key]}"
             lengths.append(length)
             offsets.append(offsets[-1] + file.write(line))
     if not lengths:
-        raise DataError(f"data.sources.path={path} holds no rows; give a LLaVA JSON or JSONL file with at least one")
+        raise DataError(f"data.sources.path={path} holds no rows; give a file with at least one")
     order = list(range(len(lengths)))
     random.Random(ORDER).shuffle(order)
     with (
@@ -129,8 +138,10 @@ def _line(path: Path, row: int, record) -> tuple[bytes, int, str | int | None]:
 
 
 def _num_words(record) -> int:
+    """Negative for a row without the field of a picture, as in the original."""
     try:
-        words = sum(len(turn["value"].split()) for turn in record["conversations"])
+        turns = record.get("conversations") or record["messages"]
+        words = sum(len(str(turn.get("value", turn.get("content"))).split()) for turn in turns)
     except (TypeError, KeyError, AttributeError):
         return 1
-    return words if "image" in record or "video" in record else -words
+    return words if any(key in record for key in ("image", "images", "video")) else -words

@@ -1,7 +1,7 @@
-"""The training loader: sources blended, tokenised, packed or padded, sharded over data-parallel ranks, resumable.
+"""The training loader: samples in the run's order, tokenised, packed or padded, for one data-parallel rank, resumable.
 
-Energon reads, shuffles, blends, buffers and remembers where it was; `Pipeline` says what happens to a sample. One loader
-per data-parallel rank. Its state is plain JSON and goes into the checkpoint; it is restored exactly or not at all.
+`Stream` says which samples make a micro-batch, `Pipeline` what happens to them, `Engine` has worker processes do it.
+The state is plain JSON and goes into the checkpoint; it is restored exactly or not at all.
 """
 
 import gc
@@ -17,43 +17,73 @@ from megatron_moellava.config import DataError
 from megatron_moellava.data.batch import Batch, from_wire
 from megatron_moellava.data.encode import check_template
 from megatron_moellava.data.encoder import Encoder
-from megatron_moellava.data.modality import ModalityEngine, Rows, check_sources
+from megatron_moellava.data.engine import Engine
+from megatron_moellava.data.lengths import measured_lengths
+from megatron_moellava.data.modality import check_sources, modality_plan
+from megatron_moellava.data.order import ORDER, Items, Stream, sample_order
+from megatron_moellava.data.packing import pack_epoch
 from megatron_moellava.data.pipeline import Pipeline
-from megatron_moellava.data.sample import BadSample, parse_record
-from megatron_moellava.data.sources import EnergonEngine, OpenSource, open_source, peek_records
+from megatron_moellava.data.sample import KEYS
+from megatron_moellava.data.sources import OpenSource, Reader, open_sources
 from megatron_moellava.data.state import redistribute
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
 SHARED_MEMORY_LOW = 64 * 2**20  # bytes free, as much as Docker gives a container in all
-MAX_PEEK_IMAGES = 10**6  # an estimate refuses no row
 MAX_NAMED = 10  # rows named of each kind that is used all the same; further ones are only counted
 
 
-class Loader:
-    """Endless iterator of Batch. `skipped` and `notes` count samples by reason, `seen` all samples read."""
+class Batches:
+    """What training asks of a loader beside batches; as it is, for batches that come from somewhere else."""
 
-    def __init__(self, engine, fingerprint: dict, opened: list[OpenSource], encoder: Encoder):
+    num_bad = 0  # bad samples met in this epoch, on this rank
+
+    def __next__(self) -> Batch:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def check_skipped(self, bad: int) -> None:
+        """DataError if so many bad samples, of all ranks, are too many."""
+
+    def untrained(self, samples: int) -> None:
+        """So many of the last ones were in a step that was not applied."""
+
+
+class Loader(Batches):
+    """Endless iterator of Batch.
+
+    `trained` counts the samples delivered, `seen` those and the skipped ones, `skipped` and `notes` count by reason.
+    """
+
+    def __init__(
+        self, engine: Engine, fingerprint: dict, opened: list[OpenSource], *, num_samples: int, allowed: float
+    ):
+        """`num_samples`: of one epoch, over all ranks; `allowed`: bad ones of it that do not stop the run."""
         self._engine, self._fingerprint, self._iterator = engine, fingerprint, None
-        self._opened, self._encoder = opened, encoder
         self.duplicates = sum(entry.duplicates for entry in opened)  # rows whose id another row of their source has
-        self.num_samples = round(sum(entry.rows * entry.weight for entry in opened))  # of one epoch, over all ranks
+        self.num_samples, self.rows = num_samples, sum(entry.rows for entry in opened)
         self.seen = 0
+        self.trained = 0
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.messages: list[str] = []  # of the samples skipped since the last batch
+        self._allowed, self._bad_epoch, self._bad = allowed, 0, set()  # sample numbers, of the current epoch
+        self._last_bad = ""
         self._named: dict[str, set[str]] = {}  # rows already named, by kind
 
     def counters(self) -> dict:
         """Plain data; those of several ranks add up (`summary`)."""
-        counted = {"seen": self.seen, "skipped": dict(self.skipped), "notes": dict(self.notes)}
-        return counted | {"duplicates": self.duplicates}
+        counted = {"seen": self.seen, "trained": self.trained}
+        counted |= {"skipped": dict(self.skipped), "notes": dict(self.notes)}
+        counted |= {"bad_epoch": self._bad_epoch, "bad": sorted(self._bad)}
+        return counted | {"duplicates": self.duplicates, "epoch": self.num_samples}
 
     def close(self) -> None:
         """End the worker processes."""
         self._iterator = None
-        self._engine.close()
 
     def __del__(self):
         self.close()
@@ -63,9 +93,12 @@ class Loader:
 
     def __next__(self) -> Batch:
         self.messages = []
-        batch = None
+        batch, tries = None, 0
         while batch is None:  # a micro-batch whose samples are all bad is left out
-            batch = self._next()
+            if tries > self.rows:
+                raise DataError(f"the data set yields no sample: every row is bad; the last: {self._last_bad}")
+            batch, tries = self._next(), tries + 1
+        self.trained += len(batch.sample_ids)
         return batch
 
     def _next(self) -> Batch | None:
@@ -73,15 +106,12 @@ class Loader:
             if self._iterator is None:
                 self._iterator = started(self._engine)
             delivered = next(self._iterator)
-        except StopIteration:
-            raise DataError("the data set yields no sample; is every row bad?") from None
         except DataError as error:  # from a worker process it comes wrapped into a traceback
             raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
         except (RuntimeError, OSError) as error:
             raise WorkerTrouble(worker_trouble(self._fingerprint["rank"], error)) from error
         events = delivered["events"]
         self.seen += events.seen
-        self.skipped.update(reason for reason, _ in events.skipped)
         for kind, message in events.notes:
             self.notes[kind] += 1
             named = self._named.setdefault(kind, set())
@@ -89,17 +119,39 @@ class Loader:
                 named.add(message)
                 further = "; further rows like it are only counted" if len(named) == MAX_NAMED else ""
                 _LOG.warning("note: %s%s", message, further)
-        self.messages += [message for _, message in events.skipped]
-        for _, message in events.skipped:
-            _LOG.warning("skipped: %s", message)
+        if delivered["epoch"] > self._bad_epoch:
+            self._bad_epoch, self._bad = delivered["epoch"], set()
+        for reason, message, number in events.skipped:
+            self._skip(reason, message, number)
         return delivered["batch"] and from_wire(delivered["batch"])
 
+    def _skip(self, reason: str, message: str, number: int) -> None:
+        self.skipped[reason] += 1
+        self._bad.add(number)
+        self._last_bad = message
+        self.check_skipped(len(self._bad))
+        self.messages.append(message)
+        _LOG.warning("skipped: %s", message)
+
+    @property
+    def num_bad(self) -> int:  # type: ignore[override]
+        return len(self._bad)
+
+    def check_skipped(self, bad: int) -> None:
+        """DataError if `bad` samples of an epoch, of this rank or of all, are more than data.max_skip_share allows.
+
+        The share is one of the whole data set: where the bad rows lie, and who reads them, does not matter.
+        """
+        if bad > self._allowed:
+            share = f"{bad} of the {self.rows} rows are bad, more than data.max_skip_share allows; the last: "
+            raise DataError(f"{share if self._allowed else ''}{self._last_bad}") from None
+
+    def untrained(self, samples: int) -> None:
+        self.trained -= samples
+
     def rows_per_epoch(self) -> int:
-        """Rows that one epoch fills over all ranks: its samples; when packing an estimate, the same on every rank."""
-        if not self._fingerprint["packing"]:
-            return self.num_samples
-        tokens = sum(entry.rows * entry.weight * mean_tokens(entry, self._encoder) for entry in self._opened)
-        return max(1, math.ceil(tokens / self._fingerprint["seq_length"]))
+        """Rows that one epoch fills over all ranks: packed rows, or else samples."""
+        return self._engine.items(0) if self._fingerprint["packing"] else self.num_samples
 
     def state_dict(self) -> dict:
         """JSON: what to restore, and what must be equal for that to make sense."""
@@ -112,8 +164,8 @@ class Loader:
         """
         now, (first, *_) = self._fingerprint, saved.values()
         if first and first["fingerprint"]["world_size"] != now["world_size"]:
-            check_fingerprint(first["fingerprint"], now, ignore=("rank", "world_size", "num_workers"))
-            states = redistribute([saved[rank] for rank in sorted(saved)], now["world_size"], now.get("num_workers"))
+            check_fingerprint(first["fingerprint"], now, ignore=("rank", "world_size"))
+            states = redistribute([saved[rank] for rank in sorted(saved)], now["world_size"])
             saved = dict(enumerate(states))
         self.load_state_dict(saved[now["rank"]])
 
@@ -124,9 +176,10 @@ class Loader:
         check_fingerprint(saved.get("fingerprint"), self._fingerprint)
         try:
             self._engine.restore(saved["engine"])
-            self.seen = saved["counters"]["seen"]
-            self.skipped = Counter(saved["counters"]["skipped"])
-            self.notes = Counter(saved["counters"]["notes"])
+            counters = saved["counters"]
+            self.seen, self.trained = counters["seen"], counters["trained"]
+            self.skipped, self.notes = Counter(counters["skipped"]), Counter(counters["notes"])
+            self._bad_epoch, self._bad = counters["bad_epoch"], set(counters["bad"])
         except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
             raise DataError(f"the loader's state cannot be restored ({error!r}); the checkpoint is damaged") from error
 
@@ -163,16 +216,22 @@ def worker_trouble(rank: int, error: Exception) -> str:
 
 
 def summary(counters: list[dict]) -> str:
-    """`read 665,298 samples, skipped 12: 9 missing image, 3 unreadable image; noted 40 truncated`, over all ranks."""
-    duplicates = counters[0]["duplicates"] if counters else 0  # every rank knows all sources
+    """`trained 665,286 samples, 1.00 epochs of 665,298; read 665,298, skipped 12: 9 missing image, 3 unreadable image;
+    noted 40 truncated`, over all ranks."""
+    first = counters[0] if counters else {"duplicates": 0, "epoch": 0}  # every rank knows all sources
     total: dict[str, Counter[str]] = {"skipped": Counter(), "notes": Counter()}
     for found in counters:
         for kind, counter in total.items():
             counter.update(found[kind])
     listed = {kind: ", ".join(f"{n:,} {what}" for what, n in c.most_common()) for kind, c in total.items()}
-    text = f"read {sum(found['seen'] for found in counters):,} samples, skipped {total['skipped'].total():,}"
+    trained, seen = (sum(found[key] for found in counters) for key in ("trained", "seen"))
+    text = (
+        f"trained {trained:,} samples, {seen / max(first['epoch'], 1):.2f} epochs of {first['epoch']:,}; read {seen:,}"
+    )
+    text += f", skipped {total['skipped'].total():,}"
     text += f": {listed['skipped']}" if listed["skipped"] else ""
     text += f"; noted {listed['notes']}" if listed["notes"] else ""
+    duplicates = first["duplicates"]
     return text + (f"; {duplicates:,} rows share their id with another row" if duplicates else "")
 
 
@@ -215,80 +274,112 @@ def build_train_loader(
     """
     if not data.sources:
         raise DataError("data.sources is empty; name at least one LLaVA JSON or a folder of shards")
+    if read := sorted({*data.ignore_keys} & {*KEYS}):
+        raise DataError(f"data.ignore_keys={read} would drop what a row consists of; name other keys")
     encoder = build_encoder(data, tokenizer, tower, template, context_length)
-    opened = [open_source(source, cache_folder) for source in data.sources]
-    for source, entry in zip(data.sources, opened, strict=True):
-        if entry.duplicates and rank == 0:
-            _LOG.warning("%s: %s", source.path, entry.duplicates_message)
-    pipeline = Pipeline(
-        encoder,
-        tower,
-        data,
-        folders=[source.image_folder or str(Path(source.path).parent) for source in data.sources],
-        pad_multiple=pad_multiple,
-    )
-    fingerprint = order_fields(data, encoder, tower, opened, micro_batch_size)
-    fingerprint |= {"seed": seed, "rank": rank, "world_size": world_size}
-    share = {"seed": seed, "rank": rank, "world_size": world_size, "micro_batch_size": micro_batch_size}
+    opened, notes = open_sources(data.sources, cache_folder)
+    notes += [f"{entry.path}: {entry.duplicates_message}" for entry in opened if entry.duplicates]
+    for note in notes if rank == 0 else ():
+        _LOG.warning("%s", note)
+    pipeline = Pipeline(Reader(opened), encoder, tower, data, pad_multiple=pad_multiple)
+    fingerprint = order_fields(data, encoder, tower, opened)
+    shares = [entry.share for entry in opened]
+
+    def order(epoch: int) -> list[int]:
+        return sample_order(shares, seed, epoch)
+
+    group = 1
     if data.sampler == "modality_length":
-        engine = _modality_engine(data, opened, pipeline, accumulation_steps, share)
-        fingerprint |= {"micro_batches_per_step": accumulation_steps * world_size}
+        chunks = accumulation_steps * world_size
+        plan = _modality(data, opened, seed, micro_batch_size, chunks, world_size)
+        fingerprint |= {"micro_batch_size": micro_batch_size, "micro_batches_per_step": chunks}
+    elif data.packing:
+        cache = cache_folder or Path(data.sources[0].path).expanduser().parent / ".moellava_index"
+        plan = _packed(data, pipeline, order, _length_key(fingerprint, opened, data, tower), cache)
     else:
-        engine = EnergonEngine(data, opened, pipeline, cache_folder=cache_folder, **share)
-        fingerprint |= {"num_workers": data.num_workers}
-    return Loader(engine, fingerprint, opened, encoder)
+        group = micro_batch_size
+
+        def plan(epoch: int) -> Items:
+            return [[number] for number in order(epoch)]
+
+    num_samples = len(order(0))
+    if not num_samples:
+        raise DataError("data.sources: an epoch holds no sample; raise the weights")
+    visits = max(1, math.ceil(max(entry.weight for entry in opened)))  # of one row in an epoch, by several ranks
+    return Loader(
+        Engine(pipeline, Stream(plan, group=group, rank=rank, world_size=world_size), num_workers=data.num_workers),
+        fingerprint | {"seed": seed, "rank": rank, "world_size": world_size},
+        opened,
+        num_samples=num_samples,
+        allowed=data.max_skip_share * sum(entry.rows for entry in opened) * visits,
+    )
 
 
-def mean_tokens(entry: OpenSource, encoder: Encoder, count: int = 1000) -> float:
-    """Tokens per sample of a source, of its first `count` rows; every image counted untiled."""
-    lengths = []
-    for record in peek_records(entry, count):
-        try:
-            lengths.append(len(encoder(parse_record(record, origin="row", max_images=MAX_PEEK_IMAGES))))
-        except BadSample:
-            continue
-    return sum(lengths) / len(lengths) if lengths else 0.0
+def _modality(data, opened: list[OpenSource], seed: int, micro_batch_size: int, chunks: int, world_size: int):
+    check_sources(data, opened)
+    lengths = [length for entry in opened for length in entry.index.lengths]
+
+    def plan(epoch: int) -> Items:
+        return modality_plan(
+            lengths, seed=seed, epoch=epoch, micro_batch_size=micro_batch_size, chunks=chunks, world_size=world_size
+        )
+
+    return plan
+
+
+def _packed(data, pipeline: Pipeline, order, key: list, cache: str | Path):
+    pipeline.measured = measured_lengths(pipeline, key, cache)
+
+    def plan(epoch: int) -> Items:
+        samples = order(epoch)
+        return pack_epoch(samples, pipeline.measured[samples].tolist(), data.seq_length, data.packing_buffer)
+
+    return plan
+
+
+def _length_key(fingerprint: dict, opened: list[OpenSource], data, tower) -> list:
+    """What the lengths of samples depend on; the rest of the fingerprint says which of them share a row."""
+    fields = (
+        "seq_length",
+        "max_sample_length",
+        "long_samples",
+        "template",
+        "label_mode",
+        "tokenizer",
+        "num_features",
+        "max_images",
+    )
+    tiles = [[entry.folder for entry in opened], tower.image_size] if data.image_grid else []
+    return [{name: fingerprint[name] for name in fields}, [entry.fingerprint for entry in opened], tiles]
 
 
 def build_encoder(data, tokenizer: Tokenizer, tower, template: str = "", context_length: int | None = None) -> Encoder:
     chosen = get_template(data.template or template)
     check_template(chosen, tokenizer)
+    longest = min(data.seq_length, data.max_sample_length or context_length or data.seq_length)
+    by_text = data.length_counts == "text"
     return Encoder(
         template=chosen,
         tokenizer=tokenizer,
         num_features=tower.num_features,
-        max_length=min(data.seq_length, data.max_sample_length or context_length or data.seq_length),
+        max_length=data.seq_length if by_text else longest,
+        text_length=longest if by_text else None,
         label_mode=data.label_mode,
         long_samples=data.long_samples,
     )
 
 
-def _modality_engine(data, opened: list[OpenSource], pipeline: Pipeline, accumulation_steps: int, share: dict):
-    check_sources(data)
-    indices = [entry.index for entry in opened if entry.index is not None]
-    if len(indices) != len(opened):
-        raise DataError("data.sampler=modality_length needs to know all lengths: use LLaVA JSON files, not shards")
-    lengths = [index.lengths for index in indices]
-    return ModalityEngine(
-        Rows(indices, pipeline),
-        [length for part in lengths for length in part],
-        chunks=share["world_size"] * accumulation_steps,
-        num_workers=data.num_workers,
-        **share,
-    )
-
-
-def order_fields(data, encoder: Encoder, tower, opened: list[OpenSource], micro_batch_size: int) -> dict:
+def order_fields(data, encoder: Encoder, tower, opened: list[OpenSource]) -> dict:
     """What decides which sample lands in which batch; a resumed run must have the same."""
     tokens = encoder.tokenizer.encode_text("The quick brown fox; <image> 12345")[0]
     return {
+        "order": ORDER,
         "sources": [f"{entry.fingerprint} x {entry.weight}" for entry in opened],
         "sampler": data.sampler,
         "packing": data.packing,
         "packing_buffer": data.packing_buffer if data.packing else None,
-        "micro_batch_size": micro_batch_size,
         "seq_length": data.seq_length,
-        "max_sample_length": encoder.max_length,
+        "max_sample_length": encoder.max_length if encoder.text_length is None else f"{encoder.text_length} of text",
         "long_samples": data.long_samples,
         "template": encoder.template.version,
         "label_mode": data.label_mode,

@@ -4,6 +4,7 @@ import base64
 import binascii
 import importlib.util
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +18,36 @@ STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ANIMATED = (".gif", ".webp", ".apng", ".png")
 
 
-def locate(folder: str, name: str, where: str) -> str:
-    """The file of an image name, which must lie below the folder, also after following symlinks. Raises BadSample."""
+def locate(folder: str, name: str, where: str, trusted: bool = False) -> str:
+    """The file of an image name: below the folder, also after following symlinks, unless paths are `trusted`.
+
+    A name may be absolute. Raises BadSample.
+    """
     if "\0" in name:
         raise BadSample("missing image", f"{where}: image name {name!r} holds a zero byte; correct it")
-    root = os.path.realpath(folder or ".")
-    path = os.path.realpath(os.path.join(root, name))
-    if os.path.isabs(name) or not path.startswith(root.rstrip(os.sep) + os.sep):
+    if name.startswith(("http://", "https://")):
+        raise BadSample(
+            "missing image", f"{where}: image {name[:80]!r} is a web address; download it and name the file"
+        )
+    root = os.path.realpath(os.path.expanduser(folder or "."))
+    path = _existing(os.path.realpath(os.path.join(root, name.removeprefix("file://"))))
+    if not trusted and not path.startswith(root.rstrip(os.sep) + os.sep):
         raise BadSample(
             "outside image folder",
-            f"{where}: image {name!r} leads outside image_folder={folder!r}; move it inside, or name a folder above both",
+            f"{where}: image {name!r} leads outside image_folder={folder!r}, to {path}; if you trust the data, set "
+            "data.trust_paths=true (--trust-paths of prepare-data)",
         )
     return path
 
 
-def source(ref: ImageRef, folder: str, where: str) -> bytes | str:
-    """Bytes or path of an image that is not a video frame."""
+def _existing(path: str) -> str:
+    """The path, or its other spelling in Unicode: archives from a Mac have `é` as two characters."""
+    forms = [path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]
+    return next((os.path.realpath(form) for form in forms if os.path.exists(form)), path)
+
+
+def source(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> bytes | str:
+    """Bytes or path of an image, or of a video."""
     if ref.data is not None:
         return ref.data
     if ref.name.startswith("data:"):
@@ -40,14 +55,14 @@ def source(ref: ImageRef, folder: str, where: str) -> bytes | str:
             return base64.b64decode(ref.name.partition(",")[2], validate=True)
         except binascii.Error as error:
             raise BadSample("unreadable image", f"{where}: broken base64 image ({error}); encode it again") from None
-    return locate(folder, ref.name, where)
+    return locate(folder, ref.name, where, trusted)
 
 
-def open_ref(ref: ImageRef, folder: str, where: str) -> tuple[Image.Image, tuple[str, ...]]:
+def open_ref(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> tuple[Image.Image, tuple[str, ...]]:
     """RGB image and notes."""
     if ref.frame is not None:
-        return _frame(source(ref, folder, where), *ref.frame, where), ()
-    return images.open_image(source(ref, folder, where), f"{where}, image {ref.name[:80]!r}")
+        return _frame(source(ref, folder, where, trusted), *ref.frame, where, trusted)
+    return images.open_image(source(ref, folder, where, trusted), f"{where}, image {ref.name[:80]!r}")
 
 
 def pixels(ref: ImageRef, folder: str, where: str, tower, aspect_ratio: str) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -58,36 +73,38 @@ def pixels(ref: ImageRef, folder: str, where: str, tower, aspect_ratio: str) -> 
 
 def tiles(ref: ImageRef, folder: str, where: str, tower, data) -> tuple[np.ndarray, tuple[str, ...]]:
     """Normalised pixels [T, 3, H, W] and notes; T = 1 unless data.image_grid."""
+    image, notes = open_ref(ref, folder, where, data.trust_paths)
     if data.image_grid and ref.frame is None:
-        image, notes = open_ref(ref, folder, where)
         return grid.tile(image, tower), notes
-    found, notes = pixels(ref, folder, where, tower, data.image_aspect_ratio)
-    return found[None], notes
+    return images.preprocess(image, tower, data.image_aspect_ratio)[None], notes
 
 
 def num_tiles(ref: ImageRef, folder: str, where: str, tower, data) -> int:
     """T of `tiles`, from the file's header alone."""
     if not data.image_grid or ref.frame is not None:
         return 1
-    size = images.image_size(source(ref, folder, where), f"{where}, image {ref.name[:80]!r}")
+    size = images.image_size(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
     return grid.num_tiles(*size, tower.image_size)
 
 
-def _frame(origin: bytes | str, index: int, count: int, where: str) -> Image.Image:
+def _frame(
+    origin: bytes | str, index: int, count: int, where: str, trusted: bool
+) -> tuple[Image.Image, tuple[str, ...]]:
     """The index-th of `count` frames, each from the middle of its share of the video."""
     if isinstance(origin, str) and Path(origin).is_dir():
         files = sorted(file for file in Path(origin).iterdir() if file.suffix.lower() in STILLS)
         if not files:
             raise BadSample("unreadable video", f"{where}: folder {origin} holds no frames; add images or name a file")
-        return images.open_image(str(files[_pick(index, count, len(files))]), where)[0]
+        chosen = files[_pick(index, count, len(files))]
+        return images.open_image(locate(origin, chosen.name, where, trusted), f"{where}, frame {chosen.name!r}")
     if isinstance(origin, str) and not Path(origin).exists():
         raise BadSample("missing image", f"{where}: no such video; check image_folder and the row's `video`")
     if isinstance(origin, str) and not origin.lower().endswith(ANIMATED):
-        return _decode_video(origin, index, count, where)
+        return _decode_video(origin, index, count, where), ()
     try:
         with Image.open(origin) as video:
             total = getattr(video, "n_frames", 1)
-            return ImageSequence.Iterator(video)[_pick(index, count, total)].convert("RGB")
+            return images.to_rgb(ImageSequence.Iterator(video)[_pick(index, count, total)])
     except Exception as error:
         raise BadSample("unreadable video", f"{where}: cannot be decoded ({error}); replace the file") from None
 

@@ -5,17 +5,10 @@ Micro-batch m goes to rank m % world_size, as accelerate deals them out; the las
 Unlike the original, which draws from torch's global generator, the order depends on seed and epoch alone.
 """
 
-import json
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
 from megatron_moellava.config import DataError
-from megatron_moellava.data.index import Index
-from megatron_moellava.data.pipeline import Pipeline
-
-from megatron.energon import SkipSample
 
 
 def epoch_order(lengths: np.ndarray, micro_batch_size: int, chunks: int, generator: torch.Generator) -> list[int]:
@@ -23,7 +16,8 @@ def epoch_order(lengths: np.ndarray, micro_batch_size: int, chunks: int, generat
     lengths = np.where(lengths == 0, -1, lengths)
     image_rows, text_rows = np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)
     if not len(image_rows) or not len(text_rows):
-        return _grouped(np.abs(lengths), micro_batch_size, chunks, generator)
+        # As in the original, text alone keeps its sign: shortest first, and batches of like lengths.
+        return _grouped(lengths, micro_batch_size, chunks, generator)
     size = micro_batch_size * chunks
     full, rest = [], []
     for rows in (image_rows, text_rows):
@@ -60,89 +54,23 @@ def _even_chunks(rows: list[int], lengths: np.ndarray, chunks: int) -> list[list
     return made
 
 
-class Rows(torch.utils.data.Dataset):
-    """Rows of the indexed sources by number, sources one after the other; an item is a list of rows -> one batch."""
-
-    def __init__(self, indices: list[Index], pipeline: Pipeline):
-        self.pipeline = pipeline
-        self.paths = [index.path for index in indices]
-        self.starts = np.cumsum([0, *(index.rows for index in indices)])
-        self.positions = [index.positions for index in indices]
-        self.offsets = [np.fromfile(path.with_suffix(".jsonl.idx"), dtype=np.uint64) for path in self.paths]
-
-    def __getitem__(self, rows: list[int]) -> dict:
-        samples = []
-        for row in rows:
-            try:
-                samples.append(self.pipeline.postencode_sample(self.pipeline.cook(self._read(row))))
-            except SkipSample:
-                continue
-        return self.pipeline.batch(samples) if samples else self.pipeline.deliver(None)
-
-    def _read(self, row: int) -> dict:
-        source = int(np.searchsorted(self.starts, row, side="right")) - 1
-        line = int(self.positions[source][row - self.starts[source]])
-        start, end = self.offsets[source][line : line + 2]
-        with open(self.paths[source], "rb") as file:
-            file.seek(int(start))
-            content = file.read(int(end - start))
-        return {
-            "json": json.loads(content),
-            "__key__": str(row),
-            "__restore_key__": (),
-            "__subflavors__": {"source": source},
-        }
+def modality_plan(
+    lengths: np.ndarray, *, seed: int, epoch: int, micro_batch_size: int, chunks: int, world_size: int
+) -> list[list[int]]:
+    """The micro-batches of an epoch over all ranks."""
+    generator = torch.Generator().manual_seed(seed + epoch)
+    order = epoch_order(np.asarray(lengths), micro_batch_size, chunks, generator)
+    missing = -len(order) % (micro_batch_size * world_size)
+    order += (order * (missing // len(order) + 1))[:missing]
+    return [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
 
 
-class ModalityEngine:
-    """Endless batches of one rank; the state is epoch and position, whatever the number of workers."""
-
-    def __init__(
-        self, rows: Rows, lengths: np.ndarray, *, seed, rank, world_size, micro_batch_size, chunks, num_workers
-    ):
-        self.rows, self.lengths, self.seed = rows, np.asarray(lengths), seed
-        self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
-        self.micro_batch_size, self.chunks = micro_batch_size, chunks
-        self.epoch, self.position = 0, 0
-
-    def plan(self, epoch: int) -> list[list[int]]:
-        """The micro-batches of this rank."""
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        order = epoch_order(self.lengths, self.micro_batch_size, self.chunks, generator)
-        round_size = self.micro_batch_size * self.world_size
-        missing = -len(order) % round_size
-        order += (order * (missing // len(order) + 1))[:missing]
-        size = self.micro_batch_size
-        starts = range(self.rank * size, len(order), round_size)
-        return [order[start : start + size] for start in starts]
-
-    def __iter__(self) -> Iterator[dict]:
-        while True:
-            plan = self.plan(self.epoch)[self.position :]
-            loader = torch.utils.data.DataLoader(
-                self.rows,
-                batch_size=None,
-                sampler=plan,
-                num_workers=self.num_workers,
-                multiprocessing_context="fork" if self.num_workers else None,
-            )
-            for delivered in loader:
-                self.position += 1
-                yield delivered
-            self.epoch, self.position = self.epoch + 1, 0
-
-    def close(self) -> None:
-        """Nothing to do: an epoch's workers end with its iterator."""
-
-    def save(self) -> dict:
-        return {"epoch": self.epoch, "position": self.position}
-
-    def restore(self, saved: dict) -> None:
-        self.epoch, self.position = saved["epoch"], saved["position"]
-
-
-def check_sources(data) -> None:
-    if any(source.weight != 1 for source in data.sources):
-        raise DataError("data.sampler=modality_length reads every row once per epoch; set all data.sources.weight to 1")
+def check_sources(data, sources) -> None:
+    if any(source.weight != 1 for source in sources):
+        raise DataError(
+            "data.sampler=modality_length reads every row once per epoch; set all data.sources.weight to 1, and list each once"
+        )
+    if any(source.index is None for source in sources):
+        raise DataError("data.sampler=modality_length needs to know all lengths: use LLaVA JSON files, not shards")
     if data.packing:
         raise DataError("data.sampler=modality_length is of the padded mode; set data.packing=false")

@@ -6,7 +6,7 @@ the separator that was split off, and the blank after "ASSISTANT:" merges into t
 
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
-from megatron_moellava.data.templates import Template, prompt
+from megatron_moellava.data.templates import Template, prompt, turns_of
 from megatron_moellava.data.tokenizer import Tokenizer
 
 
@@ -105,14 +105,30 @@ LABELS = {
 }
 
 
+def original_ids(sample: Sample, template: Template, tokenizer: Tokenizer) -> list[int]:
+    """The whole prompt's ids, an image being one."""
+    turns = turns_of(template, sample) if template.style != "plain" else one_image(sample.turns)
+    return (tokenise_with_images if sample.images else tokenise)(prompt(template, turns), tokenizer)
+
+
+def is_cut_early(sample: Sample, template: Template) -> bool:
+    """Whether the original cuts this row before it masks; the others are cut by its collator."""
+    return not sample.images and template.style not in ("plain", "mpt")
+
+
+def original_length(sample: Sample, template: Template, tokenizer: Tokenizer, found: int) -> int:
+    """Ids of a row before any cut, of which `encode_original` gave `found`."""
+    return len(original_ids(sample, template, tokenizer)) if is_cut_early(sample, template) else found
+
+
 def encode_original(
     sample: Sample, template: Template, tokenizer: Tokenizer, max_length: int = 2048
 ) -> tuple[list[int], list[int], bool]:
     """(ids, labels, mismatch) by the original's algorithm, failures included. Text-only rows are cut at max_length."""
-    turns = sample.turns if template.style != "plain" else one_image(sample.turns)
+    turns = turns_of(template, sample) if template.style != "plain" else one_image(sample.turns)
     split = tokenise_with_images if sample.images else tokenise
-    ids = split(prompt(template, turns), tokenizer)
-    if not sample.images and template.style not in ("plain", "mpt"):
+    ids = original_ids(sample, template, tokenizer)
+    if is_cut_early(sample, template):
         ids = ids[:max_length]
-    labels, mismatch = LABELS[template.labels](ids, turns, template, tokenizer, tokenise, max_length)
+    labels, mismatch = LABELS[template.labels](ids, turns, template, tokenizer, split, max_length)
     return ids, labels, mismatch

@@ -1,17 +1,44 @@
-"""Which samples share a row, and an Energon packing stage that carries what does not fit into the next round.
+"""Which samples share a row.
 
-Energon packs its whole buffer each round, so the last rows of a round are filled badly: with 64 short samples that
-wastes 6 % of all positions. Here only some rows are made per round, from many candidates; the other samples go back into
-the (savable) buffer and meet the next ones.
+A row takes the oldest waiting sample and the subset of the others that fills it best. Only some rows are made at a time,
+from many candidates; what is left waits for the next samples, and the last rows of an epoch take what there is: no
+sample is left out.
 
-Data-parallel ranks wait for each other, so their rows of one step should cost the same. Every rank makes the same number
-of rows per round and sorts them by attention cost; as all ranks draw from one distribution, rows of equal rank are alike.
+Data-parallel ranks wait for each other, so their rows of one step should cost the same: rows that follow each other are
+sorted by attention cost, and ranks take them in turn.
 """
 
-from megatron.energon.wrappers.packing_dataset import PackingDataset
+from collections.abc import Sequence
 
 ROUND_SHARE = 8  # a round makes at most packing_buffer / ROUND_SHARE rows
 RESERVE = 2  # rows' worth of tokens that must wait beside a row, so that there is something to choose from
+SORTED = 128  # rows that are sorted by cost among themselves
+
+
+def pack_epoch(samples: Sequence[int], lengths: Sequence[int], capacity: int, buffer: int) -> list[list[int]]:
+    """Rows of sample numbers. `lengths[i]`: tokens of samples[i], at most `capacity`; 0: unusable, in any row.
+
+    >>> pack_epoch([7, 8, 9], [5, 3, 6], 8, buffer=4)
+    [[7, 8], [9]]
+    """
+    rows: list[tuple[int, list[int]]] = []  # (attention cost, samples)
+    waiting: list[int] = []
+    unusable: list[int] = []  # to be met, and counted, in their turn
+    arriving = iter(range(len(samples)))
+    while True:
+        while len(waiting) < buffer and (index := next(arriving, None)) is not None:
+            (waiting if lengths[index] else unusable).append(index)
+        if not waiting:
+            break
+        chosen, rest = select_rows([lengths[index] for index in waiting], capacity)
+        made = [[waiting[place] for place in row] for row in chosen]
+        made[-1] += unusable
+        unusable = []
+        rows += [(sum(lengths[index] ** 2 for index in row), [samples[index] for index in row]) for row in made]
+        waiting = [waiting[place] for place in rest]
+    groups = (rows[start : start + SORTED] for start in range(0, len(rows), SORTED))
+    packed = [row for group in groups for _, row in sorted(group, key=lambda row: row[0])]
+    return packed + [[samples[index] for index in unusable]] * bool(unusable)
 
 
 def select_rows(lengths: list[int], capacity: int) -> tuple[list[list[int]], list[int]]:
@@ -52,18 +79,3 @@ def fullest_subset(lengths: list[int], space: int) -> list[int]:
             chosen.append(index)
             total -= lengths[index]
     return chosen[::-1]
-
-
-class CarryOverPacking(PackingDataset):
-    """PackingDataset whose pre-packer returns (packs, left over); what is left goes back into the reading buffer."""
-
-    def __init__(self, *args, pre_packer, **kwargs):
-        def keep_rest(samples):
-            packs, rest = pre_packer(samples)  # Energon has just emptied the reading buffer
-            self._reading_buffer.extend(rest)
-            return packs
-
-        super().__init__(*args, pre_packer=keep_rest, **kwargs)
-
-    def _fill_reading_buffer(self, source_iter, log_progress=False) -> bool:
-        return super()._fill_reading_buffer(source_iter, log_progress=False)

@@ -1,24 +1,38 @@
-"""LLaVA records on disk -> `Sample`.
+"""Records -> `Sample`: LLaVA's format, and those that other tools write.
 
 A record is {"id", "image": name or names, "conversations": [{"from": "human"|"gpt", "value": text}, ...]}, with
-`video` in place of `image` where there is one, and an optional `tag` (question type, for metrics). Whatever is wrong
-with a record becomes one `BadSample` that names the row and the way out; nothing is repaired in silence and no other
-sample takes its place (the original replaces a broken sample by a random one).
+`video` in place of `image` where there is one, and an optional `tag` (question type, for metrics). `images` and
+`messages` with `role` and `content`, and a system prompt as the field `system` or as a first turn, mean the same.
+Whatever is wrong with a record, an unknown key included, becomes one `BadSample` that names the row and the way out:
+nothing is repaired in silence, no row is understood by half, and no other sample takes its place (the original
+replaces a broken sample by a random one).
 """
 
-import codecs
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_moellava.config import DataError
 
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-CHUNK = 1 << 24  # characters held while walking a JSON list; a single row must fit in MAX_ROW
-MAX_ROW = 1 << 27
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+KEYS = ("id", "conversations", "messages", "system", "image", "images", "video", "tag")
+# About the row, not of it: LLaVA's mixes, ShareGPT and InternVL have them. They change nothing that is trained.
+INERT = frozenset(
+    (
+        *("model", "source", "dataset", "data_source", "question_id", "split", "category", "type", "language"),
+        *("license", "metadata", "width", "height", "width_list", "height_list"),
+    )
+)
+NEAR = {  # what another key probably means -> what to do
+    ("image", "img", "pic", "photo"): "name pictures in `image`",
+    ("video", "clip"): "name a video in `video`",
+    ("system",): "put a system prompt into `system`",
+    ("conversation", "dialog", "chat", "turn", "message"): "put the turns into `conversations` or `messages`",
+    ("question", "query", "instruction", "prompt", "input"): "make it the human turn of `conversations`",
+    ("answer", "response", "output", "completion", "caption"): "make it the gpt turn of `conversations`",
+    ("weight", "loss", "train", "mask"): "every answer is trained alike: split or remove what is not to be trained",
+    ("given twice",): "keep one of the two",
+}
 
 
 class BadSample(DataError):
@@ -50,84 +64,213 @@ class Sample:
     id: str
     origin: str  # "train.json row 17", for messages
     turns: tuple[Turn, ...]  # user and assistant alternate, user first
-    images: tuple[ImageRef, ...] = ()  # one per `<image>` in the turns, in that order
+    images: tuple[ImageRef, ...] = ()  # one per `<image>` in the turns, in that order; if none, `<image>` is text
+    system: str = ""  # in place of the template's own system prompt
+    leading: str = ""  # an answer before the first question: of the original's templates only `v0` keeps it
     tag: str = ""
     notes: tuple[str, ...] = ()  # what is odd about it, for the counters
 
 
-def parse_record(record: dict, *, origin: str, max_images: int = 16, video_frames: int = 8) -> Sample:
+def parse_record(
+    record: dict, *, origin: str, max_images: int = 16, video_frames: int = 8, ignore_keys: tuple[str, ...] = ()
+) -> Sample:
     """Check one record; raises BadSample."""
     if not isinstance(record, dict):
         raise BadSample("not a record", f"{origin}: a row must be a JSON object, found {type(record).__name__}")
-    turns, notes = _parse_turns(record.get("conversations"), origin)
-    images, turns = _parse_images(record, turns, origin, video_frames)
-    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
-    if placeholders != len(images):
-        raise BadSample(
-            "image count",
-            f"{origin}: {placeholders} `<image>` in the conversation but {len(images)} in the `image` field; "
-            "write one `<image>` per image, in order",
-        )
+    record = {key: value for key, value in record.items() if key not in ignore_keys}
+    system, leading, turns, inline, notes = _parse_turns(*_conversation(record, origin), origin)
+    _refuse_unknown(record, {*KEYS, *INERT}, origin, "data.ignore_keys=[{}] passes over it")
+    images, turns = _parse_images(record, turns, inline, origin, video_frames)
     if len(images) > max_images:
         raise BadSample(
             "too many images", f"{origin}: {len(images)} images, more than data.max_images={max_images}; raise it"
         )
+    if not images and any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
+        notes.append("`<image>` without a picture")
     return Sample(
-        id=str(record.get("id", origin)),
+        id=_utf8(str(record.get("id", origin)), origin),
         origin=origin,
         turns=turns,
         images=images,
-        tag=str(record.get("tag", "")),
-        notes=notes,
+        system=_system(record, system, origin),
+        leading=leading,
+        tag=_utf8(str(record.get("tag", "")), origin),
+        notes=tuple(notes),
     )
 
 
-def _parse_turns(conversations, origin: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    """(turns, notes)"""
-    if not isinstance(conversations, list) or not conversations:
-        raise BadSample("no conversation", f"{origin}: `conversations` must be a non-empty list of turns")
-    turns, notes = [], []
-    for number, turn in enumerate(conversations):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise BadSample("malformed turn", f"{origin}: turn {number} must be an object with `from` and text `value`")
-        speaker = turn.get("from")
-        role = ROLES.get(speaker) if isinstance(speaker, str) else None
-        if role is None:
-            raise BadSample("unknown role", f"{origin}: turn {number} is from {speaker!r}; use 'human' or 'gpt'")
-        if number == 0 and role == "assistant":
-            notes.append("leading answer dropped")  # as in the original
+def _empty(value) -> bool:
+    return value is None or value in ("", [], {})
+
+
+def _refuse_unknown(record: dict, known: set[str], where: str, otherwise: str) -> None:
+    """A key that is not read may hold half of the row; one without a value holds nothing."""
+    unknown = [key for key, value in record.items() if key not in known and not _empty(value)]
+    if not unknown:
+        return
+    key = unknown[0]
+    near = (advice for words, advice in NEAR.items() if any(word in key.lower() for word in words))
+    advice = next(near, None) if "given twice" not in key else NEAR[("given twice",)]
+    fix = f"{advice}, or remove it" if advice else "remove it"
+    also = f" (also {', '.join(map(repr, unknown[1:6]))})" if unknown[1:] else ""
+    raise BadSample("unknown key", f"{where}: unknown key {key!r}{also}; {fix}; {otherwise.format(key)}")
+
+
+def _conversation(record: dict, origin: str) -> tuple[str, list]:
+    """(name of the field, turns)"""
+    found = [name for name in ("conversations", "messages") if record.get(name) is not None]
+    if len(found) == 2:
+        raise BadSample("no conversation", f"{origin}: has both `conversations` and `messages`; keep one of them")
+    turns = record[found[0]] if found else None
+    if not isinstance(turns, list) or not turns:
+        keys = ", ".join(repr(key) for key in list(record)[:8]) or "none"
+        raise BadSample(
+            "no conversation",
+            f"{origin}: `conversations` must be a non-empty list of turns (or `messages`); the row's keys are {keys}: "
+            'write {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}',
+        )
+    return found[0], turns
+
+
+def _parse_turns(
+    name: str, conversation: list, origin: str
+) -> tuple[str, str, tuple[Turn, ...], list[ImageRef], list[str]]:
+    """(system prompt, answer before the first question, turns, pictures named inside of turns, notes)"""
+    system, leading, turns, inline, notes = "", "", [], [], []
+    for number, turn in enumerate(conversation):
+        where = f"{origin}: turn {number} of `{name}`"
+        role, text, pictures = _parse_turn(turn, where)
+        if role == "system":
+            if number:
+                raise BadSample("unknown role", f"{where} is a system prompt; only the first turn may be one")
+            system = text
             continue
-        turns.append(Turn(role=role, text=_utf8(turn["value"], f"{origin}, turn {number}")))
+        if not turns and role == "assistant" and not notes:
+            notes.append("leading answer dropped")  # as in the original, `v0` apart
+            leading = "" if pictures or IMAGE_PLACEHOLDER in text else text
+            continue
+        turns.append(Turn(role=role, text=text))
+        inline += pictures
     if any(turn.role != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
         raise BadSample(
             "roles do not alternate", f"{origin}: turns must alternate human, gpt, human, gpt; found a repetition"
         )
     answers = [turn.text for turn in turns if turn.role == "assistant"]
-    if not any(answers):
+    if not any(answer.strip() for answer in answers):
         raise BadSample("empty answer", f"{origin}: no answer to learn from; remove the row or fill the gpt turn")
-    return tuple(turns), (*notes, *(["empty answer among others"] if "" in answers else []))
+    if not all(answer.strip() for answer in answers):
+        notes.append("empty answer among others")
+    if turns[-1].role == "user":
+        notes.append("question without an answer")
+    return system, leading, tuple(turns), inline, notes
 
 
-def _parse_images(record: dict, turns: tuple[Turn, ...], origin: str, video_frames: int):
-    names = _names(record.get("image"), "image", origin)
-    videos = _names(record.get("video"), "video", origin)
-    if not videos:
-        return tuple(ImageRef(name=name) for name in names), turns
-    if names:
-        raise BadSample("image and video", f"{origin}: has both `image` and `video`; split it into two rows")
-    text = [turn.text.replace(VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER * video_frames) for turn in turns]
+def _parse_turn(turn, where: str) -> tuple[str, str, list[ImageRef]]:
+    """(role, text, pictures named in it) of {"from", "value"} or {"role", "content"}."""
+    if not isinstance(turn, dict):
+        raise BadSample("malformed turn", f"{where} must be an object with `from` and text `value`")
+    keys = ("from", "value") if "from" in turn or "value" in turn else ("role", "content")
+    _refuse_unknown(turn, {*keys}, where, "an answer would be trained without it")
+    speaker, content = (turn.get(key) for key in keys)
+    pictures: list[ImageRef] = []
+    if isinstance(content, list):
+        content, pictures = _parse_parts(content, where)
+    if not isinstance(content, str):
+        found = f"found {type(content).__name__}" if keys[1] in turn else f"its keys are {list(turn)[:6]}"
+        raise BadSample(
+            "malformed turn", f"{where} must be an object with `from` and text `value` (or `role`, `content`); {found}"
+        )
+    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise BadSample(
+            "unknown role",
+            f"{where} is from {speaker!r}; use 'human' or 'gpt' (or 'user', 'assistant', and 'system' for the first)",
+        )
+    if role == "system" and (pictures or IMAGE_PLACEHOLDER in content):
+        raise BadSample("malformed turn", f"{where}: a system prompt cannot hold a picture; move it to a human turn")
+    return role, _utf8(content, where), pictures
+
+
+def _parse_parts(parts: list, where: str) -> tuple[str, list[ImageRef]]:
+    """(text with one `<image>` per picture, each on its line; pictures named here) of OpenAI's content parts."""
+    lines, pictures = [], []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            _refuse_unknown(part, {"type", "text"}, where, "it would be lost")
+            lines.append(part["text"])
+            continue
+        if kind not in ("image", "image_url"):
+            raise BadSample("malformed turn", f"{where}: a part of its content is {kind!r}; use 'text' or 'image'")
+        lines.append(IMAGE_PLACEHOLDER)
+        _refuse_unknown(part, {"type", "image", "image_url", "path", "url"}, where, "it would be lost")
+        named = [part[key] for key in ("image", "image_url", "path", "url") if not _empty(part.get(key))]
+        pictures += [ImageRef(name=_name(value, "image", where)) for value in named]
+        if len(named) > 1:
+            raise BadSample("malformed turn", f"{where}: a picture has several names; keep one")
+    return "\n".join(lines), pictures
+
+
+def _system(record: dict, turn: str, origin: str) -> str:
+    field = record.get("system")
+    if not _empty(field) and not isinstance(field, str):
+        raise BadSample("malformed turn", f"{origin}: `system` must be text, found {type(field).__name__}")
+    if field and turn and field != turn:
+        raise BadSample("malformed turn", f"{origin}: has a `system` and another system turn; keep one")
+    return _utf8(field or turn, origin)
+
+
+def _parse_images(record: dict, turns: tuple[Turn, ...], inline: list[ImageRef], origin: str, video_frames: int):
+    """(one ImageRef per `<image>`, turns). Without any picture `<image>` is text."""
+    given = {key: _names(record.get(key), key, origin) for key in ("image", "images", "video")}
+    used = [key for key, names in given.items() if names] + ["content of the turns"] * bool(inline)
+    if len(used) > 1:
+        raise BadSample(
+            "image and video",
+            f"{origin}: has pictures in both `{used[0]}` and `{used[1]}`; keep one, or split it into two rows",
+        )
+    field = used[0] if used else next((key for key in given if record.get(key) is not None), None)
+    if field == "video":
+        return _parse_video(given["video"], turns, origin, video_frames)
+    images = tuple(inline) or tuple(ImageRef(name=name) for name in (*given["image"], *given["images"]))
+    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+    if field is not None and placeholders != len(images):
+        raise BadSample(
+            "image count",
+            f"{origin}: {placeholders} `<image>` in the conversation but {len(images)} in `{field}`; "
+            "write one `<image>` per image, in order"
+            + ("" if images else f", or remove `{field}` from a row whose text speaks of `<image>`"),
+        )
+    return images, turns
+
+
+def _parse_video(names: list[str], turns: tuple[Turn, ...], origin: str, frames: int):
+    found = sum(turn.text.count(VIDEO_PLACEHOLDER) for turn in turns)
+    stills = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+    if stills or found != len(names):
+        raise BadSample(
+            "image count",
+            f"{origin}: {found} `<video>` and {stills} `<image>` in the conversation but {len(names)} in `video`; "
+            "write one `<video>` per video, in order, and no `<image>`",
+        )
+    text = [turn.text.replace(VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER * frames) for turn in turns]
     turns = tuple(Turn(role=turn.role, text=new) for turn, new in zip(turns, text, strict=True))
-    frames = (ImageRef(name=name, frame=(i, video_frames)) for name in videos for i in range(video_frames))
-    return tuple(frames), turns
+    return tuple(ImageRef(name=name, frame=(i, frames)) for name in names for i in range(frames)), turns
 
 
 def _names(value, key: str, origin: str) -> list[str]:
     if value is None or value == "":
         return []
-    names = value if isinstance(value, list) else [value]
-    if not all(isinstance(name, str) and name for name in names):
+    return [_name(name, key, origin) for name in (value if isinstance(value, list) else [value])]
+
+
+def _name(value, key: str, origin: str) -> str:
+    """A name, also as {"path": name}, {"url": name} or {"bytes": data: URI, "path": its old name}."""
+    if isinstance(value, dict):
+        value = next((value[part] for part in ("bytes", "path", "url") if value.get(part)), None)
+    if not isinstance(value, str) or not value:
         raise BadSample("malformed image field", f"{origin}: `{key}` must be a name or a list of names")
-    return [_utf8(name, origin) for name in names]
+    return _utf8(value, origin)
 
 
 def _utf8(text: str, where: str) -> str:
@@ -136,77 +279,3 @@ def _utf8(text: str, where: str) -> str:
     except UnicodeEncodeError:  # a lone surrogate: the file held bytes that are not UTF-8
         raise BadSample("invalid UTF-8", f"{where}: text is not valid UTF-8; re-encode the file") from None
     return text
-
-
-def read_rows(path: str | Path) -> Iterator[tuple[int, dict | BadSample]]:
-    """Rows of a JSON list or a JSONL file as (row number from 0, record or what is wrong with the row).
-
-    Memory stays small whatever the file's size. A broken JSONL line costs that row; inside a JSON list nothing tells
-    where the next row begins, so there it is a DataError.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"data.sources.path={path} is not a file; give a LLaVA JSON or JSONL file")
-    with open(path, "rb") as stream:
-        first = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-        stream.seek(3 if stream.seek(0) == 0 and stream.read(3) == codecs.BOM_UTF8 else 0)
-        is_list = first.startswith(b"[") and path.suffix != ".jsonl"  # a broken first line may start with anything
-        yield from _read_list(path, stream) if is_list else _read_lines(path, stream)
-
-
-def _read_lines(path: Path, stream) -> Iterator[tuple[int, dict | BadSample]]:
-    row = 0
-    for line in stream:
-        if not line.strip():
-            continue
-        try:
-            yield row, json.loads(line.decode("utf-8", "surrogateescape"))
-        except (ValueError, RecursionError) as error:
-            yield row, BadSample("invalid JSON", f"{path.name} row {row}: not valid JSON ({error}); fix or remove it")
-        row += 1
-
-
-def _read_list(path: Path, stream) -> Iterator[tuple[int, dict | BadSample]]:
-    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    buffer, position, row, ended = "", 0, 0, False
-
-    def grow() -> bool:
-        nonlocal buffer, position, ended
-        if ended or len(buffer) - position > MAX_ROW:
-            return False
-        chunk = stream.read(CHUNK)
-        ended = len(chunk) < CHUNK
-        buffer, position = buffer[position:] + utf8.decode(chunk, final=ended), 0
-        return True
-
-    def peek() -> str:
-        nonlocal position
-        while True:
-            while position < len(buffer) and buffer[position] in " \t\r\n":
-                position += 1
-            if position < len(buffer):
-                return buffer[position]
-            if not grow():
-                raise DataError(f"{path}: the JSON list ends early, after row {row - 1}; the file is cut off")
-
-    peek()
-    position += 1  # the opening bracket
-    while peek() != "]":
-        if row and buffer[position] == ",":
-            position += 1
-            peek()
-        while True:
-            try:
-                value, end = decoder.raw_decode(buffer, position)
-                if end < len(buffer) or ended:
-                    break
-                error = None
-            except (ValueError, RecursionError) as failure:
-                error = failure
-            if not grow():
-                raise DataError(f"{path} row {row}: not valid JSON ({error}); repair the file or write it as JSONL")
-        position = end
-        yield row, value
-        row += 1
-        if peek() not in ",]":
-            raise DataError(f"{path} row {row - 1}: expected ',' or ']' after the row, found {buffer[position]!r}")

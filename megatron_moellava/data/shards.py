@@ -1,8 +1,9 @@
 """LLaVA JSON + images -> Energon WebDataset shards, in parallel, resumable and verified.
 
-A shard is written beside its place and renamed when it is whole; its report comes last, so a shard with a report is
-never written again. Images keep their bytes (base64 is decoded, video frames become PNG) and are decoded once, so that
-nothing undecodable gets in. Rows are in random order across shards.
+A shard is written beside its place and renamed when it is whole; its report comes last. A shard with a report is written
+again only where it would become another one: rows of it were bad, or a picture's file has changed. Images keep their
+bytes (base64 is decoded, video frames become PNG) and are decoded once, so that nothing undecodable gets in. Rows are in
+random order across shards.
 """
 
 import hashlib
@@ -35,6 +36,8 @@ class Plan:
     max_images: int
     video_frames: int
     max_skip_share: float
+    ignore_keys: tuple[str, ...]
+    trust_paths: bool
     fingerprint: str
 
     def shard(self, number: int) -> Path:
@@ -54,9 +57,14 @@ def make_shards(
     max_images: int = 16,
     video_frames: int = 8,
     max_skip_share: float = 0.0,
+    ignore_keys: tuple[str, ...] = (),
+    trust_paths: bool = False,
 ) -> dict:
-    """Write what is missing; returns (and writes as report.json) what went in and what was skipped, by row."""
-    out = Path(out)
+    """Write what is missing; returns (and writes as report.json) what went in and what was skipped, by row.
+
+    The same command gives the same result, however often and from whatever state of `out` it is run.
+    """
+    source, image_folder, out = (Path(path).expanduser() for path in (source, image_folder, out))
     out.mkdir(parents=True, exist_ok=True)
     index = index_json(source, out / "index")
     plan = Plan(
@@ -67,6 +75,8 @@ def make_shards(
         max_images=max_images,
         video_frames=video_frames,
         max_skip_share=max_skip_share,
+        ignore_keys=ignore_keys,
+        trust_paths=trust_paths,
         fingerprint=index.fingerprint,
     )
     _claim(plan)
@@ -81,7 +91,8 @@ def make_shards(
 
 def _claim(plan: Plan) -> None:
     """One folder, one source and layout; else shards of two runs would mix."""
-    values = (plan.fingerprint, plan.rows_per_shard, plan.max_images, plan.video_frames, plan.image_folder)
+    values = (plan.fingerprint, plan.rows_per_shard, plan.max_images, plan.video_frames)
+    values += (plan.image_folder, plan.ignore_keys, plan.trust_paths)
     claim, wanted = Path(plan.out) / "reports" / "plan", hashlib.sha256(repr(values).encode()).hexdigest()
     claim.parent.mkdir(exist_ok=True)
     if claim.exists() and claim.read_text() != wanted:
@@ -92,12 +103,10 @@ def _claim(plan: Plan) -> None:
 def _run(plan: Plan, index: Index, workers: int) -> list[dict]:
     from tqdm import tqdm
 
-    offsets = _line_offsets(index.path)
+    offsets = index.offsets.tolist()
     starts = range(0, index.rows, plan.rows_per_shard)
-    missing = [n for n in range(len(starts)) if not plan.report(n).exists()]
-    skipped = sum(
-        len(json.loads(plan.report(n).read_text())["skipped"]) for n in range(len(starts)) if n not in missing
-    )
+    missing = [number for number in range(len(starts)) if not _is_done(plan, number)]
+    skipped = 0
     done = index.rows - sum(min(plan.rows_per_shard, index.rows - starts[n]) for n in missing)
     bar = tqdm(total=index.rows, initial=done, desc="Writing shards", unit=" rows", mininterval=1)
     with bar, ProcessPoolExecutor(max(1, workers), mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -120,21 +129,29 @@ def _run(plan: Plan, index: Index, workers: int) -> list[dict]:
     return [json.loads(plan.report(n).read_text()) for n in range(len(starts))]
 
 
-def _line_offsets(rows: Path) -> list[int]:
-    import numpy as np
+def _is_done(plan: Plan, number: int) -> bool:
+    """A shard is whole, without a bad row (which may be good by now), and of the picture files that are there."""
+    try:
+        report = json.loads(plan.report(number).read_text())
+        return not report["skipped"] and all(_stamp(name) == stamp for name, stamp in report["files"].items())
+    except (OSError, ValueError, KeyError):
+        return False
 
-    return np.fromfile(rows.with_suffix(".jsonl.idx"), dtype=np.uint64).tolist()
+
+def _stamp(file: str) -> list[int]:
+    status = Path(file).stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _write_shard(plan: Plan, number: int, rows: str, offsets: list[int]) -> dict:
-    report = {"rows": len(offsets) - 1, "written": 0, "images": 0, "bytes": 0, "skipped": [], "notes": []}
+    report = {"rows": len(offsets) - 1, "written": 0, "images": 0, "bytes": 0, "skipped": [], "notes": [], "files": {}}
     work = plan.shard(number).with_suffix(".partial")
     with open(rows, "rb") as source, tarfile.open(work, "w") as tar:
         for start, end in itertools.pairwise(offsets):
             source.seek(start)
             line = json.loads(source.read(end - start))
             try:
-                record, files, notes = _members(plan, line)
+                record, files, notes, sources = _members(plan, line)
             except BadSample as error:
                 report["skipped"].append([error.reason, str(error)])
                 continue
@@ -145,6 +162,7 @@ def _write_shard(plan: Plan, number: int, rows: str, offsets: list[int]) -> dict
             report["written"] += 1
             report["images"] += len(files)
             report["notes"] += notes
+            report["files"] |= {name: _stamp(name) for name in sources}
     work.rename(plan.shard(number))
     temporary = plan.report(number).with_suffix(".partial")
     temporary.write_text(json.dumps(report))
@@ -152,27 +170,30 @@ def _write_shard(plan: Plan, number: int, rows: str, offsets: list[int]) -> dict
     return report
 
 
-def _members(plan: Plan, line: dict) -> tuple[dict, dict[str, bytes], list[str]]:
-    """(record with member names, image files by member name, notes)"""
+def _members(plan: Plan, line: dict) -> tuple[dict, dict[str, bytes], list[str], list[str]]:
+    """(record with member names, image files by member name, notes, files that were read)"""
     if "bad" in line:
         raise BadSample(*line["bad"])
     origin = f"{line['file']} row {line['row']}"
-    sample = parse_record(line["record"], origin=origin, max_images=plan.max_images, video_frames=plan.video_frames)
-    files, notes = {}, list(sample.notes)
+    limits = {"max_images": plan.max_images, "video_frames": plan.video_frames, "ignore_keys": plan.ignore_keys}
+    sample = parse_record(line["record"], origin=origin, **limits)
+    files, notes, sources = {}, list(sample.notes), []
     for number, ref in enumerate(sample.images):
-        data, kind, found = _image_file(ref, plan.image_folder, origin)
+        found = media.source(ref, plan.image_folder, f"{origin}, image {ref.name[:80]!r}", plan.trust_paths)
+        data, kind, seen = _image_file(ref, plan, found, origin)
         files[f"{number}.{kind}"] = data
-        notes += found
-    return _record(sample, list(files)), files, notes
+        notes += seen
+        sources += [found] if isinstance(found, str) and Path(found).is_file() else []
+    return _record(sample, list(files)), files, notes, sources
 
 
-def _image_file(ref: ImageRef, folder: str, origin: str) -> tuple[bytes, str, tuple[str, ...]]:
+def _image_file(ref: ImageRef, plan: Plan, found: bytes | str, origin: str) -> tuple[bytes, str, tuple[str, ...]]:
     if ref.frame is not None:
         buffer = io.BytesIO()
-        media.open_ref(ref, folder, origin)[0].save(buffer, "PNG")
-        return buffer.getvalue(), "png", ()
+        image, notes = media.open_ref(ref, plan.image_folder, origin, plan.trust_paths)
+        image.save(buffer, "PNG")
+        return buffer.getvalue(), "png", notes
     origin = f"{origin}, image {ref.name[:80]!r}"
-    found = media.source(ref, folder, origin)
     try:
         data = found if isinstance(found, bytes) else Path(found).read_bytes()
     except OSError as error:
@@ -183,7 +204,7 @@ def _image_file(ref: ImageRef, folder: str, origin: str) -> tuple[bytes, str, tu
 
 def _record(sample: Sample, names: list[str]) -> dict:
     turns = [{"from": ROLES[turn.role], "value": turn.text} for turn in sample.turns]
-    record = {"id": sample.id, "conversations": turns}
+    record = {"id": sample.id, "conversations": turns} | ({"system": sample.system} if sample.system else {})
     return record | ({"image": names} if names else {}) | ({"tag": sample.tag} if sample.tag else {})
 
 

@@ -1,49 +1,70 @@
-"""Sources on disk -> Energon's blended, sharded, savable stream."""
+"""Sources on disk -> records by sample number: indexed files and WebDataset shards."""
 
-import contextlib
 import hashlib
-import io
-import itertools
 import json
 import os
+import re
+import struct
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
+import numpy as np
 
 from megatron_moellava.config import DataError
-from megatron_moellava.data import state
+from megatron_moellava.data.first_rows import shard_counts
 from megatron_moellava.data.index import Index, index_json
-from megatron_moellava.data.pipeline import Pipeline
+from megatron_moellava.data.order import SHARD_RUN, Share
+from megatron_moellava.data.sample import BadSample, Sample
 
-from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
-from megatron.energon.errors import reraise_exception
+from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
+from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 
-MAX_SLICES = 50_000  # of a worker and source; the state remembers each until it is opened
-SHARD_SLICE = 32  # samples read in sequence from a tar
-WATCHDOG_SECONDS = 300
-CHECKPOINT_SECONDS = 5  # between a worker's own snapshots; a resume repeats what was read since the last
+MEMBER_TYPES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
+OPEN_TARS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenSource:
-    path: str  # what Energon opens
+    path: str  # of the file or the folder of shards
+    folder: str  # image names are below it
     rows: int
     weight: float  # times per epoch
-    fingerprint: str
+    fingerprint: str  # of the content
     index: Index | None  # None: shards
     duplicates: int = 0  # rows whose id another row has too
     duplicates_message: str = ""
 
+    @property
+    def share(self) -> Share:
+        return Share(self.rows, self.weight, 1 if self.index is not None else SHARD_RUN)
+
+
+def open_sources(sources, cache_folder: str | Path | None) -> tuple[list[OpenSource], list[str]]:
+    """(sources, notes). What is listed twice is one source with the summed weight."""
+    opened: dict[tuple[str, str], OpenSource] = {}
+    notes = []
+    for source in sources:
+        entry = open_source(source, cache_folder)
+        key = (entry.fingerprint, os.path.realpath(entry.folder))
+        if key in opened:
+            weight = opened[key].weight + entry.weight
+            notes.append(f"{source.path} is listed twice: one source, whose rows are seen {weight:g} times per epoch")
+            entry = replace(opened[key], weight=weight)
+        opened[key] = entry
+    return list(opened.values()), notes
+
 
 def open_source(source, cache_folder: str | Path | None) -> OpenSource:
-    path = Path(source.path)
+    path = Path(source.path).expanduser()
+    folder = os.path.expanduser(source.image_folder) or str(path.parent)
     if path.is_dir():
-        return _open_shards(path, source.weight)
+        return _open_shards(path, folder, source.weight)
     index = index_json(path, cache_folder or path.parent / ".moellava_index")
     return OpenSource(
-        path=str(index.path.resolve()),
+        path=str(path),
+        folder=folder,
         rows=index.rows,
         weight=source.weight,
         fingerprint=index.fingerprint,
@@ -53,33 +74,18 @@ def open_source(source, cache_folder: str | Path | None) -> OpenSource:
     )
 
 
-def peek_records(entry: OpenSource, count: int):
-    """The first rows of a source, which are in random order: LLaVA records, or None for what is not one."""
-    if entry.index is not None:
-        with open(entry.index.path, "rb") as file:
-            yield from (json.loads(line).get("record") for line in itertools.islice(file, count))
-        return
-    with tarfile.open(sorted(Path(entry.path).rglob("*.tar"))[0], "r:") as tar:
-        members = (member for member in tar if member.name.endswith(".json"))
-        for member in itertools.islice(members, count):
-            yield json.loads(tar.extractfile(member).read())
-
-
-def _open_shards(path: Path, weight: float) -> OpenSource:
-    found = [path / ".nv-meta" / name for name in (".info.json", ".info.yaml")]
-    info = next((file for file in found if file.exists()), None)
-    if info is None:
-        raise DataError(
-            f"data.sources.path={path} is a folder without Energon's .nv-meta; "
-            "make shards with tools/prepare_data.py, or run `energon prepare` on existing ones"
-        )
-    counts = yaml.safe_load(info.read_text())["shard_counts"]
-    digest = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:16]
-    rows = sum(counts.values())
-    report = path / "report.json"  # of tools/prepare_data.py
+def _open_shards(path: Path, folder: str, weight: float) -> OpenSource:
+    counts = shard_counts(path)
+    shards = _shards(path)
+    digest = hashlib.sha256(json.dumps([counts, _content(path, shards)], sort_keys=True).encode()).hexdigest()[:16]
+    report = path / "report.json"  # of moellava prepare-data
     known = json.loads(report.read_text()) if report.exists() else {}
+    rows = sum(shard.count for shard in shards)
+    if not rows:
+        raise DataError(f"data.sources.path={path} holds no rows; write the shards again")
     return OpenSource(
         path=str(path.resolve()),
+        folder=folder,
         rows=rows,
         weight=weight,
         fingerprint=digest,
@@ -89,86 +95,135 @@ def _open_shards(path: Path, weight: float) -> OpenSource:
     )
 
 
-class EnergonEngine:
-    """Endless {"batch", "events"} of one data-parallel rank."""
-
-    def __init__(self, data, opened: list[OpenSource], pipeline: Pipeline, *, cache_folder, **share):
-        consumers = share["world_size"] * max(1, data.num_workers)
-        _check_rows(data, opened, consumers, share["world_size"])
-        workers = WorkerConfig(
-            rank=share["rank"],
-            world_size=share["world_size"],
-            num_workers=data.num_workers,
-            seed_offset=share["seed"],
-            global_error_handler=reraise_exception,
+def _shards(path: Path):
+    """Energon's ShardInfo of each shard of the training split."""
+    try:
+        meta = WebdatasetMeta.from_config(EPath(str(path)), split_part="train")
+    except (OSError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+        raise DataError(
+            f"data.sources.path={path}: its .nv-meta cannot be used ({error}); run `energon prepare`"
+        ) from None
+    if meta.sample_excludes:
+        raise DataError(
+            f"data.sources.path={path}: .nv-meta/split.yaml excludes single samples, such as "
+            f"{min(meta.sample_excludes)}, which is not supported; exclude whole shards, or write the shards without them"
         )
-        folder = Path(cache_folder) if cache_folder else Path(data.sources[0].path).parent / ".moellava_index"
-        with contextlib.redirect_stdout(io.StringIO()):  # Energon prints every worker's slices
-            dataset = get_train_dataset(
-                _write_blend(opened, folder),
-                worker_config=workers,
-                task_encoder=pipeline,
-                batch_size=None if data.packing else share["micro_batch_size"],
-                packing_buffer_size=data.packing_buffer if data.packing else None,
-                shuffle_buffer_size=None,
-                max_samples_per_sequence=_slice_length(opened, consumers),
+    return meta.shards
+
+
+def _content(path: Path, shards) -> list:
+    """What tells one set of shards from another of the same counts: the byte offsets of all samples."""
+    found = []
+    for shard in shards:
+        index = path / f"{shard.name}.idx"
+        found.append(hashlib.sha256(index.read_bytes()).hexdigest() if index.exists() else "")
+    return found
+
+
+class Reader:
+    """Records of all sources by sample number: rows of the first source in the file's order, then those of the next."""
+
+    def __init__(self, sources: list[OpenSource]):
+        self.sources = sources
+        self.starts = np.cumsum([0, *(source.rows for source in sources)])
+        self._readers = [ShardRows(source) if source.index is None else FileRows(source) for source in sources]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, number: int) -> tuple[dict, str, str, dict[str, bytes]]:
+        """(record, origin, image folder, image members of a tar). Raises BadSample."""
+        source = int(np.searchsorted(self.starts, number, side="right")) - 1
+        record, origin, members = self._readers[source].read(int(number - self.starts[source]))
+        return record, origin, self.sources[source].folder, members
+
+    @staticmethod
+    def with_members(sample: Sample, members: dict[str, bytes]) -> Sample:
+        """The sample with its images from the tar, in the record's order.
+
+        Members are found by the record's names, without folders and the sample's own key. Names that fit none are only
+        passed over where nothing can be confused: all are unknown, and the members have one order.
+        """
+        if not members or not sample.images:
+            return sample
+        names = [ref.name for ref in sample.images]
+        found = [_member(name, members) for name in names]
+        if not any(found) and len(members) == len(set(names)):
+            by_number = sorted(members, key=_natural)
+            if by_number != list(members):
+                raise BadSample(
+                    "image order",
+                    f"{sample.origin}: the record's names {names[:3]} are not those of its members {list(members)[:3]}, and "
+                    "these are not in the order of their numbers; name the members in `image`",
+                )
+            places = dict(zip(dict.fromkeys(names), members, strict=True))
+            found = [places[name] for name in names]
+        if missing := [name for name, key in zip(names, found, strict=True) if key is None]:
+            raise BadSample(
+                "missing image", f"{sample.origin}: {missing[0]!r} is not in the shard; write the shard again"
             )
-        self._loader = get_savable_loader(
-            dataset,
-            checkpoint_every_sec=CHECKPOINT_SECONDS,
-            gc_collect_every_n_steps=100 if data.num_workers else 0,  # without workers it is the trainer's own heap
-            watchdog_timeout_seconds=WATCHDOG_SECONDS,
-        )
-        self._loader.pin_memory = False  # the training loop moves batches
-
-    def __iter__(self):
-        return iter(self._loader)
-
-    def close(self) -> None:
-        """Left to the garbage collector, every worker would take five seconds to notice."""
-        workers = self._loader._iterator
-        if workers is not None and self._loader.num_workers:
-            workers._shutdown_workers()
-
-    def save(self) -> dict:
-        return state.to_json(self._loader.save_state_rank())
-
-    def restore(self, saved: dict) -> None:
-        self._loader.restore_state_rank(state.from_json(saved))
+        images = zip(sample.images, found, strict=True)
+        return replace(sample, images=tuple(replace(ref, data=members[key]) for ref, key in images))
 
 
-def _check_rows(data, opened: list[OpenSource], consumers: int, world_size: int) -> None:
-    for source, entry in zip(data.sources, opened, strict=True):
-        if entry.rows < consumers:
-            raise DataError(
-                f"data.sources.path={source.path} holds {entry.rows} rows for {consumers} workers "
-                f"({world_size} ranks x data.num_workers={data.num_workers}); use fewer workers or more rows"
-            )
+def _member(name: str, members: dict[str, bytes]) -> str | None:
+    """`000.1.png`, `images/000.1.png` and `1.png` are the member 1.png; `000.png` is the member png."""
+    base = name.replace("\\", "/").rpartition("/")[2]
+    if base in members:
+        return base
+    ending = [key for key in members if base.endswith(f".{key}")]
+    whole = [key for key in ending if "." in key or len(members) == 1]
+    return max(whole, key=len) if whole else None
 
 
-def _slice_length(opened: list[OpenSource], consumers: int) -> int:
-    """Rows read in sequence: single ones from a JSON (a full shuffle), runs from a tar."""
-    if any(entry.index is None for entry in opened):
-        return SHARD_SLICE
-    return max(1, -(-max(entry.rows for entry in opened) // (consumers * MAX_SLICES)))
+def _natural(name: str) -> list:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _write_blend(opened: list[OpenSource], folder: Path) -> str:
-    """Energon's metadataset file; every row of a source is seen `weight` times per epoch."""
-    blend = [
-        {
-            "path": entry.path,
-            "repetitions": entry.weight if entry.weight % 1 else int(entry.weight),
-            "subflavors": {"source": number},
-        }
-        for number, entry in enumerate(opened)
-    ]
-    splits = {"train": {"blend_epochized": blend}}
-    text = yaml.safe_dump({"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": splits})
-    path = folder / f"blend-{hashlib.sha256(text.encode()).hexdigest()[:16]}.yaml"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        work = path.with_suffix(f".{os.uname().nodename}.{os.getpid()}")
-        work.write_text(text)
-        work.rename(path)
-    return str(path.resolve())
+class FileRows:
+    """Rows of an indexed file."""
+
+    def __init__(self, source: OpenSource):
+        self.path, self.positions, self.offsets = source.index.path, source.index.positions, source.index.offsets
+
+    def read(self, row: int) -> tuple[dict, str, dict[str, bytes]]:
+        line = self.positions[row]
+        start, end = (int(offset) for offset in self.offsets[line : line + 2])
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            content = json.loads(file.read(end - start))
+        if "bad" in content:
+            raise BadSample(*content["bad"])
+        return content["record"], f"{content['file']} row {content['row']}", {}
+
+
+class ShardRows:
+    """Samples of WebDataset shards."""
+
+    def __init__(self, source: OpenSource):
+        self.path = EPath(source.path)
+        self._reader = None  # opened in the process that reads: its file handles must not be shared
+
+    def read(self, row: int) -> tuple[dict, str, dict[str, bytes]]:
+        if self._reader is None or self._process != os.getpid():
+            self._reader = ShardInfosITarReader(self.path, _shards(Path(str(self.path))), itar_cache_size=OPEN_TARS)
+            self._process = os.getpid()
+        try:
+            sample = self._reader[row]
+        except (ValueError, OSError, EOFError, tarfile.TarError, AssertionError, struct.error) as error:
+            where = f"{self._reader}: sample {row}"
+            raise BadSample("corrupt shard", f"{where} cannot be read ({error}); write the shard again") from None
+        return read_members(sample)
+
+
+def read_members(sample: dict) -> tuple[dict, str, dict[str, bytes]]:
+    """(record, origin, image members in the tar's order) of the files of one key in a tar."""
+    content = sample.get("json")
+    members = {key: value for key, value in sample.items() if key.rpartition(".")[2].lower() in MEMBER_TYPES}
+    origin = f"{sample['__shard__']} sample {sample['__key__']}"
+    if content is None:
+        raise BadSample("not a record", f"{origin}: no .json member; prepare the shards with moellava prepare-data")
+    try:
+        return json.loads(content.decode("utf-8", "surrogateescape")), origin, members
+    except (ValueError, RecursionError) as error:
+        raise BadSample("invalid JSON", f"{origin}: not valid JSON ({error}); write the shard again") from None

@@ -1,7 +1,7 @@
 """Token lengths of a source, and how well they pack."""
 
-import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,52 +9,53 @@ import numpy as np
 from megatron_moellava.config import DataError
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.index import Index
-from megatron_moellava.data.packing import select_rows
+from megatron_moellava.data.packing import pack_epoch
 from megatron_moellava.data.sample import BadSample, parse_record
 
 LIMIT = 20_000  # rows that are tokenised
 
 
-def token_lengths(index: Index, encoder: Encoder, *, limit: int = LIMIT) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, images) of up to `limit` rows (they are in random order), images expanded, cut at seq_length."""
+def token_lengths(
+    index: Index, encoder: Encoder, ignore_keys: tuple[str, ...] = (), *, limit: int = LIMIT
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """(tokens, images, unusable rows by reason) of up to `limit` rows, which are in random order; images are expanded,
+    samples cut at seq_length."""
     from tqdm import tqdm
 
     tokens, images = [], []
+    unusable: Counter[str] = Counter()
+    example = ""
     with open(index.path) as file:
         for number, line in enumerate(tqdm(file, total=min(index.rows, limit), desc="Tokenising", unit=" rows")):
             if number == limit:
                 break
             try:
                 content = json.loads(line)
-                encoded = encoder(parse_record(content["record"], origin=str(content["row"]), max_images=10**6))
-            except (BadSample, KeyError):
+                if "bad" in content:
+                    raise BadSample(*content["bad"])
+                where = f"{content['file']} row {content['row']}"
+                encoded = encoder(
+                    parse_record(content["record"], origin=where, max_images=10**6, ignore_keys=ignore_keys)
+                )
+            except BadSample as error:
+                example = example or str(error)
+                unusable[error.reason] += 1
                 continue
             tokens.append(len(encoded))
             images.append(len(encoded.images))
     if not tokens:
-        raise DataError(
-            f"no row of {index.path.parent.name} can be used; prepare_data.py without --statistics says why"
-        )
-    return np.array(tokens), np.array(images)
+        raise DataError(f"no row of {index.path.parent.name} can be used; the first: {example}")
+    return np.array(tokens), np.array(images), dict(unusable)
 
 
 def packing(lengths: np.ndarray, seq_length: int, buffer: int) -> list[list[int]]:
-    """The rows that the loader would make of these samples in this order, as indices."""
-    waiting: list[int] = []
-    rows, arriving = [], iter(range(len(lengths)))
-    while True:
-        waiting += itertools.islice(arriving, buffer - len(waiting))
-        if len(waiting) < buffer:
-            return rows  # the stream is endless in training: what is left would be packed with what comes
-        chosen, rest = select_rows([int(lengths[i]) for i in waiting], seq_length)
-        rows += [[waiting[i] for i in row] for row in chosen]
-        waiting = [waiting[i] for i in rest]
+    """The rows that the loader makes of an epoch of these samples in this order, as indices."""
+    return pack_epoch(range(len(lengths)), [int(length) for length in lengths], seq_length, buffer)
 
 
 def describe(tokens: np.ndarray, images: np.ndarray, seq_length: int, buffer: int) -> dict:
-    stream = np.tile(tokens, max(1, -(-4 * buffer // len(tokens))))  # training repeats a small set, too
-    rows = packing(stream, seq_length, buffer)
-    filled = [int(stream[row].sum()) for row in rows]
+    rows = packing(tokens, seq_length, buffer)
+    filled = [int(tokens[row].sum()) for row in rows]
     grouped = np.array_split(tokens, max(1, len(tokens) // 8))
     padded = sum(len(part) * int(part.max()) for part in grouped if len(part))
     return {

@@ -5,10 +5,14 @@ own (only the template's own text may hold control tokens). All versions share t
 """
 
 import difflib
+import re
 from dataclasses import dataclass, replace
 
 from megatron_moellava.config import ConfigError
-from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Turn
+from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
+
+# Control tokens as the templates spell them.
+CONTROL = re.compile(r"(</?s>|<\|[a-z_]+\|>)")
 
 _CURIOUS = (
     "A chat between a curious {0} and an artificial intelligence assistant. "
@@ -39,18 +43,25 @@ _MPT = (
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
     version: str  # the template version of the original's conversation object
-    style: str  # "plain", "two", "single", "llama_2" or "mpt"
+    style: str  # "plain", "two", "single", "llama_2" or "mpt" (roles are marked by control tokens)
     system: str = ""
     roles: tuple[str, str] = ("USER", "ASSISTANT")
     sep: str = " "  # after a user turn
     sep2: str = ""  # after an answer, trained; one control token of the tokenizer
+    examples: tuple[Turn, ...] = ()  # turns that a generation prompt begins with
     labels: str = "bos"  # counting rule of the original: "bos" (v1), "no_bos" (phi), "llama_2", "mpt", "plain", "v0"
     image_tags: tuple[str, str] = ("", "")  # around every `<image>`
 
     @property
     def end(self) -> str:
-        """What ends an answer; generation stops at it."""
+        """What training puts after an answer; generation stops at it."""
         return self.sep2 or self.sep
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """The control tokens of the template's own text: the tokenizer must have them all."""
+        own = (self.system, *self.roles, self.sep, self.sep2)
+        return tuple(dict.fromkeys(token for text in own for token in CONTROL.findall(text)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +82,27 @@ _V0 = Template(
     sep="###",
     labels="v0",
 )
+# The conversation that every generation prompt of the original's `conv_vicuna_v0` begins with (FastChat's example).
+_ENERGY = (
+    "What are the key differences between renewable and non-renewable energy sources?",
+    "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, such as "
+    "solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are finite and will "
+    "eventually be depleted, such as coal, oil, and natural gas. Here are some key differences between renewable and "
+    "non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are finite "
+    "and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable sources, "
+    "which can lead to air and water pollution, greenhouse gas emissions, and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
+    "operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations than "
+    "non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations and "
+    "needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable sources are "
+    "not, and their depletion can lead to economic and social instability.\n",
+)
+_VICUNA_V0 = replace(_V0, examples=(Turn(role="user", text=_ENERGY[0]), Turn(role="assistant", text=_ENERGY[1])))
 _LLAVA_LLAMA_2 = Template(version="llama_v2", style="llama_2", system=_VISUAL, sep="<s>", sep2="</s>", labels="llama_2")
 _PLAIN = Template(version="plain", style="plain", roles=("", ""), sep="\n", labels="plain")
 
@@ -97,12 +129,24 @@ TEMPLATES: dict[str, Template] = {
         sep="<|im_end|>",
         labels="mpt",
     ),
-    "v0": _V0,
-    "default": _V0,
+    "v0": _VICUNA_V0,
+    "default": _VICUNA_V0,
     "llava_v0": _V0,
     "v0_mmtag": replace(_V0, version="v0_mmtag", system=_MMTAG, image_tags=("<Image>", "</Image>")),
     # Not in the original: no system prompt, so that small runs spend their tokens on the data.
     "short": replace(_V1, version="short", system=""),
+    # Llama-3's chat template, with LLaVA-NeXT's system prompt.
+    "llama_3": Template(
+        version="llama_3",
+        style="mpt",
+        system=f"<|start_header_id|>system<|end_header_id|>\n\n{_VISUAL}",
+        roles=(
+            "<|start_header_id|>user<|end_header_id|>\n\n",
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        sep="<|eot_id|>",
+        labels="",
+    ),
     # ChatML, the chat template of Qwen2 and later.
     "chatml": Template(
         version="chatml",
@@ -120,6 +164,13 @@ def get_template(name: str) -> Template:
         near = ", ".join(difflib.get_close_matches(name, TEMPLATES, 3) or sorted(TEMPLATES))
         raise ConfigError(f"data.template={name!r} is not a conversation version; nearest: {near}")
     return TEMPLATES[name]
+
+
+def turns_of(template: Template, sample: Sample) -> tuple[Turn, ...]:
+    """A sample's turns. Of the original's label functions only that of `v0` keeps an answer before the first question."""
+    if template.style != "single" or not sample.leading:
+        return sample.turns
+    return (Turn(role="assistant", text=sample.leading), *sample.turns)
 
 
 def render(template: Template, turns: tuple[Turn, ...]) -> list[Piece]:
@@ -167,9 +218,10 @@ def _single(template: Template, turns: tuple[Turn, ...]) -> list[Piece]:
 
     As in the original, answers are trained with their role tag, and so are the two first tokens of each question
     (the "###" that ends the answer before) and the "### " at the end. Generation, again as in the original, has
-    another layout: "system###Human: question###Assistant:".
+    another layout: "system###Human: question###Assistant:", after the template's examples.
     """
     if turns[-1].role == "user":
+        turns = (*template.examples, *turns)
         parts = [template.system, *(f"{template.roles[turn.role == 'assistant']}: {turn.text}" for turn in turns)]
         return [Piece(text=template.sep.join([*parts, f"{template.roles[1]}:"]), literal=False)]
     pieces = [Piece(text=f"{template.system}\n\n")]

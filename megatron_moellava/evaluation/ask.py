@@ -1,4 +1,4 @@
-"""What `tools/evaluate.py --load` calls: a checkpoint under the layout of the command line answers the benchmarks."""
+"""What `evaluate --load` calls: a checkpoint answers benchmarks or own questions, under the layout of the command line."""
 
 import argparse
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_moellava import parallel
-from megatron_moellava.evaluation.command import chosen_tasks, judge_of, options_of
-from megatron_moellava.evaluation.generation import CheckpointEngine
+from megatron_moellava.evaluation.command import chosen_tasks, judge_of, options_of, own_questions
+from megatron_moellava.evaluation.generation import CheckpointAnswers
+from megatron_moellava.evaluation.own import ask
 from megatron_moellava.evaluation.predictions import Place
 from megatron_moellava.evaluation.report import write_summary
 from megatron_moellava.evaluation.runner import evaluate
@@ -16,7 +17,10 @@ from megatron_moellava.inference.load import layout_of, load_for_inference
 
 def ask_checkpoint(args: argparse.Namespace) -> str:
     """The table over everything scored so far into --out, on the leading process; the others return an empty text."""
-    tasks, judge, options = chosen_tasks(args.benchmark), judge_of(args), options_of(args)
+    own, options = own_questions(args), options_of(args)
+    tasks, judge = ([], None) if own else (chosen_tasks(args.benchmark), judge_of(args))
+    if own:
+        own.read()  # a wrong file is said before the model is loaded
     engine = load_for_inference(
         args.load,
         tokenizer=args.tokenizer,
@@ -24,6 +28,7 @@ def ask_checkpoint(args: argparse.Namespace) -> str:
         precision=args.precision,
         layout=layout_of(args.overrides),
         max_batch_size=args.batch_size,
+        verify=not args.no_verify,
     )
     place = Place(
         rank=parallel.data_parallel_rank(),
@@ -32,13 +37,16 @@ def ask_checkpoint(args: argparse.Namespace) -> str:
         barrier=dist.barrier,
     )
     name = args.model_name or Path(args.load).resolve().name
+    answers = CheckpointAnswers(engine)
     try:
+        if own:
+            return ask(own, args.out, answers, model=name, place=place, options=options, answers=args.answers)
         for task in tasks:
             evaluate(
                 task,
                 args.data,
                 args.out,
-                CheckpointEngine(engine),
+                answers,
                 model=name,
                 judge=judge,
                 place=place,

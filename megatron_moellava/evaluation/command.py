@@ -1,9 +1,10 @@
-"""What tools/evaluate.py calls: from its arguments to files and a table."""
+"""What moellava evaluate calls: from its arguments to files and a table."""
 
 import argparse
 
 from megatron_moellava.config import ConfigError
 from megatron_moellava.evaluation.judge import Judge
+from megatron_moellava.evaluation.own import OwnQuestions
 from megatron_moellava.evaluation.report import write_summary
 from megatron_moellava.evaluation.runner import Options, score_file
 from megatron_moellava.evaluation.tasks import TASKS, Task, get_task
@@ -53,8 +54,37 @@ def options_of(args: argparse.Namespace) -> Options:
     )
 
 
+def own_questions(args: argparse.Namespace) -> OwnQuestions | None:
+    """--questions and what belongs to it; ConfigError for what does not go with it."""
+    if args.questions is None:
+        alone = {
+            "--answers": args.answers,
+            "--image-folder": args.image_folder,
+            "--max-new-tokens": args.max_new_tokens,
+        }
+        given = [name for name, value in alone.items() if value is not None]
+        if given or args.image_aspect_ratio != "model":
+            raise ConfigError(
+                f"{(given or ['--image-aspect-ratio'])[0]} belongs to --questions FILE; a benchmark has its own"
+            )
+        return None
+    if args.benchmark or args.score_only or args.circular:
+        raise ConfigError("--questions asks a file of one's own: leave out --benchmark, --score-only and --circular")
+    if not args.load:
+        raise ConfigError("--questions needs a model to ask; give --load CKPT")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise ConfigError(f"max-new-tokens={args.max_new_tokens} must be at least 1")
+    return OwnQuestions(
+        file=args.questions.expanduser(),
+        images=args.image_folder.expanduser() if args.image_folder else None,
+        max_new_tokens=args.max_new_tokens or 1024,
+        image_aspect_ratio=args.image_aspect_ratio,
+    )
+
+
 def score_predictions(args: argparse.Namespace) -> str:
     """--score-only: the table over everything scored so far into --out."""
+    own_questions(args)
     tasks = chosen_tasks(args.benchmark)
     if args.score_only is None:
         raise ConfigError("give --load CKPT, or --score-only FILE: a JSONL with question_id and text a line")

@@ -24,7 +24,7 @@ def completions(engine: Engine, requests: Iterable[GenerationRequest]) -> Iterat
         yield from (event.completion for event in engine.step() if event.completion is not None)
 
 
-class CheckpointEngine:
+class CheckpointAnswers:
     """Satisfies runner.Engine. Every process of the run calls `generate`, also without a question of its own."""
 
     def __init__(self, engine: Engine):

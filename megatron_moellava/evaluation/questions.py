@@ -47,8 +47,18 @@ class Question:
     id: int | str
     text: str  # without <image> and without the suffix that the driver adds
     picture: Picture | None = None
+    more: tuple[Picture, ...] = ()  # pictures after the first; the text may say with `<image>` where each goes
     round: int = 0  # tells apart questions of one id: MMBench's rotations of the options, a picture's several questions
     fields: Mapping[str, Any] = field(default_factory=dict)  # what the scorer needs of the row
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        return (self.picture, *self.more) if self.picture else self.more
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Of the pictures that are files."""
+        return tuple(picture.path for picture in self.pictures if picture.path is not None)
 
     @property
     def key(self) -> tuple[str, int]:

@@ -43,12 +43,17 @@ class Engine(Protocol):
 
 
 def make_request(task: Task, question: Question, temperature: float = 0.0) -> Request:
-    """The user's turn is "<image>\\n" + question + suffix, as in the original; without a picture, no placeholder."""
-    placeholder = f"{IMAGE_PLACEHOLDER}\n" if question.picture else ""
+    """The user's turn is "<image>\\n" + question + suffix, as in the original; without a picture, no placeholder.
+
+    A text that places its pictures itself stays as it is.
+    """
+    pictures = question.pictures
+    placed = len(pictures) and question.text.count(IMAGE_PLACEHOLDER) == len(pictures)
+    placeholder = "" if placed else f"{IMAGE_PLACEHOLDER}\n" * len(pictures)
     return Request(
         id="#".join(map(str, question.key)),
         turns=(Turn(role="user", text=placeholder + question.text + task.suffix),),
-        images=(question.picture,) if question.picture else (),
+        images=pictures,
         max_new_tokens=task.max_new_tokens,
         image_aspect_ratio=task.image_aspect_ratio,
         temperature=temperature,
@@ -76,10 +81,20 @@ class Asked:
 
 def read_questions(task: Task, data: Path, options: Options, *, asking: bool = True) -> Asked:
     questions = task.read(data, circular=options.circular, asking=asking)
+    return Asked(all=questions, chosen=chosen_of(questions, options))
+
+
+def chosen_of(questions: Sequence[Question], options: Options) -> Sequence[Question]:
+    """The first `limit`, and with grey pictures if so asked."""
     chosen = questions[: options.limit] if options.limit else questions
-    if options.blank_images:
-        chosen = [replace(q, picture=replace(q.picture, blank=True)) if q.picture else q for q in chosen]
-    return Asked(all=questions, chosen=chosen)
+    if not options.blank_images:
+        return chosen
+    return [
+        replace(q, picture=replace(q.picture, blank=True), more=tuple(replace(more, blank=True) for more in q.more))
+        if q.picture
+        else q
+        for q in chosen
+    ]
 
 
 def answer(

@@ -1,6 +1,6 @@
 """The benchmarks as data: where the questions lie, how they are asked, how the answers are scored.
 
-The layout of a data folder is that of LLaVA's eval.zip (see docs/evaluation.md), so that a folder prepared for the
+The layout of a data folder is that of LLaVA's eval.zip (see docs/how-to/evaluation.md), so that a folder prepared for the
 original works as it is. Prompts: the user's turn is "<image>\\n" + question; most suffixes ("Answer the question using
 a single word or phrase.") are already in the question files, `suffix` is what the original's driver adds to them.
 Decoding is greedy everywhere, as the original's scripts ask for it.

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_moellava.config import MoEConfig, MoELlavaError, from_dict
+from megatron_moellava.config import MoEConfig, MoELlavaError, current_names, from_dict, say_renamed
 from megatron_moellava.experiments.curves import curve_numbers
 from megatron_moellava.experiments.grid import Grid, Node
 
@@ -95,7 +95,7 @@ def _upcycle(grid: Grid, runs: Path, node: Node, folder: Path) -> dict:
     upcycle_checkpoint(
         Path(resolve(grid, runs, node, "from")),
         save=folder,
-        moe=from_dict(MoEConfig, node.settings.get("moe") or {}),
+        moe=from_dict(MoEConfig, current_names(node.settings, say_renamed).get("moe") or {}),
         noise_std=float(node.settings.get("noise_std", 0.0)),
         router_scale=float(node.settings.get("router_scale", 1.0)),
         seed=node.seed,
@@ -135,7 +135,7 @@ def _train(grid: Grid, runs: Path, node: Node, folder: Path) -> dict | None:
 
 def node_run(grid: Grid, runs: Path, node: Node, folder: Path):
     """The RunConfig of a training node."""
-    from megatron_moellava.training.run import load_run
+    from megatron_moellava.validation.run import load_run
 
     settings = node.settings
     data = resolve(grid, runs, node, "data").split(":")  # several files, as in examples/train_stage3.sh

@@ -17,10 +17,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_moellava.config import INTERRUPTED
 from megatron_moellava.experiments.grid import Grid, Node
 from megatron_moellava.experiments.nodes import finished
-
-INTERRUPTED = 85
 
 
 @dataclass(slots=True)
@@ -123,15 +122,15 @@ def locked(file: Path) -> Iterator[None]:
         yield
 
 
-def node_command(tool: Path, arguments: Sequence[str], processes: int) -> Callable[[Node], list[str]]:
-    """The command line that runs one node: in one process, or a training in several by tools/launch.py."""
+def node_command(arguments: Sequence[str], processes: int) -> Callable[[Node], list[str]]:
+    """The command line that runs one node: in one process, or a training in several by `moellava launch`."""
+    program = [sys.executable, "-m", "megatron_moellava"]
 
     def start(node: Node) -> list[str]:
-        parts = [str(tool), *arguments, "--node", node.name]
+        command = ["ablate", *arguments, "--node", node.name]
         if processes > 1 and node.kind == "train":
-            launcher = tool.with_name("launch.py")
-            return [sys.executable, str(launcher), "--standalone", f"--nproc-per-node={processes}", *parts]
-        return [sys.executable, *parts]
+            return [*program, "launch", "--standalone", f"--nproc-per-node={processes}", *command]
+        return [*program, *command]
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the parallelism is in the nodes
     return start

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_moellava import parallel
+from megatron_moellava import parallel, platform
 from megatron_moellava.config import MoELlavaError, RunConfig
 from megatron_moellava.data.loader import build_encoder
 from megatron_moellava.data.tokenizer import load_tokenizer
@@ -12,7 +12,8 @@ from megatron_moellava.evaluation.closed_questions import predict
 from megatron_moellava.evaluation.quickstart.metrics import score_quickstart
 from megatron_moellava.routing.records import RoutingSums
 from megatron_moellava.training.loop import INTERRUPTED, Trainer
-from megatron_moellava.training.run import build_trainer, validate_run
+from megatron_moellava.training.run import build_trainer
+from megatron_moellava.validation.run import validate_run
 
 
 class Interrupted(MoELlavaError):
@@ -31,7 +32,7 @@ class Answers:
 
 def train_stage(run: RunConfig) -> Trainer:
     """Train a validated run to its end under its own layout. Raises Interrupted, TrainingDiverged, ConfigError."""
-    validate_run(run)
+    validate_run(run, platform.MACHINE)
     parallel.initialize(run.parallel, run.training.seed)
     trainer = build_trainer(run)
     if trainer.train() != 0:

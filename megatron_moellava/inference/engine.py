@@ -23,7 +23,7 @@ from megatron_moellava import platform
 from megatron_moellava.config import DataError
 from megatron_moellava.inference.forward import Forward
 from megatron_moellava.inference.prompts import Prompt, Prompter
-from megatron_moellava.inference.request_state import Running
+from megatron_moellava.inference.request_state import RequestState
 from megatron_moellava.inference.requests import Completion, Event, Request
 from megatron_moellava.inference.routing_record import RoutingRecord
 from megatron_moellava.inference.sampling import Beam, likeliest_tokens
@@ -63,8 +63,8 @@ class Engine:
         self.cache = KVCache(max_batch_size, self.max_sequence_length)
         self.forward = Forward(model, self.cache, prompter.tokenizer.vocab_size)
         self.token_weights = TokenWeights(model)
-        self.waiting: deque[Running] = deque()
-        self.rows: list[Running] = []  # owner of each cache row in use
+        self.waiting: deque[RequestState] = deque()
+        self.rows: list[RequestState] = []  # owner of each cache row in use
         self.steps = self.generated_tokens = 0
         self._numbers = count()
         self._gates = [module for module in model.modules() if isinstance(module, OriginalGate)]
@@ -93,7 +93,7 @@ class Engine:
         seed = request.sampling.seed
         number = next(self._numbers)
         self.waiting.append(
-            Running(
+            RequestState(
                 request=request,
                 prompt=prompt,
                 stop_ids=self.prompter.stop_ids,
@@ -169,7 +169,7 @@ class Engine:
         events = [self._advance(running, choice) for running, choice in zip(order, choices, strict=True)]
         return [event for event in events if event is not None]
 
-    def _admit(self) -> list[Running]:
+    def _admit(self) -> list[RequestState]:
         """Requests whose prompts join this step, with their cache rows."""
         admitted, tokens, used = [], 0, len(self.rows)
         while self.waiting and used + self.waiting[0].width <= self.max_batch_size:
@@ -184,10 +184,11 @@ class Engine:
 
     def _prompts_go_alone(self) -> bool:
         return any(
-            gate.moe.eval_capacity_factor * gate.moe.moe_router_topk < gate.moe.num_experts for gate in self._gates[:1]
+            gate.moe.eval_capacity_factor * gate.moe.moe_router_topk < gate.moe.num_moe_experts
+            for gate in self._gates[:1]
         )
 
-    def _run(self, admitted: Sequence[Running], decoding: Sequence[Running]) -> torch.Tensor | None:
+    def _run(self, admitted: Sequence[RequestState], decoding: Sequence[RequestState]) -> torch.Tensor | None:
         positions = [position for running in admitted for position in range(len(running.prompt.tokens))]
         positions += self.cache.lengths_R[: len(decoding)]
         step = Step(
@@ -210,14 +211,16 @@ class Engine:
                 self.cache.copy_row(running.rows[0], row)
         return logits_LV
 
-    def _record(self, admitted: Sequence[Running], decoding: Sequence[Running]) -> None:
+    def _record(self, admitted: Sequence[RequestState], decoding: Sequence[RequestState]) -> None:
         start = 0
         for running, length in [(r, len(r.prompt.tokens)) for r in admitted] + [(r, 1) for r in decoding]:
             if running.record and running.beams is None:
                 running.record.add(self.token_weights.weights_TE, slice(start, start + length))
             start += length
 
-    def _choose(self, logits_LV: torch.Tensor, admitted: Sequence[Running], decoding: Sequence[Running]) -> list:
+    def _choose(
+        self, logits_LV: torch.Tensor, admitted: Sequence[RequestState], decoding: Sequence[RequestState]
+    ) -> list:
         """A choice for each request: those admitted, then the others by their first row."""
         likeliest = likeliest_tokens(logits_LV)
         choices = [running.choose(logits_LV[i : i + 1], likeliest[i]) for i, running in enumerate(admitted)]
@@ -230,7 +233,7 @@ class Engine:
             choices.append(running.choose(logits_KV, likeliest[line]))
         return choices
 
-    def _advance(self, running: Running, choice: int | list[Beam]) -> Event | None:
+    def _advance(self, running: RequestState, choice: int | list[Beam]) -> Event | None:
         delta, sources = running.accept(choice)
         self.generated_tokens += 1
         if running.finish_reason:
@@ -241,7 +244,7 @@ class Engine:
             self.cache.reorder(running.rows, [running.rows[source] for source in sources])
         return Event(request_id=running.request.id, delta=delta) if delta else None
 
-    def _release(self, running: Running) -> None:
+    def _release(self, running: RequestState) -> None:
         """Give its rows back; the last rows move into the gaps."""
         for row in sorted(running.rows, reverse=True):
             last = len(self.rows) - 1
@@ -252,7 +255,7 @@ class Engine:
             self.rows.pop()
         running.rows = []
 
-    def _running(self) -> list[Running]:
+    def _running(self) -> list[RequestState]:
         return list({id(running): running for running in self.rows}.values())
 
     # --- several ranks ----------------------------------------------------------------------------------------------

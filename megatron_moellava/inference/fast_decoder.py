@@ -3,7 +3,7 @@
 With one token per request, a layer of Megatron-Core's modules spends most of its time on the way to the products:
 process groups, autograd functions, the token dispatcher. Here the same parameters go through plain torch operations; the
 experts of all tokens are two products, and weights are laid out for few rows (`products.py`). What is not spelt out
-(shared experts, unusual routers) runs through its module. tests/unit/test_inference_engine.py compares every logit with
+(shared experts, unusual routers) runs through its module. tests/unit/inference/test_engine.py compares every logit with
 the modules' own.
 
 Shapes: T tokens of a step, H hidden, E experts, K choices of a token, G query groups, D channels of a head.
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_moellava import platform
-from megatron_moellava.inference.packed_linear import Products, can_pack
+from megatron_moellava.inference.packed_linear import PackedLinear, can_pack
 from megatron_moellava.model.experts import GroupedLinear
 from megatron_moellava.model.kv_cache import KVCache
 from megatron_moellava.model.moe_layer import ResidualMoELayer
@@ -30,7 +30,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 FEW_TOKENS = 16  # up to which the weights of all experts cost more to read than the products to compute
 
 
-def can_go_straight() -> bool:
+def can_decode_fast() -> bool:
     """Whether this rank holds every parameter, in modules whose names are known here."""
     sizes = (
         parallel_state.get_tensor_model_parallel_world_size(),
@@ -41,13 +41,13 @@ def can_go_straight() -> bool:
 
 
 @dataclass(slots=True)
-class StraightDecoder:
+class FastDecoder:
     model: MoELlava
-    product: Products | None = None
+    product: PackedLinear | None = None
     angles_S11C: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.product = Products(can_pack(self.model.config.params_dtype))
+        self.product = PackedLinear(can_pack(self.model.config.params_dtype))
 
     def __call__(self, hidden_T1H: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Logits [L, V] of the tokens that the step asks for."""
@@ -85,7 +85,7 @@ class StraightDecoder:
         return self.product(context_TH, attention.linear_proj.weight, attention.linear_proj.bias)
 
 
-def feed_forward(product: Products, mlp, x_TH: torch.Tensor) -> torch.Tensor:
+def feed_forward(product: PackedLinear, mlp, x_TH: torch.Tensor) -> torch.Tensor:
     """The output of a layer's MLP or experts."""
     if isinstance(mlp, MLP):
         return dense(product, mlp, x_TH)
@@ -103,7 +103,7 @@ def is_plain(mlp: MoELayer) -> bool:
     return mlp.shared_experts is None and isinstance(getattr(mlp.experts, "linear_fc1", None), GroupedLinear)
 
 
-def dense(product: Products, mlp: MLP, x_TH: torch.Tensor) -> torch.Tensor:
+def dense(product: PackedLinear, mlp: MLP, x_TH: torch.Tensor) -> torch.Tensor:
     inner_TF = activate(mlp.config, product(x_TH, mlp.linear_fc1.weight, mlp.linear_fc1.bias))
     return product(inner_TF, mlp.linear_fc2.weight, mlp.linear_fc2.bias)
 
@@ -115,7 +115,7 @@ def activate(config, inner_TF: torch.Tensor) -> torch.Tensor:
     return config.activation_func(gate_TF) * up_TF
 
 
-def experts(product: Products, mlp: MoELayer, x_TH: torch.Tensor) -> torch.Tensor:
+def experts(product: PackedLinear, mlp: MoELayer, x_TH: torch.Tensor) -> torch.Tensor:
     """Tokens sorted by expert -> two grouped products -> back, weighted by the router."""
     weights_TK, experts_TK = choices(mlp.router, x_TH)
     fc1, fc2 = mlp.experts.linear_fc1, mlp.experts.linear_fc2
@@ -135,7 +135,7 @@ def experts(product: Products, mlp: MoELayer, x_TH: torch.Tensor) -> torch.Tenso
     return torch.zeros_like(x_TH).index_add(0, tokens_N, output_NH * weights_N1)
 
 
-def every_expert(product: Products, mlp: MoELayer, x_TH, weights_TK, experts_TK) -> torch.Tensor:
+def every_expert(product: PackedLinear, mlp: MoELayer, x_TH, weights_TK, experts_TK) -> torch.Tensor:
     """The same for few tokens, whose choices reach nearly all experts: reading the weights is the work, so every expert
     computes every token and nothing is sorted."""
     fc1, fc2 = mlp.experts.linear_fc1, mlp.experts.linear_fc2

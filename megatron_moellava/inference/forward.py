@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
-from megatron_moellava.inference.fast_decoder import StraightDecoder, can_go_straight
+from megatron_moellava.inference.fast_decoder import FastDecoder, can_decode_fast
 from megatron_moellava.inference.prompts import Prompt
 from megatron_moellava.model.kv_cache import KVCache, Step
 from megatron_moellava.model.moe_llava import MoELlava
@@ -30,11 +30,11 @@ class Forward:
     vocab_size: int  # of the tokenizer; the model's may be larger, and nothing can be said with the rest
     features: OrderedDict[bytes, torch.Tensor] = field(default_factory=OrderedDict)  # digest of an image's pixels
     images_encoded: int = 0
-    straight: StraightDecoder | None = None
+    fast_decoder: FastDecoder | None = None
 
     def __post_init__(self) -> None:
-        if can_go_straight():
-            self.straight = StraightDecoder(self.model)
+        if can_decode_fast():
+            self.fast_decoder = FastDecoder(self.model)
 
     @torch.no_grad()
     def __call__(
@@ -48,8 +48,8 @@ class Forward:
             embeddings_T1D = torch.cat(parts, dim=0)
         else:
             self._receive(len(step.positions_T))
-        if self.straight is not None:
-            return self.straight(embeddings_T1D, self.cache)[:, : self.vocab_size]
+        if self.fast_decoder is not None:
+            return self.fast_decoder(embeddings_T1D, self.cache)[:, : self.vocab_size]
         output = self.model(
             tokens_BS=None, position_ids_BS=None, embeddings_SBD=embeddings_T1D, inference_context=self.cache
         )

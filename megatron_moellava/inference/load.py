@@ -6,8 +6,9 @@ from pathlib import Path
 
 from megatron_moellava import parallel
 from megatron_moellava.backbones import get_backbone
-from megatron_moellava.checkpoint.description import read_run_file
+from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
+from megatron_moellava.checkpoint.verification import verify_checkpoint
 from megatron_moellava.config import (
     CheckpointError,
     ConfigError,
@@ -36,14 +37,18 @@ def load_for_inference(
     template: str = "",
     precision: str = "",
     layout: ParallelConfig | None = None,
+    verify: bool = True,
     **engine_options,
 ) -> Engine:
     """An engine over the newest checkpoint of a folder. Joins the processes of torchrun unless that has been done.
 
     Empty strings mean what the checkpoint's run.json says (the backbone's own template, bf16, where it says nothing).
-    `engine_options` go to `Engine`. Raises CheckpointError, or ConfigError for a missing tokenizer.
+    `verify`: False does not compare the checkpoint's files with their digests. `engine_options` go to `Engine`.
+    Raises CheckpointError, or ConfigError for a missing tokenizer.
     """
-    model, prompter = load_model(checkpoint, tokenizer=tokenizer, template=template, precision=precision, layout=layout)
+    model, prompter = load_model(
+        checkpoint, tokenizer=tokenizer, template=template, precision=precision, layout=layout, verify=verify
+    )
     return Engine(model, prompter, **engine_options)
 
 
@@ -54,6 +59,7 @@ def load_model(
     template: str = "",
     precision: str = "",
     layout: ParallelConfig | None = None,
+    verify: bool = True,
 ) -> tuple[MoELlava, Prompter]:
     """The model of `load_for_inference`, and what turns text and pictures into its input."""
     folder = require_checkpoint(checkpoint)
@@ -61,11 +67,12 @@ def load_model(
     run = inference_run(folder, layout, tokenizer=tokenizer, template=template, precision=precision)
     if not parallel_state.model_parallel_is_initialized():
         parallel.initialize(layout, run.training.seed)
+    verify_checkpoint(folder, verify=verify, together=True)  # before minutes go into building a large model
     prompter_parts = load_tokenizer(run.data.tokenizer), get_template(run.data.template)
     (model,) = build_model(run)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's distributed checkpoints, about its own future
-        load_weights(folder, [model])
+        load_weights(folder, [model], verified=True)
     model.unused_tower_tensors = {}  # they ride along for exports only
     prompter = Prompter(template=prompter_parts[1], tokenizer=prompter_parts[0], tower=model.tower, data=run.data)
     return model, prompter
@@ -88,15 +95,15 @@ def inference_layout(layout: ParallelConfig) -> ParallelConfig:
 
 def inference_run(folder: Path, layout: ParallelConfig, *, tokenizer: str, template: str, precision: str) -> RunConfig:
     """The run of a checkpoint, changed for generation."""
-    description = read_run_file(folder)
-    model, stored = description["model"], description["config"] or {}
+    description = read_description(folder)
+    model, stored = description.model, description.config or {}
     data = dict(stored.get("data") or {}) | {"packing": False, "sources": ()}
     # The names may be folders that are gone; the checkpoint itself says which model it holds.
-    names = {"backbone": str(folder), "tower": str(folder)} if "backbone_fields" in model else model
+    names = {"backbone": str(folder), "tower": str(folder)} if model.get("backbone_fields") else model
     tree = {
         "model": dict(stored.get("model") or {}) | {"backbone": names["backbone"], "tower": names["tower"]},
-        "training": {"stage": description["stage"] or 2},
-        "moe": dict(model["moe"]) if model["moe"] else None,
+        "training": {"stage": description.stage or 2},
+        "moe": dict(model["moe"]) if model.get("moe") else None,
         "data": data,
     }
     run = from_dict(RunConfig, tree)
@@ -111,7 +118,9 @@ def inference_run(folder: Path, layout: ParallelConfig, *, tokenizer: str, templ
         ),
     )
     if run.moe is not None and not ROUTERS[run.moe.router].evaluates_with_capacity:
-        run = replace(run, moe=replace(run.moe, capacity_factor=None))  # a request must not crowd out another
+        run = replace(
+            run, moe=replace(run.moe, moe_expert_capacity_factor=None)
+        )  # a request must not crowd out another
     return run
 
 

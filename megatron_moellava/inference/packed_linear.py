@@ -1,4 +1,4 @@
-"""Products with weights laid out for few rows.
+"""PackedLinear with weights laid out for few rows.
 
 One token per request makes decoding a matter of reading weights. oneDNN's own blocked layout of a weight is read about
 twice as fast as the row-major one (8 rows x [32000, 512]: fp32 12.8 against 5.0 ms, bf16 5.6 against 3.0 ms, one core),
@@ -36,7 +36,7 @@ def _pack(weight_OI: torch.Tensor):
 
 
 @dataclass(slots=True)
-class Products:
+class PackedLinear:
     """`F.linear` whose weights are packed at first use. They must not change any more."""
 
     packs: bool

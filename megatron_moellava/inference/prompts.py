@@ -9,7 +9,7 @@ from PIL import Image
 from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.data import images
 from megatron_moellava.data import tiling as grid
-from megatron_moellava.data.encode import IMAGE_TOKEN, check_template, encode
+from megatron_moellava.data.encode import IMAGE_TOKEN, answer_ends, check_template, encode
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from megatron_moellava.data.templates import Template
 from megatron_moellava.data.tokenizer import Tokenizer
@@ -64,15 +64,13 @@ class Prompter:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: the tokenizer's end of text, and the template's end if it is one token."""
-        end = self.tokenizer.token_id(self.template.end)
-        return frozenset({self.tokenizer.eos_id} | ({end} if end is not None else set()))
+        """Tokens that end an answer: the tokenizer's end of text, and the template's end where it has a token."""
+        return answer_ends(self.template, self.tokenizer)[0]
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The template's end as text, where it is not one token."""
-        end = self.template.end.strip()
-        return (end,) if end and self.tokenizer.token_id(self.template.end) is None else ()
+        """The template's end as text, where it has no token."""
+        return answer_ends(self.template, self.tokenizer)[1]
 
 
 def expand(ids: list[int], features: list[int]) -> list[int]:

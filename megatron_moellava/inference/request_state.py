@@ -12,7 +12,7 @@ from megatron_moellava.inference.text import TextStream
 
 
 @dataclass(slots=True)
-class Running:
+class RequestState:
     request: Request
     prompt: Prompt
     stop_ids: frozenset[int]
@@ -27,7 +27,8 @@ class Running:
     def __post_init__(self) -> None:
         sampling = self.request.sampling
         if sampling.num_beams > 1:
-            self.beams = BeamSearch(sampling.num_beams, sampling.length_penalty)
+            ends = self.stream.ends if self.stream.stop else None
+            self.beams = BeamSearch(sampling.num_beams, sampling.length_penalty, ends)
 
     @property
     def width(self) -> int:
@@ -53,7 +54,8 @@ class Running:
             is_last = self.num_steps == self.request.sampling.max_new_tokens
             sources = self.beams.advance(choice, self.stop_ids, is_last)
             if self.beams.is_done():
-                self.finish_reason = "stop" if self.beams.best()[-1] in self.stop_ids else "length"
+                best = self.beams.best()
+                self.finish_reason = "stop" if best[-1] in self.stop_ids or self.stream.ends(best) else "length"
             return "", sources
         delta = ""
         if choice in self.stop_ids:

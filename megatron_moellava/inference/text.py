@@ -29,12 +29,20 @@ class TextStream:
         """What was held back."""
         return "" if self.stopped else self._advance(final=True)
 
+    def ends(self, tokens: list[int]) -> bool:
+        """Whether the last of `tokens` completes a stop string."""
+        if not self.stop:
+            return False
+        tail = self.tokenizer.decode(tokens[-max(map(len, self.stop)) - 8 :])
+        return any(mark in tail for mark in self.stop)
+
     def _advance(self, final: bool) -> str:
-        whole = self.tokenizer.decode(self.tokens).lstrip() if self.tokens else ""
-        found = [position for mark in self.stop if (position := whole.find(mark)) >= 0]
+        decoded = self.tokenizer.decode(self.tokens) if self.tokens else ""
+        found = [position for mark in self.stop if (position := decoded.find(mark)) >= 0]
+        # An answer may end at once, also with a line break: so the blanks before it go last.
+        whole = decoded[: min(found, default=len(decoded))].lstrip()
         if found:
             self.stopped = True
-            whole = whole[: min(found)]
         elif not final:
             whole = whole.rstrip(HALF)
             whole = whole[: len(whole) - max((_overlap(whole, mark) for mark in self.stop), default=0)]

@@ -130,11 +130,11 @@ _DENSE_FIELDS = {"moe_token_dispatcher_type": "alltoall"}
 def _moe_fields(moe: MoEConfig, backbone: Backbone) -> dict:
     balancing = moe.moe_router_load_balancing_type
     return {
-        "num_moe_experts": moe.num_experts,
+        "num_moe_experts": moe.num_moe_experts,
         "moe_layer_freq": moe_layer_freq(moe.placement, backbone.num_layers),
         "moe_ffn_hidden_size": backbone.ffn_hidden_size,
         "moe_router_topk": moe.moe_router_topk,
-        "moe_router_dtype": "fp32" if moe.router_dtype == "fp32" else None,  # None: the dtype of the hidden states
+        "moe_router_dtype": "fp32" if moe.moe_router_dtype == "fp32" else None,  # None: the dtype of the hidden states
         "moe_router_pre_softmax": moe.moe_router_topk == 1,  # Megatron-Core demands it for one expert
         "moe_router_load_balancing_type": balancing,
         "moe_aux_loss_coeff": moe.moe_aux_loss_coeff if balancing != "none" and moe.aux_loss_gradient else 0.0,
@@ -144,9 +144,11 @@ def _moe_fields(moe: MoEConfig, backbone: Backbone) -> dict:
         "moe_router_score_function": "sigmoid" if moe.moe_router_enable_expert_bias else "softmax",
         "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
         # The dispatcher counts tokens instead of assuming top-k of each whenever a capacity is set.
-        "moe_expert_capacity_factor": 1.0 if ROUTERS[moe.router].always_has_capacity else moe.capacity_factor,
+        "moe_expert_capacity_factor": 1.0
+        if ROUTERS[moe.router].always_has_capacity
+        else moe.moe_expert_capacity_factor,
         "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
-        "moe_grouped_gemm": moe.experts == "grouped",
+        "moe_grouped_gemm": moe.moe_grouped_gemm,
         "moe_permute_fusion": platform.HAS_TRANSFORMER_ENGINE,
     }
 
@@ -154,7 +156,7 @@ def _moe_fields(moe: MoEConfig, backbone: Backbone) -> dict:
 def _fp8_fields(run: RunConfig) -> dict:
     """Which layers stay in high precision; on a GPU also Transformer Engine's recipe (on a CPU `fp8.py` has its own)."""
     training = run.training
-    if training.fp8 is None:
+    if training.fp8_recipe is None:
         return {}
     first, last = training.num_layers_at_start_in_bf16, training.num_layers_at_end_in_bf16
     fields = {
@@ -164,10 +166,10 @@ def _fp8_fields(run: RunConfig) -> dict:
     }
     if not platform.HAS_TRANSFORMER_ENGINE:
         return fields
-    recipe = FP8_RECIPES[training.fp8]
+    recipe = FP8_RECIPES[training.fp8_recipe]
     return fields | {
         "fp8": recipe.format,
-        "fp8_recipe": training.fp8,
+        "fp8_recipe": training.fp8_recipe,
         "fp8_amax_history_len": recipe.history or 1,
         "fp8_amax_compute_algo": "max",
         "moe_router_padding_for_quantization": run.moe is not None and run.moe.moe_router_padding_for_quantization,

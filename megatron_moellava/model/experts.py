@@ -209,5 +209,5 @@ def activation_gradient(activation: Callable, x: torch.Tensor, grad: torch.Tenso
 
 
 def row_blocks(x_NO: torch.Tensor) -> list[slice]:
-    size = BLOCK if x_NO.device.type == "cpu" else max(len(x_NO), 1)
+    size = max(len(x_NO), 1) if platform.HAS_CUDA else BLOCK
     return [slice(start, start + size) for start in range(0, len(x_NO), size)]

@@ -13,4 +13,5 @@ def model_inputs(batch: Batch) -> dict:
         "pixels_NCHW": batch.pixel_values_NCHW,
         "cu_seqlens": batch.cu_seqlens,
         "max_seqlen": batch.max_seqlen,
+        "image_rows": batch.counts.image_rows,
     }

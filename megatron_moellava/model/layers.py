@@ -116,7 +116,7 @@ def _moe_mlp(provider, moe: MoEConfig):
     dense = mlp_submodules(provider)
     submodules = MoESubmodules(
         router=router_builder(moe),
-        experts=provider.grouped_mlp_modules(moe.experts == "grouped"),
+        experts=provider.grouped_mlp_modules(moe.moe_grouped_gemm),
         shared_experts=partial(_shared_experts, submodules=dense),
     )
     if moe.use_residual:

@@ -72,6 +72,7 @@ class MoELlava(MegatronModule):
         pixels_NCHW: torch.Tensor | None,
         features_NFD: torch.Tensor | None = None,
         has_images: bool = False,
+        image_rows: int | None = None,
     ) -> torch.Tensor:
         """Word embeddings [S, B, D]; the rows of IMAGE_TOKEN are overwritten by the visual tokens, in batch order.
 
@@ -79,7 +80,8 @@ class MoELlava(MegatronModule):
 
         tokens [[5, -200, -200, 7]] with one image of two visual tokens -> [word 5, visual 0, visual 1, word 7].
         `features_NFD`: the result of `encode_images`, instead of pixels. `has_images`: the tokens continue a text with
-        images (only MiniCPM's embeddings depend on it).
+        images (only MiniCPM's embeddings depend on it). `image_rows`: how many rows are placeholders, where the host knows
+        (`Batch.counts`); None: counted here, which waits for the device.
         Raises ValueError when the number of placeholder rows differs from the number of visual tokens.
         """
         is_image_BS = tokens_BS == IMAGE_TOKEN
@@ -91,7 +93,8 @@ class MoELlava(MegatronModule):
         if features_NFD is None:
             return words_SBD + self._untouched() if torch.is_grad_enabled() else words_SBD
         features_RD = features_NFD.flatten(0, 1).to(words_SBD.dtype)
-        if features_RD.shape[0] != (rows := int(is_image_BS.sum())):
+        rows = int(is_image_BS.sum()) if image_rows is None else image_rows
+        if features_RD.shape[0] != rows:
             raise ValueError(
                 f"{rows} placeholder rows for {features_RD.shape[0]} visual tokens of {len(features_NFD)} images"
             )
@@ -130,16 +133,18 @@ class MoELlava(MegatronModule):
         embeddings_SBD: torch.Tensor | None = None,
         inference_context=None,
         attention_mask: torch.Tensor | None = None,
+        image_rows: int | None = None,
     ) -> torch.Tensor:
         """Losses [B, S] (fp32, zero where the label is IGNORE_INDEX), or logits [B, S, V] without labels.
 
         A stage that is not the last returns its hidden states. `padding_mask_BS`: True where a token is real. Packed
-        rows (B = 1) bring `cu_seqlens` [n + 1] and `max_seqlen`; `embeddings_SBD` replaces tokens and images. Under
-        context parallelism the arguments are of whole rows, and the result is of the positions of this rank.
+        rows (B = 1) bring `cu_seqlens` [n + 1] and `max_seqlen`; `embeddings_SBD` replaces tokens and images;
+        `image_rows` is `embed`'s. Under context parallelism the arguments are of whole rows, and the result is of the
+        positions of this rank.
         """
         padding_counts = padding_mask_BS is not None and self._padding_counts()
         if self.pre_process and embeddings_SBD is None:
-            embeddings_SBD = self.embed(tokens_BS, pixels_NCHW)
+            embeddings_SBD = self.embed(tokens_BS, pixels_NCHW, image_rows=image_rows)
             if padding_counts:
                 embeddings_SBD = embeddings_SBD * padding_mask_BS.transpose(0, 1).unsqueeze(-1)
         if embeddings_SBD is not None and self.config.sequence_parallel:

@@ -44,7 +44,7 @@ class OriginalGate(torch.nn.Module):
     def forward(self, logits_NE: torch.Tensor) -> Gate:
         """Deterministic but for the noise: the same logits and noise give the same choices on every rank."""
         moe = self.moe
-        factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
+        factor = moe.moe_expert_capacity_factor if self.training else moe.eval_capacity_factor
         slots = expert_capacity(*logits_NE.shape, factor, moe.moe_router_topk, moe.min_capacity)
         slots = slots if self.drops else len(logits_NE)
         if moe.moe_router_topk == 1:

@@ -1,43 +1,31 @@
 """Where an expert meets a checkpoint: a model of any layout filled from one; training/checkpoint.py writes them."""
 
+import contextlib
 import json
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_moellava.backbones import BACKBONES, backbone_fields
-from megatron_moellava.checkpoint.description import read_run_file, verify
+from megatron_moellava.checkpoint.description import ANEW, read_description
+from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
 from megatron_moellava.checkpoint.safe_pickle import guard
-from megatron_moellava.config import CheckpointError, to_dict
+from megatron_moellava.checkpoint.verification import verify_checkpoint
+from megatron_moellava.config import CheckpointError
 from megatron_moellava.model.moe_llava import MoELlava
-from megatron_moellava.placement import moe_layers
-from megatron_moellava.towers import TOWERS, tower_fields
+from megatron_moellava.validation.checkpoints import differing_fields
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
 guard()
 UNUSED_TOWER = "vision_tower.unused."  # tensors of the published tower that features do not need; they ride along
-
-
-def model_names(checkpoint: Path) -> dict:
-    """`model.backbone` and `model.tower` of a run that goes on from a checkpoint.
-
-    A known name, if that is what the checkpoint holds; else the checkpoint itself, which has every field: it may come from
-    a folder that is gone, or have another feature layer.
-    """
-    model = read_run_file(checkpoint)["model"]
-    known = {"backbone": (BACKBONES, backbone_fields), "tower": (TOWERS, tower_fields)}
-    return {
-        part: model[part]
-        if model[part] in registry and fields_of(registry[model[part]]) == model[f"{part}_fields"]
-        else str(checkpoint)
-        for part, (registry, fields_of) in known.items()
-        if model[part] is not None
-    }
 
 
 def model_state(chunks: list[MoELlava]) -> dict:
@@ -60,14 +48,21 @@ def is_bookkeeping(name: str) -> bool:
 
 
 def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = False) -> None:
-    """Fill the model from a checkpoint of any layout. Raises CheckpointError that lists every field and tensor that differs."""
-    if not verified:
-        verify(checkpoint)
-    state = model_state(chunks)
-    stored = _stored_tensors(checkpoint)
-    _check_tensors(checkpoint, state, stored, differing_fields(read_run_file(checkpoint)["model"], chunks[0]))
-    _carry_unused_tower(checkpoint, chunks[0], stored)
-    loaded = dist_checkpointing.load({"model": state}, str(checkpoint))["model"]
+    """Fill the model from a checkpoint of any layout. Collective.
+
+    `verified`: the files have been compared with their digests, or the user does without. Raises CheckpointError that
+    lists every file that is damaged, or every field and tensor that differs.
+    """
+    description = read_description(checkpoint) if verified else verify_checkpoint(checkpoint, together=True)
+    state, model = model_state(chunks), chunks[0]
+    with readable(checkpoint):
+        stored = _stored_tensors(checkpoint)
+    _check_tensors(
+        checkpoint, state, stored, differing_fields(description.model, model.backbone, model.tower, model.run.moe)
+    )
+    with readable(checkpoint):
+        _carry_unused_tower(checkpoint, chunks[0], stored)
+        loaded = dist_checkpointing.load({"model": state}, str(checkpoint))["model"]
     for index, chunk in enumerate(chunks):
         prefix = f"chunk{index}."
         own = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
@@ -76,54 +71,34 @@ def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = Fals
         assert not missing and not problems.unexpected_keys, (missing, problems.unexpected_keys)
 
 
-def _stored_tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    return {name: tuple(value.global_shape) for name, value in metadata.items() if not name.startswith("optimizer.")}
+@contextlib.contextmanager
+def readable(checkpoint: Path) -> Iterator[None]:
+    """What the libraries raise over files that are no checkpoint becomes a DamagedCheckpoint.
 
-
-def differing_fields(stored: dict, model: MoELlava) -> list[str]:
-    """What run.json says of the checkpoint's model and this run contradicts: `backbone.rotary_base 1e4 there, 1e6 here`.
-
-    Some of it changes no tensor's shape, and would only be seen in what the model says.
+    Only files that were not verified come so far: those of an older version without digests, and of --no-verify.
     """
-    here = {
-        "backbone": backbone_fields(model.backbone),
-        "tower": tower_fields(model.tower),
-        "moe": _moe_fields(to_dict(model.run.moe) if model.run.moe else None, model.backbone.num_layers),
-    }
-    there = {
-        "backbone": stored.get("backbone_fields") or {},  # a converter of another program may not describe its model
-        "tower": stored.get("tower_fields") or {},
-        "moe": _moe_fields(stored["moe"], model.backbone.num_layers),
-    }
-    plain = json.loads(json.dumps(here))
-    return [
-        f"{section}.{name} {there[section][name]} there, {value} here"
-        for section, fields in plain.items()
-        for name, value in fields.items()
-        if name not in _FREE_FIELDS and name in there[section] and there[section][name] != value
-    ]
+    try:
+        yield
+    except (*_UNREADABLE, RuntimeError) as error:
+        if not isinstance(error, _UNREADABLE) and "PytorchStreamReader" not in str(error):
+            raise  # a rank that died, memory: no fault of the checkpoint
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise DamagedCheckpoint(f"{checkpoint} cannot be read ({reason}); {ANEW}") from error
 
 
-# A name, how long rows may be, and what regularises training are no part of what the weights mean.
-_FREE_FIELDS = (
-    "name",
-    "source",
-    "family",
-    "template",
-    "max_position_embeddings",
-    "attention_dropout",
-    "hidden_dropout",
+_UNREADABLE = (
+    CheckpointingException,
+    CheckpointException,
+    FileNotFoundError,
+    EOFError,
+    json.JSONDecodeError,
+    pickle.UnpicklingError,
 )
 
 
-def _moe_fields(moe: dict | None, num_layers: int) -> dict:
-    """The fields of a run's MoE section that its tensors depend on."""
-    if moe is None:
-        return {"num_experts": None}
-    placement = moe["placement"]
-    names = ("num_experts", "use_residual", "moe_shared_expert_intermediate_size")
-    return {name: moe[name] for name in names if name in moe} | {"layers": list(moe_layers(placement, num_layers))}
+def _stored_tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    return {name: tuple(value.global_shape) for name, value in metadata.items() if not name.startswith("optimizer.")}
 
 
 def _check_tensors(checkpoint: Path, state: dict, stored: dict[str, tuple[int, ...]], fields: list[str]) -> None:
@@ -144,7 +119,7 @@ def _check_tensors(checkpoint: Path, state: dict, stored: dict[str, tuple[int, .
             f"{checkpoint} does not fit this model.\n  other fields: {'; '.join(fields) or 'none'}\n"
             f"  missing: {_some(missing)}\n  not wanted: {_some(surplus)}\n"
             f"  other shape: {_some(other)}\n"
-            "  A dense checkpoint becomes a MoE one with `tools/convert.py upcycle`; `tools/convert.py inspect` shows it."
+            "  A dense checkpoint becomes a MoE one with `moellava convert upcycle`; `moellava convert inspect` shows it."
         )
 
 

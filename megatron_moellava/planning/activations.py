@@ -8,7 +8,8 @@ measured. A row applies when all its conditions hold, and is counted `times` the
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_moellava.costs.layout import Layout, routed_tokens
+from megatron_moellava.costs.layout import Layout
+from megatron_moellava.costs.sharding import routed_tokens
 
 FP32, MASK = 4, 1
 
@@ -152,8 +153,8 @@ def _expert_sizes(layout: Layout, imbalance: float, gated: int) -> dict[str, flo
         "expert_hidden": rows * backbone.hidden_size,
         "expert_inner": rows * inner,
         "expert_inner_in": gated * rows * inner,
-        "expert_columns": moe.num_experts / layout.ep * gated * inner,
-        "expert_weights": moe.num_experts / layout.ep * (gated + 1) * backbone.hidden_size * inner,
+        "expert_columns": moe.num_moe_experts / layout.ep * gated * inner,
+        "expert_weights": moe.num_moe_experts / layout.ep * (gated + 1) * backbone.hidden_size * inner,
         "shared_inner": shared,
         "shared_inner_in": gated * shared,
     }
@@ -172,7 +173,7 @@ def conditions(layout: Layout) -> set[str]:
         # One norm feeds attention and FFN alike: its output is kept once for both.
         "qkv_input_kept": backbone.parallel_residual and "language.attention" in layout.trains,
         "recompute_tower": layout.run.training.recompute_tower,
-        "grouped": moe is not None and moe.experts == "grouped",
+        "grouped": moe is not None and moe.moe_grouped_gemm,
         "shared": moe is not None and bool(moe.moe_shared_expert_intermediate_size),
     }
     recompute = f"recompute={layout.run.training.recompute}"

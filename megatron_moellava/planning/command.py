@@ -1,4 +1,4 @@
-"""tools/plan.py: from a command line to a report, a picture, JSON, and a dry run."""
+"""moellava plan: from a command line to a report, a picture, JSON, and a dry run."""
 
 import argparse
 import json
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, MoEConfig, load_config
-from megatron_moellava.costs.flops import recomputed_work, stage_work
+from megatron_moellava.costs.gpus import GIB, get_gpu
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.parameters import parameters_of
+from megatron_moellava.costs.stage_work import recomputed_work, stage_work
 from megatron_moellava.planning import report
 from megatron_moellava.planning.activations import activations_of
-from megatron_moellava.planning.hardware import GIB, get_gpu
 from megatron_moellava.planning.memory import state_bytes
 from megatron_moellava.planning.picture import draw, label
 from megatron_moellava.planning.search import Found, Request, search
@@ -42,9 +42,9 @@ def plan(arguments: argparse.Namespace) -> str:
 
 def settings_of(arguments: argparse.Namespace) -> list[str]:
     """The command line as settings of the run: flags first, so that an override wins. Stage 3 has experts anyhow."""
-    assumed = MoEConfig().num_experts if arguments.stage == 3 and arguments.config is None else None
+    assumed = MoEConfig().num_moe_experts if arguments.stage == 3 and arguments.config is None else None
     flags = {
-        "moe.num_experts": arguments.num_experts or assumed,
+        "moe.num_moe_experts": arguments.num_experts or assumed,
         "data.seq_length": arguments.seq_length,
         "training.global_batch_size": arguments.global_batch_size,
     }

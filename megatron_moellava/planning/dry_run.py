@@ -86,7 +86,7 @@ def _dry(layout: Layout) -> RunConfig:
     run = layout.run
     if run.moe is None:
         return run
-    moe = replace(run.moe, router="megatron", capacity_factor=None, moe_token_dispatcher_type="alltoall")
+    moe = replace(run.moe, router="megatron", moe_expert_capacity_factor=None, moe_token_dispatcher_type="alltoall")
     return replace(run, moe=moe)
 
 

@@ -12,8 +12,9 @@ Parts of the prediction, in bytes:
 
 from dataclasses import asdict, dataclass, replace
 
-from megatron_moellava.costs.layout import Layout, routed_tokens
+from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.parameters import FP32_ROLE, parameters_of, role_of
+from megatron_moellava.costs.sharding import routed_tokens
 from megatron_moellava.planning.activations import Activations, activations_of, sizes, tower_layer_elements
 from megatron_moellava.planning.hardware import CONTEXT_BYTES, FRAGMENTATION, IMBALANCE
 

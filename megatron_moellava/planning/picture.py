@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_moellava.costs.gpus import GIB
 from megatron_moellava.costs.layout import Layout
-from megatron_moellava.planning.hardware import GIB
 from megatron_moellava.planning.search import Plan
 
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "working", "dispatch", "margin")

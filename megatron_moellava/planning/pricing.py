@@ -8,11 +8,14 @@ a step the pipeline's slowest rank over all micro-batches + the bubble + gradien
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_moellava.costs.flops import CAUSAL, Attention, Load, Work, model_flops, recomputed_work, stage_work
-from megatron_moellava.costs.layout import Layout, routed_tokens
+from megatron_moellava.costs.flops import CAUSAL, Attention, Work
+from megatron_moellava.costs.gpus import Gpu
+from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.parameters import parameters_of, role_of
+from megatron_moellava.costs.sharding import routed_tokens
+from megatron_moellava.costs.stage_work import Load, model_flops, recomputed_work, stage_work
 from megatron_moellava.planning.activations import layer_bytes, layer_parts, part_bytes
-from megatron_moellava.planning.hardware import CALIBRATION, Efficiency, Gpu
+from megatron_moellava.planning.hardware import CALIBRATION, Efficiency
 from megatron_moellava.planning.memory import state_bytes
 
 GROUPED = ("experts",)
@@ -75,7 +78,7 @@ class Pricing:
 
     @property
     def peak(self) -> float:
-        return self.gpu.peak_fp8 if self.fp8 and self.gpu.peak_fp8 else self.gpu.peak_bf16
+        return self.gpu.peak(self.fp8)
 
     @property
     def memory_rate(self) -> float:

@@ -1,4 +1,4 @@
-"""Published runs as data, and what the planner says of them. docs/planning.md shows the table.
+"""Published runs as data, and what the planner says of them. docs/measurements/planning.md shows the table.
 
 Language-model benchmarks have no tower and no images; their MFU follows Megatron-LM's count of the time, which takes
 attention above the diagonal as work. Layouts that a source does not give are assumptions, and say so.
@@ -15,9 +15,9 @@ from megatron_moellava.config import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_moellava.costs.flops import model_flops
+from megatron_moellava.costs.gpus import GPUS
 from megatron_moellava.costs.layout import Layout
-from megatron_moellava.planning.hardware import GPUS
+from megatron_moellava.costs.stage_work import model_flops
 from megatron_moellava.planning.memory import worst_memory
 from megatron_moellava.planning.pricing import Pricing, costs_of
 from megatron_moellava.planning.workload import STAGE_DATA, StageData, full_load, mean_load
@@ -57,9 +57,11 @@ EVERY_ROLE = (
     "experts",
     "router",
 )
-TOP2_OF_8 = MoEConfig(num_experts=8, placement="dense")
-TOP8_OF_64 = MoEConfig(num_experts=64, moe_router_topk=8, placement="dense", moe_shared_expert_intermediate_size=20480)
-TOP2_OF_4 = MoEConfig(num_experts=4)
+TOP2_OF_8 = MoEConfig(num_moe_experts=8, placement="dense")
+TOP8_OF_64 = MoEConfig(
+    num_moe_experts=64, moe_router_topk=8, placement="dense", moe_shared_expert_intermediate_size=20480
+)
+TOP2_OF_4 = MoEConfig(num_moe_experts=4)
 PAPER = "arXiv 2504.14960"
 ZOO = "Megatron-MoE-ModelZoo, runtime.conf and the Mixtral script"
 LLAVA = "LLaVA's README"
@@ -264,7 +266,7 @@ def recipe_hours(backbone: str, gpu: str = "a100-80") -> float:
 
 
 def markdown_table() -> str:
-    """The table of docs/planning.md."""
+    """The table of docs/measurements/planning.md."""
     lines = ["| run | on | measured | predicted | off | source |", "|---|---|---|---|---|---|"]
     for item in check_all():
         run = item.run

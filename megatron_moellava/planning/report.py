@@ -6,7 +6,7 @@ from dataclasses import asdict
 import yaml
 
 from megatron_moellava.config import read_yaml, set_override, split_override
-from megatron_moellava.planning.hardware import GIB
+from megatron_moellava.costs.gpus import GIB
 from megatron_moellava.planning.picture import label, time_parts
 from megatron_moellava.planning.search import Found, Plan, Request
 
@@ -42,14 +42,14 @@ def plan_row(plan: Plan) -> tuple[str, ...]:
 
 
 def settings_line(plan: Plan, given: Sequence[str]) -> str:
-    """What to paste behind tools/train.py: the request's own settings, then the planner's."""
+    """What to paste behind moellava train: the request's own settings, then the planner's."""
     chosen = [f"{path}={value}" for path, value in plan.settings.items()]
     names = {item.partition("=")[0] for item in chosen}
     return " ".join([*(item for item in given if item.partition("=")[0] not in names), *chosen])
 
 
 def yaml_report(plan: Plan, config: str | None, given: Sequence[str]) -> str:
-    """The run of a plan as a file that `tools/train.py --config` takes."""
+    """The run of a plan as a file that `moellava train --config` takes."""
     tree = read_yaml(config) if config else {}
     for item in [*given, *(f"{path}={value}" for path, value in plan.settings.items())]:
         set_override(tree, *split_override(item))
@@ -65,7 +65,7 @@ def text_report(request: Request, found: Found, best: Sequence[Plan], given: Seq
         f"{data.name}, {data.samples:,} samples of {tokens:,.0f} tokens ({data.images:.2f} images).",
         f"Rows of {run.data.seq_length:,} tokens, {'packed' if run.data.packing else 'padded'}"
         + (
-            f"; {run.moe.num_experts} experts, top-{run.moe.moe_router_topk}, {run.moe.placement}."
+            f"; {run.moe.num_moe_experts} experts, top-{run.moe.moe_router_topk}, {run.moe.placement}."
             if run.moe
             else "; dense."
         ),

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import RunConfig
+from megatron_moellava.costs.gpus import Gpu
 from megatron_moellava.costs.layout import Layout
-from megatron_moellava.planning.hardware import IMBALANCE, Gpu
+from megatron_moellava.planning.hardware import IMBALANCE
 from megatron_moellava.planning.memory import Memory, worst_memory
 from megatron_moellava.planning.pricing import Costs, Pricing, costs_of
 from megatron_moellava.planning.workload import StageData, mean_load
 from megatron_moellava.towers import Tower
-from megatron_moellava.training.validate import layout_problems
+from megatron_moellava.validation.run import layout_problems
 
 POWERS = tuple(2**power for power in range(11))
 RECOMPUTE = ("none", "moe", "full")  # `selective` keeps what flash attention keeps anyway
@@ -31,7 +32,7 @@ class Plan:
 
     @property
     def settings(self) -> dict[str, object]:
-        """The fields that the planner chose, as tools/train.py takes them."""
+        """The fields that the planner chose, as moellava train takes them."""
         parallel, training = self.layout.run.parallel, self.layout.run.training
         chosen: dict[str, object] = {
             "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size,
@@ -118,7 +119,7 @@ def best_first(plans: list[Plan]) -> list[Plan]:
 
 def stage_costs(request: Request, layout: Layout) -> Costs:
     """Costs of the whole stage in one layout."""
-    fp8 = layout.run.training.fp8 is not None
+    fp8 = layout.run.training.fp8_recipe is not None
     pricing = Pricing(gpu=request.gpu, imbalance=request.imbalance if layout.run.moe else 1.0, fp8=fp8)
     return costs_of(layout, pricing, mean_load(layout, request.data), samples=request.data.samples)
 
@@ -137,7 +138,7 @@ def candidates(request: Request) -> Iterator[RunConfig]:
 
 def _axes(request: Request) -> dict[str, Sequence[object]]:
     run, world = request.run, request.world_size
-    experts = run.moe.num_experts if run.moe else 1
+    experts = run.moe.num_moe_experts if run.moe else 1
     layers = min(request.backbone.num_layers, world)
     is_free = run.parallel.num_layers_in_first_pipeline_stage is None and run.parallel.pipeline_split == "even"
     return {

@@ -1,13 +1,13 @@
 """How much there is to train: the published data of each stage, in samples and tokens.
 
-Rows are the recipes' (docs/fidelity.md). Image tokens follow from the tower. Text tokens per sample are estimates:
+Rows are the recipes' (docs/measurements/fidelity.md). Image tokens follow from the tower. Text tokens per sample are estimates:
 of the 665k mix from its published counts (`data/length_distribution.py`), of the others from the kind of their conversations.
 """
 
 from dataclasses import dataclass
 
-from megatron_moellava.costs.flops import Load
 from megatron_moellava.costs.layout import Layout
+from megatron_moellava.costs.stage_work import Load
 from megatron_moellava.data.length_distribution import PROMPT_TOKENS, SOURCES
 
 
@@ -46,7 +46,7 @@ STAGE_DATA = {
         global_batch_size=128,
     ),
 }
-PACKED_FILL = 0.97  # share of a packed row's positions that hold tokens (docs/data.md: 88.7 to 99.97 %)
+PACKED_FILL = 0.97  # share of a packed row's positions that hold tokens (docs/measurements/performance.md, Data)
 PADDED_FILL = 0.85  # share of a padded batch's positions, batches grouped by length
 
 

@@ -1,7 +1,9 @@
 """A conversation in the terminal."""
 
+import base64
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ class Conversation:
 
     def show(self, file: str) -> None:
         """Raises DataError when it is no readable picture."""
+        file = os.path.abspath(os.path.expanduser(file.strip("\"'")))  # a later `cd` must not lose it
         image, _ = open_image(file, file)
         self.pending.append((file, image))
 
@@ -66,14 +69,24 @@ class Conversation:
         return answer
 
     def save(self, file: str) -> None:
-        """A record that tools/train.py reads."""
+        """A record that training reads as it is: names below the file's folder, other pictures inside of it."""
         speakers = {"user": "human", "assistant": "gpt"}
-        record = {
-            "id": Path(file).stem,
-            "image": self.names,
-            "conversations": [{"from": speakers[turn.role], "value": turn.text} for turn in self.turns],
-        }
-        Path(file).write_text(json.dumps([record], ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        folder = Path(file).expanduser().resolve().parent
+        record = {"id": Path(file).stem, "conversations": []}
+        if self.names:
+            record["image"] = [_portable(name, folder) for name in self.names]
+        for turn in self.turns:
+            text = turn.text if turn.role == "user" else turn.text.replace(IMAGE_PLACEHOLDER, "< image >")
+            record["conversations"].append({"from": speakers[turn.role], "value": text})
+        content = json.dumps([record], ensure_ascii=False, indent=1) + "\n"
+        Path(file).expanduser().write_text(content, encoding="utf-8")
+
+
+def _portable(name: str, folder: Path) -> str:
+    path = Path(name).expanduser().resolve()
+    if path.is_relative_to(folder):
+        return str(path.relative_to(folder))
+    return "data:;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def run_chat(conversation: Conversation, images: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What tools/chat.py and tools/serve.py call."""
+"""What moellava chat and moellava serve call."""
 
 import argparse
 import importlib.util
@@ -31,6 +31,7 @@ def open_engine(args: argparse.Namespace, **options) -> Engine:
         template=args.template,
         precision=args.precision,
         layout=layout_of(args.overrides),
+        verify=not args.no_verify,
         replicated=True,
         **options,
     )
@@ -46,15 +47,15 @@ def chat(args: argparse.Namespace) -> None:
     )
     try:
         if dist.get_rank() == 0:
-            run_chat(Conversation(LedEngine(engine), sampling), args.image)
-            LedEngine(engine).stop()
+            run_chat(Conversation(MultiRankEngine(engine), sampling), args.image)
+            MultiRankEngine(engine).stop()
         else:
             Service(engine).follow()
     finally:
         parallel.shutdown()
 
 
-class LedEngine:
+class MultiRankEngine:
     """The first rank's engine in a terminal: what it is asked, the other ranks are told."""
 
     def __init__(self, engine: Engine):

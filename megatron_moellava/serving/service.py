@@ -27,7 +27,7 @@ class EngineFailed(Exception):
 
 
 @dataclass(slots=True)
-class _Caller:
+class _PendingCaller:
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue
 
@@ -41,7 +41,7 @@ class Service:
     engine: Engine
     failure: str = ""
     _commands: queue.Queue = field(default_factory=queue.Queue)
-    _callers: dict[str, _Caller] = field(default_factory=dict)
+    _callers: dict[str, _PendingCaller] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _thread: threading.Thread | None = None
 
@@ -59,7 +59,7 @@ class Service:
 
     async def events(self, request: Request, prompt: Prompt) -> AsyncIterator[Event]:
         """The events of a prepared request. Leaving the iteration early cancels it. Raises EngineFailed."""
-        caller = _Caller(asyncio.get_running_loop(), asyncio.Queue())
+        caller = _PendingCaller(asyncio.get_running_loop(), asyncio.Queue())
         with self._lock:
             if self.failure:
                 raise EngineFailed(self.failure)

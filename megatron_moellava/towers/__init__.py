@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_moellava.checkpoint.description import described_model
-from megatron_moellava.config import ConfigError
+from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.towers import clip, siglip
 from megatron_moellava.towers.from_config import tower_fields, tower_from_fields, tower_from_hf_folder
 from megatron_moellava.towers.tower import Tower, TowerHuggingFace
@@ -22,6 +22,7 @@ __all__ = [
     "tower_fields",
     "tower_from_fields",
     "tower_from_hf_folder",
+    "tower_of_section",
 ]
 
 FAMILIES = (clip, siglip)
@@ -35,14 +36,27 @@ def get_tower(name: str) -> Tower:
         return replace(get_tower(name.removesuffix(ORIGINAL)), name=name, drop_first_feature=True)
     if name in TOWERS:
         return TOWERS[name]
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.exists():
         described = described_model(path)
         if described:
-            return tower_from_fields(described["tower_fields"], FAMILIES)
+            tower = tower_of_section(described)
+            if tower is None:
+                raise ConfigError(f"model.tower={name}: the checkpoint is a language model alone; name a tower")
+            return tower
         return tower_from_hf_folder(path, FAMILIES, name=name)
     near = difflib.get_close_matches(name, TOWERS, n=3, cutoff=0.3) or sorted(TOWERS)
     raise ConfigError(
         f"model.tower={name!r} is neither a known tower nor a folder with a config.json; "
         f"nearest names: {', '.join(near)}"
     )
+
+
+def tower_of_section(section: dict) -> Tower | None:
+    """The tower of the `model` section of a run.json: by its fields, or by name where there are none; None: it has none."""
+    if section.get("tower_fields"):
+        try:
+            return tower_from_fields(section["tower_fields"], FAMILIES)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"run.json: model.tower_fields do not describe a tower: {error}") from None
+    return get_tower(section["tower"]) if section.get("tower") else None

@@ -29,6 +29,17 @@ MAPPING = (
 )
 UNUSED = ("encoder.layers.{i}.", "post_layernorm.")
 
+# What transformers writes into the config of a vision model, although only the pooled output or a text model has it.
+NO_PART_OF_FEATURES = ("projection_dim", "tie_word_embeddings", "vocab_size")
+# A config may leave out what equals transformers' defaults: google/siglip-base-patch16-224 has no size at all.
+BASE_SIZES = {
+    "num_hidden_layers": 12,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "image_size": 224,
+}
+
 HF = TowerHuggingFace(
     family="clip",
     model_type="clip_vision_model",
@@ -36,8 +47,8 @@ HF = TowerHuggingFace(
     architecture="CLIPVisionModel",
     image_processor="CLIPImageProcessor",
     constants={"num_channels": 3, "attention_dropout": 0.0, "dropout": 0.0},
-    inert=("initializer_factor", "projection_dim"),
-    defaults={"layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"},
+    inert=("initializer_factor", *NO_PART_OF_FEATURES),
+    defaults={"layer_norm_eps": 1e-5, "hidden_act": "quick_gelu", "patch_size": 32, **BASE_SIZES},
 )
 
 CLIP_L_336 = Tower(

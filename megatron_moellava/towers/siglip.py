@@ -8,7 +8,7 @@ checkpoints.
 from dataclasses import replace
 
 from megatron_moellava.mapping import Mapping, both, copy
-from megatron_moellava.towers.clip import BLOCK
+from megatron_moellava.towers.clip import BASE_SIZES, BLOCK, NO_PART_OF_FEATURES
 from megatron_moellava.towers.tower import Tower, TowerHuggingFace
 
 MAPPING = (
@@ -26,8 +26,8 @@ HF = TowerHuggingFace(
     image_processor="SiglipImageProcessor",
     # vision_use_head only concerns the pooled output, which features do not use.
     constants={"num_channels": 3, "attention_dropout": 0.0},
-    inert=("vision_use_head", "projection_dim"),
-    defaults={"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "patch_size": 16, "image_size": 224},
+    inert=("vision_use_head", *NO_PART_OF_FEATURES),
+    defaults={"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "patch_size": 16, **BASE_SIZES},
 )
 
 SIGLIP_SO400M_384 = Tower(

@@ -6,7 +6,7 @@ from megatron_moellava import parallel
 from megatron_moellava.data.batch import Batch
 
 _PIXELS = "pixel_values_NCHW"  # only the first pipeline stage looks at images
-_META = ("max_seqlen", "sample_ids", "tags")
+_META = ("max_seqlen", "sample_ids", "tags", "counts")
 
 
 def broadcast_batch(batch: Batch | None) -> Batch:

@@ -11,11 +11,10 @@ cannot change between one and several expert-parallel ranks. Nothing in a folder
 """
 
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,13 +24,21 @@ from torch.distributed.checkpoint.api import CheckpointException
 import megatron_moellava
 from megatron_moellava import parallel, platform
 from megatron_moellava.backbones import backbone_fields
-from megatron_moellava.checkpoint.description import FORMAT, read_run_file, verify
-from megatron_moellava.checkpoint.folders import RUN_FILE, complete_iterations
-from megatron_moellava.checkpoint.integrity import DamagedCheckpoint, file_digests, sealed
+from megatron_moellava.checkpoint.description import RunDescription, read_description, write_description
+from megatron_moellava.checkpoint.folders import (
+    DAMAGED,
+    UNFINISHED,
+    complete_iterations,
+    iteration_folder,
+    write_durably,
+    write_tracker,
+)
+from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
+from megatron_moellava.checkpoint.verification import digests_together, verify_checkpoint
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
 from megatron_moellava.model.fp8_emulation import Emulation
 from megatron_moellava.model.moe_llava import MoELlava
-from megatron_moellava.model.weights import model_state
+from megatron_moellava.model.weights import model_state, readable
 from megatron_moellava.towers import tower_fields
 from megatron_moellava.training.background import BackgroundSave, Writing
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
@@ -41,7 +48,6 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -72,25 +78,25 @@ def save_checkpoint(
 
     With `background` the folder is planned and the state copied now; the caller polls it until it is complete.
     """
-    final = Path(folder) / f"iter_{state.iteration:07d}"
-    unfinished = final.with_name(final.name + ".tmp")
+    final = iteration_folder(folder, state.iteration)
+    unfinished = final.with_name(final.name + UNFINISHED)
 
     def start() -> None:
-        for left in Path(folder).glob("iter_*.tmp"):  # what processes that died have left
+        for left in Path(folder).glob(f"iter_*{UNFINISHED}"):  # what processes that died have left
             shutil.rmtree(left)
         (unfinished / "ranks").mkdir(parents=True)
 
     def complete() -> Path:
         _together(writing.finish, unfinished)
-        digests = file_digests(unfinished, writing.digests)
-        _together(lambda: finish(description | {"sha256": digests}), unfinished, on=0)
+        digests = digests_together(unfinished, writing.digests)
+        _together(lambda: finish(replace(description, sha256=digests)), unfinished, on=0)
         return final
 
-    def finish(description: dict) -> None:
-        _write(unfinished / RUN_FILE, json.dumps(sealed(description), indent=1).encode())
+    def finish(description: RunDescription) -> None:
+        write_description(unfinished, description)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
-        _write_tracker(Path(folder), state.iteration)
+        write_tracker(Path(folder), state.iteration)
         _remove_old(Path(folder), keep, newest=final)
 
     _together(start, unfinished, on=0)
@@ -110,30 +116,29 @@ def save_checkpoint(
     return complete()
 
 
-def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_steps: int | None) -> dict:
-    return {
-        "format": FORMAT,
-        "iteration": state.iteration,
-        "stage": run.training.stage,
-        "consumed_samples": state.consumed_samples,
-        "optimizer_steps": optimizer_steps,
-        "world_size": dist.get_world_size(),
-        "data_parallel_size": parallel.data_parallel_size(),
-        "model": {
+def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_steps: int | None) -> RunDescription:
+    return RunDescription(
+        iteration=state.iteration,
+        stage=run.training.stage,
+        consumed_samples=state.consumed_samples,
+        optimizer_steps=optimizer_steps,
+        world_size=dist.get_world_size(),
+        data_parallel_size=parallel.data_parallel_size(),
+        model={
             "backbone": model.backbone.name,
             "tower": model.tower.name,
             "moe": to_dict(run.moe) if run.moe else None,
             "backbone_fields": backbone_fields(model.backbone),
             "tower_fields": tower_fields(model.tower),
         },
-        "config": to_dict(run),
-        "provenance": state.provenance,
-    }
+        config=to_dict(run),
+        provenance=state.provenance,
+    )
 
 
 def provenance_of(run: RunConfig, source: Path) -> dict:
     """Where the weights of a stage come from: `source`, and whatever that came from; the imported config goes along."""
-    earlier = read_run_file(source).get("provenance") or {}
+    earlier = read_description(source).provenance
     return {
         "operation": f"training of stage {run.training.stage}",
         "source": f"{source.parent.name}/{source.name}",
@@ -159,23 +164,15 @@ def _unused_tower_state(model: MoELlava) -> dict:
 
 def _save_rank_state(folder: Path, state: TrainingState) -> None:
     own = {"generators": platform.rng_state(), "trackers": tensor_parallel.get_cuda_rng_tracker().get_states()}
-    _write(folder / f"generators_{dist.get_rank():05d}.pt", _serialized(own | {"fp8": state.fp8}))
+    write_durably(folder / f"generators_{dist.get_rank():05d}.pt", _serialized(own | {"fp8": state.fp8}))
     if state.data is not None:
-        _write(folder / f"data_{parallel.data_parallel_rank():05d}.pt", _serialized(state.data))
+        write_durably(folder / f"data_{parallel.data_parallel_rank():05d}.pt", _serialized(state.data))
 
 
 def _serialized(value: dict) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Onto the disk itself: a file that lies only in memory is lost when the node dies."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _together(action: Callable[[], None], unfinished: Path, on: int | None = None) -> None:
@@ -211,17 +208,11 @@ def _space(folder: Path) -> str:
     return f"{usage.free / 2**20:,.0f} of {usage.total / 2**20:,.0f} MiB are free there"
 
 
-def _write_tracker(folder: Path, iteration: int) -> None:
-    temporary = folder / (TRACKER + ".tmp")
-    _write(temporary, f"{iteration}\n".encode())
-    temporary.rename(folder / TRACKER)
-
-
 def _remove_old(folder: Path, keep: int, newest: Path) -> None:
     """All but the `keep` newest, `newest` among them: what carries a higher number is not of this run's past."""
     past = [path for path in complete_iterations(folder) if path.name <= newest.name]
     for old in past[: -max(keep, 1)]:
-        going = old.rename(old.with_suffix(".tmp"))  # half removed, it must not look complete
+        going = old.rename(old.with_suffix(UNFINISHED))  # half removed, it must not look complete
         shutil.rmtree(going)
 
 
@@ -240,12 +231,12 @@ def newest_intact(folder: str | Path, say: Callable[[str], None]) -> Path | None
     damaged = []
     for checkpoint in candidates[0]:
         try:
-            verify(checkpoint)
+            verify_checkpoint(checkpoint, together=True, say=say)
         except DamagedCheckpoint as error:
-            say(f"{error}; set aside as {checkpoint.name}.damaged")
+            say(f"{error}; set aside as {checkpoint.name}{DAMAGED}")
             damaged.append(checkpoint)
             continue
-        _together(lambda: [_set_aside(path) for path in damaged], checkpoint.with_suffix(".tmp"), on=0)
+        _together(lambda: [_set_aside(path) for path in damaged], checkpoint.with_suffix(UNFINISHED), on=0)
         return checkpoint
     if damaged:
         raise CheckpointError(f"{folder}: all checkpoints are damaged; restore one, or choose another checkpoint.save")
@@ -253,7 +244,7 @@ def newest_intact(folder: str | Path, say: Callable[[str], None]) -> Path | None
 
 
 def _set_aside(checkpoint: Path) -> None:
-    target = checkpoint.with_suffix(".damaged")
+    target = checkpoint.with_suffix(DAMAGED)
     shutil.rmtree(target, ignore_errors=True)
     checkpoint.rename(target)
 
@@ -262,7 +253,8 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
     """Restore main parameters and Adam's moments of any layout, and the number of updates done."""
     state = _optimizer_state(optimizer, model_state(chunks), is_loading=True)
     # What is empty does not come back: the state of a stage that trains nothing, or has no experts.
-    loaded = dist_checkpointing.load({"optimizer": state}, str(checkpoint)).get("optimizer", {})
+    with readable(checkpoint):
+        loaded = dist_checkpointing.load({"optimizer": state}, str(checkpoint)).get("optimizer", {})
     for index, item in enumerate(distributed_optimizers(optimizer)):
         adam = item.optimizer
         for moments in adam.state.values():
@@ -277,25 +269,29 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
                 group["step"] = steps
 
 
-def load_rank_state(checkpoint: Path, description: dict, fp8: Emulation | None = None) -> dict[int, dict] | None:
+def load_rank_state(
+    checkpoint: Path, description: RunDescription, fp8: Emulation | None = None
+) -> dict[int, dict] | None:
     """Restore the random generators and FP8's histories; where data is read, returns loader states by data-parallel rank.
 
     They are this rank's, or all ranks' if their number has changed. Generators and histories belong to a process: under
     another number of processes they start anew.
     """
     folder = checkpoint / "ranks"
-    if description["world_size"] == dist.get_world_size():
-        saved = torch.load(folder / f"generators_{dist.get_rank():05d}.pt", weights_only=True)
+    if description.world_size == dist.get_world_size():
+        with readable(checkpoint):
+            saved = torch.load(folder / f"generators_{dist.get_rank():05d}.pt", weights_only=True)
         platform.set_rng_state(saved["generators"])
         tensor_parallel.get_cuda_rng_tracker().set_states(saved["trackers"])
         if fp8 is not None:
             fp8.load_state(saved["fp8"])
     if not parallel.reads_data():
         return None
-    saved = description["data_parallel_size"]
+    saved = description.data_parallel_size
     ranks = [parallel.data_parallel_rank()] if saved == parallel.data_parallel_size() else range(saved)
     paths = {rank: folder / f"data_{rank:05d}.pt" for rank in ranks}
     missing = [path for path in paths.values() if not path.exists()]
     if missing:
         raise CheckpointError(f"{missing[0]} is missing: the data position is lost; resume from an older checkpoint")
-    return {rank: torch.load(path, weights_only=True) for rank, path in paths.items()}
+    with readable(checkpoint):
+        return {rank: torch.load(path, weights_only=True) for rank, path in paths.items()}

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
-from megatron_moellava.checkpoint.description import read_run_file
+from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import CheckpointError, MoELlavaError, RunConfig
-from megatron_moellava.data.batch import Batch
-from megatron_moellava.data.encode import IGNORE_INDEX
+from megatron_moellava.config import INTERRUPTED, DataError, MoELlavaError, RunConfig
+from megatron_moellava.data.batch import Batch, Counts, total
 from megatron_moellava.data.loader import Loader
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.fp8_emulation import Emulation, emulate_fp8
@@ -34,16 +33,8 @@ from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.first_gradients import FirstGradients, require_trained
-from megatron_moellava.training.metrics import (
-    COSTS,
-    StepLog,
-    costs,
-    imbalance,
-    load_imbalance,
-    router_losses,
-    routing_summary,
-)
-from megatron_moellava.training.non_finite_report import Culprits
+from megatron_moellava.training.metrics import StepLog, imbalance, load_imbalance, router_losses, routing_summary
+from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import (
     ExpertBiases,
     Update,
@@ -53,13 +44,17 @@ from megatron_moellava.training.optimizer import (
     wrap_data_parallel,
 )
 from megatron_moellava.training.stragglers import Stragglers
+from megatron_moellava.training.throughput import Throughput
 from megatron_moellava.training.watchdog import Watchdog
+from megatron_moellava.validation.checkpoints import check_resumable
 
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-INTERRUPTED = 85  # exit code: a checkpoint is written, run the same command again
+NO_GRADIENT = (
+    "do its rows have answers, and pictures where the projector alone is trained? is training.trains as it should be?"
+)
 
 
 class TrainingDiverged(MoELlavaError):
@@ -90,7 +85,7 @@ class Trainer:
         if resumed:
             self._resume(resumed)
         self.stragglers = Stragglers(run.logging.straggler_interval)
-        self.culprits = Culprits(gradients_stay=not overlaps(run)[0])
+        self.non_finite_report = NonFiniteReport(gradients_stay=not overlaps(run)[0])
         self.watchdog: Watchdog | None = None
         self._configure_schedules()
         self.update = Update(self.optimizer)
@@ -100,13 +95,16 @@ class Trainer:
         title = f"stage {run.training.stage}"
         self.log = StepLog(self._log_folder(), run.logging.tensorboard, title, train_steps, self.state.iteration)
         self.stop_signal = None
-        self.loss_sum = 0.0  # of this rank's last step, before anything is summed over ranks
+        self._ready: list[Batch] = []  # read, and not yet trained on
+        self._bad_rows = 0  # of all ranks, in this epoch
+        self.throughput = Throughput(run, self.chunks[0].backbone, self.chunks[0].tower, dist.get_world_size())
+        self.loss_sum: torch.Tensor | float = 0.0  # of this rank's last step, before anything is summed over ranks
         self.background = BackgroundSave() if run.checkpoint.async_save else None
 
     # --- start ------------------------------------------------------------------------------------------------------
 
     def _emulated_fp8(self) -> Emulation | None:
-        recipe = self.run.training.fp8
+        recipe = self.run.training.fp8_recipe
         if recipe is None or platform.HAS_TRANSFORMER_ENGINE:
             return None
         return emulate_fp8(self.chunks, recipe, self.chunks[0].config)
@@ -119,22 +117,18 @@ class Trainer:
         if source is not None:
             load_weights(source, self.chunks, verified=resumed is not None)
             if resumed:
-                self.state.provenance = read_run_file(resumed).get("provenance") or {}
+                self.state.provenance = read_description(resumed).provenance
             else:
                 self.state.provenance = checkpoints.provenance_of(self.run, source)
         return resumed
 
     def _resume(self, checkpoint: Path) -> None:
-        description = read_run_file(checkpoint)
-        if description["optimizer_steps"] is None or description["stage"] != self.run.training.stage:
-            raise CheckpointError(
-                f"checkpoint.save={checkpoint.parent} holds a checkpoint of stage {description['stage']} that cannot be "
-                f"continued as stage {self.run.training.stage}; choose another checkpoint.save"
-            )
-        self.state.iteration = description["iteration"]
-        self.state.consumed_samples = description["consumed_samples"]
-        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description["optimizer_steps"])
-        self.scheduler.step(increment=description["optimizer_steps"])  # skipped steps did not move it
+        description = read_description(checkpoint)
+        check_resumable(checkpoint, description, self.run.training.stage)
+        self.state.iteration = description.iteration
+        self.state.consumed_samples = description.consumed_samples
+        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description.optimizer_steps)
+        self.scheduler.step(increment=description.optimizer_steps)  # skipped steps did not move it
         loaders = checkpoints.load_rank_state(checkpoint, description, self.fp8)
         if self.loader is not None:
             self.loader.load_states(loaders)
@@ -149,7 +143,7 @@ class Trainer:
 
     def _finalize_gradients(self, *arguments, **options) -> None:
         self.stragglers.pause(self.state.iteration + 1)
-        self.culprits.before_reduction(self.wrapped)
+        self.non_finite_report.before_reduction(self.wrapped)
         self.expert_biases.keep()
         self._at("reducing gradients")
         finalize_model_grads(*arguments, **options)
@@ -186,7 +180,9 @@ class Trainer:
     def _train(self) -> int:
         self.log.say(f"trains {', '.join(f'{role} {count:,}' for role, count in self.trained.items())} (this rank)")
         if self.fp8 is not None:
-            self.log.say(f"training.fp8={self.run.training.fp8} is emulated here: FP8's rounding, not its speed")
+            self.log.say(
+                f"training.fp8_recipe={self.run.training.fp8_recipe} is emulated here: FP8's rounding, not its speed"
+            )
         skipped_in_a_row = 0
         for chunk in self.wrapped:
             chunk.train()
@@ -195,6 +191,12 @@ class Trainer:
             show = self.state.iteration % self.run.logging.log_interval == 0
             self.log.step(self.state.iteration, numbers, show, self._sample_ids(sample_ids))
             skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
+            if not applied and self.loader is not None:
+                self.loader.untrained(len(sample_ids))
+            if applied and numbers["grad_norm"] == 0.0:
+                self.log.say(
+                    f"step {self.state.iteration}: the gradient is exactly 0, so the step trains nothing; {NO_GRADIENT}"
+                )
             if not applied:
                 self._report_skipped(sample_ids, skipped_in_a_row)
             if self.background is not None:
@@ -214,56 +216,61 @@ class Trainer:
         return 0
 
     def step(self) -> tuple[dict[str, float], bool, list[str]]:
-        """One optimizer step over the global batch. Returns (numbers for the log, applied, sample ids of this rank)."""
+        """One optimizer step over the global batch. Returns (numbers for the log, applied, sample ids of this rank).
+
+        The host waits for the device once, in `update`: whether to skip a step is its decision, by the gradient norm. What
+        else a log needs of the device is on its way by then; what the host knows (counts) it learns from the batches.
+        `step_seconds` therefore ends when an update begins to run, as that of the step before did.
+        """
         started = time.perf_counter()
         self.stragglers.begin()
         self._at("reading data")
+        self._read_ahead()
         batches = [self._next_batch() for _ in range(self.num_microbatches)]
         waited = time.perf_counter() - started
         self.stragglers.pause(self.state.iteration + 1)
-        counts = [
-            *costs(batches),
-            sum(int((batch.labels_BS != IGNORE_INDEX).sum()) for batch in batches),
-            sum(batch.tokens_BS.numel() for batch in batches),
-            sum(len(batch.sample_ids) for batch in batches),
-        ]
-        counts_RC = parallel.gather_over_data_parallel(counts)
-        real_tokens, *_, loss_tokens, positions, samples = (int(count) for count in counts_RC.sum(dim=0))
+        own = total(batch.counts for batch in batches)
+        ranks = [Counts(*values) for values in parallel.gather_over_data_parallel(astuple(own))]
+        counts = total(ranks)
 
         for wrapped in self.wrapped:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.stragglers.begin()
         self._at("forward and backward pass")
-        loss_sums = self._forward_backward(batches, loss_tokens)
+        loss_sums = self._forward_backward(batches, counts.loss_tokens)
         if self.first_gradients is not None:
             self.first_gradients.check()
             self.first_gradients = None
+        losses, by_layer = self._losses(loss_sums)
+        reading = platform.ToHost(list(losses.values())) if losses else None
         self._at("updating parameters")
         applied, grad_norm = self.update()
         lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
         self._finish_update(applied)
 
-        self.loss_sum = float(sum(loss_sums)) if loss_sums else 0.0
-        loss = self._mean_loss(loss_tokens) if loss_sums else 0.0
-        platform.synchronize()
+        read = dict(zip(losses, reading.read(), strict=True)) if reading else {}
         seconds = time.perf_counter() - started
         self.state.iteration += 1
-        self.state.consumed_samples += samples
+        self.state.consumed_samples += counts.samples
         numbers = {
-            "loss": loss,
+            "loss": read.pop("loss", 0.0) / max(counts.loss_tokens, 1),
             "lr": lr,
             "grad_norm": grad_norm,
-            "tokens_per_second": real_tokens / seconds,
-            "samples": samples,
+            "tokens_per_second": counts.real_tokens / seconds,
+            **self.throughput.numbers(counts, seconds),
+            "samples": counts.samples,
             "step_seconds": seconds,
             "data_wait_share": waited / seconds,
-            "padding_share": 1.0 - real_tokens / positions,
+            "padding_share": 1.0 - counts.real_tokens / counts.positions,
             "skipped": 0.0 if applied else 1.0,
-            **imbalance(counts_RC[:, : len(COSTS)]),
+            **imbalance(ranks),
+            **read,
         }
-        if self.run.moe:
-            numbers |= self._router_numbers(applied)
+        if self.routing is not None and not applied:
+            self.routing.forget()  # what routers make of numbers that are not finite is no statistics
+        elif self._counts_routing(self.state.iteration):
+            numbers |= self._router_numbers(by_layer)
         numbers |= self._straggler_numbers()
         return numbers, applied, [name for batch in batches for name in batch.sample_ids]
 
@@ -276,9 +283,37 @@ class Trainer:
         if self.fp8 is not None:
             self.fp8.advance() if applied else self.fp8.forget()
 
-    def _mean_loss(self, loss_tokens: int) -> float:
-        total = parallel.sum_over_data_parallel([self.loss_sum], with_context_parallel=True)
-        return float(total) / max(loss_tokens, 1)
+    def _losses(self, loss_sums: list[torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
+        """(numbers of all ranks, still on the device: the summed loss on the last stage, means of the routers' losses;
+        the latter by layer, where the routers' state is logged). Collective."""
+        losses: dict[str, torch.Tensor] = {}
+        self.loss_sum = 0.0
+        if loss_sums:
+            self.loss_sum = sum(loss_sums)
+            losses["loss"] = parallel.sum_over_data_parallel(self.loss_sum)
+        if not self.run.moe:
+            return losses, {}
+        by_layer = self._counts_routing(self.state.iteration + 1)
+        means, layers = router_losses(self.chunks, self.num_microbatches, by_layer)
+        return losses | means, layers
+
+    def _read_ahead(self) -> None:
+        """Read the step's micro-batches. Where the data are at fault, the run ends on all ranks, with a checkpoint."""
+        before, fault = None, None
+        with platform.generators_kept():
+            if self.loader is not None:
+                before = self.loader.state_dict()
+                try:
+                    self.loader.check_skipped(self._bad_rows)
+                    self._ready = [next(self.loader) for _ in range(self.num_microbatches)]
+                except DataError as error:
+                    fault = error
+        counts = [fault is not None, self.loader.num_bad if self.loader is not None else 0]
+        self.stragglers.pause(self.state.iteration + 1)
+        faults, self._bad_rows = parallel.sum_over_ranks(counts)  # bad rows of all ranks: judged before the next step
+        self.stragglers.begin()
+        if faults:
+            self._end_by_data(fault, before)
 
     def _next_batch(self) -> Batch:
         """The next micro-batch of this data-parallel rank, on the device, on every rank that needs it.
@@ -286,7 +321,19 @@ class Trainer:
         A loader that starts draws from the generators: dropout after a resume would be another than without it.
         """
         with platform.generators_kept():
-            return broadcast_batch(next(self.loader) if self.loader is not None else None)
+            batch = None
+            if self.loader is not None:
+                batch = self._ready.pop(0) if self._ready else next(self.loader)
+            return broadcast_batch(batch)
+
+    def _end_by_data(self, fault: DataError | None, before: dict | None) -> None:
+        """Save what has been trained, the data as before this step, and raise what any rank has found."""
+        found: list[DataError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, fault)
+        if self.state.iteration % self.run.checkpoint.save_interval and self.state.iteration:
+            self.save(before)
+            self._finish_save()
+        raise next(error for error in found if error is not None)
 
     def _forward_backward(self, batches: list[Batch], loss_tokens: int) -> list[torch.Tensor]:
         scale = self.num_microbatches * parallel.data_parallel_size() / max(loss_tokens, 1)
@@ -303,24 +350,22 @@ class Trainer:
 
     def _forward_step(self, batches: Iterator[Batch], model, scale: float):
         batch = next(batches)
-        count = self.routing is not None and (self.state.iteration + 1) % self.run.logging.routing_interval == 0
+        count = self._counts_routing(self.state.iteration + 1)
         with self.routing.count(batch) if count else nullcontext():
             output = model(**model_inputs(batch))
         return output, partial(global_token_mean, scale=scale)
 
-    def _router_numbers(self, applied: bool) -> dict[str, float]:
-        """The routers' losses; every `logging.routing_interval` steps their state goes to the log as well, unless the step
-        was skipped: what routers make of numbers that are not finite is no statistics."""
-        means, by_layer = router_losses(self.chunks, self.num_microbatches)
-        if not applied:
-            self.routing.forget()
-        if not applied or self.state.iteration % self.run.logging.routing_interval:
-            return means
+    def _counts_routing(self, iteration: int) -> bool:
+        """Whether the routers' state goes to the log in this step: every `logging.routing_interval` steps."""
+        return self.routing is not None and iteration % self.run.logging.routing_interval == 0
+
+    def _router_numbers(self, by_layer: dict[str, list[float]]) -> dict[str, float]:
+        """Write the routers' state to the log, and sum it up for the step's own line."""
         sums = self.routing.collect()
         record = routing_record(sums, by_layer)
         self.log.routing(self.state.iteration, record)
         load_LE = sums.choices_LME.sum(dim=1)[list(sums.layers)]
-        return means | routing_summary(record) | load_imbalance(load_LE, self.run.parallel.expert_model_parallel_size)
+        return routing_summary(record) | load_imbalance(load_LE, self.run.parallel.expert_model_parallel_size)
 
     def _straggler_numbers(self) -> dict[str, float]:
         """Every `logging.straggler_interval` steps: which rank is the slowest, and a line on the screen if it stays so."""
@@ -340,7 +385,7 @@ class Trainer:
         return [name for ids in gathered for name in ids]
 
     def _report_skipped(self, sample_ids: list[str], in_a_row: int) -> None:
-        whose, names = self.culprits.name(self.loss_sum, sample_ids)
+        whose, names = self.non_finite_report.name(float(self.loss_sum), sample_ids)
         self.log.say(f"step {self.state.iteration} skipped: {whose} is not finite; samples: {names}")
         if in_a_row >= self.run.training.non_finite_patience:
             self._finish_save()
@@ -350,9 +395,7 @@ class Trainer:
             )
 
     def _any_rank_interrupted(self) -> bool:
-        flag = torch.tensor(int(self.stop_signal is not None), device=platform.device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        return parallel.sum_over_ranks([self.stop_signal is not None])[0] > 0
 
     def gather_parameters(self) -> None:
         """With `overlap_param_gather` an update reaches the other ranks in the next forward pass only; whoever reads
@@ -366,14 +409,15 @@ class Trainer:
         dist.all_gather_object(counters, self.loader.counters() if self.loader is not None else None)
         self.log.data_report([counter for counter in counters if counter is not None])
 
-    def save(self) -> None:
+    def save(self, data: dict | None = None) -> None:
         """Write a checkpoint of this moment to `checkpoint.save`, if the run has one; in the background if it asks for it."""
         if self.run.checkpoint.save is None:
             return
         self._finish_save()
         self._at("writing a checkpoint")
         self.gather_parameters()
-        data = self.loader.state_dict() if self.loader is not None else None
+        if self.loader is not None and data is None:
+            data = self.loader.state_dict()
         state = replace(self.state, data=data, fp8=self.fp8.state() if self.fp8 is not None else [])
         # A scheduler may signal every process of a job, and processes that megatron-core's save forks would die of it.
         waiting = {signal.SIGTERM, signal.SIGUSR1}

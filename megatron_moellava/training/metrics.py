@@ -10,21 +10,21 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_moellava import parallel, platform
-from megatron_moellava.data.batch import Batch
-from megatron_moellava.data.encode import IMAGE_TOKEN
+from megatron_moellava.data.batch import Counts
 from megatron_moellava.data.loader import summary
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.routing.health import RoutingHealthMonitor
 from megatron_moellava.routing.observer import RoutingObserver
 
-COSTS = ("tokens", "image_tokens", "attention")  # what the ranks of a step should have equally much of
+# What the ranks of a step should have equally much of, and which of the batches' counts says it.
+COSTS = {"tokens": "real_tokens", "image_tokens": "image_rows", "attention": "attended"}
 LAYER_NUMBERS = ("max_load", "balance", "load_balancing_loss", "z_loss")
 
 
 class StepLog:
     """Writes each step's numbers to the terminal, to `steps.jsonl` and to TensorBoard; on the main process only.
 
-    What the routers do goes to `routing.jsonl` (tools/watch_routing.py follows it) and TensorBoard, and warnings about it
+    What the routers do goes to `routing.jsonl` (moellava watch follows it) and TensorBoard, and warnings about it
     to the terminal.
 
     A run that continues from step n drops what an earlier attempt wrote about later steps: the log tells the life of the
@@ -173,9 +173,12 @@ def _line(numbers: dict[str, float]) -> str:
         "grad_norm": "grad {:.3f}",
         "max_load": "busiest expert {:.1f}x",
         "tokens_per_second": "{:,.0f} tok/s",
+        "tflops_per_device": "{:.3g} TFLOP/s",
+        "mfu": "MFU {:.1%}",
         "step_seconds": "{:.2f} s",
         "data_wait_share": "wait {:.0%}",
         "padding_share": "pad {:.1%}",
+        "peak_memory_gib": "{:.1f} GiB",
     }
     return " | ".join(text.format(numbers[name]) for name, text in formats.items() if name in numbers)
 
@@ -199,29 +202,13 @@ def rewind(path: Path, iteration: int) -> float:
     return last
 
 
-def costs(batches: list[Batch]) -> list[int]:
-    """COSTS of one rank's step: real tokens, visual tokens, and the pairs of positions that attention multiplies."""
-    return [
-        sum(int(batch.padding_mask_BS.sum()) for batch in batches),
-        sum(int((batch.tokens_BS == IMAGE_TOKEN).sum()) for batch in batches),
-        sum(attention_cost(batch) for batch in batches),
-    ]
-
-
-def attention_cost(batch: Batch) -> int:
-    """Sum of squared lengths, padding included, since it is computed.
-
-    >>> a packed row with cu_seqlens [0, 3, 5] -> 3 * 3 + 2 * 2 = 13; two padded rows of 4 -> 32
-    """
-    if batch.cu_seqlens is None:
-        return batch.tokens_BS.shape[0] * batch.tokens_BS.shape[1] ** 2
-    return int((batch.cu_seqlens.diff().long() ** 2).sum())
-
-
-def imbalance(costs_RC: torch.Tensor) -> dict[str, float]:
-    """Busiest rank over the mean of R data-parallel ranks, for each of COSTS; 1.0 = even."""
-    worst_C = costs_RC.max(dim=0).values / costs_RC.mean(dim=0).clamp(min=1e-9)
-    return {f"imbalance/{name}": max(1.0, float(value)) for name, value in zip(COSTS, worst_C, strict=True)}
+def imbalance(ranks: list[Counts]) -> dict[str, float]:
+    """Busiest of the data-parallel ranks over their mean, for each of COSTS; 1.0 = even."""
+    found = {}
+    for name, field in COSTS.items():
+        values = [getattr(counts, field) for counts in ranks]
+        found[f"imbalance/{name}"] = max(1.0, max(values) / max(sum(values) / len(values), 1e-9))
+    return found
 
 
 def load_imbalance(load_LE: torch.Tensor, expert_parallel_size: int) -> dict[str, float]:
@@ -262,10 +249,13 @@ def routing_summary(record: dict) -> dict[str, float]:
     }
 
 
-def router_losses(chunks: Sequence[MoELlava], num_microbatches: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+def router_losses(
+    chunks: Sequence[MoELlava], num_microbatches: int, by_layer: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
     """(mean over MoE layers of the routers' losses in the last step, before their coefficients; the same by layer).
 
-    Collective: every rank adds its shares, also one that has no MoE layer, and all get the result.
+    The means stay on the device, and nothing waits for them; `by_layer` waits. Collective: every rank adds its shares,
+    also one that has no MoE layer, and all get the result.
     """
     config = chunks[0].config
     names = ["load_balancing_loss"] if config.moe_router_load_balancing_type != "none" else []
@@ -278,4 +268,5 @@ def router_losses(chunks: Sequence[MoELlava], num_microbatches: int) -> tuple[di
     dist.all_reduce(sums_CL)
     by_layer_CL = sums_CL / parallel.data_parallel_size() * (1.0 / num_microbatches)
     means_C = by_layer_CL.sum(dim=1) / sum(config.moe_layer_freq)
-    return dict(zip(names, means_C.tolist(), strict=True)), dict(zip(names, by_layer_CL.tolist(), strict=True))
+    means = dict(zip(names, means_C.unbind(), strict=True))
+    return means, dict(zip(names, by_layer_CL.tolist(), strict=True)) if by_layer else {}

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
 
-class Culprits:
+class NonFiniteReport:
     """What each rank finds in its own work, before anything is summed over ranks."""
 
     def __init__(self, gradients_stay: bool):
@@ -25,7 +25,7 @@ class Culprits:
         """("the loss of rank 3", "its, sample, ids") of a step that was skipped; collective."""
         found: list[tuple[int, list[str], str]] = [(0, [], "")] * dist.get_world_size()
         dist.all_gather_object(found, (dist.get_rank(), sample_ids, self._own(loss_sum)))
-        return blame(found)
+        return name_ranks(found)
 
     def _own(self, loss_sum: float) -> str:
         if not math.isfinite(loss_sum):
@@ -33,7 +33,7 @@ class Culprits:
         return "" if all(math.isfinite(value) for value in self.gradient_sums) else "gradient"
 
 
-def blame(found: list[tuple[int, list[str], str]]) -> tuple[str, str]:
+def name_ranks(found: list[tuple[int, list[str], str]]) -> tuple[str, str]:
     """Of (rank, sample ids, what is not finite there): who began, and with which samples.
 
     A loss comes first: a gradient may pass through the experts of other ranks. Where nobody can say, all samples are named.

@@ -1,58 +1,25 @@
-"""From a command line to a finished stage: gather the run, validate it, build loader and trainer, train."""
+"""From a run to a finished stage: validate it, build loader and trainer, train."""
 
 import math
-import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_moellava import parallel
+from megatron_moellava import parallel, platform
 from megatron_moellava.backbones import get_backbone
-from megatron_moellava.checkpoint.description import read_run_file
-from megatron_moellava.checkpoint.folders import newest_checkpoint
-from megatron_moellava.config import ConfigError, RunConfig, from_dict, read_yaml, set_override, split_override
+from megatron_moellava.config import ConfigError, RunConfig
 from megatron_moellava.data.loader import Loader, WorkerTrouble, build_train_loader, worker_trouble
 from megatron_moellava.data.tokenizer import load_tokenizer
-from megatron_moellava.model.weights import model_names
 from megatron_moellava.towers import get_tower
 from megatron_moellava.training.lock import lock_folder
 from megatron_moellava.training.loop import Trainer
-from megatron_moellava.training.validate import validate
-
-
-def load_run(*, config: str | None = None, flags: dict[str, object], overrides: Sequence[str] = ()) -> RunConfig:
-    """The run of a command line. Weakest first: the model of the loaded checkpoint, the YAML file, flags, overrides.
-
-    `flags`: dotted path -> value; empty values count as not given.
-    """
-    tree = _model_of_checkpoint(flags.get("checkpoint.load"))
-    for section, fields in (read_yaml(config) if config else {}).items():
-        tree[section] = {**tree[section], **fields} if section in tree and isinstance(fields, dict) else fields
-    for name, value in flags.items():
-        if value:
-            set_override(tree, name, value)
-    for override in overrides:
-        set_override(tree, *split_override(override))
-    return from_dict(RunConfig, tree)
-
-
-def _model_of_checkpoint(load: str | None) -> dict:
-    checkpoint = newest_checkpoint(load) if load else None
-    if checkpoint is None:
-        return {}
-    model = read_run_file(checkpoint)["model"]
-    return {"model": model_names(checkpoint)} | ({"moe": dict(model["moe"])} if model["moe"] else {})
-
-
-def validate_run(run: RunConfig) -> None:
-    """Raises ConfigError when the run cannot work with the processes that torchrun (or SLURM) has been asked for."""
-    validate(run, int(os.environ.get("WORLD_SIZE", 1)))
+from megatron_moellava.validation.run import validate_run
+from megatron_moellava.validation.tokenizer import too_large
 
 
 def train(run: RunConfig) -> int:
-    """Train the stage that the run describes. Returns the exit code; see tools/train.py."""
-    validate_run(run)
+    """Train the stage that the run describes. Returns the exit code; see moellava train."""
+    validate_run(run, platform.MACHINE)
     parallel.initialize(run.parallel, run.training.seed)
     lock = None
     try:
@@ -81,10 +48,7 @@ def build_loader(run: RunConfig) -> Loader:
     backbone = get_backbone(run.model.backbone)
     tokenizer = load_tokenizer(run.data.tokenizer)
     if tokenizer.vocab_size > backbone.vocab_size:
-        raise ConfigError(
-            f"data.tokenizer={run.data.tokenizer} has {tokenizer.vocab_size} tokens, more than the vocab_size="
-            f"{backbone.vocab_size} of {backbone.name}; use the tokenizer of this backbone"
-        )
+        raise ConfigError(too_large(run.data.tokenizer, tokenizer.vocab_size, backbone))
     return build_train_loader(
         run.data,
         tokenizer,
@@ -102,10 +66,56 @@ def build_loader(run: RunConfig) -> Loader:
 
 
 def train_steps(run: RunConfig, loader: Loader | None) -> int:
-    """`training.train_steps`, or the steps of one epoch."""
-    steps = [run.training.train_steps]
-    if not steps[0]:
-        if loader is not None:
-            steps = [max(1, math.ceil(loader.rows_per_epoch() / run.training.global_batch_size))]
-        dist.broadcast_object_list(steps, src=0)
-    return steps[0]
+    """`training.train_steps`, or the steps of one epoch. Raises ConfigError where a run so short trains nothing."""
+    found: list[tuple[int, str, str] | None] = [None]
+    if loader is not None:
+        found = [_steps_of(run, loader.rows_per_epoch())]
+    dist.broadcast_object_list(found, src=0)
+    assert found[0] is not None, "the first process reads data"
+    steps, problem, warning = found[0]
+    if problem:
+        raise ConfigError(problem)
+    if warning:
+        parallel.say(f"note: {warning}")
+    return steps
+
+
+def _steps_of(run: RunConfig, rows: int) -> tuple[int, str, str]:
+    """(steps, what makes the run useless, what makes it odd)"""
+    batch, steps = (
+        run.training.global_batch_size,
+        run.training.train_steps or math.ceil(rows / run.training.global_batch_size),
+    )
+    warmup = math.ceil(run.optimizer.lr_warmup_fraction * steps)
+    if not run.training.train_steps and rows < batch:
+        return (
+            steps,
+            (
+                f"training.train_steps=0 asks for one epoch, which fills {rows} rows, fewer than one step of "
+                f"training.global_batch_size={batch}: each row would be trained {batch / rows:.1f} times in it; set "
+                f"training.global_batch_size to at most {rows}, or training.train_steps to the steps that you want"
+            ),
+            "",
+        )
+    if steps == warmup == 1:
+        return (
+            steps,
+            (
+                f"optimizer.lr_warmup_fraction={run.optimizer.lr_warmup_fraction} makes the run's only step one of warm-up, "
+                "which begins at a learning rate of 0, so nothing would be trained; set optimizer.lr_warmup_fraction=0, or "
+                "train for more steps"
+            ),
+            "",
+        )
+    warnings = []
+    if rows < batch:
+        warnings.append(
+            f"one step of training.global_batch_size={batch} takes each of the {rows} rows {batch / rows:.1f} times; "
+            f"{steps} steps are {steps * batch / rows:.1f} epochs"
+        )
+    if warmup >= steps:
+        warnings.append(
+            f"all {steps} steps are warm-up (optimizer.lr_warmup_fraction={run.optimizer.lr_warmup_fraction}): the "
+            f"learning rate reaches {(steps - 1) / warmup:.2f} of optimizer.lr={run.optimizer.lr:g}"
+        )
+    return steps, "", "; ".join(warnings)

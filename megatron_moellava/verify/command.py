@@ -8,9 +8,19 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_moellava import parallel
-from megatron_moellava.config import CheckpointError, MoELlavaError, RunConfig, from_dict, set_override, split_override
+from megatron_moellava.checkpoint.description import read_description
+from megatron_moellava.checkpoint.folders import require_checkpoint
+from megatron_moellava.config import (
+    CheckpointError,
+    ConfigError,
+    MoELlavaError,
+    RunConfig,
+    from_dict,
+    set_override,
+    split_override,
+)
 from megatron_moellava.conversion.imports import import_checkpoint
-from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
+from megatron_moellava.costs.shapes import model_from_json
 from megatron_moellava.verify.conversations import verify_conversations
 from megatron_moellava.verify.curves import verify_curves
 from megatron_moellava.verify.dense import verify_dense
@@ -50,12 +60,33 @@ def base_run(overrides: list[str]) -> RunConfig:
     }
     for override in overrides:
         set_override(tree, *split_override(override))
-    return from_dict(RunConfig, tree)
+    run = from_dict(RunConfig, tree)
+    _check_layout(run)
+    return run
+
+
+def _check_layout(run: RunConfig) -> None:
+    """Layouts that cannot run rows of the recordings' lengths, said before anything is imported."""
+    layout = run.parallel
+    refused = {
+        "parallel.context_parallel_size": (layout.context_parallel_size > 1, "rows of any length cannot be cut"),
+        "parallel.virtual_pipeline_model_parallel_size": (
+            (layout.virtual_pipeline_model_parallel_size or 1) > 1,
+            "a single micro-batch cannot be interleaved",
+        ),
+        "parallel.sequence_parallel=false": (
+            layout.sequence_parallel is False and layout.tensor_model_parallel_size > 1,
+            "Megatron-Core's MoE layers need it with tensor parallelism",
+        ),
+    }
+    for name, (is_asked, why) in refused.items():
+        if is_asked:
+            raise ConfigError(f"{name} cannot be verified: {why}; leave it unset")
 
 
 def verify_folder(folder: Folder, run: RunConfig) -> Table:
     """Every case that this folder has files for."""
-    table = Table()
+    table = Table(left_out=folder.left_out(CHECKPOINTS))
     verify_gates(folder, table)
     conversations = folder.beside("data/conversations.json")
     if conversations:
@@ -63,11 +94,16 @@ def verify_folder(folder: Folder, run: RunConfig) -> Table:
     with shared_folder() as place:
         names = [name for name in CHECKPOINTS if folder.has_checkpoint(name)]
         on_first_rank(lambda: import_all(folder, names, place))
-        subjects = {name: Subject(open_checkpoint(place / name).model, str(place / name)) for name in names}
+        subjects = {name: subject_of(place / name) for name in names}
         if subjects:
             verify_models(folder, run, subjects, table)
         dist.barrier()
     return table
+
+
+def subject_of(imported: Path) -> Subject:
+    """What a checkpoint's run.json says of its model; its weights are verified when they are loaded."""
+    return Subject(model_from_json(read_description(require_checkpoint(imported)).model), str(imported))
 
 
 def verify_models(folder: Folder, run: RunConfig, subjects: dict[str, Subject], table: Table) -> None:

@@ -82,7 +82,7 @@ def compare_final(table: Table, case: str, session: Session, curve: dict) -> Non
 
 def moe_of(moe: MoEConfig, case: str) -> MoEConfig:
     coefficient = 0.0 if case == "stage3_noaux" else moe.moe_aux_loss_coeff
-    return replace(moe, capacity_factor=CAPACITY[case], moe_aux_loss_coeff=coefficient)
+    return replace(moe, moe_expert_capacity_factor=CAPACITY[case], moe_aux_loss_coeff=coefficient)
 
 
 def run_of(

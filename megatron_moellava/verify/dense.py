@@ -14,12 +14,12 @@ from megatron_moellava.verify.session import Session, Subject, from_any_rank, op
 from megatron_moellava.verify.static import verify_projector
 from megatron_moellava.verify.table import Table, relative_errors
 
-# Measured for Phi and Llama, all layouts: 3e-6, 1e-6, 1e-6 and 3e-6. The margin is for wider numbers (MiniCPM's logits
-# are of size 25).
-LOGITS = 1e-4  # absolute
-LOSS = 1e-5  # absolute
-FEATURES = 1e-5  # absolute
-GRADIENTS = 1e-4  # relative to the largest element, or to the norm
+# Measured for Phi and Llama, all layouts: 3e-6, 1e-6, 1e-6 and 3e-6. MiniCPM's logits, of size
+# 25, differ by 8e-6. A layer norm's epsilon of 1e-5 in place of 1e-6 moves logits by 6e-5 and losses by 5e-6.
+LOGITS = 2e-5  # absolute
+LOSS = 4e-6  # absolute
+FEATURES = 5e-6  # absolute
+GRADIENTS = 2e-5  # relative to the largest element, or to the norm
 # A bias of keys has no gradient where no rotation follows (softmax does not see it): what is recorded there is rounding
 # noise. So no gradient is measured against less than this.
 GRADIENT_FLOOR = 1e-3

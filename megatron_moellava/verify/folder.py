@@ -3,6 +3,7 @@
 Shapes: B rows, S positions (images expanded), N images, C channels, H and W pixels.
 """
 
+import pickle
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_moellava.data.batch import Batch, pad
 from megatron_moellava.data.encode import IMAGE_TOKEN, EncodedSample, expand
 from megatron_moellava.hf_config import read_json
 
+READ = ("inputs.pt", "names.json", "moe_layers.json", "train.pt", "generate.pt", "weights.json")
 MARKS = ("inputs.pt", "names.json", "moe_layers.json")
 
 
@@ -33,7 +35,14 @@ class Folder:
     def load(self, name: str):
         """A .pt file or a .json file."""
         file = self.path / name
-        return read_json(file) if name.endswith(".json") else torch.load(file, weights_only=True, map_location="cpu")
+        if name.endswith(".json"):
+            return read_json(file)
+        try:
+            return torch.load(file, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise DataError(
+                f"{file} cannot be read ({type(error).__name__}: {error}); record or copy it again"
+            ) from error
 
     @cached_property
     def inputs(self) -> dict:
@@ -45,8 +54,27 @@ class Folder:
 
     def tower_of(self, checkpoint: str) -> str | None:
         """The tower that a checkpoint's config.json names, if the assets hold it; None: a published one."""
-        assets = self.beside(f"assets/{read_json(self.path / checkpoint).get('mm_image_tower')}")
+        name = read_json(self.path / checkpoint).get("mm_image_tower")
+        assets = self.beside(f"assets/{name}")
+        if assets is None and str(name).endswith("-tiny"):
+            raise DataError(f"{self.path}: {checkpoint}/ has the tower {name}, but assets/{name} is not there; add it")
         return str(assets) if assets else None
+
+    def left_out(self, checkpoints: tuple[str, ...]) -> list[str]:
+        """What a reader of the table should know is not in it."""
+        present = [name for name in checkpoints if self.has_checkpoint(name)]
+        wanted = ["inputs.pt", "names.json", "moe_layers.json", "train.pt", *(f"{name}.pt" for name in present)]
+        wanted += ["generate.pt"] if "moe" in present else []
+        found = [f"{name} is not there" for name in wanted if not self.has(name)]
+        found += [f"{name} is empty" for name in wanted if self.has(name) and not self.load(name)]
+        if self.beside("data/conversations.json") is None:
+            found.append("data/conversations.json is not there")
+        read = {*READ, *(f"{name}.pt" for name in checkpoints), "conversations.json"}
+        others = [
+            item for place in (self.path, self.path / "data", self.path.parent / "data") for item in place.glob("*")
+        ]
+        unread = sorted({item.name for item in others if item.suffix in (".pt", ".json") and item.name not in read})
+        return found + [f"{name}: no case reads it" for name in unread]
 
 
 def find_folders(path: Path) -> list[Folder]:

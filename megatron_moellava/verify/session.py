@@ -47,7 +47,11 @@ class Subject:
         """`run` for this model; `moe` replaces the settings of its gates. The way experts are computed is the run's."""
         moe = moe or self.model.moe
         if moe and run.moe:
-            moe = replace(moe, experts=run.moe.experts, moe_token_dispatcher_type=run.moe.moe_token_dispatcher_type)
+            moe = replace(
+                moe,
+                moe_grouped_gemm=run.moe.moe_grouped_gemm,
+                moe_token_dispatcher_type=run.moe.moe_token_dispatcher_type,
+            )
         model = replace(run.model, backbone=self.checkpoint, tower=self.checkpoint)
         parallel = run.parallel if moe else replace(run.parallel, expert_model_parallel_size=1)  # more data parallelism
         return replace(run, model=model, moe=moe, parallel=parallel)

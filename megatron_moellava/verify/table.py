@@ -22,6 +22,7 @@ class Row:
 @dataclass(slots=True)
 class Table:
     rows: list[Row] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # recordings that are missing, empty, or that no case reads
 
     def add(self, case: str, quantity: str, error: float, tolerance: float, where: str = "") -> None:
         self.rows.append(Row(case, quantity, float(error), tolerance, where))
@@ -52,6 +53,7 @@ class Table:
             numbers = f"{_number(row.error):>9}  {_number(row.tolerance):>9}"
             lines.append(f"{row.case:{case}}  {row.quantity:{quantity}}  {numbers}  {result}")
         failed = sum(not row.passes for row in self.rows)
+        lines += [f"not compared: {what}" for what in self.left_out]
         return "\n".join([*lines, f"{len(self.rows)} quantities compared, {failed} failed"])
 
 
@@ -63,7 +65,9 @@ def _rank(error: float) -> float:
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if value == int(value) else f"{value:.1e}" if math.isfinite(value) else str(value)
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.0f}" if value == int(value) else f"{value:.1e}"
 
 
 def largest_difference(ours, theirs) -> float:

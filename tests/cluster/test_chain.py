@@ -65,7 +65,7 @@ def test_a_broken_part_cancels_those_after_it(cluster):
 
 def test_a_mistake_in_the_last_stage_is_found_before_the_first_is_queued(cluster):
     before = cluster.slurm.run("squeue", "--noheader", "--states=all").stdout
-    result, ids = train_all(cluster, "mistaken", "moe.num_experts=4", "parallel.expert_model_parallel_size=3")
+    result, ids = train_all(cluster, "mistaken", "moe.num_moe_experts=4", "parallel.expert_model_parallel_size=3")
     assert result.returncode == 2 and not ids, result.stdout + result.stderr
     assert "parallel.expert_model_parallel_size=3" in result.stderr
     assert cluster.slurm.run("squeue", "--noheader", "--states=all").stdout == before

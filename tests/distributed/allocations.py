@@ -13,6 +13,7 @@ from megatron_moellava.config import RunConfig, from_dict, set_override
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IMAGE_TOKEN
+from megatron_moellava.data.loader import Batches
 from megatron_moellava.planning.counting import optimizer_bytes, storage_bytes
 from megatron_moellava.planning.memory import memory_of, state_bytes
 from megatron_moellava.towers import get_tower
@@ -30,7 +31,7 @@ SEQ_LENGTH, ROWS = 512, 8
 STEPS = 3  # gloo's threads let go of their copies sooner or later: the least of so many peaks says what the model needs
 
 
-class FullRows:
+class FullRows(Batches):
     """A loader of rows without padding: one image, the rest text."""
 
     def __init__(self, features: int, side: int):

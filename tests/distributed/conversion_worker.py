@@ -20,7 +20,7 @@ def resave(source: str, target: str, layout: dict) -> None:
         RunConfig,
         {
             "model": {"backbone": source, "tower": source},  # a checkpoint describes its own model
-            "moe": opened.run["model"]["moe"],
+            "moe": opened.run.model["moe"],
             "training": {"stage": 3 if opened.model.moe else 2, "precision": "fp32", "device": "cpu"},
             "parallel": layout,
         },

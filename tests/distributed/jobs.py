@@ -11,6 +11,8 @@ import torch
 
 from megatron_moellava import parallel
 from megatron_moellava.backbones import BACKBONES
+from megatron_moellava.checkpoint.description import read_description
+from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import RunConfig, from_dict, set_override
 from megatron_moellava.model import weights as reading
 from megatron_moellava.model.router import OriginalRouter
@@ -177,7 +179,7 @@ def reference_file(layout: Layout, folder: Path) -> Path:
 def compare(result: dict, reference: dict) -> dict:
     """Largest relative differences, each with the name of the tensor where it is."""
     groups = len(result["groups"] or ())
-    counts = 2 * MOE["num_experts"]  # the columns of choices, after and before dropping, are whole numbers
+    counts = 2 * MOE["num_moe_experts"]  # the columns of choices, after and before dropping, are whole numbers
     same_routing = result["routed"] is None or (
         result["groups"] == reference["groups"]
         and groups > 2
@@ -236,14 +238,14 @@ def run_continuation(job: dict, folder: Path) -> dict:
     Negative controls: `zero_moments` forgets Adam's state, `skip_weights` the parameters. Both must be seen.
     """
     layout = BY_ID[job["layout"]]
-    checkpoint = reading.require_checkpoint(folder / job["source"])
-    description = reading.read_run_file(checkpoint)
+    checkpoint = require_checkpoint(folder / job["source"])
+    description = read_description(checkpoint)
     trainer, _, _ = start(layout, first_step=SAVED_AT)
     if not job.get("skip_weights"):
         reading.load_weights(checkpoint, trainer.chunks)
     trainer.optimizer.reload_model_params()
     if not job.get("zero_moments"):
-        checkpoints.load_optimizer(checkpoint, trainer.optimizer, trainer.chunks, description["optimizer_steps"])
+        checkpoints.load_optimizer(checkpoint, trainer.optimizer, trainer.chunks, description.optimizer_steps)
     if job.get("skip_weights"):  # the optimizer's copy has filled them
         fill(trainer.chunks)
         trainer.optimizer.reload_model_params()

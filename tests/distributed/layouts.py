@@ -19,7 +19,7 @@ ROLES = [
     "router",
 ]
 # Coefficients far above the recipes', so that the losses of the router have a say in every gradient.
-MOE = {"num_experts": 4, "placement": "sparse", "moe_aux_loss_coeff": 0.1}
+MOE = {"num_moe_experts": 4, "placement": "sparse", "moe_aux_loss_coeff": 0.1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +57,7 @@ MODELS = {
     "global-aux-loss": Model(moe=MOE | {"moe_router_load_balancing_type": "global_aux_loss"}, rows="padded"),
     # The last of two pipeline stages has no router, and has to log what the first one's say.
     "first-half": Model(moe=MOE | {"placement": "first_half", "moe_z_loss_coeff": 0.05}, rows="padded"),
-    "capacity": Model(moe=MOE | {"capacity_factor": 0.75}, rows="padded"),
+    "capacity": Model(moe=MOE | {"moe_expert_capacity_factor": 0.75}, rows="padded"),
     # Nothing before the first experts is trained, so a recomputed layer has no input that requires a gradient.
     "experts-only": Model(moe=MOE, roles=["experts", "router"]),
     "attention-only": Model(moe=MOE, roles=["language.attention"], rows="padded"),
@@ -66,20 +66,20 @@ MODELS = {
     "residual": Model(backbone="phi-2-tiny", moe=MOE | {"use_residual": True}),
     "top1": Model(moe=MOE | {"moe_router_topk": 1}),
     # DeepSpeed's gate: half of the slots that are needed, so that tokens are dropped; the noise is injected.
-    "original": Model(moe=MOE | {"router": "original", "capacity_factor": 0.5}, rows="padded"),
+    "original": Model(moe=MOE | {"router": "original", "moe_expert_capacity_factor": 0.5}, rows="padded"),
     "original-phi": Model(
-        backbone="phi-2-tiny", moe=MOE | {"router": "original", "capacity_factor": 0.5}, rows="padded"
+        backbone="phi-2-tiny", moe=MOE | {"router": "original", "moe_expert_capacity_factor": 0.5}, rows="padded"
     ),
     "original-top1": Model(
-        moe=MOE | {"router": "original", "capacity_factor": 0.5, "moe_router_topk": 1}, rows="padded"
+        moe=MOE | {"router": "original", "moe_expert_capacity_factor": 0.5, "moe_router_topk": 1}, rows="padded"
     ),
     # The same with the router's own noise, which must not depend on tensor and pipeline layout.
-    "original-noise": Model(moe=MOE | {"router": "original", "capacity_factor": 1.0}, rows="padded"),
+    "original-noise": Model(moe=MOE | {"router": "original", "moe_expert_capacity_factor": 1.0}, rows="padded"),
     "bf16": Model(moe=MOE, run={"training.precision": "bf16"}),
     # FP8 as a CPU emulates it. In blocks a pipeline stage computes what one process does, and so does a rank with its own
     # experts; a scale of a whole tensor depends on which tokens and which rows of a weight a rank has.
     **{
-        f"fp8-{recipe}": Model(moe=MOE, run={"training.fp8": recipe})
+        f"fp8-{recipe}": Model(moe=MOE, run={"training.fp8_recipe": recipe})
         for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8")
     },
     "bf16-phi": Model(backbone="phi-2-tiny", moe=MOE, run={"training.precision": "bf16"}),
@@ -111,7 +111,7 @@ SHORT = {
     "first": "parallel.num_layers_in_first_pipeline_stage",
     "recompute": "training.recompute",
     "recompute_tower": "training.recompute_tower",
-    "experts": "moe.experts",
+    "grouped": "moe.moe_grouped_gemm",
     "dispatcher": "moe.moe_token_dispatcher_type",
     "overlap_grads": "optimizer.overlap_grad_reduce",
     "overlap_params": "optimizer.overlap_param_gather",
@@ -126,7 +126,7 @@ def _layouts(models: str, name: str, world: int, **options) -> list[Layout]:
 REFERENCES = {model: Layout(model=model, name="one") for model in MODELS}
 LAYOUTS = [
     # one process, other switches
-    *_layouts("llama phi", "sequential", 1, experts="sequential"),
+    *_layouts("llama phi", "sequential", 1, grouped=False),
     *_layouts("llama phi", "allgather", 1, dispatcher="allgather"),
     *_layouts("llama phi original-noise", "recompute-full", 1, recompute="full"),
     *_layouts("llama", "recompute-selective", 1, recompute="selective"),
@@ -156,8 +156,8 @@ LAYOUTS = [
     *_layouts("llama-stage1 tied", "pp2-overlap", 2, pp=2, overlap_grads=True, overlap_params=True),
     *_layouts("llama", "ep2-allgather", 2, ep=2, dispatcher="allgather"),
     *_layouts("llama", "tp2-ep2-allgather", 2, tp=2, ep=2, dispatcher="allgather"),
-    *_layouts("llama phi", "ep2-sequential", 2, ep=2, experts="sequential"),
-    *_layouts("llama", "tp2-etp2-sequential", 2, tp=2, etp=2, experts="sequential"),
+    *_layouts("llama phi", "ep2-sequential", 2, ep=2, grouped=False),
+    *_layouts("llama", "tp2-etp2-sequential", 2, tp=2, etp=2, grouped=False),
     *_layouts("llama", "tp2-ep2-recompute-full", 2, tp=2, ep=2, recompute="full"),
     *_layouts("llama", "pp2-recompute-moe", 2, pp=2, recompute="moe"),
     *_layouts("llama", "ep2-recompute-tower", 2, ep=2, recompute_tower=True),

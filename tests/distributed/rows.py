@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_moellava.data.batch import Batch, pack, pad
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN, EncodedSample
+from megatron_moellava.data.loader import Batches
 from megatron_moellava.towers import Tower
 
 SEQ_LENGTH = 128
@@ -24,7 +25,7 @@ def micro_batches(kind: str, vocab_size: int, tower: Tower, step: int) -> list[B
     return [_micro_batch(kind, vocab_size, tower, 10 * step + index, images) for index, images in enumerate(IMAGES)]
 
 
-class Rows:
+class Rows(Batches):
     """An endless loader with the interface of data.loader.Loader: data-parallel rank r takes micro-batches r, r + n, ..."""
 
     def __init__(self, kind: str, vocab_size: int, tower: Tower, rank: int, world_size: int, first_step: int = 0):

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel
+from megatron_moellava.checkpoint.folders import RUN_FILE, TRACKER, newest_checkpoint, require_checkpoint
 from megatron_moellava.config import CheckpointError, RunConfig, from_dict
 from megatron_moellava.data import sources
-from megatron_moellava.data.loader import build_encoder
+from megatron_moellava.data.loader import Batches, build_encoder
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.evaluation.closed_questions import Plan, predict
 from megatron_moellava.model import weights as reading
@@ -41,7 +42,7 @@ def stage_settings(rows: Path, save: Path) -> dict:
     """A packed stage-3 run on the real loader, with dropout."""
     return {
         "model": {"backbone": "phi-2-tiny-dropout", "tower": str(data_files.ASSETS / "openai/clip-tiny")},
-        "moe": {"num_experts": 2, "placement": "second_half"},
+        "moe": {"num_moe_experts": 2, "placement": "second_half"},
         "data": {
             "sources": [{"path": str(rows), "image_folder": str(rows.parent)}],
             "tokenizer": str(data_files.ASSETS / "tok_bpe"),
@@ -180,7 +181,7 @@ def run_async(job: dict, folder: Path) -> dict:
     trainer.save()
     trainer.step()
     trainer.step()
-    result = {"early": [trainer.background.poll(), reading.newest_checkpoint(save / "async")]}
+    result = {"early": [trainer.background.poll(), newest_checkpoint(save / "async")]}
     may_write.set()
     trainer.save()  # of step 3; waits for that of step 1
     background.Writing.write = write
@@ -195,7 +196,7 @@ def run_async(job: dict, folder: Path) -> dict:
 # --- FP8 ----------------------------------------------------------------------------------------------------------
 
 
-class SameRows:
+class SameRows(Batches):
     """The first global batch again and again, so that a run learns it by heart."""
 
     def __init__(self, rows):
@@ -209,7 +210,7 @@ def run_fp8(job: dict, folder: Path) -> dict:
     """Losses of a stage-3 run in bf16 and in every recipe of `job`, from the same weights on the same rows."""
     losses = {}
     for recipe in (None, *job["recipes"]):
-        more = {"training.precision": "bf16", "training.fp8": recipe, "training.train_steps": job["steps"]}
+        more = {"training.precision": "bf16", "training.fp8_recipe": recipe, "training.train_steps": job["steps"]}
         trainer, _, _ = start(
             BY_ID[job["layout"]], **more, **{"optimizer.lr": 1e-3, "optimizer.lr_decay_style": "constant"}
         )
@@ -223,7 +224,7 @@ def run_fp8(job: dict, folder: Path) -> dict:
 
 def run_refused(job: dict, folder: Path) -> dict:
     """The message of loading a layout's checkpoint into another model, or a damaged copy of it into the same."""
-    source = reading.require_checkpoint(folder / job["source"])
+    source = require_checkpoint(folder / job["source"])
     run = run_config(BY_ID[job["layout"]])
     if "backbone" in job:
         run = replace(run, model=replace(run.model, backbone=job["backbone"]))
@@ -257,20 +258,20 @@ def run_retention(job: dict, folder: Path) -> dict:
     crashed = save / "iter_0000009.tmp"
     if dist.get_rank() == 0:
         crashed.mkdir(parents=True)
-        (crashed / reading.RUN_FILE).write_text("{}")
+        (crashed / RUN_FILE).write_text("{}")
     left, newest = [], []
     for iteration in (6, 8):
         state = checkpoints.TrainingState(iteration=iteration, consumed_samples=0, data={})
         checkpoints.save_checkpoint(save, trainer.run, trainer.chunks, state, keep=1)
         left.append(sorted(path.name for path in save.glob("iter_*") if path != crashed))
-        newest.append(str(reading.newest_checkpoint(save).name))
-    return {"left": left, "newest": newest, "tracker": (save / checkpoints.TRACKER).read_text().strip()}
+        newest.append(str(newest_checkpoint(save).name))
+    return {"left": left, "newest": newest, "tracker": (save / TRACKER).read_text().strip()}
 
 
 # --- not finite -------------------------------------------------------------------------------------------------------
 
 
-class Poisoned:
+class Poisoned(Batches):
     """Rows whose images are NaN while `poisoned` is set; rows without images stay good."""
 
     def __init__(self, rows):

@@ -1,4 +1,4 @@
-"""The table of docs/parallelism.md from the results of a launch: table.py FOLDER... (the last folder wins).
+"""The table of docs/measurements/layouts.md from the results of a launch: table.py FOLDER... (the last folder wins).
 
 `make test-layouts` leaves them below pytest's temporary folder, in `layouts`. Each row is a group of layouts and the
 largest error that any of them has, relative to the largest entry of the tensor.

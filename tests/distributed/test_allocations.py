@@ -3,7 +3,7 @@
 import pytest
 
 DENSE = {"training.stage": 2}
-EXPERTS = {"moe.num_experts": 4}
+EXPERTS = {"moe.num_moe_experts": 4}
 TENSOR = {"parallel.tensor_model_parallel_size": 2}
 PIPELINE = {"parallel.pipeline_model_parallel_size": 2}
 VIRTUAL = PIPELINE | {"parallel.virtual_pipeline_model_parallel_size": 2}

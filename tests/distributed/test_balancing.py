@@ -11,8 +11,8 @@ GATES = {
     "softmax": {},
     "one choice": {"moe_router_topk": 1},
     "bias": {"moe_router_enable_expert_bias": True},
-    "capacity": {"capacity_factor": 0.75},
-    "bias and capacity": {"moe_router_enable_expert_bias": True, "capacity_factor": 0.75},
+    "capacity": {"moe_expert_capacity_factor": 0.75},
+    "bias and capacity": {"moe_router_enable_expert_bias": True, "moe_expert_capacity_factor": 0.75},
 }
 ONE = {"one": (1, {})}
 LAYOUTS = {

@@ -50,7 +50,7 @@ def test_checkpoint_of_another_model_names_the_fields(job, result):
     expected = {
         "llama into a wider llama": "backbone.hidden_size 128 there, 64 here",
         "llama with another rope": "backbone.rotary_base 10000.0 there, 500000.0 here",  # no tensor would show it
-        "dense into moe": "moe.num_experts None there, 4 here",
+        "dense into moe": "moe.num_moe_experts None there, 4 here",
     }
     assert expected[job["id"]] in result["message"].split("missing:")[0]
     if job is into_other_rope:

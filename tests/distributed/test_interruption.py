@@ -21,7 +21,7 @@ def command(tmp_path) -> list[str]:
     rows = data_files.make_set(tmp_path / "rows", 40)
     config = {
         "model": {"backbone": "phi-2-tiny", "tower": str(data_files.ASSETS / "openai/clip-tiny")},
-        "moe": {"num_experts": 2, "placement": "second_half"},
+        "moe": {"num_moe_experts": 2, "placement": "second_half"},
         "data": {
             "sources": [{"path": str(rows), "image_folder": str(rows.parent)}],
             "tokenizer": str(data_files.ASSETS / "tok_bpe"),

@@ -77,7 +77,7 @@ try() {
         make > /dev/null
         python -c "import torch, megatron_moellava.platform, megatron.core, megatron.energon, transformers"
         python tools/train.py --help > /dev/null
-        OMP_NUM_THREADS=1 python -m pytest -q -p no:cacheprovider tests/unit/test_backbones.py
+        OMP_NUM_THREADS=1 python -m pytest -q -p no:cacheprovider tests/unit/backbones
         make --dry-run quickstart | grep -q examples/quickstart/run.py'
     in_work rm "$container" >/dev/null
 }

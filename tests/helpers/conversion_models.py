@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_moellava.conversion.tensors import Files, Tensor
 from tests.helpers.paths import GOLDEN
 
 TOWER = GOLDEN / "assets/openai/clip-tiny"
@@ -69,3 +70,9 @@ def assert_same_bytes(left: dict[str, torch.Tensor], right: dict[str, torch.Tens
         other = right[name]
         assert value.dtype == other.dtype and value.shape == other.shape, name
         assert torch.equal(value.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)), name
+
+
+def read(tensor: Tensor) -> torch.Tensor:
+    with Files() as files:
+        content = b"".join(bytes(block) for block in files.blocks(tensor, 0, tensor.numel))
+    return torch.frombuffer(bytearray(content), dtype=getattr(torch, tensor.dtype)).view(tensor.shape)

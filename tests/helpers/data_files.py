@@ -7,7 +7,9 @@ import numpy as np
 from PIL import Image
 
 from megatron_moellava.config import DataConfig, Source
+from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.loader import build_train_loader
+from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.towers import get_tower
 from tests.helpers.paths import ASSETS
@@ -74,6 +76,13 @@ def make_loader(data: DataConfig, *, seed=1, rank=0, world_size=1, micro_batch_s
         micro_batch_size=micro_batch_size,
         pad_multiple=pad_multiple,
         **more,
+    )
+
+
+def encoder(tokenizer, **options) -> Encoder:
+    """Of the phi template, 16 visual tokens an image, at most 512 tokens."""
+    return Encoder(
+        **{"template": get_template("phi"), "tokenizer": tokenizer, "num_features": 16, "max_length": 512} | options
     )
 
 

@@ -9,6 +9,9 @@ import json
 
 from PIL import Image
 
+from megatron_moellava.evaluation.answered import Answered
+from megatron_moellava.evaluation.tasks import get_task
+
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
@@ -285,3 +288,10 @@ def quickstart(root):
     for image in ("a.png", "b.png"):
         write_image(root / "images" / image)
     return root
+
+
+def score(name, data, texts, circular=False, limit=None):
+    task = get_task(name)
+    questions = task.read(data, circular=circular)[:limit]
+    answered = Answered(folder=data / task.folder, work=data / "work", name="ours", questions=questions, texts=texts)
+    return task.score(answered)

@@ -1,6 +1,6 @@
 """tests/golden/llama as a whole folder: its weights are kept compressed, and once where two checkpoints share them.
 
-python tests/parity/golden_folder.py OUT && python tools/verify.py OUT/llama
+python -m tests.helpers.golden_folder OUT && python tools/verify.py OUT/llama
 """
 
 import json

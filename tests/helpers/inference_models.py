@@ -22,13 +22,15 @@ TOKENIZER = ASSETS / "tok_spm"
 GATES = {
     "dense": None,
     "megatron": MoEConfig(),
-    "original deterministic": MoEConfig(router="original", capacity_factor=1.5, second_choice="deterministic"),
-    "original without noise": MoEConfig(router="original", capacity_factor=1.5),
+    "original deterministic": MoEConfig(
+        router="original", moe_expert_capacity_factor=1.5, second_choice="deterministic"
+    ),
+    "original without noise": MoEConfig(router="original", moe_expert_capacity_factor=1.5),
     "residual": MoEConfig(use_residual=True),
-    "sequential experts": MoEConfig(experts="sequential"),
+    "sequential experts": MoEConfig(moe_grouped_gemm=False),
     "one choice": MoEConfig(moe_router_topk=1),
     "original, one choice": MoEConfig(
-        router="original", moe_router_topk=1, capacity_factor=1.5, eval_capacity_factor=4.0
+        router="original", moe_router_topk=1, moe_expert_capacity_factor=1.5, eval_capacity_factor=4.0
     ),
     "shared experts": MoEConfig(moe_shared_expert_intermediate_size=96),
     "balanced by a bias": MoEConfig(moe_router_enable_expert_bias=True),

@@ -11,7 +11,7 @@ from megatron_moellava.training.loop import Trainer
 from tests.distributed.rows import MICRO_BATCH, NUM_ROWS, SEQ_LENGTH, Rows
 from tests.helpers.process_groups import release_groups
 
-MOE = {"num_experts": 4, "placement": "sparse", "moe_aux_loss_coeff": 0.1}
+MOE = {"num_moe_experts": 4, "placement": "sparse", "moe_aux_loss_coeff": 0.1}
 
 
 @contextmanager

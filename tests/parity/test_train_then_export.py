@@ -40,7 +40,7 @@ def test_original_config_survives_training(tmp_path, layer):
     import_checkpoint(source, save=tmp_path / "start", tower=str(TOWER), dtype="float32")
     train_two_steps(tmp_path, data_files.ASSETS / "tok_spm")
     trained = open_checkpoint(tmp_path / "trained")
-    assert trained.run["iteration"] == 2
+    assert trained.run.iteration == 2
     assert trained.model.tower.feature_layer == layer
     assert trained.provenance["operation"] == "training of stage 2"
     assert trained.provenance["parent"]["operation"] == "import"

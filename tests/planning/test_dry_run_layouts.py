@@ -28,23 +28,23 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 RUNS = {
     "phi-2 with experts, pipeline and expert parallel": (
         8,
-        "model.backbone=phi-2 training.stage=3 moe.num_experts=4 parallel.pipeline_model_parallel_size=2 "
+        "model.backbone=phi-2 training.stage=3 moe.num_moe_experts=4 parallel.pipeline_model_parallel_size=2 "
         "parallel.expert_model_parallel_size=4",
     ),
     "llama-3-8b, tensor, expert, virtual pipeline": (
         16,
-        "model.backbone=llama-3-8b training.stage=3 moe.num_experts=4 parallel.tensor_model_parallel_size=2 "
+        "model.backbone=llama-3-8b training.stage=3 moe.num_moe_experts=4 parallel.tensor_model_parallel_size=2 "
         "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2 "
         "parallel.expert_model_parallel_size=2 training.recompute=full",
     ),
     "qwen3-4b, experts recomputed": (
         8,
-        "model.backbone=qwen3-4b training.stage=3 moe.num_experts=8 training.recompute=moe",
+        "model.backbone=qwen3-4b training.stage=3 moe.num_moe_experts=8 training.recompute=moe",
     ),
-    "qwen-1.8b with experts": (8, "model.backbone=qwen-1.8b training.stage=3 moe.num_experts=4"),
+    "qwen-1.8b with experts": (8, "model.backbone=qwen-1.8b training.stage=3 moe.num_moe_experts=4"),
     "stablelm-2-1.6b, stages level in cost": (
         8,
-        "model.backbone=stablelm-2-1.6b training.stage=3 moe.num_experts=4 parallel.pipeline_model_parallel_size=4 "
+        "model.backbone=stablelm-2-1.6b training.stage=3 moe.num_moe_experts=4 parallel.pipeline_model_parallel_size=4 "
         "parallel.pipeline_split=cost",
     ),
     "qwen2-0.5b, tower trained and recomputed": (

@@ -4,7 +4,6 @@ A rank is tools/train.py's own main() in a process of its own, with torchrun's v
 it first and may break something there; everything else is what a user gets.
 """
 
-import importlib.util
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from pathlib import Path
 import yaml
 
 import megatron_moellava.training.run  # noqa: F401  every rank needs it; imported once
+from megatron_moellava.commands import train
 from tests.helpers.paths import REPO
 
 ASSETS = REPO / "tests/golden/assets"
@@ -26,16 +26,12 @@ STEPS, GLOBAL_BATCH, SAVE_INTERVAL = 12, 4, 2
 SAME = ("loss", "grad_norm", "lr", "load_balancing_loss", "samples", "sample_ids")
 PATIENCE = float(os.environ.get("PATIENCE", "1"))  # a factor on every time limit, for a busy machine
 
-_spec = importlib.util.spec_from_file_location("train", REPO / "tools/train.py")
-train = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(train)
-
 
 def settings(rows: Path, save: Path, **changes) -> dict:
     """A stage-3 run of a tiny model on rows with and without images, one epoch; `section__field=value` changes it."""
     tree = {
         "model": {"backbone": "phi-2-tiny", "tower": str(ASSETS / "openai/clip-tiny")},
-        "moe": {"num_experts": 2, "placement": "second_half"},
+        "moe": {"num_moe_experts": 2, "placement": "second_half"},
         "data": {
             "sources": [{"path": str(rows), "image_folder": str(rows.parent)}],
             "tokenizer": str(ASSETS / "tok_bpe"),

@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-MOE = {"num_experts": 4, "placement": "sparse"}
+MOE = {"num_moe_experts": 4, "placement": "sparse"}
 BLOCKS: dict[str, dict | None] = {
     "dense": None,
     "grouped": MOE,
-    "sequential": MOE | {"experts": "sequential"},
+    "sequential": MOE | {"moe_grouped_gemm": False},
     "shared": MOE | {"moe_shared_expert_intermediate_size": 64},
     "residual": MOE | {"use_residual": True},
-    "original": MOE | {"router": "original", "capacity_factor": 1.5},
+    "original": MOE | {"router": "original", "moe_expert_capacity_factor": 1.5},
 }
 LAYOUTS: dict[str, tuple[int, dict]] = {  # name: (processes, parallel.*)
     "one": (1, {}),
@@ -136,7 +136,7 @@ def describe(backbone: str, tower: str, block: str, layout: str, recipe: str | N
 def run_config(backbone: str, tower: str, block: str, axes: dict, recipe: str | None):
     from megatron_moellava.config import RunConfig, from_dict
 
-    training = {"stage": 3} | ({"fp8": recipe} if recipe else {})
+    training = {"stage": 3} | ({"fp8_recipe": recipe} if recipe else {})
     tree = {"model": {"backbone": backbone, "tower": tower}, "training": training, "parallel": axes}
     return from_dict(RunConfig, tree | ({"moe": BLOCKS[block]} if BLOCKS[block] else {}))
 

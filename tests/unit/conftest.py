@@ -10,3 +10,14 @@ def stub(tmp_path):
     file.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\0" "$word"; done > "$ASKED"\n')
     file.chmod(0o755)
     return file
+
+
+@pytest.fixture
+def world():
+    """The process groups of one process, seeded; gone afterwards."""
+    from megatron_moellava import parallel
+    from megatron_moellava.config import ParallelConfig
+
+    parallel.initialize(ParallelConfig(), seed=1)
+    yield parallel
+    parallel.shutdown()

@@ -1,140 +1,199 @@
-"""The design rules that a reviewer would otherwise have to remember, read from the sources themselves."""
+"""The design rules, each one test that lists every offender. tests/helpers/rules.py has the rules themselves."""
 
-import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+from tests.helpers import rules
 from tests.helpers.paths import REPO
+from tests.helpers.requirements import all_requirements
+from tests.helpers.rules import TABLE, table_rows
+from tests.helpers.sources import Source, read_sources
 
-PACKAGE = REPO / "megatron_moellava"
-SOURCES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = sorted([*REPO.glob("tools/*.py"), *REPO.glob("examples/*/run.py")])
+PROGRAMS = sorted([*REPO.glob("tools/*.py"), *REPO.glob("examples/*/run.py")])
 
-# An import may only go to a lower floor, or stay in its own room. Rooms on one floor never import each other.
-FLOORS = (
-    ("config",),
-    ("platform", "mapping", "stages", "placement", "routers", "hf_config"),
-    ("checkpoint", "parallel"),
-    ("backbones", "towers"),
-    ("costs", "data"),
-    ("model",),
-    ("conversion", "routing"),
-    ("training", "inference"),
-    ("evaluation", "analysis", "planning", "verify", "serving"),
-    ("experiments",),
-)
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-
-# Beyond the floors: data gets rank and world size as arguments, conversion works on plain tensors.
-NEVER = {
-    "data": ("megatron.core", "megatron_moellava.model", "megatron_moellava.parallel", "megatron_moellava.platform"),
-    "conversion": ("megatron.core", "megatron_moellava.model"),
-    "config": ("torch", "megatron.core"),
-    "stages": ("torch", "megatron.core"),
-    "routers": ("torch", "megatron.core"),
-    "mapping": ("torch", "megatron.core"),
-    "costs": ("torch", "megatron.core"),
-    "checkpoint": ("megatron.core",),
-    "backbones": ("torch", "megatron.core"),
-    "towers": ("torch", "megatron.core"),
-}
+# Sizes and weight mappings of one shape each, asserted in tables over all families.
+SHARED_TESTS = {
+    f"megatron_moellava/backbones/{family}.py": "tests/unit/backbones/test_families.py"
+    for family in ("llama", "minicpm", "mistral", "phi2", "qwen", "qwen2", "qwen3", "stablelm2")
+} | {f"megatron_moellava/towers/{family}.py": "tests/unit/towers/test_families.py" for family in ("clip", "siglip")}
 
 
-def room_of(module: str) -> str | None:
-    """megatron_moellava.mapping -> conversion.mapping; megatron_moellava.data.loader -> data."""
-    inner = module.split(".")[1:]
-    if not inner:
-        return None
-    pair = ".".join(inner[:2])
-    return pair if pair in FLOOR_OF else inner[0]
+@cache
+def package() -> list[Source]:
+    return read_sources(REPO, "megatron_moellava/**/*.py")
 
 
-def module_of(path: Path) -> str:
-    parts = path.relative_to(REPO).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+@cache
+def programs() -> list[Source]:
+    """Package, commands and examples."""
+    return [*package(), *read_sources(REPO, "tools/*.py", "examples/**/*.py")]
 
 
-def imports_of(path: Path) -> list[str]:
-    """Full names of everything a file imports, also inside functions; `from a import b` gives a and a.b."""
-    package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
-    names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join(above + ([base] if base else []))
-            names += [base] + [f"{base}.{alias.name}" for alias in node.names]
-    return names
+def assert_none(offenders: list[str]) -> None:
+    assert not offenders, "\n" + "\n".join(offenders)
 
 
-def is_in(name: str, module: str) -> bool:
-    return name == module or name.startswith(module + ".")
+def test_every_room_has_a_floor_and_every_rule_a_room():
+    assert_none(rules.rooms_without_a_floor(package()) + rules.rooms_that_do_not_exist(package()))
 
 
-def test_every_module_has_a_floor():
-    rooms = {room_of(module_of(path)) for path in SOURCES} - {None}
-    assert rooms <= set(FLOOR_OF), f"say in FLOORS where these belong: {sorted(rooms - set(FLOOR_OF))}"
+def test_imports_point_downward():
+    assert_none(rules.imports_that_point_upward(package()))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_of)
-def test_imports_point_downward(path):
-    here = room_of(module_of(path))
-    for name in imports_of(path):
-        there = room_of(name) if is_in(name, "megatron_moellava") else None
-        if here is None or there is None or there == here or there not in FLOOR_OF:
-            continue
-        assert FLOOR_OF[there] < FLOOR_OF[here], f"{module_of(path)} imports {name}: {there} is not below {here}"
+def test_forbidden_imports_are_absent():
+    assert_none(rules.forbidden_imports(package()))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_of)
-def test_forbidden_imports_are_absent(path):
-    for name in imports_of(path):
-        for forbidden in NEVER.get(room_of(module_of(path)) or "", ()):
-            assert not is_in(name, forbidden), f"{module_of(path)} must not import {forbidden}"
+def test_every_constant_has_one_home():
+    assert_none(rules.constants_with_two_homes(programs()))
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *COMMANDS], ids=lambda path: str(path.relative_to(REPO)))
-def test_only_platform_mentions_torch_cuda(path):
-    if path.name == "platform.py":
-        return
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        mentioned = isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda"
-        assert not mentioned, f"{path.name}:{node.lineno} mentions torch.cuda"
-    assert not any(is_in(name, "torch.cuda") for name in imports_of(path))
+def test_only_platform_chooses_devices():
+    assert_none(rules.device_choices(programs()))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_of)
-def test_no_optional_imports_outside_platform(path):
-    if path.name == "platform.py":
-        return
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Try) and any(
-            "ImportError" in ast.unparse(handler.type or node) for handler in node.handlers
-        ):
-            imports = [child for child in ast.walk(node) if isinstance(child, ast.Import | ast.ImportFrom)]
-            assert not imports, f"{path.name}:{node.lineno} imports inside try"
+def test_optional_imports_are_in_platform_alone():
+    assert_none(rules.optional_imports(programs()))
 
 
-@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: str(path.relative_to(REPO)))
-def test_help_does_not_import_torch(path):
-    """Importing torch costs seconds; --help has to answer at once."""
-    code = f"""
-import runpy, sys
-sys.argv = [{str(path)!r}, "--help"]
-sys.path.insert(0, {str(path.parent)!r})
+def test_nothing_trusts_remote_code_or_unpickles():
+    assert_none(rules.dangerous_calls(programs()))
+
+
+def test_tests_leave_the_search_path_alone():
+    assert_none(rules.edits_of_the_search_path(read_sources(REPO, "tests/**/*.py")))
+
+
+def test_every_module_has_a_unit_test_file():
+    assert_none(rules.modules_without_a_test(package(), REPO, SHARED_TESTS))
+
+
+def test_private_names_of_others_are_those_of_the_table():
+    assert_none(rules.table_offenders(programs(), (REPO / TABLE).read_text()))
+
+
+def test_rows_of_the_table_are_true():
+    """The version is one that setup.py asks for; files and test exist (test_platform.py looks the names up)."""
+    offenders = []
+    pinned = all_requirements()
+    for name, version, where, _, test in table_rows((REPO / TABLE).read_text()):
+        package, _, number = version.partition(" ")
+        file, _, function = test.partition("::")
+        if not Requirement(pinned[package]).specifier.contains(number):
+            offenders.append(f"{name}: {version} is not what setup.py asks for ({pinned[package]})")
+        if not all((REPO / "megatron_moellava" / path).exists() for path in where.split(", ")):
+            offenders.append(f"{name}: a file of {where} does not exist")
+        if not (REPO / file).exists() or f"def {function}(" not in (REPO / file).read_text():
+            offenders.append(f"{name}: {test} does not exist")
+    assert_none(offenders)
+
+
+def test_help_answers_at_once():
+    """Two seconds of CPU, and neither torch nor what imports it."""
+    code = """
+import runpy, sys, time
+sys.argv = [sys.argv[1], "--help"]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as stop:
     assert not stop.code, stop.code
 heavy = [name for name in ("torch", "transformers", "megatron.core") if name in sys.modules]
-sys.exit(f"--help imported {{heavy}}" if heavy else 0)
+assert not heavy, f"imports {heavy}"
+assert time.process_time() < 2, f"takes {time.process_time():.1f} s"
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) > 3, "a help text says more than this"
+    offenders = []
+    for path in PROGRAMS:
+        done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=REPO)
+        if done.returncode or len(done.stdout.splitlines()) <= 3:
+            offenders.append(f"{path.relative_to(REPO)}: {done.stderr.strip().rpartition(chr(10))[2] or 'says little'}")
+    assert_none(offenders)
+
+
+# Every rule, seen red: {file: source} of a made-up tree, and what the rule has to say of it.
+BROKEN = [
+    (rules.rooms_without_a_floor, {"attic/a.py": ""}, "attic belongs"),
+    (rules.rooms_that_do_not_exist, {"config.py": ""}, "names conversion"),
+    (rules.imports_that_point_upward, {"data/a.py": "def f():\n    from megatron_moellava.model import b"}, "a.py:2"),
+    (rules.imports_that_point_upward, {"costs/a.py": "import megatron_moellava.data.b"}, "megatron_moellava.data.b"),
+    (rules.imports_that_point_upward, {"model/a.py": "from ..training import loop"}, "megatron_moellava.training.loop"),
+    (rules.forbidden_imports, {"config.py": "from torch.nn import Module"}, "config must not import torch"),
+    (rules.forbidden_imports, {"data/a.py": "from megatron.core import mpu"}, "data must not import megatron.core"),
+    (rules.constants_with_two_homes, {"a.py": "PORT = 8000", "b.py": "PORT: int = 8000"}, "a.py, megatron_moellava/b.py"),
+    (rules.constants_with_two_homes, {"a.py": "RUN = 'a/long/string'", "b.py": "LAST = 'a/long/string'"}, "a constant"),
+    (rules.device_choices, {"a.py": "import torch.cuda"}, "imports torch.cuda"),
+    (rules.device_choices, {"a.py": "import torch\ntorch.cuda.synchronize()"}, "a.py:2: torch.cuda"),
+    (rules.device_choices, {"a.py": "x = y.to('cuda:0')"}, "y.to"),
+    (rules.device_choices, {"a.py": "x = zeros(1, device='cpu')"}, "zeros"),
+    (rules.device_choices, {"a.py": "x = y.device.type == 'cpu'"}, "y.device.type"),
+    (rules.optional_imports, {"a.py": "try:\n    import av\nexcept ModuleNotFoundError:\n    av = None"}, "inside try"),
+    (rules.optional_imports, {"a.py": "try:\n    import av\nexcept:\n    av = None"}, "inside try"),
+    (rules.dangerous_calls, {"a.py": "load(x, trust_remote_code=True)"}, "trust_remote_code is not False"),
+    (rules.dangerous_calls, {"a.py": "load(x, trust_remote_code=asked)"}, "trust_remote_code is not False"),
+    (rules.dangerous_calls, {"a.py": "torch.load(x)"}, "without weights_only=True"),
+    (rules.dangerous_calls, {"a.py": "pickle.loads(x)"}, "pickle.loads"),
+    (rules.dangerous_calls, {"a.py": "run(x, shell=True)"}, "shell is not False"),
+    (rules.edits_of_the_search_path, {"a.py": "import sys\nsys.path.insert(0, 'b')"}, "a.py:2: edits sys.path"),
+]  # fmt: skip
+
+
+def made_up(root: Path, files: dict[str, str]):
+    for name, source in files.items():
+        path = root / "megatron_moellava" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    return read_sources(root, "megatron_moellava/**/*.py")
+
+
+@pytest.mark.parametrize(("rule", "files", "message"), BROKEN)
+def test_each_rule_names_its_offender(rule, files, message, tmp_path):
+    assert any(message in offender for offender in rule(made_up(tmp_path, files)))
+
+
+def test_a_module_without_its_test_is_named(tmp_path):
+    sources = made_up(tmp_path, {"data/a.py": "", "data/b.py": "", "data/__init__.py": ""})
+    tests = tmp_path / "tests" / "unit" / "data"
+    tests.mkdir(parents=True)
+    (tests / "test_a.py").touch()
+    modules = ["megatron_moellava", "data", "b.py"]
+    assert rules.modules_without_a_test(sources, tmp_path, {}) == [
+        "/".join(modules) + " has no " + "/".join(["tests", "unit", "data", "test_b.py"])
+    ]
+    shared = {"/".join(modules): str((tests / "test_a.py").relative_to(tmp_path))}
+    assert not rules.modules_without_a_test(sources, tmp_path, shared)
+    assert rules.modules_without_a_test(sources, tmp_path, dict.fromkeys(shared, "none"))
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("from torch import _utils", "_utils"),
+        ("import torch._dynamo", "_dynamo"),
+        ("import torch\ntorch._utils.f()", "_utils"),
+        ("def f(loader):\n    loader._iterator = None", "_iterator"),
+        ("class A(B):\n    def _step(self):\n        return super()._step()", "_step"),
+        ("from torch import nn\nnn.Linear.forward = None", "forward"),
+        ("from megatron.core import mpu\nPATCHES = ((mpu, 'is_initialized', None),)", "is_initialized"),
+        ("getattr(thing, '_secret', None)", "_secret"),
+        ("ALLOWED = {'torch.serialization': {'_get_layout'}}", "_get_layout"),
+        ("REWRITES = {'megatron.core.utils': [('a', 'b')]}", "megatron.core.utils"),
+    ],
+)
+def test_touched_names_are_found_and_must_stand_in_the_table(source, name, tmp_path):
+    sources = made_up(tmp_path, {"a.py": source})
+    assert set(rules.private_names(sources)) == {name}
+    assert "lacks" in rules.table_offenders(sources, "")[0]
+    row = f"| `{name}` | torch 2 | a.py | why | test |"
+    assert not rules.table_offenders(sources, row)
+    assert "nothing touches" in rules.table_offenders([], row)[0]
+
+
+def test_own_names_are_no_names_of_others(tmp_path):
+    own = "import os\nclass A:\n    def _f(self):\n        self._x = self._f()\n        os._exit(0)"
+    assert not rules.private_names(made_up(tmp_path, {"a.py": own}))

@@ -107,5 +107,9 @@ def test_recipes_are_the_original_hyperparameters(stage, batch, micro, rate, asp
     assert (data.sampler, data.template) == (("shuffle", "plain") if stage == 1 else ("modality_length", ""))
     assert (run.moe is None) == (stage < 3)
     if run.moe:
-        assert (run.moe.num_experts, run.moe.moe_router_topk, run.moe.placement) == (4, 2, "sparse")
-        assert (run.moe.router, run.moe.capacity_factor, run.moe.moe_aux_loss_coeff) == ("original", 1.5, 0.01)
+        assert (run.moe.num_moe_experts, run.moe.moe_router_topk, run.moe.placement) == (4, 2, "sparse")
+        assert (run.moe.router, run.moe.moe_expert_capacity_factor, run.moe.moe_aux_loss_coeff) == (
+            "original",
+            1.5,
+            0.01,
+        )

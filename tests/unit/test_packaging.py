@@ -13,31 +13,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.helpers.paths import REPO
+from tests.helpers.requirements import all_requirements, name_of, setup_lists
+from tests.helpers.sources import read_sources
 
-TEXTS = [REPO / "Dockerfile", *REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("examples/**/*.y*ml")]
+TEXTS = [REPO / "Dockerfile", *REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("examples/**/*.y*ml")]
 TEXTS += [path for path in REPO.glob("examples/**/*") if path.suffix in (".sh", ".md")]
 SCRIPTS = [REPO / ".ci/run", REPO / ".ci/find_python", *REPO.glob("examples/**/*.sh"), *REPO.glob("tests/**/*.sh")]
-
-
-def setup_lists() -> tuple[list[str], dict[str, list[str]]]:
-    """INSTALL_REQUIRES and EXTRAS_REQUIRE, read without running setup()."""
-    values = {}
-    for node in ast.parse((REPO / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign):
-            values[ast.unparse(node.targets[0])] = ast.literal_eval(node.value)
-    return values["INSTALL_REQUIRES"], values["EXTRAS_REQUIRE"]
-
-
-def name_of(requirement: str) -> str:
-    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
-
-
-def all_requirements() -> dict[str, str]:
-    """{name: requirement}, extras included."""
-    install, extras = setup_lists()
-    return {name_of(item): item for group in (install, *extras.values()) for item in group}
 
 
 def dockerfile_stages() -> dict[str, list[tuple[str, str]]]:
@@ -151,27 +135,31 @@ def test_apex_is_never_required():
     assert "apex" not in all_requirements()
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names that a file imports, also inside functions."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level and node.module else []
-    return {name.split(".")[0] for name in names}
-
-
-def siblings(path: Path) -> set[str]:
-    return {other.stem for other in path.parent.glob("*.py")}
-
-
-@pytest.mark.parametrize("folder", ["megatron_moellava", "tools", "examples"])
-def test_every_import_is_a_declared_dependency(folder):
+def test_every_import_is_a_declared_dependency():
     declared = set(all_requirements())
     providers = importlib.metadata.packages_distributions()
-    for path in REPO.glob(f"{folder}/**/*.py"):
-        for top in imported(path) - sys.stdlib_module_names - {"megatron_moellava", "tools", *siblings(path)}:
-            packages = {name_of(item) for item in providers.get(top, [top])}
-            assert packages & declared, f"{path.relative_to(REPO)} imports {top}, which setup.py does not list"
+    offenders = set()
+    for source in read_sources(REPO, "megatron_moellava/**/*.py", "tools/*.py", "examples/**/*.py"):
+        ours = {"megatron_moellava", "tools", *(other.stem for other in (REPO / source.path).parent.glob("*.py"))}
+        for top in {item.name.split(".")[0] for item in source.imports} - sys.stdlib_module_names - ours:
+            if not {name_of(item) for item in providers.get(top, [top])} & declared:
+                offenders.add(f"{source.path} imports {top}, which setup.py does not list")
+    assert not offenders, "\n".join(sorted(offenders))
+
+
+def test_every_proof_in_the_documents_exists():
+    """A test with its file, and a test or a file alone (`test_name`), as docs/reference/reliability.md has them."""
+    files = {path: path.read_text() for path in REPO.glob("tests/**/test_*.py")}
+    defined = {path.name for path in files} | {
+        name for text in files.values() for name in re.findall(r"^def (test_\w+)", text, re.M)
+    }
+    documents = {path.name: path.read_text() for path in TEXTS}
+    pairs = [pair for text in documents.values() for pair in re.findall(r"(tests/[\w/]+\.py)::(test_\w+)", text)]
+    assert pairs
+    elsewhere = [f"{file}::{name}" for file, name in pairs if f"def {name}(" not in files.get(REPO / file, "")]
+    named = {name for text in documents.values() for name in re.findall(r"`(test_[\w.]+)`", text)}
+    unknown = sorted(named - defined)
+    assert not elsewhere and not unknown, [*elsewhere, *unknown]
 
 
 def test_hadolint_finds_nothing():
@@ -179,9 +167,8 @@ def test_hadolint_finds_nothing():
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))
-def test_shellcheck_finds_nothing(path):
-    result = subprocess.run([tool("shellcheck"), "-x", str(path)], capture_output=True, text=True, cwd=REPO)
+def test_shellcheck_finds_nothing():
+    result = subprocess.run([tool("shellcheck"), "-x", *map(str, SCRIPTS)], capture_output=True, text=True, cwd=REPO)
     assert result.returncode == 0, result.stdout
 
 
@@ -243,3 +230,33 @@ def test_a_named_python_that_does_not_run_is_an_error(tmp_path):
     result = find_python(tmp_path, PYTHON="python3.12")
     assert result.returncode == 1
     assert "does not run" in result.stderr
+
+
+def test_the_workflow_calls_what_a_developer_runs():
+    workflow = yaml.safe_load((REPO / ".github/workflows/ci.yml").read_text())
+    steps = workflow["jobs"]["check-and-test"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    versions = [step["with"]["python-version"] for step in steps if "setup-python" in step.get("uses", "")]
+    assert versions == re.findall(r'python_requires=">=([\d.]+)"', (REPO / "setup.py").read_text())
+
+
+@pytest.mark.parametrize("name", ["bug", "feature", "gpu_report"])
+def test_issue_forms_have_what_github_asks_for(name):
+    form = yaml.safe_load((REPO / f".github/ISSUE_TEMPLATE/{name}.yml").read_text())
+    assert form["name"] and form["description"]
+    fields = [item["id"] for item in form["body"]]
+    assert len(set(fields)) == len(fields) and all(item["attributes"]["label"] for item in form["body"])
+
+
+def test_the_citation_is_of_this_release():
+    citation = yaml.safe_load((REPO / "CITATION.cff").read_text())
+    setup = (REPO / "setup.py").read_text()
+    for field, pattern in (("version", r'version="([^"]+)"'), ("license", r'license="([^"]+)"')):
+        assert citation[field] == re.search(pattern, setup)[1]
+
+
+def test_make_targets_in_documents_exist():
+    targets = set(re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(), re.M))
+    for path in [*REPO.glob("*.md"), *REPO.glob("docs/**/*.md")]:
+        named = re.findall(r"(?:^|`|&& )make ([a-z][\w-]*)", path.read_text(), re.M)
+        assert set(named) <= targets, f"{path.name}: {set(named) - targets}"

@@ -48,6 +48,47 @@ def test_hostile_paths_pass_through_the_conversion(tmp_path, stub):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [((), "does not exist"), (("tokenizer.json",), "has no config.json"), (("config.json",), "holds no weights")],
+)
+def test_a_chain_without_its_models_is_not_submitted(files, message, tmp_path, stub):
+    """`sbatch` is not even looked for."""
+    for name in files:
+        for model in ("phi-2", "clip-vit-large-patch14-336"):
+            (tmp_path / model).mkdir(exist_ok=True)
+            (tmp_path / model / name).write_text("{}")
+    environment = {"PATH": os.environ["PATH"], "REPO": str(REPO), "MODELS": str(tmp_path), "PYTHON": str(stub)}
+    command = [shutil.which("bash"), str(REPO / "examples/train_all.sh")]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, message in result.stderr) == (2, True), result.stderr
+    assert "phi-2" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["train_stage1.sh", "convert.sh"])
+@pytest.mark.parametrize("save", ["runs/first/stage1", "../elsewhere/first/stage1"])
+def test_a_container_sees_only_folders_that_exist(script, save, tmp_path, stub):
+    """Nothing has made $SAVE before the first run; the stub refuses such a mount as Apptainer does."""
+    (tmp_path / "here").mkdir()
+    apptainer = tmp_path / "bin" / "apptainer"
+    apptainer.parent.mkdir()
+    apptainer.write_text(
+        '#!/bin/bash\nIFS=, read -ra mounts <<<"$3"\n'
+        'for path in "${mounts[@]}"; do [[ "$path" == /* && -d "$path" ]] || { echo "no mount: $path" >&2; exit 255; }; done\n'
+        'echo "$3" >> "$MOUNTED"; exec "${@:5}"\n'
+    )
+    apptainer.chmod(0o755)
+    environment = {"PATH": f"{apptainer.parent}:{os.environ['PATH']}", "REPO": str(REPO), "PYTHON": str(stub)}
+    environment |= {"ASKED": str(tmp_path / "asked"), "MOUNTED": str(tmp_path / "mounted"), "CONTAINER": "image.sif"}
+    environment |= {"SAVE": save, "VALIDATE_ONLY": "1"}
+    words = ["import", "model", "--save", save] if script == "convert.sh" else []
+    command = [shutil.which("bash"), str(REPO / "examples" / script), *words]
+    result = subprocess.run(command, env=environment, cwd=tmp_path / "here", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    above = os.path.realpath(tmp_path / "here" / save / "..")
+    assert (tmp_path / "mounted").read_text().split() == [f"{REPO},{above}"] and os.path.isdir(above)
+
+
 def test_control_the_stub_would_show_an_injection(tmp_path):
     """A script that does not quote is caught by what the tests above look at."""
     script = tmp_path / "bad.sh"

@@ -1,39 +1,22 @@
 """tools/convert.py as a person runs it."""
 
-import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 
+from megatron_moellava.commands.convert import main
 from tests.helpers.conversion_models import TOWER, original_config, original_state, write_folder
-from tests.helpers.paths import REPO
 
 
 @pytest.fixture
 def convert(capsys):
     """Runs the tool in this process: (exit code, standard output, standard error)."""
-    spec = importlib.util.spec_from_file_location("convert", REPO / "tools/convert.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        code = tool.main([str(argument) for argument in arguments])
+        code = main([str(argument) for argument in arguments])
         return code, *capsys.readouterr()
 
     return run
-
-
-def test_help_does_not_import_torch():
-    script = (
-        "import sys, runpy\nsys.argv = ['convert.py', 'export', '--help']\n"
-        "try:\n    runpy.run_path('tools/convert.py', run_name='__main__')\n"
-        "finally:\n    assert 'torch' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPO)
-    assert done.returncode == 0, done.stderr
-    assert "LlavaForConditionalGeneration" in done.stdout
 
 
 def test_a_release_is_imported_upcycled_inspected_compared_and_exported(tmp_path, convert):

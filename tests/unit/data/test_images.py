@@ -2,12 +2,17 @@
 
 import base64
 import io
+import struct
+import unicodedata
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from megatron_moellava.data import images, media
+from megatron_moellava.data.pipeline import ADVICE
 from megatron_moellava.data.sample import BadSample, ImageRef
 from megatron_moellava.towers import get_tower
 from tests.helpers.data_files import ASSETS
@@ -70,24 +75,113 @@ def test_padding_uses_the_mean_colour_and_centres():
     assert (square[:, 2:6] == np.asarray(noise(4, 9))).all()
 
 
+GREY = np.arange(1200, dtype=np.int64).reshape(30, 40) % 256  # levels of 8 bits, scaled up below
+
+
+def deep(kind: str, brightest: int = 255) -> np.ndarray:
+    return (GREY * brightest // 255).astype(kind)
+
+
+def twelve_bits(levels: np.ndarray) -> bytes:
+    """A TIFF of 12-bit greys, which Pillow reads and cannot write."""
+    high, low = levels.astype(np.uint16).reshape(-1, 2).T
+    packed = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], axis=1).astype(np.uint8)
+    return raw_tiff(packed.tobytes(), levels.shape, 12, 1)
+
+
+def raw_tiff(data: bytes, shape: tuple[int, int], bits: int, photometric: int) -> bytes:
+    """`photometric`: 0, white is zero; 1, black is zero."""
+    height, width = shape
+    entries = {
+        256: width,
+        257: height,
+        258: bits,
+        259: 1,
+        262: photometric,
+        273: 8,
+        277: 1,
+        278: height,
+        279: len(data),
+    }
+    table = b"".join(
+        struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in entries.items()
+    )
+    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(entries)) + table + bytes(4)
+
+
+def lab(image: Image.Image) -> Image.Image:
+    profiles = (ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"))
+    return ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
+
+
+# name -> (image, container, notes, grey levels expected or None). Deep greys by their type: a dark picture stays dark.
 MODES = {
-    "CMYK": (noise(40, 30).convert("CMYK"), "JPEG", ("CMYK colours converted",)),
-    "palette": (noise(40, 30).convert("P"), "PNG", ("palette colours converted",)),
-    "grey": (noise(40, 30).convert("L"), "PNG", ()),
-    "bilevel": (noise(40, 30).convert("1"), "PNG", ()),
-    "alpha": (noise(40, 30).convert("RGBA"), "PNG", ("alpha dropped",)),
-    "1-pixel": (noise(1, 1), "PNG", ("image of one pixel",)),
-    "16-bit": (Image.fromarray(np.full((30, 40), 40_000, dtype=np.uint16)), "PNG", ("16-bit image scaled",)),
+    "CMYK": (noise(40, 30).convert("CMYK"), "JPEG", ("CMYK colours converted",), None),
+    "palette": (noise(40, 30).convert("P"), "PNG", ("palette colours converted",), None),
+    "palette and alpha": (noise(40, 30).convert("PA"), "TIFF", ("palette colours converted", "alpha dropped"), None),
+    "grey": (Image.fromarray(deep("u1")), "PNG", (), GREY),
+    "grey and alpha": (Image.fromarray(deep("u1")).convert("LA"), "PNG", ("alpha dropped",), GREY),
+    "bilevel": (noise(40, 30).convert("1"), "PNG", (), None),
+    "alpha": (noise(40, 30).convert("RGBA"), "PNG", ("alpha dropped",), None),
+    "YCbCr": (noise(40, 30).convert("YCbCr"), "TIFF", ("YCbCr colours converted",), None),
+    "LAB": (lab(noise(40, 30)), "TIFF", ("LAB colours converted",), None),
+    "1-pixel": (noise(1, 1), "PNG", ("image of one pixel",), None),
+    "16 bits, PNG": (Image.fromarray(deep("u2", 65535)), "PNG", ("16-bit image scaled",), GREY),
+    "16 bits, TIFF": (Image.fromarray(deep("u2", 65535)), "TIFF", ("16-bit image scaled",), GREY),
+    "16 bits, JPEG 2000": (Image.fromarray(deep("u2", 65535)), "JPEG2000", ("16-bit image scaled",), GREY),
+    "16 bits, PGM": (Image.fromarray(deep("u2", 65535)), "PPM", ("16-bit image scaled",), GREY),
+    "16 bits, dark, PNG": (Image.fromarray(deep("u2")), "PNG", ("16-bit image scaled",), GREY * 0),
+    "16 bits, dark, TIFF": (Image.fromarray(deep("u2")), "TIFF", ("16-bit image scaled",), GREY * 0),
+    "16 bits, dark, PGM": (Image.fromarray(deep("u2")), "PPM", ("16-bit image scaled",), GREY * 0),
+    "32 bits": (Image.fromarray(deep("i4", 2**31 - 1)), "TIFF", ("32-bit image scaled",), GREY),
+    "32 bits, dark": (Image.fromarray(deep("i4", 65535)), "TIFF", ("32-bit image scaled",), GREY * 0),
+    "float": (Image.fromarray(deep("f4")), "TIFF", ("float levels clipped",), GREY),
+    "float, dark": (Image.fromarray(deep("f4") / 255 / 2), "TIFF", ("float levels clipped",), GREY * 0),
+    "12 bits": (twelve_bits(deep("u2", 4095)), "TIFF", ("12-bit image scaled",), GREY),
+    "12 bits, dark": (twelve_bits(deep("u2", 15)), "TIFF", ("12-bit image scaled",), GREY * 0),
+    "16 bits, white is 0": (
+        raw_tiff(deep("<u2", 65535).tobytes(), (30, 40), 16, 0),
+        "TIFF",
+        ("16-bit image scaled",),
+        255 - GREY,
+    ),
 }
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_colour_mode_becomes_rgb(mode):
-    image, kind, notes = MODES[mode]
-    opened, found = images.open_image(encoded(image, kind), "x")
-    assert opened.mode == "RGB" and opened.size == image.size and found == notes
-    if mode == "16-bit":
-        assert (np.asarray(opened) == 40_000 >> 8).all()  # Pillow alone would clip to white
+def test_every_colour_mode_becomes_rgb_by_its_type(mode):
+    image, kind, notes, levels = MODES[mode]
+    opened, found = images.open_image(image if isinstance(image, bytes) else encoded(image, kind), "x")
+    assert opened.mode == "RGB" and found == notes
+    assert all(note in ADVICE for note in notes)
+    if levels is not None:
+        grey = np.asarray(opened).astype(int)
+        assert (grey == grey[:, :, :1]).all() and np.abs(grey[:, :, 0] - levels).max() <= 1
+
+
+def sixteen_bit_colours() -> bytes:
+    """A PNG of 16-bit RGB, which Pillow reads and cannot write."""
+    pixels = np.asarray(noise(40, 30)).astype(">u2") * 257
+    rows = b"".join(b"\0" + line.tobytes() for line in pixels)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 40, 30, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_colours_of_16_bits_are_noted():
+    opened, notes = images.open_image(sixteen_bit_colours(), "x")
+    assert (np.asarray(opened) == np.asarray(noise(40, 30))).all() and notes == ("16-bit image scaled",)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_a_picture_of_several_frames_is_its_first_and_noted(kind):
+    frames = [Image.new("RGB", (8, 8), (100 * i, 0, 0)) for i in range(3)]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    opened, notes = images.open_image(data, "x")
+    assert opened.getpixel((0, 0))[0] < 20 and "first of several frames" in notes
 
 
 def test_exif_rotation_is_applied_and_noted():
@@ -118,13 +212,84 @@ def test_an_extremely_long_image_does_not_explode():
     assert images.preprocess(Image.new("RGB", (20_000, 1)), tower, "square").shape == (3, 336, 336)
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "link.png", "folder/../../secret.png", "a\0b"])
-def test_paths_outside_the_image_folder_are_refused(tmp_path, name):
-    (tmp_path / "images" / "folder").mkdir(parents=True)
-    noise(3, 3).save(tmp_path / "secret.png")
-    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(BadSample, match="row 5"):
-        media.open_ref(ImageRef(name=name), str(tmp_path / "images"), "row 5")
+def tree(folder: Path) -> Path:
+    """images/{a.png, sub/b.png, link.png -> ../secret.png, store -> ../store, dangling.png}, secret.png, store/c.png"""
+    images_folder = folder / "images"
+    (images_folder / "sub").mkdir(parents=True)
+    (folder / "store").mkdir()
+    for name in ("images/a.png", "images/sub/b.png", "secret.png", "store/c.png"):
+        noise(3, 3).save(folder / name)
+    (images_folder / "link.png").symlink_to(folder / "secret.png")
+    (images_folder / "store").symlink_to(folder / "store")
+    (images_folder / "dangling.png").symlink_to(folder / "nowhere.png")
+    return images_folder
+
+
+INSIDE = ["a.png", "sub/b.png", "./sub/../a.png", "{images}/a.png", "{images}/sub/b.png", "file://{images}/a.png"]
+OUTSIDE = [
+    "../secret.png",
+    "{folder}/secret.png",
+    "link.png",
+    "sub/../../secret.png",
+    "store/c.png",
+    "{images}/link.png",
+]
+NOWHERE = {
+    "/etc/passwd": "leads outside",
+    "a\0b": "zero byte",
+    "http://x.org/a.png": "web address; download it",
+    "gone.png": "no such file",
+    "": "leads outside",
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("trusted", [False, True])
+def test_paths_below_the_image_folder_are_read(tmp_path, name, trusted):
+    folder = tree(tmp_path)
+    ref = ImageRef(name=name.format(images=folder, folder=tmp_path))
+    assert media.open_ref(ref, str(folder), "row 5", trusted)[0].size == (3, 3)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_paths_outside_the_image_folder_need_trust_and_the_advice_works(tmp_path, name):
+    folder = tree(tmp_path)
+    ref = ImageRef(name=name.format(images=folder, folder=tmp_path))
+    with pytest.raises(BadSample, match=r"row 5.*leads outside.*set data.trust_paths=true"):
+        media.open_ref(ref, str(folder), "row 5")
+    assert media.open_ref(ref, str(folder), "row 5", True)[0].size == (3, 3)
+    if not name.startswith(("..", "link", "sub", "store")):  # an absolute name below another folder
+        assert media.open_ref(ref, "/", "row 5")[0].size == (3, 3)
+
+
+@pytest.mark.parametrize("name", NOWHERE)
+def test_paths_to_nothing_are_refused(tmp_path, name):
+    with pytest.raises(BadSample, match=NOWHERE[name]):
+        media.open_ref(ImageRef(name=name), str(tree(tmp_path)), "row 5")
+    with pytest.raises(BadSample, match="dangling"):
+        media.open_ref(ImageRef(name="dangling.png"), str(tmp_path / "images"), "row 5", True)
+
+
+def test_a_frame_that_leads_outside_is_refused(tmp_path):
+    folder = tree(tmp_path)
+    (folder / "frames").mkdir()
+    (folder / "frames" / "0.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(BadSample, match="leads outside"):
+        media.open_ref(ImageRef(name="frames", frame=(0, 1)), str(folder), "row 5")
+    assert media.open_ref(ImageRef(name="frames", frame=(0, 1)), str(folder), "row 5", True)[0].size == (3, 3)
+
+
+@pytest.mark.parametrize("disk, row", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_is_found_in_either_spelling_of_unicode(tmp_path, disk, row):
+    noise(3, 3).save(tmp_path / unicodedata.normalize(disk, "été.png"))
+    ref = ImageRef(name=unicodedata.normalize(row, "été.png"))
+    assert media.open_ref(ref, str(tmp_path), "row 5")[0].size == (3, 3)
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tree(tmp_path)
+    assert media.open_ref(ImageRef(name="a.png"), "~/images", "row 5")[0].size == (3, 3)
 
 
 def test_a_link_inside_the_folder_and_a_linked_folder_are_fine(tmp_path):

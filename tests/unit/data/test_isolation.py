@@ -53,8 +53,9 @@ def data_set(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(data_set) -> list[Batch]:
-    batches = take(make_loader(config(data_set, seq_length=SEQ_LENGTH)), 6)
-    assert all(len(batch.sample_ids) >= 2 for batch in batches)
+    loader = make_loader(config(data_set, seq_length=SEQ_LENGTH))
+    batches = [batch for batch in take(loader, loader.rows_per_epoch()) if len(batch.sample_ids) >= 2]
+    batches = sorted(batches, key=lambda batch: -len(batch.pixel_values_NCHW))[:8]
     assert sum(len(batch.pixel_values_NCHW) > 1 for batch in batches) >= 2
     return batches
 

@@ -1,27 +1,17 @@
-"""How long rows and samples may be: checked before any weight is touched, and reported with both numbers."""
+"""What a limit of a sample counts: positions, or text as in the original."""
 
 import pytest
-import torch
 
-from megatron_moellava.backbones import get_backbone
-from megatron_moellava.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
-from megatron_moellava.data.batch import Batch
-from megatron_moellava.training.metrics import attention_cost, costs, imbalance
-from megatron_moellava.training.validate import validate
-from tests.helpers.data_files import ASSETS, config, make_set
-
-
-def problems(data: DataConfig, backbone: str) -> str:
-    run = RunConfig(
-        model=ModelConfig(backbone=backbone),
-        training=TrainingConfig(stage=2, global_batch_size=1),
-        data=data,
-    )
-    try:
-        validate(run, 1)
-    except ConfigError as error:
-        return str(error)
-    return ""
+from megatron_moellava.config import ConfigError
+from megatron_moellava.data.encode import IMAGE_TOKEN
+from megatron_moellava.data.encoder import Encoder
+from megatron_moellava.data.loader import build_encoder
+from megatron_moellava.data.original import encode_original
+from megatron_moellava.data.sample import BadSample, parse_record
+from megatron_moellava.data.templates import get_template
+from megatron_moellava.data.tokenizer import load_tokenizer
+from megatron_moellava.towers import get_tower
+from tests.helpers.data_files import ASSETS, config, conversation, make_set
 
 
 @pytest.fixture
@@ -30,64 +20,70 @@ def data(tmp_path):
     return lambda **changes: config(path, tokenizer=str(ASSETS / "tok_bpe"), **changes)
 
 
-@pytest.mark.parametrize("backbone, limit", [("phi-2", 2048), ("llama-2-7b", 4096)])
-def test_a_packed_row_may_be_longer_than_the_context_and_a_padded_one_may_not(data, backbone, limit):
-    assert problems(data(seq_length=4 * limit), backbone) == ""
-    assert problems(data(seq_length=limit, packing=False), backbone) == ""
-    text = problems(data(seq_length=limit + 1, packing=False), backbone)
-    assert text.startswith(f"data.seq_length={limit + 1} is more than max_position_embeddings={limit} ({backbone})")
-    assert f"use at most {limit}, or set data.packing=true" in text
-
-
-def test_no_sample_is_longer_than_a_sliding_window(data):
-    backbone = get_backbone("mistral-7b-v0.1")
-    assert backbone.context_length == backbone.sliding_window == 4096 < backbone.max_position_embeddings
-    text = problems(data(seq_length=8192, packing=False), backbone.name)
-    assert "data.seq_length=8192 is more than sliding_window=4096 (mistral-7b-v0.1)" in text
-    assert problems(data(seq_length=8192), backbone.name) == ""
-    text = problems(data(seq_length=8192, max_sample_length=5000), backbone.name)
-    assert "data.max_sample_length=5000 must be at most sliding_window=4096" in text and "use 4096" in text
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"max_sample_length": 0}, "data.max_sample_length=0 must be at least 1"),
-        (
-            {"max_sample_length": 300},
-            "data.max_sample_length=300 must be at most max_position_embeddings=2048 (phi-2) and",
-        ),
-        ({"packing_buffer": 0}, "data.packing_buffer=0 must be at least 1"),
-        ({"num_workers": -1}, "data.num_workers=-1 must be at least 0"),
-        ({"max_skip_share": 1.5}, "data.max_skip_share=1.5 must lie between 0 (stop at the first bad row) and 1"),
-        ({"long_samples": "drop"}, "data.long_samples='drop' is not supported; use one of: cut, skip"),
-    ],
-)
-def test_a_wrong_field_says_what_is_right(data, change, message):
-    assert message in problems(data(**change), "phi-2")
-
-
-def row(lengths: list[int], images: int) -> Batch:
-    """A packed row of `lengths`, whose last is padding, with so many image tokens at its start."""
-    size = sum(lengths)
-    tokens_BS = torch.ones(1, size, dtype=torch.int64)
-    tokens_BS[0, :images] = -200
-    return Batch(
-        tokens_BS=tokens_BS,
-        labels_BS=tokens_BS,
-        position_ids_BS=tokens_BS,
-        padding_mask_BS=(torch.arange(size) < size - lengths[-1])[None],
-        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        max_seqlen=max(lengths),
-        pixel_values_NCHW=torch.zeros(0),
+def encoder(template="v1", kind="tok_spm", features=16, **fields):
+    return Encoder(
+        template=get_template(template), tokenizer=load_tokenizer(ASSETS / kind), num_features=features, **fields
     )
 
 
-def test_imbalance_is_the_busiest_rank_over_the_mean():
-    assert costs([row([3, 4, 1], 2), row([8, 0], 5)]) == [15, 7, 9 + 16 + 1 + 64]
-    padded = row([4, 4], 0)
-    padded.cu_seqlens, padded.tokens_BS = None, torch.zeros(2, 4)
-    assert attention_cost(padded) == 32
-    found = imbalance(torch.tensor([[10.0, 0.0, 4.0], [10.0, 6.0, 12.0]]))
-    assert found == {"imbalance/tokens": 1.0, "imbalance/image_tokens": 2.0, "imbalance/attention": 1.5}
-    assert imbalance(torch.tensor([[7.0, 0.0, 3.0]]))["imbalance/image_tokens"] == 1.0  # no picture anywhere is even
+def pictures(*turns, count=1):
+    return parse_record({"image": ["a.png"] * count, "conversations": conversation(*turns)}, origin="rows.json row 3")
+
+
+def as_the_original_cuts(sample, limit, features, template="v1", kind="tok_spm"):
+    """The collator's cut of ids and labels to model_max_length, then every image grows (specification 4.2)."""
+    ids, labels, _ = encode_original(sample, get_template(template), load_tokenizer(ASSETS / kind), limit)
+    tokens, grown = [], []
+    for token, label in zip(ids[:limit], labels[:limit], strict=True):
+        size = features if token == IMAGE_TOKEN else 1
+        tokens, grown = tokens + [token] * size, grown + [label] * size
+    return tokens, [*grown[1:], -100]
+
+
+@pytest.mark.parametrize("label_mode", ["spans", "original"])
+@pytest.mark.parametrize("limit", [60, 130, 150, 170, 400])
+@pytest.mark.parametrize("place", ["{} <image>\nwhat is it?", "<image>\n{}", "{} <image> and <image>"])
+def test_text_is_cut_before_images_grow_as_in_the_original(place, limit, label_mode):
+    sample = pictures(place.format("look at this"), "a cat and a dog " * 8, count=place.count("<image>"))
+    encode = encoder(max_length=1000, text_length=limit, label_mode=label_mode)
+    tokens, labels = as_the_original_cuts(sample, limit, 16)
+    if all(label == -100 for label in labels) and label_mode == "spans":
+        with pytest.raises(BadSample, match=f"more than the {limit} ids .an image counts as one. or 1000 positions"):
+            encode(sample)
+        return
+    found = encode(sample)
+    assert (found.tokens_S.tolist(), found.labels_S.tolist()) == (tokens, labels)
+    assert len(found.images) == tokens.count(IMAGE_TOKEN) // 16
+    whole = encoder(max_length=1000)(sample)
+    assert found.length == whole.length
+    assert ("truncated" in found.notes) == (len(found.tokens_S) < len(whole.tokens_S))
+
+
+def test_the_two_rules_differ_by_what_images_take():
+    sample = pictures("<image>\nwhat?", "a cat " * 60)
+    by_position = encoder(max_length=200)(sample)
+    by_text = encoder(max_length=1000, text_length=200)(sample)
+    assert (len(by_position.tokens_S), len(by_text.tokens_S)) == (200, 215)
+    row = encoder(max_length=210, text_length=200)(sample)  # a row still ends where it ends
+    assert len(row.tokens_S) == 210
+
+
+@pytest.mark.parametrize("label_mode", ["spans", "original"])
+def test_a_text_that_is_cut_is_noted_in_both_label_modes(label_mode):
+    sample = parse_record({"conversations": conversation("what?", "a cat " * 60)}, origin="")
+    for fields in ({"max_length": 200}, {"max_length": 1000, "text_length": 200}):
+        found = encoder(label_mode=label_mode, **fields)(sample)
+        assert "truncated" in found.notes and len(found.tokens_S) == 200 < found.length
+
+
+def test_the_rule_reaches_the_loader(data):
+    """`data.length_counts=text`: of 40 ids and 15 more positions per image."""
+    tokenizer, tower = load_tokenizer(ASSETS / "tok_bpe"), get_tower("clip-tiny")
+    for counts, positions, ids in (("positions", 40, None), ("text", 256, 40)):
+        made = build_encoder(data(max_sample_length=40, seq_length=256, length_counts=counts), tokenizer, tower, "phi")
+        assert (made.max_length, made.text_length) == (positions, ids)
+
+
+def test_the_originals_labels_need_one_of_the_originals_templates():
+    with pytest.raises(ConfigError, match=r"data\.label_mode=original: the original has no template 'llama_3'"):
+        encoder("llama_3", max_length=100, label_mode="original")

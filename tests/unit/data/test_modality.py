@@ -56,6 +56,56 @@ def test_order_equals_the_specification(images, texts, seed):
     assert order(lengths, seed=seed) == expected
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    "seed, lengths, batch, chunks, images_only, text_only",
+    [
+        (
+            0,
+            [
+                170,
+                129,
+                104,
+                57,
+                65,
+                12,
+                19,
+                8,
+                39,
+                163,
+                131,
+                182,
+                103,
+                123,
+                194,
+                147,
+                128,
+                111,
+                114,
+                187,
+                59,
+                164,
+                135,
+                5,
+            ],
+            *(2, 3),
+            [2, 7, 12, 5, 20, 3, 19, 4, 22, 17, 1, 13, 11, 8, 9, 18, 10, 16, 14, 23, 0, 6, 21, 15],
+            [7, 5, 3, 20, 12, 2, 4, 17, 13, 1, 22, 19, 8, 18, 16, 10, 9, 11, 23, 6, 15, 21, 0, 14],
+        ),
+        (
+            1,
+            [97, 104, 152, 190, 11, 33, 165, 189, 53, 65, 174, 87, 58, 166, 55, 84, 130, 112, 21, 10, 173, 151, 168],
+            *(2, 4),
+            [20, 4, 22, 12, 13, 9, 6, 11, 3, 19, 7, 18, 2, 0, 16, 1, 10, 14, 21, 8, 17, 5, 15],
+            [4, 12, 9, 11, 6, 13, 22, 20, 19, 18, 0, 1, 16, 2, 7, 3, 5, 17, 8, 21, 14, 10, 15],
+        ),
+    ],
+)
+def test_one_modality_has_the_order_of_the_original(seed, lengths, batch, chunks, images_only, text_only, sign):
+    """What the original's `get_length_grouped_indices` gives: it balances the negative lengths of text as they are."""
+    assert order([sign * length for length in lengths], batch, chunks, seed) == (images_only if sign > 0 else text_only)
+
+
 def test_every_row_comes_once_and_full_batches_have_one_modality():
     lengths = mixed()
     found = order(lengths)

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from megatron_moellava.data.length_distribution import SOURCES, packing_bound, sample_lengths
+from megatron_moellava.data.length_distribution import SOURCES, sample_lengths
 from megatron_moellava.data.packing import fullest_subset, select_rows
 from megatron_moellava.data.statistics import packing
 
@@ -56,30 +56,14 @@ def test_rows_of_4096_are_98_percent_useful_on_the_665k_law(features, least, lon
     assert sum(rows for rows, *_ in SOURCES.values()) == 664 and 0.05 < (images == 0).mean() < 0.07
 
 
-def test_rows_of_2048_cannot_be_98_percent_useful_on_the_665k_law():
-    """Too few conversations are short enough for a third image: no order and no algorithm could do it."""
-    tokens, _ = sample_lengths(6000, 576, 2048)
-    bound = packing_bound(tokens, 2048)
-    assert 0.97 * bound < useful(tokens, 2048, 128) < bound < 0.92
-
-
-def test_the_bound_is_right_where_the_answer_is_known():
-    assert packing_bound(np.full(10, 48), 100, grid=1) == pytest.approx(0.96)
-    assert packing_bound(np.array([60, 40] * 5), 100, grid=1) == pytest.approx(1.0)
-    assert packing_bound(np.array([60, 30] * 5), 100, grid=1) == pytest.approx(0.9)
-
-
 def test_short_samples_fill_short_rows():
     tokens = np.random.default_rng(0).integers(30, 68, 4000)  # the quickstart's conversations
     assert useful(tokens, 512, 64) >= 0.99
 
 
 def test_ranks_get_rows_of_equal_cost():
-    """Busiest rank over the mean of 8, per step; rows in random order would be at 1.5."""
-    costs = []
-    for rank in range(8):
-        tokens, _ = sample_lengths(2000, 576, 4096, seed=rank)
-        costs.append([float((tokens[row] ** 2).sum()) for row in packing(tokens, 4096, 128)])
-    steps = min(map(len, costs))
-    table = np.array([row[:steps] for row in costs])
-    assert (table.max(0) / table.mean(0)).mean() < 1.25
+    """Busiest rank over the mean of 8, per step; rows in random order would be at 1.4."""
+    tokens, _ = sample_lengths(16_000, 576, 4096)
+    costs = [float((tokens[row].astype(float) ** 2).sum()) for row in packing(tokens, 4096, 128)]
+    table = np.array(costs[: len(costs) // 8 * 8]).reshape(-1, 8)
+    assert (table.max(1) / table.mean(1)).mean() < 1.1

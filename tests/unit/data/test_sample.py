@@ -5,17 +5,21 @@ import json
 import pytest
 
 from megatron_moellava.config import DataError
-from megatron_moellava.data import sample as reader
+from megatron_moellava.data import rows as reader
 from megatron_moellava.data.index import index_json
-from megatron_moellava.data.sample import BadSample, parse_record, read_rows
+from megatron_moellava.data.rows import read_rows
+from megatron_moellava.data.sample import BadSample, parse_record
 from tests.helpers.data_files import conversation, row, write_rows
 
 GOOD = conversation("<image>\nWhy?", "Because.")
 BAD = {
     "not a record": (["list"], "must be a JSON object"),
     "no conversation": ({"image": "a.png", "conversations": []}, "non-empty list"),
-    "malformed turn": ({"conversations": [{"from": "human"}]}, "turn 0 must be an object"),
-    "unknown role": ({"conversations": [{"from": "bot", "value": "x"}]}, "turn 0 is from 'bot'; use 'human' or 'gpt'"),
+    "malformed turn": ({"conversations": [{"from": "human"}]}, "turn 0 of `conversations` must be an object"),
+    "unknown role": (
+        {"conversations": [{"from": "bot", "value": "x"}]},
+        "turn 0 of `conversations` is from 'bot'; use 'human' or 'gpt'",
+    ),
     "roles do not alternate": (
         {"conversations": [*conversation("a", "b"), {"from": "gpt", "value": "c"}]},
         "must alternate human, gpt",
@@ -27,7 +31,7 @@ BAD = {
         "more than data.max_images=16",
     ),
     "malformed image field": ({"image": 3, "conversations": GOOD}, "name or a list of names"),
-    "image and video": ({"image": "a", "video": "b", "conversations": GOOD}, "both `image` and `video`"),
+    "image and video": ({"image": "a", "video": "b", "conversations": GOOD}, "both `image` and `video`; keep one"),
     "invalid UTF-8": ({"conversations": conversation("a \udcff", "b")}, "not valid UTF-8"),
 }
 
@@ -41,9 +45,9 @@ def test_a_bad_record_names_row_rule_and_fix(reason):
     assert str(caught.value).startswith("train.json row 17")
 
 
-def test_an_image_row_without_its_image_field_is_refused():
-    with pytest.raises(BadSample, match="1 `<image>` in the conversation but 0"):
-        parse_record({"conversations": GOOD}, origin="")
+def test_an_image_row_without_its_image_field_is_text_and_noted():
+    sample = parse_record({"conversations": GOOD}, origin="")
+    assert not sample.images and sample.notes == ("`<image>` without a picture",)
 
 
 def test_a_leading_answer_is_dropped():
@@ -122,6 +126,11 @@ def test_the_index_holds_every_row_once_and_counts_duplicate_ids(tmp_path):
     assert index.duplicates == 4 and "row 4 repeats the id 'id0' of row 0, 4 rows in all" in index.duplicates_message
     assert "give each row its own id" in index.duplicates_message
     assert (index.lengths < 0).all()
+
+
+def test_ids_that_read_alike_are_duplicates(tmp_path):
+    index = index_json(write_rows(tmp_path, [row(0, None, id=3), row(1, None, id="3")]), tmp_path / "cache")
+    assert index.duplicates == 2
 
 
 def test_the_index_follows_the_file(tmp_path):

@@ -4,16 +4,20 @@ import base64
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from megatron_moellava.config import DataError
+from megatron_moellava.data.sample import BadSample, parse_record
 from megatron_moellava.data.shards import make_shards
+from megatron_moellava.data.sources import Reader
 from tests.helpers.data_files import (
     config,
     conversation,
@@ -70,6 +74,100 @@ def test_an_interrupted_conversion_writes_only_what_is_missing(tmp_path):
     make_shards(path, tmp_path / "raw", out, rows_per_shard=9)
     assert {file.name: file.read_bytes() for file in out.glob("*.tar")} == first
     assert all((out / name).stat().st_mtime_ns == time for name, time in times.items())
+
+
+def second_run(path, out, **options) -> tuple[str, dict | None]:
+    """(error or "", report without what names this run)"""
+    try:
+        return "", make_shards(path, path.parent, out, rows_per_shard=4, **options)
+    except DataError as error:
+        return str(error), None
+
+
+BAD_ROWS = {
+    "missing image": {"image": "gone.png"},
+    "unreadable image": {"image": "broken.png"},
+    "no conversation": {"conversations": []},
+    "unknown key": {"img": "a.png"},
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_refused_conversion_is_refused_again(tmp_path, kind, workers):
+    path = write_rows(write_images(tmp_path), [row(i, **(BAD_ROWS[kind] if i == 5 else {})) for i in range(20)])
+    (tmp_path / "broken.png").write_bytes(b"x")
+    for _ in range(3):
+        message, _ = second_run(path, tmp_path / "out", workers=workers)
+        assert "1 of 20 rows are bad, more than --max-skip-share 0.0 allows" in message
+    first, again = (second_run(path, tmp_path / "out", max_skip_share=0.05)[1] for _ in range(2))
+    assert first == again and first["written"] == 19 and first["skipped"] == {kind: 1}
+    assert "1 of 20 rows are bad" in second_run(path, tmp_path / "out")[0]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05])
+def test_a_repaired_picture_is_in_the_shards_of_the_next_run(tmp_path, share):
+    path = write_rows(write_images(tmp_path), [row(i, "late.png" if i == 5 else "a.png") for i in range(20)])
+    message, report = second_run(path, tmp_path / "out", max_skip_share=share)
+    assert ("rows are bad" in message) if not share else (report["written"] == 19)
+    write_images(tmp_path, ("late.png",))
+    message, report = second_run(path, tmp_path / "out", max_skip_share=share)
+    assert message == "" and report["written"] == 20 and not report["skipped"]
+
+
+def test_a_changed_picture_is_in_the_shards_of_the_next_run(tmp_path):
+    path, out = make_set(tmp_path / "raw", 12), tmp_path / "out"
+    second_run(path, out)
+    before = {file.name: file.read_bytes() for file in out.glob("*.tar")}
+    Image.new("RGB", (50, 50), "red").save(tmp_path / "raw" / "b.png")
+    second_run(path, out)
+    changed = [file.name for file in out.glob("*.tar") if file.read_bytes() != before[file.name]]
+    shutil.rmtree(out)
+    second_run(path, out)
+    after = {file.name: file.read_bytes() for file in out.glob("*.tar")}
+    assert changed and {name for name in after if after[name] != before[name]} == set(changed)
+
+
+def test_a_system_prompt_and_the_order_of_pictures_survive(tmp_path):
+    names = [f"{i}.png" for i in range(12)]
+    write_images(tmp_path, names)
+    order = names[::-1]
+    turns = conversation("<image>" * 12, "b")
+    path = write_rows(tmp_path, [{"id": "x", "images": order, "system": "Be brief.", "conversations": turns}])
+    make_shards(path, tmp_path, tmp_path / "shards")
+    options = {"packing": False, "seq_length": 512}
+    plain, shard = (
+        next(make_loader(config(source, **options), micro_batch_size=1)) for source in (path, tmp_path / "shards")
+    )
+    assert torch.equal(plain.pixel_values_NCHW, shard.pixel_values_NCHW) and len(plain.pixel_values_NCHW) == 12
+    assert torch.equal(plain.tokens_BS, shard.tokens_BS)
+
+
+MEMBERS = ["1.png", "2.png", "10.png"]
+ORDERS = {  # the record's names, the members in the tar's order -> the members in the sample's order, or what is wrong
+    "by name": (["10.png", "1.png", "2.png"], MEMBERS, ["10.png", "1.png", "2.png"]),
+    "by name in a folder": (["a/10.png", "a/1.png"], MEMBERS, ["10.png", "1.png"]),
+    "by key and name": (["x.2.png", "x.10.png"], MEMBERS, ["2.png", "10.png"]),
+    "twice": (["2.png", "1.png", "2.png"], MEMBERS, ["2.png", "1.png", "2.png"]),
+    "one of another name": (["coco/000.jpg"], ["jpg"], ["jpg"]),
+    "other names in the tar's order": (["a.jpg", "b.jpg", "c.jpg"], MEMBERS, MEMBERS),
+    "other names, unordered": (["a.jpg", "b.jpg", "c.jpg"], ["1.png", "10.png", "2.png"], "not in the order"),
+    "one name of several": (["1.png", "b.png", "c.png"], MEMBERS, "'b.png' is not in the shard"),
+    "too few": (["a.png", "b.png", "c.png"], MEMBERS[:2], "'a.png' is not in the shard"),
+}
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_members_come_in_the_records_order_or_the_row_is_bad(case):
+    names, members, expected = ORDERS[case]
+    turns = conversation("<image>" * len(names), "b")
+    sample = parse_record({"image": names, "conversations": turns}, origin="row")
+    files = {name: name.encode() for name in members}
+    if isinstance(expected, str):
+        with pytest.raises(BadSample, match=expected):
+            Reader.with_members(sample, files)
+    else:
+        assert [ref.data.decode() for ref in Reader.with_members(sample, files).images] == expected
 
 
 def test_a_folder_of_another_source_is_refused(tmp_path):
@@ -172,7 +270,7 @@ def test_hostile_names_in_a_tar_reach_no_file(tmp_path):
 
 def test_a_folder_without_energons_index_says_what_to_do(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"")
-    with pytest.raises(DataError, match=r"without Energon's .nv-meta; make shards with tools/prepare_data.py"):
+    with pytest.raises(DataError, match=r"without Energon's .nv-meta; make shards with moellava prepare-data"):
         make_loader(config(tmp_path))
 
 

@@ -10,7 +10,7 @@ from megatron_moellava.config import ConfigError
 from megatron_moellava.data.encode import IMAGE_TOKEN, encode, expand
 from megatron_moellava.data.original import encode_original
 from megatron_moellava.data.sample import Turn, parse_record
-from megatron_moellava.data.templates import TEMPLATES, get_template, prompt
+from megatron_moellava.data.templates import TEMPLATES, get_template, prompt, turns_of
 from megatron_moellava.data.tokenizer import load_tokenizer
 from tests.helpers.data_files import ASSETS, conversation
 
@@ -40,18 +40,28 @@ PROMPTS = {
         " and honest answers.<|im_end|><|im_start|>user\n<image>\nHi<|im_end|><|im_start|>assistant\nyo<|im_end|>"
     ),
     "v0": f"{HUMAN}\n\n### Human: <image>\nHi\n### Assistant: yo\n### ",
+    "llama_3": (
+        "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able to"
+        " understand the visual content that the user provides, and assist the user with a variety of tasks using natural"
+        " language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nyo<|eot_id|>"
+    ),
     "short": "USER: <image>\nHi ASSISTANT: yo</s>",
 }
 OPEN = {
     "v1": f"{USER} USER: Hi ASSISTANT:",
-    "v0": f"{HUMAN}###Human: Hi###Assistant:",
+    "v0": "social instability.\n###Human: Hi###Assistant:",
+    "llava_v0": f"{HUMAN}###Human: Hi###Assistant:",
+    "llama_3": (
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
     "llava_llama_2": "USER",
     "mpt": "<|im_start|>user\nHi<|im_end|><|im_start|>assistant\n",
     "short": "USER: Hi ASSISTANT:",
 }
 # What the original's counting relies on: BOS for the "bos" rules, none for the others.
 SPM = ("v1", "vicuna_v1", "llava_v1", "v1_mmtag", "mistral", "minicpm", "llama_2", "llava_llama_2", "plain", "short")
-BPE = ("phi", "qwen", "stablelm", "mpt", "plain")
+BPE = ("phi", "qwen", "stablelm", "mpt", "chatml", "plain")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +88,33 @@ def test_generation_prompt_ends_where_the_answer_begins(version):
 def test_second_turn_of_llama_2_starts_anew():
     turns = (*HI, Turn(role="user", text="and?"), Turn(role="assistant", text="no"))
     assert prompt(get_template("llama_2"), turns).endswith("yo </s><s>[INST] and? [/INST] no </s>")
+
+
+def test_prompts_of_v0_begin_with_an_example_and_training_does_not():
+    """The original's `conv_vicuna_v0` has two turns of its own, `conv_llava_v0` none; label functions use neither."""
+    question = (Turn(role="user", text="Hi"),)
+    example = prompt(get_template("v0"), question)
+    assert example.startswith(
+        f"{HUMAN}###Human: What are the key differences between renewable and non-renewable energy"
+    )
+    assert example.count("###") == 4 and example.count("\n") == 7
+    assert prompt(get_template("v0"), HI) == prompt(get_template("llava_v0"), HI)
+    assert prompt(get_template("default"), question) == example
+
+
+@pytest.mark.parametrize("version", TEMPLATES)
+def test_only_v0_keeps_a_leading_answer(version, tokenizers):
+    turns = [{"from": "gpt", "value": "lake"}, *conversation("<image>\nis it?", "yes it is")]
+    sample = parse_record({"image": "a.png", "conversations": turns}, origin="")
+    template = get_template(version)
+    kept = template.style == "single"
+    assert ("### Assistant: lake\n### Human" in prompt(template, turns_of(template, sample))) == kept
+    tokenizer = tokenizers["spm"]
+    ids, labels = encode(sample, template, tokenizer)
+    trained = tokenizer.decode([label for label in labels if label != -100])
+    assert ("lake" in trained) == kept and "yes it is" in trained
+    if template.labels:
+        assert encode_original(sample, template, tokenizer, 10_000)[0] == ids
 
 
 def test_mmtag_surrounds_images():

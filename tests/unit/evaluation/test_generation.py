@@ -6,7 +6,7 @@ import pytest
 
 from megatron_moellava import parallel
 from megatron_moellava.config import MoEConfig
-from megatron_moellava.evaluation.generation import CheckpointEngine
+from megatron_moellava.evaluation.generation import CheckpointAnswers
 from megatron_moellava.evaluation.runner import Options, evaluate, make_request, read_questions
 from megatron_moellava.evaluation.tasks import get_task
 from tests.helpers import evaluation_miniatures as miniatures
@@ -23,12 +23,12 @@ def engine():
 def test_every_question_is_answered_by_the_model(tmp_path, engine, name):
     getattr(miniatures, name)(tmp_path)
     task, options = get_task(name), Options(progress=False, bootstrap_samples=20)
-    record = evaluate(task, tmp_path, tmp_path / "out", CheckpointEngine(engine), model="tiny", options=options)
+    record = evaluate(task, tmp_path, tmp_path / "out", CheckpointAnswers(engine), model="tiny", options=options)
     assert record is not None
     rows = [json.loads(line) for line in (tmp_path / "out" / name / "predictions.jsonl").open()]
     questions = read_questions(task, tmp_path, options).chosen
     assert len(rows) == len(questions)
-    alone = next(CheckpointEngine(engine).generate([make_request(task, questions[0])]))
+    alone = next(CheckpointAnswers(engine).generate([make_request(task, questions[0])]))
     assert rows[0]["text"] == alone.text.strip()
 
 
@@ -39,5 +39,7 @@ def test_the_pictures_matter(tmp_path, engine):
     for blank in (False, True):
         chosen = read_questions(task, tmp_path, Options(blank_images=blank)).chosen
         requests = [make_request(task, question) for question in chosen]
-        said[blank] = sorted((answer.request_id, answer.text) for answer in CheckpointEngine(engine).generate(requests))
+        said[blank] = sorted(
+            (answer.request_id, answer.text) for answer in CheckpointAnswers(engine).generate(requests)
+        )
     assert said[False] != said[True]

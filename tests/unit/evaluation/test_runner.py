@@ -6,19 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_moellava.config import ConfigError, DataError
+from megatron_moellava.config import DataError
 from megatron_moellava.evaluation.predictions import Place
-from megatron_moellava.evaluation.runner import Answer, Options, evaluate, make_request, read_questions
+from megatron_moellava.evaluation.runner import Answer, Options, read_questions
 from megatron_moellava.evaluation.tasks import TASKS, get_task
 from tests.helpers import evaluation_miniatures as miniatures
-
-QUIET = Options(progress=False, bootstrap_samples=50)
-PICTURES = {"mmbench_cn": lambda root: miniatures.mmbench(root, "mmbench_dev_cn_20231003.tsv")}
-ALIASES = {"scienceqa": "science_qa", "quickstart_pope": "quickstart"}
-
-
-def write_miniature(name, root):
-    return PICTURES.get(name, getattr(miniatures, ALIASES.get(name, name), None))(root)
+from tests.helpers.evaluation_runs import predictions_of, run, write_miniature
 
 
 class Oracle:
@@ -41,15 +34,6 @@ class Oracle:
                 request_id=request.id,
                 text=next((f" {answer}\n" for key, answer in self.table.items() if key in text), self.default),
             )
-
-
-def run(name, root, engine, **more):
-    options = more.pop("options", QUIET)
-    return evaluate(get_task(name), root, root / "out", engine, model="ours", options=options, **more)
-
-
-def predictions_of(root, name):
-    return [json.loads(line) for line in (root / "out" / name / "predictions.jsonl").read_text().splitlines()]
 
 
 def test_answers_are_scored_and_written_in_the_order_and_columns_of_the_original(tmp_path):
@@ -77,54 +61,6 @@ def test_every_benchmark_runs_from_questions_to_record(tmp_path, name):
     assert len(engine.asked) == len(get_task(name).read(tmp_path))
     assert (record["value"] is None) == (name in ("vqav2", "vizwiz", "llava_bench", "mm_vet"))
     assert bool(record.get("submission")) == (get_task(name).submit is not None)
-
-
-@pytest.mark.parametrize(
-    ("name", "aspect", "tokens", "end"),
-    [
-        ("vqav2", "model", 128, "phrase."),
-        ("gqa", "model", 128, "phrase."),
-        ("vizwiz", "model", 128, "phrase."),
-        ("textvqa", "model", 128, "phrase."),
-        ("pope", "model", 128, "phrase."),
-        ("mme", "model", 128, "phrase."),
-        ("seed", "model", 128, "directly."),
-        ("scienceqa", "square", 1024, "\nAnswer with the option's letter from the given choices directly."),
-        ("mmbench", "model", 1024, "\nAnswer with the option's letter from the given choices directly."),
-        ("mmbench_cn", "model", 1024, "\n请直接回答选项字母。"),
-        ("llava_bench", "square", 1024, "Where is this?"),
-        ("mm_vet", "square", 1024, "Question 0?"),
-    ],
-)
-def test_requests_follow_the_specification(tmp_path, name, aspect, tokens, end):
-    write_miniature(name, tmp_path)
-    request = make_request(get_task(name), get_task(name).read(tmp_path)[0])
-    assert (request.image_aspect_ratio, request.max_new_tokens, request.temperature) == (aspect, tokens, 0.0)
-    assert request.turns[0].role == "user"
-    assert request.turns[0].text.startswith("<image>\n")
-    assert request.turns[0].text.endswith(end)
-
-
-def test_mmbench_prompt_is_hint_question_and_lettered_options(tmp_path):
-    miniatures.mmbench(tmp_path)
-    first, second = get_task("mmbench").read(tmp_path)
-    assert first.text == "Look left.\nWhich one?\nA. cat\nB. dog\nC. cow"
-    assert second.text == 'Line one\nLine two?\nA. sodium Na\nB. say "no"'
-    rotated = get_task("mmbench").read(tmp_path, circular=True)
-    assert [question.round for question in rotated] == [0, 1, 2, 0, 1]
-    assert rotated[1].text.endswith("A. dog\nB. cow\nC. cat")
-    assert rotated[1].fields["option_char"] == "BCA"
-
-
-def test_a_science_question_without_a_picture_has_no_placeholder(tmp_path):
-    miniatures.science_qa(tmp_path)
-    engine = Oracle({}, default="A")
-    run("scienceqa", tmp_path, engine)
-    by_id = {request.id: request for request in engine.asked}
-    assert by_id["3#0"].images == ()
-    assert "<image>" not in by_id["3#0"].turns[0].text
-    # The original's scorer tells the two kinds apart by the logged prompt.
-    assert ["<image>" in row["prompt"] for row in predictions_of(tmp_path, "scienceqa")] == [True, True, False]
 
 
 def test_an_interrupted_run_asks_only_what_is_left(tmp_path):
@@ -182,25 +118,6 @@ def test_several_processes_agree_with_one(tmp_path, places, asked):
     assert run_together("mme", tmp_path, engines, places) == [alone] + [None] * (len(places) - 1)
     assert [len(engine.asked) for engine in engines] == asked
     assert (tmp_path / "out/mme/predictions.jsonl").read_text() == text
-
-
-def test_answers_that_rank_0_cannot_see_are_an_error(tmp_path):
-    miniatures.gqa(tmp_path)
-    with pytest.raises(DataError, match=r"1 of 3 answers are missing.*shared file system"):
-        run("gqa", tmp_path, Oracle({}), place=Place(rank=0, world_size=2))
-
-
-def test_a_folder_never_mixes_two_runs(tmp_path):
-    miniatures.gqa(tmp_path)
-    run("gqa", tmp_path, Oracle({}))
-    with pytest.raises(ConfigError, match=r"model='ours', this run has model='other'"):
-        evaluate(get_task("gqa"), tmp_path, tmp_path / "out", Oracle({}), model="other", options=QUIET)
-    with pytest.raises(ConfigError, match="blank_images=False"):
-        run("gqa", tmp_path, Oracle({}), options=Options(progress=False, blank_images=True))
-    path = tmp_path / "gqa/llava_gqa_testdev_balanced.jsonl"
-    path.write_text(path.read_text().replace("a1?", "a1 again?"))
-    with pytest.raises(ConfigError, match="questions="):
-        run("gqa", tmp_path, Oracle({}))
 
 
 def test_a_limited_run_can_be_extended(tmp_path):

@@ -13,7 +13,7 @@ from megatron_moellava.analysis.command import analyse
 from megatron_moellava.analysis.similarity import expert_similarity
 from megatron_moellava.config import CheckpointConfig, CheckpointError, ConfigError, LoggingConfig, ParallelConfig
 from megatron_moellava.experiments.grid import load_grid
-from megatron_moellava.experiments.nodes import finished, run_node
+from megatron_moellava.experiments.nodes import finished, overrides_of, resolve, run_node
 from megatron_moellava.training.loop import Trainer
 from tests.helpers import data_files
 from tests.helpers.inference_models import TOKENIZER, tiny_run
@@ -43,13 +43,15 @@ RUN = {
     "training": {"global_batch_size": 2, "precision": "fp32"},
     "logging": {"tensorboard": False, "routing_interval": 1},
 }
+
+
 GRID = {
     "baseline": "moe",
     "seeds": [1],
     "cells": {"moe": {}},
     "steps": {
         "stage2": {"kind": "given", "folder": "{here}/stage2"},
-        "upcycle": {"kind": "upcycle", "from": "stage2", "moe": {"num_experts": 3}, "noise_std": 0.0},
+        "upcycle": {"kind": "upcycle", "from": "stage2", "moe": {"num_moe_experts": 3}, "noise_std": 0.0},
         "stage3": {
             "kind": "train",
             "from": "upcycle",
@@ -99,7 +101,8 @@ def test_a_node_trains_asks_and_says_what_it_found(chain):
     assert numbers["max_load"] >= 1 and numbers["diverged"] == 0.0
     records = [json.loads(line) for line in (folder / "runs" / nodes[-1].name / "routing.jsonl").open()]
     assert len(records) == 3
-    assert "type:color" in records[0]["layers"][0]["groups"]
+    groups = {name for record in records for name in record["layers"][0]["groups"]}
+    assert groups >= {"text", "image", "type:color", "type:existence"}
     assert records[0]["layers"][0]["load_balancing_loss"] > 0
 
 
@@ -118,6 +121,7 @@ def options(chain, out, **changes):
         "template": "",
         "precision": "",
         "overrides": [],
+        "no_verify": False,
     }
     return SimpleNamespace(**base | changes)
 
@@ -176,3 +180,17 @@ def test_what_cannot_be_analysed_is_refused(chain, tmp_path):
         analyse(options(chain, tmp_path, load=folder / "stage2", tokenizer=str(TOKENIZER)))
     with pytest.raises(CheckpointError, match="--origin"):
         expert_similarity(folder / "runs" / nodes[1].name, save_dense(folder / "phi", "phi-2-tiny"))
+
+
+def test_a_command_gets_its_settings_and_its_folder(grid, tmp_path):
+    node = grid.chain("four", 3)[0]
+    run_node(grid, tmp_path, node)
+    assert (tmp_path / node.name / "data.json").read_text() == "red 3"
+    assert finished(tmp_path, node)["seed"] == 3
+    stage2 = grid.chain("four", 3)[1]
+    assert resolve(grid, tmp_path, stage2, "data") == str(tmp_path / node.name / "data.json")
+
+
+def test_settings_become_overrides():
+    tree = {"optimizer": {"lr": 0.1, "clip_grad": 0}, "training": {"trains": ["projector"]}}
+    assert overrides_of(tree) == ["optimizer.lr=0.1", "optimizer.clip_grad=0", 'training.trains=["projector"]']

@@ -9,8 +9,8 @@ import torch
 from megatron_moellava import parallel
 from megatron_moellava.config import DataError, MoEConfig
 from megatron_moellava.data.sample import Turn
-from megatron_moellava.inference.packed_linear import Products, can_pack
-from megatron_moellava.inference.request_state import Running
+from megatron_moellava.inference.packed_linear import PackedLinear, can_pack
+from megatron_moellava.inference.request_state import RequestState
 from megatron_moellava.inference.requests import Request, Sampling
 from tests.helpers.inference_models import GATES, ask, mixed_requests, tiny_engine
 
@@ -27,13 +27,13 @@ def _leave_no_groups():
 def seen(monkeypatch):
     """Logits that every choice was made from, by request."""
     logits: dict[str, list[torch.Tensor]] = {}
-    choose = Running.choose
+    choose = RequestState.choose
 
     def record(self, logits_KV, likeliest):
         logits.setdefault(self.request.id, []).append(logits_KV[0].clone())
         return choose(self, logits_KV, likeliest)
 
-    monkeypatch.setattr(Running, "choose", record)
+    monkeypatch.setattr(RequestState, "choose", record)
     return logits
 
 
@@ -47,13 +47,13 @@ def uncached(engine, request, tokens) -> torch.Tensor:
     return logits_1SV[0, len(prompt.tokens) - 1 :, : engine.prompter.tokenizer.vocab_size]
 
 
-@pytest.mark.parametrize("straight", [True, False], ids=["straight", "modules"])
+@pytest.mark.parametrize("fast", [True, False], ids=["fast decoder", "modules"])
 @pytest.mark.parametrize("gate", GATES)
-def test_cached_batched_logits_equal_the_uncached_ones(gate, straight, seen):
+def test_cached_batched_logits_equal_the_uncached_ones(gate, fast, seen):
     engine = tiny_engine(GATES[gate], max_batch_size=3)
-    assert engine.forward.straight is not None
-    if not straight:
-        engine.forward.straight = None
+    assert engine.forward.fast_decoder is not None
+    if not fast:
+        engine.forward.fast_decoder = None
     requests = mixed_requests()
     completions = {completion.request_id: completion for completion in engine.generate(requests)}
     assert len(completions) == len(requests)
@@ -92,7 +92,11 @@ def test_minicpm_without_multimodal_scale_is_cached_right(seen):
 def test_a_gate_that_drops_treats_every_request_as_if_it_had_come_alone(seen):
     """Eight experts with an evaluation capacity of 0.5: prompts lose choices, and which ones must not depend on company."""
     moe = MoEConfig(
-        num_experts=8, router="original", capacity_factor=1.5, eval_capacity_factor=0.5, second_choice="deterministic"
+        num_moe_experts=8,
+        router="original",
+        moe_expert_capacity_factor=1.5,
+        eval_capacity_factor=0.5,
+        second_choice="deterministic",
     )
     engine = tiny_engine(moe, max_batch_size=4)
     together = {completion.request_id: completion.tokens for completion in engine.generate(mixed_requests())}
@@ -108,7 +112,7 @@ def test_weights_are_packed_and_give_the_same_products():
     assert can_pack(torch.float32)
     x, weight, bias = torch.randn(8, 48), torch.randn(32, 48), torch.randn(32)
     for packs in (True, False):
-        product = Products(packs)
+        product = PackedLinear(packs)
         torch.testing.assert_close(product(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
         assert bool(product._packed) == packs
 

@@ -1,5 +1,7 @@
 """Routers: capacity counts real tokens only, kinds and modules belong together, noise comes from a layer's own stream."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,10 +10,17 @@ from megatron_moellava.config import MoEConfig, ParallelConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.inputs import model_inputs
-from megatron_moellava.model.router import LayerNoise, within_capacity
+from megatron_moellava.model.router import (
+    LayerNoise,
+    MegatronRouter,
+    OriginalRouter,
+    router_builder,
+    uniform_router_init,
+    within_capacity,
+)
 from megatron_moellava.routing.observer import RouterCall, RoutingObserver
 from tests.helpers.batches import padded
-from tests.helpers.inference_models import scatter, tiny_run
+from tests.helpers.inference_models import GATES, scatter, tiny_run
 
 TOKENS = torch.randint(3, 400, (3, 20), generator=torch.Generator().manual_seed(5))
 LENGTHS = (20, 7, 12)
@@ -45,7 +54,7 @@ def routed(moe: MoEConfig, width: int) -> tuple[torch.Tensor, list[torch.Tensor]
 @pytest.mark.parametrize("topk", [1, 2])
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
 def test_padding_takes_no_place_at_an_expert_and_makes_none(factor, topk, bias):
-    moe = MoEConfig(capacity_factor=factor, moe_router_topk=topk, moe_router_enable_expert_bias=bias)
+    moe = MoEConfig(moe_expert_capacity_factor=factor, moe_router_topk=topk, moe_router_enable_expert_bias=bias)
     losses, maps, of_padding = routed(moe, 20)
     places = -(-sum(LENGTHS) * topk * factor // 4)
     for item in maps:
@@ -61,7 +70,7 @@ def test_padding_takes_no_place_at_an_expert_and_makes_none(factor, topk, bias):
 
 @pytest.mark.parametrize("factor", [None, 0.5], ids=["dropless", "capacity"])
 def test_an_expert_bias_counts_what_real_tokens_ask_for_and_not_what_is_left_after_dropping(factor):
-    moe = MoEConfig(capacity_factor=factor, moe_router_enable_expert_bias=True)
+    moe = MoEConfig(moe_expert_capacity_factor=factor, moe_router_enable_expert_bias=True)
     parallel.initialize(ParallelConfig(), 1)
     (model,) = build_model(tiny_run(moe))
     scatter(model)
@@ -93,3 +102,82 @@ def test_fresh_noise_is_a_stream_of_the_layer():
     torch.rand(9)  # other generators do not matter
     assert torch.equal(LayerNoise(1)(logits_NE, torch.rand), drawn[0])
     assert not torch.equal(LayerNoise(2)(logits_NE, torch.rand), drawn[0])
+
+
+def first_router(moe: MoEConfig, backbone: str = "llama-tiny"):
+    (model,) = build_model(tiny_run(moe, backbone))
+    return next(module for module in model.modules() if isinstance(module, MegatronRouter))
+
+
+def test_weights_start_as_torchs_linear_does():
+    torch.manual_seed(0)
+    weight_EH = uniform_router_init(torch.empty(4, 100))
+    assert weight_EH.abs().max() <= 0.1
+    assert weight_EH.std() == pytest.approx(0.1 / math.sqrt(3), rel=0.1)
+
+
+def test_routers_are_fp32_and_have_no_bias_where_the_mlps_have_one(world):
+    router = first_router(MoEConfig(), "phi-2-tiny")
+    assert router.config.add_bias_linear is False and router.bias is None
+    assert router.weight.dtype == torch.float32
+
+
+def test_the_kind_of_a_run_chooses_the_module():
+    assert router_builder(MoEConfig()) is MegatronRouter
+    original = router_builder(MoEConfig(router="original", moe_expert_capacity_factor=1.0))
+    assert original.func is OriginalRouter and original.keywords["moe"].router == "original"
+
+
+def test_probabilities_sum_to_one_over_all_experts(world):
+    logits_NE = torch.randn(5, 4)
+    softmax = first_router(MoEConfig())
+    assert torch.allclose(softmax.probabilities(logits_NE), logits_NE.softmax(-1))
+    biased = first_router(GATES["balanced by a bias"])
+    assert torch.allclose(biased.probabilities(logits_NE), logits_NE.sigmoid() / logits_NE.sigmoid().sum(-1, True))
+
+
+def test_an_expert_bias_changes_who_is_asked_and_not_the_probabilities(world):
+    router = first_router(GATES["balanced by a bias"])
+    logits_NE = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    assert router.choices(logits_NE).tolist() == [[0, 1]]
+    router.expert_bias[3] += 10.0
+    assert router.choices(logits_NE).tolist() == [[3, 0]]
+
+
+def test_the_original_counts_places_batch_first(world):
+    """Two rows of three tokens that all want expert 0, with two places: both are of the first row."""
+    moe = MoEConfig(router="original", moe_router_topk=1, moe_expert_capacity_factor=1.0, min_capacity=0)
+    router = first_router(moe)
+    router.gate.noise = lambda logits_NE, draw: torch.arange(len(logits_NE), 0, -1.0)[:, None].expand_as(logits_NE)
+    logits_SBE = torch.zeros(3, 2, 4)
+    logits_SBE[..., 0] = 9.0
+    _, map_NE = router.routing(logits_SBE)
+    assert router.gate(logits_SBE.transpose(0, 1).reshape(-1, 4)).capacity == 2
+    assert map_NE[:, 0].view(3, 2).tolist() == [[True, False], [True, False], [False, False]]
+
+
+def test_the_originals_balance_loss_reaches_the_logits_by_its_coefficient(world):
+    gradients = []
+    for coefficient in (0.0, 0.01, 0.02):
+        torch.manual_seed(0)
+        router = first_router(
+            MoEConfig(router="original", moe_expert_capacity_factor=4.0, moe_aux_loss_coeff=coefficient)
+        )
+        router.gate.noise = lambda logits_NE, draw: torch.zeros_like(logits_NE)
+        logits_SBE = torch.linspace(-1, 1, 24).view(6, 1, 4).requires_grad_()
+        probs_NE, _ = router.routing(logits_SBE)
+        (probs_NE.sum() * 0.0).backward()
+        gradients.append(logits_SBE.grad)
+    assert not gradients[0].any()
+    assert gradients[1].abs().max() > 0
+    assert torch.allclose(2 * gradients[1], gradients[2])
+
+
+def test_noise_of_a_layer_is_its_own_and_repeats_with_the_generators_state(world):
+    logits_NE = torch.zeros(4, 3)
+    first, second = LayerNoise(1), LayerNoise(2)
+    drawn = first(logits_NE, torch.rand), second(logits_NE, torch.rand), first(logits_NE, torch.rand)
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    before = torch.get_rng_state()
+    first(logits_NE, torch.rand)
+    assert torch.equal(torch.get_rng_state(), before), "the run's own generator is left alone"

@@ -6,12 +6,17 @@ import pytest
 import torch
 
 from megatron_moellava import parallel
-from megatron_moellava.config import ConfigError, LoggingConfig, MoEConfig, OptimizerConfig, ParallelConfig
+from megatron_moellava.config import (
+    LoggingConfig,
+    MoEConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from megatron_moellava.training.loop import Trainer
-from megatron_moellava.training.optimizer import distributed_optimizers
-from megatron_moellava.training.validate import validate
-from tests.helpers.batches import words
+from megatron_moellava.training.optimizer import distributed_optimizers, overlaps
+from tests.helpers.batches import Repeated, words
 from tests.helpers.inference_models import scatter, tiny_run
+from tests.helpers.runs import problems, tiny
 
 from megatron.core.distributed import DistributedDataParallel
 
@@ -27,7 +32,7 @@ def trainer(moe: MoEConfig, precision: str = "bf16", stage: int = 3, **optimizer
         optimizer=OptimizerConfig(lr=1e-3, lr_decay_style="constant", lr_warmup_fraction=0.0, **optimizer),
         logging=LoggingConfig(tensorboard=False),
     )
-    started = Trainer(run, iter(lambda: words(), None), STEPS)
+    started = Trainer(run, Repeated([words()]), STEPS)
     scatter(started.chunks[0])
     return started
 
@@ -38,10 +43,12 @@ def routers(started: Trainer) -> list:
 
 @pytest.mark.parametrize("router", ["megatron", "original"])
 def test_bf16_router_computes_in_bf16_and_trains(router):
-    moe = MoEConfig(router=router, capacity_factor=1.5 if router == "original" else None, second_choice="deterministic")
+    moe = MoEConfig(
+        router=router, moe_expert_capacity_factor=1.5 if router == "original" else None, second_choice="deterministic"
+    )
     outputs = {}
     for dtype in ("fp32", "bf16"):
-        started = trainer(replace(moe, router_dtype=dtype))
+        started = trainer(replace(moe, moe_router_dtype=dtype))
         seen: list = []
         for layer in routers(started):
             layer.register_forward_hook(lambda layer, inputs, output, seen=seen: seen.append(output[0].detach()))
@@ -107,16 +114,11 @@ def test_router_warmup_slows_the_routers_alone():
     assert 0 < moves[1][0] < moves[-1][0]
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"moe": MoEConfig(router_dtype="fp16")}, "moe.router_dtype='fp16' is not supported; use one of: fp32, bf16"),
-    ({"moe": MoEConfig(router_dtype="bf16")}, "set training.precision=bf16"),
-    ({"optimizer": OptimizerConfig(router_lr_warmup_fraction=1.5)}, "router_lr_warmup_fraction=1.5 must lie between 0 and 1"),
-    ({"moe": None, "optimizer": OptimizerConfig(router_lr_warmup_fraction=0.1)}, "needs a MoE model"),
-    ({"logging": LoggingConfig(routing_interval=0)}, "logging.routing_interval=0 must be at least 1"),
-    ({"logging": LoggingConfig(straggler_interval=-1)}, "logging.straggler_interval=-1 must be 0"),
-    ({"parallel": ParallelConfig(distributed_timeout_minutes=0)}, "distributed_timeout_minutes=0 must be positive"),
-])  # fmt: skip
-def test_validation_says_what_is_wrong(changes, message):
-    with pytest.raises(ConfigError) as error:
-        validate(replace(tiny_run(MoEConfig()), **changes), 1)
-    assert message in str(error.value)
+def test_overlap_is_on_by_itself_on_gpus_only():
+    parallel.initialize(ParallelConfig(), seed=1)
+    assert overlaps(tiny()) == (False, False)
+    assert overlaps(tiny(optimizer__overlap_grad_reduce=True)) == (True, False)
+    assert overlaps(tiny(optimizer__overlap_grad_reduce=True, optimizer__overlap_param_gather=True)) == (True, True)
+    parallel.shutdown()
+    message = problems(1, optimizer__overlap_grad_reduce=False, optimizer__overlap_param_gather=True)
+    assert "needs overlap_grad_reduce" in message

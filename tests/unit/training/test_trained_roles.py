@@ -28,9 +28,9 @@ MODELS = {
     "bf16": {"training.precision": "bf16"},
     "shared experts": {"moe.moe_shared_expert_intermediate_size": 64},
     "residual": {"moe.use_residual": True},
-    "sequential": {"moe.experts": "sequential"},
+    "sequential": {"moe.moe_grouped_gemm": False},
     "expert bias": {"moe.moe_router_enable_expert_bias": True},
-    "fp8": {"training.fp8": "delayed"},
+    "fp8": {"training.fp8_recipe": "delayed"},
     "overlap": {"optimizer.overlap_grad_reduce": True},
 }
 

@@ -1,0 +1,59 @@
+"""Where the tokens of a data set go in a MoE checkpoint: pictures, numbers, and one HTML file with all of them.
+
+moellava analyze --load runs/quickstart/stage3 --data runs/quickstart/data/test.jsonl \\
+    --image-folder runs/quickstart/data/images --origin runs/quickstart/upcycled --out runs/quickstart/routing
+moellava launch --nproc-per-node 4 analyze ... parallel.expert_model_parallel_size=4
+
+--data takes LLaVA JSON or JSONL, or lines of {image, question, answer, type}. A collapsed layer or a dead expert is a
+warning with advice. docs/how-to/routing.md explains the pictures.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import get_args
+
+from megatron_moellava.commands.program import command_parser
+from megatron_moellava.config import Precision
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = command_parser("analyze", __doc__)
+    parser.add_argument("--load", required=True, metavar="CKPT", help="checkpoint of a MoE model")
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="the questions")
+    parser.add_argument(
+        "--image-folder", default="", metavar="DIR", help="images are relative to it (the file's folder)"
+    )
+    parser.add_argument(
+        "--origin", default="", metavar="CKPT", help="what the experts were copied from: stage 2, or upcycled"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/routing"), help="folder to write (runs/routing)")
+    parser.add_argument("--limit", type=int, default=500, help="samples looked at (500; 0: all)")
+    parser.add_argument("--overlays", type=int, default=6, help="pictures with the experts over them (6)")
+    parser.add_argument("--pca", action="store_true", help="also the original's picture of pathways")
+    parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
+    parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
+    parser.add_argument("--precision", default="", choices=("", *get_args(Precision)), help="(the checkpoint's own)")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
+    parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
+    parsed = parser.parse_intermixed_args(arguments)
+    settings = [item for item in parsed.data if item.startswith("parallel.") and "=" in item]
+    parsed.data = [item for item in parsed.data if item not in settings]
+    parsed.overrides += settings
+    return parsed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    from megatron_moellava.config import MoELlavaError
+
+    try:
+        from megatron_moellava.analysis.command import analyse
+
+        text = analyse(args)
+    except MoELlavaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if text:
+        print(text)
+    return 0

@@ -1,0 +1,45 @@
+"""Talk with a checkpoint in the terminal.
+
+  moellava chat                                            the quickstart's last stage
+  moellava chat --load runs/stage3 --image photo.jpg       more pictures later with /image FILE
+  moellava launch --nproc-per-node 2 chat --load runs/stage3 parallel.tensor_model_parallel_size=2
+
+Commands in the conversation: /image FILE, /clear, /save FILE, /help, /quit. Ctrl-C stops an answer.
+"""
+
+import argparse
+import sys
+from typing import get_args
+
+from megatron_moellava.commands.program import QUICKSTART, command_parser
+from megatron_moellava.config import Precision
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = command_parser("chat", __doc__)
+    parser.add_argument("--load", default=QUICKSTART, metavar="CKPT", help=f"checkpoint ({QUICKSTART})")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="shown with the first question")
+    parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
+    parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
+    parser.add_argument("--precision", default="", choices=("", *get_args(Precision)), help="(the checkpoint's own)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest word each time (0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="with a temperature: the likeliest words only (1.0)")
+    parser.add_argument("--num-beams", type=int, default=1, help="beam search (1: off)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="of one answer (512)")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
+    parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = parse_arguments(arguments)
+    from megatron_moellava.config import MoELlavaError
+
+    try:
+        from megatron_moellava.serving.command import chat
+
+        chat(parsed)
+    except MoELlavaError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0

@@ -1,0 +1,286 @@
+"""Convert checkpoints: Hugging Face, LLaVA-1.5 and MoE-LLaVA releases <-> Megatron; upcycle to MoE; look inside.
+
+  moellava convert import vicuna-7b-v1.5 --tower clip-vit-large-patch14-336 --save runs/start     start of stage 1
+  moellava convert import phi-2 --tower clip-vit-large-patch14-336 --projector mm_projector.bin --save runs/stage1
+  moellava convert import MoE-LLaVA-Phi2-2.7B-4e --tower clip-vit-large-patch14-336 --save runs/released
+  moellava convert upcycle runs/stage2 --num-experts 4 --placement sparse --save runs/moe         start of stage 3
+  moellava convert export runs/stage3 --layout transformers --tokenizer phi-2 --save exported
+  moellava convert inspect runs/moe
+  moellava convert diff runs/stage2 runs/moe
+  moellava convert seal runs/old                                       digests for an older version's
+
+A Megatron checkpoint is a folder with iter_*/run.json and loads under any tensor, pipeline and expert parallelism. All
+other folders are local downloads; nothing is fetched. Weights are copied unchanged, streamed, and every tensor is
+accounted for before anything is written; an interrupted conversion leaves nothing that loads. What is read is first
+compared with its digests (SHA-256 in run.json, or a SHA256SUMS file), and what is written gets some.
+`moellava convert COMMAND --help` explains one command. Exit codes: 0 done; 1 differences found (diff); 2 error.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from megatron_moellava.commands.program import command_parser
+
+LAYOUTS = {
+    "original": "MoE-LLaVA's own, dense or MoE (config.json, safetensors)",
+    "transformers": "LlavaForConditionalGeneration; with a modelling file beside it where transformers has no such model",
+    "llava": "LLaVA-1.5's own (dense Llama or Vicuna)",
+    "language-model": "the language model alone",
+    "tower": "the vision tower alone",
+    "projector": "mm_projector.bin, as the original's stage 1 writes it",
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = command_parser("convert", __doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_import(commands)
+    _add_export(commands)
+    _add_upcycle(commands)
+    one = commands.add_parser("inspect", help="a table of what a checkpoint holds")
+    one.add_argument("checkpoint", type=Path, help="a Megatron checkpoint, or a Hugging Face folder or file")
+    _add_no_verify(one)
+    two = commands.add_parser("diff", help="how two checkpoints differ; exit code 1 when they do")
+    two.add_argument("first", type=Path)
+    two.add_argument("second", type=Path)
+    _add_no_verify(two)
+    seal = commands.add_parser(
+        "seal",
+        help="give a checkpoint of an older version digests",
+        description="Writes digests of all files and a seal into run.json. They vouch for the bytes as they are now; "
+        "whether those are what was once written, nobody can tell. Refuses a checkpoint whose digests do not fit.",
+    )
+    seal.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    return parser
+
+
+def _add_no_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-verify", action="store_true", help="do not compare what is read with its digests")
+
+
+def _add_import(commands) -> None:
+    parser = commands.add_parser(
+        "import",
+        help="a downloaded model -> a Megatron checkpoint",
+        description="The layout of SOURCE is told from its tensors: a language model, LLaVA-1.5, MoE-LLaVA (any stage), "
+        "or transformers' LLaVA. A language model needs --tower.",
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder with config.json and safetensors or .bin")
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="run folder to write iter_0000000 into")
+    parser.add_argument(
+        "--tower",
+        metavar="DIR",
+        help="folder of the vision tower; only needed for its weights when SOURCE has none, else a name is enough. "
+        "NAME@original drops the first feature also of SigLIP, as MoE-LLaVA does",
+    )
+    parser.add_argument(
+        "--projector", type=Path, metavar="FILE", help="mm_projector.bin of stage 1 (default: a new one)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="convert all weights (default: as they are)")
+    parser.add_argument("--seed", type=int, default=0, help="of a new projector")
+    parser.add_argument(
+        "--keep-output-bias", action="store_true", help="Phi-2: keep lm_head.bias, which the original drops"
+    )
+    _add_no_verify(parser)
+
+
+def _add_export(commands) -> None:
+    layouts = "\n".join(f"  {name:<15} {text}" for name, text in LAYOUTS.items())
+    parser = commands.add_parser(
+        "export",
+        help="a Megatron checkpoint -> a model for others",
+        description=f"Layouts:\n{layouts}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), required=True, help="see above")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder whose tokenizer files are copied along")
+    parser.add_argument("--tower", type=Path, metavar="DIR", help="published tower, for layers that training drops")
+    parser.add_argument("--dtype", choices=DTYPES, help="convert all weights (default: as they are)")
+    _add_no_verify(parser)
+
+
+def _add_upcycle(commands) -> None:
+    parser = commands.add_parser(
+        "upcycle",
+        help="a dense checkpoint -> the MoE start of stage 3; or more experts for a MoE checkpoint",
+        description="Copies the MLP of the chosen layers into every expert and draws a new router. "
+        "A MoE checkpoint keeps its layers and gets more experts.",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="run folder to write iter_0000000 into")
+    parser.add_argument("--num-experts", type=int, default=4)
+    parser.add_argument("--topk", type=int, help="experts per token (default: 2, or the checkpoint's)")
+    parser.add_argument(
+        "--placement",
+        nargs="+",
+        metavar="WHERE",
+        help="first_half, second_half, sparse (0, 2, 4, ...), dense, or layer numbers (default: sparse, or the checkpoint's)",
+    )
+    parser.add_argument("--residual", action="store_true", help="keep the dense MLP beside the experts (residual MoE)")
+    parser.add_argument(
+        "--noise", type=float, default=0.0, metavar="SHARE", help="noise on the copies, of the weights' spread"
+    )
+    parser.add_argument(
+        "--router-scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="new router weights, times the original's range (1)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of router and noise")
+    _add_no_verify(parser)
+
+
+class Bar:
+    """A tqdm bar over bytes; silent when the output is not a terminal, except for a last line."""
+
+    def __init__(self) -> None:
+        self._bar, self._started = None, time.monotonic()
+
+    def begin(self, total: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, disable=None, miniters=1)
+
+    def __call__(self, count: int) -> None:
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def finish(self) -> str:
+        seconds = time.monotonic() - self._started
+        if self._bar is None:
+            return f"{seconds:.1f} s"
+        self._bar.close()
+        return f"{self._bar.total / 1e9:.2f} GB in {seconds:.1f} s"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = build_parser().parse_args(arguments)
+    # Blocks are 1 MB: more threads only wait for each other (converting 2.7 GB took 38 s with two, 4 s with one).
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from megatron_moellava.config import MoELlavaError
+
+    try:
+        return COMMANDS[parsed.command](parsed)
+    except MoELlavaError as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def run_import(parsed: argparse.Namespace) -> int:
+    from megatron_moellava.conversion.imports import import_checkpoint
+
+    bar = Bar()
+    report = import_checkpoint(
+        parsed.source,
+        save=parsed.save,
+        tower=parsed.tower,
+        projector=parsed.projector,
+        dtype=parsed.dtype,
+        seed=parsed.seed,
+        keep_output_bias=parsed.keep_output_bias,
+        verify=not parsed.no_verify,
+        progress=bar,
+        begin=bar.begin,
+    )
+    model = report["model"]
+    print(f"{parsed.source} is {report['layout']}, {model.backbone.name}; {bar.finish()}")
+    if model.tower is None:
+        print("no --tower: this is the language model alone, which no stage can train")
+    if "projector" in report:
+        print(f"projector: {report['projector']}")
+    for why, names in report.get("dropped", {}).items():
+        print(f"left out {len(names)} tensors ({why}): {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
+    print(f"wrote {report['tensors']} tensors to {report['folder']}")
+    return 0
+
+
+def run_export(parsed: argparse.Namespace) -> int:
+    from megatron_moellava.conversion.exports import export_checkpoint
+
+    bar = Bar()
+    report = export_checkpoint(
+        parsed.checkpoint,
+        save=parsed.save,
+        layout=parsed.layout,
+        tokenizer=parsed.tokenizer,
+        tower=parsed.tower,
+        dtype=parsed.dtype,
+        verify=not parsed.no_verify,
+        progress=bar,
+        begin=bar.begin,
+    )
+    print(f"wrote {report['tensors']} tensors to {report['folder']} as {report['layout']}; {bar.finish()}")
+    if "modeling_moe_llava.py" in report["files"]:
+        print("load it with trust_remote_code=True: modeling_moe_llava.py lies beside the weights")
+    return 0
+
+
+def run_upcycle(parsed: argparse.Namespace) -> int:
+    from megatron_moellava.conversion.upcycle import request, upcycle_checkpoint
+
+    bar = Bar()
+    moe = request(
+        parsed.checkpoint,
+        num_experts=parsed.num_experts,
+        topk=parsed.topk,
+        placement=parsed.placement,
+        residual=parsed.residual,
+    )
+    report = upcycle_checkpoint(
+        parsed.checkpoint,
+        save=parsed.save,
+        moe=moe,
+        noise_std=parsed.noise,
+        router_scale=parsed.router_scale,
+        seed=parsed.seed,
+        verify=not parsed.no_verify,
+        progress=bar,
+        begin=bar.begin,
+    )
+    layers = ", ".join(map(str, report["model"].moe_layers))
+    print(f"{moe.num_moe_experts} experts, top-{moe.moe_router_topk}, in layers {layers}; {bar.finish()}")
+    print(f"wrote {report['tensors']} tensors to {report['folder']}")
+    return 0
+
+
+def run_inspect(parsed: argparse.Namespace) -> int:
+    from megatron_moellava.conversion.inspection import inspect
+
+    print(inspect(parsed.checkpoint, verify=not parsed.no_verify))
+    return 0
+
+
+def run_diff(parsed: argparse.Namespace) -> int:
+    from megatron_moellava.conversion.inspection import diff
+
+    bar = Bar()
+    differences, same = diff(parsed.first, parsed.second, verify=not parsed.no_verify, progress=bar, begin=bar.begin)
+    bar.finish()
+    for item in differences:
+        print(f"{item.name}: {item.what}")
+    print(f"{same} tensors are bit-identical, {len(differences)} differ")
+    return 1 if differences else 0
+
+
+def run_seal(parsed: argparse.Namespace) -> int:
+    from megatron_moellava.conversion.seal import seal_checkpoint
+
+    print(seal_checkpoint(parsed.checkpoint))
+    return 0
+
+
+COMMANDS = {
+    "import": run_import,
+    "export": run_export,
+    "upcycle": run_upcycle,
+    "inspect": run_inspect,
+    "diff": run_diff,
+    "seal": run_seal,
+}

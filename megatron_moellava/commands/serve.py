@@ -1,0 +1,52 @@
+"""Serve a checkpoint: a web page, and OpenAI's /v1/chat/completions.
+
+  moellava serve                                           the quickstart's last stage on http://127.0.0.1:8000
+  moellava serve --load runs/stage3 --port 9000 --examples pictures/
+  moellava launch --nproc-per-node 2 serve --load runs/stage3 parallel.expert_model_parallel_size=2
+
+Only this machine can connect unless --host says otherwise; then set a token: MOELLAVA_TOKEN=... moellava serve
+"""
+
+import argparse
+import sys
+from typing import get_args
+
+from megatron_moellava.commands.program import QUICKSTART, command_parser
+from megatron_moellava.config import Precision
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = command_parser("serve", __doc__)
+    parser.add_argument("--load", default=QUICKSTART, metavar="CKPT", help=f"checkpoint ({QUICKSTART})")
+    parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
+    parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
+    parser.add_argument("--precision", default="", choices=("", *get_args(Precision)), help="(the checkpoint's own)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="(8000)")
+    parser.add_argument("--allow-host", action="append", default=[], help="accept this Host header too ('*': any)")
+    parser.add_argument("--model-name", default="", help="name in the API (the checkpoint's folder)")
+    parser.add_argument("--token-variable", default="MOELLAVA_TOKEN", help="environment variable with a bearer token")
+    parser.add_argument("--examples", default="", metavar="DIR", help="pictures that the page offers")
+    parser.add_argument("--batch-size", type=int, default=16, help="answers at the same time (16)")
+    parser.add_argument("--max-open-requests", type=int, default=64, help="running and waiting; more get 429 (64)")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="of one answer (1024)")
+    parser.add_argument("--max-body-mb", type=float, default=30.0, help="of one request (30)")
+    parser.add_argument("--request-seconds", type=float, default=300.0, help="of one answer (300)")
+    parser.add_argument("--allow-remote-images", action="store_true", help="fetch http(s) image URLs of public hosts")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
+    parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = parse_arguments(arguments)
+    from megatron_moellava.config import MoELlavaError
+
+    try:
+        from megatron_moellava.serving.command import serve
+
+        serve(parsed)
+    except MoELlavaError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0

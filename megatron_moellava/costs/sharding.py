@@ -1,0 +1,89 @@
+"""A model and the sizes of the axes that divide it: what the shapes on one rank follow from.
+
+Which layers a pipeline rank holds is `layout.py`'s; nothing here depends on it. A rank's `tokens` are those of one
+micro-batch before tensor parallelism splits them.
+"""
+
+import math
+from dataclasses import dataclass
+
+from megatron_moellava.backbones import Backbone
+from megatron_moellava.config import MoEConfig, RunConfig
+from megatron_moellava.costs.shapes import Model
+from megatron_moellava.stages import STAGES
+from megatron_moellava.towers import Tower
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sharding:
+    """`run` for one model. The backbone is an object, so that models without a name can be planned."""
+
+    run: RunConfig
+    backbone: Backbone
+    tower: Tower
+
+    @property
+    def model(self) -> Model:
+        """The same as shapes.py lists it."""
+        return Model(backbone=self.backbone, tower=self.tower, moe=self.run.moe)
+
+    @property
+    def tp(self) -> int:
+        return self.run.parallel.tensor_model_parallel_size
+
+    @property
+    def pp(self) -> int:
+        return self.run.parallel.pipeline_model_parallel_size
+
+    @property
+    def vp(self) -> int:
+        return self.run.parallel.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def ep(self) -> int:
+        return self.run.parallel.expert_model_parallel_size
+
+    @property
+    def etp(self) -> int:
+        return self.run.parallel.expert_tensor_parallel_size or 1
+
+    @property
+    def sp(self) -> int:
+        """Ranks that share the positions of the residual stream."""
+        return 1 if self.run.parallel.sequence_parallel is False else self.tp
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest possible micro-batch."""
+        return self.run.training.micro_batch_size * self.run.data.seq_length
+
+    @property
+    def images(self) -> int:
+        """Of the fullest micro-batch: whole images with a short text each in a packed row, one per padded row."""
+        fits = self.run.data.seq_length // (self.tower.num_features + 16)
+        return self.run.training.micro_batch_size * (max(fits, 1) if self.run.data.packing else 1)
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """Roles that receive gradients."""
+        return self.run.training.trains or STAGES[self.run.training.stage]
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the word embeddings, padded for tensor parallelism."""
+        return math.ceil(self.backbone.vocab_size / self.tp) * self.tp
+
+    @property
+    def moe(self) -> MoEConfig:
+        """Of a model that has experts."""
+        assert self.run.moe is not None
+        return self.run.moe
+
+    @property
+    def activation_bytes(self) -> int:
+        return 2 if self.run.training.precision == "bf16" else 4
+
+
+def routed_tokens(sharding: Sharding, imbalance: float = 1.0) -> float:
+    """Rows that the experts of one rank compute: with expert tensor parallelism each rank of the group sees them all."""
+    return sharding.tokens / sharding.sp * sharding.moe.moe_router_topk * sharding.etp * imbalance

@@ -1,0 +1,48 @@
+"""Micro-batches of one rank, made by worker processes in the order of a `Stream`, with the position to resume at."""
+
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+
+from megatron_moellava.config import DataError
+from megatron_moellava.data.order import Stream
+from megatron_moellava.data.pipeline import Pipeline
+
+
+class Engine:
+    """Endless {"batch", "events", "epoch"}; the state does not know of ranks and workers."""
+
+    def __init__(self, pipeline: Pipeline, stream: Stream, *, num_workers: int):
+        self.pipeline, self.stream, self.num_workers = pipeline, stream, num_workers
+        self.epoch, self.position = 0, 0  # after the last micro-batch that was delivered
+        self._ahead: deque[tuple[int, int, int]] = deque()  # of those on their way
+
+    def items(self, epoch: int) -> int:
+        return len(self.stream.plan(epoch))
+
+    def __iter__(self) -> Iterator[dict]:
+        loader = torch.utils.data.DataLoader(
+            self.pipeline,
+            batch_size=None,
+            sampler=self._numbers(),
+            num_workers=self.num_workers,
+            multiprocessing_context="fork" if self.num_workers else None,
+        )
+        for delivered in loader:
+            epoch, self.epoch, self.position = self._ahead.popleft()
+            yield delivered | {"epoch": epoch}
+
+    def _numbers(self) -> Iterator[list[int]]:
+        for epoch, samples, next_epoch, next_position in self.stream.from_(self.epoch, self.position):
+            self._ahead.append((epoch, next_epoch, next_position))
+            yield samples
+
+    def save(self) -> dict:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def restore(self, saved: dict) -> None:
+        epoch, position = saved["epoch"], saved["position"]
+        if type(epoch) is not int or type(position) is not int or epoch < 0 or not 0 <= position <= self.items(epoch):
+            raise DataError(f"the loader's state cannot be restored ({saved}); the checkpoint is damaged")
+        self.epoch, self.position = epoch, position

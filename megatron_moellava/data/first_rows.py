@@ -1,0 +1,68 @@
+"""Whether a run can begin with a source, from its first rows: no index, no Energon, nothing that takes long to import."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import yaml
+
+from megatron_moellava.config import DataError
+from megatron_moellava.data import media
+from megatron_moellava.data.rows import HELP, read_rows
+from megatron_moellava.data.sample import BadSample, parse_record
+
+FIRST_ROWS = 20  # that are looked at
+
+
+def first_rows_problem(source, data) -> str | None:
+    """Why no run can begin with a source (`data`: DataConfig); None if it can, whatever later rows hold."""
+    path = Path(source.path).expanduser()
+    try:
+        if path.is_dir():
+            return None if sum(shard_counts(path).values()) else f"data.sources.path={path} holds no rows"
+        bad, count = None, 0
+        with contextlib.closing(read_rows(path)) as rows:
+            for number, record in rows:
+                count += 1
+                bad = _bad_row(record, f"{path.name} row {number}", source, data)
+                is_decided = bad is None if data.max_skip_share else bad is not None
+                if is_decided or count == FIRST_ROWS:
+                    break
+    except (DataError, OSError, UnicodeDecodeError) as error:
+        return str(error) if isinstance(error, DataError) else f"data.sources.path={path} cannot be read ({error})"
+    return bad if count else f"data.sources.path={path} holds no rows; {HELP}"
+
+
+def _bad_row(record: dict | BadSample, origin: str, source, data) -> str | None:
+    """What is wrong with a row: of its text, or that its pictures are not there."""
+    try:
+        if isinstance(record, BadSample):
+            raise record
+        sample = parse_record(record, origin=origin, max_images=data.max_images, ignore_keys=data.ignore_keys)
+        folder = os.path.expanduser(source.image_folder) or str(Path(source.path).expanduser().parent)
+        for image in sample.images:
+            found = media.source(image, folder, origin, data.trust_paths)
+            if isinstance(found, str) and not os.path.exists(found):
+                return f"{origin}: image {found} does not exist; pass --image-folder DIR, or correct the row"
+    except BadSample as error:
+        return str(error)
+    return None
+
+
+def shard_counts(path: Path) -> dict[str, int]:
+    """Rows of each WebDataset shard, as Energon's .nv-meta says. DataError for a folder without."""
+    found = [path / ".nv-meta" / name for name in (".info.json", ".info.yaml")]
+    info = next((file for file in found if file.exists()), None)
+    if info is None:
+        raise DataError(f"data.sources.path={path} is a folder without Energon's .nv-meta; {_folder_advice(path)}")
+    try:
+        return dict(yaml.safe_load(info.read_text())["shard_counts"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{info} is damaged ({type(error).__name__}: {error}); run `energon prepare` again") from None
+
+
+def _folder_advice(path: Path) -> str:
+    for pattern in ("*.parquet", "*.jsonl", "*.json", "*.jsonl.gz", "*.json.gz"):
+        if files := sorted(path.glob(pattern)):
+            return f"name its files as sources, such as {files[0]}"
+    return "make shards with moellava prepare-data, or run `energon prepare` on existing ones"

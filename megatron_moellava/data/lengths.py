@@ -1,0 +1,107 @@
+"""Tokens of every sample, measured once: what packing an epoch into whole rows has to know.
+
+The lengths lie beside the index. They belong to a source's content, the tokenizer, the template and the limits; a few
+samples are measured again at each start and tell when any of that has changed. Rows that could not be used are always
+measured again, so a repaired picture is not missed.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_moellava.config import DataError
+from megatron_moellava.data.pipeline import Pipeline
+from megatron_moellava.data.sample import BadSample
+
+PROBES = 64  # samples measured again at each start
+CHUNK = 512  # samples a process measures at a time
+FEW = 4 * CHUNK  # are measured without further processes
+
+
+def measured_lengths(pipeline: Pipeline, key: list, folder: str | Path) -> np.ndarray:
+    """int32 [number of samples], 0 for one that cannot be used. `key`: what else they depend on, as JSON."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    path = Path(folder) / f"lengths-{digest}.npy"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.with_suffix(".lock")):
+            lengths = _known(path, pipeline)
+            if lengths is None:
+                lengths = _measure(pipeline, np.arange(len(pipeline.reader)))
+                work = path.with_suffix(f".{os.uname().nodename}.{os.getpid()}")
+                with open(work, "wb") as file:
+                    np.save(file, lengths)
+                work.rename(path)
+    except OSError as error:
+        raise DataError(
+            f"cannot write the samples' lengths into {path.parent} ({error}); set checkpoint.save to a folder that can be "
+            "written, or copy the data to one"
+        ) from None
+    unusable = np.flatnonzero(lengths == 0)
+    lengths[unusable] = _measure(pipeline, unusable)
+    return lengths
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process measures, the others wait for its result."""
+    with open(path, "w") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: all measure, with the same result
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _known(path: Path, pipeline: Pipeline) -> np.ndarray | None:
+    count = len(pipeline.reader)
+    try:
+        lengths = np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None
+    if lengths.shape != (count,):
+        return None
+    probes = np.unique(np.linspace(0, count - 1, min(count, PROBES)).astype(np.int64))
+    probes = probes[lengths[probes] > 0]
+    return lengths if (_measure(pipeline, probes) == lengths[probes]).all() else None
+
+
+_PIPELINE: Pipeline | None = None  # of the forked processes
+
+
+def _measure(pipeline: Pipeline, numbers: np.ndarray) -> np.ndarray:
+    global _PIPELINE
+    if len(numbers) <= FEW:
+        return np.array([_length(pipeline, int(number)) for number in numbers], dtype=np.int32)
+    from tqdm import tqdm
+
+    _PIPELINE = pipeline
+    chunks = [numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)]
+    try:
+        with (
+            multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool,
+            tqdm(total=len(numbers), desc="Measuring", unit=" samples", mininterval=1) as bar,
+        ):
+            found = []
+            for part in pool.imap(_lengths, chunks):
+                found.append(part)
+                bar.update(len(part))
+    finally:
+        _PIPELINE = None
+    return np.concatenate(found)
+
+
+def _lengths(numbers: np.ndarray) -> np.ndarray:
+    return np.array([_length(_PIPELINE, int(number)) for number in numbers], dtype=np.int32)
+
+
+def _length(pipeline: Pipeline, number: int) -> int:
+    try:
+        return len(pipeline.encode(number)[0])
+    except BadSample:
+        return 0

@@ -1,0 +1,137 @@
+"""The checkpoint that a run starts from or goes on with, and the folder that it writes to."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_moellava.backbones import Backbone, backbone_fields
+from megatron_moellava.checkpoint.description import RunDescription, newest_described, read_description
+from megatron_moellava.checkpoint.folders import newest_checkpoint, require_checkpoint
+from megatron_moellava.config import CheckpointError, MoEConfig, MoELlavaError, RunConfig, to_dict
+from megatron_moellava.placement import moe_layers
+from megatron_moellava.towers import Tower, tower_fields
+
+# What in a folder says that it belongs to something else: it would be mixed up with a run's checkpoints.
+FOREIGN = {
+    "config.json": "a Hugging Face model",
+    ".nv-meta": "a data set",
+    "qwen.tiktoken": "a tokenizer",
+    "tokenizer.model": "a tokenizer",
+}
+
+
+def checkpoint_problems(run: RunConfig, backbone: Backbone | None, tower: Tower | None) -> Iterator[str]:
+    """Of `checkpoint.load` and `checkpoint.save`, from what the checkpoints say of themselves."""
+    save, load = run.checkpoint.save, run.checkpoint.load
+    if save is not None:
+        yield from _writable(save)
+        yield from _foreign(Path(save))
+    try:
+        resumed = newest_described(save) if save is not None else None
+        if resumed is not None:
+            check_resumable(*resumed, run.training.stage)
+        start = resumed[0] if resumed else require_checkpoint(load) if load is not None else None
+        if start is None or backbone is None or tower is None:
+            return
+        stored = read_description(start).model
+        given = f"checkpoint.{'save' if resumed else 'load'}={save if resumed else load}"
+        yield from _model(given, stored, run, backbone, tower)
+    except MoELlavaError as error:
+        yield str(error)
+
+
+def check_resumable(checkpoint: Path, description: RunDescription, stage: int) -> None:
+    """CheckpointError when training of `stage` cannot go on from a checkpoint that lies in its own `checkpoint.save`."""
+    if description.optimizer_steps is None or description.stage != stage:
+        made_by = "of a conversion" if description.optimizer_steps is None else f"of stage {description.stage}"
+        raise CheckpointError(
+            f"checkpoint.save={checkpoint.parent} holds a checkpoint {made_by} that cannot be continued as stage {stage}; "
+            "choose another checkpoint.save (and start from that one with checkpoint.load)"
+        )
+
+
+def _model(given: str, stored: dict, run: RunConfig, backbone: Backbone, tower: Tower) -> Iterator[str]:
+    if run.moe is not None and not stored.get("moe"):
+        yield (
+            f"{given} holds a dense model ({stored.get('backbone')}), and moe.* asks for experts; make them first: "
+            "moellava convert upcycle"
+        )
+        return
+    if run.moe is None and stored.get("moe"):
+        yield f"{given} holds a MoE model, and this run sets moe to null; leave moe out, or load a dense checkpoint"
+        return
+    differing = differing_fields(stored, backbone, tower, run.moe)
+    if differing:
+        held = ", ".join(str(stored[part]) for part in ("backbone", "tower") if stored.get(part))
+        listed = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
+        yield f"{given} holds {held}, which is not the model of this run: {listed}; leave --backbone, --tower and moe.* out"
+
+
+def differing_fields(stored: dict, backbone: Backbone, tower: Tower, moe: MoEConfig | None) -> list[str]:
+    """What a checkpoint's `model` section and a run contradict each other in: `backbone.rotary_base 1e4 there, 1e6 here`.
+
+    Some of it changes no tensor's shape, and would only be seen in what the model says.
+    """
+    here = {
+        "backbone": backbone_fields(backbone),
+        "tower": tower_fields(tower),
+        "moe": _moe_fields(to_dict(moe) if moe else None, backbone.num_layers),
+    }
+    there = {
+        "backbone": stored.get("backbone_fields") or {},  # a converter of another program may not describe its model
+        "tower": stored.get("tower_fields") or {},
+        "moe": _moe_fields(stored.get("moe"), (stored.get("backbone_fields") or here["backbone"])["num_layers"]),
+    }
+    plain = json.loads(json.dumps(here))
+    return [
+        f"{section}.{name} {there[section][name]} there, {value} here"
+        for section, fields in plain.items()
+        for name, value in fields.items()
+        if name not in _FREE_FIELDS and name in there[section] and there[section][name] != value
+    ]
+
+
+# A name, how long rows may be, and what regularises training are no part of what the weights mean.
+_FREE_FIELDS = (
+    "name",
+    "source",
+    "family",
+    "template",
+    "max_position_embeddings",
+    "attention_dropout",
+    "hidden_dropout",
+)
+
+
+def _moe_fields(moe: dict | None, num_layers: int) -> dict:
+    """The fields of a run's MoE section that its tensors depend on."""
+    if moe is None:
+        return {"num_moe_experts": None}
+    placement = moe["placement"]
+    names = ("num_moe_experts", "use_residual", "moe_shared_expert_intermediate_size")
+    return {name: moe[name] for name in names if name in moe} | {"layers": list(moe_layers(placement, num_layers))}
+
+
+def _writable(save: str) -> Iterator[str]:
+    """A folder that cannot be written to would be noticed at the first checkpoint, hours later."""
+    existing = next(path for path in (Path(save), *Path(save).absolute().parents) if path.exists())
+    if not existing.is_dir():
+        yield f"checkpoint.save={save}: {existing} is not a folder; choose another one"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield f"checkpoint.save={save} cannot be written to ({existing} is read-only for this user); choose another folder"
+
+
+def _foreign(save: Path) -> Iterator[str]:
+    """A folder that holds something else, or half a checkpoint that a run would take for none."""
+    for name, what in FOREIGN.items():
+        if (save / name).exists():
+            yield f"checkpoint.save={save} holds {what} ({name}); choose a folder of its own for the run"
+            return
+    if save.is_dir() and newest_checkpoint(save) is None:
+        halves = sorted(path.name for path in save.glob("iter_*") if path.is_dir() and not path.suffix)
+        if halves:
+            yield (
+                f"checkpoint.save={save} holds no complete checkpoint, but {', '.join(halves)} without run.json: the copy "
+                "or the conversion was interrupted; copy it anew, or remove it to start again"
+            )

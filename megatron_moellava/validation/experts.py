@@ -1,0 +1,87 @@
+"""The experts: what a router can do, and how experts are divided over processes."""
+
+from collections.abc import Iterator
+
+from megatron_moellava.backbones import Backbone
+from megatron_moellava.config import MoELlavaError, RunConfig
+from megatron_moellava.machine import Machine
+from megatron_moellava.placement import moe_layers
+from megatron_moellava.routers import ROUTERS, RouterKind
+from megatron_moellava.validation.layout import divisors
+
+
+def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Iterator[str]:
+    """What the experts need of the layout, of the backbone and of the kind of router."""
+    moe, parallel = run.moe, run.parallel
+    if moe is None:
+        if run.training.stage == 3 and run.training.trains is None:
+            yield (
+                "training.stage=3 trains MoE layers, and this model has none; start from a checkpoint made by "
+                "`moellava convert upcycle`" + ("" if run.checkpoint.load else ", or set moe.num_moe_experts")
+            )
+        if run.training.trains and {*run.training.trains} <= {"experts", "router"}:
+            yield f"training.trains={list(run.training.trains)}: a dense model has no such parameters, so nothing would train"
+        if parallel.expert_model_parallel_size > 1:
+            yield f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} needs a MoE model; use 1"
+        return
+    if moe.num_moe_experts % parallel.expert_model_parallel_size:
+        yield (
+            f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} does not divide moe.num_moe_experts="
+            f"{moe.num_moe_experts}; use {divisors(moe.num_moe_experts)}"
+        )
+    if not 1 <= moe.moe_router_topk <= moe.num_moe_experts:
+        yield f"moe.moe_router_topk={moe.moe_router_topk} must lie between 1 and moe.num_moe_experts={moe.num_moe_experts}"
+    try:
+        moe_layers(moe.placement, backbone.num_layers)
+    except MoELlavaError as error:
+        yield str(error)
+    if moe.moe_router_dtype == "bf16" and run.training.precision != "bf16":
+        yield (
+            f"moe.moe_router_dtype=bf16 with training.precision={run.training.precision}: the router takes the dtype of the "
+            "hidden states; set training.precision=bf16, or moe.moe_router_dtype=fp32"
+        )
+    if (parallel.expert_tensor_parallel_size or 1) > 1 and backbone.add_bias_linear:
+        yield (
+            f"parallel.expert_tensor_parallel_size={parallel.expert_tensor_parallel_size}: the experts of {backbone.name} "
+            "have biases, which Megatron-Core cannot split; use 1"
+        )
+    if moe.moe_shared_expert_intermediate_size and backbone.add_bias_linear:
+        yield (
+            f"moe.moe_shared_expert_intermediate_size={moe.moe_shared_expert_intermediate_size}: the MLPs of {backbone.name} "
+            "have biases, which Megatron-Core's shared experts cannot; leave it unset"
+        )
+    if moe.moe_token_dispatcher_type == "flex" and not machine.has_gpu:
+        yield "moe.moe_token_dispatcher_type=flex (DeepEP) needs GPUs; use alltoall"
+    if moe.moe_token_dispatcher_type == "allgather" and not run.data.packing:
+        yield "moe.moe_token_dispatcher_type=allgather needs rows of one length (data.packing=true); use alltoall"
+    yield from _router(run, ROUTERS[moe.router])
+
+
+def _router(run: RunConfig, kind: RouterKind) -> Iterator[str]:
+    moe, parallel = run.moe, run.parallel
+    if kind.max_topk is not None and moe.moe_router_topk > kind.max_topk:
+        yield (
+            f"moe.moe_router_topk={moe.moe_router_topk}: the {kind.name} router has at most {kind.max_topk}; "
+            "use moe.router=megatron"
+        )
+    if kind.always_has_capacity and moe.moe_expert_capacity_factor is None:
+        yield f"moe.moe_expert_capacity_factor is unset: the {kind.name} router always has one; the released recipes use 1.5"
+    if not kind.allows_packing and run.data.packing:
+        yield f"moe.router={kind.name} counts places in padded batches; set data.packing=false"
+    for name in kind.lacks:
+        if getattr(moe, name):
+            yield f"moe.{name}={getattr(moe, name)}: the {kind.name} router has no such thing; use moe.router=megatron"
+    if moe.moe_router_load_balancing_type not in kind.balancing:
+        yield (
+            f"moe.moe_router_load_balancing_type={moe.moe_router_load_balancing_type}: the {kind.name} router has "
+            f"{' or '.join(kind.balancing)}; use one of them, or moe.router=megatron"
+        )
+    if not kind.allows_context_parallelism and parallel.context_parallel_size > 1:
+        yield f"parallel.context_parallel_size: the {kind.name} router counts places over the whole sequence; use 1"
+    shared = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    if moe.moe_expert_capacity_factor is not None and not kind.counts_whole_sequence and shared > 1:
+        yield (
+            f"moe.moe_expert_capacity_factor={moe.moe_expert_capacity_factor} with tensor or context parallelism: "
+            "Megatron-Core counts places in each rank's share of the sequence, so the result would depend on the layout; "
+            "leave it unset (dropless)"
+        )

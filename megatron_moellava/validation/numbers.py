@@ -1,0 +1,70 @@
+"""What each number of a run may be by itself, as one table."""
+
+from collections.abc import Callable, Iterator
+
+from megatron_moellava.config import RunConfig
+
+Rule = tuple[Callable[[float], bool], str]
+AT_LEAST_0: Rule = (lambda value: 0 <= value < float("inf"), "must be 0 or more")
+AT_LEAST_1: Rule = (lambda value: value >= 1, "must be at least 1")
+POSITIVE: Rule = (lambda value: 0 < value < float("inf"), "must be positive")
+SHARE: Rule = (lambda value: 0 <= value <= 1, "must lie between 0 and 1")
+BELOW_1: Rule = (lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+
+# A field that is None is unset, which is always right where its type allows it.
+RULES: dict[str, Rule] = {
+    "moe.num_moe_experts": AT_LEAST_1,
+    "moe.moe_aux_loss_coeff": AT_LEAST_0,
+    "moe.moe_z_loss_coeff": AT_LEAST_0,
+    "moe.moe_router_bias_update_rate": AT_LEAST_0,
+    "moe.moe_shared_expert_intermediate_size": AT_LEAST_1,
+    "moe.moe_expert_capacity_factor": POSITIVE,
+    "moe.eval_capacity_factor": POSITIVE,
+    "moe.min_capacity": AT_LEAST_0,
+    "data.seq_length": AT_LEAST_1,
+    "data.max_sample_length": AT_LEAST_1,
+    "data.packing_buffer": AT_LEAST_1,
+    "data.num_workers": (lambda value: value >= 0, "must be at least 0 (0: in the training process itself)"),
+    "data.max_images": AT_LEAST_0,
+    "data.max_skip_share": (lambda value: 0 <= value < 1, "must lie between 0 (stop at the first bad row) and 1"),
+    "parallel.tensor_model_parallel_size": AT_LEAST_1,
+    "parallel.pipeline_model_parallel_size": AT_LEAST_1,
+    "parallel.virtual_pipeline_model_parallel_size": AT_LEAST_1,
+    "parallel.context_parallel_size": AT_LEAST_1,
+    "parallel.expert_model_parallel_size": AT_LEAST_1,
+    "parallel.expert_tensor_parallel_size": AT_LEAST_1,
+    "parallel.distributed_timeout_minutes": (
+        POSITIVE[0],
+        "must be positive; it must outlast the slowest checkpoint",
+    ),
+    "training.train_steps": (lambda value: value >= 0, "must be 0 (one epoch) or positive"),
+    "training.micro_batch_size": AT_LEAST_1,
+    "training.global_batch_size": AT_LEAST_1,
+    "training.num_layers_at_start_in_bf16": AT_LEAST_0,
+    "training.num_layers_at_end_in_bf16": AT_LEAST_0,
+    "training.non_finite_patience": AT_LEAST_1,
+    "optimizer.lr": AT_LEAST_0,
+    "optimizer.min_lr": AT_LEAST_0,
+    "optimizer.projector_lr": AT_LEAST_0,
+    "optimizer.lr_warmup_fraction": SHARE,
+    "optimizer.router_lr_warmup_fraction": (SHARE[0], "must lie between 0 and 1, or be left unset"),
+    "optimizer.weight_decay": AT_LEAST_0,
+    "optimizer.adam_beta1": BELOW_1,
+    "optimizer.adam_beta2": BELOW_1,
+    "optimizer.adam_eps": POSITIVE,
+    "optimizer.clip_grad": (AT_LEAST_0[0], "must be 0 (off) or positive"),
+    "checkpoint.save_interval": (AT_LEAST_1[0], "must be at least 1 step"),
+    "checkpoint.keep": (AT_LEAST_1[0], "must be at least 1; the newest checkpoint is never deleted"),
+    "logging.log_interval": (AT_LEAST_1[0], "must be at least 1 step"),
+    "logging.routing_interval": (AT_LEAST_1[0], "must be at least 1 step"),
+    "logging.straggler_interval": (lambda value: value >= 0, "must be 0 (never) or a number of steps"),
+}
+
+
+def number_problems(run: RunConfig) -> Iterator[str]:
+    """Numbers that are wrong whatever the others are."""
+    for path, (is_legal, rule) in RULES.items():
+        section, name = path.split(".")
+        value = getattr(getattr(run, section), name, None)
+        if value is not None and not is_legal(value):
+            yield f"{path}={value} {rule}"

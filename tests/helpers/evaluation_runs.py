@@ -1,0 +1,31 @@
+"""Benchmarks in miniature, run through an engine that answers from a table."""
+
+import json
+
+from megatron_moellava.evaluation.runner import Options, evaluate
+from megatron_moellava.evaluation.tasks import get_task
+from tests.helpers import evaluation_miniatures as miniatures
+
+QUIET = Options(progress=False, bootstrap_samples=50)
+
+
+PICTURES = {"mmbench_cn": lambda root: miniatures.mmbench(root, "mmbench_dev_cn_20231003.tsv")}
+
+
+ALIASES = {"scienceqa": "science_qa", "quickstart_pope": "quickstart"}
+
+
+def write_miniature(name, root):
+    """The benchmark's files below `root`, as its publisher lays them out."""
+    return PICTURES.get(name, getattr(miniatures, ALIASES.get(name, name), None))(root)
+
+
+def run(name, root, engine, **more):
+    """Evaluate the benchmark of `root` with `engine`; results go to root/out."""
+    options = more.pop("options", QUIET)
+    return evaluate(get_task(name), root, root / "out", engine, model="ours", options=options, **more)
+
+
+def predictions_of(root, name):
+    """The rows of its predictions.jsonl."""
+    return [json.loads(line) for line in (root / "out" / name / "predictions.jsonl").read_text().splitlines()]

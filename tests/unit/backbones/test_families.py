@@ -1,0 +1,61 @@
+"""The published sizes of every family."""
+
+import pytest
+
+from megatron_moellava.backbones import (
+    BACKBONES,
+    FAMILIES,
+    backbone_from_hf_config,
+    get_backbone,
+)
+from megatron_moellava.backbones.from_config import hf_config_of
+from megatron_moellava.config import MoEConfig
+from megatron_moellava.conversion.inspection import count_parameters
+from megatron_moellava.conversion.layout import ORIGINAL, entries
+from megatron_moellava.costs.shapes import Model
+from megatron_moellava.towers import get_tower
+
+PUBLISHED = {
+    "stablelm-2-1.6b": {None: (1.6, 1.6), "sparse": (2.0, 2.9), "dense": (2.5, 4.1)},
+    "qwen-1.8b": {None: (1.8, 1.8), "sparse": (2.2, 3.1), "dense": (2.6, 4.3)},
+    "phi-2": {None: (2.7, 2.7), "sparse": (3.6, 5.3), "dense": (4.5, 7.8)},
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_mapping_table_covers_every_tensor_once(name):
+    model = Model(backbone=BACKBONES[name], tower=get_tower("clip-tiny"), moe=MoEConfig(use_residual=True))
+    lines = entries(model, ORIGINAL)
+    outside = [name for line in lines for name in line.names]
+    assert len({line.megatron for line in lines}) == len(lines)
+    assert len(set(outside)) == len(outside)
+
+
+@pytest.mark.parametrize(
+    ("name", "placement", "activated", "total"),
+    [(name, placement, *numbers) for name, rows in PUBLISHED.items() for placement, numbers in rows.items()],
+)
+def test_parameter_counts_are_the_published_ones(name, placement, activated, total):
+    counts = count_parameters(
+        Model(backbone=get_backbone(name), moe=MoEConfig(placement=placement) if placement else None)
+    )
+    # The paper cuts (Phi-2: 2.78 is printed as 2.7) as often as it rounds.
+    assert counts.activated / 1e9 == pytest.approx(activated, abs=0.09)
+    assert counts.total / 1e9 == pytest.approx(total, abs=0.09)
+
+
+def test_published_experts_of_openchat():
+    """The paper's OpenChat row starts 0.5 billion too low; what the experts add is right."""
+    dense, sparse = (
+        count_parameters(Model(backbone=get_backbone("openchat-3.5-1210"), moe=moe)).total / 1e9
+        for moe in (None, MoEConfig())
+    )
+    assert sparse - dense == pytest.approx(15.2 - 6.7, abs=0.09)
+
+
+def test_stablelm_epoch_spelling_gives_the_same_backbone():
+    """MoE-LLaVA's StableLM follows the first release's config, with rope_pct and norm_eps."""
+    config = hf_config_of(get_backbone("stablelm-2-1.6b"))
+    old = {key: value for key, value in config.items() if key not in ("partial_rotary_factor", "layer_norm_eps")}
+    old |= {"model_type": "stablelm_epoch", "rope_pct": 0.25, "norm_eps": 1e-5}
+    assert backbone_from_hf_config(old, FAMILIES, name="x") == backbone_from_hf_config(config, FAMILIES, name="x")

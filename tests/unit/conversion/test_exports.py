@@ -1,0 +1,44 @@
+"""What is written for others."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_moellava.config import CheckpointError
+from megatron_moellava.conversion.exports import export_checkpoint
+from megatron_moellava.conversion.imports import import_checkpoint
+from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
+from tests.helpers.conversion_models import (
+    TOWER,
+    original_config,
+    original_state,
+    write_folder,
+)
+
+
+def test_dtype_converts_every_tensor_and_back(tmp_path):
+    state = original_state("llama", "moe")
+    source = write_folder(tmp_path / "source", state, original_config("llama", "moe"))
+    import_checkpoint(source, save=tmp_path / "run", tower=str(TOWER), dtype="float32")
+    assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "run").tensors.values() if tensor.tiles} == {
+        "float32"
+    }
+    export_checkpoint(tmp_path / "run", save=tmp_path / "out", layout="original", dtype="bfloat16")
+    exported = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(exported[name], value.bfloat16()) for name, value in state.items())
+
+
+def test_export_without_the_towers_last_layer_says_how_to_get_it(tmp_path):
+    """A run that did not carry the unused tensors along can still be exported, from the published tower."""
+    state = {
+        name: value
+        for name, value in original_state("llama", "dense").items()
+        if ".layers.2." not in name or "image_tower" not in name
+    }
+    state = {name: value for name, value in state.items() if "post_layernorm" not in name}
+    source = write_folder(tmp_path / "source", state, original_config("llama", "dense"))
+    import_checkpoint(source, save=tmp_path / "run", tower=str(TOWER))
+    with pytest.raises(CheckpointError, match="--tower"):
+        export_checkpoint(tmp_path / "run", save=tmp_path / "out", layout="original")
+    export_checkpoint(tmp_path / "run", save=tmp_path / "out", layout="original", tower=TOWER)
+    assert len(load_file(tmp_path / "out/model.safetensors")) == len(original_state("llama", "dense"))

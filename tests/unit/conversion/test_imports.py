@@ -1,0 +1,81 @@
+"""What is read of a folder, and what of it is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_moellava.config import ConfigError
+from megatron_moellava.conversion.exports import export_checkpoint
+from megatron_moellava.conversion.imports import import_checkpoint
+from megatron_moellava.towers import get_tower
+from tests.helpers.conversion_models import (
+    TOWER,
+    TOWER_PREFIX,
+    assert_same_bytes,
+    original_config,
+    original_state,
+    write_folder,
+)
+
+
+def test_released_moe_settings_are_read(tmp_path):
+    source = write_folder(tmp_path / "source", original_state("phi", "moe"), original_config("phi", "moe"))
+    moe = import_checkpoint(source, save=tmp_path / "run", tower=str(TOWER))["model"].moe
+    assert (moe.num_moe_experts, moe.moe_router_topk, moe.placement, moe.router) == (4, 2, (0, 2), "original")
+    assert (moe.moe_expert_capacity_factor, moe.eval_capacity_factor, moe.min_capacity) == (1.5, 2.0, 0)
+
+
+def test_new_projector_is_drawn_by_seed_alone(tmp_path):
+    state = original_state("llama", "dense")
+    language = {
+        name: value for name, value in state.items() if "mm_projector" not in name and "image_tower" not in name
+    }
+    config = original_config("llama", "dense") | {"model_type": "llama"}
+    source = write_folder(tmp_path / "language", language, {k: v for k, v in config.items() if not k.startswith("mm_")})
+
+    def projector(name: str, seed: int) -> dict[str, torch.Tensor]:
+        import_checkpoint(source, save=tmp_path / name, tower=str(TOWER), seed=seed)
+        export_checkpoint(tmp_path / name, save=tmp_path / f"{name}_out", layout="projector")
+        return torch.load(tmp_path / f"{name}_out/mm_projector.bin", weights_only=True)
+
+    first, again, other = projector("a", 1), projector("b", 1), projector("c", 2)
+    weight = "model.mm_projector.image_spatial_proj.0.weight"
+    assert_same_bytes(first, again)
+    assert not torch.equal(first[weight], other[weight])
+    bound = get_tower(str(TOWER)).hidden_size ** -0.5  # torch's default for a Linear layer
+    assert 0.9 * bound < first[weight].float().abs().max() <= bound * 1.01
+    assert first[weight].dtype == torch.bfloat16 and first["model.mm_projector.image_spatial_proj.0.bias"].any()
+
+
+def test_tower_missing_in_a_release_is_taken_from_its_folder(tmp_path):
+    state = original_state("llama", "dense")
+    alone = {name: value for name, value in state.items() if not name.startswith(TOWER_PREFIX)}
+    source = write_folder(tmp_path / "source", alone, original_config("llama", "dense"))
+    with pytest.raises(ConfigError, match="give --tower"):
+        import_checkpoint(source, save=tmp_path / "run")
+    import_checkpoint(source, save=tmp_path / "run", tower=str(TOWER))
+    export_checkpoint(tmp_path / "run", save=tmp_path / "out", layout="tower")
+    assert_same_bytes(load_file(tmp_path / "out/model.safetensors"), load_file(TOWER / "model.safetensors"))
+
+
+def test_a_clip_file_with_both_towers_gives_its_vision_half(tmp_path):
+    vision = load_file(TOWER / "model.safetensors")
+    both = vision | {"text_model.embeddings.token_embedding.weight": torch.zeros(3, 2), "logit_scale": torch.zeros(1)}
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    save_file(both, folder / "model.safetensors")
+    inner = json.loads((TOWER / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": inner}))
+    state = {name: value for name, value in original_state("llama", "dense").items() if "image_tower" not in name}
+    source = write_folder(tmp_path / "source", state, original_config("llama", "dense"))
+    report = import_checkpoint(source, save=tmp_path / "run", tower=str(folder))
+    assert report["dropped"]["not part of the vision tower"]
+
+
+def test_multimodal_settings_that_are_not_supported_are_named(tmp_path):
+    config = original_config("llama", "dense") | {"image_projector_type": "qformer2_4"}
+    source = write_folder(tmp_path / "source", original_state("llama", "dense"), config)
+    with pytest.raises(ConfigError, match="qformer2_4"):
+        import_checkpoint(source, save=tmp_path / "run", tower=str(TOWER))

@@ -1,0 +1,61 @@
+"""Tokens of every sample, measured once."""
+
+import numpy as np
+import pytest
+
+from megatron_moellava.config import DataError, Source
+from megatron_moellava.data.lengths import measured_lengths
+from megatron_moellava.data.pipeline import Pipeline
+from megatron_moellava.data.sources import Reader, open_sources
+from megatron_moellava.data.tokenizer import load_tokenizer
+from tests.helpers.data_files import TOWER, config, encoder, row, write_images, write_rows
+from tests.helpers.paths import ASSETS
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ASSETS / "tok_bpe")
+
+
+def pipeline(tmp_path, tokenizer, rows, **limits) -> Pipeline:
+    path = write_rows(tmp_path, rows)
+    reader = Reader(open_sources([Source(path=str(path))], tmp_path / "cache")[0])
+    return Pipeline(reader, encoder(tokenizer, **limits), TOWER, config(path), pad_multiple=4)
+
+
+def test_lengths_are_those_of_the_tokens_and_0_for_what_cannot_be_used(tmp_path, tokenizer):
+    write_images(tmp_path)
+    made = pipeline(tmp_path, tokenizer, [row(0), {"id": "bad"}, row(2, None)])
+    lengths = measured_lengths(made, ["key"], tmp_path)
+    assert lengths.tolist() == [len(made.encode(0)[0]), 0, len(made.encode(2)[0])]
+
+
+def test_they_are_measured_once_and_again_when_something_has_changed(tmp_path, tokenizer):
+    write_images(tmp_path)
+    made = pipeline(tmp_path, tokenizer, [row(number) for number in range(6)])
+    lengths = measured_lengths(made, ["key"], tmp_path)
+    (file,) = tmp_path.glob("lengths-*.npy")
+    before = file.stat().st_mtime_ns
+    assert (measured_lengths(made, ["key"], tmp_path) == lengths).all() and file.stat().st_mtime_ns == before
+    np.save(file, lengths + 1)
+    assert (measured_lengths(made, ["key"], tmp_path) == lengths).all(), "the probes have told"
+    measured_lengths(made, ["another key"], tmp_path)
+    assert len(list(tmp_path.glob("lengths-*.npy"))) == 2
+
+
+def test_a_damaged_file_is_measured_anew(tmp_path, tokenizer):
+    write_images(tmp_path)
+    made = pipeline(tmp_path, tokenizer, [row(0)])
+    lengths = measured_lengths(made, ["key"], tmp_path)
+    (file,) = tmp_path.glob("lengths-*.npy")
+    for content in (b"", b"no array"):
+        file.write_bytes(content)
+        assert (measured_lengths(made, ["key"], tmp_path) == lengths).all()
+
+
+def test_a_folder_that_cannot_be_written_says_what_to_do(tmp_path, tokenizer):
+    write_images(tmp_path)
+    made = pipeline(tmp_path, tokenizer, [row(0)])
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"set checkpoint\.save to a folder that can be written"):
+        measured_lengths(made, ["key"], tmp_path / "file")

@@ -1,0 +1,65 @@
+"""From a checkpoint folder to an engine."""
+
+import shutil
+
+import pytest
+
+from megatron_moellava import parallel
+from megatron_moellava.config import CheckpointError, ConfigError, ParallelConfig
+from megatron_moellava.inference.load import inference_layout, inference_run, layout_of, load_for_inference
+from tests.helpers.inference_models import TOKENIZER, ask, tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("run"))
+
+
+def run_of(saved, **said):
+    return inference_run(
+        saved / "iter_0000001", ParallelConfig(), **{"tokenizer": "", "template": "", "precision": ""} | said
+    )
+
+
+def test_what_is_not_said_is_what_the_checkpoint_was_trained_with(saved):
+    run = run_of(saved)
+    assert (run.data.tokenizer, run.data.template, run.training.precision) == (str(TOKENIZER), "v1", "fp32")
+    assert run.moe.num_moe_experts == 4 and not run.data.packing
+
+
+def test_what_is_said_wins(saved):
+    run = run_of(saved, template="phi", precision="bf16")
+    assert (run.data.template, run.training.precision) == ("phi", "bf16")
+
+
+def test_a_missing_tokenizer_is_named_with_the_way_out(saved):
+    with pytest.raises(CheckpointError, match=r"/no/where, does not exist; pass --tokenizer"):
+        run_of(saved, tokenizer="/no/where")
+
+
+def test_an_engine_answers_again_the_same_from_the_same_checkpoint(saved):
+    answers = []
+    for _ in range(2):
+        engine = load_for_inference(saved, max_batch_size=2)
+        (completion,) = engine.generate([ask(0)])
+        answers.append(completion.tokens)
+        parallel.shutdown()
+    assert answers[0] == answers[1] and len(answers[0]) > 0
+
+
+def test_a_damaged_checkpoint_answers_nothing_unless_one_insists(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    run_file = tmp_path / "run/iter_0000001/ranks/generators_00000.pt"
+    run_file.write_bytes(b"x" + run_file.read_bytes()[1:])
+    with pytest.raises(CheckpointError, match="differs from what was written"):
+        load_for_inference(tmp_path / "run", max_batch_size=2)
+    assert load_for_inference(tmp_path / "run", max_batch_size=2, verify=False)
+    parallel.shutdown()
+
+
+def test_layouts_for_generation_cut_neither_sequence_nor_stages_into_pieces():
+    layout = layout_of(["parallel.tensor_model_parallel_size=2"])
+    assert layout.tensor_model_parallel_size == 2
+    assert not inference_layout(layout).sequence_parallel
+    with pytest.raises(ConfigError, match="context_parallel_size must be 1"):
+        inference_layout(ParallelConfig(context_parallel_size=2))

@@ -1,0 +1,81 @@
+"""The model: where images go, what padding and labels do to the loss, positions of packed rows."""
+
+import pytest
+import torch
+
+from megatron_moellava.data.encode import IMAGE_TOKEN
+from megatron_moellava.model.build import build_model
+from megatron_moellava.model.inputs import model_inputs
+from megatron_moellava.model.moe_llava import PositionedRotary, causal_padding_mask, packed_seq_params
+from tests.helpers.batches import X, padded, words
+from tests.helpers.inference_models import tiny_run
+
+
+@pytest.fixture
+def model(world):
+    return build_model(tiny_run())[0].eval()
+
+
+@torch.no_grad()
+def test_rows_of_image_tokens_are_overwritten_by_visual_tokens_in_order(model):
+    features_NFD = torch.randn(1, 2, model.backbone.hidden_size)
+    tokens_BS = torch.tensor([[5, IMAGE_TOKEN, IMAGE_TOKEN, 7]])
+    embedded_SBD = model.embed(tokens_BS, None, features_NFD)
+    words_SBD = model.embed(torch.tensor([[5, 7]]), None)
+    assert torch.equal(embedded_SBD[1:3, 0], features_NFD[0])
+    assert torch.equal(embedded_SBD[[0, 3], 0], words_SBD[:, 0])
+
+
+@torch.no_grad()
+def test_too_few_visual_tokens_are_an_error_with_both_numbers(model):
+    with pytest.raises(ValueError, match="3 placeholder rows for 2 visual tokens of 1 images"):
+        model.embed(torch.tensor([[IMAGE_TOKEN] * 3]), None, torch.randn(1, 2, model.backbone.hidden_size))
+
+
+@torch.no_grad()
+def test_losses_are_zero_where_there_is_no_label_and_the_cross_entropy_elsewhere(model):
+    batch = words()
+    arguments = model_inputs(batch)
+    losses_BS = model(**arguments)
+    logits_BSV = model(**arguments | {"labels_BS": None})
+    assert logits_BSV.shape[-1] == model.backbone.vocab_size
+    expected = torch.nn.functional.cross_entropy(logits_BSV.float().transpose(1, 2), batch.labels_BS, reduction="none")
+    assert torch.allclose(losses_BS, expected, atol=1e-4)
+    assert not losses_BS[batch.labels_BS == X].any() and losses_BS.any()
+
+
+@torch.no_grad()
+def test_what_padding_holds_does_not_change_the_losses(model):
+    rows = [[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]]
+    labels = [[6, 7, X, X, X], [9, 10, 11, 12, X]]
+    losses_BS = model(**model_inputs(padded(rows, labels, ["", ""])))
+    other = padded([[5, 6, 7, 99, 77], rows[1]], labels, ["", ""])
+    other.padding_mask_BS = padded(rows, labels, ["", ""]).padding_mask_BS
+    assert torch.equal(model(**model_inputs(other)), losses_BS)
+
+
+def test_positions_restart_where_a_packed_row_says_so(model):
+    rotary = PositionedRotary(model.backbone)
+    plain = rotary(4)
+    with rotary.at(torch.tensor([[0, 1, 0, 1]])):
+        assert torch.equal(rotary(4), plain[[0, 1, 0, 1]])
+    assert torch.equal(rotary(4), plain), "the positions are forgotten"
+
+
+def test_only_packed_rows_have_a_description():
+    assert packed_seq_params(None, None) is None
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+    described = packed_seq_params(cu_seqlens, 3)
+    assert described.cu_seqlens_q.tolist() == [0, 3, 5] and described.max_seqlen_kv == 3
+
+
+def test_causal_padding_mask_hides_later_positions_and_padding():
+    mask = causal_padding_mask(torch.tensor([[True, True, False]]))
+    assert mask.shape == (1, 1, 3, 3)
+    assert (~mask[0, 0]).int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 0]]
+
+
+def test_a_batch_without_images_still_gives_the_projector_a_gradient(model):
+    model.vision_tower.requires_grad_(False)
+    model(**model_inputs(words())).sum().backward()
+    assert not model.projector.linear_fc1.weight.grad.any()

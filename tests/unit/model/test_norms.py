@@ -1,0 +1,31 @@
+"""Norms of the local layer spec."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from megatron_moellava.model.norms import Norm
+
+
+@dataclass
+class Settings:
+    normalization: str = "RMSNorm"
+    params_dtype: torch.dtype = torch.float32
+    sequence_parallel: bool = False
+
+
+def test_values_are_those_of_the_formulas():
+    x_NH = torch.randn(3, 8)
+    rms = Norm(Settings(), 8, eps=1e-6)(x_NH)
+    assert torch.allclose(rms, x_NH / (x_NH.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt(), atol=1e-6)
+    layer = Norm(Settings("LayerNorm"), 8, eps=1e-5)(x_NH)
+    centred_NH = x_NH - x_NH.mean(-1, keepdim=True)
+    assert torch.allclose(layer, centred_NH / (centred_NH.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt(), atol=1e-6)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_gradients_are_summed_over_tensor_parallel_ranks_under_sequence_parallelism(sequence_parallel):
+    norm = Norm(Settings("LayerNorm", torch.bfloat16, sequence_parallel), 8)
+    assert all(parameter.sequence_parallel is sequence_parallel for parameter in norm.parameters())
+    assert all(parameter.dtype == torch.bfloat16 for parameter in norm.parameters())

@@ -1,0 +1,50 @@
+"""The planner's command: report, picture, JSON and YAML."""
+
+import pytest
+
+from megatron_moellava.backbones import get_backbone
+from megatron_moellava.config import ConfigError, MoEConfig, load_config
+from megatron_moellava.costs.gpus import GIB
+from megatron_moellava.planning.command import plan, request_of, settings_of
+from megatron_moellava.training.validate import layout_problems
+from tests.helpers.paths import REPO
+from tests.helpers.planning import arguments
+
+
+def test_yaml_holds_the_whole_suggestion(tmp_path):
+    """The file is a config of tools/train.py: the recipe's fields, what was asked for, what the planner chose."""
+    recipe, file = str(REPO / "examples" / "recipes" / "stage3.yaml"), tmp_path / "plan.yaml"
+    options = arguments(
+        config=recipe,
+        yaml=str(file),
+        picture=str(tmp_path / "plan.png"),
+        overrides=["optimizer.lr=1e-5", "training.micro_batch_size=4"],
+        top=1,
+    )
+    text = plan(options)
+    run = load_config(str(file), ["model.backbone=phi-2", "training.stage=3"])
+    assert run.moe.moe_expert_capacity_factor == 1.5 and run.optimizer.lr == 1e-5
+    assert f"training.micro_batch_size={run.training.micro_batch_size}" in text
+    assert layout_problems(run, get_backbone("phi-2"), 8) == []
+
+
+def test_command_writes_report_picture_and_json(planned):
+    text, data, picture, _ = planned
+    assert "Predictions for phi-2" in text and "Nothing here was measured on a GPU" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert data["predicted"] is True
+    best = data["plans"][0]
+    assert best["settings"]["parallel.pipeline_model_parallel_size"] == 2
+    assert "moe.num_moe_experts=8" in best["command"] and best["command"] in text
+    assert best["memory_bytes"]["total"] < 80 * GIB
+
+
+def test_moe_is_assumed_in_stage_3_only_and_is_pasted():
+    assert request_of(arguments(), settings_of(arguments())).run.moe == MoEConfig()
+    assert settings_of(arguments()) == ["moe.num_moe_experts=4"]
+    assert request_of(arguments(stage=2), settings_of(arguments(stage=2))).run.moe is None
+
+
+def test_context_parallelism_is_refused_rather_than_guessed():
+    with pytest.raises(ConfigError, match="context_parallel_size=2 cannot be planned"):
+        request_of(arguments(), ["moe.num_moe_experts=4", "parallel.context_parallel_size=2"])

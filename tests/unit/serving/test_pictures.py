@@ -1,0 +1,50 @@
+"""Pictures that strangers send."""
+
+import struct
+import zlib
+
+import pytest
+
+from megatron_moellava.config import DataError
+from megatron_moellava.serving.pictures import PictureLimits, open_url
+from tests.helpers.pictures import LIMITS, data_url, png
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A picture that claims to be enormous, and would unpack to zeros."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = b"IDAT" + zlib.compress(b"\0" * 1_000_000)
+    chunks = b"".join(
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (header, body)
+    )
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def test_a_data_url_becomes_a_picture():
+    assert open_url(data_url(png(5, 7)), LIMITS).size == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (data_url(png_header(60_000, 60_000)), "pixels"),
+        (data_url(png(2000, 1000)), "pixels"),
+        (data_url(b"\0" * 300_000), "bytes"),
+        (data_url(b"not a picture"), "cannot be read"),
+        (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"), "cannot be read"),
+        (data_url(png(5, 5))[:-9] + "@@@", "base64"),
+        ("data:text/plain;base64,aGVsbG8=", "form"),
+        ("file:///etc/passwd", "data: URL"),
+        ("/etc/passwd", "data: URL"),
+        ("http://127.0.0.1/a.png", "not allowed"),
+    ],
+)
+def test_what_is_no_acceptable_picture_is_refused(url, message):
+    with pytest.raises(DataError, match=message):
+        open_url(url, LIMITS)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "10.0.0.1", "169.254.169.254", "localhost"])
+def test_remote_urls_never_lead_inside(host):
+    with pytest.raises(DataError, match="not a public one"):
+        open_url(f"http://{host}/a.png", PictureLimits(allow_remote=True))

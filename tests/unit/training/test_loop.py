@@ -1,0 +1,117 @@
+"""The trainer on a tiny model: its steps, its log, its end. Layouts and interruptions are in tests/distributed."""
+
+import json
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_moellava import parallel
+from megatron_moellava.config import (
+    INTERRUPTED,
+    CheckpointConfig,
+    CheckpointError,
+    DataConfig,
+    LoggingConfig,
+    MoEConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Source,
+)
+from megatron_moellava.data.loader import Batches
+from megatron_moellava.training.loop import Trainer, TrainingDiverged, global_token_mean
+from tests.helpers.batches import X, padded
+from tests.helpers.inference_models import tiny_run
+
+
+class Rows(Batches):
+    """One row again and again, with something to do when so many have been read."""
+
+    def __init__(self):
+        self.read, self.at = 0, {}
+
+    def __next__(self):
+        self.read += 1
+        self.at.get(self.read, lambda *_: None)(signal.SIGTERM, None)
+        return padded([[5, 6, 7, 8, 9, 10, 11, 12]], [[6, 7, 8, 9, 10, 11, 12, X]], ["color"])
+
+    def state_dict(self):
+        return {"read": self.read}
+
+    def load_states(self, states):
+        (self.read,) = (state["read"] for state in states.values())
+
+    def counters(self):
+        counted = {"seen": self.read, "trained": self.read, "skipped": {}, "notes": {}}
+        return counted | {"bad_epoch": 0, "bad": [], "duplicates": 0, "epoch": 1}
+
+
+def run_in(folder, **training):
+    run = tiny_run(MoEConfig())
+    return replace(
+        run,
+        data=DataConfig(sources=(Source(path="x"),), tokenizer="x", template="v1", packing=False, seq_length=8),
+        training=replace(run.training, **{"global_batch_size": 2, "micro_batch_size": 1, "train_steps": 4} | training),
+        optimizer=OptimizerConfig(lr=1e-3),
+        checkpoint=CheckpointConfig(save=str(folder), save_interval=2),
+        logging=LoggingConfig(tensorboard=False, log_interval=1, routing_interval=2),
+    )
+
+
+def steps_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+
+
+def test_loss_is_the_sum_over_tokens_and_scaled_for_the_schedule():
+    losses_BS = torch.tensor([[1.0, 2.0], [0.0, 3.0]], requires_grad=True)
+    scaled, total = global_token_mean(losses_BS, scale=0.5)
+    assert (float(scaled), float(total)) == (3.0, 6.0)
+    assert scaled.requires_grad and not total.requires_grad
+
+
+def test_a_run_learns_logs_every_step_and_ends_with_a_checkpoint(world, tmp_path, capsys):
+    rows = Rows()
+    trainer = Trainer(run_in(tmp_path), rows, 4)
+    assert trainer.train() == 0
+    steps = steps_of(tmp_path)
+    assert [step["iteration"] for step in steps] == [1, 2, 3, 4]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert all(step["samples"] == 0 and step["skipped"] == 0.0 for step in steps)  # these rows have no ids
+    assert rows.read == 8, "two micro-batches a step"
+    assert (tmp_path / "iter_0000004/run.json").exists()
+    assert "stage 3 step 4/4" in capsys.readouterr().out
+    routing = [json.loads(line) for line in (tmp_path / "routing.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in routing] == [2, 4]
+    assert sum(routing[0]["layers"][0]["choices"]) == 2 * 2 * 8  # rows, choices, positions
+
+
+def test_an_interrupted_run_continues_as_if_it_had_not_stopped(world, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    Trainer(run_in(whole), Rows(), 4).train()
+    parallel.initialize(ParallelConfig(), seed=1)
+    first = Trainer(run_in(halves), Rows(), 4)
+    first.loader.at = {4: first._on_signal}
+    assert first.train() == INTERRUPTED
+    rows = Rows()
+    continued = Trainer(run_in(halves), rows, 4)
+    assert continued.state.iteration == 2 and rows.read == 4
+    assert continued.train() == 0
+    for name in ("loss", "grad_norm", "lr"):
+        assert [step[name] for step in steps_of(halves)] == pytest.approx([step[name] for step in steps_of(whole)])
+
+
+def test_a_checkpoint_of_another_stage_is_not_continued(world, tmp_path):
+    Trainer(run_in(tmp_path), Rows(), 1).train()
+    with pytest.raises(CheckpointError, match="holds a checkpoint of stage 3 that cannot be continued as stage 2"):
+        Trainer(run_in(tmp_path, stage=2), Rows(), 1)
+
+
+def test_a_run_that_diverges_stops_with_its_samples(world, tmp_path, capsys):
+    trainer = Trainer(run_in(tmp_path, non_finite_patience=2), Rows(), 4)
+    with torch.no_grad():
+        trainer.chunks[0].language_model.embedding.word_embeddings.weight.fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match="2 steps in a row without a finite gradient"):
+        trainer.train()
+    assert "step 1 skipped: the loss of rank 0 is not finite" in capsys.readouterr().out
+    assert [step["skipped"] for step in steps_of(tmp_path)] == [1.0, 1.0]
