@@ -7,6 +7,7 @@ from dataclasses import replace
 from megatron_moellava import parallel
 from megatron_moellava.config import CheckpointConfig, MoEConfig, OptimizerConfig, RunConfig
 from megatron_moellava.data.batch import Batch
+from megatron_moellava.data.loader import Batches
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.verify.folder import Folder, to_batch
 from megatron_moellava.verify.session import Session, Subject, without_tied_head
@@ -39,7 +40,7 @@ def verify_curve(
     batches = [to_batch(folder.inputs[step["input"]], subject.num_features, multiple) for step in history]
     trainer = Trainer(
         run_of(run, subject, case, moe, curve["lr"], batches),
-        Replay(iter(batches)) if parallel.reads_data() else None,  # type: ignore[arg-type]
+        Replay(iter(batches)) if parallel.reads_data() else None,
         len(history),
     )
     session = Session(trainer.run, subject.model, trainer.chunks)
@@ -104,7 +105,7 @@ def run_of(
     )
 
 
-class Replay:
+class Replay(Batches):
     """The recorded batches in the place of a loader."""
 
     def __init__(self, batches: Iterator[Batch]):

@@ -1,47 +1,35 @@
-"""Pathways, co-activation and the report, from imagined tokens."""
+"""One HTML file that holds a whole report, shows what strangers wrote and runs nothing of it."""
 
-import json
 import re
 
-import pytest
+from PIL import Image
 
-from megatron_moellava.analysis.command import write_report
-from tests.helpers.made_routes import routes, similarity
+from megatron_moellava.analysis.report import POLICY, Section, write_html
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 2), (9, 11, 3), (1, 2, 1)], ids=str)
-def test_report_is_one_file_for_any_number_of_layers_experts_and_choices(tmp_path, shape):
-    layers, experts, topk = shape
-    text = write_report(
-        tmp_path, "runs/<stage3>", ["a.json"], routes(layers, experts, topk), similarity(layers, experts), pca=True
-    )
+def test_pictures_are_inside_and_nothing_is_fetched(tmp_path):
+    Image.new("RGB", (3, 3)).save(tmp_path / "load.png")
+    section = Section("Load", "a note", [tmp_path / "load.png"], [(["layer", "share"], [["0", "50%"]])])
+    write_html(tmp_path / "report.html", "Routing", {"tokens": "9"}, [], [section])
     html = (tmp_path / "report.html").read_text()
-    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
-    expected = [
-        "confidence",
-        "load",
-        "modality",
-        "overlay_00",
-        "pathways",
-        "pathways_pca",
-        "siblings",
-        "similarity",
-        "types",
-    ]
-    assert pictures == sorted(f"{name}.png" for name in expected + (["coactivation"] if topk > 1 else []))
-    assert html.count("data:image/png;base64,") == len(pictures)
-    assert not re.search(r"(?:src|href)=\"(?!data:|#)", html), "something would be fetched"
-    assert "runs/&lt;stage3&gt;" in html and "<stage3>" not in html
-    assert "report.html" in text
-    numbers = json.loads((tmp_path / "routing.json").read_text())
-    assert len(numbers["layers"]) == layers and not numbers["warnings"]
+    assert html.count("data:image/png;base64,") == 1 and 'alt="load"' in html
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)", html)
+    assert POLICY in html and "<script" not in html
+    assert "<td>50%</td>" in html and '<a href="#s0">Load</a>' in html and 'id="s0"' in html
 
 
-def test_report_warns_of_a_dead_expert(tmp_path):
-    made = routes(tokens=3000)
-    layer = made.record["layers"][1]
-    layer["choices"] = [3000, 2000, 999, 1]
-    text = write_report(tmp_path, "x", ["a.json"], made, similarity())
-    assert "warning: layer 2: expert 3 is dead" in text
-    assert 'class="warning"' in (tmp_path / "report.html").read_text()
-    assert 'class="good"' not in (tmp_path / "report.html").read_text()
+def test_whatever_stands_in_a_name_is_text(tmp_path):
+    evil = "<img src=x onerror=alert(1)>"
+    write_html(tmp_path / "report.html", evil, {evil: evil}, [evil], [Section(evil, evil, [], [([evil], [[evil]])])])
+    html = (tmp_path / "report.html").read_text()
+    assert evil not in html and "&lt;img src=x onerror=alert(1)&gt;" in html
+
+
+def test_a_report_warns_or_says_that_all_is_well(tmp_path):
+    for warnings, shown, hidden in (
+        ([], 'class="good"', 'class="warning"'),
+        (["dead"], 'class="warning"', 'class="good"'),
+    ):
+        write_html(tmp_path / "report.html", "x", {}, warnings, [])
+        html = (tmp_path / "report.html").read_text()
+        assert shown in html and hidden not in html

@@ -112,7 +112,9 @@ def test_damaged_start_of_a_training_is_refused(kind, copy, command, tmp_path):
     rows = data_files.make_set(tmp_path / "rows", 8)
     arguments = ("--data", rows, "--image-folder", rows.parent, "--save", tmp_path / "save", "--load", copy)
     settings = (f"data.tokenizer={TOKENIZER}", "data.num_workers=0", "training.precision=fp32", "training.device=cpu")
-    code, error = command("train", "--stage", 3, *arguments, "training.global_batch_size=2", *settings)
+    code, error = command(
+        "train", "--stage", 3, *arguments, "training.global_batch_size=2", "training.train_steps=2", *settings
+    )
     assert_refused(code, error, culprit)
 
 

@@ -1,32 +1,46 @@
-"""What the sums over tokens mean, as numbers for logs and reports."""
+"""Sums over tokens as the numbers of logs and reports."""
+
+import json
+import math
 
 import pytest
 import torch
 
 from megatron_moellava.routing.records import PER_EXPERT, PER_TOKEN, RoutingSums, routing_record
 
-
-def sums(choices: list[float], asked: list[float], probability: list[float], tokens: list[float]) -> RoutingSums:
-    """Text tokens of one layer out of two; the other modality and the dense layer have none."""
-    row_C = torch.tensor([*choices, *asked, *probability, *tokens], dtype=torch.float64)
-    assert len(row_C) == len(PER_EXPERT) * 4 + len(PER_TOKEN)
-    sums_GLC = torch.zeros(2, 2, len(row_C), dtype=torch.float64)
-    sums_GLC[0, 1] = row_C
-    return RoutingSums(groups=("text", "image"), layers=(1,), num_experts=4, topk=2, sums_GLC=sums_GLC)
+EXPERTS = 3
 
 
-def test_record_of_balanced_routing_says_so():
-    even = sums([50.0] * 4, [50.0] * 4, [25.0] * 4, [100.0, 138.62944, 25.0, 25.0])
-    (layer,) = routing_record(even, {"z_loss": [0.0, 0.25]})["layers"]
-    assert layer["balance"] == pytest.approx(1.0)
-    assert layer["entropy"] == pytest.approx(1.0)
-    assert (layer["layer"], layer["max_load"], layer["z_loss"]) == (1, 1.0, 0.25)
-    assert list(layer["groups"]) == ["text"], "a group without tokens has no numbers"
+def sums() -> RoutingSums:
+    """Two decoder layers, the second with experts; ten text tokens, top-1, two of them dropped."""
+    columns = {
+        "choices": [4.0, 4.0, 0.0],
+        "asked": [6.0, 4.0, 0.0],
+        "probability": [5.0, 3.0, 2.0],
+        "tokens": [10.0],
+        "entropy": [10 * math.log(3) / 2],
+        "top1": [7.0],
+        "top2": [2.0],
+    }
+    row = torch.tensor([value for name in (*PER_EXPERT, *PER_TOKEN) for value in columns[name]], dtype=torch.float64)
+    sums_GLC = torch.zeros(3, 2, len(row), dtype=torch.float64)
+    sums_GLC[0, 1] = sums_GLC[2, 1] = row
+    return RoutingSums(("text", "image", "type:color"), (1,), EXPERTS, 1, sums_GLC)
 
 
-def test_record_counts_what_was_asked_for_and_dropped():
-    (layer,) = routing_record(sums([60, 60, 20, 0], [120, 60, 20, 0], [70, 20, 10, 0], [100, 69.3, 70, 20]))["layers"]
-    assert (layer["choices"], layer["dropped"]) == ([60, 60, 20, 0], [60, 0, 0, 0])
-    assert layer["max_load"] == pytest.approx(120 / 50)
-    assert layer["balance"] == pytest.approx(4 * (0.6 * 0.7 + 0.3 * 0.2 + 0.1 * 0.1))
-    assert (layer["top1"], layer["top2"]) == (0.7, 0.2)
+def test_columns_are_found_by_name():
+    found = sums()
+    assert found.column("asked")[0, 1].tolist() == [6.0, 4.0, 0.0] and float(found.column("top1")[0, 1]) == 7.0
+    assert found.choices_LME.tolist() == [[[0] * 3] * 2, [[4, 4, 0], [0, 0, 0]]]
+
+
+def test_a_record_has_layers_with_experts_and_groups_with_tokens():
+    record = routing_record(sums(), {"z_loss": [0.0, 0.5]})
+    (layer,) = record["layers"]
+    assert (record["num_experts"], record["topk"], layer["layer"], layer["z_loss"]) == (3, 1, 1, 0.5)
+    assert layer["groups"].keys() == {"text", "type:color"}, "there was no image token"
+    assert (layer["tokens"], layer["choices"], layer["dropped"]) == (10, [4, 4, 0], [2, 0, 0])
+    assert (layer["entropy"], layer["top1"], layer["top2"]) == pytest.approx((0.5, 0.7, 0.2))
+    assert layer["max_load"] == pytest.approx(0.6 * 3)
+    assert layer["balance"] == pytest.approx(3 * (0.6 * 0.5 + 0.4 * 0.3))
+    assert json.loads(json.dumps(record)) == record

@@ -1,24 +1,41 @@
-"""The weights of every token of a forward pass, for a request's record and for an analysis."""
+"""The experts of every token of one pass."""
 
+import pytest
 import torch
 
+from megatron_moellava.config import MoEConfig
+from megatron_moellava.model.build import build_model
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.routing.token_weights import TokenWeights
 from tests.helpers.batches import words
-from tests.helpers.inference_models import GATES, tiny_engine
+from tests.helpers.inference_models import tiny_run
+
+
+@pytest.fixture
+def model(world):
+    return build_model(tiny_run(MoEConfig()))[0].eval()
 
 
 @torch.no_grad()
-def test_the_weights_of_the_last_recorded_pass_are_kept():
-    model = tiny_engine(GATES["megatron"]).model
-    weights, outputs = TokenWeights(model), []
-    for router in weights.observer.routers.values():
-        router.register_forward_hook(lambda router, inputs, output: outputs.append(output[0]))
-    for length in (12, 9):
-        with weights.recording():
-            model(**(model_inputs(words(length=length)) | {"labels_BS": None}))
-    model(**(model_inputs(words(length=5)) | {"labels_BS": None}))  # nobody records it
-    assert weights.layers == list(weights.weights_TE) == [0, 2]
-    for layer, output in zip(weights.layers, outputs[2:4], strict=True):
-        assert torch.equal(weights.weights_TE[layer], output)
-        assert weights.weights_TE[layer].shape == (2 * 9, 4)
+def test_every_token_has_its_two_experts_in_every_layer(model):
+    weights, batch = TokenWeights(model), words(2, 12)
+    with weights.recording():
+        model(**model_inputs(batch))
+    assert list(weights.weights_TE) == weights.layers == [0, 2]
+    for found_TE in weights.weights_TE.values():
+        assert found_TE.shape == (24, 4) and found_TE.dtype == torch.float32
+        assert ((found_TE > 0).sum(dim=1) <= 2).all()
+        assert torch.allclose(found_TE.sum(dim=1)[:18], torch.ones(18), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_pass_replaces_the_one_before_and_nothing_is_kept_outside(model):
+    weights = TokenWeights(model)
+    with weights.recording():
+        model(**model_inputs(words(2, 12)))
+    first = weights.weights_TE
+    model(**model_inputs(words(1, 8)))
+    assert weights.weights_TE is first
+    with weights.recording():
+        model(**model_inputs(words(1, 8)))
+    assert {len(found) for found in weights.weights_TE.values()} == {8}

@@ -1,70 +1,12 @@
 """The judged benchmarks against a real HTTP server on loopback that speaks OpenAI's chat completions."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
 
-from megatron_moellava.config import ConfigError
 from megatron_moellava.evaluation.answered import Answered
-from megatron_moellava.evaluation.judge import Judge, JudgeError
+from megatron_moellava.evaluation.judge import JudgeError
 from megatron_moellava.evaluation.scorers.judged import read_grade, read_review
 from megatron_moellava.evaluation.tasks import get_task
 from tests.helpers import evaluation_miniatures as miniatures
-
-
-class StubJudge:
-    """Replies with the texts of `script` in turn (an integer is an HTTP status); keeps what it was asked."""
-
-    def __init__(self, script, model="stub-1"):
-        self.script, self.requests, self.headers = list(script), [], []
-        stub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                stub.requests.append(body | {"path": self.path})
-                stub.headers.append(dict(self.headers))
-                reply = stub.script.pop(0)
-                status = reply if isinstance(reply, int) else 200
-                answer = {"model": model, "choices": [{"message": {"role": "assistant", "content": reply}}]}
-                payload = json.dumps(answer if status == 200 else {"error": {"message": "busy"}}).encode()
-                self.send_response(status)
-                if status == 302:
-                    self.send_header("Location", f"{stub.url}/elsewhere")
-                self.send_header("Content-Length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def log_message(self, *args):
-                pass
-
-            def do_GET(self):  # where a followed redirect would arrive
-                stub.requests.append({"path": self.path})
-                self.send_error(404)
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def judge(self, **more):
-        return Judge(url=self.url, model="asked-for", first_wait_seconds=0.001, **more)
-
-
-@pytest.fixture
-def stub(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    started = []
-
-    def start(script, **more):
-        started.append(StubJudge(script, **more))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.server.shutdown()
-        each.server.server_close()
 
 
 def answered(name, data, texts, judge):
@@ -163,32 +105,6 @@ def test_without_a_judge_there_is_no_score(tmp_path):
     assert get_task("mm_vet").score(answered("mm_vet", tmp_path, ["x", "y"], None)) is None
 
 
-def test_a_busy_server_is_asked_again_and_a_refusal_is_not(stub):
-    server = stub([429, 500, "fine"])
-    assert server.judge().ask([], temperature=0.0, max_tokens=1).text == "fine"
-    server.script = [401, "never"]
-    with pytest.raises(JudgeError, match="HTTP 401"):
-        server.judge().ask([], temperature=0.0, max_tokens=1)
-    assert server.script == ["never"]
-
-
-def test_the_key_travels_as_a_bearer_token_and_only_when_set(stub, monkeypatch):
-    server = stub(["a", "b"])
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    server.judge().ask([], temperature=0.0, max_tokens=1)
-    monkeypatch.setenv("JUDGE_KEY", "secret")
-    server.judge(key_variable="JUDGE_KEY").ask([], temperature=0.0, max_tokens=1)
-    assert "Authorization" not in server.headers[0]
-    assert server.headers[1]["Authorization"] == "Bearer secret"
-
-
-def test_a_redirect_is_not_followed_with_the_key(stub):
-    server = stub([302, "stolen"])
-    with pytest.raises(JudgeError, match="HTTP 302"):
-        server.judge().ask([], temperature=0.0, max_tokens=1)
-    assert len(server.requests) == 1
-
-
 def test_a_review_torn_by_a_kill_is_asked_again(tmp_path, stub):
     miniatures.mm_vet(tmp_path)
     server = stub(["0.5", "0.9"])
@@ -199,20 +115,6 @@ def test_a_review_torn_by_a_kill_is_asked_again(tmp_path, stub):
     assert get_task("mm_vet").score(answered("mm_vet", tmp_path, ["x", "y"], server.judge())).value == pytest.approx(
         30.0
     )
-
-
-def test_an_unreachable_judge_is_a_clear_error(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    judge = Judge(url="http://127.0.0.1:9/v1", model="m", retries=0)
-    with pytest.raises(JudgeError, match=r"judge\.url=http://127\.0\.0\.1:9/v1"):
-        judge.ask([], temperature=0.0, max_tokens=1)
-
-
-def test_a_judge_needs_an_http_address_and_a_model():
-    with pytest.raises(ConfigError, match=r"judge\.url='file:///etc/passwd'"):
-        Judge(url="file:///etc/passwd", model="m")
-    with pytest.raises(ConfigError, match=r"judge\.model is empty"):
-        Judge(url="http://localhost/v1", model="")
 
 
 @pytest.mark.parametrize(

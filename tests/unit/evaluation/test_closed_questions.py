@@ -1,0 +1,69 @@
+"""Short answers from one forward pass are those of greedy decoding."""
+
+import pytest
+from PIL import Image
+
+from megatron_moellava import parallel
+from megatron_moellava.data.encoder import Encoder
+from megatron_moellava.data.sample import Turn
+from megatron_moellava.evaluation.closed_questions import Plan, predict
+from megatron_moellava.inference.requests import Request, Sampling
+from tests.helpers.data_files import write_images
+from tests.helpers.inference_models import tiny_engine
+
+ROWS = [
+    {"image": name, "question": question, "answer": answer}
+    for name in ("a.png", "b.png")
+    for question, answer in (("what color is it?", "red"), ("is it red?", "yes"), ("which shape?", "circle"))
+]
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """(engine, encoder, image folder)"""
+    engine = tiny_engine()
+    prompter = engine.prompter
+    encoder = Encoder(
+        template=prompter.template,
+        tokenizer=prompter.tokenizer,
+        num_features=prompter.tower.num_features,
+        max_length=256,
+    )
+    yield engine, encoder, write_images(tmp_path)
+    parallel.shutdown()
+
+
+def test_the_first_token_that_differs_is_what_greedy_decoding_says(asked):
+    engine, encoder, folder = asked
+    found = predict([engine.model], encoder, ROWS, folder)
+    assert len(found) == len(ROWS)
+    for row, said in zip(ROWS, found, strict=True):
+        request = Request(
+            id="r",
+            turns=(Turn(role="user", text=f"<image>\n{row['question']}"),),
+            images=(Image.open(folder / row["image"]),),
+            sampling=Sampling(max_new_tokens=8),
+            image_aspect_ratio="pad",
+        )
+        (completion,) = engine.generate([request])
+        assert completion.text.strip().startswith(said["prediction"])
+        assert said["loss"] > 0
+
+
+def test_blank_pictures_tell_what_the_words_alone_give_away(asked):
+    engine, encoder, folder = asked
+    seen, blank = (predict([engine.model], encoder, ROWS, folder, blank=which) for which in (False, True))
+    losses = [[row["loss"] for row in part] for part in (seen, blank)]
+    assert losses[1][:3] == pytest.approx(losses[1][3:], abs=1e-4), "both pictures are grey"
+    assert losses[0] != losses[1]
+
+
+def test_questions_share_rows_and_ranks_get_equally_many(asked):
+    _, encoder, folder = asked
+    plan = Plan(encoder, ROWS, folder, False)
+    whole, own = plan.of_rank(0, 1)
+    assert sorted(index for row in whole for index, _ in row) == list(range(len(ROWS))) and own == len(whole)
+    assert all(sum(len(sample) for _, sample in row) <= encoder.max_length for row in whole)
+    shares = [plan.of_rank(rank, 4) for rank in range(4)]
+    assert len({len(part) for part, _ in shares}) == 1, "experts meet across ranks"
+    assert sum(own for _, own in shares) == len(whole)
