@@ -1,0 +1,25 @@
+"""What a machine has, as told without torch."""
+
+import pytest
+
+from megatron_moellava import machine, platform
+
+
+@pytest.mark.parametrize("visible", ["", "-1"])
+def test_a_hidden_gpu_is_none(visible, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert machine.this_machine() == machine.Machine(
+        has_gpu=False, has_transformer_engine=False, has_gradient_fusion=False
+    )
+
+
+def test_a_run_may_say_where_it_will_run():
+    """On a login node `training.device=cuda` means the GPUs of the job; `cpu` means none wherever it is."""
+    assert machine.this_machine("cuda") == machine.GPU_CLUSTER
+    assert not machine.this_machine("cpu").has_gpu
+
+
+def test_the_guess_is_what_torch_finds_here():
+    if not platform.HAS_CUDA and machine.this_machine().has_gpu:
+        pytest.skip("a GPU that this build of torch cannot use")
+    assert machine.this_machine() == platform.MACHINE
