@@ -21,8 +21,6 @@ import yaml
 
 from megatron_moellava import typed_tree
 
-INTERRUPTED = 85  # exit code after a signal: a checkpoint is written, run the same command again
-
 
 class MoELlavaError(Exception):
     """Base of every error that a user can cause and mend."""

@@ -17,7 +17,7 @@ import sys
 from typing import get_args
 
 from megatron_moellava.commands.program import command_parser
-from megatron_moellava.config import INTERRUPTED
+from megatron_moellava.exit_codes import INTERRUPTED
 
 SETTING = re.compile(r"(model|moe|data|parallel|training|optimizer|checkpoint|logging)(\.\w+)+=")
 
