@@ -34,6 +34,6 @@ def test_a_role_that_receives_nothing_is_named_beside_those_that_do(world):
     freeze(model, ("projector", "router"))
     first = FirstGradients([model])
     model.projector(torch.zeros(1, 1, model.tower.hidden_size)).sum().backward()
-    with pytest.raises(NothingTrains, match="router received no gradient in the first step.*trained are projector"):
+    with pytest.raises(NothingTrains, match=r"router received no gradient in the first step.*trained are projector"):
         first.check()
     assert not model.projector.linear_fc1.weight._post_accumulate_grad_hooks, "nobody listens any more"

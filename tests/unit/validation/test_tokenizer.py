@@ -26,7 +26,8 @@ def problems(name: str, template: str = "v1", backbone: str = "llama-tiny") -> l
 @pytest.mark.parametrize("folder", ["tok_spm", "tok_bpe"])
 def test_it_counts_what_the_tokenizer_itself_counts(folder):
     quick, real = read_tokenizer(ASSETS / folder), load_tokenizer(ASSETS / folder)
-    assert quick.vocab_size == real.vocab_size
+    invented = folder == "tok_bpe"  # an unknown token, since its files name none
+    assert quick.vocab_size == real.vocab_size - invented
     for token in ("<s>", "</s>", "<|endoftext|>", "<|im_end|>", "no token"):
         assert quick.token_id(token) == real.token_id(token), token
 
@@ -72,5 +73,5 @@ def test_it_needs_neither_transformers_nor_torch():
 
 def test_a_damaged_json_is_an_error_of_the_configuration(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"cannot be read"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not valid JSON"):
         read_tokenizer(tmp_path)
