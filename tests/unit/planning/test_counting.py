@@ -19,7 +19,8 @@ def test_a_storage_is_counted_once_whoever_holds_it():
 
 def test_what_autograd_keeps_is_noted_except_the_parameters():
     weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
-    with SavedTensors(excluded=[weight]) as saved:
+    saved = SavedTensors(excluded=[weight])
+    with saved:
         (x @ weight).exp().sum().backward()
     assert saved.bytes == x.nbytes + x.nbytes, "the input of the product and the exponential itself"
 

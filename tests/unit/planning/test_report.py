@@ -23,7 +23,7 @@ def test_a_table_has_aligned_columns():
 
 
 def test_what_the_planner_chose_wins_over_what_was_given():
-    (plan, *_) = found_for(overrides=["training.micro_batch_size=2"]).plans
+    (plan, *_) = found_for().plans
     line = settings_line(plan, ["moe.num_moe_experts=4", "training.micro_batch_size=9"])
     assert line.split()[0] == "moe.num_moe_experts=4" and line.count("training.micro_batch_size=") == 1
     assert "micro_batch_size=9" not in line
@@ -54,8 +54,7 @@ def test_a_yaml_file_is_the_run(tmp_path):
 def test_a_dry_run_stands_beside_the_prediction():
     (plan, *_) = found_for().plans
     assert dry_run_report(plan, []) == []
-    head, rank = dry_run_report(
-        plan, [{"weights": {"counted": 2e6, "predicted": 2.1e6}, "none": {"counted": 0, "predicted": 0}}]
-    )
+    rows = {"weights": {"counted": 2e6, "predicted": 2.1e6}, "none": {"counted": 0, "predicted": 0}}
+    head, rank = dry_run_report(plan, [rows])
     assert "balanced routing" in head and "pipeline rank 0" in rank
     assert "+5.00%" in rank and "+0.00%" in rank

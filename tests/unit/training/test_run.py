@@ -34,7 +34,7 @@ def test_fewer_rows_than_a_batch_are_refused_or_told(world, capsys):
 
 
 def test_a_single_step_of_warm_up_trains_nothing_and_warm_up_alone_is_told(world, capsys):
-    with pytest.raises(ConfigError, match=r"set optimizer.lr_warmup_fraction=0, or train for more steps"):
+    with pytest.raises(ConfigError, match=r"set optimizer\.lr_warmup_fraction=0, or train for more steps"):
         train_steps(run_of(train_steps=1, warmup=0.5), rows(9))
     assert train_steps(run_of(train_steps=4, warmup=1.0), rows(99)) == 4
     assert "all 4 steps are warm-up" in capsys.readouterr().out
