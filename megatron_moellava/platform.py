@@ -148,6 +148,12 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def free_memory_bytes() -> int:
+    """What the GPU of this process has left, counting what torch's allocator keeps for reuse. Not for a CPU."""
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
 # --- megatron-core on a CPU -------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_moellava.commands.program import command_parser
+from megatron_moellava.commands.program import add_memory_options, command_parser
 from megatron_moellava.config import Precision
 
 
@@ -60,6 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--judge-key-variable", default="OPENAI_API_KEY", help="environment variable with the judge's key"
     )
+    add_memory_options(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
     parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
     parser.add_argument("--list", action="store_true", help="show the benchmarks and what each folder must hold")

@@ -63,3 +63,11 @@ def command_parser(name: str, description: str) -> argparse.ArgumentParser:
     """A parser for the command `name`; its texts name it as it was called, and `description` keeps its lines."""
     raw = argparse.RawDescriptionHelpFormatter
     return CommandParser(prog=as_called(f"moellava {name}"), description=description, formatter_class=raw)
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """How much memory the keys and values of running requests may take."""
+    parser.add_argument("--max-length", type=int, default=0, help="tokens of prompt and answer (the model's positions)")
+    parser.add_argument(
+        "--memory-limit", type=float, metavar="GIB", help="for keys and values on each GPU (most of what is free there)"
+    )

@@ -11,7 +11,7 @@ import argparse
 import sys
 from typing import get_args
 
-from megatron_moellava.commands.program import QUICKSTART, command_parser
+from megatron_moellava.commands.program import QUICKSTART, add_memory_options, command_parser
 from megatron_moellava.config import Precision
 
 
@@ -33,6 +33,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-body-mb", type=float, default=30.0, help="of one request (30)")
     parser.add_argument("--request-seconds", type=float, default=300.0, help="of one answer (300)")
     parser.add_argument("--allow-remote-images", action="store_true", help="fetch http(s) image URLs of public hosts")
+    add_memory_options(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
     parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
     return parser.parse_intermixed_args(arguments)
