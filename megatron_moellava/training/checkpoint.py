@@ -183,13 +183,13 @@ def _wanted_optimizer_state(optimizer: ChainedOptimizer, model_state: dict) -> d
 
 def _owned_parameters(item: DistributedOptimizer) -> Iterator[tuple[int, torch.nn.Parameter]]:
     """(number in Megatron-Core's order, parameter) of each that has some of its elements on this rank."""
-    number = -1
+    before = 0
     for buffer, by_dtype in zip(item.buffers, item.gbuf_ranges, strict=True):
         for buckets in by_dtype.values():
             owned = {parameter for bucket in buckets for parameter in bucket["param_map"]}
-            for number, parameter in enumerate(buffer.param_index_map, number + 1):
-                if parameter in owned:
-                    yield number, parameter
+            numbered = enumerate(buffer.param_index_map, before)
+            yield from ((number, parameter) for number, parameter in numbered if parameter in owned)
+            before += len(buffer.param_index_map)
 
 
 def _empty(weight: ShardedTensor | ShardedTensorFactory, key: str) -> ShardedTensor | ShardedTensorFactory:
