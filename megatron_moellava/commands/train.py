@@ -17,6 +17,7 @@ import sys
 from typing import get_args
 
 from megatron_moellava.commands.program import INTERRUPTED, command_parser
+from megatron_moellava.machine import choose
 
 SETTING = re.compile(r"(model|moe|data|parallel|training|optimizer|checkpoint|logging)(\.\w+)+=")
 
@@ -59,8 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             validate_run(run)
             print("the run is valid")
             return 0
-        if run.training.device == "cpu":  # before torch looks for GPUs
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        choose(run.training.device, run.training.transformer_impl)  # before torch looks for GPUs
         from megatron_moellava.training.run import train
 
         return train(run)
