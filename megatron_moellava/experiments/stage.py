@@ -33,7 +33,7 @@ class Answers:
 
 def train_stage(run: RunConfig) -> Trainer:
     """Train a validated run to its end under its own layout. Raises Interrupted, TrainingDiverged, ConfigError."""
-    validate_run(run, platform.MACHINE)
+    validate_run(run, platform.machine())
     parallel.initialize(run.parallel, run.training.seed)
     trainer = build_trainer(run)
     if trainer.train() != 0:

@@ -100,7 +100,7 @@ def validate(run: RunConfig, world_size: int, machine: Machine | None = None) ->
 
 def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None) -> list[str]:
     """Every problem of a run, files included."""
-    machine = machine or this_machine(run.training.device)
+    machine = machine or this_machine(run.training.device, run.training.transformer_impl)
     problems: list[str] = []
     backbone = _found(lambda: get_backbone(run.model.backbone), problems)
     tower = _found(lambda: get_tower(run.model.tower), problems)
