@@ -22,7 +22,7 @@ class Machine:
 
     has_gpu: bool
     has_transformer_engine: bool
-    has_gradient_fusion: bool  # apex's kernel that adds weight gradients inside of the product
+    has_gradient_fusion: bool = False  # apex's kernel that adds weight gradients inside of the product
     has_deep_ep: bool | None = None
     compute_capability: tuple[int, int] | None = None  # of the GPU: (9, 0) is Hopper, (10, 0) Blackwell
 

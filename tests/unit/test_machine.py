@@ -8,9 +8,8 @@ from megatron_moellava import machine, platform
 @pytest.mark.parametrize("visible", ["", "-1"])
 def test_a_hidden_gpu_is_none(visible, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert machine.this_machine() == machine.Machine(
-        has_gpu=False, has_transformer_engine=False, has_gradient_fusion=False
-    )
+    found = machine.this_machine()
+    assert not (found.has_gpu or found.has_transformer_engine or found.has_gradient_fusion)
 
 
 def test_a_run_may_say_where_it_will_run():
