@@ -40,7 +40,7 @@ def verify_curve(
     batches = [to_batch(folder.inputs[step["input"]], subject.num_features, multiple) for step in history]
     trainer = Trainer(
         run_of(run, subject, case, moe, curve["lr"], batches),
-        Replay(iter(batches)) if parallel.reads_data() else None,
+        Replay(iter(batches)) if parallel.reads_data() else None,  # type: ignore[arg-type]
         len(history),
     )
     session = Session(trainer.run, subject.model, trainer.chunks)
