@@ -1,11 +1,12 @@
 """One process that does what is asked of it, on the CPU or on a pretended GPU, and writes down the numbers.
 
-python -m tests.gpu.job cpu|gpu JOB FOLDER   writes FOLDER/result.json (of rank 0)
+python -m tests.gpu.job cpu|gpu FOLDER JOB ...   writes FOLDER/JOB.json (by rank 0)
 """
 
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def settings(folder: Path, changes: dict) -> list[str]:
     from tests.helpers.data_files import make_set
     from tests.helpers.inference_models import TOKENIZER
 
-    rows = folder.parent / "rows"
+    rows = folder / "rows"
     if not rows.exists() and int(os.environ.get("RANK", 0)) == 0:
         make_set(rows, 8)
     asked = {
@@ -138,7 +139,7 @@ JOBS: dict[str, tuple[Callable[[Path, dict], dict], dict]] = {
 
 
 def main() -> None:
-    where, name, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    where, folder, *names = sys.argv[1:]
     if where == "gpu":
         from tests.gpu.pretended import install
 
@@ -146,15 +147,28 @@ def main() -> None:
     from megatron_moellava import parallel, platform
 
     assert (where == "gpu") is platform.HAS_CUDA
-    action, changes = JOBS[name]
-    result = action(folder, changes)
-    parallel.shutdown()
-    if where == "gpu":
-        from tests.gpu.pretended import waits
+    for name in names:
+        action, changes = JOBS[name]
+        place = Path(folder) / name.replace(" ", "_")
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            result = action(place, changes) | counted(where)
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        parallel.shutdown()
+        if int(os.environ.get("RANK", 0)) == 0:
+            (Path(folder) / f"{name}.json").write_text(json.dumps(result))
 
-        result["waits"] = dict(waits)
-    if int(os.environ.get("RANK", 0)) == 0:
-        (folder / "result.json").write_text(json.dumps(result))
+
+def counted(where: str) -> dict:
+    """Waits of the host inside of steps since the last call, by place."""
+    if where == "cpu":
+        return {}
+    from tests.gpu.pretended import waits
+
+    found = {name.removeprefix("step "): count for name, count in waits.items() if name.startswith("step ")}
+    waits.clear()
+    return {"waits": found}
 
 
 if __name__ == "__main__":

@@ -95,7 +95,15 @@ def install_cuda(gpus: int) -> None:
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.initial_seed = torch.initial_seed
     cuda.default_generators = (torch.default_generator,)
-    for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all", "current_device", "_lazy_call", "_lazy_init"):
+    for name in (
+        "get_rng_state",
+        "set_rng_state",
+        "manual_seed",
+        "manual_seed_all",
+        "current_device",
+        "_lazy_call",
+        "_lazy_init",
+    ):
         setattr(cuda.random, name, getattr(cuda, name))
     cuda.nvtx.range_push = cuda.nvtx.range_pop = cuda.nvtx.mark = nothing
     for name in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):
