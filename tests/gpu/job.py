@@ -1,6 +1,6 @@
-"""One process that does what is asked of it, on the CPU or on a pretended GPU, and writes down the numbers.
+"""One process that does what is asked of it, on the CPU, on a pretended GPU or on a real one, and writes down the numbers.
 
-python -m tests.gpu.job cpu|gpu FOLDER JOB ...   writes FOLDER/JOB.json (by rank 0)
+python -m tests.gpu.job cpu|gpu|real FOLDER JOB ...   writes FOLDER/JOB.json (by rank 0); "real" needs no pretending
 """
 
 import json
@@ -117,6 +117,39 @@ def gates(folder: Path, changes: dict) -> dict:
     return {"rows": len(table.rows), "passes": table.passes}
 
 
+def moved(folder: Path, changes: dict) -> dict:
+    """Load the CPU's checkpoint here and write it again: a digest of every tensor of the copy."""
+    import hashlib
+
+    import torch
+
+    from megatron_moellava import parallel
+    from megatron_moellava.config import ParallelConfig
+    from megatron_moellava.model.build import build_model
+    from megatron_moellava.model.weights import load_weights
+    from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
+    from tests.helpers.inference_models import GATES, tiny_checkpoint, tiny_run
+
+    origin, copy = folder.parent.parent / "origin", folder / "copy"
+    if not origin.exists():
+        tiny_checkpoint(origin)
+    digests = []
+    for source, target in ((origin, copy), (copy, folder / "second")):
+        parallel.initialize(ParallelConfig(), seed=7)
+        run = tiny_run(GATES["megatron"])
+        chunks = build_model(run)
+        load_weights(next(source.glob("iter_*")), chunks)
+        state = TrainingState(iteration=1, consumed_samples=0, data=None)
+        save_checkpoint(target, run, chunks, state)
+        tensors = {name: item.detach().cpu().contiguous() for name, item in chunks[0].named_parameters()}
+        digests.append(
+            {name: hashlib.sha256(item.view(torch.uint8).numpy()).hexdigest() for name, item in tensors.items()}
+        )
+        parallel.shutdown()
+    assert digests[0] == digests[1]
+    return {"digests": digests[0]}
+
+
 JOBS: dict[str, tuple[Callable[[Path, dict], dict], dict]] = {
     "packed": (train, {}),
     "padded": (train, {"data.packing": "false"}),
@@ -125,6 +158,7 @@ JOBS: dict[str, tuple[Callable[[Path, dict], dict], dict]] = {
     "megatron answers": (generate, {"gate": "megatron"}),
     "original answers": (generate, {"gate": "original deterministic"}),
     "gates": (gates, {}),
+    "moved": (moved, {}),
     "background": (train, {"checkpoint.async_save": "true", "training.recompute": "full"}),
     "phi": (train, {"model.backbone": "phi-2-tiny", "data.packing": "false"}),
     "qwen3": (train, {"model.backbone": "qwen3-tiny"}),
@@ -146,7 +180,7 @@ def main() -> None:
         install(gpus=int(os.environ.get("WORLD_SIZE", 1)))
     from megatron_moellava import parallel, platform
 
-    assert (where == "gpu") is platform.HAS_CUDA
+    assert (where != "cpu") is platform.HAS_CUDA
     for name in names:
         action, changes = JOBS[name]
         place = Path(folder) / name.replace(" ", "_")
@@ -162,7 +196,7 @@ def main() -> None:
 
 def counted(where: str) -> dict:
     """Waits of the host inside of steps since the last call, by place."""
-    if where == "cpu":
+    if where != "gpu":
         return {}
     from tests.gpu.pretended import waits
 

@@ -26,8 +26,6 @@ FACTORIES = (
     *("empty", "zeros", "ones", "full", "rand", "randn", "randint", "arange", "tensor", "as_tensor", "eye", "linspace"),
     *("empty_strided", "randperm"),
 )
-    ["empty", "zeros", "ones", "full", "rand", "randn", "randint", "arange", "tensor", "as_tensor", "eye", "linspace", "empty_strided", "randperm"]
-)
 LIKE = ["empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"]
 NEW = ["new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"]
 HOST = ["item", "tolist", "__bool__", "__int__", "__float__", "__index__"]

@@ -15,7 +15,7 @@ from tests.gpu.job import JOBS
 from tests.helpers.paths import REPO
 
 TABLE = Path(__file__).with_name("host_waits.json")
-CORE = ("packed", "original", "megatron answers", "original answers", "gates")
+CORE = ("packed", "original", "megatron answers", "original answers", "gates", "moved")
 WHOLE = os.environ.get("PRETENDED_GPU") == "whole"
 MORE = [name for name in JOBS if name not in CORE and not name.endswith(" 2")]
 LAYOUTS = [name for name in JOBS if name.endswith(" 2")]
@@ -75,7 +75,7 @@ def test_the_gpu_path_computes_what_the_cpu_computes(job, results):
     assert gpu["resumed"] == gpu["steps"], "a run that goes on from its checkpoint is the run that did not stop"
 
 
-@jobs(*(name for name in CORE if name != "gates"))
+@jobs(*(name for name in CORE if name not in ("gates", "moved")))
 def test_the_host_waits_no_more_often_than_it_did(job, results):
     """Waits inside of steps, by place. The table may only shrink: a wait that is gone must go from it too."""
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
