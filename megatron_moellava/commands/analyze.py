@@ -35,7 +35,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
     parser.add_argument("--precision", default="", choices=("", *get_args(Precision)), help="(the checkpoint's own)")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
-    parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="parallel.*: the layout under torchrun; and moe.second_choice=deterministic and the like",
+    )
     parsed = parser.parse_intermixed_args(arguments)
     settings = [item for item in parsed.data if item.startswith("parallel.") and "=" in item]
     parsed.data = [item for item in parsed.data if item not in settings]

@@ -27,7 +27,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-beams", type=int, default=1, help="beam search (1: off)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of one answer (512)")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
-    parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="parallel.*: the layout under torchrun; and moe.second_choice=deterministic and the like",
+    )
     return parser.parse_intermixed_args(arguments)
 
 

@@ -34,7 +34,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--request-seconds", type=float, default=300.0, help="of one answer (300)")
     parser.add_argument("--allow-remote-images", action="store_true", help="fetch http(s) image URLs of public hosts")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
-    parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="parallel.*: the layout under torchrun; and moe.second_choice=deterministic and the like",
+    )
     return parser.parse_intermixed_args(arguments)
 
 

@@ -1,7 +1,7 @@
 """MoE-LLaVA for transformers (version 5): LlavaForConditionalGeneration with some MLPs replaced by experts.
 
 This file lies beside an export and is loaded with `trust_remote_code=True`. It is for models that transformers cannot
-run alone: Phi-2 or StableLM with experts, residual MoE, MiniCPM's logit scaling. Routing is deterministic: softmax over
+run alone: Phi-2 or StableLM with experts, residual MoE, MiniCPM's scalings. Routing is deterministic: softmax over
 the chosen experts' logits in fp32, no capacity limit.
 """
 
@@ -17,6 +17,8 @@ class MoELlavaConfig(LlavaConfig):
     num_experts: int = 0
     num_experts_per_tok: int = 0
     use_residual: bool = False
+    embedding_multiplier: float = 1.0  # of word embeddings, never of visual tokens
+    scale_multimodal_embeddings: bool = True  # False: only where there are no images (MiniCPM in the original)
     logits_divisor: float = 1.0
     output_layer_bias: bool = False
 
@@ -61,6 +63,16 @@ class Mixture(nn.Module):
         return output_TD.view_as(hidden_BSD)
 
 
+class ScaledEmbedding(nn.Embedding):
+    """Word embeddings times `multiplier` (MiniCPM)."""
+
+    multiplier = 1.0
+
+    def forward(self, ids):
+        words = super().forward(ids)
+        return words if self.multiplier == 1.0 else words * self.multiplier
+
+
 class ScaledHead(nn.Linear):
     """The output layer over hidden states divided by `divisor` (MiniCPM)."""
 
@@ -80,6 +92,23 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
         for number in config.moe_layers or ():
             kind = type(layers[number].mlp)
             layers[number].mlp = Mixture(config, lambda kind=kind: kind(text))
+        if config.embedding_multiplier != 1.0:
+            decoder = self.model.language_model
+            decoder.embedding_multiplier = 1.0  # Granite's own would scale visual tokens too
+            decoder.embed_tokens = ScaledEmbedding(text.vocab_size, text.hidden_size, decoder.embed_tokens.padding_idx)
+            decoder.embed_tokens.multiplier = config.embedding_multiplier
         self.lm_head = ScaledHead(text.hidden_size, text.vocab_size, bias=config.output_layer_bias)
         self.lm_head.divisor = config.logits_divisor
         self.post_init()
+
+    def forward(self, input_ids=None, pixel_values=None, **arguments):
+        if self.config.embedding_multiplier != 1.0 and not self.config.scale_multimodal_embeddings:
+            # A cache remembers that the text it holds began with images.
+            cache = next(
+                (arguments[name] for name in ("cache", "past_key_values") if arguments.get(name) is not None), None
+            )
+            seen = pixel_values is not None or getattr(cache, "has_images", False)
+            if cache is not None:
+                cache.has_images = seen
+            self.get_input_embeddings().multiplier = 1.0 if seen else self.config.embedding_multiplier
+        return super().forward(input_ids=input_ids, pixel_values=pixel_values, **arguments)
