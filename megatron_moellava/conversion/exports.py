@@ -133,13 +133,14 @@ def _say_where_answers_end(job: Export, source: Checkpoint, tokenizer: Path | No
 
 
 def _check_exportable(source: Checkpoint, layout: str) -> None:
-    """What Megatron-Core can train and no layout can hold."""
+    """What Megatron-Core can train and the released layouts cannot hold."""
     moe = source.model.moe
-    if moe and moe.moe_router_enable_expert_bias and layout != "projector":
-        raise ConfigError(
-            "moe.moe_router_enable_expert_bias: its sigmoid router has no counterpart in any layout; "
-            "export only --layout projector, or train with a load-balancing loss"
-        )
+    if moe is None or layout in (TRANSFORMERS.name, VISION_TOWER.name, "projector"):
+        return
+    fields = ("moe_router_enable_expert_bias", "moe_shared_expert_intermediate_size")
+    beyond = [f"moe.{name}={getattr(moe, name)}" for name in fields if getattr(moe, name)]
+    if beyond:
+        raise ConfigError(f"{', '.join(beyond)}: --layout {layout} cannot say it; export --layout transformers")
 
 
 def _with_unused(source: Checkpoint, folder: Path) -> Checkpoint:

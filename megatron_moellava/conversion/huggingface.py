@@ -69,6 +69,10 @@ def needs_modelling_file(model: Model) -> str:
         return f"transformers has no {backbone.hf.family} with experts"
     if moe and moe.use_residual:
         return "transformers has no residual MoE"
+    if moe and moe.moe_shared_expert_intermediate_size:
+        return "transformers has no such shared expert"
+    if moe and moe.moe_router_enable_expert_bias:
+        return "transformers has no such model whose router has expert biases"
     return ""
 
 
@@ -160,6 +164,8 @@ def own_config(model: Model, scales: bool) -> dict:
         "num_experts": moe.num_moe_experts if moe else 0,
         "num_experts_per_tok": moe.moe_router_topk if moe else 0,
         "use_residual": bool(moe and moe.use_residual),
+        "expert_bias": bool(moe and moe.moe_router_enable_expert_bias),
+        "shared_expert_intermediate_size": (moe and moe.moe_shared_expert_intermediate_size) or 0,
         "embedding_multiplier": backbone.embedding_multiplier,
         "scale_multimodal_embeddings": scales,
         "logits_divisor": backbone.logits_divisor,

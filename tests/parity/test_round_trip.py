@@ -13,9 +13,10 @@ from megatron_moellava import parallel
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
-from megatron_moellava.conversion.upcycle import upcycle_checkpoint
+from megatron_moellava.conversion.upcycle import request, upcycle_checkpoint
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.inference.load import load_model
+from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
 from tests.helpers.conversion_models import TOWER
 from tests.helpers.hf_models import BUILDERS
 from tests.helpers.inference_models import TOKENIZER
@@ -141,6 +142,58 @@ def test_generation_remembers_that_the_text_began_with_images(tmp_path):
         with torch.no_grad():
             whole = model(input_ids=grown[:, :-1], pixel_values=pixels).logits[:, start.shape[1] - 1 :, :96]
         assert whole.argmax(-1).tolist() == grown[:, start.shape[1] :].tolist()
+
+
+OPTIONS = {
+    "shared": MoEConfig(moe_shared_expert_intermediate_size=96),
+    "bias": MoEConfig(moe_router_enable_expert_bias=True),
+    "both": MoEConfig(moe_shared_expert_intermediate_size=96, moe_router_enable_expert_bias=True),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("family", ["llama", "qwen", "qwen3"])
+def test_options_of_upcycling_leave_the_function_as_it_is(tmp_path, family, option):
+    """Then with experts that differ and biases that are not zero: the engine and the export agree."""
+    BUILDERS[family](tmp_path / "hf")
+    import_checkpoint(tmp_path / "hf", save=tmp_path / "dense", tower=str(TOWER))
+    upcycle_checkpoint(tmp_path / "dense", save=tmp_path / "moe", moe=OPTIONS[option])
+    assert_equal(engine_logits(tmp_path / "dense"), engine_logits(tmp_path / "moe"))
+    upcycle_checkpoint(tmp_path / "dense", save=tmp_path / "other", moe=OPTIONS[option], noise_std=0.5)
+    biased = with_biases(tmp_path / "other", tmp_path / "biased")
+    export_checkpoint(biased, save=tmp_path / "out", layout="transformers", tower=TOWER)
+    assert_equal(engine_logits(biased), transformers_logits(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="export --layout transformers"):
+        export_checkpoint(biased, save=tmp_path / "original", layout="original", tower=TOWER)
+
+
+def with_biases(folder, save):
+    """The checkpoint as a run saves it, with expert biases that change which experts are chosen."""
+    model, _ = load_model(folder, tokenizer=str(TOKENIZER), template="v1", precision="fp32")
+    generator = torch.Generator().manual_seed(3)
+    for name, value in model.named_buffers():
+        if name.endswith("expert_bias"):
+            value.copy_(torch.randn(value.shape, generator=generator))
+    save_checkpoint(save, model.run, [model], TrainingState(iteration=1, consumed_samples=0, data=None))
+    parallel.shutdown()
+    return save
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_can_be_switched_on_for_a_release_with_experts(tmp_path, option):
+    """A shared expert that starts at zero changes nothing; with a bias the scores are other ones, the weights sum to 1."""
+    release = released(tmp_path, "llama", moe=True)
+    import_checkpoint(release, save=tmp_path / "run", tower=str(TOWER))
+    flags = {"expert_bias": option != "shared", "shared_expert": option != "bias"}
+    moe = request(tmp_path / "run", num_experts=4, topk=None, placement=None, residual=False, **flags)
+    upcycle_checkpoint(tmp_path / "run", save=tmp_path / "grown", moe=moe)
+    said = ["moe.second_choice=deterministic"]
+    before = engine_logits(tmp_path / "run", overrides=said)
+    after = engine_logits(tmp_path / "grown", overrides=said if option == "shared" else [])
+    if option == "shared":
+        assert_equal(before, after)
+    else:
+        assert moe.router == "megatron" and (before["text"] - after["text"]).abs().max() > 0.01
 
 
 def test_what_no_stock_class_computes_is_refused(tmp_path):

@@ -37,7 +37,7 @@ def test_a_fresh_model_becomes_the_saved_one(saved):
 @pytest.mark.parametrize(
     ("moe", "backbone", "words"),
     [
-        (None, "llama-tiny", ["moe.num_moe_experts 4 there, None here", "convert.py upcycle"]),
+        (None, "llama-tiny", ["moe.num_moe_experts 4 there, None here", "convert upcycle"]),
         (MoEConfig(num_moe_experts=2), "llama-tiny", ["moe.num_moe_experts 4 there, 2 here", "other shape"]),
         (MoEConfig(placement="dense"), "llama-tiny", ["moe.layers [0, 2] there, [0, 1, 2, 3] here"]),
         (MoEConfig(), "qwen3-tiny", ["backbone.", "missing"]),
@@ -48,6 +48,22 @@ def test_a_model_that_does_not_fit_is_told_every_difference(world, saved, moe, b
     with pytest.raises(CheckpointError) as refused:
         load_weights(saved, [model])
     assert all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.mark.parametrize("layers", ["sparse", "dense"])
+def test_an_expert_bias_that_a_checkpoint_lacks_starts_at_zero_and_is_said(world, saved, capsys, layers):
+    (model,) = build_model(tiny_run(MoEConfig(moe_router_enable_expert_bias=True, placement=layers)))
+    for name, value in model.named_buffers():
+        if name.endswith("expert_bias"):
+            assert not value.any()
+    if layers == "dense":  # what does not fit for another reason is said as before
+        with pytest.raises(CheckpointError, match="layers"):
+            load_weights(saved, [model])
+        return
+    load_weights(saved, [model])
+    biases = [value for name, value in model.named_buffers() if name.endswith("expert_bias")]
+    assert len(biases) == 2 and not any(value.any() for value in biases)
+    assert "no expert biases" in capsys.readouterr().out
 
 
 def test_bookkeeping_of_transformer_engine_is_no_weight(world):
