@@ -64,6 +64,10 @@ def _model(given: str, stored: dict, run: RunConfig, backbone: Backbone, tower: 
     differing = differing_fields(stored, backbone, tower, run.moe)
     if differing:
         held = ", ".join(str(stored[part]) for part in ("backbone", "tower") if stored.get(part))
+        shared = next((text for text in differing if "moe_shared_expert_intermediate_size None there" in text), None)
+        if shared:
+            yield f"{given} has no shared expert ({shared}); make one first: moellava convert upcycle --shared-expert"
+            return
         listed = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
         yield f"{given} holds {held}, which is not the model of this run: {listed}; leave --backbone, --tower and moe.* out"
 
