@@ -4,14 +4,13 @@ The one reader and the one writer of the file, for training and conversions alik
 not what was written: reading checks the seal.
 """
 
-import contextlib
 import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_type_hints
 
-from megatron_moellava.checkpoint.folders import RUN_FILE, complete_iterations, newest_checkpoint, write_durably
+from megatron_moellava.checkpoint.folders import RUN_FILE, newest_checkpoint, write_durably
 from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
 from megatron_moellava.config import CheckpointError, current_names
 
@@ -72,17 +71,6 @@ def write_description(checkpoint: Path, description: RunDescription) -> None:
     content = {item.name: getattr(description, item.name) for item in fields(description) if item.name != "checksum"}
     content["checksum"] = _checksum(content)
     write_durably(Path(checkpoint) / RUN_FILE, json.dumps(content, indent=1).encode())
-
-
-def newest_described(save: str | Path) -> tuple[Path, RunDescription] | None:
-    """The checkpoint that a run in the folder `save` goes on from, so far as run.json tells; None: it starts.
-
-    Training sets damaged checkpoints aside and takes the one before.
-    """
-    for checkpoint in reversed(complete_iterations(Path(save))):
-        with contextlib.suppress(DamagedCheckpoint):
-            return checkpoint, read_description(checkpoint)
-    return None
 
 
 def described_model(path: Path) -> dict | None:
