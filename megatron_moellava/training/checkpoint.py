@@ -5,6 +5,7 @@
                         ranks/                random generators by rank, data position by data-parallel rank
                         run.json              written last: a folder without it is incomplete; SHA-256 of all files
     SAVE/iter_0000100.damaged                 a checkpoint whose files are no longer what was written, set aside
+    SAVE/iter_0000100.superseded              a checkpoint that the run has gone back behind, set aside
 
 Optimizer state is kept in a canonical form (three tensors per parameter and one step count): Megatron-Core's own form
 cannot change between one and several expert-parallel ranks. Nothing in a folder needs unpickling of arbitrary objects.
@@ -15,6 +16,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -242,7 +244,8 @@ def newest_intact(folder: str | Path, say: Callable[[str], None], ckpt_step: int
             continue
         if point.note:
             say(f"note: {point.note}")
-        _together(lambda: _set_all_aside(damaged, point.superseded), checkpoint.with_suffix(UNFINISHED), on=0)
+        setting_aside = partial(_leave_only, checkpoint, damaged, point.superseded)
+        _together(setting_aside, checkpoint.with_suffix(UNFINISHED), on=0)
         return checkpoint
     if damaged:
         raise CheckpointError(f"{folder}: all checkpoints are damaged; restore one, or choose another checkpoint.save")
@@ -264,7 +267,8 @@ def _resume_point_of_all(folder: str | Path, ckpt_step: int | None) -> ResumePoi
     return found[0]
 
 
-def _set_all_aside(damaged: list[Path], superseded: list[Path]) -> None:
+def _leave_only(chosen: Path, damaged: list[Path], superseded: list[Path]) -> None:
+    """`chosen` becomes the newest of the folder."""
     for checkpoint in damaged:
         target = checkpoint.with_suffix(DAMAGED)
         shutil.rmtree(target, ignore_errors=True)
@@ -272,6 +276,8 @@ def _set_all_aside(damaged: list[Path], superseded: list[Path]) -> None:
     for checkpoint in superseded:  # whole, and of another try each: none of them replaces another
         names = (checkpoint.with_suffix(SUPERSEDED + (f".{number}" if number else "")) for number in range(10**6))
         checkpoint.rename(next(name for name in names if not name.exists()))
+    if superseded:
+        write_tracker(chosen.parent, int(chosen.name.removeprefix("iter_")))
 
 
 def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[MoELlava], steps: int) -> None:

@@ -12,7 +12,7 @@ from megatron_moellava.checkpoint.resume_point import newest_described
 from megatron_moellava.config import CheckpointError, ConfigError, MoEConfig, MoELlavaError, RunConfig, to_dict
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import Tower, tower_fields
-from megatron_moellava.validation.resume import require_same_run
+from megatron_moellava.validation.resume import differences, refusal
 
 # What in a folder says that it belongs to something else: it would be mixed up with a run's checkpoints.
 FOREIGN = {
@@ -34,7 +34,7 @@ def checkpoint_problems(run: RunConfig, backbone: Backbone | None, tower: Tower 
     try:
         resumed = newest_described(save, run.checkpoint.ckpt_step) if save is not None else None
         if resumed is not None and backbone is not None:
-            check_resumable(*resumed, run, backbone)
+            yield from _resumable(*resumed, run, backbone)[0]
         start = resumed[0] if resumed else require_checkpoint(load) if load is not None else None
         if start is None or backbone is None or tower is None:
             return
@@ -48,8 +48,18 @@ def checkpoint_problems(run: RunConfig, backbone: Backbone | None, tower: Tower 
 def check_resumable(checkpoint: Path, description: RunDescription, run: RunConfig, backbone: Backbone) -> list[str]:
     """Whether `run` may go on from a checkpoint in its own `checkpoint.save`; returns what the user has to be told.
 
-    CheckpointError when it is of a conversion or another stage, ConfigError when it is of a run with other values.
+    CheckpointError when it is of a conversion or another stage, ConfigError that names every value that may not change.
     """
+    problems, noted = _resumable(checkpoint, description, run, backbone)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return noted
+
+
+def _resumable(
+    checkpoint: Path, description: RunDescription, run: RunConfig, backbone: Backbone
+) -> tuple[list[str], list[str]]:
+    """(what is against it, what the user has to be told)"""
     stage = run.training.stage
     if description.optimizer_steps is None or description.stage != stage:
         made_by = "of a conversion" if description.optimizer_steps is None else f"of stage {description.stage}"
@@ -58,12 +68,14 @@ def check_resumable(checkpoint: Path, description: RunDescription, run: RunConfi
             "choose another checkpoint.save (and start from that one with checkpoint.load)"
         )
     where = f"checkpoint.save={checkpoint.parent} ({checkpoint.name})"
-    noted = require_same_run(where, description.config, run, backbone) if description.config else []
-    _same_start(where, description, run.checkpoint.load)
-    return noted
+    problems = list(_another_start(where, description, run.checkpoint.load))
+    if description.config is None:  # of a very old version
+        return problems, []
+    found = differences(description.config, run, backbone)
+    return [refusal(where, found.refused), *problems] if found.refused else problems, found.noted
 
 
-def _same_start(where: str, description: RunDescription, load: str | None) -> None:
+def _another_start(where: str, description: RunDescription, load: str | None) -> Iterator[str]:
     """The start checkpoint is needed no more and may be gone or moved; another one would be passed over in silence."""
     then = (description.config or {}).get("checkpoint", {}).get("load")
     found = newest_checkpoint(load) if load is not None and load != then else None
@@ -76,7 +88,7 @@ def _same_start(where: str, description: RunDescription, load: str | None) -> No
     source, stored = description.provenance.get("source"), description.provenance.get("source_seal")
     here = f"{found.parent.name}/{found.name}"
     if (stored != seal) if stored is not None else (source != here):
-        raise ConfigError(
+        yield (
             f"{where} started from {source or 'new weights'} (checkpoint.load={then}), and checkpoint.load={load} is another "
             f"checkpoint ({here}), which a run that goes on does not read; leave checkpoint.load out to go on, or choose "
             "another checkpoint.save to start from it"

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 
 from megatron_moellava.backbones import Backbone
-from megatron_moellava.config import ConfigError, RunConfig, to_dict
+from megatron_moellava.config import RunConfig, to_dict
 from megatron_moellava.stages import STAGES
 
 FREE = {
@@ -132,6 +132,8 @@ def differences(saved: dict, run: RunConfig, backbone: Backbone) -> Differences:
     version did not have was at today's default then.
     """
     then, now = effective(saved, backbone), effective(to_dict(run), backbone)
+    if not saved.get("moe"):  # to a dense model that gets experts validation.checkpoints has its own answer
+        now = {path: value for path, value in now.items() if not path.startswith("moe.")}
     changed = {path: (then.get(path, default_of(path)), value) for path, value in now.items()}
     texts = {
         path: f"{path}={_shown(old)} then, {_shown(new)} now" for path, (old, new) in changed.items() if old != new
@@ -140,15 +142,12 @@ def differences(saved: dict, run: RunConfig, backbone: Backbone) -> Differences:
                          for kind in (REFUSED, NOTED)))  # fmt: skip
 
 
-def require_same_run(where: str, saved: dict, run: RunConfig, backbone: Backbone) -> list[str]:
-    """What is to be noted. ConfigError that names every field which may not change, with both values."""
-    found = differences(saved, run, backbone)
-    if found.refused:
-        raise ConfigError(
-            f"{where} is of a run with other values: {'; '.join(found.refused)}. Give the values of then to go on with it, or "
-            "start a new run from its weights: that folder as checkpoint.load, and another checkpoint.save"
-        )
-    return found.noted
+def refusal(where: str, refused: list[str]) -> str:
+    """What is said of fields that may not change."""
+    return (
+        f"{where} is of a run with other values: {'; '.join(refused)}. Give the values of then to go on with it, or start a "
+        "new run from its weights: that folder as checkpoint.load, and another checkpoint.save"
+    )
 
 
 def effective(tree: dict, backbone: Backbone) -> dict[str, object]:
