@@ -118,6 +118,13 @@ def build_scheduler(options: OptimizerConfig, optimizer: ChainedOptimizer, train
     )
 
 
+def rate_after(options: OptimizerConfig, train_steps: int, updates: int) -> float:
+    """The learning rate with which a run of `train_steps` goes on after so many updates."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=options.lr)
+    build_scheduler(options, optimizer, train_steps).step(increment=updates)
+    return optimizer.param_groups[0]["lr"]
+
+
 class Update:
     """One optimizer step that leaves everything as it was when a gradient is not finite."""
 
