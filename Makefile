@@ -10,7 +10,10 @@ PYTHON ?=
 WORKERS ?= 2
 TESTS ?=
 PYTEST_ARGS ?=
-PROCESSES ?= $(if $(filter 1,$(shell nproc)),1,2)# of the quickstart, one core each: data parallel unless ARGS say otherwise
+# Of the quickstart: one for each GPU, else one core each; data parallel unless ARGS say otherwise.
+GPUS = $(if $(CUDA_VISIBLE_DEVICES),$(words $(subst $(comma), ,$(CUDA_VISIBLE_DEVICES))),$(if $(filter undefined,$(origin CUDA_VISIBLE_DEVICES)),$(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU'),0))
+comma := ,
+PROCESSES ?= $(or $(filter-out 0,$(GPUS)),$(if $(filter 1,$(shell nproc)),1,2))
 ARGS ?=
 BENCH ?=
 
@@ -27,7 +30,7 @@ BIN := $(VENV)/bin
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-quickstart: $(READY)  ## the three stages on a published benchmark, on this CPU (PRESET=fast or full)
+quickstart: $(READY)  ## the three stages on a published benchmark, on the GPUs or this CPU (PRESET=fast or full)
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) examples/quickstart/run.py --preset $(PRESET) --out runs/quickstart $(ARGS)
 
 chat: $(READY)  ## talk with the quickstart's model in the terminal (ARGS="--load CKPT --image a.jpg")
@@ -39,6 +42,9 @@ serve: $(READY)  ## the same in a browser, and as an OpenAI-compatible API, on h
 docs: $(DOCS_READY)  ## this documentation and the API as a site, in build/docs
 	$(BIN)/python -m megatron_moellava.config_reference > docs/reference/configuration.md
 	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
+
+# The tests are of the CPU, and start more processes than there are GPUs; those of a GPU are test-gpu's.
+test test-layouts test-layouts-8 test-planning fuzz test-te check test-browser test-lmms test-resilience test-cluster test-gpu-pretended: export CUDA_VISIBLE_DEVICES =
 
 # Two test processes of one thread each: oversubscribed threads make small products several times slower.
 test: $(READY)  ## unit and parity tests (TESTS=tests/unit for a part)

@@ -20,8 +20,7 @@ from typing import Literal
 import yaml
 
 from megatron_moellava import typed_tree
-
-INTERRUPTED = 85  # exit code after a signal: a checkpoint is written, run the same command again
+from megatron_moellava.machine import Device, TransformerImpl
 
 
 class MoELlavaError(Exception):
@@ -173,7 +172,8 @@ class TrainingConfig:
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
     num_layers_at_start_in_bf16: int = 0  # decoder layers that stay out of FP8 (not with the delayed recipe)
     num_layers_at_end_in_bf16: int = 0  # likewise
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # "cuda": a machine without a GPU is an error
+    device: Device = "auto"  # "cuda": a machine without a GPU is an error
+    transformer_impl: TransformerImpl = "auto"  # modules on a GPU; auto: Transformer Engine's where it is installed
     trains: tuple[Role, ...] | None = None  # roles that receive gradients; None: the stage's own
     recompute: Literal["none", "full", "selective", "moe"] = "none"  # selective: the attention alone
     recompute_tower: bool = False  # the vision tower's activations too

@@ -37,6 +37,7 @@ MULTIMODAL = frozenset((
     "mm_projector_lr", "mm_use_im_start_end", "mm_use_im_patch_token", "unfreeze_mm_vision_tower",
     "mm_resampler_type", "pretrain_mm_mlp_adapter", "freeze_mm_vision_resampler", "vision_config",
     "text_config", "image_crop_resolution", "image_split_resolution", "mm_vision_tower_lr", "tune_mm_vision_resampler",
+    "trained_with",  # of exports of this program
 ))
 # fmt: on
 

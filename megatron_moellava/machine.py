@@ -1,21 +1,30 @@
 """What a machine has, told without importing torch: for checks that must answer at once, also on a login node.
 
-`platform.py` knows for certain, once torch is there.
+`platform.py` knows for certain, once torch is there; it obeys what `choose` leaves in the environment.
 """
 
 import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+Device = Literal["auto", "cpu", "cuda"]
+TransformerImpl = Literal["auto", "local", "transformer_engine"]  # Megatron's --transformer-impl, and what is there
+
+TRANSFORMER_IMPL = "MOELLAVA_TRANSFORMER_IMPL"  # environment variable, read when `platform` is imported
+DEVICE = "MOELLAVA_DEVICE"  # likewise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What some settings need."""
+    """What some settings need. None: not known here."""
 
     has_gpu: bool
     has_transformer_engine: bool
-    has_gradient_fusion: bool  # apex's kernel that adds weight gradients inside of the product
+    has_gradient_fusion: bool = False  # apex's kernel that adds weight gradients inside of the product
+    has_deep_ep: bool | None = None
+    compute_capability: tuple[int, int] | None = None  # of the GPU: (9, 0) is Hopper, (10, 0) Blackwell
 
 
 GPU_CLUSTER = Machine(
@@ -23,17 +32,51 @@ GPU_CLUSTER = Machine(
 )  # what plans are made for, wherever they are made
 
 
-def this_machine(device: str = "auto") -> Machine:
-    """This machine as a run with `training.device` will find it; "cuda" says that it will run on GPUs elsewhere."""
+def choose(device: Device = "auto", transformer_impl: TransformerImpl = "auto") -> None:
+    """Which device and modules this process and those it starts use; "auto" leaves it at what has been said before.
+
+    Must be called before `megatron_moellava.platform` is imported.
+    """
+    if device != "auto":
+        os.environ[DEVICE] = device
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if transformer_impl != "auto":
+        os.environ[TRANSFORMER_IMPL] = transformer_impl
+
+
+def this_machine(device: Device = "auto", transformer_impl: TransformerImpl = "auto") -> Machine:
+    """This machine as a run with these settings will find it; device "cuda" says that it will run on GPUs elsewhere."""
     if device == "cuda":
         return GPU_CLUSTER
     has_gpu = device == "auto" and _sees_gpus()
-    has_engine = has_gpu and importlib.util.find_spec("transformer_engine") is not None
-    has_fusion = has_engine and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    return Machine(has_gpu=has_gpu, has_transformer_engine=has_engine, has_gradient_fusion=has_fusion)
+    has_engine = has_gpu and transformer_impl != "local" and engine_found() == "whole"
+    return Machine(
+        has_gpu=has_gpu,
+        has_transformer_engine=has_engine,
+        has_gradient_fusion=has_engine and is_installed("fused_weight_gradient_mlp_cuda"),
+        has_deep_ep=is_installed("deep_ep"),
+    )
 
 
 def _sees_gpus() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return False
     return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/proc/driver/nvidia/gpus").glob("*"))
+
+
+def is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def engine_found() -> Literal["none", "half", "whole"]:
+    """Transformer Engine: "half" is its library without the extension for torch, which a failed build leaves behind.
+
+    Importing it then raises FileNotFoundError, and so does megatron.core, which expects ImportError.
+    """
+    spec = importlib.util.find_spec("transformer_engine")
+    if spec is None:
+        return "none"
+    folders = [Path(folder) / "wheel_lib" for folder in spec.submodule_search_locations or ()]
+    has_extension = any(any(folder.glob("transformer_engine_torch*.so")) for folder in folders)
+    return "whole" if has_extension or is_installed("transformer_engine_torch") else "half"

@@ -12,7 +12,6 @@ import builtins
 import contextlib
 import ctypes
 import importlib.machinery
-import importlib.util
 import logging
 import os
 import random
@@ -20,20 +19,25 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy
 import torch
 
-from megatron_moellava.machine import Machine
+from megatron_moellava.config import ConfigError
+from megatron_moellava.machine import DEVICE, TRANSFORMER_IMPL, Machine, engine_found, is_installed
 
 HAS_CUDA = torch.cuda.is_available()
-HAS_TRANSFORMER_ENGINE = HAS_CUDA and importlib.util.find_spec("transformer_engine") is not None
+ENGINE_FOUND = engine_found()
+ENGINE_ASKED = os.environ.get(TRANSFORMER_IMPL, "auto")
+HAS_TRANSFORMER_ENGINE = HAS_CUDA and ENGINE_FOUND == "whole" and ENGINE_ASKED != "local"
+if ENGINE_FOUND == "half" or ENGINE_ASKED == "local":
+    # megatron.core uses whatever it can import, in the router and the optimizer too. None: an import is an ImportError.
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]
 # Megatron-Core's output layer refuses to be built with the fusion unless apex's kernel is there.
-HAS_GRADIENT_FUSION = HAS_TRANSFORMER_ENGINE and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+HAS_GRADIENT_FUSION = HAS_TRANSFORMER_ENGINE and is_installed("fused_weight_gradient_mlp_cuda")
 BACKEND = "nccl" if HAS_CUDA else "gloo"
-MACHINE = Machine(
-    has_gpu=HAS_CUDA, has_transformer_engine=HAS_TRANSFORMER_ENGINE, has_gradient_fusion=HAS_GRADIENT_FUSION
-)
+ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 
 def _keep_freed_memory() -> None:
@@ -62,12 +66,88 @@ def device() -> torch.device:
 def claim_device(local_rank: int) -> None:
     """Bind this process to its GPU; on a CPU, share the cores between the processes of the node, unless OMP_NUM_THREADS
     says how many threads a process may have (torchrun sets it to 1 where the user has not)."""
+    if os.environ.get(DEVICE) == "cuda" and not HAS_CUDA:
+        raise ConfigError("--device=cuda: torch finds no GPU here; use auto or cpu, or look at CUDA_VISIBLE_DEVICES")
+    if ENGINE_ASKED == "transformer_engine" and not HAS_TRANSFORMER_ENGINE:
+        raise ConfigError(f"transformer_impl=transformer_engine: {engine_sentence()}; use auto or local")
     if HAS_CUDA:
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; start as many "
+                "processes as GPUs (--nproc-per-node), or say CUDA_VISIBLE_DEVICES= to compute on the CPU"
+            )
         torch.cuda.set_device(local_rank)
+        _check_attention_variables()
         return
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+
+
+def _check_attention_variables() -> None:
+    """Megatron-Core sets these itself, to let Transformer Engine choose, and stops where they say something else."""
+    for name in ATTENTION_VARIABLES:
+        if HAS_TRANSFORMER_ENGINE and os.environ.get(name, "1") != "1":
+            raise ConfigError(
+                f"{name}={os.environ[name]}: Megatron-Core leaves the choice of the attention kernel to Transformer Engine and "
+                "stops otherwise; unset it, or set training.transformer_impl=local for torch's attention"
+            )
+
+
+def machine() -> Machine:
+    """This machine, as `validation` asks for it. Binds the process to its GPU, which alone knows what it can do."""
+    known = Machine(
+        has_gpu=HAS_CUDA,
+        has_transformer_engine=HAS_TRANSFORMER_ENGINE,
+        has_gradient_fusion=HAS_GRADIENT_FUSION,
+        has_deep_ep=is_installed("deep_ep"),
+    )
+    if not HAS_CUDA:
+        return known
+    claim_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return replace(known, compute_capability=torch.cuda.get_device_capability())
+
+
+def engine_sentence() -> str:
+    """What was found of Transformer Engine, and which modules that means."""
+    if HAS_TRANSFORMER_ENGINE:
+        return "Transformer Engine's modules"
+    if not HAS_CUDA:
+        return "local modules (Transformer Engine needs a GPU)"
+    if ENGINE_ASKED == "local":
+        return "local modules, as transformer_impl=local asks for"
+    if ENGINE_FOUND == "half":
+        return (
+            "local modules (Transformer Engine's library is installed without its extension for torch: a failed build?)"
+        )
+    return "local modules (Transformer Engine is not installed: no FP8, and its fused kernels are missing)"
+
+
+def found() -> list[str]:
+    """What a GPU run has to work with, one sentence each, for the head of its log; nothing on a CPU."""
+    if not HAS_CUDA:
+        return []
+    fused_adam = "Transformer Engine's" if HAS_TRANSFORMER_ENGINE else "apex's" if is_installed("apex") else "torch's"
+    return [
+        f"GPU {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, {BACKEND}",
+        f"modules: {engine_sentence()}; Adam: {fused_adam}; gradient accumulation in the products: "
+        f"{'on' if HAS_GRADIENT_FUSION else 'off (apex has its kernel)'}; DeepEP: {'yes' if is_installed('deep_ep') else 'no'}",
+    ]
+
+
+def exact_products(precision: str) -> None:
+    """What is fp32 is fp32: no product rounds its operands to TF32, and no convolution of an fp32 model, which torch lets
+    cuDNN do unless told."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+def to_device(values: list[int]) -> torch.Tensor:
+    """Numbers of the host on the device (int64), without waiting for what the device is doing: torch.tensor(..., device)
+    copies from pageable memory and waits for the whole queue."""
+    if not HAS_CUDA:
+        return torch.tensor(values)
+    return torch.tensor(values).pin_memory().to(device(), non_blocking=True)
 
 
 def device_name() -> str | None:
@@ -148,6 +228,12 @@ def peak_memory_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free_memory_bytes() -> int:
+    """What the GPU of this process has left, counting what torch's allocator keeps for reuse. Not for a CPU."""
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 # --- megatron-core on a CPU -------------------------------------------------------------------------------------------

@@ -19,6 +19,24 @@ FORMAT = 1
 ANEW = "copy it anew, or use another checkpoint"
 
 
+# Fields of a run that change what its weights compute or how a prompt for them is made: they stay with the weights.
+TRAINED_WITH = {
+    "model": ("scale_multimodal_embeddings",),
+    "training": ("precision",),
+    "data": (
+        "tokenizer",
+        "template",
+        "label_mode",
+        "image_aspect_ratio",
+        "image_grid",
+        "seq_length",
+        "max_sample_length",
+        "length_counts",
+        "max_images",
+    ),
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunDescription:
     """The content of run.json. Fields with a default may be missing from files of older versions and of conversions."""
@@ -72,6 +90,16 @@ def write_description(checkpoint: Path, description: RunDescription) -> None:
     content = {item.name: getattr(description, item.name) for item in fields(description) if item.name != "checksum"}
     content["checksum"] = _checksum(content)
     write_durably(Path(checkpoint) / RUN_FILE, json.dumps(content, indent=1).encode())
+
+
+def trained_with(description: RunDescription) -> dict[str, dict]:
+    """{section: {field: value}} of `TRAINED_WITH`, so far as it is known: from the run, or from a conversion's provenance."""
+    said = description.config or description.provenance.get("trained_with") or {}
+    found = {}
+    for section, names in TRAINED_WITH.items():
+        fields = said.get(section) or {}
+        found[section] = {name: fields[name] for name in names if name in fields}
+    return {section: fields for section, fields in found.items() if fields}
 
 
 def newest_described(save: str | Path) -> tuple[Path, RunDescription] | None:

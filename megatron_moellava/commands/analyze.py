@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_moellava.commands.program import command_parser
+from megatron_moellava.commands.program import add_machine_options, choose_machine, command_parser
 from megatron_moellava.config import Precision
 
 
@@ -35,6 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
     parser.add_argument("--precision", default="", choices=("", *get_args(Precision)), help="(the checkpoint's own)")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
+    add_machine_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
     parsed = parser.parse_intermixed_args(arguments)
     settings = [item for item in parsed.data if item.startswith("parallel.") and "=" in item]
@@ -45,6 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    choose_machine(args)
     from megatron_moellava.config import MoELlavaError
 
     try:

@@ -11,7 +11,13 @@ import argparse
 import sys
 from typing import get_args
 
-from megatron_moellava.commands.program import QUICKSTART, command_parser
+from megatron_moellava.commands.program import (
+    QUICKSTART,
+    add_machine_options,
+    add_memory_options,
+    choose_machine,
+    command_parser,
+)
 from megatron_moellava.config import Precision
 
 
@@ -26,13 +32,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0, help="with a temperature: the likeliest words only (1.0)")
     parser.add_argument("--num-beams", type=int, default=1, help="beam search (1: off)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of one answer (512)")
+    add_memory_options(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
+    add_machine_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
     return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
+    choose_machine(parsed)
     from megatron_moellava.config import MoELlavaError
 
     try:

@@ -217,6 +217,8 @@ def run_export(parsed: argparse.Namespace) -> int:
         begin=bar.begin,
     )
     print(f"wrote {report['tensors']} tensors to {report['folder']} as {report['layout']}; {bar.finish()}")
+    for note in report["notes"]:
+        print(f"note: {note}")
     if "modeling_moe_llava.py" in report["files"]:
         print("load it with trust_remote_code=True: modeling_moe_llava.py lies beside the weights")
     return 0

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_moellava.commands.program import command_parser
+from megatron_moellava.commands.program import add_machine_options, add_memory_options, choose_machine, command_parser
 from megatron_moellava.config import Precision
 
 
@@ -60,7 +60,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--judge-key-variable", default="OPENAI_API_KEY", help="environment variable with the judge's key"
     )
+    add_memory_options(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
+    add_machine_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
     parser.add_argument("--list", action="store_true", help="show the benchmarks and what each folder must hold")
     return parser.parse_intermixed_args(argv)
@@ -68,6 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    choose_machine(args)
     from megatron_moellava.config import MoELlavaError
     from megatron_moellava.evaluation import command
 

@@ -15,7 +15,7 @@ import signal
 import sys
 
 from megatron_moellava.commands.program import COMMANDS, as_called
-from megatron_moellava.config import INTERRUPTED
+from megatron_moellava.exit_codes import INTERRUPTED
 
 
 def _forward(signum: int, _frame) -> None:

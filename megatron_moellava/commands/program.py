@@ -4,7 +4,9 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
+
+from megatron_moellava.machine import Device, TransformerImpl, choose
 
 QUICKSTART = "runs/quickstart/stage3"  # the checkpoint that chat and serve take without --load
 
@@ -62,3 +64,27 @@ def command_parser(name: str, description: str) -> argparse.ArgumentParser:
     """A parser for the command `name`; its texts name it as it was called, and `description` keeps its lines."""
     raw = argparse.RawDescriptionHelpFormatter
     return CommandParser(prog=as_called(f"moellava {name}"), description=description, formatter_class=raw)
+
+
+def add_machine_options(parser: argparse.ArgumentParser, transformer_impl: str = "auto") -> None:
+    """What a command runs on; `choose_machine` obeys."""
+    parser.add_argument("--device", default="auto", choices=get_args(Device), help="(a GPU where there is one)")
+    parser.add_argument(
+        "--transformer-impl",
+        default=transformer_impl,
+        choices=get_args(TransformerImpl),
+        help=f"modules on a GPU; auto: Transformer Engine's where it is installed ({transformer_impl})",
+    )
+
+
+def choose_machine(parsed: argparse.Namespace) -> None:
+    """Obey --device and --transformer-impl, before anything imports torch."""
+    choose(parsed.device, parsed.transformer_impl)
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """How much memory the keys and values of running requests may take."""
+    parser.add_argument("--max-length", type=int, default=0, help="tokens of prompt and answer (the model's positions)")
+    parser.add_argument(
+        "--memory-limit", type=float, metavar="GIB", help="for keys and values on each GPU (most of what is free there)"
+    )

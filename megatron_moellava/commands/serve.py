@@ -11,7 +11,13 @@ import argparse
 import sys
 from typing import get_args
 
-from megatron_moellava.commands.program import QUICKSTART, command_parser
+from megatron_moellava.commands.program import (
+    QUICKSTART,
+    add_machine_options,
+    add_memory_options,
+    choose_machine,
+    command_parser,
+)
 from megatron_moellava.config import Precision
 
 
@@ -33,13 +39,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-body-mb", type=float, default=30.0, help="of one request (30)")
     parser.add_argument("--request-seconds", type=float, default=300.0, help="of one answer (300)")
     parser.add_argument("--allow-remote-images", action="store_true", help="fetch http(s) image URLs of public hosts")
+    add_memory_options(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
+    add_machine_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
     return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
+    choose_machine(parsed)
     from megatron_moellava.config import MoELlavaError
 
     try:

@@ -17,7 +17,8 @@ import sys
 from typing import get_args
 
 from megatron_moellava.commands.program import command_parser
-from megatron_moellava.config import INTERRUPTED
+from megatron_moellava.exit_codes import INTERRUPTED
+from megatron_moellava.machine import choose
 
 SETTING = re.compile(r"(model|moe|data|parallel|training|optimizer|checkpoint|logging)(\.\w+)+=")
 
@@ -60,8 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             validate_run(run)
             print("the run is valid")
             return 0
-        if run.training.device == "cpu":  # before torch looks for GPUs
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        choose(run.training.device, run.training.transformer_impl)  # before torch looks for GPUs
         from megatron_moellava.training.run import train
 
         return train(run)

@@ -12,12 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_moellava.commands.program import command_parser
+from megatron_moellava.commands.program import add_machine_options, choose_machine, command_parser
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser("verify", __doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="recordings of one backbone, or a folder of those")
+    add_machine_options(parser, transformer_impl="local")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -29,6 +30,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
+    choose_machine(parsed)
     from megatron_moellava.config import MoELlavaError
     from megatron_moellava.verify.command import verify
 

@@ -4,10 +4,11 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_moellava.backbones.from_config import hf_config_of
+from megatron_moellava.checkpoint.description import trained_with
 from megatron_moellava.checkpoint.sums import verify_sums, write_sums
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion import huggingface, original
@@ -64,6 +65,7 @@ class Export:
     tensors: dict[str, Tensor]
     files: dict[str, dict | Path]  # JSON content, or a file to copy
     title: str
+    notes: list[str] = field(default_factory=list)  # for a person: what the layout's own code computes otherwise
 
 
 def export_checkpoint(
@@ -100,7 +102,13 @@ def export_checkpoint(
         digests = write_safetensors(staging, job.recipes, job.tensors, progress)
         _write_files(staging, job.files)
         write_sums(staging, digests)
-    return {"folder": str(save), "layout": job.title, "tensors": len(job.recipes), "files": sorted(job.files)}
+    return {
+        "folder": str(save),
+        "layout": job.title,
+        "tensors": len(job.recipes),
+        "files": sorted(job.files),
+        "notes": job.notes,
+    }
 
 
 def _check_exportable(source: Checkpoint, layout: str) -> None:
@@ -150,12 +158,16 @@ def _needs_unused(source: Checkpoint) -> None:
         )
 
 
+def _described(source: Checkpoint) -> tuple[dict, dict[str, dict]]:
+    """(the config that was imported, what the weights were trained with)."""
+    return source.run.provenance.get("hf_config") or {}, trained_with(source.run)
+
+
 def _plan_original(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
     _needs_unused(source)
-    config = original.original_config(source.model, source.run.provenance.get("hf_config") or {})
-    return Export(
-        _weights(source, source.model, ORIGINAL, dtype), source.tensors, {"config.json": config}, ORIGINAL.title
-    )
+    config = original.original_config(source.model, *_described(source))
+    recipes, notes = _weights(source, source.model, ORIGINAL, dtype), original.notes_of(config)
+    return Export(recipes, source.tensors, {"config.json": config}, ORIGINAL.title, notes)
 
 
 def _plan_llava(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
@@ -164,8 +176,9 @@ def _plan_llava(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -
         raise ConfigError(
             "--layout llava is LLaVA-1.5's: a dense Llama or Vicuna; use --layout original or transformers"
         )
-    config = original.llava_config(source.model, source.run.provenance.get("hf_config") or {})
-    return Export(_weights(source, source.model, LLAVA, dtype), source.tensors, {"config.json": config}, LLAVA.title)
+    config = original.llava_config(source.model, *_described(source))
+    recipes, notes = _weights(source, source.model, LLAVA, dtype), original.notes_of(config)
+    return Export(recipes, source.tensors, {"config.json": config}, LLAVA.title, notes)
 
 
 def _plan_language_model(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
@@ -300,12 +313,14 @@ def _export_projector(source: Checkpoint, save: Path) -> dict:
             tensor = source.tensors[line.megatron]
             content = bytearray().join(bytes(block) for block in files.blocks(tensor, 0, tensor.numel))
             state[line.names[0]] = torch.frombuffer(content, dtype=getattr(torch, tensor.dtype)).view(line.shape)
-    config = original.original_config(source.model, source.run.provenance.get("hf_config") or {})
+    config = original.original_config(source.model, *_described(source))
     with staged(save) as staging:
         torch.save(state, staging / "mm_projector.bin")
         _write_files(staging, {"config.json": config})
         write_sums(staging, {})
-    return {"folder": str(save), "layout": "mm_projector.bin", "tensors": len(state), "files": ["config.json"]}
+    return {"folder": str(save), "layout": "mm_projector.bin", "tensors": len(state), "files": ["config.json"]} | {
+        "notes": original.notes_of(config)
+    }
 
 
 def read_config(folder: Path) -> dict:

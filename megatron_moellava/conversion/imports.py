@@ -28,6 +28,7 @@ from megatron_moellava.conversion.tensors import Files, Tensor
 from megatron_moellava.conversion.writers import Progress
 from megatron_moellava.costs.shapes import PROJECTOR, UNUSED, Model
 from megatron_moellava.hf_config import read_json
+from megatron_moellava.towers import without_rule
 
 # Constants that older versions of transformers saved with the weights, and the halves of CLIP and SigLIP that are not
 # the vision tower. They are left out, and counted in the report.
@@ -73,14 +74,19 @@ def import_checkpoint(
     Raises ConfigError or CheckpointError that list every problem, before anything is written.
     """
     source = Path(source)
-    for path in (source, *(Path(other) for other in (tower, projector) if other)):
+    files = (without_rule(tower) if tower else None, projector)
+    for path in (source, *(Path(other).expanduser() for other in files if other)):
         verify_sums(path, verify=verify)
     config = read_json(source)
     job = Import(detect(tensors := open_huggingface(source)), tensors)
     job.tensors = _renamed(job.tensors, job.layout)
     backbone = _backbone(config, source, job, keep_output_bias)
     moe = original.moe_config(config) or huggingface.moe_config(config)
-    model = Model(backbone=backbone, tower=original.tower_of(config, job.layout, tower), moe=moe)
+    seen = original.tower_of(config, job.layout, tower)
+    by_the_original, said = _training_of(job, projector, config)
+    if seen and by_the_original and not said.get("tower"):
+        seen = original.as_the_original(seen)
+    model = Model(backbone=backbone, tower=seen, moe=moe)
     layout, stage = _add_tower_and_projector(job, model, tower, projector, seed)
     lines = entries(model, layout)
     riding = [replace(recipe, dtype=dtype or recipe.dtype) for recipe in _riding(job, model, layout)]
@@ -95,10 +101,29 @@ def import_checkpoint(
     )
     provenance = {"operation": "import", "layout": job.layout.name, "source": source.name, **job.report}
     provenance["hf_config"] = config
+    provenance["generation_config"] = _generation_config(source)
+    provenance["trained_with"] = original.trained_with(
+        config | {"trained_with": said}, job.layout, model, by_the_original
+    )
     begin(sum(recipe.nbytes for recipe in recipes))
     stage = 3 if moe else stage
     folder = write_checkpoint(save, model, recipes, job.tensors, stage=stage, provenance=provenance, progress=progress)
     return {"folder": str(folder), "stage": stage, "model": model, "tensors": len(recipes), **provenance}
+
+
+def _generation_config(source: Path) -> dict | None:
+    """`generation_config.json` of the source, for its exports; None: it has none."""
+    file = (source if source.is_dir() else source.parent) / "generation_config.json"
+    return read_json(file) if file.exists() else None
+
+
+def _training_of(job: Import, projector: Path | None, config: dict) -> tuple[bool, dict]:
+    """(whether MoE-LLaVA's rules trained the projector, as its names say; what the config of an export says beyond)."""
+    if projector is None:
+        return job.layout is ORIGINAL, config.get("trained_with") or {}
+    beside = Path(projector).parent / "config.json"
+    said = read_json(beside).get("trained_with") or {} if beside.exists() else {}
+    return detect(open_huggingface(Path(projector))) is ORIGINAL, said
 
 
 def detect(tensors: dict[str, Tensor]) -> Layout:
@@ -157,12 +182,13 @@ def _add_tower_and_projector(
         return layout, 0
     has_tower = layout.tower and any(name.startswith(layout.tower.format(decoder=decoder)) for name in job.tensors)
     if not has_tower:
-        if not (tower and Path(tower).exists()):
+        folder = Path(without_rule(tower)).expanduser() if tower else None
+        if folder is None or not folder.exists():
             raise ConfigError(
                 f"{model.tower.name}: the source has no tower weights; give --tower a folder that has them"
             )
         layout = replace(layout, tower=TOWER_FILE)
-        job.tensors = job.tensors | tower_file(Path(tower))
+        job.tensors = job.tensors | tower_file(folder)
     if projector:
         job.tensors = job.tensors | _projector_file(projector)
         layout = replace(layout, projector=(f"{PROJECTOR_FILE}0", f"{PROJECTOR_FILE}2"))

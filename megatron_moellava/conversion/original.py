@@ -1,12 +1,19 @@
-"""The released layouts' `config.json`: MoE-LLaVA's (all stages) and LLaVA-1.5's. Read for import, written for export."""
+"""The released layouts' `config.json`: MoE-LLaVA's (all stages) and LLaVA-1.5's. Read for import, written for export.
 
+Their code has one way to compute where this program has switches. An export of a run that computes otherwise says so in
+a key of its own, `trained_with`, which an import reads.
+"""
+
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_moellava.backbones.from_config import hf_config_of
-from megatron_moellava.config import ConfigError, MoEConfig
+from megatron_moellava.checkpoint.description import TRAINED_WITH
+from megatron_moellava.config import ConfigError, MoEConfig, from_dict
 from megatron_moellava.conversion.layout import LANGUAGE_MODEL, LLAVA, ORIGINAL, Layout
 from megatron_moellava.costs.shapes import Model
+from megatron_moellava.data.templates import get_template
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import FAMILIES, TOWERS, Tower, get_tower
 from megatron_moellava.towers.from_config import tower_from_hf_config
@@ -30,6 +37,11 @@ def moe_config(config: dict) -> MoEConfig | None:
     moe = config.get("moe") or {}
     if not moe.get("moe_enable"):
         return None
+    said = (config.get("trained_with") or {}).get("moe") or {}
+    return from_dict(MoEConfig, dataclasses.asdict(_released_moe(config, moe)) | said)
+
+
+def _released_moe(config: dict, moe: dict) -> MoEConfig:
     experts = moe["num_experts"] if isinstance(moe["num_experts"], list) else [moe["num_experts"]]
     if len(set(experts)) != 1:
         raise ConfigError(f"config.moe.num_experts={experts}: all MoE layers must have equally many experts")
@@ -59,12 +71,46 @@ def tower_of(config: dict, layout: Layout, given: str | None) -> Tower | None:
         return get_tower(given) if given else None
     if layout in (ORIGINAL, LLAVA):
         tower = get_tower(given) if given else _published(config)
-        if layout is ORIGINAL and not tower.drop_first_feature:  # released SigLIP models were trained without patch 0
-            tower = get_tower(f"{tower.name}@original")
+        said = (config.get("trained_with") or {}).get("tower") or {}
+        if layout is ORIGINAL and not said:
+            tower = as_the_original(tower)
         return _with_layer(tower, config.get("mm_vision_select_layer", -2))
     tower = get_tower(given) if given else _inside(config)
     drops = config.get("vision_feature_select_strategy", "default") == "default"
     return _with_layer(replace(tower, drop_first_feature=drops), config.get("vision_feature_layer", -2))
+
+
+def as_the_original(tower: Tower) -> Tower:
+    """MoE-LLaVA drops the first feature of every tower, also of SigLIP, where it is a patch."""
+    return tower if tower.drop_first_feature else get_tower(f"{tower.name}@original")
+
+
+def trained_with(config: dict, layout: Layout, model: Model, by_the_original: bool) -> dict[str, dict]:
+    """What the weights were trained with, in the terms of a run (`checkpoint.description.TRAINED_WITH`).
+
+    `by_the_original`: MoE-LLaVA's code trained the projector. A language model alone knows no images, so nothing is said.
+    """
+    found: dict[str, dict] = {}
+    if by_the_original and model.backbone.embedding_multiplier != 1.0:
+        found["model"] = {"scale_multimodal_embeddings": False}
+    if layout in (ORIGINAL, LLAVA):
+        found["data"] = {"template": model.backbone.template}
+        if get_template(model.backbone.template).labels:
+            found["data"]["label_mode"] = "original"
+        if "image_aspect_ratio" in config:
+            found["data"] |= _shape_of_pictures(config["image_aspect_ratio"])
+        if config.get("tokenizer_model_max_length"):
+            found["data"] |= {"max_sample_length": config["tokenizer_model_max_length"], "length_counts": "text"}
+    for section, fields in (config.get("trained_with") or {}).items():
+        if section in TRAINED_WITH:
+            found[section] = found.get(section, {}) | fields
+    return found
+
+
+def _shape_of_pictures(value: str | None) -> dict:
+    if value == "anyres":
+        return {"image_grid": True}
+    return {"image_aspect_ratio": "pad" if value == "pad" else "square"}  # the original looks for "pad" alone
 
 
 def _with_layer(tower: Tower, layer: int) -> Tower:
@@ -92,8 +138,11 @@ def _inside(config: dict) -> Tower:
     return tower
 
 
-def original_config(model: Model, source: dict) -> dict:
-    """`config.json` of MoE-LLaVA: the imported one where there is one, with what the checkpoint now is."""
+def original_config(model: Model, source: dict, trained: dict[str, dict]) -> dict:
+    """`config.json` of MoE-LLaVA: the imported one where there is one, with what the checkpoint now is.
+
+    `trained`: what it was trained with (`checkpoint.description.trained_with`).
+    """
     backbone, original = model.backbone, model.backbone.hf.original
     config = _base(model, source)
     config |= {
@@ -114,7 +163,55 @@ def original_config(model: Model, source: dict) -> dict:
     config.pop("moe", None)
     if model.moe:
         config["moe"] = _moe_section(model, source.get("moe") or {}, backbone.hf.original.train_modules)
-    return config
+    return _with_settings(config, model, trained)
+
+
+def _with_settings(config: dict, model: Model, trained: dict[str, dict]) -> dict:
+    """The config with the pictures' shape, and with a key for what the layout's own code would compute otherwise."""
+    data = trained.get("data", {})
+    config.pop("trained_with", None)
+    if "image_aspect_ratio" in data:
+        config["image_aspect_ratio"] = data["image_aspect_ratio"]
+    otherwise: dict[str, dict] = {}
+    if data.get("image_grid"):
+        otherwise["data"] = {"image_grid": True}
+    if model.backbone.embedding_multiplier != 1.0 and trained.get("model", {}).get("scale_multimodal_embeddings", True):
+        otherwise["model"] = {"scale_multimodal_embeddings": True}
+    if not model.required_tower.drop_first_feature:
+        otherwise["tower"] = {"drop_first_feature": False}
+    if model.moe:
+        released = _released_moe(config, config["moe"])
+        fields = {
+            item.name: getattr(model.moe, item.name)
+            for item in dataclasses.fields(MoEConfig)
+            if item.name not in RESTORED and getattr(model.moe, item.name) != getattr(released, item.name)
+        }
+        otherwise |= {"moe": fields} if fields else {}
+    return config | ({"trained_with": otherwise} if otherwise else {})
+
+
+RESTORED = (
+    "placement",
+    "moe_grouped_gemm",
+    "moe_token_dispatcher_type",
+)  # moe_layers_idx has the one; speed the others
+WHY_NOT = {
+    "model": "the original does not scale MiniCPM's embeddings beside images, and this model was trained with that",
+    "tower": "the original leaves out the tower's first feature, and this model was trained with all",
+    "data": "the original does not tile pictures, and this model was trained with data.image_grid=true",
+    "moe": "the original routes with its own gate, which has a capacity",
+}
+
+
+def notes_of(config: dict) -> list[str]:
+    """What an exported config says that the original's code does not do, for a person."""
+    otherwise = config.get("trained_with") or {}
+    router = otherwise.get("moe", {}).get("router")
+    return [
+        f"{why}: its code will compute other numbers; `moellava convert import` reads trained_with in config.json"
+        for section, why in WHY_NOT.items()
+        if section in otherwise and (section != "moe" or router)
+    ]
 
 
 ORIGINAL_DEFAULTS = {
@@ -129,10 +226,10 @@ ORIGINAL_DEFAULTS = {
 }
 
 
-def llava_config(model: Model, source: dict) -> dict:
+def llava_config(model: Model, source: dict, trained: dict[str, dict]) -> dict:
     """`config.json` of LLaVA-1.5."""
     config = _base(model, source)
-    return config | {
+    config |= {
         "model_type": "llava_llama",
         "architectures": ["LlavaLlamaForCausalLM"],
         "mm_vision_tower": source.get("mm_vision_tower")
@@ -147,6 +244,7 @@ def llava_config(model: Model, source: dict) -> dict:
         "use_mm_proj": True,
         "image_aspect_ratio": config.get("image_aspect_ratio", "pad"),
     }
+    return _with_settings(config, model, trained)
 
 
 def _base(model: Model, source: dict) -> dict:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_moellava.checkpoint.description import read_description
+from megatron_moellava.checkpoint.description import read_description, trained_with
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.initial import language_dtype, linear_default, noise, zeros
@@ -26,6 +26,7 @@ from megatron_moellava.conversion.writers import Progress
 from megatron_moellava.costs.shapes import EXPERTS, RESIDUAL, UNUSED, megatron_tensors, model_from_json
 from megatron_moellava.mapping import Shape
 
+CARRIED = ("hf_config", "generation_config", "trained_with")  # stand in the new provenance themselves
 ROUTER, EXPERT_BIAS = "router.weight", "router.expert_bias"
 
 
@@ -97,7 +98,9 @@ def upcycle_checkpoint(
         "router_scale": router_scale,
         "seed": seed,
         "hf_config": earlier.get("hf_config"),
-        "parent": {key: value for key, value in earlier.items() if key != "hf_config"},
+        "generation_config": earlier.get("generation_config"),
+        "trained_with": trained_with(source.run),
+        "parent": {key: value for key, value in earlier.items() if key not in CARRIED},
     } | ({} if source.verified else {"source_verified": False})
     begin(sum(recipe.nbytes for recipe in recipes))
     folder = write_checkpoint(

@@ -28,6 +28,8 @@ def ask_checkpoint(args: argparse.Namespace) -> str:
         precision=args.precision,
         layout=layout_of(args.overrides),
         max_batch_size=args.batch_size,
+        max_sequence_length=args.max_length,
+        memory_limit=args.memory_limit,
         verify=not args.no_verify,
     )
     place = Place(

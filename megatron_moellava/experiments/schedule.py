@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_moellava.config import INTERRUPTED
+from megatron_moellava.exit_codes import INTERRUPTED
 from megatron_moellava.experiments.grid import Grid, Node
 from megatron_moellava.experiments.nodes import finished
 

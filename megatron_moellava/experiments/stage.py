@@ -10,8 +10,9 @@ from megatron_moellava.data.loader import build_encoder
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.evaluation.closed_questions import predict
 from megatron_moellava.evaluation.quickstart.metrics import score_quickstart
+from megatron_moellava.exit_codes import INTERRUPTED
 from megatron_moellava.routing.records import RoutingSums
-from megatron_moellava.training.loop import INTERRUPTED, Trainer
+from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.run import build_trainer
 from megatron_moellava.validation.run import validate_run
 
@@ -32,7 +33,7 @@ class Answers:
 
 def train_stage(run: RunConfig) -> Trainer:
     """Train a validated run to its end under its own layout. Raises Interrupted, TrainingDiverged, ConfigError."""
-    validate_run(run, platform.MACHINE)
+    validate_run(run, platform.machine())
     parallel.initialize(run.parallel, run.training.seed)
     trainer = build_trainer(run)
     if trainer.train() != 0:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_moellava import platform
 from megatron_moellava.config import DataError
+from megatron_moellava.inference.cache_memory import CacheMemory
 from megatron_moellava.inference.forward import Forward
 from megatron_moellava.inference.prompts import Prompt, Prompter
 from megatron_moellava.inference.request_state import RequestState
@@ -46,11 +47,14 @@ class Engine:
         max_batch_size: int = 32,
         max_sequence_length: int = 0,
         max_prompt_tokens: int = 8192,
+        memory_limit: float | None = None,
         replicated: bool = False,
         seed: int = 0,
     ):
         """`max_sequence_length`: prompt and answer of one request, 0: all positions of the model. `max_prompt_tokens`: new
-        prompts of one step together (a longer single prompt gets a step of its own)."""
+        prompts of one step together (a longer single prompt gets a step of its own). `memory_limit`: GiB that keys and
+        values of all running requests may take on each rank; None: on a GPU most of what is free beside the weights, else
+        no limit. Requests that do not fit beside the running ones wait. Collective."""
         limit = model.backbone.max_position_embeddings
         self.model, self.prompter, self.replicated, self.seed = (
             model.eval().requires_grad_(False),
@@ -61,6 +65,7 @@ class Engine:
         self.max_batch_size, self.max_prompt_tokens = max_batch_size, max_prompt_tokens
         self.max_sequence_length = min(max_sequence_length or limit, limit)
         self.cache = KVCache(max_batch_size, self.max_sequence_length)
+        self.memory = CacheMemory.of(model, memory_limit)
         self.forward = Forward(model, self.cache, prompter.tokenizer.vocab_size)
         self.token_weights = TokenWeights(model)
         self.waiting: deque[RequestState] = deque()
@@ -130,6 +135,7 @@ class Engine:
                 f"prompt of {len(prompt.tokens)} tokens and max_new_tokens={sampling.max_new_tokens} exceed the "
                 f"{self.max_sequence_length} positions of this model; ask for fewer tokens or send a shorter prompt"
             )
+        self.memory.check(sampling.num_beams, needed)
         return prompt
 
     def cancel(self, request_id: str) -> None:
@@ -172,7 +178,11 @@ class Engine:
     def _admit(self) -> list[RequestState]:
         """Requests whose prompts join this step, with their cache rows."""
         admitted, tokens, used = [], 0, len(self.rows)
+        longest = max((running.most_tokens for running in self.rows), default=0)
         while self.waiting and used + self.waiting[0].width <= self.max_batch_size:
+            longest = max(longest, self.waiting[0].most_tokens)
+            if used and not self.memory.fits(used + self.waiting[0].width, longest):
+                break
             tokens += len(self.waiting[0].prompt.tokens)
             if admitted and (tokens > self.max_prompt_tokens or self._prompts_go_alone()):
                 break

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_moellava import parallel
 from megatron_moellava.backbones import get_backbone
-from megatron_moellava.checkpoint.description import read_description
+from megatron_moellava.checkpoint.description import read_description, trained_with
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.checkpoint.verification import verify_checkpoint
 from megatron_moellava.config import (
@@ -96,12 +96,13 @@ def inference_layout(layout: ParallelConfig) -> ParallelConfig:
 def inference_run(folder: Path, layout: ParallelConfig, *, tokenizer: str, template: str, precision: str) -> RunConfig:
     """The run of a checkpoint, changed for generation."""
     description = read_description(folder)
-    model, stored = description.model, description.config or {}
-    data = dict(stored.get("data") or {}) | {"packing": False, "sources": ()}
+    model, trained = description.model, trained_with(description)
+    data = dict((description.config or {}).get("data") or {}) | trained.get("data", {})
+    data |= {"packing": False, "sources": ()}
     # The names may be folders that are gone; the checkpoint itself says which model it holds.
     names = {"backbone": str(folder), "tower": str(folder)} if model.get("backbone_fields") else model
     tree = {
-        "model": dict(stored.get("model") or {}) | {"backbone": names["backbone"], "tower": names["tower"]},
+        "model": trained.get("model", {}) | {"backbone": names["backbone"], "tower": names["tower"]},
         "training": {"stage": description.stage or 2},
         "moe": dict(model["moe"]) if model.get("moe") else None,
         "data": data,
@@ -110,7 +111,7 @@ def inference_run(folder: Path, layout: ParallelConfig, *, tokenizer: str, templ
     run = replace(
         run,
         parallel=layout,
-        training=replace(run.training, precision=precision or (stored.get("training") or {}).get("precision", "bf16")),
+        training=replace(run.training, precision=precision or trained.get("training", {}).get("precision", "bf16")),
         data=replace(
             run.data,
             tokenizer=_tokenizer(folder, tokenizer or run.data.tokenizer),

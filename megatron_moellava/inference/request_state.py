@@ -36,6 +36,11 @@ class RequestState:
         return self.request.sampling.num_beams
 
     @property
+    def most_tokens(self) -> int:
+        """Positions that each of its rows may come to hold."""
+        return len(self.prompt.tokens) + self.request.sampling.max_new_tokens
+
+    @property
     def has_images(self) -> bool:
         return bool(self.prompt.tiles)
 

@@ -10,7 +10,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from megatron_moellava.model.context_parallel import attention_pieces, chunks_of_rank, gather_positions
 
@@ -124,9 +123,14 @@ class SdpaCoreAttention(MegatronModule):
             query, key, value = query_LBHD[piece.queries], key_SBGD[piece.keys], value_SBGD[piece.keys]
             query, key, value = (item.permute(1, 2, 0, 3) for item in (query, key, value))
             is_whole = query.shape[2] == key.shape[2]
-            bias = None if is_whole else causal_lower_right(query.shape[2], key.shape[2])
-            parts.append(self._attend(query, key, value, bias, is_causal=is_whole).permute(2, 0, 1, 3))
+            mask = None if is_whole else causal_mask(query.shape[2], key.shape[2], query.device)
+            parts.append(self._attend(query, key, value, mask, is_causal=is_whole).permute(2, 0, 1, 3))
         return torch.cat(parts).flatten(2)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """[queries, keys], True = may attend: the last query sees every key, the one before it all but the last."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def segment_rows(cu_seqlens: torch.Tensor, max_seqlen: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 
 def build_model(run: RunConfig) -> list[MoELlava]:
     """The chunks of this pipeline rank: one, or one for each virtual stage; on the device, parameters in run precision."""
+    platform.exact_products(run.training.precision)
     backbone, tower = get_backbone(run.model.backbone), get_tower(run.model.tower)
     virtual = run.parallel.virtual_pipeline_model_parallel_size
     chunks = []

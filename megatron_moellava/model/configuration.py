@@ -78,7 +78,7 @@ def transformer_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
         recompute_method="uniform" if granularity == "full" else None,
         recompute_num_layers=1 if granularity == "full" else None,
         bias_activation_fusion=platform.HAS_CUDA and _fusable(backbone),
-        apply_rope_fusion=platform.HAS_TRANSFORMER_ENGINE and backbone.rope_scaling is None,
+        apply_rope_fusion=platform.HAS_TRANSFORMER_ENGINE,
         **_shared_fields(run),
         **(_moe_fields(run.moe, backbone) if run.moe else _DENSE_FIELDS),
         **_fp8_fields(run),

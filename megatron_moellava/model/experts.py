@@ -103,12 +103,12 @@ class GroupedLinear(MegatronModule):
             return output_NO, None
         if self.skip_bias_add:
             return output_NO, [getattr(self, f"bias{index}") for index in range(self.num_experts)]
-        counts_E = torch.tensor(tokens_per_expert, device=input_NI.device)
+        counts_E = platform.to_device(tokens_per_expert)
         return output_NO + self._stacked("bias").repeat_interleave(counts_E, dim=0, output_size=input_NI.shape[0]), None
 
     def product(self, input_NI: torch.Tensor, weight_EOI: torch.Tensor, tokens_per_expert: list[int]) -> torch.Tensor:
         """[N, I] sorted by expert x [E, O, I] -> [N, O]. `fp8.py` puts another one in its place."""
-        offsets_E = torch.tensor(tokens_per_expert, device=input_NI.device).cumsum(0, dtype=torch.int32)
+        offsets_E = platform.to_device(tokens_per_expert).cumsum(0, dtype=torch.int32)
         return F.grouped_mm(input_NI, weight_EOI.transpose(1, 2), offs=offsets_E)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

@@ -37,14 +37,25 @@ class Step:
         return ends + list(range(end, end + self.decoding))
 
 
+BLOCK = 256  # positions by which the rows grow
+
+
 @dataclass(slots=True)
 class KVCache:
-    """Megatron-Core hands it to every layer as `inference_context`. Rows are independent of each other."""
+    """Megatron-Core hands it to every layer as `inference_context`. Rows are independent of each other.
+
+    Memory is taken as requests come and grow, never for all rows and positions at once: those of Llama-3.1-8B, 32 rows of
+    131,072 positions, are 512 GiB.
+    """
 
     max_batch_size: int
     max_sequence_length: int
     step: Step | None = None
     lengths_R: list[int] = field(default_factory=list)  # tokens stored in each row; rows 0 .. N-1 decode together
+    held: tuple[int, int] = (
+        0,
+        0,
+    )  # rows and positions that the layers have memory for, or will have in their next turn
     _layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # [R, G, S, D] each
     _table: tuple[torch.Tensor, torch.Tensor] | None = None  # rotations of all positions
     _rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # of this step
@@ -68,6 +79,7 @@ class KVCache:
             self.lengths_R[row] = length
         for row in range(step.decoding):
             self.lengths_R[row] += 1
+        self._hold(step)
         if step.decoding:
             lengths_N = torch.tensor(self.lengths_R[: step.decoding], device=step.positions_T.device)
             self._longest = max(self.lengths_R[: step.decoding])
@@ -76,9 +88,21 @@ class KVCache:
             self._hidden_N11S = None if is_even else hidden_NS[:, None, None, :]
             self._rows_N = torch.arange(step.decoding, device=step.positions_T.device)
 
+    def _hold(self, step: Step) -> None:
+        """Room for the rows of this step. Where nobody else has a row it begins anew: a long request is not paid for ever."""
+        if step.prompts and step.prompts[0][0] == 0:
+            self._layers.clear()
+            self.held = (0, 0)
+        rows = max([step.decoding, *(row + 1 for row, _ in step.prompts)])
+        positions = max(self.lengths_R[:rows])
+        if rows > self.held[0] or positions > self.held[1]:  # now both become what is needed, also where that is less
+            self.held = rows, min(-(-positions // BLOCK) * BLOCK, self.max_sequence_length)
+
     def copy_row(self, source: int, target: int) -> None:
         """Make a row equal to another one."""
         length = self.lengths_R[target] = self.lengths_R[source]
+        self.held = max(self.held[0], target + 1), self.held[1]
+        self._grow()
         for keys_RGSD, values_RGSD in self._layers.values():
             keys_RGSD[target, :, :length] = keys_RGSD[source, :, :length]
             values_RGSD[target, :, :length] = values_RGSD[source, :, :length]
@@ -127,11 +151,30 @@ class KVCache:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _memory(self, layer: int, like_TGD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Zeros, not uninitialised memory: what the mask hides still gets multiplied by zero."""
+        """The layer's keys and values, with room for what `held` says."""
         if layer not in self._layers:
-            shape = (self.max_batch_size, like_TGD.shape[1], self.max_sequence_length, like_TGD.shape[2])
-            self._layers[layer] = like_TGD.new_zeros(shape), like_TGD.new_zeros(shape)
+            empty = like_TGD.new_zeros(0, like_TGD.shape[1], 0, like_TGD.shape[2])
+            self._layers[layer] = empty, empty
+        self._grow(layer)
         return self._layers[layer]
+
+    def _grow(self, *layers: int) -> None:
+        """Layer after layer, so that no more than one is there twice."""
+        for layer in layers or self._layers:
+            keys_RGSD, values_RGSD = self._layers[layer]
+            if keys_RGSD.shape[::2] != self.held:
+                self._layers[layer] = resized(keys_RGSD, *self.held), resized(values_RGSD, *self.held)
+
+
+def resized(stored_RGSD: torch.Tensor, rows: int, positions: int) -> torch.Tensor:
+    """The same with other numbers of rows and positions.
+
+    Zeros, not uninitialised memory: what the mask hides still gets multiplied by zero.
+    """
+    other_RGSD = stored_RGSD.new_zeros(rows, stored_RGSD.shape[1], positions, stored_RGSD.shape[3])
+    kept = slice(0, min(rows, stored_RGSD.shape[0])), slice(None), slice(0, min(positions, stored_RGSD.shape[2]))
+    other_RGSD[kept] = stored_RGSD[kept]
+    return other_RGSD
 
 
 def rotation(angles_TC: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

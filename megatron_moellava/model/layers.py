@@ -15,6 +15,7 @@ from megatron_moellava.model.kv_cache import CachedSelfAttention
 from megatron_moellava.model.moe_layer import ResidualMoELayer
 from megatron_moellava.model.norms import Norm
 from megatron_moellava.model.router import router_builder
+from megatron_moellava.routers import ROUTERS
 
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -65,25 +66,34 @@ class LocalModules(LocalSpecProvider):
         return partial(SequentialMLP, submodules=MLPSubmodules(ColumnParallelLinear, SequentialRowLinear))
 
 
-class ContextParallelModules(TESpecProvider):
-    """Transformer Engine's modules around our own attention, which cuts packed rows anywhere without padding."""
+class OwnAttentionModules(TESpecProvider):
+    """Transformer Engine's modules around our own attention, where its kernels would do something else.
+
+    Context parallelism: ours cuts packed rows anywhere, without padding. Rows whose padding counts: they need a mask that is
+    causal and hides padding, and Transformer Engine's fused and flash kernels take the causal type and ignore the mask.
+    """
 
     def core_attention(self):
         return SdpaCoreAttention
 
 
-def modules(context_parallel: bool = False):
+def modules(own_attention: bool = False):
     """The module provider of this machine."""
     if not platform.HAS_TRANSFORMER_ENGINE:
         return LocalModules()
-    return ContextParallelModules() if context_parallel else TESpecProvider()
+    return OwnAttentionModules() if own_attention else TESpecProvider()
+
+
+def needs_own_attention(config: TransformerConfig, moe: MoEConfig | None) -> bool:
+    """Whether the decoder's rows are such that Transformer Engine's attention would give another result."""
+    return config.context_parallel_size > 1 or (moe is not None and ROUTERS[moe.router].counts_padding)
 
 
 def decoder_spec(
     backbone: Backbone, config: TransformerConfig, moe: MoEConfig | None, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """Layer specs of this pipeline stage (or of one of its virtual stages)."""
-    provider = modules(config.context_parallel_size > 1)
+    provider = modules(needs_own_attention(config, moe))
     dense = _layer_spec(backbone, provider, _dense_mlp(provider, backbone))
     sparse = _layer_spec(backbone, provider, _moe_mlp(provider, moe), is_moe=True) if moe else dense
     freq = config.moe_layer_freq if moe else [0] * backbone.num_layers

@@ -50,6 +50,15 @@ class MegatronRouter(TopKRouter):
         ] = {}  # sums over the micro-batches of a step; `training/metrics.py` takes them
         self.counts_of_step_1E: torch.Tensor | int = 0  # choices of all ranks, for global_aux_loss
 
+    def gating(self, input_SBH: torch.Tensor) -> torch.Tensor:
+        """Logits [S, B, E], in fp32 unless `moe_router_dtype` leaves them in the dtype of the hidden states.
+
+        Megatron-Core's hands bf16 states and fp32 weights to one product where Transformer Engine is installed, which
+        cuBLASLt refuses (te_general_gemm in moe_utils.py), and which for fp32 uses TF32.
+        """
+        dtype = torch.float32 if self.config.moe_router_dtype == "fp32" else input_SBH.dtype
+        return RouterProduct.apply(input_SBH, self.weight, dtype)
+
     def probabilities(self, logits_NE: torch.Tensor) -> torch.Tensor:
         """[N, E] over all experts (fp32), before any choice."""
         logits_NE = logits_NE.float()
@@ -144,6 +153,22 @@ class MegatronRouter(TopKRouter):
     def _record(self, name: str, share: torch.Tensor) -> None:
         """Add this rank's share of a loss, before its coefficient, to what a step will log."""
         self.losses[name] = self.losses.get(name, 0.0) + share.detach()
+
+
+class RouterProduct(torch.autograd.Function):
+    """input [..., H] x weight [E, H] -> [..., E] in a dtype of its own; the backward pass keeps no second copy of the input."""
+
+    @staticmethod
+    def forward(ctx, input_SBH: torch.Tensor, weight_EH: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(input_SBH, weight_EH)
+        return F.linear(input_SBH.to(dtype), weight_EH.to(dtype))
+
+    @staticmethod
+    def backward(ctx, grad_SBE: torch.Tensor):
+        input_SBH, weight_EH = ctx.saved_tensors
+        grad_NE, input_NH = grad_SBE.flatten(0, -2), input_SBH.flatten(0, -2).to(grad_SBE.dtype)
+        grad_input_SBH = (grad_NE @ weight_EH.to(grad_NE.dtype)).to(input_SBH.dtype).view_as(input_SBH)
+        return grad_input_SBH, (grad_NE.t() @ input_NH).to(weight_EH.dtype), None
 
 
 class OriginalRouter(MegatronRouter):

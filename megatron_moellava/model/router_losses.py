@@ -44,8 +44,9 @@ def switch_loss(
 def z_loss(
     logits_NE: torch.Tensor, padding_N: torch.Tensor | None, group: dist.ProcessGroup, coefficient: float
 ) -> torch.Tensor:
-    """coefficient * mean over real tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906). `group`: shares the rows."""
-    loss = z_loss_func(logits_NE, coefficient, padding_N)
+    """coefficient * mean over real tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906), in fp32. `group`: shares the
+    rows."""
+    loss = z_loss_func(logits_NE.float(), coefficient, padding_N)
     if group.size() == 1:
         return loss
     here = torch.tensor(len(logits_NE), device=loss.device) if padding_N is None else (~padding_N).sum()

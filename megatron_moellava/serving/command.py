@@ -33,6 +33,8 @@ def open_engine(args: argparse.Namespace, **options) -> Engine:
         layout=layout_of(args.overrides),
         verify=not args.no_verify,
         replicated=True,
+        max_sequence_length=args.max_length,
+        memory_limit=args.memory_limit,
         **options,
     )
 

@@ -23,6 +23,7 @@ __all__ = [
     "tower_from_fields",
     "tower_from_hf_folder",
     "tower_of_section",
+    "without_rule",
 ]
 
 FAMILIES = (clip, siglip)
@@ -30,10 +31,15 @@ TOWERS: dict[str, Tower] = {size.name: size for family in FAMILIES for size in f
 ORIGINAL = "@original"
 
 
+def without_rule(name: str) -> str:
+    """`NAME` of `NAME@original`; other names as they are."""
+    return name.removesuffix(ORIGINAL)
+
+
 def get_tower(name: str) -> Tower:
     """A tower by name, of a folder's `config.json`, or of a Megatron checkpoint. ConfigError lists nearest names."""
     if name.endswith(ORIGINAL):
-        return replace(get_tower(name.removesuffix(ORIGINAL)), name=name, drop_first_feature=True)
+        return replace(get_tower(without_rule(name)), name=name, drop_first_feature=True)
     if name in TOWERS:
         return TOWERS[name]
     path = Path(name).expanduser()

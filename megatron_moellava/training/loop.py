@@ -18,9 +18,10 @@ import torch.distributed as dist
 from megatron_moellava import parallel, platform
 from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import INTERRUPTED, DataError, MoELlavaError, RunConfig
+from megatron_moellava.config import DataError, MoELlavaError, RunConfig
 from megatron_moellava.data.batch import Batch, Counts, total
 from megatron_moellava.data.loader import Loader
+from megatron_moellava.exit_codes import INTERRUPTED
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.fp8_emulation import Emulation, emulate_fp8
 from megatron_moellava.model.inputs import model_inputs

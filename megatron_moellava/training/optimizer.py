@@ -153,6 +153,6 @@ def optimizer_step_count(optimizer: ChainedOptimizer) -> int:
     for item in distributed_optimizers(optimizer):
         counts += [int(group["step"]) for group in item.optimizer.param_groups if "step" in group]
         counts += [int(state["step"]) for state in item.optimizer.state.values() if "step" in state]
-    count = torch.tensor(max(counts))
+    count = torch.tensor(max(counts), device=platform.device())  # nccl takes no tensor of the host
     torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
     return int(count)

@@ -19,11 +19,13 @@ from megatron_moellava.validation.tokenizer import too_large
 
 def train(run: RunConfig) -> int:
     """Train the stage that the run describes. Returns the exit code; see moellava train."""
-    validate_run(run, platform.MACHINE)
+    validate_run(run, platform.machine())
     parallel.initialize(run.parallel, run.training.seed)
     lock = None
     try:
         lock = lock_folder(run.checkpoint.save, parallel.say)
+        for sentence in platform.found():
+            parallel.say(sentence)
         trainer = build_trainer(run)
         return trainer.train()
     except RuntimeError as error:

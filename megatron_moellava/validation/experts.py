@@ -51,10 +51,26 @@ def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Ite
             "have biases, which Megatron-Core's shared experts cannot; leave it unset"
         )
     if moe.moe_token_dispatcher_type == "flex" and not machine.has_gpu:
-        yield "moe.moe_token_dispatcher_type=flex (DeepEP) needs GPUs; use alltoall"
+        yield (
+            "moe.moe_token_dispatcher_type=flex (DeepEP) needs GPUs; use alltoall, or training.device=cuda where the run will "
+            "have them elsewhere"
+        )
+    if moe.moe_token_dispatcher_type == "flex":
+        yield from _deep_ep(run, machine)
     if moe.moe_token_dispatcher_type == "allgather" and not run.data.packing:
         yield "moe.moe_token_dispatcher_type=allgather needs rows of one length (data.packing=true); use alltoall"
     yield from _router(run, ROUTERS[moe.router])
+
+
+def _deep_ep(run: RunConfig, machine: Machine) -> Iterator[str]:
+    parallel = run.parallel
+    if parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or 1) == 1:
+        yield (
+            "moe.moe_token_dispatcher_type=flex: with parallel.expert_model_parallel_size=1 no token leaves its GPU, and "
+            "Megatron-Core refuses DeepEP; use alltoall"
+        )
+    if machine.has_gpu and machine.has_deep_ep is False:
+        yield "moe.moe_token_dispatcher_type=flex needs the package deep_ep, which is not installed; use alltoall"
 
 
 def _router(run: RunConfig, kind: RouterKind) -> Iterator[str]:

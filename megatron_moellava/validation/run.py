@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_moellava import typed_tree
 from megatron_moellava.backbones import BACKBONES, Backbone, backbone_fields, get_backbone
-from megatron_moellava.checkpoint.description import newest_described, read_description
+from megatron_moellava.checkpoint.description import newest_described, read_description, trained_with
 from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig, read_yaml, set_override, split_override
 from megatron_moellava.data.templates import get_template
@@ -57,8 +57,10 @@ def _model_of_checkpoint(options: object) -> dict:
     found = resumed[0] if resumed else newest_checkpoint(str(load)) if load else None
     if found is None:
         return {}
-    moe = read_description(found).model.get("moe")
-    return {"model": model_names(found)} | ({"moe": dict(moe)} if moe else {})
+    description = read_description(found)
+    moe = description.model.get("moe")
+    model = trained_with(description).get("model", {}) | model_names(found)
+    return {"model": model} | ({"moe": dict(moe)} if moe else {})
 
 
 def model_names(checkpoint: Path) -> dict:
@@ -100,7 +102,7 @@ def validate(run: RunConfig, world_size: int, machine: Machine | None = None) ->
 
 def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None) -> list[str]:
     """Every problem of a run, files included."""
-    machine = machine or this_machine(run.training.device)
+    machine = machine or this_machine(run.training.device, run.training.transformer_impl)
     problems: list[str] = []
     backbone = _found(lambda: get_backbone(run.model.backbone), problems)
     tower = _found(lambda: get_tower(run.model.tower), problems)

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 from megatron_moellava.config import RunConfig
-from megatron_moellava.machine import Machine
+from megatron_moellava.machine import TRANSFORMER_IMPL, Machine
+
+BLACKWELL = (10, 0)  # compute capability
 
 
 def batch_problems(run: RunConfig, world_size: int) -> Iterator[str]:
@@ -36,6 +38,18 @@ def training_problems(run: RunConfig, machine: Machine) -> Iterator[str]:
     training = run.training
     if training.device == "cuda" and not machine.has_gpu:
         yield "training.device=cuda: torch finds no GPU here; use auto or cpu, or look at CUDA_VISIBLE_DEVICES and the driver"
+    if training.device == "cpu" and machine.has_gpu:
+        yield "training.device=cpu: this process has its GPU already; start it with CUDA_VISIBLE_DEVICES= as well"
+    if training.transformer_impl == "transformer_engine" and not machine.has_transformer_engine:
+        yield (
+            "training.transformer_impl=transformer_engine: there is no GPU here, or Transformer Engine is not (wholly) "
+            "installed; use auto or local"
+        )
+    if training.transformer_impl == "local" and machine.has_transformer_engine:
+        yield (
+            "training.transformer_impl=local: this process has loaded Transformer Engine already; start it with "
+            f"{TRANSFORMER_IMPL}=local as well"
+        )
     if training.trains == ():
         yield "training.trains is empty, so nothing would be trained; name roles, or leave it unset for the stage's own"
     if training.fp8_recipe is not None:
@@ -52,12 +66,21 @@ def training_problems(run: RunConfig, machine: Machine) -> Iterator[str]:
         yield f"optimizer.router_lr_warmup_fraction={optimizer.router_lr_warmup_fraction} needs a MoE model; leave it unset"
 
 
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
 def _fp8(run: RunConfig, machine: Machine) -> Iterator[str]:
     training = run.training
     if machine.has_gpu and not machine.has_transformer_engine:
         yield (
             f"training.fp8_recipe={training.fp8_recipe} needs Transformer Engine on a GPU (on a CPU it is emulated); "
             "leave it unset"
+        )
+    if training.fp8_recipe == "mxfp8" and (machine.compute_capability or BLACKWELL) < BLACKWELL:
+        yield (
+            f"training.fp8_recipe=mxfp8 needs a GPU of compute capability {_dotted(BLACKWELL)} (Blackwell), and this one has "
+            f"{_dotted(machine.compute_capability)}; use blockwise"
         )
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         if (count := getattr(training, name)) and training.fp8_recipe == "delayed":

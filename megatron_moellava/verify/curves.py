@@ -7,6 +7,7 @@ from dataclasses import replace
 from megatron_moellava import parallel
 from megatron_moellava.config import CheckpointConfig, MoEConfig, OptimizerConfig, RunConfig
 from megatron_moellava.data.batch import Batch
+from megatron_moellava.data.loader import Batches
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.verify.folder import Folder, to_batch
 from megatron_moellava.verify.session import Session, Subject, without_tied_head
@@ -104,7 +105,7 @@ def run_of(
     )
 
 
-class Replay:
+class Replay(Batches):
     """The recorded batches in the place of a loader."""
 
     def __init__(self, batches: Iterator[Batch]):

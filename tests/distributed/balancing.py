@@ -15,6 +15,7 @@ from megatron_moellava import parallel
 from megatron_moellava.config import RunConfig, from_dict, set_override
 from megatron_moellava.data.batch import Batch, pack, pad
 from megatron_moellava.data.encode import IGNORE_INDEX, EncodedSample
+from megatron_moellava.data.loader import Batches
 from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.training.loop import Trainer
 from tests.distributed.shards import fill, gather_gradients
@@ -26,7 +27,7 @@ AUX, Z = 10.0, 0.5  # coefficients that make the losses larger than the cross-en
 LENGTHS = (9, 31, 14, 40, 22, 11, 27, 17)
 
 
-class Samples:
+class Samples(Batches):
     """The micro-batches of one data-parallel rank: `size` padded rows, or a packed row of `size` samples, text alone."""
 
     def __init__(self, rows: str, size: int, rank: int, ranks: int):

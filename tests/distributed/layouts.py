@@ -57,7 +57,7 @@ MODELS = {
     "global-aux-loss": Model(moe=MOE | {"moe_router_load_balancing_type": "global_aux_loss"}, rows="padded"),
     # The last of two pipeline stages has no router, and has to log what the first one's say.
     "first-half": Model(moe=MOE | {"placement": "first_half", "moe_z_loss_coeff": 0.05}, rows="padded"),
-    "capacity": Model(moe=MOE | {"capacity_factor": 0.75}, rows="padded"),
+    "capacity": Model(moe=MOE | {"moe_expert_capacity_factor": 0.75}, rows="padded"),
     # Nothing before the first experts is trained, so a recomputed layer has no input that requires a gradient.
     "experts-only": Model(moe=MOE, roles=["experts", "router"]),
     "attention-only": Model(moe=MOE, roles=["language.attention"], rows="padded"),

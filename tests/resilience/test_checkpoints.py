@@ -26,6 +26,14 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def exchange(ranks: Path) -> None:
+    """Each rank would draw the other's random numbers."""
+    first, second = ranks / "generators_00000.pt", ranks / "generators_00001.pt"
+    aside = first.rename(ranks / "aside")
+    second.rename(first)
+    aside.rename(second)
+
+
 def change_iteration(checkpoint: Path) -> None:
     text = (checkpoint / "run.json").read_text()
     (checkpoint / "run.json").write_text(text.replace('"consumed_samples": ', '"consumed_samples": 1', 1))
@@ -35,6 +43,8 @@ DAMAGE = {
     "truncated shard": truncate,
     "empty shard": lambda checkpoint: largest(checkpoint).write_bytes(b""),
     "flipped bit in a shard": lambda checkpoint: flip(largest(checkpoint)),
+    "exchanged generators": lambda checkpoint: exchange(checkpoint / "ranks"),
+    "flipped bit in the generators": lambda checkpoint: flip(checkpoint / "ranks/generators_00000.pt"),
     "missing shard": lambda checkpoint: largest(checkpoint).unlink(),
     "flipped bit in .metadata": lambda checkpoint: flip(checkpoint / ".metadata"),
     "missing generators": lambda checkpoint: (checkpoint / "ranks/generators_00001.pt").unlink(),

@@ -1,10 +1,14 @@
-"""The kinds of routers as data."""
+"""The kinds of routers as data, complete and obeyed by validation."""
 
 import dataclasses
 
-from megatron_moellava.config import MoEConfig
+import pytest
+
+from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.model.router import MODULES
 from megatron_moellava.routers import ROUTERS
+from megatron_moellava.validation.run import validate
+from tests.helpers.inference_models import tiny_run
 
 
 def test_every_kind_has_a_module_and_is_found_by_its_own_name():
@@ -23,3 +27,19 @@ def test_the_originals_gate_counts_padding_over_the_whole_sequence():
     assert original.counts_padding and original.counts_whole_sequence and original.always_has_capacity
     assert not (original.allows_packing or original.allows_context_parallelism) and original.max_topk == 2
     assert not (megatron.counts_padding or megatron.always_has_capacity) and megatron.max_topk is None
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        ({"moe_router_topk": 3}, "the original router has at most 2"),
+        ({"moe_expert_capacity_factor": None}, "the original router always has one"),
+        ({"moe_z_loss_coeff": 0.1}, "the original router has no such thing"),
+        ({"moe_router_enable_expert_bias": True}, "the original router has no such thing"),
+        ({"moe_router_load_balancing_type": "seq_aux_loss"}, "the original router has aux_loss or none"),
+        ({"moe_router_load_balancing_type": "global_aux_loss"}, "the original router has aux_loss or none"),
+    ],
+)
+def test_what_a_kind_of_router_cannot_do_is_refused(moe, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(tiny_run(MoEConfig(**{"router": "original", "moe_expert_capacity_factor": 1.5} | moe)), 1)

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from megatron_moellava import parallel
-from megatron_moellava.config import ConfigError, MoEConfig, ParallelConfig
+from megatron_moellava.config import MoEConfig, ParallelConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.router import (
-    MODULES,
     LayerNoise,
     MegatronRouter,
     OriginalRouter,
@@ -19,9 +18,7 @@ from megatron_moellava.model.router import (
     uniform_router_init,
     within_capacity,
 )
-from megatron_moellava.routers import ROUTERS
 from megatron_moellava.routing.observer import RouterCall, RoutingObserver
-from megatron_moellava.validation.run import validate
 from tests.helpers.batches import padded
 from tests.helpers.inference_models import GATES, scatter, tiny_run
 
@@ -71,33 +68,28 @@ def test_padding_takes_no_place_at_an_expert_and_makes_none(factor, topk, bias):
         torch.testing.assert_close(wider, losses, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("factor", [None, 0.5], ids=["dropless", "capacity"])
+def test_an_expert_bias_counts_what_real_tokens_ask_for_and_not_what_is_left_after_dropping(factor):
+    moe = MoEConfig(moe_expert_capacity_factor=factor, moe_router_enable_expert_bias=True)
+    parallel.initialize(ParallelConfig(), 1)
+    (model,) = build_model(tiny_run(moe))
+    scatter(model)
+    batch, asked = rows(33), []
+    real_N = batch.padding_mask_BS.T.flatten()
+    observer = RoutingObserver([model])
+    with observer.watch(lambda call: asked.append(call.asked_NE[real_N].sum(dim=0))):
+        model.train()(**model_inputs(batch))
+    for router, counts_E in zip(observer.routers.values(), asked, strict=True):
+        assert counts_E.sum() == 2 * sum(LENGTHS)
+        assert torch.equal(router.local_tokens_per_expert, counts_E.float())
+
+
 def test_places_go_to_the_largest_weights_of_what_is_asked_for():
     weights_NE = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4], [1.0, 1.0]])
     asked_NE = torch.tensor([[1, 0], [1, 0], [1, 0], [0, 1], [0, 0]]).bool()  # the last row is padding
     kept_NE = within_capacity(weights_NE, asked_NE, topk=1, factor=1.0)  # ceil(4 / 2) = 2 places
     assert kept_NE.int().tolist() == [[1, 0], [1, 0], [0, 0], [0, 1], [0, 0]]
     assert torch.equal(within_capacity(weights_NE, asked_NE, topk=1, factor=9.0), asked_NE)
-
-
-def test_every_kind_of_router_has_its_module():
-    assert MODULES.keys() == ROUTERS.keys()
-    assert all(kind.name == name for name, kind in ROUTERS.items())
-
-
-@pytest.mark.parametrize(
-    ("moe", "message"),
-    [
-        ({"moe_router_topk": 3}, "the original router has at most 2"),
-        ({"moe_expert_capacity_factor": None}, "the original router always has one"),
-        ({"moe_z_loss_coeff": 0.1}, "the original router has no such thing"),
-        ({"moe_router_enable_expert_bias": True}, "the original router has no such thing"),
-        ({"moe_router_load_balancing_type": "seq_aux_loss"}, "the original router has aux_loss or none"),
-        ({"moe_router_load_balancing_type": "global_aux_loss"}, "the original router has aux_loss or none"),
-    ],
-)
-def test_what_a_kind_of_router_cannot_do_is_refused(moe, message):
-    with pytest.raises(ConfigError, match=message):
-        validate(tiny_run(MoEConfig(**{"router": "original", "moe_expert_capacity_factor": 1.5} | moe)), 1)
 
 
 def test_fresh_noise_is_a_stream_of_the_layer():

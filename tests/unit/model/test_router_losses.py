@@ -1,5 +1,7 @@
 """Losses of a router against their formulas; layouts of several ranks are in tests/distributed."""
 
+import math
+
 import pytest
 import torch
 
@@ -66,3 +68,13 @@ def test_counts_of_one_rank_stay_as_they_are_and_lose_their_graph(world):
     counts = torch.ones(3, requires_grad=True) * 2
     found = reduced(counts, torch.distributed.group.WORLD)
     assert found.tolist() == [2, 2, 2] and not found.requires_grad and found is not counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_z_loss_is_computed_in_fp32_whatever_the_routers_dtype(dtype, world):
+    logits_NE = torch.tensor([[0.0, 0.0], [1.0, 1.0], [50.0, 9.0]], dtype=dtype)
+    padding_N = torch.tensor([False, False, True])
+    expected = (math.log(2) ** 2 + (1 + math.log(2)) ** 2) / 2
+    assert float(z_loss(logits_NE, padding_N, torch.distributed.group.WORLD, 3.0)) == pytest.approx(
+        3 * expected, rel=1e-6
+    )

@@ -1,7 +1,5 @@
 """Routing statistics: who is counted where, exactly."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -74,13 +72,3 @@ def test_dropped_choices_are_those_asked_for_and_not_given(moe):
         assert given[layer].sum() < asked[layer].sum()
     dropped = routing_record(sums)["layers"][0]["dropped"]
     assert sum(dropped) == int((asked - given)[0].sum())
-
-
-def test_record_of_balanced_routing_says_so():
-    sums, _ = observed(MoEConfig(), words())
-    even = torch.zeros_like(sums.sums_GLC)
-    even[..., :8], even[..., 8:12], even[..., 12:] = 50.0, 25.0, torch.tensor([100.0, 138.62944, 25.0, 25.0])
-    layer = routing_record(replace(sums, sums_GLC=even), {"z_loss": [0.5, 0, 0.25, 0]})["layers"][0]
-    assert layer["balance"] == pytest.approx(1.0)
-    assert layer["entropy"] == pytest.approx(1.0)
-    assert (layer["max_load"], layer["z_loss"]) == (1.0, 0.5)

@@ -9,7 +9,6 @@ import torch
 
 from megatron_moellava import parallel
 from megatron_moellava.config import (
-    INTERRUPTED,
     CheckpointConfig,
     CheckpointError,
     DataConfig,
@@ -20,6 +19,7 @@ from megatron_moellava.config import (
     Source,
 )
 from megatron_moellava.data.loader import Batches
+from megatron_moellava.exit_codes import INTERRUPTED
 from megatron_moellava.training.loop import Trainer, TrainingDiverged, global_token_mean
 from tests.helpers.batches import X, padded
 from tests.helpers.inference_models import tiny_run

@@ -46,5 +46,5 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_is_refused(world, tmp_p
     from tests.helpers.made_tokenizer import write_tokenizer
 
     big = write_tokenizer(tmp_path / "big", size=100_000)
-    with pytest.raises(ConfigError, match="has 100000 tokens, more than the vocab_size="):
+    with pytest.raises(ConfigError, match=r"has 100000 tokens, more than the vocab_size="):
         build_loader(replace(run, data=replace(run.data, tokenizer=str(big))))

@@ -5,27 +5,25 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_moellava import parallel
-from megatron_moellava.config import ParallelConfig
 from megatron_moellava.data.batch import Batch
+from megatron_moellava.data.loader import Batches
 from megatron_moellava.stages import ROLES
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
 from tests.distributed.rows import Rows
-from tests.helpers.process_groups import release_groups
-from tests.unit.training.test_trained_roles import started
+from tests.helpers.trainers import one_layout, started
 
 RUNS = {
     "dense": {"moe": None},
     "megatron": {},
     "expert bias": {"moe.moe_router_enable_expert_bias": True, "moe.moe_router_bias_update_rate": 0.1},
-    "bias and capacity": {"moe.moe_router_enable_expert_bias": True, "moe.capacity_factor": 0.5},
+    "bias and capacity": {"moe.moe_router_enable_expert_bias": True, "moe.moe_expert_capacity_factor": 0.5},
     "global aux loss": {"moe.moe_router_load_balancing_type": "global_aux_loss", "moe.moe_z_loss_coeff": 0.1},
-    "original": {"rows": "padded", "moe.router": "original", "moe.capacity_factor": 0.5,
+    "original": {"rows": "padded", "moe.router": "original", "moe.moe_expert_capacity_factor": 0.5,
                  "moe.second_choice": "deterministic"},
     "residual": {"moe.use_residual": True},
-    "fp8 delayed": {"training.fp8": "delayed"},
-    "fp8 and bias": {"training.fp8": "delayed", "moe.moe_router_enable_expert_bias": True},
+    "fp8 delayed": {"training.fp8_recipe": "delayed"},
+    "fp8 and bias": {"training.fp8_recipe": "delayed", "moe.moe_router_enable_expert_bias": True},
     "bf16": {"training.precision": "bf16"},
     "recompute": {"training.recompute": "full", "moe.moe_router_enable_expert_bias": True},
     "warm-up": {"optimizer.lr_warmup_fraction": 0.5, "optimizer.router_lr_warmup_fraction": 0.8},
@@ -34,13 +32,11 @@ RUNS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_layout():
-    parallel.initialize(ParallelConfig(), 1)
-    yield
-    parallel.shutdown()
-    release_groups()
+    with one_layout():
+        yield
 
 
-class Spoilt:
+class Spoilt(Batches):
     """The rows of a run with steps before them that have no finite gradient: their pictures are NaN."""
 
     def __init__(self, rows: Iterator[Batch], spoilt: Iterator[Batch], count: int):

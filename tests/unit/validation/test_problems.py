@@ -16,8 +16,8 @@ from megatron_moellava.machine import Machine
 from megatron_moellava.towers import get_tower
 from megatron_moellava.validation.run import layout_problems, load_run, validate
 from tests.helpers import data_files
-from tests.helpers.made_tokenizer import CONTROL, write_tokenizer
-from tests.helpers.paths import ASSETS, REPO
+from tests.helpers.made_tokenizer import write_tokenizer
+from tests.helpers.paths import REPO
 
 
 def checkpoint(folder: Path, backbone: str = "llama-tiny", moe: MoEConfig | None = None, **fields) -> str:
@@ -291,30 +291,6 @@ def test_a_checkpoint_that_the_yaml_file_names_brings_its_model(wanted):
     run = load_run(config=str(file), flags=flags, overrides=wanted.overrides)
     validate(run, 1)
     assert run.model.backbone == "llama-tiny" and run.moe == replace(MoEConfig())
-
-
-def test_every_kind_of_tokenizer_folder_is_read(tmp_path):
-    from megatron_moellava.validation.tokenizer import read_tokenizer
-
-    write_tokenizer(tmp_path / "json")
-    (tmp_path / "slow").mkdir()
-    (tmp_path / "slow" / "vocab.json").write_text(json.dumps({"a": 0, "<|endoftext|>": 1}))
-    (tmp_path / "slow" / "merges.txt").write_text("")
-    (tmp_path / "slow" / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-    for name, text in (("qwen.tiktoken", "YQ== 0\nYg== 1\n"), ("arcade100k.tiktoken", "YQ== 0\n")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text(text)
-    sizes = {name: (found.vocab_size, found.token_id("<|endoftext|>")) for name, found in (
-        (path.name, read_tokenizer(path)) for path in tmp_path.iterdir()
-    )}  # fmt: skip
-    assert sizes == {
-        "json": (512, 512 - 11 + CONTROL.index("<|endoftext|>")),
-        "slow": (2, 1),
-        "qwen.tiktoken": (2 + 208, 2),
-        "arcade100k.tiktoken": (100289, 100257),
-    }
-    spm = read_tokenizer(ASSETS / "tok_spm")
-    assert spm.token_id("</s>") is not None
 
 
 def test_the_answer_takes_no_torch_and_two_seconds_at_most(wanted):

@@ -1,0 +1,161 @@
+"""One process that does what is asked of it, on the CPU or on a pretended GPU, and writes down the numbers.
+
+python -m tests.gpu.job cpu|gpu JOB FOLDER   writes FOLDER/result.json (of rank 0)
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+STEPS, SAVED_AT = 3, 2
+
+
+def settings(folder: Path, changes: dict) -> list[str]:
+    """A stage-3 run of a tiny model in fp32 on eight rows; `changes` are further settings."""
+    from tests.helpers.data_files import make_set
+    from tests.helpers.inference_models import TOKENIZER
+
+    rows = folder.parent / "rows"
+    if not rows.exists() and int(os.environ.get("RANK", 0)) == 0:
+        make_set(rows, 8)
+    asked = {
+        "training.precision": "fp32",
+        "training.train_steps": STEPS,
+        "training.global_batch_size": 2,
+        "data.tokenizer": TOKENIZER,
+        "data.template": "v1",
+        "data.num_workers": 0,
+        "data.seq_length": 512,
+        "moe.num_moe_experts": 4,
+        "moe.placement": "sparse",
+        "checkpoint.save_interval": SAVED_AT,
+        "checkpoint.keep": 9,
+        "logging.tensorboard": "false",
+        "logging.straggler_interval": 0,
+        "logging.routing_interval": 1000,
+        "optimizer.lr": 1e-3,
+        **changes,
+    }
+    flags = ["--stage", "3", "--backbone", "llama-tiny", "--tower", "clip-tiny"]
+    data = ["--data", str(rows / "rows.json"), "--image-folder", str(rows), "--save", str(folder / "save")]
+    return [*flags, *data, *(f"{name}={value}" for name, value in asked.items())]
+
+
+def train(folder: Path, changes: dict) -> dict:
+    """Train to the end, and once more from the checkpoint in between; the last step's numbers of both."""
+    from megatron_moellava.commands.train import main
+
+    arguments = settings(folder, changes)
+    assert main(arguments) == 0
+    whole = numbers(folder)
+    if int(os.environ.get("RANK", 0)) == 0:
+        forget_after(folder / "save", SAVED_AT)
+    assert main(arguments) == 0
+    return {"steps": whole, "resumed": numbers(folder)}
+
+
+def numbers(folder: Path) -> list[list[float]]:
+    """Loss, gradient norm and balance loss of every step."""
+    records = [json.loads(line) for line in (folder / "save/steps.jsonl").read_text().splitlines()]
+    return [[record.get(name, 0.0) for name in ("loss", "grad_norm", "load_balancing_loss")] for record in records]
+
+
+def forget_after(save: Path, iteration: int) -> None:
+    import shutil
+
+    for path in save.glob("iter_*"):
+        if int(path.name[5:]) > iteration:
+            shutil.rmtree(path)
+    (save / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+
+
+def generate(folder: Path, changes: dict) -> dict:
+    """Greedy, sampled and beam answers side by side, one with its routing."""
+    from dataclasses import replace
+
+    from tests.helpers.inference_models import GATES, ask, tiny_engine
+
+    engine = tiny_engine(GATES[changes["gate"]], max_batch_size=4)
+    requests = [
+        ask(0, max_new_tokens=4),
+        ask(1, max_new_tokens=3, temperature=0.7, seed=5),
+        ask(2, max_new_tokens=4, num_beams=2),
+        replace(ask(3, max_new_tokens=3), record_routing=True),
+    ]
+    return {"tokens": {item.request_id: list(item.tokens) for item in engine.generate(requests)}}
+
+
+def gates(folder: Path, changes: dict) -> dict:
+    """verify's comparison of a gate that ran on the device with a recording on the host."""
+    import torch
+
+    from megatron_moellava import platform
+    from megatron_moellava.model.original_gate import expert_capacity, top2_gate
+    from megatron_moellava.verify.gates import compare_gate
+    from megatron_moellava.verify.session import Gating
+    from megatron_moellava.verify.table import Table
+
+    logits = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    noise = torch.rand(16, 4, generator=torch.Generator().manual_seed(2))
+    slots = expert_capacity(16, 4, 1.5, 2, 0)
+    gate = top2_gate(logits, slots, noise)
+    recorded = {
+        "e1": gate.choices_NK[:, 0],
+        "e2": gate.choices_NK[:, 1],
+        "capacity": gate.capacity,
+        "slot": gate.slots_NE,
+        "weights": gate.probs_NE,
+        "l_aux": gate.aux_loss,
+    }
+    there = [item.to(platform.device()) for item in (logits, noise)]
+    table = Table()
+    compare_gate(table, "a gate", Gating(there[0], top2_gate(there[0], slots, there[1])), recorded, 1e-6)
+    table.close("a gate", "logits", there[0], logits, 1e-6)
+    return {"rows": len(table.rows), "passes": table.passes}
+
+
+JOBS: dict[str, tuple[Callable[[Path, dict], dict], dict]] = {
+    "packed": (train, {}),
+    "padded": (train, {"data.packing": "false"}),
+    "original": (train, {"data.packing": "false", "moe.router": "original", "moe.moe_expert_capacity_factor": 1.0}),
+    "bf16": (train, {"training.precision": "bf16"}),
+    "megatron answers": (generate, {"gate": "megatron"}),
+    "original answers": (generate, {"gate": "original deterministic"}),
+    "gates": (gates, {}),
+    "background": (train, {"checkpoint.async_save": "true", "training.recompute": "full"}),
+    "phi": (train, {"model.backbone": "phi-2-tiny", "data.packing": "false"}),
+    "qwen3": (train, {"model.backbone": "qwen3-tiny"}),
+    "stage 1": (train, {"training.stage": 1, "moe": "null"}),
+    "stage 2": (train, {"training.stage": 2, "moe": "null"}),
+    **{
+        f"{axis} 2": (train, {f"parallel.{name}_parallel_size": 2, "training.global_batch_size": 2})
+        for axis, name in (("TP", "tensor_model"), ("PP", "pipeline_model"), ("EP", "expert_model"), ("CP", "context"))
+    },
+    "DP 2": (train, {}),
+}
+
+
+def main() -> None:
+    where, name, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    if where == "gpu":
+        from tests.gpu.pretended import install
+
+        install(gpus=int(os.environ.get("WORLD_SIZE", 1)))
+    from megatron_moellava import parallel, platform
+
+    assert (where == "gpu") is platform.HAS_CUDA
+    action, changes = JOBS[name]
+    result = action(folder, changes)
+    parallel.shutdown()
+    if where == "gpu":
+        from tests.gpu.pretended import waits
+
+        result["waits"] = dict(waits)
+    if int(os.environ.get("RANK", 0)) == 0:
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
