@@ -44,7 +44,8 @@ def test_wide_images_get_wide_grids():
 @pytest.mark.parametrize("packing", [True, False])
 def test_tokens_match_tiles_in_a_batch(tmp_path, packing):
     data = config(make_set(tmp_path), packing=packing, image_grid=True)
-    for batch in take(make_loader(data), 6):
+    batches = take(make_loader(data), 6)
+    for batch in batches:
         assert (batch.tokens_BS == -200).sum() == 16 * len(batch.pixel_values_NCHW)
         assert torch.isfinite(batch.pixel_values_NCHW).all()
-    assert len(batch.pixel_values_NCHW) >= 3
+    assert max(len(batch.pixel_values_NCHW) for batch in batches) >= 3

@@ -37,7 +37,7 @@ def test_a_fresh_model_becomes_the_saved_one(saved):
 @pytest.mark.parametrize(
     ("moe", "backbone", "words"),
     [
-        (None, "llama-tiny", ["moe.num_moe_experts 4 there, None here", "convert.py upcycle"]),
+        (None, "llama-tiny", ["moe.num_moe_experts 4 there, None here", "convert upcycle"]),
         (MoEConfig(num_moe_experts=2), "llama-tiny", ["moe.num_moe_experts 4 there, 2 here", "other shape"]),
         (MoEConfig(placement="dense"), "llama-tiny", ["moe.layers [0, 2] there, [0, 1, 2, 3] here"]),
         (MoEConfig(), "qwen3-tiny", ["backbone.", "missing"]),

@@ -6,7 +6,7 @@ from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, MoEConfig, load_config
 from megatron_moellava.costs.gpus import GIB
 from megatron_moellava.planning.command import plan, request_of, settings_of
-from megatron_moellava.training.validate import layout_problems
+from megatron_moellava.validation.run import layout_problems
 from tests.helpers.paths import REPO
 from tests.helpers.planning import arguments
 
