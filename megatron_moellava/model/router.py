@@ -185,8 +185,8 @@ class OriginalRouter(MegatronRouter):
     def routing(self, logits_SBE: torch.Tensor, padding_mask: torch.Tensor | None = None):
         """Returns weights [N, E] (fp32) and map [N, E] (bool) in Megatron-Core's order. Padding takes part.
 
-        `padding_mask` [S, B], where rows are filled up to a multiple (`RunConfig.row_multiple`): True in the columns beyond
-        the longest row. They only make the length divisible, the original's batch does not have them, and they get no expert.
+        `padding_mask` [S, B], where rows are filled up to a multiple (`RunConfig.row_multiple`): True in the columns
+        beyond the longest row. The original's batch does not have them, and they get no expert.
         """
         if self.sequence_split > 1:
             logits_SBE = gather_from_sequence_parallel_region(logits_SBE, group=self.tp_group)

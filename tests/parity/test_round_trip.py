@@ -17,6 +17,7 @@ from megatron_moellava.conversion.upcycle import request, upcycle_checkpoint
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.inference.load import load_model
 from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
+from megatron_moellava.validation.run import load_run
 from tests.helpers.conversion_models import TOWER
 from tests.helpers.hf_models import BUILDERS
 from tests.helpers.inference_models import TOKENIZER
@@ -124,6 +125,9 @@ def test_minicpms_release_is_not_scaled_beside_images_anywhere(tmp_path):
     assert_equal(plain, upcycled)
     assert torch.equal(scaled["text"], plain["text"])
     assert (scaled["image"] - plain["image"]).abs().max() > 0.1
+    for name, scales in (("run", False), ("moe", False), ("start", True)):
+        run = load_run(flags={"checkpoint.load": str(tmp_path / name), "training.stage": 3})
+        assert run.model.scale_multimodal_embeddings is scales  # the next stage trains as the one before
     for name, expected in (("run", 1.0), ("start", 12)):
         export_checkpoint(tmp_path / name, save=tmp_path / f"{name}_out", layout="transformers")
         config = json.loads((tmp_path / f"{name}_out/config.json").read_text())
