@@ -117,7 +117,7 @@ def _say_where_answers_end(job: Export, source: Checkpoint, tokenizer: Path | No
     """Ids of special tokens in config.json and generation_config.json; the source's own settings of generation are kept."""
     if job.title == VISION_TOWER.title:
         return
-    kept = source.run.provenance.get("generation_config") or {}
+    kept = _inherited(source.run.provenance, "generation_config") or {}
     said = {**(source.run.provenance.get("hf_config") or {}), **kept}
     template = for_generation.template_of(source.model, trained_with(source.run))
     ids = for_generation.special_ids(template, tokenizer, said)
@@ -130,6 +130,15 @@ def _say_where_answers_end(job: Export, source: Checkpoint, tokenizer: Path | No
         job.files["generation_config.json"] = generation
     if "eos_token_id" not in ids:
         job.notes.append("it does not say where answers end, so generation runs to its limit; give --tokenizer")
+
+
+def _inherited(provenance: dict | None, name: str):
+    """What the weights' history says of `name`: the youngest of its steps that does."""
+    while provenance:
+        if provenance.get(name):
+            return provenance[name]
+        provenance = provenance.get("parent")
+    return None
 
 
 def _check_exportable(source: Checkpoint, layout: str) -> None:

@@ -37,14 +37,16 @@ def test_original_config_survives_training(tmp_path, layer):
     for name in ("model.embed_tokens.weight", "lm_head.weight"):  # as many rows as the tokenizer needs
         state[name] = state[name].repeat(384 // len(state[name]), 1)
     source = write_folder(tmp_path / "source", state, config)
+    (source / "generation_config.json").write_text('{"temperature": 0.9}')
     import_checkpoint(source, save=tmp_path / "start", tower=str(TOWER), dtype="float32")
     train_two_steps(tmp_path, data_files.ASSETS / "tok_spm")
     trained = open_checkpoint(tmp_path / "trained")
     assert trained.run.iteration == 2
     assert trained.model.tower.feature_layer == layer
-    assert trained.provenance["operation"] == "training of stage 2"
-    assert trained.provenance["parent"]["operation"] == "import"
+    assert trained.run.provenance["operation"] == "training of stage 2"
+    assert trained.run.provenance["parent"]["operation"] == "import"
     export_checkpoint(tmp_path / "trained", save=tmp_path / "out", layout="original")
     written = json.loads((tmp_path / "out/config.json").read_text())
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["temperature"] == 0.9
     differs = {key for key in config.keys() | written.keys() if config.get(key) != written.get(key)}
     assert differs <= {"dtype", "torch_dtype"}, {key: (config.get(key), written.get(key)) for key in differs}
