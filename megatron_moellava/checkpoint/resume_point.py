@@ -65,10 +65,10 @@ def _asked(save: Path, complete: list[Path], step: int) -> ResumePoint:
         )
         return ResumePoint([*made, *(path for path in complete if path == chosen)], [], note)
     if chosen not in complete:
-        steps = ", ".join(str(int(path.name.removeprefix("iter_"))) for path in reversed(complete)) or "none"
+        steps = ", ".join(str(int(path.name.removeprefix("iter_"))) for path in reversed(complete))
+        way_out = f"choose one of {steps}, or leave it out" if steps else "leave it out to start the run"
         raise CheckpointError(
-            f"checkpoint.ckpt_step={step}: {save} holds no complete checkpoint of that step (complete: {steps}); choose one "
-            "of these, or leave checkpoint.ckpt_step out"
+            f"checkpoint.ckpt_step={step}: {save} holds no complete checkpoint of that step; {way_out}"
         )
     point = _back_to(chosen, complete, f"checkpoint.ckpt_step={step}")
     return ResumePoint([chosen], point.superseded, point.note)

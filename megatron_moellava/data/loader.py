@@ -239,9 +239,7 @@ def check_fingerprint(saved: dict | None, now: dict, ignore: tuple[str, ...] = (
     if not saved:
         raise DataError("the checkpoint holds no loader state; start from its weights alone, with a new data order")
     changed = [
-        f"{key}: {saved.get(key)!r} then, {now[key]!r} now"
-        for key in now
-        if key not in ignore and saved.get(key) != now[key]
+        _difference(key, saved.get(key), now[key]) for key in now if key not in ignore and saved.get(key) != now[key]
     ]
     if changed:
         raise DataError(
@@ -249,6 +247,17 @@ def check_fingerprint(saved: dict | None, now: dict, ignore: tuple[str, ...] = (
             + "; ".join(changed)
             + ". Use the same values, or start from the weights alone with a new data order"
         )
+
+
+def _difference(key: str, then: object, now: object) -> str:
+    if key != "sources" or not isinstance(then, list) or not isinstance(now, list):
+        return f"{key}: {then!r} then, {now!r} now"
+    if len(then) != len(now):
+        return f"data.sources: {len(then)} data sets then, {len(now)} now"
+    pairs = [(number, *pair) for number, pair in enumerate(zip(then, now, strict=True), start=1) if pair[0] != pair[1]]
+    return "; ".join(
+        f"set {number} of data.sources (digest of its rows x weight): {a} then, {b} now" for number, a, b in pairs
+    )
 
 
 def build_train_loader(

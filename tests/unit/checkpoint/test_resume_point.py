@@ -57,9 +57,9 @@ def test_ckpt_step_goes_back_and_takes_no_other(run):
     point = resume_point(run, 2)
     assert (steps(point.candidates), steps(point.superseded)) == ([2], [6, 4])
     assert "checkpoint.ckpt_step=2: goes on from there; iter_0000004, iter_0000006 set aside" in point.note
-    with pytest.raises(CheckpointError, match=r"ckpt_step=3: .* no complete checkpoint .*complete: 2, 4, 6"):
+    with pytest.raises(CheckpointError, match=r"ckpt_step=3: .* no complete checkpoint .*choose one of 2, 4, 6,"):
         resume_point(run, 3)
-    with pytest.raises(CheckpointError, match="complete: none"):
+    with pytest.raises(CheckpointError, match="leave it out to start the run"):
         resume_point(run / "none", 3)
 
 

@@ -135,8 +135,13 @@ def test_changed_data_refuse_the_state(tmp_path):
     path = make_set(tmp_path)
     saved = make_loader(config(path)).state_dict()
     make_set(tmp_path, 41)
-    with pytest.raises(DataError, match="sources"):
+    with pytest.raises(
+        DataError, match=r"set 1 of data.sources \(digest of its rows x weight\): \w+ x 1.0 then, \w+ x 1.0 now"
+    ):
         make_loader(config(path)).load_state_dict(saved)
+    sources = (*config(path).sources, *config(make_set(tmp_path / "more", 9)).sources)
+    with pytest.raises(DataError, match=r"data.sources: 1 data sets then, 2 now"):
+        make_loader(config(path, sources=sources)).load_state_dict(saved)
 
 
 @pytest.mark.parametrize("broken", [{}, {"engine": {"class": "os.system", "fields": {}}}, {"engine": 3}])
