@@ -58,6 +58,7 @@ class Routes:
 
     @property
     def first_TL(self) -> np.ndarray:
+        """The first choice of each token in each MoE layer."""
         return self.choices_TLK[:, :, 0]
 
 
