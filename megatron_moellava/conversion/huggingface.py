@@ -109,6 +109,7 @@ def export_config(model: Model, vocab_size: int, image_token: int) -> dict:
 
 
 def text_config(model: Model, vocab_size: int) -> dict:
+    """`text_config` of an export: the backbone's fields, with those of scalings and experts."""
     text = hf_config_of(model.backbone) | {"vocab_size": vocab_size}
     if model.backbone.hf.family == "minicpm":  # Granite is Llama with MiniCPM's scalings
         text |= {

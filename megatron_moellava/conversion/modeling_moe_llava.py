@@ -11,6 +11,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 
 class MoELlavaConfig(LlavaConfig):
+    """LLaVA's configuration with the fields of the mixture."""
+
     model_type = "moe_llava"
 
     moe_layers: list | None = None  # 0-based layers whose MLP is a mixture
@@ -71,6 +73,8 @@ class ScaledHead(nn.Linear):
 
 
 class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVA with `Mixture` in place of the MLPs that `config.moe_layers` names."""
+
     config_class = MoELlavaConfig
 
     def __init__(self, config: MoELlavaConfig) -> None:

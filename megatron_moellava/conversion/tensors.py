@@ -60,6 +60,7 @@ class Tensor:
 
     @property
     def columns(self) -> int:
+        """Length of the last axis; 1 for vectors, so that their elements are rows."""
         return self.shape[-1] if len(self.shape) > 1 else 1
 
 
