@@ -24,6 +24,8 @@ IGNORE_INDEX = -100  # label of a position without loss
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class EncodedSample:
+    """A sample as token ids and shifted labels, without its pixels."""
+
     id: str
     tag: str
     tokens_S: np.ndarray  # int64; each image is its number of IMAGE_TOKEN

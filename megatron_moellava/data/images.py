@@ -156,6 +156,7 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Imag
 
 
 def resize(image: Image.Image, tower) -> Image.Image:
+    """The picture at the tower's size: shortest edge and centre crop, or squashed where the tower says "square"."""
     size = tower.image_size
     if tower.resize == "square" or image.width == image.height:
         return image.resize((size, size), Image.Resampling.BICUBIC)

@@ -26,6 +26,8 @@ ORDER = 1  # seed of the rows' order
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Index:
+    """An indexed copy of one source file, on disk."""
+
     path: Path  # rows.jsonl, its lines' offsets in rows.jsonl.idx
     rows: int
     duplicates: int  # rows whose id another row has too

@@ -43,6 +43,7 @@ class Batches:
         raise NotImplementedError
 
     def state_dict(self) -> dict:
+        """What a checkpoint keeps of the source; nothing by default."""
         return {}
 
     def check_skipped(self, bad: int) -> None:
@@ -135,6 +136,7 @@ class Loader(Batches):
 
     @property
     def num_bad(self) -> int:  # type: ignore[override]
+        """Bad samples met in this epoch, on this rank."""
         return len(self._bad)
 
     def check_skipped(self, bad: int) -> None:
@@ -236,6 +238,7 @@ def summary(counters: list[dict]) -> str:
 
 
 def check_fingerprint(saved: dict | None, now: dict, ignore: tuple[str, ...] = ()) -> None:
+    """Raise DataError, naming the differences, unless `saved` describes the same data order as `now`."""
     if not saved:
         raise DataError("the checkpoint holds no loader state; start from its weights alone, with a new data order")
     changed = [
@@ -354,6 +357,11 @@ def _length_key(fingerprint: dict, opened: list[OpenSource], data, tower) -> lis
 
 
 def build_encoder(data, tokenizer: Tokenizer, tower, template: str = "", context_length: int | None = None) -> Encoder:
+    """The run's `Encoder`. ConfigError for an unknown template, or a tokenizer without its control tokens.
+
+    `data`: DataConfig; `template`: the backbone's, where `data` names none; `context_length`: longest sample in
+    tokens.
+    """
     chosen = get_template(data.template or template)
     check_template(chosen, tokenizer)
     longest = min(data.seq_length, data.max_sample_length or context_length or data.seq_length)
