@@ -28,6 +28,8 @@ _ONLY_GENERATES = "megatron_moellava generates answers; choose the task's genera
 
 
 class MegatronMoELlava(lmms):
+    """The model `megatron_moellava` of lmms-eval."""
+
     is_simple = True
 
     def __init__(

@@ -32,6 +32,7 @@ class Place:
 
     @property
     def leads(self) -> bool:
+        """Whether this process writes what there is only one of."""
         return self.rank == 0 and self.writes
 
 
@@ -85,6 +86,7 @@ class Predictions:
         return [path for path in (self.folder / "predictions.jsonl", *parts) if path.exists()]
 
     def missing(self, questions: Sequence[Question]) -> list[Question]:
+        """The questions that have no answer yet, in their order."""
         return [question for question in questions if question.key not in self.texts]
 
     @contextmanager

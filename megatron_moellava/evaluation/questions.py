@@ -44,6 +44,8 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
+    """One question to the model, with what its scorer needs."""
+
     id: int | str
     text: str  # without <image> and without the suffix that the driver adds
     picture: Picture | None = None
@@ -53,6 +55,7 @@ class Question:
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
+        """All pictures, in order."""
         return (self.picture, *self.more) if self.picture else self.more
 
     @property

@@ -76,4 +76,5 @@ def mmbench(answered: Answered, table: str) -> Path:
 
 
 def is_missing_cell(value: str | int | None) -> bool:
+    """Whether a cell of a TSV file stands for no value."""
     return value is None or (isinstance(value, str) and is_missing(value))

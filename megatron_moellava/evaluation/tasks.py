@@ -29,6 +29,8 @@ _MMBENCH_URL = "download.openmmlab.com/mmclassification/datasets/mmbench"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
+    """One benchmark. Paths are relative to the folder of `--data`."""
+
     name: str
     title: str  # the paper's column where there is one
     folder: str  # inside --data
