@@ -40,6 +40,7 @@ class CacheMemory:
         return rows * -(-positions // BLOCK) * BLOCK * self.bytes_per_position
 
     def fits(self, rows: int, positions: int) -> bool:
+        """Whether so many rows of so many positions stay within the limit."""
         return self.size(rows, positions) <= self.limit
 
     def check(self, rows: int, positions: int) -> None:
