@@ -209,5 +209,6 @@ def activation_gradient(activation: Callable, x: torch.Tensor, grad: torch.Tenso
 
 
 def row_blocks(x_NO: torch.Tensor) -> list[slice]:
+    """Slices that cover the rows of `x_NO`: small enough for a CPU's cache, one for all on a GPU."""
     size = max(len(x_NO), 1) if platform.HAS_CUDA else BLOCK
     return [slice(start, start + size) for start in range(0, len(x_NO), size)]

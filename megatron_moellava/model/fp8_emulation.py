@@ -225,6 +225,7 @@ class Emulation:
         return [scaling.history_TKE for scaling in self.scalings if self.recipe.history]
 
     def load_state(self, state: list[torch.Tensor]) -> None:
+        """Take over the histories of a checkpoint; the inverse of `state`."""
         for scaling, history_TKE in zip(self.scalings, state, strict=False):
             scaling.history_TKE = history_TKE
 
