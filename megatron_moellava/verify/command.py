@@ -125,6 +125,7 @@ def verify_models(folder: Folder, run: RunConfig, subjects: dict[str, Subject], 
 
 
 def import_all(folder: Folder, names: list[str], place: Path) -> None:
+    """Import the original checkpoints `names` of a folder, each into `place`/name."""
     for name in names:
         import_checkpoint(folder.path / name, save=place / name, tower=folder.tower_of(name))
 

@@ -26,6 +26,7 @@ class Folder:
     path: Path
 
     def has(self, name: str) -> bool:
+        """Whether the folder has the file or folder `name`."""
         return (self.path / name).exists()
 
     def has_checkpoint(self, name: str) -> bool:
@@ -46,6 +47,7 @@ class Folder:
 
     @cached_property
     def inputs(self) -> dict:
+        """The recorded batches by name."""
         return self.load("inputs.pt")
 
     def beside(self, name: str) -> Path | None:
@@ -86,6 +88,7 @@ def find_folders(path: Path) -> list[Folder]:
 
 
 def is_recording(path: Path) -> bool:
+    """Whether `path` holds a backbone's recordings."""
     return any((path / mark).exists() for mark in MARKS)
 
 
@@ -106,6 +109,7 @@ def to_batch(recorded: dict, num_features: int, multiple: int = 1) -> Batch:
 
 
 def sample_of(ids: list[int], labels: list[int], num_features: int, name: str) -> EncodedSample:
+    """A recorded row as a sample: each image token expanded to `num_features` visual tokens."""
     features = (num_features,) * ids.count(IMAGE_TOKEN)
     tokens_S, labels_S, _, _ = expand(ids, labels, (), features, seq_length=1 << 30)
     return EncodedSample(id=name, tag="", tokens_S=tokens_S, labels_S=labels_S)
