@@ -166,6 +166,7 @@ class ToHost:
             self.arrived.record()
 
     def read(self) -> list[float]:
+        """The values as Python numbers, in the order given; waits for them alone."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.values.tolist()
