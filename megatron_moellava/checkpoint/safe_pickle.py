@@ -41,6 +41,7 @@ class RestrictedUnpickler(pickle.Unpickler):
     """Rebuilds the classes of ALLOWED and torch's dtypes; CheckpointError for any other name."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """The class `name` of `module`; CheckpointError unless it is allowed."""
         import torch
 
         if name in ALLOWED.get(module, ()) or (

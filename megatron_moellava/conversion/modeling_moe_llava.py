@@ -31,6 +31,7 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(self, hidden_TD):
+        """Logits [T, E], in fp32."""
         return hidden_TD.float() @ self.weight.float().T
 
 
@@ -47,6 +48,7 @@ class Mixture(nn.Module):
         self.coefficient = nn.Linear(hidden, 2) if config.use_residual else None
 
     def forward(self, hidden_BSD):
+        """[B, S, D] -> [B, S, D]; every token reaches all its experts, whatever their load."""
         hidden_TD = hidden_BSD.flatten(0, -2)
         probs_TE = self.gate(hidden_TD).softmax(-1)
         weights_TK, chosen_TK = probs_TE.topk(self.top_k, dim=-1)

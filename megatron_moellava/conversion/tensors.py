@@ -52,10 +52,12 @@ class Tensor:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the tensor's own dtype."""
         return self.numel * ITEM_SIZES[self.dtype]
 
     @property

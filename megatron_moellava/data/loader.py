@@ -149,6 +149,7 @@ class Loader(Batches):
             raise DataError(f"{share if self._allowed else ''}{self._last_bad}") from None
 
     def untrained(self, samples: int) -> None:
+        """Take back `samples` of the count of trained ones: their step was skipped."""
         self.trained -= samples
 
     def rows_per_epoch(self) -> int:

@@ -65,6 +65,7 @@ class MegatronMoELlava(lmms):
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """The answers to this rank's requests, in their order. Collective."""
         found: dict[str, GenerationResult] = {}
         bar = tqdm(total=len(requests), desc="megatron_moellava", unit="question", disable=self.rank > 0)
         mine = (self._request(number, instance.args) for number, instance in enumerate(requests))
@@ -90,9 +91,11 @@ class MegatronMoELlava(lmms):
         )
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not supported: raises ConfigError."""
         raise ConfigError(_ONLY_GENERATES.format("multiple_choice or loglikelihood"))
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not supported: raises ConfigError."""
         raise ConfigError(_ONLY_GENERATES.format("generate_until_multi_round"))
 
 

@@ -143,6 +143,7 @@ class Grid:
             yield file.read_text()
 
     def expand(self, path: str) -> Path:
+        """A path of the grid file, with {here} as the folder of the grid."""
         return Path(path.replace("{here}", str(self.folder)))
 
 
