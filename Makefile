@@ -23,12 +23,14 @@ READY := $(VENV)/.installed
 DOCS_READY := $(VENV)/.docs-installed
 endif
 BIN := $(VENV)/bin
+# A machine without a network: what is missing comes from a folder of wheels, in one command (two would overwrite each other).
+GPU_WHEELS = $(if $(WHEELS),$(BIN)/python -m pip install --quiet --no-index --no-deps $(WHEELS)/*.whl && )
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart chat serve test test-browser test-lmms test-layouts test-layouts-8 test-planning test-te fuzz bench docs check format test-resilience test-cluster test-docker clean
+.PHONY: help quickstart chat serve test test-browser test-lmms test-layouts test-layouts-8 test-gpu test-gpu-pretended bench-gpu test-planning test-te fuzz bench docs check format test-resilience test-cluster test-docker clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(READY)  ## the three stages on a published benchmark, on the GPUs or this CPU (PRESET=fast or full)
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) examples/quickstart/run.py --preset $(PRESET) --out runs/quickstart $(ARGS)
@@ -49,6 +51,15 @@ test test-layouts test-layouts-8 test-planning fuzz test-te check test-browser t
 # Two test processes of one thread each: oversubscribed threads make small products several times slower.
 test: $(READY)  ## unit and parity tests (TESTS=tests/unit for a part)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(TESTS)
+
+test-gpu-pretended: $(READY)  ## the GPU's code path of every stage, family and layout on a pretended GPU (many minutes)
+	PRETENDED_GPU=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/gpu
+
+test-gpu: $(READY)  ## golden folders, checkpoints and the quickstart on a real GPU, into runs/gpu/*.json (WHEELS=DIR: no network)
+	$(GPU_WHEELS)$(BIN)/python -m benchmarks.gpu test
+
+bench-gpu: $(READY)  ## full-size steps, the MoE layer and generation on a real GPU, then docs/measurements/gpu.md
+	$(GPU_WHEELS)$(BIN)/python -m benchmarks.gpu bench
 
 test-layouts: $(READY)  ## every parallel layout against one process, every family against transformers, resume (many minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributed tests/parity/test_hf_logits.py

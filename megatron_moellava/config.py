@@ -211,6 +211,7 @@ class CheckpointConfig:
 
     load: str | None = None  # where the stage starts from, unless `save` already holds a checkpoint
     save: str | None = None  # resumed from when it holds a complete checkpoint
+    ckpt_step: int | None = None  # go on from this older step of `save`; the newer checkpoints are set aside
     save_interval: int = 1000  # steps; the end of the run is always saved
     keep: int = 2  # newest complete checkpoints kept
     async_save: bool = False  # write while the training goes on; costs the host memory of one more state

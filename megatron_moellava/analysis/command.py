@@ -15,7 +15,7 @@ from megatron_moellava.analysis.report import Section, write_html
 from megatron_moellava.analysis.routing import Routes, collect_routes
 from megatron_moellava.analysis.similarity import Similarity, expert_similarity
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.inference.load import layout_of, load_model
+from megatron_moellava.inference.load import load_model
 from megatron_moellava.routing.health import advise, find_anomalies
 from megatron_moellava.training.metrics import rounded
 
@@ -28,7 +28,8 @@ def analyse(args) -> str:
         tokenizer=args.tokenizer,
         template=args.template,
         precision=args.precision,
-        layout=layout_of(args.overrides),
+        overrides=args.overrides,
+        rows=True,
         verify=not args.no_verify,
     )
     data = [(path, args.image_folder) for path in args.data]

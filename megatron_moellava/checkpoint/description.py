@@ -4,14 +4,13 @@ The one reader and the one writer of the file, for training and conversions alik
 not what was written: reading checks the seal.
 """
 
-import contextlib
 import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_type_hints
 
-from megatron_moellava.checkpoint.folders import RUN_FILE, complete_iterations, newest_checkpoint, write_durably
+from megatron_moellava.checkpoint.folders import RUN_FILE, newest_checkpoint, write_durably
 from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
 from megatron_moellava.config import CheckpointError, current_names
 
@@ -100,17 +99,6 @@ def trained_with(description: RunDescription) -> dict[str, dict]:
         fields = said.get(section) or {}
         found[section] = {name: fields[name] for name in names if name in fields}
     return {section: fields for section, fields in found.items() if fields}
-
-
-def newest_described(save: str | Path) -> tuple[Path, RunDescription] | None:
-    """The checkpoint that a run in the folder `save` goes on from, so far as run.json tells; None: it starts.
-
-    Training sets damaged checkpoints aside and takes the one before.
-    """
-    for checkpoint in reversed(complete_iterations(Path(save))):
-        with contextlib.suppress(DamagedCheckpoint):
-            return checkpoint, read_description(checkpoint)
-    return None
 
 
 def described_model(path: Path) -> dict | None:

@@ -6,6 +6,7 @@ SAVE/iter_0000100/          .metadata, *.distcp   tensors by global name, any la
                             run.json              the model and the run; written last, a folder without it is incomplete
 SAVE/iter_0000100.tmp       an unfinished save
 SAVE/iter_0000100.damaged   a checkpoint whose files are no longer what was written, set aside by training
+SAVE/iter_0000100.superseded  a checkpoint that the run has gone back behind, set aside by training
 """
 
 import os
@@ -15,7 +16,7 @@ from megatron_moellava.config import CheckpointError
 
 RUN_FILE = "run.json"
 TRACKER = "latest_checkpointed_iteration.txt"
-UNFINISHED, DAMAGED = ".tmp", ".damaged"
+UNFINISHED, DAMAGED, SUPERSEDED = ".tmp", ".damaged", ".superseded"
 
 
 def iteration_folder(save: str | Path, iteration: int) -> Path:
@@ -24,11 +25,17 @@ def iteration_folder(save: str | Path, iteration: int) -> Path:
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete iteration folder below `folder`, or `folder` itself if it is one; None if there is none."""
+    """The newest complete iteration folder below `folder`, or `folder` itself if it is one; None if there is none.
+
+    The one that latest_checkpointed_iteration.txt names, where somebody has written an older step into it.
+    """
     folder = Path(folder)
     if (folder / RUN_FILE).exists():
         return folder
-    return max(complete_iterations(folder), default=None)
+    complete = complete_iterations(folder)
+    named = read_tracker(folder) or ""
+    chosen = iteration_folder(folder, int(named)) if named.isdecimal() else None
+    return chosen if chosen in complete else max(complete, default=None)
 
 
 def require_checkpoint(folder: str | Path) -> Path:
@@ -56,8 +63,20 @@ def complete_iterations(folder: Path) -> list[Path]:
 
 
 def write_tracker(save: Path, iteration: int) -> None:
-    """Note the newest iteration where Megatron-LM's own tools look for it; nothing here reads it."""
+    """Note the newest iteration, as Megatron-LM does.
+
+    Before the iteration gets its name: a job that dies in between leaves a step that is not there, which is passed over,
+    and not an older one, which is how users go back.
+    """
     write_durably(save / TRACKER, f"{iteration}\n".encode())
+
+
+def read_tracker(save: Path) -> str | None:
+    """What latest_checkpointed_iteration.txt says, which users edit; None where there is none."""
+    try:
+        return (save / TRACKER).read_text(errors="replace").strip()
+    except OSError:
+        return None
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_moellava.commands.program import add_machine_options, choose_machine, command_parser
+from megatron_moellava.commands.program import SETTING, add_machine_options, choose_machine, command_parser
 from megatron_moellava.config import Precision
 
 
@@ -37,9 +37,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", default="", choices=("", *get_args(Precision)), help="(the checkpoint's own)")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
     add_machine_options(parser)
-    parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="parallel.*: the layout under torchrun; and moe.second_choice=deterministic and the like",
+    )
     parsed = parser.parse_intermixed_args(arguments)
-    settings = [item for item in parsed.data if item.startswith("parallel.") and "=" in item]
+    settings = [item for item in parsed.data if SETTING.match(item)]
     parsed.data = [item for item in parsed.data if item not in settings]
     parsed.overrides += settings
     return parsed

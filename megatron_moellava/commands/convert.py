@@ -125,6 +125,17 @@ def _add_upcycle(commands) -> None:
     )
     parser.add_argument("--residual", action="store_true", help="keep the dense MLP beside the experts (residual MoE)")
     parser.add_argument(
+        "--expert-bias",
+        action="store_true",
+        help="biases that balance the experts without a loss, zero at first; the router's scores become sigmoids",
+    )
+    parser.add_argument(
+        "--shared-expert",
+        action="store_true",
+        help="an expert that sees every token: the dense MLP, whose output it and the others halve (the function stays); "
+        "beside trained experts it starts with an output of zero",
+    )
+    parser.add_argument(
         "--noise", type=float, default=0.0, metavar="SHARE", help="noise on the copies, of the weights' spread"
     )
     parser.add_argument(
@@ -241,6 +252,8 @@ def run_upcycle(parsed: argparse.Namespace) -> int:
         topk=parsed.topk,
         placement=parsed.placement,
         residual=parsed.residual,
+        expert_bias=parsed.expert_bias,
+        shared_expert=parsed.shared_expert,
     )
     report = upcycle_checkpoint(
         parsed.checkpoint,
@@ -255,6 +268,14 @@ def run_upcycle(parsed: argparse.Namespace) -> int:
     )
     layers = ", ".join(map(str, report["model"].moe_layers))
     print(f"{moe.num_moe_experts} experts, top-{moe.moe_router_topk}, in layers {layers}; {bar.finish()}")
+    if parsed.expert_bias:
+        alone = moe.moe_router_topk == 1
+        print(
+            "expert biases start at zero, with moe.router=megatron; the router's scores are sigmoids: "
+            + ("the chosen expert's weight is below 1" if alone else "the weights of equal experts still sum to 1")
+        )
+    if parsed.shared_expert:
+        print("a shared expert that leaves the function as it is: it halves the others' output, or starts at zero")
     print(f"wrote {report['tensors']} tensors to {report['folder']}")
     return 0
 

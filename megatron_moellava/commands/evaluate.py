@@ -64,7 +64,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_memory_options(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
     add_machine_options(parser)
-    parser.add_argument("overrides", nargs="*", metavar="parallel.field=value", help="layout under torchrun")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="parallel.*: the layout under torchrun; and moe.second_choice=deterministic and the like",
+    )
     parser.add_argument("--list", action="store_true", help="show the benchmarks and what each folder must hold")
     return parser.parse_intermixed_args(argv)
 

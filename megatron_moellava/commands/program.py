@@ -33,6 +33,8 @@ COMMANDS = {
     "ablate": Command("ablate", "ablate.py", "run a grid of trainings over several seeds, and say what it shows"),
     "verify": Command("verify", "verify.py", "compare with recordings of the original MoE-LLaVA"),
 }
+# An override among other words of a command line: `--data a.json b.json optimizer.lr=1e-4`.
+SETTING = re.compile(r"(model|moe|data|parallel|training|optimizer|checkpoint|logging)(\.\w+)+=")
 MENTION = re.compile(rf"\bmoellava ({'|'.join(sorted(COMMANDS, key=len, reverse=True))})\b")
 
 

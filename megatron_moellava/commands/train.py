@@ -11,16 +11,13 @@ without a finite gradient; 4 no progress for parallel.distributed_timeout_minute
 
 import argparse
 import os
-import re
 import signal
 import sys
 from typing import get_args
 
-from megatron_moellava.commands.program import command_parser
+from megatron_moellava.commands.program import SETTING, command_parser
 from megatron_moellava.exit_codes import INTERRUPTED
 from megatron_moellava.machine import choose
-
-SETTING = re.compile(r"(model|moe|data|parallel|training|optimizer|checkpoint|logging)(\.\w+)+=")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

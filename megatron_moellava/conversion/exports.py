@@ -11,7 +11,7 @@ from megatron_moellava.backbones.from_config import hf_config_of
 from megatron_moellava.checkpoint.description import trained_with
 from megatron_moellava.checkpoint.sums import verify_sums, write_sums
 from megatron_moellava.config import CheckpointError, ConfigError
-from megatron_moellava.conversion import huggingface, original
+from megatron_moellava.conversion import for_generation, huggingface, original
 from megatron_moellava.conversion.imports import TOWER_FILE, is_unused, tower_file
 from megatron_moellava.conversion.initial import language_dtype, zeros
 from megatron_moellava.conversion.layout import (
@@ -42,6 +42,7 @@ TOKENIZER_FILES = (
     "chat_template",
     "spiece",
     "qwen.tiktoken",
+    "arcade100k.tiktoken",
 )
 EXPORT_LAYOUTS = (*LAYOUTS, "projector")
 MODELLING_FILE = "modeling_moe_llava.py"
@@ -63,7 +64,7 @@ class Export:
 
     recipes: list[Recipe]
     tensors: dict[str, Tensor]
-    files: dict[str, dict | Path]  # JSON content, or a file to copy
+    files: dict[str, dict | Path | str]  # JSON content, a file to copy, or its text
     title: str
     notes: list[str] = field(default_factory=list)  # for a person: what the layout's own code computes otherwise
 
@@ -95,6 +96,7 @@ def export_checkpoint(
     if layout == "projector":
         return _export_projector(source, Path(save))
     job = PLANS[layout](source, tokenizer, dtype)
+    _say_where_answers_end(job, source, Path(tokenizer) if tokenizer else None)
     if tokenizer:
         job.files |= _tokenizer_files(Path(tokenizer), job.files)
     begin(sum(recipe.nbytes for recipe in job.recipes))
@@ -111,14 +113,34 @@ def export_checkpoint(
     }
 
 
+def _say_where_answers_end(job: Export, source: Checkpoint, tokenizer: Path | None) -> None:
+    """Ids of special tokens in config.json and generation_config.json; the source's own settings of generation are kept."""
+    if job.title == VISION_TOWER.title:
+        return
+    kept = source.run.provenance.get("generation_config") or {}
+    said = {**(source.run.provenance.get("hf_config") or {}), **kept}
+    template = for_generation.template_of(source.model, trained_with(source.run))
+    ids = for_generation.special_ids(template, tokenizer, said)
+    config = job.files["config.json"]
+    for part in (config, config.get("text_config")):
+        if part is not None:
+            part |= {name: value for name, value in ids.items() if part.get(name) is None}
+    generation = kept | job.files.get("generation_config.json", {}) | ids
+    if generation:
+        job.files["generation_config.json"] = generation
+    if "eos_token_id" not in ids:
+        job.notes.append("it does not say where answers end, so generation runs to its limit; give --tokenizer")
+
+
 def _check_exportable(source: Checkpoint, layout: str) -> None:
-    """What Megatron-Core can train and no layout can hold."""
+    """What Megatron-Core can train and the released layouts cannot hold."""
     moe = source.model.moe
-    if moe and moe.moe_router_enable_expert_bias and layout != "projector":
-        raise ConfigError(
-            "moe.moe_router_enable_expert_bias: its sigmoid router has no counterpart in any layout; "
-            "export only --layout projector, or train with a load-balancing loss"
-        )
+    if moe is None or layout in (TRANSFORMERS.name, VISION_TOWER.name, "projector"):
+        return
+    fields = ("moe_router_enable_expert_bias", "moe_shared_expert_intermediate_size")
+    beyond = [f"moe.{name}={getattr(moe, name)}" for name in fields if getattr(moe, name)]
+    if beyond:
+        raise ConfigError(f"{', '.join(beyond)}: --layout {layout} cannot say it; export --layout transformers")
 
 
 def _with_unused(source: Checkpoint, folder: Path) -> Checkpoint:
@@ -203,6 +225,12 @@ def _plan_tower(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -
 def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
     """LlavaForConditionalGeneration, stock where it computes the same, else with a modelling file beside the weights."""
     _needs_unused(source)
+    settings = trained_with(source.run).get("data", {})
+    if settings.get("image_grid"):
+        raise ConfigError(
+            "data.image_grid=true: LlavaForConditionalGeneration does not tile pictures, so it would see other ones than "
+            "this model was trained with; export --layout original, which says so in its config.json"
+        )
     reason = huggingface.needs_modelling_file(source.model)
     model = huggingface.as_transformers(source.model)
     layout = OWN if reason else TRANSFORMERS
@@ -211,11 +239,16 @@ def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | 
     vocab, image_token = _image_token(model, tokenizer)
     recipes, tensors = _with_vocabulary(recipes, tensors, model, vocab)
     added = list(range(model.backbone.vocab_size, vocab))
-    files: dict[str, dict | Path] = {
-        "config.json": huggingface.export_config(model, vocab, image_token),
-        "preprocessor_config.json": processor_config_of(model.required_tower),
+    files: dict[str, dict | Path | str] = {
+        "config.json": huggingface.export_config(model, vocab, image_token, trained_with(source.run)),
+        **for_generation.processor_files(model.required_tower, settings.get("image_aspect_ratio", "pad")),
         "generation_config.json": {"suppress_tokens": added} if added else {},
     }
+    if tokenizer:
+        files |= for_generation.with_image_token(Path(tokenizer), image_token)
+    written = for_generation.chat_template(for_generation.template_of(model, trained_with(source.run)))
+    if written:
+        files["chat_template.jinja"] = written
     if reason:
         files[MODELLING_FILE] = Path(__file__).with_name(MODELLING_FILE)
     return Export(recipes, tensors, files, f"{layout.title}{f' ({reason})' if reason else ''}")
@@ -246,16 +279,8 @@ def _image_token(model: Model, tokenizer: Path | None) -> tuple[int, int]:
     Rows are added, in steps of 64 as transformers' own LLaVA has them, when the published vocabulary is full.
     """
     vocab = model.backbone.vocab_size
-    token = _tokenizer_length(Path(tokenizer)) if tokenizer else vocab
+    token = for_generation.free_id(Path(tokenizer)) if tokenizer else vocab
     return (vocab, token) if token < vocab else (token // 64 * 64 + 64, token)
-
-
-def _tokenizer_length(folder: Path) -> int:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    known = tokenizer.get_vocab().get("<image>")
-    return len(tokenizer) if known is None else known
 
 
 def _with_vocabulary(
@@ -281,21 +306,23 @@ def _with_vocabulary(
 
 
 def _tokenizer_files(folder: Path, taken: dict) -> dict[str, Path]:
-    """The tokenizer's files; the image token is for the user to add, as its text is the tokenizer's business."""
+    """The tokenizer's files, but for those that the export has itself."""
     files = {
         file.name: file
         for file in sorted(folder.iterdir())
-        if file.is_file() and file.name not in taken and (file.name.startswith(TOKENIZER_FILES) or file.suffix == ".py")
+        if file.is_file() and (file.name.startswith(TOKENIZER_FILES) or file.suffix == ".py")
     }
     if not files:
         raise ConfigError(f"--tokenizer {folder} holds no tokenizer files; give the folder of the language model")
-    return files
+    return {name: file for name, file in files.items() if name not in taken}
 
 
-def _write_files(folder: Path, files: dict[str, dict | Path]) -> None:
+def _write_files(folder: Path, files: dict[str, dict | Path | str]) -> None:
     for name, content in files.items():
         if isinstance(content, Path):
             shutil.copyfile(content, folder / name)
+        elif isinstance(content, str):
+            (folder / name).write_text(content, encoding="utf-8")
         else:
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 

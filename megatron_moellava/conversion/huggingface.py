@@ -61,14 +61,18 @@ def moe_config(config: dict) -> MoEConfig | None:
 def needs_modelling_file(model: Model) -> str:
     """Why stock transformers cannot run the model; empty when it can."""
     backbone, moe = model.backbone, model.moe
-    if backbone.logits_divisor != 1 or backbone.residual_multiplier != 1:
-        return f"{backbone.hf.family} scales residual branches and logits"
+    if any(getattr(backbone, name) != 1 for name in ("logits_divisor", "residual_multiplier", "embedding_multiplier")):
+        return f"{backbone.hf.family} scales embeddings, residual branches and logits"
     if backbone.output_layer_bias:
         return "the output layer has a bias"
     if moe and not backbone.hf.moe_model_type:
         return f"transformers has no {backbone.hf.family} with experts"
     if moe and moe.use_residual:
         return "transformers has no residual MoE"
+    if moe and moe.moe_shared_expert_intermediate_size:
+        return "transformers has no such shared expert"
+    if moe and moe.moe_router_enable_expert_bias:
+        return "transformers has no such model whose router has expert biases"
     return ""
 
 
@@ -87,14 +91,18 @@ def as_transformers(model: Model) -> Model:
     return replace(model, backbone=replace(backbone, hf=target.hf, mapping=target.mapping, add_qkv_bias=bias))
 
 
-def export_config(model: Model, vocab_size: int, image_token: int) -> dict:
-    """`config.json` of the export; `model` as `as_transformers` gives it."""
+def export_config(model: Model, vocab_size: int, image_token: int, trained: dict[str, dict]) -> dict:
+    """`config.json` of the export; `model` as `as_transformers` gives it.
+
+    `trained`: what it was trained with (`checkpoint.description.trained_with`).
+    """
+    scales = trained.get("model", {}).get("scale_multimodal_embeddings", True)
     backbone, tower = model.backbone, model.required_tower
     reason = needs_modelling_file(model)
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
-        "text_config": text_config(model, vocab_size),
+        "text_config": text_config(model, vocab_size, scales),
         "vision_config": tower_config(tower),
         "image_token_index": image_token,
         "image_token_id": image_token,
@@ -105,10 +113,10 @@ def export_config(model: Model, vocab_size: int, image_token: int) -> dict:
         "vision_feature_select_strategy": "default" if tower.drop_first_feature else "full",
         "tie_word_embeddings": backbone.share_embeddings_and_output_weights,
     }
-    return config | own_config(model) if reason else config
+    return config | own_config(model, scales) if reason else config
 
 
-def text_config(model: Model, vocab_size: int) -> dict:
+def text_config(model: Model, vocab_size: int, scales: bool) -> dict:
     """`text_config` of an export: the backbone's fields, with those of scalings and experts."""
     text = hf_config_of(model.backbone) | {"vocab_size": vocab_size}
     if model.backbone.hf.family == "minicpm":  # Granite is Llama with MiniCPM's scalings
@@ -117,7 +125,7 @@ def text_config(model: Model, vocab_size: int) -> dict:
             "architectures": ["GraniteForCausalLM"],
             "residual_multiplier": model.backbone.residual_multiplier,
             "attention_multiplier": model.backbone.kv_channels**-0.5,
-            "embedding_multiplier": 1.0,  # the original does not scale the embeddings of a multimodal row
+            "embedding_multiplier": model.backbone.embedding_multiplier if scales else 1.0,
             "logits_scaling": 1.0,  # the wrapper divides
         }
     if model.moe and not needs_modelling_file(model):
@@ -142,7 +150,7 @@ def _moe_text(model: Model) -> dict:
     } | ({"shared_expert_intermediate_size": 0, "qkv_bias": True} if kind == "qwen2_moe" else {})
 
 
-def own_config(model: Model) -> dict:
+def own_config(model: Model, scales: bool) -> dict:
     """What `modeling_moe_llava.py` reads on top."""
     moe, backbone = model.moe, model.backbone
     return {
@@ -157,6 +165,10 @@ def own_config(model: Model) -> dict:
         "num_experts": moe.num_moe_experts if moe else 0,
         "num_experts_per_tok": moe.moe_router_topk if moe else 0,
         "use_residual": bool(moe and moe.use_residual),
+        "expert_bias": bool(moe and moe.moe_router_enable_expert_bias),
+        "shared_expert_intermediate_size": (moe and moe.moe_shared_expert_intermediate_size) or 0,
+        "embedding_multiplier": backbone.embedding_multiplier,
+        "scale_multimodal_embeddings": scales,
         "logits_divisor": backbone.logits_divisor,
         "output_layer_bias": backbone.output_layer_bias,
     }

@@ -10,7 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_moellava.config import ConfigError
-from megatron_moellava.costs.shapes import EXPERTS, LANGUAGE, PROJECTOR, RESIDUAL, TOWER, Model, megatron_tensors
+from megatron_moellava.costs.shapes import (
+    EXPERTS,
+    LANGUAGE,
+    PROJECTOR,
+    RESIDUAL,
+    SHARED_EXPERTS,
+    TOWER,
+    Model,
+    megatron_tensors,
+)
 from megatron_moellava.mapping import Heads, Mapping, Shape
 
 MLP = ".mlp."  # in every family, on both sides, what stands before this is the layer and what follows is the MLP
@@ -29,6 +38,7 @@ class Layout:
     expert: str = ""  # put between ".mlp." and the MLP's own names
     router: str = ""
     residual: str = ""
+    shared: str = ""
     coefficient: str = ""
 
 
@@ -48,6 +58,7 @@ ORIGINAL = Layout(
     expert="deepspeed_moe.experts.deepspeed_experts.{k}.",
     router="deepspeed_moe.gate.wg.",
     residual="mlp.",
+    shared="shared_expert.",
     coefficient="coefficient.",
 )
 # On disk transformers keeps the names of its version 4, also when version 5 writes.
@@ -60,6 +71,7 @@ TRANSFORMERS = Layout(
     expert="experts.{k}.",
     router="gate.",
     residual="mlp.",
+    shared="shared_expert.",
     coefficient="coefficient.",
 )
 LAYOUTS = {layout.name: layout for layout in (LANGUAGE_MODEL, VISION_TOWER, LLAVA, ORIGINAL, TRANSFORMERS)}
@@ -120,6 +132,8 @@ def _lifted(mapping: Mapping, layer: int, layout: Layout, model: Model) -> Itera
     yield renamed(EXPERTS, *(layout.expert.format(k=expert) for expert in range(experts))), experts
     if model.required_moe.use_residual:
         yield renamed(RESIDUAL, layout.residual), 0
+    if model.required_moe.moe_shared_expert_intermediate_size:
+        yield renamed(SHARED_EXPERTS, layout.shared), 0
 
 
 def _router_entries(model: Model, layer: int, layout: Layout, wanted: dict[str, Shape]) -> Iterator[Entry]:

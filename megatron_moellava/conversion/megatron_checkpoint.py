@@ -8,7 +8,6 @@ from megatron_moellava import __version__
 from megatron_moellava.checkpoint.description import RunDescription, read_description, write_description
 from megatron_moellava.checkpoint.folders import iteration_folder, require_checkpoint, write_tracker
 from megatron_moellava.checkpoint.verification import verify_checkpoint
-from megatron_moellava.config import ConfigError
 from megatron_moellava.conversion.readers import open_megatron
 from megatron_moellava.conversion.recipes import Part, Recipe, Tensors, check
 from megatron_moellava.conversion.tensors import Tensor
@@ -74,11 +73,6 @@ def _first_rows(tensor: Tensor, rows: int) -> Tensor:
 
 def check_complete(source: Checkpoint) -> None:
     """CheckpointError unless every tensor of the model is there, whole, in its shape, and no other (but what rides along)."""
-    moe = source.model.moe
-    if moe and moe.moe_shared_expert_intermediate_size:
-        raise ConfigError(
-            "moe.moe_shared_expert_intermediate_size: checkpoints with a shared expert cannot be converted"
-        )
     own = {name: tensor for name, tensor in source.tensors.items() if not name.startswith(UNUSED)}
     wanted = megatron_tensors(source.model)
     recipes = [Recipe(key, shape, "", (Part(key, 0, math.prod(shape)),)) for key, shape in wanted.items()]

@@ -1,9 +1,11 @@
 """MoE-LLaVA for transformers (version 5): LlavaForConditionalGeneration with some MLPs replaced by experts.
 
 This file lies beside an export and is loaded with `trust_remote_code=True`. It is for models that transformers cannot
-run alone: Phi-2 or StableLM with experts, residual MoE, MiniCPM's logit scaling. Routing is deterministic: softmax over
+run alone: Phi-2 or StableLM with experts, residual MoE, MiniCPM's scalings. Routing is deterministic: softmax over
 the chosen experts' logits in fp32, no capacity limit.
 """
+
+import copy
 
 import torch
 from torch import nn
@@ -19,6 +21,10 @@ class MoELlavaConfig(LlavaConfig):
     num_experts: int = 0
     num_experts_per_tok: int = 0
     use_residual: bool = False
+    expert_bias: bool = False  # experts are chosen by sigmoid + bias, and weighted by the sigmoid alone
+    shared_expert_intermediate_size: int = 0  # of an expert that sees every token
+    embedding_multiplier: float = 1.0  # of word embeddings, never of visual tokens
+    scale_multimodal_embeddings: bool = True  # False: only where there are no images (MiniCPM in the original)
     logits_divisor: float = 1.0
     output_layer_bias: bool = False
 
@@ -26,9 +32,10 @@ class MoELlavaConfig(LlavaConfig):
 class Gate(nn.Module):
     """A linear layer without bias, in fp32 whatever the model's dtype."""
 
-    def __init__(self, num_experts: int, hidden_size: int) -> None:
+    def __init__(self, num_experts: int, hidden_size: int, has_bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.expert_bias = nn.Parameter(torch.zeros(num_experts), requires_grad=False) if has_bias else None
 
     def forward(self, hidden_TD):
         """Logits [T, E], in fp32."""
@@ -42,16 +49,23 @@ class Mixture(nn.Module):
         super().__init__()
         hidden = config.text_config.hidden_size
         self.top_k = config.num_experts_per_tok
-        self.gate = Gate(config.num_experts, hidden)
+        self.gate = Gate(config.num_experts, hidden, config.expert_bias)
         self.experts = nn.ModuleList(make_mlp() for _ in range(config.num_experts))
+        size = config.shared_expert_intermediate_size
+        self.shared_expert = make_mlp(size) if size else None
         self.mlp = make_mlp() if config.use_residual else None
         self.coefficient = nn.Linear(hidden, 2) if config.use_residual else None
 
     def forward(self, hidden_BSD):
         """[B, S, D] -> [B, S, D]; every token reaches all its experts, whatever their load."""
         hidden_TD = hidden_BSD.flatten(0, -2)
-        probs_TE = self.gate(hidden_TD).softmax(-1)
-        weights_TK, chosen_TK = probs_TE.topk(self.top_k, dim=-1)
+        logits_TE = self.gate(hidden_TD)
+        if self.gate.expert_bias is None:
+            weights_TK, chosen_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
+        else:
+            scores_TE = logits_TE.sigmoid()
+            chosen_TK = (scores_TE + self.gate.expert_bias.float()).topk(self.top_k, dim=-1).indices
+            weights_TK = scores_TE.gather(-1, chosen_TK)
         if self.top_k > 1:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         output_TD = torch.zeros_like(hidden_TD)
@@ -59,10 +73,31 @@ class Mixture(nn.Module):
             tokens, slots = (chosen_TK == number).nonzero(as_tuple=True)
             weighted = expert(hidden_TD[tokens]) * weights_TK[tokens, slots, None].to(hidden_TD.dtype)
             output_TD.index_add_(0, tokens, weighted)
+        if self.shared_expert is not None:
+            output_TD = output_TD + self.shared_expert(hidden_TD)
         if self.mlp is not None:
             mix_T2 = self.coefficient(hidden_TD).softmax(-1)
             output_TD = output_TD * mix_T2[:, :1] + self.mlp(hidden_TD) * mix_T2[:, 1:]
         return output_TD.view_as(hidden_BSD)
+
+
+def sized(text, intermediate_size: int):
+    """The text model's config with another width of the MLP; 0: as it is."""
+    if not intermediate_size:
+        return text
+    other = copy.deepcopy(text)
+    other.intermediate_size = intermediate_size
+    return other
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Word embeddings times `multiplier` (MiniCPM)."""
+
+    multiplier = 1.0
+
+    def forward(self, ids):
+        words = super().forward(ids)
+        return words if self.multiplier == 1.0 else words * self.multiplier
 
 
 class ScaledHead(nn.Linear):
@@ -85,7 +120,24 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
         layers = self.model.language_model.layers
         for number in config.moe_layers or ():
             kind = type(layers[number].mlp)
-            layers[number].mlp = Mixture(config, lambda kind=kind: kind(text))
+            layers[number].mlp = Mixture(config, lambda size=0, kind=kind: kind(sized(text, size)))
+        if config.embedding_multiplier != 1.0:
+            decoder = self.model.language_model
+            decoder.embedding_multiplier = 1.0  # Granite's own would scale visual tokens too
+            decoder.embed_tokens = ScaledEmbedding(text.vocab_size, text.hidden_size, decoder.embed_tokens.padding_idx)
+            decoder.embed_tokens.multiplier = config.embedding_multiplier
         self.lm_head = ScaledHead(text.hidden_size, text.vocab_size, bias=config.output_layer_bias)
         self.lm_head.divisor = config.logits_divisor
         self.post_init()
+
+    def forward(self, input_ids=None, pixel_values=None, **arguments):
+        if self.config.embedding_multiplier != 1.0 and not self.config.scale_multimodal_embeddings:
+            # A cache remembers that the text it holds began with images.
+            cache = next(
+                (arguments[name] for name in ("cache", "past_key_values") if arguments.get(name) is not None), None
+            )
+            seen = pixel_values is not None or getattr(cache, "has_images", False)
+            if cache is not None:
+                cache.has_images = seen
+            self.get_input_embeddings().multiplier = 1.0 if seen else self.config.embedding_multiplier
+        return super().forward(input_ids=input_ids, pixel_values=pixel_values, **arguments)

@@ -37,7 +37,31 @@ def open_huggingface(folder: Path) -> dict[str, Tensor]:
         files = _listed(folder, stem)
         if files:
             return _merged([(file, opener(file)) for file in files])
-    raise CheckpointError(f"{folder} holds neither model.safetensors nor pytorch_model.bin (single or with an index)")
+    raise CheckpointError(
+        f"{folder} holds neither model.safetensors nor pytorch_model.bin (single or with an index){_instead(folder)}"
+    )
+
+
+# What else such folders hold, and what to do with it.
+INSTEAD = {
+    "adapter_config.json": "a LoRA adapter: merge it into its base model first (peft's merge_and_unload)",
+    "adapter_model.safetensors": "a LoRA adapter without adapter_config.json: merge it into its base model first",
+    "adapter_model.bin": "a LoRA adapter without adapter_config.json: merge it into its base model first",
+    "non_lora_trainables.bin": "a LoRA run: merge its adapter into the base model first, and import the result",
+    "mm_projector.bin": (
+        "the projector of stage 1: import the language model, and give this file: "
+        "moellava convert import LANGUAGE_MODEL --tower TOWER --projector {folder}/mm_projector.bin"
+    ),
+    "tf_model.h5": "weights of TensorFlow: save the model anew with transformers as safetensors",
+    "flax_model.msgpack": "weights of Flax: save the model anew with transformers as safetensors",
+    "consolidated.00.pth": "Meta's own layout: convert it with transformers' convert_llama_weights_to_hf.py first",
+    "latest": "a checkpoint of DeepSpeed: make weights of it with its zero_to_fp32.py first",
+}
+
+
+def _instead(folder: Path) -> str:
+    found = next((text for name, text in INSTEAD.items() if (folder / name).exists()), None)
+    return f"; it holds {found.format(folder=folder)}" if found else "; give the folder of a downloaded model"
 
 
 def _listed(folder: Path, stem: str) -> list[Path]:
@@ -97,10 +121,12 @@ def open_bin(file: Path) -> dict[str, Tensor]:
     torch does not tell where in the file a storage lies, but all lie in one mapping, in the file's order: the lowest
     address belongs to the first record.
     """
-    from zipfile import BadZipFile, ZipFile
+    from zipfile import BadZipFile, ZipFile, is_zipfile
 
     import torch
 
+    if not is_zipfile(file):
+        raise CheckpointError(f"{file} {_no_archive(file)}")
     try:
         with ZipFile(file) as archive, file.open("rb") as stream:
             records = [item for item in archive.infolist() if "/data/" in item.filename and item.file_size]
@@ -122,6 +148,20 @@ def open_bin(file: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{file}: {name} is not stored contiguously; save it again with .contiguous()")
         tensors[name] = whole(str(file), offset, tuple(value.shape), str(value.dtype).removeprefix("torch."))
     return tensors
+
+
+def _no_archive(file: Path) -> str:
+    """Before version 1.6, torch.save wrote pickles one after the other; their tensors cannot be mapped."""
+    with file.open("rb") as stream:
+        start = stream.read(64)
+    if start.startswith(b"\x80"):
+        return (
+            "has the format that torch.save had before version 1.6; write it anew: "
+            "torch.save(torch.load(FILE, weights_only=True), FILE)"
+        )
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the file; fetch it with `git lfs pull`"
+    return "is not a file of torch.save, or is cut off; copy it again"
 
 
 def open_megatron(folder: Path) -> dict[str, Tensor]:

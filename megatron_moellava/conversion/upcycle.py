@@ -5,6 +5,7 @@ residual MoE keeps the MLP beside them. With equal experts the function does not
 experts sum to 1. More experts: the old ones are repeated in their order, and so are their router rows.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +21,10 @@ from megatron_moellava.conversion.megatron_checkpoint import (
     open_checkpoint,
     write_checkpoint,
 )
-from megatron_moellava.conversion.recipes import Part, Recipe, check, identity
+from megatron_moellava.conversion.recipes import Edit, Part, Recipe, check, identity
 from megatron_moellava.conversion.tensors import Tensor
 from megatron_moellava.conversion.writers import Progress
-from megatron_moellava.costs.shapes import EXPERTS, RESIDUAL, UNUSED, megatron_tensors, model_from_json
+from megatron_moellava.costs.shapes import EXPERTS, RESIDUAL, SHARED_EXPERTS, UNUSED, megatron_tensors, model_from_json
 from megatron_moellava.mapping import Shape
 
 CARRIED = ("hf_config", "generation_config", "trained_with")  # stand in the new provenance themselves
@@ -37,6 +38,7 @@ class Upcycling:
     tensors: dict[str, Tensor]  # the checkpoint's; new ones are added
     hidden_size: int
     old_experts: int  # 0: the checkpoint is dense
+    halves: bool  # a shared expert beside copies of the same MLP: each has half of its output
     repeats_router: bool  # else new experts get new router rows
     noise_std: float
     router_scale: float
@@ -75,6 +77,7 @@ def upcycle_checkpoint(
         tensors=dict(source.tensors),
         hidden_size=model.backbone.hidden_size,
         old_experts=old.num_moe_experts if old else 0,
+        halves=old is None and bool(moe.moe_shared_expert_intermediate_size),
         repeats_router=bool(old)
         and moe.num_moe_experts * old.moe_router_topk == old.num_moe_experts * moe.moe_router_topk,
         noise_std=noise_std,
@@ -116,10 +119,21 @@ def upcycle_checkpoint(
 
 
 def request(
-    checkpoint: Path, *, num_experts: int, topk: int | None, placement: list[str] | None, residual: bool
+    checkpoint: Path,
+    *,
+    num_experts: int,
+    topk: int | None,
+    placement: list[str] | None,
+    residual: bool,
+    expert_bias: bool = False,
+    shared_expert: bool = False,
 ) -> MoEConfig:
-    """The MoE that a person asked for; what was left out is the checkpoint's own, or the recipes' (top-2, sparse)."""
-    old = model_from_json(read_description(require_checkpoint(checkpoint)).model).moe
+    """The MoE that a person asked for; what was left out is the checkpoint's own, or the recipes' (top-2, sparse).
+
+    An expert bias needs Megatron-Core's router, so it takes the place of the original's.
+    """
+    model = model_from_json(read_description(require_checkpoint(checkpoint)).model)
+    old = model.moe
     start = old or MoEConfig()
     where: str | tuple[int, ...] = start.placement
     if placement:
@@ -127,6 +141,10 @@ def request(
         if len(placement) > 1 and not numbers:
             raise ConfigError(f"--placement {' '.join(placement)}: one name, or layer numbers such as 0 2 4")
         where = tuple(map(int, placement)) if numbers else placement[0]
+    if expert_bias:
+        start = replace(start, moe_router_enable_expert_bias=True, router="megatron")
+    if shared_expert and not start.moe_shared_expert_intermediate_size:
+        start = replace(start, moe_shared_expert_intermediate_size=model.backbone.ffn_hidden_size)
     return replace(
         start,
         num_moe_experts=num_experts,
@@ -142,8 +160,14 @@ def _check_request(source: Checkpoint, new: MoEConfig, layers: tuple[int, ...]) 
         raise ConfigError(
             f"moe_router_topk={new.moe_router_topk} must be between 1 and num_moe_experts={new.num_moe_experts}"
         )
-    if new.moe_shared_expert_intermediate_size:
-        raise ConfigError("moe_shared_expert_intermediate_size: a dense checkpoint has no shared expert to start from")
+    backbone, shared = source.model.backbone, new.moe_shared_expert_intermediate_size
+    if shared and backbone.add_bias_linear:
+        raise ConfigError(f"shared expert: the MLPs of {backbone.name} have biases, which Megatron-Core's cannot have")
+    if shared not in (None, old and old.moe_shared_expert_intermediate_size, backbone.ffn_hidden_size):
+        raise ConfigError(
+            f"moe_shared_expert_intermediate_size={shared}: a shared expert starts as a copy of an MLP, so its size is "
+            f"{backbone.ffn_hidden_size}"
+        )
     if old is None:
         return
     if source.model.moe_layers != layers:
@@ -168,6 +192,8 @@ def _made(name: str, shape: Shape, job: "Upcycling") -> Recipe:
     if tail.startswith(RESIDUAL):
         dense = f"{layer}{MLP}{tail.removeprefix(RESIDUAL)}"
         return identity(dense, job.tensors[dense], name)
+    if tail.startswith(SHARED_EXPERTS):
+        return _shared(name, shape, f"{layer}{MLP}", tail.removeprefix(SHARED_EXPERTS), job)
     if tail == EXPERT_BIAS:
         return _new(name, zeros(shape, "float32"), job)
     if tail == ROUTER and job.old_experts:
@@ -175,6 +201,20 @@ def _made(name: str, shape: Shape, job: "Upcycling") -> Recipe:
     dtype = "float32" if tail == ROUTER else language_dtype(job.tensors)
     scale = job.router_scale if tail == ROUTER else 1.0
     return _new(name, linear_default(name, shape, job.hidden_size, dtype, job.seed, scale), job)
+
+
+def _shared(name: str, shape: Shape, mlp: str, part: str, job: "Upcycling") -> Recipe:
+    """A shared expert. The function stays: beside copies of the MLP each of the two halves its output (a power of two is
+    exact); beside trained experts it has the first one's inner weights, and an output of zero."""
+    if job.old_experts and part.startswith("linear_fc2"):
+        return _new(name, zeros(shape, job.tensors[f"{mlp}{EXPERTS}{part}"].dtype), job)
+    source = f"{mlp}{EXPERTS}{part}" if job.old_experts else f"{mlp}{part}"
+    edit = _half if part.startswith("linear_fc2") else None
+    return Recipe(name, shape, job.tensors[source].dtype, (Part(source, 0, math.prod(shape), edit),))
+
+
+def _half(block):
+    return block * 0.5
 
 
 def _copies(name: str, shape: Shape, source: str, experts: int, job: "Upcycling") -> Recipe:
@@ -185,8 +225,14 @@ def _copies(name: str, shape: Shape, source: str, experts: int, job: "Upcycling"
     for number in range(shape[0]):
         noisy = job.noise_std and number >= experts and EXPERTS in name
         edit = noise(f"{name} {number}", job.noise_std, job.seed) if noisy else None
+        if job.halves and f"{EXPERTS}linear_fc2" in name:
+            edit = _then(_half, edit)
         parts.append(Part(source, number % experts * size, size, edit))
     return Recipe(name, shape, tensor.dtype, tuple(parts))
+
+
+def _then(first: Edit, second: Edit | None) -> Edit:
+    return first if second is None else lambda block: second(first(block))
 
 
 def _longer(name: str, shape: Shape, job: "Upcycling") -> Recipe:

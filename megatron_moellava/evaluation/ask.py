@@ -12,7 +12,7 @@ from megatron_moellava.evaluation.own import ask
 from megatron_moellava.evaluation.predictions import Place
 from megatron_moellava.evaluation.report import write_summary
 from megatron_moellava.evaluation.runner import evaluate
-from megatron_moellava.inference.load import layout_of, load_for_inference
+from megatron_moellava.inference.load import load_for_inference
 
 
 def ask_checkpoint(args: argparse.Namespace) -> str:
@@ -26,7 +26,7 @@ def ask_checkpoint(args: argparse.Namespace) -> str:
         tokenizer=args.tokenizer,
         template=args.template,
         precision=args.precision,
-        layout=layout_of(args.overrides),
+        overrides=args.overrides,
         max_batch_size=args.batch_size,
         max_sequence_length=args.max_length,
         memory_limit=args.memory_limit,

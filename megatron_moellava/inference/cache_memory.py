@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_moellava import platform
 from megatron_moellava.config import ConfigError, DataError
-from megatron_moellava.model.kv_cache import BLOCK
+from megatron_moellava.model.kv_cache import GROWTH
 from megatron_moellava.model.moe_llava import MoELlava
 
 GIB = 2**30
@@ -37,7 +37,7 @@ class CacheMemory:
 
     def size(self, rows: int, positions: int) -> int:
         """Bytes of so many rows that hold up to so many positions."""
-        return rows * -(-positions // BLOCK) * BLOCK * self.bytes_per_position
+        return rows * -(-positions // GROWTH) * GROWTH * self.bytes_per_position
 
     def fits(self, rows: int, positions: int) -> bool:
         """Whether so many rows of so many positions stay within the limit."""

@@ -1,6 +1,7 @@
 """From a checkpoint folder to an engine: what is not said is what the checkpoint was trained with."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,11 @@ from megatron_moellava.config import (
     ParallelConfig,
     RunConfig,
     from_dict,
-    set_override,
-    split_override,
 )
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.inference.engine import Engine
+from megatron_moellava.inference.overrides import layout_with, parse_overrides, run_with
 from megatron_moellava.inference.prompts import Prompter
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.moe_llava import MoELlava
@@ -37,17 +37,25 @@ def load_for_inference(
     template: str = "",
     precision: str = "",
     layout: ParallelConfig | None = None,
+    overrides: Sequence[str] = (),
     verify: bool = True,
     **engine_options,
 ) -> Engine:
     """An engine over the newest checkpoint of a folder. Joins the processes of torchrun unless that has been done.
 
+    `overrides`: `section.field=value` of the command line, of the table in overrides.py.
     Empty strings mean what the checkpoint's run.json says (the backbone's own template, bf16, where it says nothing).
     `verify`: False does not compare the checkpoint's files with their digests. `engine_options` go to `Engine`.
     Raises CheckpointError, or ConfigError for a missing tokenizer.
     """
     model, prompter = load_model(
-        checkpoint, tokenizer=tokenizer, template=template, precision=precision, layout=layout, verify=verify
+        checkpoint,
+        tokenizer=tokenizer,
+        template=template,
+        precision=precision,
+        layout=layout,
+        overrides=overrides,
+        verify=verify,
     )
     return Engine(model, prompter, **engine_options)
 
@@ -59,12 +67,19 @@ def load_model(
     template: str = "",
     precision: str = "",
     layout: ParallelConfig | None = None,
+    overrides: Sequence[str] = (),
+    rows: bool = False,
     verify: bool = True,
 ) -> tuple[MoELlava, Prompter]:
-    """The model of `load_for_inference`, and what turns text and pictures into its input."""
+    """The model of `load_for_inference`, and what turns text and pictures into its input.
+
+    `rows`: the caller makes rows of a data set, so that `overrides` may say how.
+    """
+    given = parse_overrides(overrides, rows=rows)
     folder = require_checkpoint(checkpoint)
-    layout = inference_layout(layout or ParallelConfig())
+    layout = inference_layout(layout_with(layout or ParallelConfig(), given))
     run = inference_run(folder, layout, tokenizer=tokenizer, template=template, precision=precision)
+    run = run_with(run, given)
     if not parallel_state.model_parallel_is_initialized():
         parallel.initialize(layout, run.training.seed)
     verify_checkpoint(folder, verify=verify, together=True)  # before minutes go into building a large model
@@ -76,14 +91,6 @@ def load_model(
     model.unused_tower_tensors = {}  # they ride along for exports only
     prompter = Prompter(template=prompter_parts[1], tokenizer=prompter_parts[0], tower=model.tower, data=run.data)
     return model, prompter
-
-
-def layout_of(overrides: list[str]) -> ParallelConfig:
-    """`["parallel.tensor_model_parallel_size=2"]` -> ParallelConfig. ConfigError for anything else."""
-    tree: dict = {"model": {"backbone": ""}, "training": {"stage": 2}}
-    for override in overrides:
-        set_override(tree, *split_override(override))
-    return from_dict(RunConfig, tree).parallel
 
 
 def inference_layout(layout: ParallelConfig) -> ParallelConfig:

@@ -68,6 +68,11 @@ class SdpaCoreAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, query_BHSD, key_BGSD, value_BGSD, may_attend, is_causal: bool) -> torch.Tensor:
+        if (
+            may_attend is not None and query_BHSD.is_cuda
+        ):  # with grouped queries and a mask torch spells [B, H, S, S] out
+            groups = query_BHSD.shape[1] // key_BGSD.shape[1]
+            key_BGSD, value_BGSD = (item.repeat_interleave(groups, dim=1) for item in (key_BGSD, value_BGSD))
         return F.scaled_dot_product_attention(
             query_BHSD,
             key_BGSD,
@@ -109,9 +114,10 @@ class SdpaCoreAttention(MegatronModule):
         Causal attention never looks to the right, so the padding needs no mask. Samples of 3 and 2 tokens:
         rows [0 1 2] and [3 4 4] of the packed row, of which position (1, 2) is thrown away.
         """
-        rows_NS, valid_NS = segment_rows(packed.cu_seqlens_q, packed.max_seqlen_q, query_TBHD.shape[0])
+        rows_NS, places_T = segment_rows(packed.cu_seqlens_q, packed.max_seqlen_q, query_TBHD.shape[0])
         query, key, value = (item.squeeze(1)[rows_NS].transpose(1, 2) for item in (query_TBHD, key_TBGD, value_TBGD))
-        return self._attend_short(query, key, value).transpose(1, 2)[valid_NS].flatten(1).unsqueeze(1)
+        context_NSHD = self._attend_short(query, key, value).transpose(1, 2)
+        return context_NSHD.flatten(0, 1)[places_T].flatten(1).unsqueeze(1)
 
     def _share_of_row(self, query_LBHD, key_LBGD, value_LBGD, packed: PackedSeqParams | None) -> torch.Tensor:
         """Causal attention of this rank's positions to the whole row, sample by sample (`context_parallel.py`)."""
@@ -134,11 +140,13 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:
 
 
 def segment_rows(cu_seqlens: torch.Tensor, max_seqlen: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index [N, max_seqlen] of each sample's tokens in the packed row, and which of them are real.
+    """Index [N, max_seqlen] of each sample's tokens in the packed row, and where each token lies in that, flattened [T].
 
-    cu_seqlens [0, 3, 5] -> [[0, 1, 2], [3, 4, 4]] and [[1, 1, 1], [1, 1, 0]]. `cu_seqlens` must end at num_tokens.
+    cu_seqlens [0, 3, 5] -> [[0, 1, 2], [3, 4, 4]] and [0, 1, 2, 3, 4]. `cu_seqlens` must end at num_tokens. No boolean index:
+    on a GPU the host would wait to learn how many are true.
     """
-    starts_N, ends_N = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    starts_N = cu_seqlens[:-1].long()
     rows_NS = starts_N[:, None] + torch.arange(max_seqlen, device=cu_seqlens.device)
-    valid_NS = rows_NS < ends_N[:, None]
-    return rows_NS.clamp(max=num_tokens - 1), valid_NS
+    tokens_T = torch.arange(num_tokens, device=cu_seqlens.device)
+    sample_T = torch.searchsorted(cu_seqlens[1:].long(), tokens_T, right=True)
+    return rows_NS.clamp(max=num_tokens - 1), sample_T * max_seqlen + tokens_T - starts_N[sample_T]

@@ -37,7 +37,7 @@ class Step:
         return ends + list(range(end, end + self.decoding))
 
 
-BLOCK = 256  # positions by which the rows grow
+GROWTH = 256  # positions by which the rows grow
 
 
 @dataclass(slots=True)
@@ -96,7 +96,7 @@ class KVCache:
         rows = max([step.decoding, *(row + 1 for row, _ in step.prompts)])
         positions = max(self.lengths_R[:rows])
         if rows > self.held[0] or positions > self.held[1]:  # now both become what is needed, also where that is less
-            self.held = rows, min(-(-positions // BLOCK) * BLOCK, self.max_sequence_length)
+            self.held = rows, min(-(-positions // GROWTH) * GROWTH, self.max_sequence_length)
 
     def copy_row(self, source: int, target: int) -> None:
         """Make a row equal to another one."""

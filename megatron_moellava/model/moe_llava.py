@@ -191,13 +191,14 @@ class MoELlava(MegatronModule):
     def _router_padding(self, padding_mask_BS: torch.Tensor | None) -> torch.Tensor | None:
         """What the router leaves out, [B, S of this rank], True = padding.
 
-        A router that counts padding leaves out columns that only make the length divisible (`OriginalRouter`).
+        A router that counts padding leaves out columns that only make the length divisible (`OriginalRouter`): for
+        sequence parallelism, and for what else `RunConfig.row_multiple` fills rows up.
         """
         if padding_mask_BS is None or self.run.moe is None:
             return None
         padding_BS = ~padding_mask_BS
         if ROUTERS[self.run.moe.router].counts_padding:
-            if not self.config.sequence_parallel:
+            if self.run.row_multiple == 1:
                 return None
             padding_BS = padding_BS.all(dim=0, keepdim=True).expand_as(padding_BS)
         if self.config.sequence_parallel:

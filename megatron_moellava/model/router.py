@@ -187,8 +187,8 @@ class OriginalRouter(MegatronRouter):
     def routing(self, logits_SBE: torch.Tensor, padding_mask: torch.Tensor | None = None):
         """Returns weights [N, E] (fp32) and map [N, E] (bool) in Megatron-Core's order. Padding takes part.
 
-        `padding_mask` [S, B], with sequence parallelism only: True in the columns beyond the longest row. They are
-        there to make the length divisible, the original's batch does not have them, and they get no expert.
+        `padding_mask` [S, B], where rows are filled up to a multiple (`RunConfig.row_multiple`): True in the columns
+        beyond the longest row. The original's batch does not have them, and they get no expert.
         """
         if self.sequence_split > 1:
             logits_SBE = gather_from_sequence_parallel_region(logits_SBE, group=self.tp_group)
@@ -217,7 +217,8 @@ class OriginalRouter(MegatronRouter):
         if padding_mask is None:
             return 0
         count = padding_mask[:, 0].sum()
-        torch.distributed.all_reduce(count, group=self.tp_group)
+        if self.sequence_split > 1:
+            torch.distributed.all_reduce(count, group=self.tp_group)
         return int(count)
 
     def _attach(self, probs_NE: torch.Tensor, aux_loss: torch.Tensor) -> torch.Tensor:

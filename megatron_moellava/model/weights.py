@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_moellava import parallel
 from megatron_moellava.checkpoint.description import ANEW, read_description
 from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
 from megatron_moellava.checkpoint.safe_pickle import guard
@@ -25,6 +26,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
 guard()
+EXPERT_BIAS = ".router.expert_bias"
 UNUSED_TOWER = "vision_tower.unused."  # tensors of the published tower that features do not need; they ride along
 
 
@@ -57,6 +59,7 @@ def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = Fals
     state, model = model_state(chunks), chunks[0]
     with readable(checkpoint):
         stored = _stored_tensors(checkpoint)
+    fresh = _fresh_biases(description.model, state, stored)
     _check_tensors(
         checkpoint, state, stored, differing_fields(description.model, model.backbone, model.tower, model.run.moe)
     )
@@ -67,8 +70,26 @@ def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = Fals
         prefix = f"chunk{index}."
         own = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
         problems = chunk.load_state_dict(own, strict=False)
-        missing = [name for name in problems.missing_keys if not is_bookkeeping(name)]
+        missing = [
+            name for name in problems.missing_keys if not is_bookkeeping(name) and f"{prefix}{name}" not in fresh
+        ]
         assert not missing and not problems.unexpected_keys, (missing, problems.unexpected_keys)
+
+
+def _fresh_biases(described: dict, state: dict, stored: dict[str, tuple[int, ...]]) -> set[str]:
+    """Take expert biases that a checkpoint of a run without them lacks out of `state`: they start at zero. Their names."""
+    if (described.get("moe") or {}).get("moe_router_enable_expert_bias"):
+        return set()
+    keys = {name: value.key for name, value in state.items() if name.endswith(EXPERT_BIAS)}
+    fresh = {name for name, key in keys.items() if key not in stored}
+    for name in fresh:
+        del state[name]
+    if keys and fresh:
+        parallel.say(
+            "note: the checkpoint has no expert biases (moe.moe_router_enable_expert_bias): they start at zero. The router's "
+            "scores become sigmoids instead of a softmax, so the weights of the chosen experts change"
+        )
+    return fresh
 
 
 @contextlib.contextmanager

@@ -13,13 +13,13 @@ FEW = 200  # choices per expert below which an idle expert is no sign
 
 ADVICE = {
     "collapse": (
-        "balance the routers: raise moe.moe_aux_loss_coeff (0.01 to 0.1), or set moe.moe_router_enable_expert_bias=true; "
-        "if the router's entropy is near 0 as well, lower optimizer.lr or raise optimizer.lr_warmup_fraction, and set "
-        "moe.moe_z_loss_coeff=0.001"
+        "balance the routers: raise moe.moe_aux_loss_coeff (0.01 to 0.1), or, with moe.router=megatron, set "
+        "moe.moe_router_enable_expert_bias=true; if the router's entropy is near 0 as well, lower optimizer.lr or raise "
+        "optimizer.lr_warmup_fraction, and, with moe.router=megatron, set moe.moe_z_loss_coeff=0.001"
     ),
     "dead": (
-        "it learns nothing: raise moe.moe_aux_loss_coeff, or set moe.moe_router_enable_expert_bias=true, which also brings "
-        "back an expert that is long idle"
+        "it learns nothing: raise moe.moe_aux_loss_coeff, or, with moe.router=megatron, set "
+        "moe.moe_router_enable_expert_bias=true, which also brings back an expert that is long idle"
     ),
 }
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_moellava import parallel
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.inference.engine import Engine
-from megatron_moellava.inference.load import layout_of, load_for_inference
+from megatron_moellava.inference.load import load_for_inference
 from megatron_moellava.inference.requests import Event, Request, Sampling
 from megatron_moellava.serving.chat import Conversation, run_chat
 from megatron_moellava.serving.service import Service
@@ -34,7 +34,7 @@ def open_engine(args: argparse.Namespace, **options) -> Engine:
         tokenizer=args.tokenizer,
         template=args.template,
         precision=args.precision,
-        layout=layout_of(args.overrides),
+        overrides=args.overrides,
         verify=not args.no_verify,
         replicated=True,
         max_sequence_length=args.max_length,

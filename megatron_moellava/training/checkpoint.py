@@ -5,6 +5,7 @@
                         ranks/                random generators by rank, data position by data-parallel rank
                         run.json              written last: a folder without it is incomplete; SHA-256 of all files
     SAVE/iter_0000100.damaged                 a checkpoint whose files are no longer what was written, set aside
+    SAVE/iter_0000100.superseded              a checkpoint that the run has gone back behind, set aside
 
 Optimizer state is kept in a canonical form (three tensors per parameter and one step count): Megatron-Core's own form
 cannot change between one and several expert-parallel ranks. Nothing in a folder needs unpickling of arbitrary objects.
@@ -15,6 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from megatron_moellava.backbones import backbone_fields
 from megatron_moellava.checkpoint.description import RunDescription, read_description, write_description
 from megatron_moellava.checkpoint.folders import (
     DAMAGED,
+    SUPERSEDED,
     UNFINISHED,
     complete_iterations,
     iteration_folder,
@@ -34,6 +37,7 @@ from megatron_moellava.checkpoint.folders import (
     write_tracker,
 )
 from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
+from megatron_moellava.checkpoint.resume_point import ResumePoint, resume_point
 from megatron_moellava.checkpoint.verification import digests_together, verify_checkpoint
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
 from megatron_moellava.model.fp8_emulation import Emulation
@@ -103,8 +107,8 @@ def save_checkpoint(
     def finish(description: RunDescription) -> None:
         write_description(unfinished, description)
         shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
         write_tracker(Path(folder), state.iteration)
+        unfinished.rename(final)
         _remove_old(Path(folder), keep, newest=final)
 
     _together(start, unfinished, on=0)
@@ -146,10 +150,12 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
 
 def provenance_of(run: RunConfig, source: Path) -> dict:
     """Where the weights of a stage come from: `source`, and whatever that came from; the imported config goes along."""
-    earlier = read_description(source).provenance
+    description = read_description(source)
+    earlier = description.provenance
     return {
         "operation": f"training of stage {run.training.stage}",
         "source": f"{source.parent.name}/{source.name}",
+        "source_seal": description.checksum,  # tells whether another folder holds the same start
         "version": megatron_moellava.__version__,
         "hf_config": earlier.get("hf_config"),
         "parent": {key: value for key, value in earlier.items() if key != "hf_config"},
@@ -264,34 +270,59 @@ def _remove_old(folder: Path, keep: int, newest: Path) -> None:
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def newest_intact(folder: str | Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint of a run whose files are all what was written; None where there has never been one.
+def newest_intact(folder: str | Path, say: Callable[[str], None], ckpt_step: int | None = None) -> Path | None:
+    """The checkpoint to go on from (`resume_point`) whose files are all what was written; None where there has never been one.
 
-    Damaged ones are set aside under another name, so that retention does not count them. CheckpointError when all are
-    damaged: to start anew in silence would throw the run away. Collective.
+    Damaged ones are set aside under another name, so that retention does not count them, and so are those that the user
+    has gone back behind. CheckpointError when all are damaged: to start anew in silence would throw the run away. Collective.
     """
-    candidates: list[list[Path]] = [complete_iterations(Path(folder))[::-1]]
-    # A network file system may show them to some ranks later than to others.
-    dist.broadcast_object_list(candidates, src=0)
+    point = _resume_point_of_all(folder, ckpt_step)
     damaged = []
-    for checkpoint in candidates[0]:
+    for checkpoint in point.candidates:
         try:
             verify_checkpoint(checkpoint, together=True, say=say)
         except DamagedCheckpoint as error:
+            if point.candidates == [checkpoint] and ckpt_step is not None:
+                raise CheckpointError(f"checkpoint.ckpt_step={ckpt_step}: {error}; or choose another step") from error
             say(f"{error}; set aside as {checkpoint.name}{DAMAGED}")
             damaged.append(checkpoint)
             continue
-        _together(lambda: [_set_aside(path) for path in damaged], checkpoint.with_suffix(UNFINISHED), on=0)
+        if point.note:
+            say(f"note: {point.note}")
+        setting_aside = partial(_leave_only, checkpoint, damaged, point.superseded)
+        _together(setting_aside, checkpoint.with_suffix(UNFINISHED), on=0)
         return checkpoint
     if damaged:
         raise CheckpointError(f"{folder}: all checkpoints are damaged; restore one, or choose another checkpoint.save")
     return None
 
 
-def _set_aside(checkpoint: Path) -> None:
-    target = checkpoint.with_suffix(DAMAGED)
-    shutil.rmtree(target, ignore_errors=True)
-    checkpoint.rename(target)
+def _resume_point_of_all(folder: str | Path, ckpt_step: int | None) -> ResumePoint:
+    """The first rank's: a network file system may show checkpoints to some ranks later than to others."""
+    found: list[ResumePoint | CheckpointError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [resume_point(folder, ckpt_step)]
+        except CheckpointError as error:
+            found = [error]
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], CheckpointError):
+        raise found[0]
+    assert found[0] is not None
+    return found[0]
+
+
+def _leave_only(chosen: Path, damaged: list[Path], superseded: list[Path]) -> None:
+    """`chosen` becomes the newest of the folder."""
+    for checkpoint in damaged:
+        target = checkpoint.with_suffix(DAMAGED)
+        shutil.rmtree(target, ignore_errors=True)
+        checkpoint.rename(target)
+    for checkpoint in superseded:  # whole, and of another try each: none of them replaces another
+        names = (checkpoint.with_suffix(SUPERSEDED + (f".{number}" if number else "")) for number in range(10**6))
+        checkpoint.rename(next(name for name in names if not name.exists()))
+    if superseded:
+        write_tracker(chosen.parent, int(chosen.name.removeprefix("iter_")))
 
 
 def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[MoELlava], steps: int) -> None:

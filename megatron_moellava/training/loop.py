@@ -4,6 +4,7 @@ The loss of a step is the mean over all loss tokens of the global batch: sum(los
 wherever the tokens are. `global_loss_scale` makes Megatron-Core's averages over micro-batches and ranks come out so.
 """
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -16,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
-from megatron_moellava.checkpoint.description import read_description
+from megatron_moellava.checkpoint.description import RunDescription, read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import DataError, MoELlavaError, RunConfig
+from megatron_moellava.config import DataError, MoELlavaError, OptimizerConfig, RunConfig, from_dict
 from megatron_moellava.data.batch import Batch, Counts, total
 from megatron_moellava.data.loader import Loader
 from megatron_moellava.exit_codes import INTERRUPTED
@@ -42,6 +43,7 @@ from megatron_moellava.training.optimizer import (
     build_optimizer,
     build_scheduler,
     overlaps,
+    rate_after,
     wrap_data_parallel,
 )
 from megatron_moellava.training.stragglers import Stragglers
@@ -113,26 +115,53 @@ class Trainer:
     def _load_weights(self) -> Path | None:
         """Weights from `checkpoint.save` if it holds a checkpoint to go on from (returned), else from `checkpoint.load`."""
         options = self.run.checkpoint
-        resumed = checkpoints.newest_intact(options.save, parallel.say) if options.save else None
+        resumed = None
+        if options.save:
+            resumed = checkpoints.newest_intact(options.save, parallel.say, options.ckpt_step)
+        if resumed:
+            description = read_description(resumed)
+            for text in check_resumable(resumed, description, self.run, self.chunks[0].backbone):
+                parallel.say(f"note: goes on with another value: {text}")
         source = resumed or (require_checkpoint(options.load) if options.load else None)
         if source is not None:
             load_weights(source, self.chunks, verified=resumed is not None)
             if resumed:
-                self.state.provenance = read_description(resumed).provenance
+                self.state.provenance = description.provenance
             else:
                 self.state.provenance = checkpoints.provenance_of(self.run, source)
         return resumed
 
     def _resume(self, checkpoint: Path) -> None:
         description = read_description(checkpoint)
-        check_resumable(checkpoint, description, self.run.training.stage)
         self.state.iteration = description.iteration
         self.state.consumed_samples = description.consumed_samples
         checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description.optimizer_steps)
         self.scheduler.step(increment=description.optimizer_steps)  # skipped steps did not move it
+        self._say_schedule(description)
         loaders = checkpoints.load_rank_state(checkpoint, description, self.fp8)
         if self.loader is not None:
             self.loader.load_states(loaders)
+
+    def _say_schedule(self, description: RunDescription) -> None:
+        """What the learning rate does from here, where it is another than the run before would have gone on with."""
+        done, updates, before = description.iteration, description.optimizer_steps, description.config
+        if done > self.train_steps:
+            parallel.say(
+                f"note: {done} steps are done, more than the {self.train_steps} of this run: nothing is left to train"
+            )
+        if not before or not parallel.is_main_process():
+            return
+        options, steps = from_dict(OptimizerConfig, before["optimizer"]), before["training"]["train_steps"]
+        if not steps:  # one epoch, whose steps only the data tell
+            epoch = before["training"]["train_steps"] != self.run.training.train_steps and self.loader is not None
+            rows = self.loader.rows_per_epoch() if epoch else 0
+            steps = math.ceil(rows / self.run.training.global_batch_size) or self.train_steps
+        then, now = rate_after(options, steps, updates), rate_after(self.run.optimizer, self.train_steps, updates)
+        if then != now:
+            parallel.say(
+                f"note: the learning rate of step {done + 1} is {now:.3g}, by the schedule of this run ({self.train_steps} "
+                f"steps, evaluated after {updates} updates); by the one before ({steps} steps) it was {then:.3g}"
+            )
 
     def _configure_schedules(self) -> None:
         for chunk in self.chunks:

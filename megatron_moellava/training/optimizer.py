@@ -12,10 +12,11 @@ from megatron_moellava.routing.observer import RoutingObserver
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import clip_grads, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.utils import local_multi_tensor_l2_norm
 
 ROUTER_GROUP = "is_router"  # key of the parameter group of the routers
 
@@ -43,6 +44,8 @@ def wrap_data_parallel(run: RunConfig, chunks: list[MoELlava]) -> list[Distribut
 
 def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:
     """AdamW in fp32 main parameters. The projector may have a learning rate, the routers a warm-up of their own."""
+    if platform.HAS_CUDA and clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = l2_norm
     options = run.optimizer
     config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -71,6 +74,15 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Ch
         # The optimizers of dense and of expert parameters would each gather the parameters of both; the last one does.
         part._defer_param_sync = True
     return optimizer
+
+
+def l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor, *unused) -> tuple[torch.Tensor, None]:
+    """[1], the norm of all tensors together, for Megatron-Core on a GPU without Transformer Engine and apex.
+
+    Its own stand-in reads the norm of every tensor on the host, and waits for the device each time.
+    """
+    norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
+    return torch.linalg.vector_norm(torch.stack(norms)).float().reshape(1), None
 
 
 class Scheduler(OptimizerParamScheduler):
@@ -105,6 +117,13 @@ def build_scheduler(options: OptimizerConfig, optimizer: ChainedOptimizer, train
         wd_incr_steps=train_steps,
         wd_incr_style="constant",
     )
+
+
+def rate_after(options: OptimizerConfig, train_steps: int, updates: int) -> float:
+    """The learning rate with which a run of `train_steps` goes on after so many updates."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=options.lr)
+    build_scheduler(options, optimizer, train_steps).step(increment=updates)
+    return optimizer.param_groups[0]["lr"]
 
 
 class Update:

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moellava.backbones import Backbone, backbone_fields
-from megatron_moellava.checkpoint.description import RunDescription, newest_described, read_description
+from megatron_moellava.checkpoint.description import RunDescription, read_description
 from megatron_moellava.checkpoint.folders import newest_checkpoint, require_checkpoint
-from megatron_moellava.config import CheckpointError, MoEConfig, MoELlavaError, RunConfig, to_dict
+from megatron_moellava.checkpoint.resume_point import newest_described
+from megatron_moellava.config import CheckpointError, ConfigError, MoEConfig, MoELlavaError, RunConfig, to_dict
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import Tower, tower_fields
+from megatron_moellava.validation.resume import differences, refusal
 
 # What in a folder says that it belongs to something else: it would be mixed up with a run's checkpoints.
 FOREIGN = {
@@ -27,10 +29,12 @@ def checkpoint_problems(run: RunConfig, backbone: Backbone | None, tower: Tower 
     if save is not None:
         yield from _writable(save)
         yield from _foreign(Path(save))
+    elif run.checkpoint.ckpt_step is not None:
+        yield "checkpoint.ckpt_step chooses among the checkpoints of checkpoint.save, which is not set; set it too"
     try:
-        resumed = newest_described(save) if save is not None else None
-        if resumed is not None:
-            check_resumable(*resumed, run.training.stage)
+        resumed = newest_described(save, run.checkpoint.ckpt_step) if save is not None else None
+        if resumed is not None and backbone is not None:
+            yield from _resumable(*resumed, run, backbone)[0]
         start = resumed[0] if resumed else require_checkpoint(load) if load is not None else None
         if start is None or backbone is None or tower is None:
             return
@@ -41,13 +45,53 @@ def checkpoint_problems(run: RunConfig, backbone: Backbone | None, tower: Tower 
         yield str(error)
 
 
-def check_resumable(checkpoint: Path, description: RunDescription, stage: int) -> None:
-    """CheckpointError when training of `stage` cannot go on from a checkpoint that lies in its own `checkpoint.save`."""
+def check_resumable(checkpoint: Path, description: RunDescription, run: RunConfig, backbone: Backbone) -> list[str]:
+    """Whether `run` may go on from a checkpoint in its own `checkpoint.save`; returns what the user has to be told.
+
+    CheckpointError when it is of a conversion or another stage, ConfigError that names every value that may not change.
+    """
+    problems, noted = _resumable(checkpoint, description, run, backbone)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return noted
+
+
+def _resumable(
+    checkpoint: Path, description: RunDescription, run: RunConfig, backbone: Backbone
+) -> tuple[list[str], list[str]]:
+    """(what is against it, what the user has to be told)"""
+    stage = run.training.stage
     if description.optimizer_steps is None or description.stage != stage:
         made_by = "of a conversion" if description.optimizer_steps is None else f"of stage {description.stage}"
         raise CheckpointError(
             f"checkpoint.save={checkpoint.parent} holds a checkpoint {made_by} that cannot be continued as stage {stage}; "
             "choose another checkpoint.save (and start from that one with checkpoint.load)"
+        )
+    where = f"checkpoint.save={checkpoint.parent} ({checkpoint.name})"
+    problems = list(_another_start(where, description, run.checkpoint.load))
+    if description.config is None:  # of a very old version
+        return problems, []
+    found = differences(description.config, run, backbone)
+    return [refusal(where, found.refused), *problems] if found.refused else problems, found.noted
+
+
+def _another_start(where: str, description: RunDescription, load: str | None) -> Iterator[str]:
+    """The start checkpoint is needed no more and may be gone or moved; another one would be passed over in silence."""
+    then = (description.config or {}).get("checkpoint", {}).get("load")
+    found = newest_checkpoint(load) if load is not None and load != then else None
+    if found is None:
+        return
+    try:
+        seal = read_description(found).checksum
+    except CheckpointError:
+        return
+    source, stored = description.provenance.get("source"), description.provenance.get("source_seal")
+    here = f"{found.parent.name}/{found.name}"
+    if (stored != seal) if stored is not None else (source != here):
+        yield (
+            f"{where} started from {source or 'new weights'} (checkpoint.load={then}), and checkpoint.load={load} is another "
+            f"checkpoint ({here}), which a run that goes on does not read; leave checkpoint.load out to go on, or choose "
+            "another checkpoint.save to start from it"
         )
 
 
@@ -64,6 +108,10 @@ def _model(given: str, stored: dict, run: RunConfig, backbone: Backbone, tower: 
     differing = differing_fields(stored, backbone, tower, run.moe)
     if differing:
         held = ", ".join(str(stored[part]) for part in ("backbone", "tower") if stored.get(part))
+        shared = next((text for text in differing if "moe_shared_expert_intermediate_size None there" in text), None)
+        if shared:
+            yield f"{given} has no shared expert ({shared}); make one first: moellava convert upcycle --shared-expert"
+            return
         listed = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
         yield f"{given} holds {held}, which is not the model of this run: {listed}; leave --backbone, --tower and moe.* out"
 

@@ -53,6 +53,7 @@ RULES: dict[str, Rule] = {
     "optimizer.adam_beta2": BELOW_1,
     "optimizer.adam_eps": POSITIVE,
     "optimizer.clip_grad": (AT_LEAST_0[0], "must be 0 (off) or positive"),
+    "checkpoint.ckpt_step": AT_LEAST_1,
     "checkpoint.save_interval": (AT_LEAST_1[0], "must be at least 1 step"),
     "checkpoint.keep": (AT_LEAST_1[0], "must be at least 1; the newest checkpoint is never deleted"),
     "logging.log_interval": (AT_LEAST_1[0], "must be at least 1 step"),

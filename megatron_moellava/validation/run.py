@@ -7,8 +7,9 @@ from pathlib import Path
 
 from megatron_moellava import typed_tree
 from megatron_moellava.backbones import BACKBONES, Backbone, backbone_fields, get_backbone
-from megatron_moellava.checkpoint.description import newest_described, read_description, trained_with
+from megatron_moellava.checkpoint.description import read_description, trained_with
 from megatron_moellava.checkpoint.folders import newest_checkpoint
+from megatron_moellava.checkpoint.resume_point import newest_described
 from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig, read_yaml, set_override, split_override
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.machine import GPU_CLUSTER, Machine, this_machine
@@ -35,6 +36,8 @@ def load_run(*, config: str | None = None, flags: dict[str, object], overrides: 
     for override in overrides:
         set_override(given, *split_override(override))
     tree = _model_of_checkpoint(given.get("checkpoint"))
+    if isinstance(given.get("model"), dict):
+        given["model"] = {part: value for part, value in given["model"].items() if not _is_gone(part, value, tree)}
     for section, fields in given.items():
         tree[section] = {**tree[section], **fields} if section in tree and isinstance(fields, dict) else fields
     run, problems = typed_tree.build(RunConfig, tree)
@@ -61,6 +64,12 @@ def _model_of_checkpoint(options: object) -> dict:
     moe = description.model.get("moe")
     model = trained_with(description).get("model", {}) | model_names(found)
     return {"model": model} | ({"moe": dict(moe)} if moe else {})
+
+
+def _is_gone(part: str, value: object, stored: dict) -> bool:
+    """Whether a model's folder is gone that a checkpoint describes: a run that goes on needs it no more."""
+    is_path = isinstance(value, str) and "/" in value
+    return part in stored.get("model", {}) and is_path and not Path(value).expanduser().exists()
 
 
 def model_names(checkpoint: Path) -> dict:

@@ -79,7 +79,7 @@ def _number(value: float) -> str:
 
 def largest_difference(ours, theirs) -> float:
     """Largest absolute difference in fp64; infinite for different shapes or NaN."""
-    ours, theirs = (torch.as_tensor(item, dtype=torch.float64, device="cpu") for item in (ours, theirs))
+    ours, theirs = (torch.as_tensor(item, dtype=torch.float64).cpu() for item in (ours, theirs))
     if ours.shape != theirs.shape:
         return math.inf
     difference = (ours - theirs).abs().nan_to_num(nan=math.inf)
@@ -97,6 +97,6 @@ def relative_errors(ours: dict, theirs: dict, floor: float = 0.0) -> dict[str, f
     """Per name: largest difference over the largest expected element, at least `floor`. A name on one side only: inf."""
     errors = dict.fromkeys(ours.keys() ^ theirs.keys(), math.inf)
     for name in ours.keys() & theirs.keys():
-        expected = torch.as_tensor(theirs[name], dtype=torch.float64, device="cpu")
+        expected = torch.as_tensor(theirs[name], dtype=torch.float64).cpu()
         errors[name] = largest_difference(ours[name], expected) / max(float(expected.abs().max()), floor, 1e-30)
     return errors

@@ -1,11 +1,12 @@
-"""One process that does what is asked of it, on the CPU or on a pretended GPU, and writes down the numbers.
+"""One process that does what is asked of it, on the CPU, on a pretended GPU or on a real one, and writes down the numbers.
 
-python -m tests.gpu.job cpu|gpu JOB FOLDER   writes FOLDER/result.json (of rank 0)
+python -m tests.gpu.job cpu|gpu|real FOLDER JOB ...   writes FOLDER/JOB.json (by rank 0); "real" needs no pretending
 """
 
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def settings(folder: Path, changes: dict) -> list[str]:
     from tests.helpers.data_files import make_set
     from tests.helpers.inference_models import TOKENIZER
 
-    rows = folder.parent / "rows"
+    rows = folder / "rows"
     if not rows.exists() and int(os.environ.get("RANK", 0)) == 0:
         make_set(rows, 8)
     asked = {
@@ -116,6 +117,39 @@ def gates(folder: Path, changes: dict) -> dict:
     return {"rows": len(table.rows), "passes": table.passes}
 
 
+def moved(folder: Path, changes: dict) -> dict:
+    """Load the CPU's checkpoint here and write it again: a digest of every tensor of the copy."""
+    import hashlib
+
+    import torch
+
+    from megatron_moellava import parallel
+    from megatron_moellava.config import ParallelConfig
+    from megatron_moellava.model.build import build_model
+    from megatron_moellava.model.weights import load_weights
+    from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
+    from tests.helpers.inference_models import GATES, tiny_checkpoint, tiny_run
+
+    origin, copy = folder.parent.parent / "origin", folder / "copy"
+    if not origin.exists():
+        tiny_checkpoint(origin)
+    digests = []
+    for source, target in ((origin, copy), (copy, folder / "second")):
+        parallel.initialize(ParallelConfig(), seed=7)
+        run = tiny_run(GATES["megatron"])
+        chunks = build_model(run)
+        load_weights(next(source.glob("iter_*")), chunks)
+        state = TrainingState(iteration=1, consumed_samples=0, data=None)
+        save_checkpoint(target, run, chunks, state)
+        tensors = {name: item.detach().cpu().contiguous() for name, item in chunks[0].named_parameters()}
+        digests.append(
+            {name: hashlib.sha256(item.view(torch.uint8).numpy()).hexdigest() for name, item in tensors.items()}
+        )
+        parallel.shutdown()
+    assert digests[0] == digests[1]
+    return {"digests": digests[0]}
+
+
 JOBS: dict[str, tuple[Callable[[Path, dict], dict], dict]] = {
     "packed": (train, {}),
     "padded": (train, {"data.packing": "false"}),
@@ -124,6 +158,7 @@ JOBS: dict[str, tuple[Callable[[Path, dict], dict], dict]] = {
     "megatron answers": (generate, {"gate": "megatron"}),
     "original answers": (generate, {"gate": "original deterministic"}),
     "gates": (gates, {}),
+    "moved": (moved, {}),
     "background": (train, {"checkpoint.async_save": "true", "training.recompute": "full"}),
     "phi": (train, {"model.backbone": "phi-2-tiny", "data.packing": "false"}),
     "qwen3": (train, {"model.backbone": "qwen3-tiny"}),
@@ -138,23 +173,36 @@ JOBS: dict[str, tuple[Callable[[Path, dict], dict], dict]] = {
 
 
 def main() -> None:
-    where, name, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    where, folder, *names = sys.argv[1:]
     if where == "gpu":
         from tests.gpu.pretended import install
 
         install(gpus=int(os.environ.get("WORLD_SIZE", 1)))
     from megatron_moellava import parallel, platform
 
-    assert (where == "gpu") is platform.HAS_CUDA
-    action, changes = JOBS[name]
-    result = action(folder, changes)
-    parallel.shutdown()
-    if where == "gpu":
-        from tests.gpu.pretended import waits
+    assert (where != "cpu") is platform.HAS_CUDA
+    for name in names:
+        action, changes = JOBS[name]
+        place = Path(folder) / name.replace(" ", "_")
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            result = action(place, changes) | counted(where)
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        parallel.shutdown()
+        if int(os.environ.get("RANK", 0)) == 0:
+            (Path(folder) / f"{name}.json").write_text(json.dumps(result))
 
-        result["waits"] = dict(waits)
-    if int(os.environ.get("RANK", 0)) == 0:
-        (folder / "result.json").write_text(json.dumps(result))
+
+def counted(where: str) -> dict:
+    """Waits of the host inside of steps since the last call, by place."""
+    if where != "gpu":
+        return {}
+    from tests.gpu.pretended import waits
+
+    found = {name.removeprefix("step "): count for name, count in waits.items() if name.startswith("step ")}
+    waits.clear()
+    return {"waits": found}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ has nccl's rules. What it cannot show: kernels, their limits, their numerics, an
 import collections
 import contextlib
 import functools
-import traceback
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,22 +22,10 @@ OURS = "megatron_moellava/"
 CROSSING = {"copy_", "_to_copy", "set_", "_local_scalar_dense", "is_same_size", "_has_compatible_shallow_copy_type"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal"}
-FACTORIES = [
-    "empty",
-    "zeros",
-    "ones",
-    "full",
-    "rand",
-    "randn",
-    "randint",
-    "arange",
-    "tensor",
-    "as_tensor",
-    "eye",
-    "linspace",
-    "empty_strided",
-    "randperm",
-]
+FACTORIES = (
+    *("empty", "zeros", "ones", "full", "rand", "randn", "randint", "arange", "tensor", "as_tensor", "eye", "linspace"),
+    *("empty_strided", "randperm"),
+)
 LIKE = ["empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"]
 NEW = ["new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"]
 HOST = ["item", "tolist", "__bool__", "__int__", "__float__", "__index__"]
@@ -86,14 +74,16 @@ def untag(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def place() -> str:
-    """The innermost function of this project, or of megatron-core, on the stack."""
-    for frame in reversed(traceback.extract_stack()):
-        if "tests/gpu/pretended" in frame.filename:
-            continue
-        for root in (OURS, "megatron/core/", "tests/"):
-            if root in frame.filename:
-                return f"{root}{frame.filename.rpartition(root)[2]}:{frame.name}"
-    return "elsewhere"
+    """The innermost function of this project, of megatron-core or of the tests; "step " before it inside of a step."""
+    frame, found, is_step = sys._getframe(1), "", False
+    while frame is not None:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        root = next((root for root in (OURS, "megatron/core/", "tests/") if root in file), None)
+        if root and not found and "tests/gpu/pretended" not in file:
+            found = f"{root}{file.rpartition(root)[2]}:{name}"
+        is_step = is_step or (name == "step" and OURS in file)
+        frame = frame.f_back  # type: ignore[assignment]
+    return ("step " if is_step else "") + (found or "elsewhere")
 
 
 def note(what: str) -> None:
@@ -125,7 +115,9 @@ class Devices(TorchDispatchMode):
         if not tensors and name in ("zeros", "ones", "full", "empty"):
             storage = _storage(output)
             _free[storage._cdata] = StorageWeakRef(storage)
-        if is_gpu and name != "_local_scalar_dense":
+        if is_gpu and name == "copy_" and not on_gpu(args[0]):
+            note("copy to the host")
+        elif is_gpu and name != "_local_scalar_dense":
             for item in tree_leaves(output):
                 if isinstance(item, torch.Tensor):
                     tag(item)

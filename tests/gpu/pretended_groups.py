@@ -9,19 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 from tests.gpu.pretended import on_gpu, place, tag, untag
 
-CHECKED = [
-    "all_reduce",
-    "broadcast",
-    "reduce",
-    "all_gather_into_tensor",
-    "reduce_scatter_tensor",
-    "reduce_scatter",
-    "all_to_all",
-    "send",
-    "recv",
-    "gather",
-    "scatter",
-]
+CHECKED = (
+    *("all_reduce", "broadcast", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce_scatter"),
+    *("all_to_all", "send", "recv", "gather", "scatter"),
+)
 _gloo: list = []  # groups that were asked for as gloo's; kept, so that no other gets their address
 
 

@@ -249,7 +249,8 @@ def _touched(node: ast.AST, replaceable: set[str], ours: set[str]) -> list[str]:
         return [name for alias in node.names for name in alias.name.split(".") if _is_private(name)]
     if isinstance(node, ast.Attribute):
         if isinstance(node.ctx, ast.Store) and dotted(node).split(".")[0] in replaceable:
-            return [node.attr]  # replaced, whether private or not
+            is_switch = in_module(dotted(node), "torch.backends")  # documented, and made to be set
+            return [] if is_switch else [node.attr]  # replaced, whether private or not
         by_super = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "super"
         return [node.attr] if _is_private(node.attr) and (by_super or node.attr not in ours) else []
     if isinstance(node, ast.Tuple) and len(node.elts) == 3:  # (owner, "name", stand-in)

@@ -6,15 +6,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import uvicorn
-
 from megatron_moellava import parallel
 from megatron_moellava.config import MoEConfig
 from megatron_moellava.inference.engine import Engine
 from megatron_moellava.inference.load import load_for_inference
 from megatron_moellava.serving.openai_api import ApiLimits
 from megatron_moellava.serving.pictures import PictureLimits
-from megatron_moellava.serving.server import ServerOptions, build_app
 from megatron_moellava.serving.service import Service
 from tests.helpers.inference_models import tiny_engine
 
@@ -30,6 +27,10 @@ class Running:
 @contextlib.contextmanager
 def serving(checkpoint: str | None = None, **changes) -> Iterator[Running]:
     """`checkpoint`: serve this one instead; `changes`: of the server's options."""
+    import uvicorn  # with fastapi, behind the server, a second that collecting the tests does not need
+
+    from megatron_moellava.serving.server import ServerOptions, build_app
+
     if checkpoint:
         engine = load_for_inference(checkpoint, max_batch_size=4)
     else:

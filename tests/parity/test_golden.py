@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_moellava.commands.verify import main
 from megatron_moellava.verify.folder import Folder
 from megatron_moellava.verify.gates import verify_gates
 from megatron_moellava.verify.table import Table
@@ -31,6 +32,17 @@ def run_verify(folder, *overrides, processes=1):
 
 def failures(result) -> str:
     return "\n".join(line for line in result.stdout.splitlines() if "FAIL" in line) or result.stderr[-3000:]
+
+
+@pytest.fixture
+def verified(capsys):
+    """The command in this process, which has imported everything: (exit code, what it printed, its errors)."""
+
+    def run(folder) -> tuple[int, str, str]:
+        code = main([str(folder)])
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -123,13 +135,13 @@ def nudge_curve(content):
     ],
     ids=["weight", "logit", "gradient", "gate weight", "curve"],
 )
-def test_one_wrong_number_is_seen(whole, tmp_path, file, change, kept, seen):
+def test_one_wrong_number_is_seen(whole, verified, tmp_path, file, change, kept, seen):
     folder = copy_of(whole, tmp_path)
     only(folder, kept)
     replace_file(folder / file, change)
-    result = run_verify(folder)
-    assert result.returncode == 1, result.stdout + result.stderr[-3000:]
-    assert any("FAIL" in line and f" {seen} " in line for line in result.stdout.splitlines()), result.stdout
+    code, printed, errors = verified(folder)
+    assert code == 1, printed + errors
+    assert any("FAIL" in line and f" {seen} " in line for line in printed.splitlines()), printed
 
 
 @pytest.mark.parametrize("backbone", ["phi", "llama"])
@@ -139,7 +151,7 @@ def test_gates_alone_agree(backbone):
     assert len(table.rows) > 100 and table.passes, table.render()
 
 
-def test_a_wrong_token_of_a_conversation_is_seen(whole, tmp_path):
+def test_a_wrong_token_of_a_conversation_is_seen(whole, verified, tmp_path):
     folder = copy_of(whole, tmp_path)
     only(folder, "moe_layers.json")
     file = folder.parent / "data/conversations.json"
@@ -147,12 +159,11 @@ def test_a_wrong_token_of_a_conversation_is_seen(whole, tmp_path):
     content["versions"]["v1"]["one_image"]["labels"][-1] = -100
     file.unlink()
     file.write_text(json.dumps(content))
-    result = run_verify(folder)
-    assert result.returncode == 1
-    assert "one_image" in next(line for line in result.stdout.splitlines() if "FAIL" in line)
+    code, printed, _ = verified(folder)
+    assert code == 1
+    assert "one_image" in next(line for line in printed.splitlines() if "FAIL" in line)
 
 
-def test_a_folder_without_recordings_is_refused(tmp_path):
-    result = run_verify(tmp_path)
-    assert result.returncode == 2
-    assert "holds no recordings" in result.stderr
+def test_a_folder_without_recordings_is_refused(verified, tmp_path):
+    code, _, errors = verified(tmp_path)
+    assert code == 2 and "holds no recordings" in errors

@@ -268,10 +268,10 @@ def test_qwen_v1_runs_as_qwen2(tmp_path, towers, moe):
 
 
 def test_minicpm_runs_with_its_scalings(tmp_path, towers):
-    """transformers has no MiniCPM; Granite is Llama with the same scalings. Multimodal rows have no scale_emb."""
+    """transformers has no MiniCPM; Granite is Llama with the same scalings."""
     depth, base, layers = 1.4, 16, SIZES["num_hidden_layers"]
     config = transformers.GraniteConfig(
-        embedding_multiplier=1.0,
+        embedding_multiplier=12.0,
         residual_multiplier=depth / math.sqrt(layers),
         attention_multiplier=16**-0.5,
         logits_scaling=64 / base,

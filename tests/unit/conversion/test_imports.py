@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_moellava.checkpoint.description import read_description, trained_with
+from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import ConfigError
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
@@ -18,6 +20,8 @@ from tests.helpers.conversion_models import (
     original_state,
     write_folder,
 )
+from tests.helpers.hf_models import BUILDERS
+from tests.helpers.paths import GOLDEN
 
 
 def test_released_moe_settings_are_read(tmp_path):
@@ -79,3 +83,46 @@ def test_multimodal_settings_that_are_not_supported_are_named(tmp_path):
     source = write_folder(tmp_path / "source", original_state("llama", "dense"), config)
     with pytest.raises(ConfigError, match="qformer2_4"):
         import_checkpoint(source, save=tmp_path / "run", tower=str(TOWER))
+
+
+@pytest.mark.parametrize("given, by_the_original, drops", [
+    ("siglip@original", False, True), ("siglip", False, False), ("siglip", True, True), ("clip", True, True),
+])  # fmt: skip
+def test_the_rule_of_the_towers_features_is_given_or_told_from_the_projector(tmp_path, given, by_the_original, drops):
+    """`FOLDER@original` is a folder with a rule; the original's mm_projector.bin was trained without SigLIP's first patch."""
+    BUILDERS["llama"](tmp_path / "hf")
+    towers = {"siglip": GOLDEN / "assets/google/siglip-tiny", "clip": TOWER}
+    name, _, rule = given.partition("@")
+    tower = f"{towers[name]}{'@' if rule else ''}{rule}"
+    width = get_tower(str(towers[name])).hidden_size
+    prefix = "model.mm_projector.image_spatial_proj." if by_the_original else "model.mm_projector."
+    shapes = {"0.weight": (64, width), "0.bias": (64,), "2.weight": (64, 64), "2.bias": (64,)}
+    torch.save({prefix + key: torch.randn(shape) for key, shape in shapes.items()}, tmp_path / "mm_projector.bin")
+    report = import_checkpoint(
+        tmp_path / "hf", save=tmp_path / "run", tower=tower, projector=tmp_path / "mm_projector.bin"
+    )
+    assert report["model"].tower.drop_first_feature is drops
+    export_checkpoint(tmp_path / "run", save=tmp_path / "projector", layout="projector")
+    again = import_checkpoint(
+        tmp_path / "hf",
+        save=tmp_path / "again",
+        tower=str(towers[name]),
+        projector=tmp_path / "projector/mm_projector.bin",
+    )
+    assert again["model"].tower.drop_first_feature is drops  # the config.json beside the projector says so
+
+
+def test_what_a_release_says_of_its_training_is_recorded(tmp_path):
+    config = original_config("llama", "dense") | {"image_aspect_ratio": "square", "tokenizer_model_max_length": 3072}
+    source = write_folder(tmp_path / "source", original_state("llama", "dense"), config)
+    import_checkpoint(source, save=tmp_path / "run", tower=str(TOWER))
+    trained = trained_with(read_description(require_checkpoint(tmp_path / "run")))
+    assert trained["data"] == {
+        "template": "v1",
+        "label_mode": "original",
+        "image_aspect_ratio": "square",
+        "max_sample_length": 3072,
+        "length_counts": "text",
+    }
+    export_checkpoint(tmp_path / "run", save=tmp_path / "out", layout="original")
+    assert json.loads((tmp_path / "out/config.json").read_text()) == config

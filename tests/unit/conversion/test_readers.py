@@ -1,12 +1,10 @@
 """Damaged and strange files are errors that name them."""
 
-import pickle
-
 import pytest
 import torch
 
 from megatron_moellava.config import CheckpointError
-from megatron_moellava.conversion.readers import open_bin, open_huggingface
+from megatron_moellava.conversion.readers import INSTEAD, open_bin, open_huggingface
 from tests.helpers.conversion_models import original_config, original_state, read, write_folder
 
 
@@ -34,9 +32,6 @@ def test_bin_with_code_in_it_does_not_run(tmp_path):
     torch.save({"a": Harmful()}, tmp_path / "bad.bin")
     with pytest.raises(CheckpointError, match="not a plain dictionary"):
         open_bin(tmp_path / "bad.bin")
-    (tmp_path / "old.bin").write_bytes(pickle.dumps({}))
-    with pytest.raises(CheckpointError, match="not a plain dictionary"):
-        open_bin(tmp_path / "old.bin")
 
 
 def test_bin_tensors_that_share_storage_are_read(tmp_path):
@@ -48,3 +43,22 @@ def test_bin_tensors_that_share_storage_are_read(tmp_path):
     torch.save({"columns": base[:, 1:3]}, tmp_path / "view.bin")
     with pytest.raises(CheckpointError, match="contiguous"):
         open_bin(tmp_path / "view.bin")
+
+
+def test_files_that_are_no_archive_of_torch_are_named(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"before version 1\.6; write it anew"):
+        open_bin(tmp_path / "old.bin")
+    (tmp_path / "pointer.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        open_bin(tmp_path / "pointer.bin")
+    (tmp_path / "cut.bin").write_bytes(b"PK\3\4 and no more")
+    with pytest.raises(CheckpointError, match="cut off"):
+        open_bin(tmp_path / "cut.bin")
+
+
+@pytest.mark.parametrize("name", INSTEAD)
+def test_a_folder_of_something_else_is_named_with_the_way_out(tmp_path, name):
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match=r"it holds .*(merge|--projector|save|convert|weights)"):
+        open_huggingface(tmp_path)

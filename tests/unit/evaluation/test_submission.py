@@ -2,7 +2,6 @@
 
 import json
 
-import openpyxl
 import pytest
 
 from megatron_moellava.evaluation.answered import Answered
@@ -48,6 +47,8 @@ def test_gqa_seed_and_mm_vet_submissions(tmp_path):
 
 @pytest.mark.parametrize("circular", [False, True])
 def test_mmbench_submission_is_the_table_with_a_prediction_column(tmp_path, circular):
+    import openpyxl
+
     miniatures.mmbench(tmp_path)
     texts = ["B", "A", "C", "A. sodium", "B"] if circular else ["B", "A. sodium"]
     rows = list(openpyxl.load_workbook(submit("mmbench", tmp_path, texts, circular)).active.values)

@@ -29,7 +29,7 @@ def test_growing_in_small_blocks_changes_no_token(monkeypatch):
     requests = [*mixed_requests(), ask(90, num_beams=3, max_new_tokens=9), ask(91, max_new_tokens=30)]
     whole = answers(tiny_engine(max_batch_size=5), requests)
     parallel.shutdown()
-    monkeypatch.setattr(kv_cache, "BLOCK", 3)
+    monkeypatch.setattr(kv_cache, "GROWTH", 3)
     engine = tiny_engine(max_batch_size=5)
     assert answers(engine, requests) == whole
     assert engine.cache.held[1] < engine.max_sequence_length
@@ -38,13 +38,13 @@ def test_growing_in_small_blocks_changes_no_token(monkeypatch):
 def test_the_cache_is_as_large_as_its_requests():
     engine = tiny_engine(max_batch_size=32)
     (completion,) = engine.generate([ask(0, max_new_tokens=4)])
-    assert engine.cache.held == (1, kv_cache.BLOCK), f"{completion.num_prompt_tokens} tokens of prompt"
+    assert engine.cache.held == (1, kv_cache.GROWTH), f"{completion.num_prompt_tokens} tokens of prompt"
     assert held_bytes(engine) == engine.memory.size(1, completion.num_prompt_tokens + 4)
 
 
 def test_a_request_that_has_no_room_beside_the_others_waits(monkeypatch):
-    monkeypatch.setattr("megatron_moellava.inference.cache_memory.BLOCK", 1)
-    monkeypatch.setattr(kv_cache, "BLOCK", 1)
+    monkeypatch.setattr("megatron_moellava.inference.cache_memory.GROWTH", 1)
+    monkeypatch.setattr(kv_cache, "GROWTH", 1)
     requests = [ask(number, max_new_tokens=6) for number in range(4)]
     engine = tiny_engine(max_batch_size=4)
     expected = answers(engine, requests)

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_moellava import parallel
 from megatron_moellava.config import CheckpointError, ConfigError, ParallelConfig
-from megatron_moellava.inference.load import inference_layout, inference_run, layout_of, load_for_inference
+from megatron_moellava.inference.load import inference_layout, inference_run, load_for_inference
 from tests.helpers.inference_models import TOKENIZER, ask, tiny_checkpoint
 
 
@@ -58,8 +58,6 @@ def test_a_damaged_checkpoint_answers_nothing_unless_one_insists(saved, tmp_path
 
 
 def test_layouts_for_generation_cut_neither_sequence_nor_stages_into_pieces():
-    layout = layout_of(["parallel.tensor_model_parallel_size=2"])
-    assert layout.tensor_model_parallel_size == 2
-    assert not inference_layout(layout).sequence_parallel
+    assert not inference_layout(ParallelConfig(tensor_model_parallel_size=2)).sequence_parallel
     with pytest.raises(ConfigError, match="context_parallel_size must be 1"):
         inference_layout(ParallelConfig(context_parallel_size=2))

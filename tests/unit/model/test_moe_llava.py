@@ -1,8 +1,11 @@
 """The model: where images go, what padding and labels do to the loss, positions of packed rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from megatron_moellava.config import MoEConfig
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.inputs import model_inputs
@@ -79,3 +82,23 @@ def test_a_batch_without_images_still_gives_the_projector_a_gradient(model):
     model.vision_tower.requires_grad_(False)
     model(**model_inputs(words())).sum().backward()
     assert not model.projector.linear_fc1.weight.grad.any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", ["tensorwise", "mxfp8"])
+def test_columns_that_only_align_rows_do_not_count_in_the_originals_gate(world, recipe):
+    """FP8 fills rows up to 16 or 32; places at the experts and losses are those of the rows as they came."""
+    moe = MoEConfig(router="original", moe_expert_capacity_factor=0.5, second_choice="deterministic")
+    plain = tiny_run(moe)
+    aligned = replace(plain, training=replace(plain.training, fp8_recipe=recipe))
+    (narrow,), (wide,) = build_model(plain), build_model(aligned)
+    wide.load_state_dict(narrow.state_dict(), strict=False)
+    batch = words()
+    length, multiple = batch.tokens_BS.shape[1], aligned.row_multiple
+    fill = {
+        name: torch.nn.functional.pad(getattr(batch, name), (0, -length % multiple), value=value)
+        for name, value in (("tokens_BS", 0), ("labels_BS", X), ("padding_mask_BS", False))
+    }
+    filled = replace(batch, position_ids_BS=torch.arange(multiple).expand(2, -1), max_seqlen=multiple, **fill)
+    expected_BS, losses_BS = narrow(**model_inputs(batch)), wide(**model_inputs(filled))
+    assert torch.allclose(losses_BS[:, :length], expected_BS, atol=1e-5) and not losses_BS[:, length:].any()

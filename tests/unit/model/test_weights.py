@@ -50,6 +50,22 @@ def test_a_model_that_does_not_fit_is_told_every_difference(world, saved, moe, b
     assert all(word in str(refused.value) for word in words), refused.value
 
 
+@pytest.mark.parametrize("layers", ["sparse", "dense"])
+def test_an_expert_bias_that_a_checkpoint_lacks_starts_at_zero_and_is_said(world, saved, capsys, layers):
+    (model,) = build_model(tiny_run(MoEConfig(moe_router_enable_expert_bias=True, placement=layers)))
+    for name, value in model.named_buffers():
+        if name.endswith("expert_bias"):
+            assert not value.any()
+    if layers == "dense":  # what does not fit for another reason is said as before
+        with pytest.raises(CheckpointError, match="layers"):
+            load_weights(saved, [model])
+        return
+    load_weights(saved, [model])
+    biases = [value for name, value in model.named_buffers() if name.endswith("expert_bias")]
+    assert len(biases) == 2 and not any(value.any() for value in biases)
+    assert "no expert biases" in capsys.readouterr().out
+
+
 def test_bookkeeping_of_transformer_engine_is_no_weight(world):
     assert is_bookkeeping("a.b._extra_state") and is_bookkeeping("a._extra_state3")
     assert not is_bookkeeping("a._extra_state.weight") and not is_bookkeeping("a.weight")

@@ -12,7 +12,6 @@ import urllib.error
 import urllib.request
 import zlib
 
-import openai
 import pytest
 
 from megatron_moellava.data.sample import Turn
@@ -27,9 +26,15 @@ def server():
         yield running
 
 
+def openai_client(server, key: str = "none"):
+    import openai  # a second of imports that collecting the tests does not need
+
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
+
+
 @pytest.fixture
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    return openai_client(server)
 
 
 def data_url(number: int = 3) -> str:
@@ -249,7 +254,7 @@ def test_a_token_is_asked_for_and_open_requests_are_bounded():
         assert post(running, data, Authorization="Bearer wrong")[0] == 401
         assert get(running, "/v1/models")[0] == 401
         assert post(running, data, Authorization="Bearer secret")[0] == 200
-        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="secret", max_retries=0)
+        client = openai_client(running, "secret")
         stream = client.chat.completions.create(model="tiny", messages=question(), max_tokens=900, stream=True)
         next(iter(stream))
         assert post(running, data, Authorization="Bearer secret")[0] == 429

@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from megatron_moellava import parallel
+from megatron_moellava.checkpoint.folders import TRACKER
 from megatron_moellava.config import (
     CheckpointConfig,
     CheckpointError,
+    ConfigError,
     DataConfig,
     LoggingConfig,
     MoEConfig,
     OptimizerConfig,
     ParallelConfig,
+    RunConfig,
     Source,
 )
 from megatron_moellava.data.loader import Batches
@@ -105,6 +108,93 @@ def test_a_checkpoint_of_another_stage_is_not_continued(world, tmp_path):
     Trainer(run_in(tmp_path), Rows(), 1).train()
     with pytest.raises(CheckpointError, match="holds a checkpoint of stage 3 that cannot be continued as stage 2"):
         Trainer(run_in(tmp_path, stage=2), Rows(), 1)
+
+
+def numbers_of(folder) -> list[tuple]:
+    return [tuple(step[name] for name in ("iteration", "loss", "grad_norm", "lr")) for step in steps_of(folder)]
+
+
+def continued(run: RunConfig, steps: int = 4) -> Trainer:
+    """In the state in which a new process is."""
+    parallel.initialize(ParallelConfig(), seed=1)
+    return Trainer(run, Rows(), steps)
+
+
+def test_what_a_resume_may_change_freely_changes_no_bit(world, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    continued(run_in(whole)).train()
+    first = continued(run_in(halves))
+    first.loader.at = {4: first._on_signal}
+    assert first.train() == INTERRUPTED
+    moved = halves.rename(tmp_path / "moved")
+    run = run_in(moved, non_finite_patience=9)
+    run = replace(
+        run,
+        data=replace(run.data, num_workers=7, max_skip_share=0.5),
+        parallel=ParallelConfig(distributed_timeout_minutes=3.0),
+        optimizer=replace(run.optimizer, overlap_grad_reduce=False),
+        checkpoint=CheckpointConfig(
+            save=str(moved), load=str(tmp_path / "gone"), save_interval=1, keep=5, async_save=True
+        ),
+        logging=replace(run.logging, straggler_interval=0),
+    )
+    assert continued(run).train() == 0
+    assert numbers_of(moved) == numbers_of(whole)
+
+
+@pytest.fixture
+def finished(world, tmp_path):
+    """A run of four steps that keeps the checkpoints of steps 2 and 4."""
+    continued(run_in(tmp_path)).train()
+    return tmp_path
+
+
+def back(folder, **checkpoint) -> RunConfig:
+    run = run_in(folder)
+    return replace(run, checkpoint=replace(run.checkpoint, **checkpoint))
+
+
+def test_a_run_goes_on_from_an_older_step_and_sets_the_newer_aside(finished, capsys):
+    before = numbers_of(finished)
+    trainer = continued(back(finished, ckpt_step=2))
+    assert trainer.state.iteration == 2 and trainer.loader.read == 4
+    assert "iter_0000004 set aside as *.superseded" in capsys.readouterr().out
+    assert (finished / "iter_0000004.superseded/run.json").exists() and not (finished / "iter_0000004").exists()
+    assert (finished / TRACKER).read_text() == "2\n"
+    assert trainer.train() == 0
+    assert numbers_of(finished) == before, "the same run again"
+    assert continued(back(finished, ckpt_step=2)).state.iteration == 4, "the same command after its end"
+    (finished / TRACKER).write_text("2")
+    assert continued(run_in(finished)).state.iteration == 2
+    assert (finished / "iter_0000004.superseded.1").exists(), "and the one from before is still there"
+
+
+def test_a_damaged_step_that_was_asked_for_is_not_replaced(finished):
+    (finished / "iter_0000002/ranks/data_00000.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"checkpoint.ckpt_step=2: .*data_00000.pt.*choose another step"):
+        continued(back(finished, ckpt_step=2))
+    assert (finished / "iter_0000002").exists() and (finished / "iter_0000004").exists()
+
+
+def test_a_longer_schedule_says_what_the_learning_rate_does(finished, capsys):
+    trainer = continued(run_in(finished, train_steps=8), 8)
+    said = capsys.readouterr().out
+    assert "goes on with another value: training.train_steps=4 then, 8 now (the schedule's length)" in said
+    trainer.train()
+    rate = steps_of(finished)[4]["lr"]
+    assert rate > 1e-4
+    assert f"the learning rate of step 5 is {rate:.3g}, by the schedule of this run (8 steps" in said
+    assert "by the one before (4 steps) it was 0\n" in said
+    capsys.readouterr()
+    continued(run_in(finished, train_steps=8), 8)
+    assert "note:" not in capsys.readouterr().out, "the same command says nothing"
+    continued(run_in(finished, train_steps=2), 2)
+    assert "8 steps are done, more than the 2 of this run" in capsys.readouterr().out
+
+
+def test_another_run_is_refused_before_a_weight_is_read(finished):
+    with pytest.raises(ConfigError, match=r"training.global_batch_size=2 then, 4 now .*training.seed=42 then, 1 now"):
+        continued(run_in(finished, global_batch_size=4, seed=1))
 
 
 def test_a_run_that_diverges_stops_with_its_samples(world, tmp_path, capsys):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_moellava.backbones import get_backbone
-from megatron_moellava.checkpoint.description import RunDescription, write_description
-from megatron_moellava.config import ConfigError, MoEConfig, RunConfig, from_dict, set_override
+from megatron_moellava.checkpoint.description import RunDescription, read_description, write_description
+from megatron_moellava.config import ConfigError, MoEConfig, RunConfig, from_dict, set_override, to_dict
 from megatron_moellava.costs.shapes import Model
 from megatron_moellava.machine import Machine
 from megatron_moellava.towers import get_tower
@@ -272,6 +272,39 @@ def test_a_resumed_run_needs_its_start_no_more(wanted):
     run = wanted.load()
     validate(run, 1)
     assert (run.model.backbone, run.model.tower) == ("qwen2-tiny", "clip-tiny")
+
+
+def test_a_resumed_run_needs_the_folders_of_its_models_no_more(wanted):
+    saved(wanted, backbone="qwen2-tiny", stage=2, optimizer_steps=4)
+    wanted.flags |= {"model.backbone": "/gone/qwen2", "model.tower": "/gone/clip"}
+    run = wanted.load()
+    validate(run, 1)
+    assert (run.model.backbone, run.model.tower) == ("qwen2-tiny", "clip-tiny")
+    wanted.flags["model.backbone"] = "qwen2-tony"
+    assert "neither a known backbone nor a folder" in wanted.message(), "a misspelled name is no folder that is gone"
+
+
+def start(wanted: Wanted, name: str) -> dict:
+    """What a run remembers of the checkpoint that it started from."""
+    path = Path(checkpoint(wanted.folder / name, provenance={"operation": name})) / "iter_0000004"
+    return {"source": f"{name}/iter_0000004", "source_seal": read_description(path).checksum}
+
+
+def test_the_start_checkpoint_may_be_moved_and_gone_but_not_another(wanted):
+    begun = start(wanted, "start")
+    start(wanted, "another")
+    config = to_dict(wanted.load()) | {"checkpoint": {"load": "start"}}
+    saved(wanted, stage=2, optimizer_steps=4, provenance=begun, config=config)
+    (wanted.folder / "start").rename(wanted.folder / "moved")
+    for load in ("", "/nowhere", str(wanted.folder / "moved"), "start"):
+        wanted.flags["checkpoint.load"] = load
+        validate(wanted.load(), 1)
+    wanted.flags["checkpoint.load"] = str(wanted.folder / "another")
+    wanted.flags |= {"training.seed": 7, "model.backbone": "qwen2-tiny"}
+    assert "training.seed=42 then, 7 now" in wanted.message()
+    assert "which is not the model of this run" in wanted.message(), "all of it at once"
+    assert "started from start/iter_0000004 (checkpoint.load=start), and checkpoint.load=" in wanted.message()
+    assert "(another/iter_0000004), which a run that goes on does not read" in wanted.message()
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"format": 1}'])

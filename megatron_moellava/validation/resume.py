@@ -1,0 +1,192 @@
+"""What a run may change when it goes on from its own checkpoint: one table over every field of a run.
+
+FREE     where and how fast it runs, what it says and keeps: the same samples and, up to rounding, the same numbers.
+NOTED    the numbers are other ones from here on; the run says so with both values.
+REFUSED  it would be another run under the name of this one.
+CONTENT  compared by what the value stands for, not by how it is spelled.
+
+The text beside a field says why, where the name alone does not; NOTED and REFUSED ones are shown with it.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from megatron_moellava.backbones import Backbone
+from megatron_moellava.config import RunConfig, to_dict
+from megatron_moellava.stages import STAGES
+
+FREE = {
+    "moe.moe_grouped_gemm": "",
+    "moe.moe_token_dispatcher_type": "",
+    "moe.moe_router_padding_for_quantization": "",
+    "data.num_workers": "the order of samples does not know them",
+    "data.max_skip_share": "a tolerance",
+    "parallel.tensor_model_parallel_size": "",
+    "parallel.pipeline_model_parallel_size": "",
+    "parallel.virtual_pipeline_model_parallel_size": "",
+    "parallel.num_layers_in_first_pipeline_stage": "",
+    "parallel.pipeline_split": "",
+    "parallel.context_parallel_size": "",
+    "parallel.expert_model_parallel_size": "",
+    "parallel.expert_tensor_parallel_size": "",
+    "parallel.sequence_parallel": "",
+    "parallel.distributed_timeout_minutes": "",
+    "training.device": "",
+    "training.non_finite_patience": "",
+    "optimizer.overlap_grad_reduce": "",
+    "optimizer.overlap_param_gather": "",
+    "optimizer.gradient_accumulation_fusion": "",
+    "checkpoint.save": "the folder may have been moved",
+    "checkpoint.ckpt_step": "chooses the checkpoint",
+    "checkpoint.save_interval": "",
+    "checkpoint.keep": "",
+    "checkpoint.async_save": "",
+    "logging.log_interval": "",
+    "logging.routing_interval": "",
+    "logging.straggler_interval": "",
+    "logging.sample_ids": "",
+    "logging.tensorboard": "",
+    "logging.directory": "",
+}
+NOTED = {
+    "moe.moe_router_dtype": "",
+    "moe.moe_aux_loss_coeff": "",
+    "moe.moe_z_loss_coeff": "",
+    "moe.moe_router_load_balancing_type": "",
+    "moe.moe_router_bias_update_rate": "",
+    "moe.eval_capacity_factor": "evaluation alone",
+    "moe.aux_loss_gradient": "",
+    "data.ignore_keys": "rows that were bad may count now",
+    "data.trust_paths": "rows that were bad may count now",
+    "training.train_steps": "the schedule's length",
+    "training.micro_batch_size": "the same samples per step; balancing losses are means over micro-batches",
+    "training.precision": "the optimizer's fp32 weights stay",
+    "training.fp8_recipe": "",
+    "training.num_layers_at_start_in_bf16": "",
+    "training.num_layers_at_end_in_bf16": "",
+    "training.recompute": "rounding at most",
+    "training.recompute_tower": "rounding at most",
+    "optimizer.lr": "",
+    "optimizer.min_lr": "",
+    "optimizer.projector_lr": "",
+    "optimizer.lr_decay_style": "",
+    "optimizer.lr_warmup_fraction": "",
+    "optimizer.router_lr_warmup_fraction": "",
+    "optimizer.weight_decay": "",
+    "optimizer.adam_beta1": "",
+    "optimizer.adam_beta2": "",
+    "optimizer.adam_eps": "",
+    "optimizer.clip_grad": "",
+}
+REFUSED = {
+    "model.scale_multimodal_embeddings": "another function of the same weights",
+    "moe.moe_router_topk": "another function of the same weights",
+    "moe.router": "another function of the same weights",
+    "moe.moe_router_enable_expert_bias": "the biases have a history",
+    "moe.moe_expert_capacity_factor": "other tokens reach the experts",
+    "moe.min_capacity": "other tokens reach the experts",
+    "moe.second_choice": "other tokens reach the experts",
+    "data.template": "",
+    "data.label_mode": "",
+    "data.image_aspect_ratio": "",
+    "data.image_grid": "",
+    "data.seq_length": "",
+    "data.max_sample_length": "",
+    "data.length_counts": "",
+    "data.long_samples": "",
+    "data.packing": "",
+    "data.packing_buffer": "decides which samples share a row",
+    "data.sampler": "",
+    "data.max_images": "decides which rows are bad",
+    "training.stage": "",
+    "training.global_batch_size": "steps count samples",
+    "training.seed": "the data's order comes of it",
+    "training.trains": "the optimizer holds the state of other parameters",
+}
+CONTENT = {
+    "model.backbone": "validation.checkpoints compares every field of it",
+    "model.tower": "validation.checkpoints compares every field of it",
+    "moe.num_moe_experts": "validation.checkpoints compares the tensors that it makes",
+    "moe.placement": "validation.checkpoints compares the layers that it names",
+    "moe.use_residual": "validation.checkpoints compares the tensors that it makes",
+    "moe.moe_shared_expert_intermediate_size": "validation.checkpoints compares the tensors that it makes",
+    "data.sources": "data.loader compares digests of the rows, and the weights",
+    "data.tokenizer": "data.loader compares what it makes of a text",
+    "checkpoint.load": "validation.checkpoints compares the seals of the start checkpoints",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """`field=value then, value now` of what a resume changes."""
+
+    refused: list[str]
+    noted: list[str]
+
+
+def differences(saved: dict, run: RunConfig, backbone: Backbone) -> Differences:
+    """Between the run that a checkpoint describes (`RunDescription.config`) and the run that would go on from it.
+
+    Values are compared as they take effect: an unset field equals its default, spelled out. A field that the checkpoint's
+    version did not have was at today's default then.
+    """
+    then, now = effective(saved, backbone), effective(to_dict(run), backbone)
+    if not saved.get("moe"):  # to a dense model that gets experts validation.checkpoints has its own answer
+        now = {path: value for path, value in now.items() if not path.startswith("moe.")}
+    changed = {path: (then.get(path, default_of(path)), value) for path, value in now.items()}
+    texts = {
+        path: f"{path}={_shown(old)} then, {_shown(new)} now" for path, (old, new) in changed.items() if old != new
+    }
+    return Differences(*([text + _because(kind[path]) for path, text in texts.items() if path in kind]
+                         for kind in (REFUSED, NOTED)))  # fmt: skip
+
+
+def refusal(where: str, refused: list[str]) -> str:
+    """What is said of fields that may not change."""
+    return (
+        f"{where} is of a run with other values: {'; '.join(refused)}. Give the values of then to go on with it, or start a "
+        "new run from its weights: that folder as checkpoint.load, and another checkpoint.save"
+    )
+
+
+def effective(tree: dict, backbone: Backbone) -> dict[str, object]:
+    """Values by dotted path, those that are unset replaced by what they stand for; of experts only where there are some."""
+    plain = json.loads(json.dumps(tree))
+    flat = {
+        f"{section}.{name}": value
+        for section, part in plain.items()
+        if part is not None
+        for name, value in part.items()
+    }
+    stage, seq_length = flat["training.stage"], flat["data.seq_length"]
+    flat["training.trains"] = sorted(flat.get("training.trains") or STAGES[stage])
+    flat["data.template"] = flat.get("data.template") or backbone.template
+    context = backbone.context_length or seq_length
+    flat["data.max_sample_length"] = min(seq_length, flat.get("data.max_sample_length") or context)
+    if not flat.get("data.packing", True):
+        flat["data.packing_buffer"] = None
+    if flat.get("optimizer.projector_lr") is None and "optimizer.lr" in flat:
+        flat["optimizer.projector_lr"] = flat["optimizer.lr"]
+    return flat
+
+
+def fields_of_a_run() -> dict[str, dataclasses.Field]:
+    """Every field of every section by its dotted path."""
+    sections = {item.name: item.type for item in dataclasses.fields(RunConfig)}
+    classes = {name: kind if dataclasses.is_dataclass(kind) else kind.__args__[0] for name, kind in sections.items()}
+    return {f"{name}.{item.name}": item for name, kind in classes.items() for item in dataclasses.fields(kind)}
+
+
+def default_of(path: str) -> object:
+    """Of a field that may be missing in the checkpoint of an older version."""
+    item = fields_of_a_run().get(path)
+    return None if item is None or item.default is dataclasses.MISSING else item.default
+
+
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+
+
+def _because(why: str) -> str:
+    return f" ({why})" if why else ""
