@@ -77,6 +77,7 @@ def collect_routes(
     """`data`: (LLaVA JSON or JSONL, image folder); `limit`: samples in all, 0: every one. The same on all ranks.
 
     Data-parallel ranks share the samples; ranks that share experts run equally many forward passes.
+    Raises ConfigError for a dense model or a pipeline, DataError when no sample can be used.
     """
     if parallel.num_stages() > 1:
         raise ConfigError(

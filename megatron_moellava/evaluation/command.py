@@ -85,7 +85,10 @@ def own_questions(args: argparse.Namespace) -> OwnQuestions | None:
 
 
 def score_predictions(args: argparse.Namespace) -> str:
-    """--score-only: the table over everything scored so far into --out."""
+    """--score-only: the table over everything scored so far into --out.
+
+    Raises ConfigError unless it is one file for one benchmark.
+    """
     own_questions(args)
     tasks = chosen_tasks(args.benchmark)
     if args.score_only is None:

@@ -100,7 +100,10 @@ class MegatronMoELlava(lmms):
 
 
 def make_request(id: str, context: str, visuals: Sequence, options: dict, image_aspect_ratio: str) -> Request:
-    """The pictures stand before the text, as in moellava evaluate, unless the text says itself where they belong."""
+    """The pictures stand before the text, as in moellava evaluate, unless the text says itself where they belong.
+
+    Raises DataError for what is no picture.
+    """
     images = tuple(chain.from_iterable(visual if isinstance(visual, list) else [visual] for visual in visuals))
     if others := [type(visual).__name__ for visual in images if not isinstance(visual, Image.Image)]:
         raise DataError(f"request {id}: a visual is {others[0]}; only pictures can be shown to this model")

@@ -105,7 +105,10 @@ class Predictions:
             yield write
 
     def merge(self, questions: Sequence[Question]) -> None:
-        """All answers in the questions' order into one file; the parts go. Answers beyond these questions stay too."""
+        """All answers in the questions' order into one file; the parts go. Answers beyond these questions stay too.
+
+        Raises DataError when one is missing.
+        """
         rows = {key: row for path in self._files() for key, row in _read_part(path)}
         self.texts = {key: row["text"] for key, row in rows.items()}
         if missing := self.missing(questions):

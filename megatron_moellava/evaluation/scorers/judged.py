@@ -174,7 +174,10 @@ def _llava_bench_score(rows: list[dict], judge: Judge, wording: str) -> Score:
 
 
 def mm_vet(answered: Answered) -> Score | None:
-    """Mean grade times 100, over all and per capability. One run at temperature 0, as in the original."""
+    """Mean grade times 100, over all and per capability. One run at temperature 0, as in the original.
+
+    Raises DataError when the files are of different releases.
+    """
     if answered.judge is None:
         return None
     truths = read_json(answered.folder / "mm-vet.json")
