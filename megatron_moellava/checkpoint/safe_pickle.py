@@ -55,7 +55,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 def restricted_load(file: BinaryIO) -> Any:
-    """`pickle.load` of a checkpoint's `.metadata`."""
+    """`pickle.load` of a checkpoint's `.metadata`. CheckpointError when it is damaged or asks for other than data."""
     try:
         return RestrictedUnpickler(file).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ValueError, TypeError, KeyError) as error:
@@ -64,7 +64,10 @@ def restricted_load(file: BinaryIO) -> Any:
 
 @functools.cache
 def guard() -> None:
-    """Make every reader of distributed checkpoints in this process a careful one."""
+    """Make every reader of distributed checkpoints in this process a careful one.
+
+    Raises CheckpointError for more than plain data.
+    """
     import torch
     from torch.distributed.checkpoint import default_planner, filesystem
 

@@ -41,7 +41,10 @@ def text_backbone(config: dict, name: str) -> Backbone:
 
 
 def moe_config(config: dict) -> MoEConfig | None:
-    """The MoE section of a Qwen2-MoE or Qwen3-MoE text config that this program could have exported."""
+    """The MoE section of a Qwen2-MoE or Qwen3-MoE text config that this program could have exported.
+
+    Raises ConfigError for experts that MoE-LLaVA cannot have.
+    """
     text = config.get("text_config") or config
     if text.get("model_type") not in MOE_TYPES:
         return None
