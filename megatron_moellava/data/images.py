@@ -59,7 +59,7 @@ def open_image(data: bytes | str, where: str) -> tuple[Image.Image, tuple[str, .
 
 
 def image_size(data: bytes | str, where: str) -> tuple[int, int]:
-    """(width, height) as open_image would give it, from the header alone."""
+    """(width, height) as open_image would give it, from the header alone. BadSample for what is no picture."""
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
             turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)

@@ -51,7 +51,10 @@ class Index:
 
 
 def index_json(path: str | Path, cache_folder: str | Path) -> Index:
-    """Build or find the index of a file of records. Safe when several processes do it at once."""
+    """Build or find the index of a file of records. Safe when several processes do it at once.
+
+    Raises DataError for a file that cannot be read.
+    """
     path = Path(path)
     try:
         with open(path, "rb") as file:

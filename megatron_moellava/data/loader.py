@@ -274,7 +274,7 @@ def build_train_loader(
 
     rank and world_size are data-parallel. `accumulation_steps` (micro-batches per step and rank) matters to the
     modality sampler only. `context_length` is the backbone's: no sample is longer. `cache_folder` keeps the row indices
-    (default: beside each JSON).
+    (default: beside each JSON). DataError where there are no rows to train on.
     """
     if not data.sources:
         raise DataError("data.sources is empty; name at least one LLaVA JSON or a folder of shards")

@@ -147,6 +147,7 @@ class Reader:
 
         Members are found by the record's names, without folders and the sample's own key. Names that fit none are only
         passed over where nothing can be confused: all are unknown, and the members have one order.
+        Raises BadSample where names and members do not fit.
         """
         if not members or not sample.images:
             return sample
@@ -210,7 +211,7 @@ class ShardRows:
         self._reader = None  # opened in the process that reads: its file handles must not be shared
 
     def read(self, row: int) -> tuple[dict, str, dict[str, bytes]]:
-        """(record, where it comes from, files by name) of sample `row`."""
+        """(record, where it comes from, files by name) of sample `row`. BadSample for what cannot be read."""
         if self._reader is None or self._process != os.getpid():
             self._reader = ShardInfosITarReader(self.path, _shards(Path(str(self.path))), itar_cache_size=OPEN_TARS)
             self._process = os.getpid()
@@ -223,7 +224,10 @@ class ShardRows:
 
 
 def read_members(sample: dict) -> tuple[dict, str, dict[str, bytes]]:
-    """(record, origin, image members in the tar's order) of the files of one key in a tar."""
+    """(record, origin, image members in the tar's order) of the files of one key in a tar.
+
+    Raises BadSample without a readable .json.
+    """
     content = sample.get("json")
     members = {key: value for key, value in sample.items() if key.rpartition(".")[2].lower() in MEMBER_TYPES}
     origin = f"{sample['__shard__']} sample {sample['__key__']}"

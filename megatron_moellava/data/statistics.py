@@ -19,7 +19,7 @@ def token_lengths(
     index: Index, encoder: Encoder, ignore_keys: tuple[str, ...] = (), *, limit: int = LIMIT
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """(tokens, images, unusable rows by reason) of up to `limit` rows, which are in random order; images are expanded,
-    samples cut at seq_length."""
+    samples cut at seq_length. DataError when no row can be used."""
     from tqdm import tqdm
 
     tokens, images = [], []
