@@ -34,7 +34,7 @@ class Folder:
         return any(file.suffix in (".safetensors", ".bin") for file in (self.path / name).glob("*"))
 
     def load(self, name: str):
-        """A .pt file or a .json file."""
+        """A .pt file or a .json file. DataError when it cannot be read."""
         file = self.path / name
         if name.endswith(".json"):
             return read_json(file)
@@ -55,7 +55,10 @@ class Folder:
         return next((place / name for place in (self.path, self.path.parent) if (place / name).exists()), None)
 
     def tower_of(self, checkpoint: str) -> str | None:
-        """The tower that a checkpoint's config.json names, if the assets hold it; None: a published one."""
+        """The tower that a checkpoint's config.json names, if the assets hold it; None: a published one.
+
+        DataError for a test tower without its file.
+        """
         name = read_json(self.path / checkpoint).get("mm_image_tower")
         assets = self.beside(f"assets/{name}")
         if assets is None and str(name).endswith("-tiny"):
