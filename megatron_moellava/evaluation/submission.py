@@ -22,7 +22,7 @@ def _write_json(path: Path, value: object) -> Path:
 def vqav2(answered: Answered) -> Path:
     """[{"question_id", "answer"}] over the whole of test2015: the server refuses a shorter list, so the rest is "".
 
-    DataError for questions that are not in it.
+    Raises DataError for questions that are not in it.
     """
     texts = {str(question.id): normalise.evalai(text) for question, text in answered}
     listed = [row["question_id"] for row in read_jsonl(answered.folder / "llava_vqav2_mscoco_test2015.jsonl")]

@@ -55,7 +55,7 @@ class Task:
     def check_data(self, data: Path, *, asking: bool = True) -> Path:
         """The task's folder. DataError when anything is missing: what, where it comes from, what the folder needs.
 
-        ConfigError for a package that is not installed.
+        Raises ConfigError for a package that is not installed.
         """
         folder = data / self.folder
         pictures = (self.images, *self.pictures) if asking else ()
@@ -72,7 +72,7 @@ class Task:
     def read(self, data: Path, *, circular: bool = False, asking: bool = True) -> list[Question]:
         """All questions in the file's order; `asking` also wants the pictures. DataError: empty, or an id repeats.
 
-        ConfigError for `circular` where there are no options.
+        Raises ConfigError for `circular` where there are no options.
         """
         folder = self.check_data(data, asking=asking)
         if circular and f"{self.reader}_circular" not in _READERS:

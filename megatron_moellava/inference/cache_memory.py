@@ -28,7 +28,7 @@ class CacheMemory:
     def of(cls, model: MoELlava, gib: float | None) -> "CacheMemory":
         """`gib`: the limit; None: what the GPU with the least free memory has room for, or no limit on a CPU. Collective.
 
-        ConfigError for a limit that is not positive.
+        Raises ConfigError for a limit that is not positive.
         """
         if gib is not None and gib <= 0:
             raise ConfigError(f"--memory-limit={gib:g} must be more than 0 GiB")

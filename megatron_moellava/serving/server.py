@@ -164,7 +164,7 @@ class Answering:
     async def answer(self, request: Request) -> Response:
         """A slot is taken before the body is read, and given back when the answer is sent or the client has gone.
 
-        Refused (429) when none is free.
+        Raises Refused (429) when none is free.
         """
         if self.open >= self.options.max_open_requests:
             raise Refused(429, f"{self.open} requests are open already; try again later", "rate_limit_error")

@@ -61,7 +61,7 @@ def get_tower(name: str) -> Tower:
 def tower_of_section(section: dict) -> Tower | None:
     """The tower of the `model` section of a run.json: by its fields, or by name where there are none; None: it has none.
 
-    CheckpointError for fields that do not describe a tower.
+    Raises CheckpointError for fields that do not describe a tower.
     """
     if section.get("tower_fields"):
         try:

@@ -31,7 +31,7 @@ def tower_from_hf_folder(path: Path, families, *, name: str) -> Tower:
 def tower_from_hf_config(config: dict, families, *, name: str) -> Tower:
     """The tower of a config of a vision model, or of the `vision_config` inside one of a two-tower model.
 
-    ConfigError lists what is not supported.
+    Raises ConfigError, which lists what is not supported.
     """
     family = _family(config.get("model_type"), families)
     hf = family.SIZES[0].hf

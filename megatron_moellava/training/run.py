@@ -20,7 +20,7 @@ from megatron_moellava.validation.tokenizer import too_large
 def train(run: RunConfig) -> int:
     """Train the stage that the run describes. Returns the exit code; see moellava train.
 
-    WorkerTrouble when a data worker dies.
+    Raises WorkerTrouble when a data worker dies.
     """
     validate_run(run, platform.machine())
     parallel.initialize(run.parallel, run.training.seed)
@@ -51,7 +51,7 @@ def build_trainer(run: RunConfig) -> Trainer:
 def build_loader(run: RunConfig) -> Loader:
     """The training loader of this data-parallel rank.
 
-    ConfigError for a tokenizer with more ids than the backbone's vocabulary.
+    Raises ConfigError for a tokenizer with more ids than the backbone's vocabulary.
     """
     backbone = get_backbone(run.model.backbone)
     tokenizer = load_tokenizer(run.data.tokenizer)

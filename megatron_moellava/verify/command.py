@@ -140,7 +140,7 @@ def shared_folder() -> Iterator[Path]:
 
 
 def on_first_rank(action: Callable[[], None]) -> None:
-    """Run on rank 0 while the others wait; its error is raised on every rank. It is a CheckpointError then."""
+    """Run on rank 0 while the others wait; its error is raised on every rank, as a CheckpointError."""
     failure: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:

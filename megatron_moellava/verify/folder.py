@@ -57,7 +57,7 @@ class Folder:
     def tower_of(self, checkpoint: str) -> str | None:
         """The tower that a checkpoint's config.json names, if the assets hold it; None: a published one.
 
-        DataError for a test tower without its file.
+        Raises DataError for a test tower without its file.
         """
         name = read_json(self.path / checkpoint).get("mm_image_tower")
         assets = self.beside(f"assets/{name}")
