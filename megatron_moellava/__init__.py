@@ -8,8 +8,8 @@ module docstring repeats it where that helps, and says what is special to its fi
     S  positions of a row, or the share that this rank holds
     T  tokens: of a step of generation, of a packed row, of all samples of an analysis
     N  tokens as a router sees them, S * B in Megatron-Core's order (sequence first); images, before C, F or P
-    H  hidden: width of the residual stream; heads, before D; pixels high, before W
-    D  width of embeddings and features, of model or tower; channels of a head, after a letter for heads or groups
+    H  hidden: width of the residual stream; heads, in attention; pixels high, before W
+    D  width of embeddings and features, of model or tower; channels of a head, in attention
     E  experts
     K  choices of a token (top-k); beams, before V; sums that a metric is made of; kinds of tensors, in FP8 histories
     I  input features of a linear layer, in the weights of experts its inner width
