@@ -291,7 +291,7 @@ def read_yaml(path: str) -> dict:
 
 
 def split_override(override: str) -> tuple[str, object]:
-    """`"optimizer.lr=1e-4"` -> ("optimizer.lr", "1e-4"); the value is read as YAML."""
+    """`"optimizer.lr=1e-4"` -> ("optimizer.lr", "1e-4"); the value is read as YAML. ConfigError for any other form."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not of the form section.field=value, e.g. optimizer.lr=1e-4")

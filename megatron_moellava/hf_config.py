@@ -43,7 +43,7 @@ MULTIMODAL = frozenset((
 
 
 def read_json(path: Path) -> dict:
-    """`config.json` of a folder, or the file itself."""
+    """`config.json` of a folder, or the file itself. ConfigError when it is missing or not JSON."""
     path = path / "config.json" if path.is_dir() else path
     try:
         return json.loads(path.read_text())

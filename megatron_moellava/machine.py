@@ -66,6 +66,7 @@ def _sees_gpus() -> bool:
 
 
 def is_installed(module: str) -> bool:
+    """Whether `module` could be imported, found out without importing it."""
     return importlib.util.find_spec(module) is not None
 
 

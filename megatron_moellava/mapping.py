@@ -24,6 +24,7 @@ class Heads:
 
     @property
     def query_rows_per_group(self) -> int:
+        """Rows of all queries of one query group."""
         return self.num_attention_heads // self.num_query_groups * self.kv_channels
 
 
@@ -113,6 +114,7 @@ class FusedQKV(Mapping):
 
 
 def copy(megatron: str, hf: str) -> Mapping:
+    """One tensor under two names, rows unchanged."""
     return Mapping(megatron, (hf,))
 
 
@@ -125,4 +127,5 @@ def both(make: type[Mapping], megatron: str, *hf: str) -> tuple[Mapping, Mapping
 
 
 def weight(make: type[Mapping], megatron: str, *hf: str) -> tuple[Mapping]:
+    """The weight of a module without bias; a tuple of one, to be used like `both`."""
     return (make(f"{megatron}.weight", tuple(f"{name}.weight" for name in hf)),)

@@ -88,30 +88,37 @@ def seed_model_parallel(seed: int) -> None:
 
 
 def data_parallel_rank() -> int:
+    """This process's place among those that read different data."""
     return parallel_state.get_data_parallel_rank()
 
 
 def data_parallel_size() -> int:
+    """How many processes read different data."""
     return parallel_state.get_data_parallel_world_size()
 
 
 def context_parallel_rank() -> int:
+    """This process's place among those that share the positions of a row."""
     return parallel_state.get_context_parallel_rank()
 
 
 def context_parallel_size() -> int:
+    """Over how many processes a row is cut."""
     return parallel_state.get_context_parallel_world_size()
 
 
 def num_stages() -> int:
+    """Number of pipeline stages (ranks, not virtual chunks)."""
     return parallel_state.get_pipeline_model_parallel_world_size()
 
 
 def is_first_stage() -> bool:
+    """Whether this rank embeds tokens and images, whichever virtual chunk is running."""
     return parallel_state.is_pipeline_first_stage(ignore_virtual=True)
 
 
 def is_last_stage() -> bool:
+    """Whether this rank has logits and loss, whichever virtual chunk is running."""
     return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
 

@@ -65,7 +65,8 @@ def device() -> torch.device:
 
 def claim_device(local_rank: int) -> None:
     """Bind this process to its GPU; on a CPU, share the cores between the processes of the node, unless OMP_NUM_THREADS
-    says how many threads a process may have (torchrun sets it to 1 where the user has not)."""
+    says how many threads a process may have (torchrun sets it to 1 where the user has not).
+    Raises ConfigError where the GPU or the modules that were asked for are missing."""
     if os.environ.get(DEVICE) == "cuda" and not HAS_CUDA:
         raise ConfigError("--device=cuda: torch finds no GPU here; use auto or cpu, or look at CUDA_VISIBLE_DEVICES")
     if ENGINE_ASKED == "transformer_engine" and not HAS_TRANSFORMER_ENGINE:
@@ -166,6 +167,7 @@ class ToHost:
             self.arrived.record()
 
     def read(self) -> list[float]:
+        """The values as Python numbers, in the order given; waits for them alone."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.values.tolist()

@@ -79,6 +79,7 @@ def _saved(figure, path: Path) -> Path:
 
 
 def load_section(out: Path, routes: Routes) -> Section:
+    """Share of the choices that each expert takes, layer by layer, with balance and dropped tokens."""
     path = out / "load.png"
     plot_expert_load(routes.counts_LME, routes.layers, path, "Expert load")
     head = [
@@ -103,6 +104,7 @@ def load_section(out: Path, routes: Routes) -> Section:
 
 
 def preference_section(out: Path, routes: Routes) -> Section:
+    """Image against text tokens of each expert and, where questions have types, the load by type."""
     counts_MLE = routes.counts_LME[list(routes.layers)].transpose(1, 0, 2)
     paths = [_saved(figures.modality_preference(counts_MLE, routes.layers), out / "modality.png")]
     by_type = figures.load_by_type(routes.record)
@@ -115,6 +117,7 @@ def preference_section(out: Path, routes: Routes) -> Section:
 
 
 def confidence_section(out: Path, routes: Routes) -> Section:
+    """Entropy of the routers' probabilities, layer by layer."""
     text = (
         "Entropy 1 is a router that does not care, 0 one that is certain. Near 0 in every layer is a sign of collapse."
     )
@@ -122,6 +125,7 @@ def confidence_section(out: Path, routes: Routes) -> Section:
 
 
 def pathway_section(out: Path, routes: Routes, pca: bool) -> Section:
+    """The ten most frequent pathways of each modality; `pca` adds the original's picture of principal components."""
     parts = {"text": routes.first_TL[~routes.is_image_T], "image": routes.first_TL[routes.is_image_T]}
     parts = {name: first_TL for name, first_TL in parts.items() if len(first_TL)}
     found = {name: frequent_pathways(first_TL) for name, first_TL in parts.items()}
@@ -144,12 +148,14 @@ def _pathway_rows(name: str, ways: Pathways) -> list[list[str]]:
 
 
 def coactivation_section(out: Path, routes: Routes) -> Section:
+    """How often two experts are chosen for the same token."""
     pairs_LEE = coactivation(routes.choices_TLK, routes.num_experts)
     path = _saved(figures.coactivation(pairs_LEE, routes.layers), out / "coactivation.png")
     return Section("Co-activation", "Experts that are often chosen together may have become one.", [path])
 
 
 def similarity_section(out: Path, similarity: Similarity) -> Section:
+    """How far the experts have moved from their common origin, and how alike their moves are."""
     paths = [
         _saved(figures.similarity(similarity), out / "similarity.png"),
         _saved(figures.siblings(similarity), out / "siblings.png"),
@@ -164,6 +170,7 @@ def similarity_section(out: Path, similarity: Similarity) -> Section:
 
 
 def overlay_section(out: Path, routes: Routes) -> Section:
+    """First choices drawn over each picture, one file per picture."""
     paths = []
     for number, picture in enumerate(routes.pictures):
         figure = figures.overlay(picture, routes.layers, routes.num_experts)
@@ -173,6 +180,7 @@ def overlay_section(out: Path, routes: Routes) -> Section:
 
 
 def plain(similarity: Similarity) -> dict:
+    """`Similarity` as JSON values, for routing.json."""
     values = {
         "origin": similarity.origin,
         "layers": list(similarity.layers),

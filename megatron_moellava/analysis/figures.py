@@ -35,6 +35,7 @@ def expert_colours(experts: int) -> list:
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Write the figure (format from the suffix) and close it; matplotlib would keep it in memory."""
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 

@@ -13,12 +13,15 @@ COMPONENTS = 12  # the original's
 
 @dataclass(frozen=True, slots=True)
 class Pathways:
+    """The P most frequent pathways of a set of tokens, and how many of each there are."""
+
     experts_PL: np.ndarray  # most frequent first
     counts_P: np.ndarray
     tokens: int  # with a choice in every layer
     distinct: int
 
     def shares(self) -> np.ndarray:
+        """Share of all counted tokens that each pathway has, [P]."""
         return self.counts_P / max(self.tokens, 1)
 
 

@@ -24,6 +24,8 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 @dataclass(slots=True)
 class Section:
+    """One heading of the report with its text, pictures (PNG files) and tables."""
+
     title: str
     text: str = ""
     pictures: list[Path] = field(default_factory=list)

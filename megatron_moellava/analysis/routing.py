@@ -58,6 +58,7 @@ class Routes:
 
     @property
     def first_TL(self) -> np.ndarray:
+        """The first choice of each token in each MoE layer."""
         return self.choices_TLK[:, :, 0]
 
 
@@ -76,6 +77,7 @@ def collect_routes(
     """`data`: (LLaVA JSON or JSONL, image folder); `limit`: samples in all, 0: every one. The same on all ranks.
 
     Data-parallel ranks share the samples; ranks that share experts run equally many forward passes.
+    Raises ConfigError for a dense model or a pipeline, DataError when no sample can be used.
     """
     if parallel.num_stages() > 1:
         raise ConfigError(

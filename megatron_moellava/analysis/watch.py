@@ -48,6 +48,7 @@ def read(file: Path) -> list[dict]:
 
 
 def observations(file: Path, interval: float) -> Iterator[list[dict]]:
+    """All records of the file, again each time there are more; never ends. `interval`: seconds between looks."""
     seen = -1
     while True:
         records = read(file)

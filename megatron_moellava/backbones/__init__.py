@@ -53,7 +53,10 @@ def get_backbone(name: str) -> Backbone:
 
 
 def backbone_of_section(section: dict) -> Backbone:
-    """The backbone of the `model` section of a run.json: by its fields, or by name where there are none."""
+    """The backbone of the `model` section of a run.json: by its fields, or by name where there are none.
+
+    Raises CheckpointError where neither is there, or the fields describe none.
+    """
     if section.get("backbone_fields"):
         try:
             return backbone_from_fields(section["backbone_fields"], FAMILIES)

@@ -99,6 +99,7 @@ class Backbone:
 
     @property
     def heads(self) -> Heads:
+        """What the mapping of a fused QKV tensor needs to know."""
         return Heads(
             num_attention_heads=self.num_attention_heads,
             num_query_groups=self.num_query_groups,

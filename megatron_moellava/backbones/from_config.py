@@ -52,7 +52,10 @@ def backbone_from_hf_config(config: dict, families, *, name: str) -> Backbone:
 
 
 def find_family(config: dict, families):
-    """The family file for a config's model_type, or for its architecture where it has none (MiniCPM-2B)."""
+    """The family file for a config's model_type, or for its architecture where it has none (MiniCPM-2B).
+
+    Raises ConfigError for one that is not supported.
+    """
     model_type = config.get("model_type")
     if model_type is None:
         architectures = config.get("architectures") or ()
@@ -136,7 +139,7 @@ def backbone_fields(backbone: Backbone) -> dict:
 
 
 def backbone_from_fields(fields: dict, families) -> Backbone:
-    """The inverse of `backbone_fields`."""
+    """The inverse of `backbone_fields`. ConfigError for a family of a later version."""
     values = dict(fields)
     name = values.pop("family")
     family = next((family for family in families if family.SIZES[0].hf.family == name), None)

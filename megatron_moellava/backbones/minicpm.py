@@ -13,6 +13,7 @@ from megatron_moellava.backbones.backbone import Backbone, HuggingFace, Original
 
 
 def read(config: dict) -> dict:
+    """Our fields from config.json: scale_depth / sqrt(layers) for branches, width / base for logits."""
     depth, base = config.get("scale_depth"), config.get("dim_model_base")
     return {
         "residual_multiplier": depth / math.sqrt(config["num_hidden_layers"]) if depth else 1.0,
@@ -21,6 +22,7 @@ def read(config: dict) -> dict:
 
 
 def write(backbone: Backbone) -> dict:
+    """The inverse of `read`: MiniCPM's own fields of config.json."""
     return {
         # Rounded, so that 1.4 / sqrt(40) * sqrt(40) is written as the 1.4 that was published.
         "scale_depth": round(backbone.residual_multiplier * math.sqrt(backbone.num_layers), 6),

@@ -41,6 +41,7 @@ class RestrictedUnpickler(pickle.Unpickler):
     """Rebuilds the classes of ALLOWED and torch's dtypes; CheckpointError for any other name."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """The class `name` of `module`; CheckpointError unless it is allowed."""
         import torch
 
         if name in ALLOWED.get(module, ()) or (
@@ -54,7 +55,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 def restricted_load(file: BinaryIO) -> Any:
-    """`pickle.load` of a checkpoint's `.metadata`."""
+    """`pickle.load` of a checkpoint's `.metadata`. CheckpointError when it is damaged or asks for other than data."""
     try:
         return RestrictedUnpickler(file).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ValueError, TypeError, KeyError) as error:
@@ -63,7 +64,10 @@ def restricted_load(file: BinaryIO) -> Any:
 
 @functools.cache
 def guard() -> None:
-    """Make every reader of distributed checkpoints in this process a careful one."""
+    """Make every reader of distributed checkpoints in this process a careful one.
+
+    Raises CheckpointError for more than plain data.
+    """
     import torch
     from torch.distributed.checkpoint import default_planner, filesystem
 

@@ -47,6 +47,7 @@ seeds. With three seeds a difference must be 2.5 times its noise to have p < 0.0
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of `moellava ablate`."""
     parser = command_parser("ablate", __doc__)
     parser.add_argument("grids", nargs="+", type=Path, metavar="GRID.yaml")
     parser.add_argument(
@@ -67,6 +68,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run, list or report grids and return the exit code."""
     args = parse_arguments(arguments)
     from megatron_moellava.config import ConfigError, MoELlavaError
     from megatron_moellava.experiments.grid import load_grid
@@ -107,6 +109,7 @@ def chosen_runs(args, grids) -> list:
 
 
 def number_of(runs: list, number: int, option: str):
+    """Run `number` of a grid's list; ConfigError, naming `option`, where there is no such run."""
     from megatron_moellava.config import ConfigError
 
     if not 0 <= number < len(runs):
@@ -115,6 +118,7 @@ def number_of(runs: list, number: int, option: str):
 
 
 def run_grids(args, grids) -> int:
+    """Run what is not yet finished, save results after every node, and return the scheduler's exit code."""
     from megatron_moellava.experiments.schedule import Scheduler, node_command
 
     shared = [*map(str, args.grids), "--runs", str(args.runs), "--steps-scale", str(args.steps_scale)]
@@ -129,6 +133,7 @@ def run_grids(args, grids) -> int:
 
 
 def save_results(args, grids) -> None:
+    """Write each grid's results.jsonl from what is finished so far."""
     from megatron_moellava.experiments.results import collect, write_results
 
     for grid in grids:
@@ -136,6 +141,7 @@ def save_results(args, grids) -> None:
 
 
 def run_one_node(args, grids) -> int:
+    """Run the node that `--node` names in this process; it is how the scheduler starts one."""
     from megatron_moellava.experiments.nodes import run_node
 
     for grid in grids:
@@ -148,6 +154,7 @@ def run_one_node(args, grids) -> int:
 
 
 def list_runs(args, grids) -> int:
+    """Print every run with its number for `--cell` and how much of it is left."""
     from megatron_moellava.experiments.nodes import finished
 
     for number, (grid, cell, seed) in enumerate(chosen_runs(args, grids)):
@@ -215,6 +222,7 @@ def draw(args, grid, rows, folder: Path, prefix: str = "") -> list[str]:
 
 
 def write_document(args, grids) -> int:
+    """Write the report of all grids as one Markdown file, its pictures beside it in images/."""
     from megatron_moellava.experiments.results import collect
     from megatron_moellava.experiments.tables import claims_table, report
 

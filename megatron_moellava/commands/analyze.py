@@ -18,6 +18,7 @@ from megatron_moellava.config import Precision
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of `moellava analyze`."""
     parser = command_parser("analyze", __doc__)
     parser.add_argument("--load", required=True, metavar="CKPT", help="checkpoint of a MoE model")
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="the questions")
@@ -50,6 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Analyse the routing of a checkpoint and return the exit code."""
     args = parse_arguments(arguments)
     choose_machine(args)
     from megatron_moellava.config import MoELlavaError

@@ -22,6 +22,7 @@ from megatron_moellava.config import Precision
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of `moellava chat`."""
     parser = command_parser("chat", __doc__)
     parser.add_argument("--load", default=QUICKSTART, metavar="CKPT", help=f"checkpoint ({QUICKSTART})")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="shown with the first question")
@@ -45,6 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Hold a conversation and return the exit code."""
     parsed = parse_arguments(arguments)
     choose_machine(parsed)
     from megatron_moellava.config import MoELlavaError

@@ -36,6 +36,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of `moellava convert` with all its subcommands."""
     parser = command_parser("convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_import(commands)
@@ -155,6 +156,7 @@ class Bar:
         self._bar, self._started = None, time.monotonic()
 
     def begin(self, total: int) -> None:
+        """Show a bar over `total` bytes."""
         from tqdm import tqdm
 
         self._bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, disable=None, miniters=1)
@@ -164,6 +166,7 @@ class Bar:
             self._bar.update(count)
 
     def finish(self) -> str:
+        """Close the bar; bytes and seconds in words."""
         seconds = time.monotonic() - self._started
         if self._bar is None:
             return f"{seconds:.1f} s"
@@ -172,6 +175,7 @@ class Bar:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand and return the exit code: 2 for bad input, 1 where `diff` finds differences."""
     parsed = build_parser().parse_args(arguments)
     # Blocks are 1 MB: more threads only wait for each other (converting 2.7 GB took 38 s with two, 4 s with one).
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -185,6 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_import(parsed: argparse.Namespace) -> int:
+    """Weights from outside -> a Megatron checkpoint; prints what was recognised and what was left out."""
     from megatron_moellava.conversion.imports import import_checkpoint
 
     bar = Bar()
@@ -213,6 +218,7 @@ def run_import(parsed: argparse.Namespace) -> int:
 
 
 def run_export(parsed: argparse.Namespace) -> int:
+    """A Megatron checkpoint -> a folder for transformers or for the original; prints what to know when loading it."""
     from megatron_moellava.conversion.exports import export_checkpoint
 
     bar = Bar()
@@ -236,6 +242,7 @@ def run_export(parsed: argparse.Namespace) -> int:
 
 
 def run_upcycle(parsed: argparse.Namespace) -> int:
+    """A dense checkpoint -> one whose MLPs are copied to experts; prints the experts and their layers."""
     from megatron_moellava.conversion.upcycle import request, upcycle_checkpoint
 
     bar = Bar()
@@ -274,6 +281,7 @@ def run_upcycle(parsed: argparse.Namespace) -> int:
 
 
 def run_inspect(parsed: argparse.Namespace) -> int:
+    """Print a table of a checkpoint's tensors."""
     from megatron_moellava.conversion.inspection import inspect
 
     print(inspect(parsed.checkpoint, verify=not parsed.no_verify))
@@ -281,6 +289,7 @@ def run_inspect(parsed: argparse.Namespace) -> int:
 
 
 def run_diff(parsed: argparse.Namespace) -> int:
+    """Print how two checkpoints differ; 1 when they do."""
     from megatron_moellava.conversion.inspection import diff
 
     bar = Bar()
@@ -293,6 +302,7 @@ def run_diff(parsed: argparse.Namespace) -> int:
 
 
 def run_seal(parsed: argparse.Namespace) -> int:
+    """Write digests and seal of a checkpoint that has none."""
     from megatron_moellava.conversion.seal import seal_checkpoint
 
     print(seal_checkpoint(parsed.checkpoint))

@@ -19,6 +19,7 @@ from megatron_moellava.config import Precision
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options of `moellava evaluate`."""
     parser = command_parser("evaluate", __doc__)
     parser.add_argument("--benchmark", default="", help="names separated by commas (--list shows them)")
     parser.add_argument(
@@ -74,6 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Ask or score benchmarks, print the table, and return the exit code."""
     args = parse_args(argv)
     choose_machine(args)
     from megatron_moellava.config import MoELlavaError

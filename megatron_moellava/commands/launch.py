@@ -38,6 +38,10 @@ def exit_code(worker_exitcode: int) -> int:
 
 
 def launch(arguments: list[str]) -> int:
+    """Run a job under torchrun and return the exit code of the worker that failed first (0: none did).
+
+    `arguments` are torchrun's; the program may be a command of moellava.
+    """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -58,6 +62,7 @@ def launch(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Forward signals to the workers, run the job and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     if words in ([], ["-h"], ["--help"]):
         print(as_called(__doc__), end="")

@@ -18,6 +18,7 @@ from megatron_moellava.config import Stage
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of `moellava plan`."""
     parser = command_parser("plan", __doc__)
     parser.add_argument("--backbone", required=True, help="a name such as phi-2, or a folder with a config.json")
     parser.add_argument("--stage", type=int, choices=get_args(Stage), required=True)
@@ -42,6 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Print a plan and return the exit code."""
     parsed = parse_arguments(arguments)
     from megatron_moellava.config import MoELlavaError
 

@@ -19,6 +19,7 @@ from megatron_moellava.commands.program import command_parser
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of `moellava prepare-data`."""
     parser = command_parser("prepare-data", __doc__)
     parser.add_argument(
         "--data", required=True, metavar="FILE", help="JSON, JSON Lines or Parquet; docs/reference/data.md"
@@ -49,6 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Write shards, statistics, or both, and return the exit code."""
     parsed = parse_arguments(arguments)
     from megatron_moellava.config import MoELlavaError
 

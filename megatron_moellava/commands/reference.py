@@ -39,6 +39,7 @@ def page() -> str:
 
 
 def block(text: str) -> str:
+    """A fenced block of Markdown."""
     return f"```text\n{text}\n```\n"
 
 

@@ -22,6 +22,7 @@ from megatron_moellava.config import Precision
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of `moellava serve`."""
     parser = command_parser("serve", __doc__)
     parser.add_argument("--load", default=QUICKSTART, metavar="CKPT", help=f"checkpoint ({QUICKSTART})")
     parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
@@ -52,6 +53,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Serve until stopped and return the exit code."""
     parsed = parse_arguments(arguments)
     choose_machine(parsed)
     from megatron_moellava.config import MoELlavaError

@@ -21,6 +21,7 @@ from megatron_moellava.machine import choose
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of `moellava train`; settings that follow `--data FILE` count as overrides."""
     from megatron_moellava.config import Stage  # not before `main` has its handlers
 
     parser = command_parser("train", __doc__)
@@ -44,6 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Train one stage, or only validate the run, and return the exit code."""
     # Until the training loop takes over there is nothing to save: be gone before the scheduler's patience is.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: os._exit(INTERRUPTED))

@@ -16,6 +16,7 @@ from megatron_moellava.commands.program import add_machine_options, choose_machi
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of `moellava verify`."""
     parser = command_parser("verify", __doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="recordings of one backbone, or a folder of those")
     add_machine_options(parser, transformer_impl="local")
@@ -29,6 +30,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Compare with the recordings; 0 when every quantity passes, 1 when one fails, else the error's exit code."""
     parsed = parse_arguments(arguments)
     choose_machine(parsed)
     from megatron_moellava.config import MoELlavaError

@@ -15,6 +15,7 @@ from megatron_moellava.commands.program import command_parser
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of `moellava watch`."""
     parser = command_parser("watch", __doc__)
     parser.add_argument(
         "run", type=Path, metavar="RUN_FOLDER", help="checkpoint.save (or logging.directory) of the run"
@@ -26,6 +27,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Draw observations until interrupted (once with `--once`) and return the exit code."""
     args = parse_arguments(arguments)
     from megatron_moellava.analysis.watch import watch
     from megatron_moellava.config import MoELlavaError

@@ -41,7 +41,10 @@ def text_backbone(config: dict, name: str) -> Backbone:
 
 
 def moe_config(config: dict) -> MoEConfig | None:
-    """The MoE section of a Qwen2-MoE or Qwen3-MoE text config that this program could have exported."""
+    """The MoE section of a Qwen2-MoE or Qwen3-MoE text config that this program could have exported.
+
+    Raises ConfigError for experts that MoE-LLaVA cannot have.
+    """
     text = config.get("text_config") or config
     if text.get("model_type") not in MOE_TYPES:
         return None
@@ -117,6 +120,7 @@ def export_config(model: Model, vocab_size: int, image_token: int, trained: dict
 
 
 def text_config(model: Model, vocab_size: int, scales: bool) -> dict:
+    """`text_config` of an export: the backbone's fields, with those of scalings and experts."""
     text = hf_config_of(model.backbone) | {"vocab_size": vocab_size}
     if model.backbone.hf.family == "minicpm":  # Granite is Llama with MiniCPM's scalings
         text |= {

@@ -47,6 +47,7 @@ class Import:
     dropped: set[str] = field(default_factory=set)
 
     def drop(self, names, why: str) -> None:
+        """Note that tensors are left out, and why; each name is reported once."""
         names = sorted(set(names) - self.dropped)
         if names:
             self.dropped |= set(names)
@@ -201,6 +202,7 @@ def _add_tower_and_projector(
 
 
 def tower_file(folder: Path) -> dict[str, Tensor]:
+    """A tower's tensors from a folder of its own, renamed so that they cannot collide with the language model's."""
     tensors = open_huggingface(folder)
     return {TOWER_FILE + name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()}
 

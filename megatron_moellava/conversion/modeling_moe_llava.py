@@ -13,6 +13,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 
 class MoELlavaConfig(LlavaConfig):
+    """LLaVA's configuration with the fields of the mixture."""
+
     model_type = "moe_llava"
 
     moe_layers: list | None = None  # 0-based layers whose MLP is a mixture
@@ -36,6 +38,7 @@ class Gate(nn.Module):
         self.expert_bias = nn.Parameter(torch.zeros(num_experts), requires_grad=False) if has_bias else None
 
     def forward(self, hidden_TD):
+        """Logits [T, E], in fp32."""
         return hidden_TD.float() @ self.weight.float().T
 
 
@@ -54,6 +57,7 @@ class Mixture(nn.Module):
         self.coefficient = nn.Linear(hidden, 2) if config.use_residual else None
 
     def forward(self, hidden_BSD):
+        """[B, S, D] -> [B, S, D]; every token reaches all its experts, whatever their load."""
         hidden_TD = hidden_BSD.flatten(0, -2)
         logits_TE = self.gate(hidden_TD)
         if self.gate.expert_bias is None:
@@ -106,6 +110,8 @@ class ScaledHead(nn.Linear):
 
 
 class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVA with `Mixture` in place of the MLPs that `config.moe_layers` names."""
+
     config_class = MoELlavaConfig
 
     def __init__(self, config: MoELlavaConfig) -> None:

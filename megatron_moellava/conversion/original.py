@@ -59,7 +59,10 @@ def _released_moe(config: dict, moe: dict) -> MoEConfig:
 
 
 def tower_of(config: dict, layout: Layout, given: str | None) -> Tower | None:
-    """The vision tower of a source: as given, or as its config says. None for a language model alone."""
+    """The vision tower of a source: as given, or as its config says. None for a language model alone.
+
+    Raises ConfigError, which lists the settings that are not supported.
+    """
     problems = [
         f"  {key}={config[key]!r}: only {' or '.join(map(repr, values))} is supported"
         for key, values in SUPPORTED.items()

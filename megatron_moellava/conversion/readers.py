@@ -27,7 +27,10 @@ SAFETENSORS_TYPES = {
 
 
 def open_huggingface(folder: Path) -> dict[str, Tensor]:
-    """Tensors of a Hugging Face folder, or of one `.safetensors` or `.bin` file. Safetensors win over `.bin`."""
+    """Tensors of a Hugging Face folder, or of one `.safetensors` or `.bin` file. Safetensors win over `.bin`.
+
+    Raises CheckpointError where there are no weights.
+    """
     folder = Path(folder)
     if not folder.exists():
         raise CheckpointError(f"{folder} does not exist")
@@ -90,7 +93,10 @@ def _merged(opened: list[tuple[Path, dict[str, Tensor]]]) -> dict[str, Tensor]:
 
 
 def open_safetensors(file: Path) -> dict[str, Tensor]:
-    """The header of a safetensors file (8 bytes of length, then JSON, then the data)."""
+    """The header of a safetensors file (8 bytes of length, then JSON, then the data).
+
+    Raises CheckpointError for a damaged or truncated file and for unknown dtypes.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -119,7 +125,7 @@ def open_bin(file: Path) -> dict[str, Tensor]:
     """A file of `torch.save`, opened with weights_only (no code in it can run) and memory-mapped (nothing is read).
 
     torch does not tell where in the file a storage lies, but all lie in one mapping, in the file's order: the lowest
-    address belongs to the first record.
+    address belongs to the first record. CheckpointError for one that is damaged or holds more than tensors.
     """
     from zipfile import BadZipFile, ZipFile, is_zipfile
 
@@ -165,7 +171,10 @@ def _no_archive(file: Path) -> str:
 
 
 def open_megatron(folder: Path) -> dict[str, Tensor]:
-    """Tensors of a Megatron-Core `torch_dist` checkpoint folder; optimizer states and other objects included by name."""
+    """Tensors of a Megatron-Core `torch_dist` checkpoint folder; optimizer states and other objects included by name.
+
+    Raises CheckpointError for a folder without .metadata.
+    """
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 

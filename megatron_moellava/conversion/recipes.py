@@ -36,6 +36,7 @@ class Recipe:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the target tensor."""
         return sum(part.count for part in self.parts) * ITEM_SIZES[self.dtype]
 
 

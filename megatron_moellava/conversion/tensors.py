@@ -52,14 +52,17 @@ class Tensor:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the tensor's own dtype."""
         return self.numel * ITEM_SIZES[self.dtype]
 
     @property
     def columns(self) -> int:
+        """Length of the last axis; 1 for vectors, so that their elements are rows."""
         return self.shape[-1] if len(self.shape) > 1 else 1
 
 

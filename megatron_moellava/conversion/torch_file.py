@@ -93,7 +93,10 @@ def frame(shape: Shape, dtype: str, numel: int, nbytes: int) -> tuple[bytes, byt
 
 
 def data_offset(stream: io.IOBase, nbytes: int, where: str) -> int:
-    """Where in an archive (from its own beginning) the bytes of its only tensor begin."""
+    """Where in an archive (from its own beginning) the bytes of its only tensor begin.
+
+    Raises CheckpointError for an archive that is damaged or holds another number of bytes.
+    """
     try:
         with ZipFile(stream) as archive:
             records = [item for item in archive.infolist() if "/data/" in item.filename]

@@ -63,6 +63,7 @@ def upcycle_checkpoint(
     `router_scale`: new router weights relative to torch's default range, which the original uses; 0 starts undecided.
     `seed`: of the noise, the router and the coefficient. A MoE checkpoint keeps its layers and its residual MLP.
     `verify`: False uses the checkpoint without comparing digests, and leaves a note of that in the provenance.
+    Raises ConfigError for a negative router_scale.
     """
     source = open_checkpoint(checkpoint, verify=verify)
     model = replace(source.model, moe=moe)
@@ -131,6 +132,7 @@ def request(
     """The MoE that a person asked for; what was left out is the checkpoint's own, or the recipes' (top-2, sparse).
 
     An expert bias needs Megatron-Core's router, so it takes the place of the original's.
+    Raises ConfigError for a placement that is neither.
     """
     model = model_from_json(read_description(require_checkpoint(checkpoint)).model)
     old = model.moe

@@ -28,7 +28,10 @@ Progress = Callable[[int], object]  # called with the bytes just written
 
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` when the block ends well, and is removed when it does not."""
+    """A folder to write into that becomes `folder` when the block ends well, and is removed when it does not.
+
+    Raises ConfigError when `folder` exists and is not empty.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} already exists; choose another --save, or remove it first")
     staging = folder.with_name(folder.name + UNFINISHED)

@@ -26,10 +26,12 @@ class Product:
 
     @property
     def forward(self) -> float:
+        """FLOPs: a multiplication and an addition for each element of each product."""
         return 2.0 * self.rows * self.inner * self.columns * self.times
 
     @property
     def backward(self) -> float:
+        """FLOPs of the gradients that are computed."""
         return self.forward * (int(self.input_gradient) + int(self.weight_gradient))
 
     @property
@@ -65,6 +67,7 @@ Work = Product | Attention
 
 
 def linear(part: str, rows: float, inner: float, columns: float, trained: bool) -> Product:
+    """A linear layer's product [rows, inner] x [inner, columns]; `trained`: its weight gets a gradient."""
     return Product(part=part, rows=rows, inner=inner, columns=columns, weight_gradient=trained)
 
 
@@ -98,6 +101,7 @@ def moe_work(sharding: Sharding, tokens: float) -> Iterator[Work]:
 def mlp_work(
     sharding: Sharding, part: str, rows: float, inner: float, trained: bool, weights: float = 1.0
 ) -> Iterator[Product]:
+    """Both products of an MLP. `inner`: FFN width on this rank; `weights`: local experts that share the rows."""
     width, gated = sharding.backbone.hidden_size, 2 if sharding.backbone.gated_linear_unit else 1
     for shape in ((width, gated * inner), (inner, width)):
         yield Product(part=part, rows=rows, inner=shape[0], columns=shape[1], weights=weights, weight_gradient=trained)

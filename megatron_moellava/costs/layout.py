@@ -32,10 +32,12 @@ class Layout(Sharding):
 
     @property
     def dp(self) -> int:
+        """Data-parallel size."""
         return self.world_size // (self.tp * self.pp)
 
     @property
     def expert_dp(self) -> int:
+        """Data-parallel size of the experts."""
         return self.world_size // (self.pp * self.ep * self.etp)
 
     @property

@@ -23,12 +23,15 @@ SHARED_EXPERTS = "shared_experts."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
+    """The sizes of a whole model: backbone, tower and mixture."""
+
     backbone: Backbone
     tower: Tower | None = None  # None: a language model alone
     moe: MoEConfig | None = None  # None: dense
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
+        """0-based decoder layers with experts; none in a dense model."""
         return moe_layers(self.moe.placement, self.backbone.num_layers) if self.moe else ()
 
     @property
@@ -100,6 +103,7 @@ def model_tensors(model: Model) -> Tensors:
 
 
 def embedding_tensors(backbone: Backbone) -> Tensors:
+    """The word embedding [V, H]; its rows are divided among tensor-parallel ranks."""
     shape = (backbone.vocab_size, backbone.hidden_size)
     return {"embedding.word_embeddings.weight": ModelTensor(shape, "language.embedding", split=0)}
 

@@ -29,22 +29,27 @@ class Sharding:
 
     @property
     def tp(self) -> int:
+        """Tensor-parallel size."""
         return self.run.parallel.tensor_model_parallel_size
 
     @property
     def pp(self) -> int:
+        """Pipeline-parallel size."""
         return self.run.parallel.pipeline_model_parallel_size
 
     @property
     def vp(self) -> int:
+        """Virtual pipeline chunks per rank."""
         return self.run.parallel.virtual_pipeline_model_parallel_size or 1
 
     @property
     def ep(self) -> int:
+        """Expert-parallel size."""
         return self.run.parallel.expert_model_parallel_size
 
     @property
     def etp(self) -> int:
+        """Tensor-parallel size of the experts."""
         return self.run.parallel.expert_tensor_parallel_size or 1
 
     @property
@@ -81,6 +86,7 @@ class Sharding:
 
     @property
     def activation_bytes(self) -> int:
+        """Bytes of one element of an activation."""
         return 2 if self.run.training.precision == "bf16" else 4
 
 

@@ -24,6 +24,8 @@ class Counts:
 
 @dataclass(kw_only=True, slots=True)
 class Batch:
+    """One micro-batch. B is 1 when packed; a padded batch has one sample in each row."""
+
     tokens_BS: torch.Tensor  # int64; an image is its number of IMAGE_TOKEN
     labels_BS: torch.Tensor  # int64, shifted: the target of this position; -100 = no loss
     position_ids_BS: torch.Tensor  # int64, from 0 in every sample
@@ -80,6 +82,7 @@ def to_wire(batch: Batch) -> Batch:
 
 
 def from_wire(batch: Batch) -> Batch:
+    """The batch with tensors again in place of the arrays that `to_wire` made."""
     small = {name: getattr(batch, name) for name in _SMALL}
     return replace(batch, **{name: torch.from_numpy(value) for name, value in small.items() if value is not None})
 

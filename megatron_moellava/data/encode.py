@@ -24,6 +24,8 @@ IGNORE_INDEX = -100  # label of a position without loss
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class EncodedSample:
+    """A sample as token ids and shifted labels, without its pixels."""
+
     id: str
     tag: str
     tokens_S: np.ndarray  # int64; each image is its number of IMAGE_TOKEN
@@ -41,6 +43,7 @@ def check_template(template: Template, tokenizer: Tokenizer) -> None:
     """Every control token that the template writes must be one of the tokenizer's.
 
     Otherwise roles would be spelt in ordinary tokens that the model has never seen as marks, and an answer would never end.
+    Raises ConfigError, which names the missing ones.
     """
     missing = [token for token in template.control_tokens if tokenizer.token_id(token) is None]
     if not missing:

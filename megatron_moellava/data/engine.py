@@ -19,6 +19,7 @@ class Engine:
         self._ahead: deque[tuple[int, int, int]] = deque()  # of those on their way
 
     def items(self, epoch: int) -> int:
+        """Micro-batches of an epoch, over all ranks."""
         return len(self.stream.plan(epoch))
 
     def __iter__(self) -> Iterator[dict]:
@@ -39,9 +40,11 @@ class Engine:
             yield samples
 
     def save(self) -> dict:
+        """The state after the last delivered micro-batch, plain JSON."""
         return {"epoch": self.epoch, "position": self.position}
 
     def restore(self, saved: dict) -> None:
+        """Continue after a saved state. Raises DataError where it cannot be one of this data."""
         epoch, position = saved["epoch"], saved["position"]
         if type(epoch) is not int or type(position) is not int or epoch < 0 or not 0 <= position <= self.items(epoch):
             raise DataError(f"the loader's state cannot be restored ({saved}); the checkpoint is damaged")

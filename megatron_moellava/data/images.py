@@ -59,7 +59,7 @@ def open_image(data: bytes | str, where: str) -> tuple[Image.Image, tuple[str, .
 
 
 def image_size(data: bytes | str, where: str) -> tuple[int, int]:
-    """(width, height) as open_image would give it, from the header alone."""
+    """(width, height) as open_image would give it, from the header alone. BadSample for what is no picture."""
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
             turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
@@ -156,6 +156,7 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Imag
 
 
 def resize(image: Image.Image, tower) -> Image.Image:
+    """The picture at the tower's size: shortest edge and centre crop, or squashed where the tower says "square"."""
     size = tower.image_size
     if tower.resize == "square" or image.width == image.height:
         return image.resize((size, size), Image.Resampling.BICUBIC)

@@ -26,6 +26,8 @@ ORDER = 1  # seed of the rows' order
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Index:
+    """An indexed copy of one source file, on disk."""
+
     path: Path  # rows.jsonl, its lines' offsets in rows.jsonl.idx
     rows: int
     duplicates: int  # rows whose id another row has too
@@ -49,7 +51,10 @@ class Index:
 
 
 def index_json(path: str | Path, cache_folder: str | Path) -> Index:
-    """Build or find the index of a file of records. Safe when several processes do it at once."""
+    """Build or find the index of a file of records. Safe when several processes do it at once.
+
+    Raises DataError for a file that cannot be read.
+    """
     path = Path(path)
     try:
         with open(path, "rb") as file:

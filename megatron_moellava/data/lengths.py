@@ -26,7 +26,10 @@ FEW = 4 * CHUNK  # are measured without further processes
 
 
 def measured_lengths(pipeline: Pipeline, key: list, folder: str | Path) -> np.ndarray:
-    """int32 [number of samples], 0 for one that cannot be used. `key`: what else they depend on, as JSON."""
+    """int32 [number of samples], 0 for one that cannot be used. `key`: what else they depend on, as JSON.
+
+    Raises DataError where the lengths cannot be written.
+    """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(folder) / f"lengths-{digest}.npy"
     try:

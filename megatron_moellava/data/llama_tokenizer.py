@@ -112,6 +112,8 @@ class _Chunk:
 
 
 class LlamaTokenizer(Tokenizer):
+    """The slow LlamaTokenizer's rules; `legacy` is the field of tokenizer_config.json."""
+
     def __init__(self, vocabulary: Vocabulary, files: TokenizerFiles, *, legacy: bool):
         self.vocabulary, self.legacy = vocabulary, legacy
         named = DEFAULTS | files.named

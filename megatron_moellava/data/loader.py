@@ -43,6 +43,7 @@ class Batches:
         raise NotImplementedError
 
     def state_dict(self) -> dict:
+        """What a checkpoint keeps of the source; nothing by default."""
         return {}
 
     def check_skipped(self, bad: int) -> None:
@@ -135,6 +136,7 @@ class Loader(Batches):
 
     @property
     def num_bad(self) -> int:  # type: ignore[override]
+        """Bad samples met in this epoch, on this rank."""
         return len(self._bad)
 
     def check_skipped(self, bad: int) -> None:
@@ -147,6 +149,7 @@ class Loader(Batches):
             raise DataError(f"{share if self._allowed else ''}{self._last_bad}") from None
 
     def untrained(self, samples: int) -> None:
+        """Take back `samples` of the count of trained ones: their step was skipped."""
         self.trained -= samples
 
     def rows_per_epoch(self) -> int:
@@ -236,6 +239,7 @@ def summary(counters: list[dict]) -> str:
 
 
 def check_fingerprint(saved: dict | None, now: dict, ignore: tuple[str, ...] = ()) -> None:
+    """Raise DataError, naming the differences, unless `saved` describes the same data order as `now`."""
     if not saved:
         raise DataError("the checkpoint holds no loader state; start from its weights alone, with a new data order")
     changed = [
@@ -279,7 +283,7 @@ def build_train_loader(
 
     rank and world_size are data-parallel. `accumulation_steps` (micro-batches per step and rank) matters to the
     modality sampler only. `context_length` is the backbone's: no sample is longer. `cache_folder` keeps the row indices
-    (default: beside each JSON).
+    (default: beside each JSON). DataError where there are no rows to train on.
     """
     if not data.sources:
         raise DataError("data.sources is empty; name at least one LLaVA JSON or a folder of shards")
@@ -363,6 +367,11 @@ def _length_key(fingerprint: dict, opened: list[OpenSource], data, tower) -> lis
 
 
 def build_encoder(data, tokenizer: Tokenizer, tower, template: str = "", context_length: int | None = None) -> Encoder:
+    """The run's `Encoder`. ConfigError for an unknown template, or a tokenizer without its control tokens.
+
+    `data`: DataConfig; `template`: the backbone's, where `data` names none; `context_length`: longest sample in
+    tokens.
+    """
     chosen = get_template(data.template or template)
     check_template(chosen, tokenizer)
     longest = min(data.seq_length, data.max_sample_length or context_length or data.seq_length)

@@ -47,7 +47,7 @@ def _existing(path: str) -> str:
 
 
 def source(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> bytes | str:
-    """Bytes or path of an image, or of a video."""
+    """Bytes or path of an image, or of a video. BadSample for broken base64."""
     if ref.data is not None:
         return ref.data
     if ref.name.startswith("data:"):

@@ -66,6 +66,7 @@ def modality_plan(
 
 
 def check_sources(data, sources) -> None:
+    """Raise DataError where sources or mode do not fit the original's order: weights, shards, packing."""
     if any(source.weight != 1 for source in sources):
         raise DataError(
             "data.sampler=modality_length reads every row once per epoch; set all data.sources.weight to 1, and list each once"

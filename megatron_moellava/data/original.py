@@ -11,6 +11,7 @@ from megatron_moellava.data.tokenizer import Tokenizer
 
 
 def tokenise(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids as the original's tokenizer gives them: BOS first, special tokens parsed."""
     return tokenizer.bos_ids + tokenizer.encode_parsed(text)
 
 

@@ -105,6 +105,7 @@ class Values:
         self.buffer, self.position, self.row, self.ended = "", 0, 0, False
 
     def of_list(self) -> Iterator[tuple[int, dict]]:
+        """(row number, record) of each element of a JSON list. DataError for what is no list of rows."""
         self._peek()
         self.position += 1  # the opening bracket
         while self._peek() != "]":
@@ -124,6 +125,7 @@ class Values:
             )
 
     def one_after_the_other(self) -> Iterator[tuple[int, dict]]:
+        """(row number, record) of JSON values that merely follow each other."""
         while self._more():
             yield self._next()
 

@@ -48,12 +48,16 @@ class BadSample(DataError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
+    """One message of a conversation."""
+
     role: str  # "user" or "assistant"
     text: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRef:
+    """A picture by name, by content, or as a frame of a video."""
+
     name: str  # path below the image folder, or a data: URI
     data: bytes | None = None  # the file itself, when it came from a tar
     frame: tuple[int, int] | None = None  # (i, n): the i-th of n frames spread evenly over a video
@@ -61,6 +65,8 @@ class ImageRef:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
+    """One record, checked, in the only form that the code below knows."""
+
     id: str
     origin: str  # "train.json row 17", for messages
     turns: tuple[Turn, ...]  # user and assistant alternate, user first

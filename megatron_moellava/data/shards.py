@@ -29,6 +29,8 @@ ROLES = {"user": "human", "assistant": "gpt"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
+    """Everything that decides what the shards hold; the worker processes get a copy."""
+
     source: str
     image_folder: str
     out: str
@@ -41,9 +43,11 @@ class Plan:
     fingerprint: str
 
     def shard(self, number: int) -> Path:
+        """The file of shard `number`."""
         return Path(self.out) / f"shard-{number:06}.tar"
 
     def report(self, number: int) -> Path:
+        """The file whose existence says that shard `number` is complete."""
         return Path(self.out) / "reports" / f"shard-{number:06}.json"
 
 

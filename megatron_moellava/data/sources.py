@@ -27,6 +27,8 @@ OPEN_TARS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenSource:
+    """A source of `data.sources` that was found on disk and counted."""
+
     path: str  # of the file or the folder of shards
     folder: str  # image names are below it
     rows: int
@@ -38,6 +40,7 @@ class OpenSource:
 
     @property
     def share(self) -> Share:
+        """What the order of samples needs to know of it."""
         return Share(self.rows, self.weight, 1 if self.index is not None else SHARD_RUN)
 
 
@@ -57,6 +60,7 @@ def open_sources(sources, cache_folder: str | Path | None) -> tuple[list[OpenSou
 
 
 def open_source(source, cache_folder: str | Path | None) -> OpenSource:
+    """A file, indexed if it is not yet (`cache_folder`: where to), or a folder of shards. Raises DataError."""
     path = Path(source.path).expanduser()
     folder = os.path.expanduser(source.image_folder) or str(path.parent)
     if path.is_dir():
@@ -143,6 +147,7 @@ class Reader:
 
         Members are found by the record's names, without folders and the sample's own key. Names that fit none are only
         passed over where nothing can be confused: all are unknown, and the members have one order.
+        Raises BadSample where names and members do not fit.
         """
         if not members or not sample.images:
             return sample
@@ -187,6 +192,7 @@ class FileRows:
         self.path, self.positions, self.offsets = source.index.path, source.index.positions, source.index.offsets
 
     def read(self, row: int) -> tuple[dict, str, dict[str, bytes]]:
+        """(record, where it comes from, no files) of sample `row`; BadSample for a row that is not JSON."""
         line = self.positions[row]
         start, end = (int(offset) for offset in self.offsets[line : line + 2])
         with open(self.path, "rb") as file:
@@ -205,6 +211,7 @@ class ShardRows:
         self._reader = None  # opened in the process that reads: its file handles must not be shared
 
     def read(self, row: int) -> tuple[dict, str, dict[str, bytes]]:
+        """(record, where it comes from, files by name) of sample `row`. BadSample for what cannot be read."""
         if self._reader is None or self._process != os.getpid():
             self._reader = ShardInfosITarReader(self.path, _shards(Path(str(self.path))), itar_cache_size=OPEN_TARS)
             self._process = os.getpid()
@@ -217,7 +224,10 @@ class ShardRows:
 
 
 def read_members(sample: dict) -> tuple[dict, str, dict[str, bytes]]:
-    """(record, origin, image members in the tar's order) of the files of one key in a tar."""
+    """(record, origin, image members in the tar's order) of the files of one key in a tar.
+
+    Raises BadSample without a readable .json.
+    """
     content = sample.get("json")
     members = {key: value for key, value in sample.items() if key.rpartition(".")[2].lower() in MEMBER_TYPES}
     origin = f"{sample['__shard__']} sample {sample['__key__']}"

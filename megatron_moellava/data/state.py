@@ -10,6 +10,7 @@ def redistribute(saved: list[dict], world_size: int) -> list[dict]:
 
     A rank whose micro-batch held no usable sample at all went on to its next one and is ahead of the others: then all
     continue from the position that every rank has reached, and a few samples come again.
+    Raises DataError for states of a damaged checkpoint.
     """
     try:
         engine = min((state["engine"] for state in saved), key=lambda engine: (engine["epoch"], engine["position"]))

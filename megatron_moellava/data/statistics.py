@@ -19,7 +19,7 @@ def token_lengths(
     index: Index, encoder: Encoder, ignore_keys: tuple[str, ...] = (), *, limit: int = LIMIT
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """(tokens, images, unusable rows by reason) of up to `limit` rows, which are in random order; images are expanded,
-    samples cut at seq_length."""
+    samples cut at seq_length. DataError when no row can be used."""
     from tqdm import tqdm
 
     tokens, images = [], []
@@ -54,6 +54,10 @@ def packing(lengths: np.ndarray, seq_length: int, buffer: int) -> list[list[int]
 
 
 def describe(tokens: np.ndarray, images: np.ndarray, seq_length: int, buffer: int) -> dict:
+    """Counts, token lengths and useful shares of one source, packed and padded.
+
+    `tokens` and `images`: per sample; `buffer`: samples that packing chooses from.
+    """
     rows = packing(tokens, seq_length, buffer)
     filled = [int(tokens[row].sum()) for row in rows]
     grouped = np.array_split(tokens, max(1, len(tokens) // 8))
@@ -72,6 +76,7 @@ def describe(tokens: np.ndarray, images: np.ndarray, seq_length: int, buffer: in
 
 
 def plot(tokens: np.ndarray, images: np.ndarray, path: str | Path, title: str) -> None:
+    """Histogram of the token lengths, with and without images, as a picture file."""
     import matplotlib
 
     matplotlib.use("Agg")

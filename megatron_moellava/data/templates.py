@@ -42,6 +42,8 @@ _MPT = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
+    """A conversation version: who speaks how, and what stands between the turns."""
+
     version: str  # the template version of the original's conversation object
     style: str  # "plain", "two", "single", "llama_2" or "mpt" (roles are marked by control tokens)
     system: str = ""
@@ -66,6 +68,8 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
+    """A stretch of a rendered conversation."""
+
     text: str
     trained: bool = False
     literal: bool = True  # the template's own text: control tokens are parsed
@@ -160,6 +164,7 @@ TEMPLATES: dict[str, Template] = {
 
 
 def get_template(name: str) -> Template:
+    """The conversation version `name`; ConfigError, with the nearest names, where there is none."""
     if name not in TEMPLATES:
         near = ", ".join(difflib.get_close_matches(name, TEMPLATES, 3) or sorted(TEMPLATES))
         raise ConfigError(f"data.template={name!r} is not a conversation version; nearest: {near}")

@@ -12,6 +12,7 @@ def ranks_tokenizer(file: Path, specials: dict[str, int] | tuple[str, ...], eos_
     """transformers' fast tokenizer with the ids of tiktoken: NFC, SPLIT, then the ranks as merges.
 
     `specials`: token -> id, or names whose ids follow the ranks. The end of a text is `eos_token`.
+    Raises ConfigError for a file without ranks, or with a special token's id.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -55,6 +55,7 @@ class Tokenizer(ABC):
 
     @property
     def bos_ids(self) -> list[int]:
+        """BOS as a list; empty for a tokenizer that has none."""
         return [] if self.bos_id is None else [self.bos_id]
 
 

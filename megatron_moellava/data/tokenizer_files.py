@@ -27,6 +27,8 @@ class AddedToken:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerFiles:
+    """The files' content in one form, whichever version of transformers wrote them."""
+
     config: dict = field(default_factory=dict)  # tokenizer_config.json
     named: dict[str, str] = field(default_factory=dict)  # "eos_token" -> "</s>", for those of NAMES that are given
     additional: tuple[str, ...] = ()  # additional_special_tokens
@@ -34,6 +36,7 @@ class TokenizerFiles:
 
     @property
     def tokenizer_class(self) -> str:
+        """The class that tokenizer_config.json names; "" where it names none."""
         return str(self.config.get("tokenizer_class") or "")
 
     @property

@@ -10,6 +10,8 @@ from megatron_moellava.evaluation.questions import Question
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
+    """Questions and answers of one benchmark, ready to be scored."""
+
     folder: Path  # the benchmark's data
     work: Path  # the run's own folder: reviews and submission files go there
     name: str  # of the model, as it appears in submission files

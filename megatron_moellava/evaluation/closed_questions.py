@@ -129,6 +129,7 @@ class Plan:
         return [packed[number % len(packed)] for number in range(rank, total, size)], own
 
     def batches(self, packed: list[list[tuple[int, EncodedSample]]], tower) -> Iterator[Batch]:
+        """One packed batch for each row of `packed`, its pictures read or blank."""
         shape = (3, tower.image_size, tower.image_size)
         for row in packed:
             samples = [sample for _, sample in row]

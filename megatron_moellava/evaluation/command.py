@@ -31,6 +31,7 @@ def chosen_tasks(names: str) -> list[Task]:
 
 
 def judge_of(args: argparse.Namespace) -> Judge | None:
+    """The judge that the arguments name, or None. ConfigError where URL and model are not given together."""
     if bool(args.judge_url) != bool(args.judge_model):
         raise ConfigError("--judge-url and --judge-model go together: give both or neither")
     return (
@@ -41,6 +42,7 @@ def judge_of(args: argparse.Namespace) -> Judge | None:
 
 
 def options_of(args: argparse.Namespace) -> Options:
+    """`Options` from the arguments. ConfigError for a negative limit or fewer than two bootstrap samples."""
     if args.limit < 0:
         raise ConfigError(f"limit={args.limit} must be 0 (all questions) or a positive number")
     if args.bootstrap < 2:
@@ -83,7 +85,10 @@ def own_questions(args: argparse.Namespace) -> OwnQuestions | None:
 
 
 def score_predictions(args: argparse.Namespace) -> str:
-    """--score-only: the table over everything scored so far into --out."""
+    """--score-only: the table over everything scored so far into --out.
+
+    Raises ConfigError unless it is one file for one benchmark.
+    """
     own_questions(args)
     tasks = chosen_tasks(args.benchmark)
     if args.score_only is None:

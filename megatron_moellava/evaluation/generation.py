@@ -31,6 +31,7 @@ class CheckpointAnswers:
         self.engine = engine
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        """One answer per request, each as soon as it is finished."""
         for completion in completions(self.engine, map(_translated, requests)):
             yield Answer(request_id=completion.request_id, text=completion.text)
 

@@ -37,12 +37,16 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
+    """What the judge said, and who it says it is."""
+
     text: str
     model: str  # as the server names it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judge:
+    """A chat-completions server with its model and its patience. ConfigError for a URL that is not HTTP, or no model."""
+
     url: str  # base, e.g. "https://api.openai.com/v1"; "/chat/completions" is appended
     model: str
     key_variable: str = "OPENAI_API_KEY"  # environment variable with the bearer token; unset: no header
@@ -102,4 +106,5 @@ class Judge:
 
     @property
     def host(self) -> str:
+        """The server's host and port, without credentials."""
         return urllib.parse.urlsplit(self.url).netloc.rpartition("@")[2]

@@ -28,6 +28,8 @@ _ONLY_GENERATES = "megatron_moellava generates answers; choose the task's genera
 
 
 class MegatronMoELlava(lmms):
+    """The model `megatron_moellava` of lmms-eval."""
+
     is_simple = True
 
     def __init__(
@@ -63,6 +65,7 @@ class MegatronMoELlava(lmms):
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """The answers to this rank's requests, in their order. Collective."""
         found: dict[str, GenerationResult] = {}
         bar = tqdm(total=len(requests), desc="megatron_moellava", unit="question", disable=self.rank > 0)
         mine = (self._request(number, instance.args) for number, instance in enumerate(requests))
@@ -88,14 +91,19 @@ class MegatronMoELlava(lmms):
         )
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not supported: raises ConfigError."""
         raise ConfigError(_ONLY_GENERATES.format("multiple_choice or loglikelihood"))
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not supported: raises ConfigError."""
         raise ConfigError(_ONLY_GENERATES.format("generate_until_multi_round"))
 
 
 def make_request(id: str, context: str, visuals: Sequence, options: dict, image_aspect_ratio: str) -> Request:
-    """The pictures stand before the text, as in moellava evaluate, unless the text says itself where they belong."""
+    """The pictures stand before the text, as in moellava evaluate, unless the text says itself where they belong.
+
+    Raises DataError for what is no picture.
+    """
     images = tuple(chain.from_iterable(visual if isinstance(visual, list) else [visual] for visual in visuals))
     if others := [type(visual).__name__ for visual in images if not isinstance(visual, Image.Image)]:
         raise DataError(f"request {id}: a visual is {others[0]}; only pictures can be shown to this model")

@@ -34,6 +34,7 @@ class Confusion:
     false_negative: float = 0.0
 
     def add(self, *, predicted: bool, truth: bool, weight: float = 1.0) -> None:
+        """Count one answered question."""
         name = f"{'true' if predicted == truth else 'false'}_{'positive' if predicted else 'negative'}"
         setattr(self, name, getattr(self, name) + weight)
 
@@ -68,6 +69,7 @@ class Score:
 
     @property
     def value(self) -> float:
+        """The headline over all units, in the unit that `metric` names."""
         return self.headline(self.sums_UK.sum(axis=0))
 
     def standard_error(self, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0) -> float:

@@ -33,6 +33,7 @@ class OwnQuestions:
 
     @property
     def task(self) -> Task:
+        """The file as a benchmark that has no scorer."""
         return Task(
             name=self.file.stem,
             title=self.file.name,

@@ -32,6 +32,7 @@ class Place:
 
     @property
     def leads(self) -> bool:
+        """Whether this process writes what there is only one of."""
         return self.rank == 0 and self.writes
 
 
@@ -85,6 +86,7 @@ class Predictions:
         return [path for path in (self.folder / "predictions.jsonl", *parts) if path.exists()]
 
     def missing(self, questions: Sequence[Question]) -> list[Question]:
+        """The questions that have no answer yet, in their order."""
         return [question for question in questions if question.key not in self.texts]
 
     @contextmanager
@@ -103,7 +105,10 @@ class Predictions:
             yield write
 
     def merge(self, questions: Sequence[Question]) -> None:
-        """All answers in the questions' order into one file; the parts go. Answers beyond these questions stay too."""
+        """All answers in the questions' order into one file; the parts go. Answers beyond these questions stay too.
+
+        Raises DataError when one is missing.
+        """
         rows = {key: row for path in self._files() for key, row in _read_part(path)}
         self.texts = {key: row["text"] for key, row in rows.items()}
         if missing := self.missing(questions):

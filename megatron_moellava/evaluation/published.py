@@ -13,6 +13,8 @@ POPE_COLUMNS = ("accuracy", "f1", "yes_ratio")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
+    """One row of the paper's tables."""
+
     model: str
     activated: str  # parameters per token
     resolution: int  # pixels
@@ -21,6 +23,7 @@ class Published:
     pope: tuple[tuple[float, float, float], ...] = ()
 
     def score(self, column: str) -> float | None:
+        """The paper's value in `column`; None where it gives none."""
         return self.scores[COLUMNS.index(column)] if column in COLUMNS else None
 
 

@@ -44,6 +44,8 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
+    """One question to the model, with what its scorer needs."""
+
     id: int | str
     text: str  # without <image> and without the suffix that the driver adds
     picture: Picture | None = None
@@ -53,6 +55,7 @@ class Question:
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
+        """All pictures, in order."""
         return (self.picture, *self.more) if self.picture else self.more
 
     @property
@@ -121,7 +124,10 @@ def read_llava_jsonl(questions: Path, images: Path) -> list[Question]:
 
 
 def read_science_qa(questions: Path, images: Path) -> list[Question]:
-    """[{"id", "image"?, "conversations": [{"value": question}, ...]}]; rows without a picture are questions too."""
+    """[{"id", "image"?, "conversations": [{"value": question}, ...]}]; rows without a picture are questions too.
+
+    Raises DataError for other JSON.
+    """
     rows = read_json(questions)
     if not isinstance(rows, list):
         raise DataError(f"{questions} holds {type(rows).__name__}: must be a JSON list of questions")
@@ -151,7 +157,10 @@ def read_quickstart(questions: Path, images: Path) -> list[Question]:
 
 
 def read_tsv(path: Path) -> list[dict[str, str]]:
-    """Rows of a tab-separated table with a header; quoted fields may hold line breaks."""
+    """Rows of a tab-separated table with a header; quoted fields may hold line breaks.
+
+    Raises DataError when it is missing or not readable.
+    """
     csv.field_size_limit(_MAX_TSV_FIELD)
     try:
         with path.open(encoding="utf-8", newline="") as file:

@@ -47,6 +47,7 @@ def _why_unscored(task: Task, answered: Answered) -> str:
 
 
 def write_record(folder: Path, record: Mapping) -> Path:
+    """Write `record` as scores.json into `folder` (made if missing), and return the file."""
     path = folder / "scores.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -23,6 +23,8 @@ from megatron_moellava.evaluation.tasks import Task
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
+    """One conversation to be continued by the model."""
+
     id: str
     turns: tuple[Turn, ...]  # the last one is the user's; data.templates renders them into the prompt
     images: tuple[Picture, ...]  # one for each <image> in the turns
@@ -33,11 +35,15 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
+    """The model's answer to a request."""
+
     request_id: str
     text: str  # without the prompt and the stop string
 
 
 class Engine(Protocol):
+    """What answers: a checkpoint, or any stand-in with the same method."""
+
     def generate(self, requests: Sequence[Request]) -> Iterator[Answer]:
         """Exactly one answer per request, in any order, each as soon as it is finished."""
 
@@ -62,6 +68,8 @@ def make_request(task: Task, question: Question, temperature: float = 0.0) -> Re
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
+    """How a benchmark is asked and its error estimated."""
+
     limit: int = 0  # first questions only; 0: all
     circular: bool = False  # MMBench: every question once per rotation of its options
     blank_images: bool = False  # grey pictures, for the check that they matter
@@ -75,11 +83,14 @@ DEFAULTS = Options()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
+    """A benchmark's questions: all, and those to be asked."""
+
     all: Sequence[Question]  # of the file
     chosen: Sequence[Question]  # after --limit, with blank pictures if so asked
 
 
 def read_questions(task: Task, data: Path, options: Options, *, asking: bool = True) -> Asked:
+    """The questions of a task. `asking`: its pictures must be there too. Raises DataError."""
     questions = task.read(data, circular=options.circular, asking=asking)
     return Asked(all=questions, chosen=chosen_of(questions, options))
 

@@ -20,7 +20,10 @@ def _write_json(path: Path, value: object) -> Path:
 
 
 def vqav2(answered: Answered) -> Path:
-    """[{"question_id", "answer"}] over the whole of test2015: the server refuses a shorter list, so the rest is ""."""
+    """[{"question_id", "answer"}] over the whole of test2015: the server refuses a shorter list, so the rest is "".
+
+    Raises DataError for questions that are not in it.
+    """
     texts = {str(question.id): normalise.evalai(text) for question, text in answered}
     listed = [row["question_id"] for row in read_jsonl(answered.folder / "llava_vqav2_mscoco_test2015.jsonl")]
     if strangers := sorted(set(texts) - set(map(str, listed))):
@@ -76,4 +79,5 @@ def mmbench(answered: Answered, table: str) -> Path:
 
 
 def is_missing_cell(value: str | int | None) -> bool:
+    """Whether a cell of a TSV file stands for no value."""
     return value is None or (isinstance(value, str) and is_missing(value))

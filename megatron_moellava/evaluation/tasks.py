@@ -29,6 +29,8 @@ _MMBENCH_URL = "download.openmmlab.com/mmclassification/datasets/mmbench"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
+    """One benchmark. Paths are relative to the folder of `--data`."""
+
     name: str
     title: str  # the paper's column where there is one
     folder: str  # inside --data
@@ -51,7 +53,10 @@ class Task:
     origin: str  # where the data come from
 
     def check_data(self, data: Path, *, asking: bool = True) -> Path:
-        """The task's folder. DataError when anything is missing: what, where it comes from, what the folder needs."""
+        """The task's folder. DataError when anything is missing: what, where it comes from, what the folder needs.
+
+        Raises ConfigError for a package that is not installed.
+        """
         folder = data / self.folder
         pictures = (self.images, *self.pictures) if asking else ()
         wanted = list(dict.fromkeys(name for name in (self.questions, *pictures, *self.needs) if name))
@@ -65,7 +70,10 @@ class Task:
         return folder
 
     def read(self, data: Path, *, circular: bool = False, asking: bool = True) -> list[Question]:
-        """All questions in the file's order; `asking` also wants the pictures. DataError: empty, or an id repeats."""
+        """All questions in the file's order; `asking` also wants the pictures. DataError: empty, or an id repeats.
+
+        Raises ConfigError for `circular` where there are no options.
+        """
         folder = self.check_data(data, asking=asking)
         if circular and f"{self.reader}_circular" not in _READERS:
             raise ConfigError(f"circular=True: {self.title} has no options to rotate; only the MMBench tasks have")

@@ -39,6 +39,7 @@ def curve_numbers(folder: Path) -> dict[str, float]:
 
 
 def final_loss(losses: Sequence[float]) -> float:
+    """Mean of the last losses of a run (share `LAST`); NaN when there are none."""
     last = losses[-max(1, round(len(losses) * LAST)) :]
     return statistics.fmean(last) if last else math.nan
 

@@ -54,6 +54,7 @@ class Node:
 
     @cached_property
     def digest(self) -> str:
+        """Changes with everything that the node's result depends on, the nodes before it included."""
         needs = {name: (node.digest, path) for name, (node, path) in self.references.items()}
         text = json.dumps([self.step, self.seed, self.settings, needs, self.files], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -65,9 +66,11 @@ class Node:
 
     @property
     def kind(self) -> str:
+        """What the node does: a key of KINDS."""
         return self.settings["kind"]
 
     def needs(self) -> list["Node"]:
+        """The nodes whose results it reads, each once."""
         return list({node.name: node for node, _ in self.references.values()}.values())
 
 
@@ -140,6 +143,7 @@ class Grid:
             yield file.read_text()
 
     def expand(self, path: str) -> Path:
+        """A path of the grid file, with {here} as the folder of the grid."""
         return Path(path.replace("{here}", str(self.folder)))
 
 

@@ -40,6 +40,8 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
+    """One metric of one cell: its value per seed, their mean and deviation, and the comparison with the baseline."""
+
     cell: str
     values: dict[int, float]  # by seed
     mean: float | None
@@ -59,6 +61,7 @@ def collect(grid: Grid, runs: Path) -> list[dict]:
 
 
 def write_results(folder: Path, rows: Sequence[dict]) -> None:
+    """Write `rows` as results.jsonl, complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / (RESULTS + ".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))

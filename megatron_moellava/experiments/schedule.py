@@ -117,6 +117,7 @@ def core_shares(cores: Iterable[int], jobs: int) -> list[set[int]]:
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
+    """Hold the exclusive lock of `file`; waits for whoever has it."""
     with file.open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         yield

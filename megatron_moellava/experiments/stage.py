@@ -25,6 +25,8 @@ class Interrupted(MoELlavaError):
 
 @dataclass(frozen=True, slots=True)
 class Answers:
+    """What a trained stage answers to held-out questions."""
+
     score: dict  # evaluation.quickstart.metrics.score_quickstart
     answered: list[dict]  # the rows with `prediction` and `loss`
     routing: RoutingSums | None  # of the questions; None: dense

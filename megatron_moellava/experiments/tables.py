@@ -39,6 +39,7 @@ def table(grid: Grid, rows: Sequence[dict]) -> str:
 
 
 def cells_with_results(grid: Grid, rows: Sequence[dict]) -> list[str]:
+    """Names of the cells that have at least one row, in the grid's order."""
     return [cell for cell in grid.cells if any(row["cell"] == cell for row in rows)]
 
 
@@ -62,6 +63,7 @@ def number(value: float, metric: str) -> str:
 
 
 def plus_minus(summary: Summary | None, metric: str) -> str:
+    """A metric as "mean ± deviation": the mean alone for one seed, an empty string without results."""
     if summary is None or summary.mean is None:
         return ""
     deviation = summary.deviation

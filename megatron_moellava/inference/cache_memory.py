@@ -26,7 +26,10 @@ class CacheMemory:
 
     @classmethod
     def of(cls, model: MoELlava, gib: float | None) -> "CacheMemory":
-        """`gib`: the limit; None: what the GPU with the least free memory has room for, or no limit on a CPU. Collective."""
+        """`gib`: the limit; None: what the GPU with the least free memory has room for, or no limit on a CPU. Collective.
+
+        Raises ConfigError for a limit that is not positive.
+        """
         if gib is not None and gib <= 0:
             raise ConfigError(f"--memory-limit={gib:g} must be more than 0 GiB")
         config = model.config
@@ -40,6 +43,7 @@ class CacheMemory:
         return rows * -(-positions // GROWTH) * GROWTH * self.bytes_per_position
 
     def fits(self, rows: int, positions: int) -> bool:
+        """Whether so many rows of so many positions stay within the limit."""
         return self.size(rows, positions) <= self.limit
 
     def check(self, rows: int, positions: int) -> None:

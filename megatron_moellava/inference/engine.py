@@ -39,6 +39,8 @@ from megatron.core import parallel_state
 
 
 class Engine:
+    """Requests in, events out, one `step` at a time; every rank of a model-parallel group makes the same calls."""
+
     def __init__(
         self,
         model: MoELlava,
@@ -147,6 +149,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
+        """Whether there is a request that has not ended."""
         return bool(self.waiting or self.rows)
 
     def anyone_busy(self) -> bool:

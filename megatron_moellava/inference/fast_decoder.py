@@ -42,6 +42,8 @@ def can_decode_fast() -> bool:
 
 @dataclass(slots=True)
 class FastDecoder:
+    """One step through all layers, from embeddings to logits, without Megatron-Core's modules."""
+
     model: MoELlava
     product: PackedLinear | None = None
     angles_S11C: torch.Tensor | None = None
@@ -104,11 +106,13 @@ def is_plain(mlp: MoELayer) -> bool:
 
 
 def dense(product: PackedLinear, mlp: MLP, x_TH: torch.Tensor) -> torch.Tensor:
+    """A dense MLP, [T, H] -> [T, H]."""
     inner_TF = activate(mlp.config, product(x_TH, mlp.linear_fc1.weight, mlp.linear_fc1.bias))
     return product(inner_TF, mlp.linear_fc2.weight, mlp.linear_fc2.bias)
 
 
 def activate(config, inner_TF: torch.Tensor) -> torch.Tensor:
+    """The activation of [T, F] inner channels; gated: [gate, up] of twice the width -> activation(gate) * up."""
     if not config.gated_linear_unit:
         return config.activation_func(inner_TF)
     gate_TF, up_TF = inner_TF.chunk(2, dim=-1)

@@ -25,6 +25,8 @@ REMEMBERED_IMAGES = 64  # visual tokens kept: the turns of a conversation encode
 
 @dataclass(slots=True)
 class Forward:
+    """The model with its cache, called once per step; keeps the visual tokens of recent images."""
+
     model: MoELlava
     cache: KVCache
     vocab_size: int  # of the tokenizer; the model's may be larger, and nothing can be said with the rest

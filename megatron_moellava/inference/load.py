@@ -94,7 +94,10 @@ def load_model(
 
 
 def inference_layout(layout: ParallelConfig) -> ParallelConfig:
-    """One token a step cannot be cut along the sequence, and a stage is one piece."""
+    """One token a step cannot be cut along the sequence, and a stage is one piece.
+
+    Raises ConfigError for context parallelism.
+    """
     if layout.context_parallel_size > 1:
         raise ConfigError("parallel.context_parallel_size must be 1 for generation")
     return replace(layout, sequence_parallel=False, virtual_pipeline_model_parallel_size=None)

@@ -19,6 +19,8 @@ from megatron_moellava.towers import Tower
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Prompt:
+    """A request as the model reads it."""
+
     tokens: list[int]  # every visual token is an IMAGE_TOKEN
     pixels_NCHW: torch.Tensor  # the tiles of all images; N may be 0
     tiles: tuple[int, ...]  # of each image
@@ -26,6 +28,8 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompter:
+    """Turns requests into prompts. ConfigError for a tokenizer without the template's control tokens."""
+
     template: Template
     tokenizer: Tokenizer
     tower: Tower

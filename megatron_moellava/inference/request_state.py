@@ -13,6 +13,8 @@ from megatron_moellava.inference.text import TextStream
 
 @dataclass(slots=True)
 class RequestState:
+    """A request in the engine, from its prompt to its last token."""
+
     request: Request
     prompt: Prompt
     stop_ids: frozenset[int]
@@ -42,6 +44,7 @@ class RequestState:
 
     @property
     def has_images(self) -> bool:
+        """Whether its prompt holds visual tokens."""
         return bool(self.prompt.tiles)
 
     def choose(self, logits_KV: torch.Tensor, likeliest: int) -> int | list[Beam]:

@@ -9,6 +9,8 @@ from megatron_moellava.data.sample import Turn
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
+    """How the tokens of an answer are chosen and when it ends."""
+
     max_new_tokens: int = 512
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0  # the smallest set of tokens whose probabilities reach this is sampled from
@@ -20,6 +22,8 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
+    """One conversation to be continued."""
+
     id: str
     turns: tuple[Turn, ...]  # the last one is the user's; the template makes the prompt
     images: tuple[Image.Image, ...] = ()  # one for each <image> in the turns, in that order

@@ -31,6 +31,8 @@ SPELLINGS = 16  # tokens that may complete a stop string, beside the stop tokens
 
 @dataclass(frozen=True, slots=True)
 class Beam:
+    """One continuation that a beam search keeps."""
+
     source: int  # which of the K beams it continues
     token: int
     score: float  # sum of log-probabilities

@@ -14,6 +14,8 @@ HALF = "\ufffd"  # what decoding shows for an incomplete character
 
 @dataclass(slots=True)
 class TextStream:
+    """The text of one answer, token by token, up to a stop string."""
+
     tokenizer: Tokenizer
     stop: Sequence[str] = ()
     tokens: list[int] = field(default_factory=list)

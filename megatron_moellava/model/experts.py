@@ -173,6 +173,7 @@ class WeightedActivation(torch.autograd.Function):
     def forward(
         ctx, inner_NO: torch.Tensor, weights_N1: torch.Tensor, activation: Callable, is_gated: bool
     ) -> torch.Tensor:
+        """[N, O] (gated: gate and up, O = 2 I) and weights [N, 1] -> [N, I]."""
         ctx.activation, ctx.parts = activation, 2 if is_gated else 1
         ctx.save_for_backward(inner_NO, weights_N1)
         output_NI = inner_NO.new_empty(len(inner_NO), inner_NO.shape[1] // ctx.parts)
@@ -184,6 +185,7 @@ class WeightedActivation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_NI: torch.Tensor):
+        """Gradients of the inner products [N, O] and of the weights [N, 1]."""
         inner_NO, weights_N1 = ctx.saved_tensors
         grad_inner_NO, grad_weights_N1 = torch.empty_like(inner_NO), torch.empty_like(weights_N1)
         for rows in row_blocks(inner_NO):
@@ -209,5 +211,6 @@ def activation_gradient(activation: Callable, x: torch.Tensor, grad: torch.Tenso
 
 
 def row_blocks(x_NO: torch.Tensor) -> list[slice]:
+    """Slices that cover the rows of `x_NO`: small enough for a CPU's cache, one for all on a GPU."""
     size = max(len(x_NO), 1) if platform.HAS_CUDA else BLOCK
     return [slice(start, start + size) for start in range(0, len(x_NO), size)]

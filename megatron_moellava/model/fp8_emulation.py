@@ -125,6 +125,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input_NI, weight_EOI, offsets: tuple[int, ...], scaling: Scaling):
+        """[N, I] x [E, O, I] -> [N, O]; `offsets`: where the rows of each expert begin, and their end."""
         ctx.save_for_backward(input_NI, weight_EOI)
         ctx.offsets, ctx.scaling = offsets, scaling
         rows_NI = _round_rows(scaling, input_NI, "input", 1, offsets)
@@ -132,6 +133,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient_NO):
+        """Gradients [N, I] and [E, O, I] from [N, O]."""
         input_NI, weight_EOI = ctx.saved_tensors
         offsets, scaling = ctx.offsets, ctx.scaling
         to_input = to_weight = None
@@ -225,6 +227,7 @@ class Emulation:
         return [scaling.history_TKE for scaling in self.scalings if self.recipe.history]
 
     def load_state(self, state: list[torch.Tensor]) -> None:
+        """Take over the histories of a checkpoint; the inverse of `state`."""
         for scaling, history_TKE in zip(self.scalings, state, strict=False):
             scaling.history_TKE = history_TKE
 

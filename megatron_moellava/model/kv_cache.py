@@ -222,6 +222,7 @@ class CachedSelfAttention(SelfAttention):
     """Megatron-Core's self-attention; with a `KVCache` as inference context it attends through that."""
 
     def forward(self, hidden_states, attention_mask, inference_context=None, rotary_pos_emb=None, **arguments):
+        """With a cache [T, 1, H] -> [T, 1, H], tokens of all requests behind each other; else Megatron-Core's."""
         if inference_context is None:
             return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **arguments)
         query_T1HD, key_T1GD, value_T1GD = self.get_query_key_value_tensors(hidden_states)

@@ -17,6 +17,7 @@ class ResidualMoELayer(MoELayer):
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden_SBH: torch.Tensor, intermediate_tensors=None, padding_mask: torch.Tensor | None = None):
+        """[S, B, H] -> [S, B, H], and None for the bias."""
         expert_SBH, _ = super().forward(hidden_SBH, intermediate_tensors, padding_mask)
         dense_SBH, bias_H = self.residual_mlp(hidden_SBH)
         if bias_H is not None:

@@ -298,6 +298,7 @@ class PositionedRotary(RotaryEmbedding):
         self._positions_S = None
 
     def at(self, position_ids_BS: torch.Tensor | None) -> "PositionedRotary":
+        """Itself, for `with`: rotations are those of the first row of `position_ids_BS`; None: positions 0, 1, ..."""
         self._positions_S = None if position_ids_BS is None else position_ids_BS[0]
         return self
 

@@ -21,6 +21,8 @@ Noise = Callable[[torch.Tensor, Draw], torch.Tensor]  # (logits [N, E], draw) ->
 
 @dataclass(frozen=True, slots=True)
 class Gate:
+    """Where the gate sends N tokens, and with which weights."""
+
     probs_NE: torch.Tensor  # combine weights, fp32, zero where a token is not sent
     routing_map_NE: torch.Tensor  # bool, where a token is sent
     choices_NK: torch.Tensor  # int64, the experts that a token asks for, best first, before dropping

@@ -160,11 +160,13 @@ class RouterProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input_SBH: torch.Tensor, weight_EH: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[S, B, H] x [E, H] -> [S, B, E] in `dtype`."""
         ctx.save_for_backward(input_SBH, weight_EH)
         return F.linear(input_SBH.to(dtype), weight_EH.to(dtype))
 
     @staticmethod
     def backward(ctx, grad_SBE: torch.Tensor):
+        """Gradients of input [S, B, H] and weight [E, H], each in its own dtype."""
         input_SBH, weight_EH = ctx.saved_tensors
         grad_NE, input_NH = grad_SBE.flatten(0, -2), input_SBH.flatten(0, -2).to(grad_SBE.dtype)
         grad_input_SBH = (grad_NE @ weight_EH.to(grad_NE.dtype)).to(input_SBH.dtype).view_as(input_SBH)

@@ -52,6 +52,10 @@ def settings_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def request_of(arguments: argparse.Namespace, given: list[str]) -> Request:
+    """The search that the command line asks for. ConfigError for bad settings, and for context parallelism.
+
+    `given`: the settings that were typed, which the search keeps as they are.
+    """
     data = STAGE_DATA[arguments.stage]
     if arguments.samples:
         data = replace(data, name="given", samples=arguments.samples)
@@ -86,6 +90,7 @@ def request_of(arguments: argparse.Namespace, given: list[str]) -> Request:
 
 
 def why_nothing(request: Request, found: Found) -> str:
+    """Why no layout was found: the smallest and its memory, or what refused the first one."""
     if found.too_big:
         memory, smallest = found.too_big[0]
         return (

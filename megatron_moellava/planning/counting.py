@@ -46,6 +46,7 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
 
     @property
     def bytes(self) -> int:
+        """Bytes of what was saved, each storage once."""
         return sum(storage.nbytes() for storage in self.storages.values())
 
 

@@ -50,6 +50,7 @@ class Counted:
 
     @property
     def num_parameters(self) -> int:
+        """Elements of all roles."""
         return sum(self.parameters.values())
 
 

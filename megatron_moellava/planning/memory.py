@@ -36,6 +36,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """Bytes of all parts together, the margin included."""
         return sum(asdict(self).values())
 
 

@@ -51,6 +51,7 @@ class Costs:
 
     @property
     def communication_seconds(self) -> float:
+        """Exposed communication of all axes, per step."""
         return self.tensor_seconds + self.expert_seconds + self.pipeline_seconds + self.data_seconds
 
 
@@ -64,6 +65,7 @@ class RankTime:
 
     @property
     def total(self) -> float:
+        """Computation and exposed communication together."""
         return self.compute + self.tensor + self.expert
 
 
@@ -78,10 +80,12 @@ class Pricing:
 
     @property
     def peak(self) -> float:
+        """FLOP/s of the GPU in the precision of the products."""
         return self.gpu.peak(self.fp8)
 
     @property
     def memory_rate(self) -> float:
+        """Bytes per second that element-wise kernels reach."""
         return self.gpu.memory_bandwidth * self.efficiency.memory
 
     def link(self, span: int) -> float:
@@ -127,6 +131,7 @@ def costs_of(layout: Layout, pricing: Pricing, load: Load, samples: int = 0) -> 
 
 
 def rank_time(layout: Layout, pipeline_rank: int, pricing: Pricing, load: Load) -> RankTime:
+    """Seconds of one micro-batch with `load` on one pipeline rank, exposed communication included."""
     work = list(stage_work(layout, pipeline_rank, load.tokens, load.length, load.images))
     products = sum(work_seconds(item, pricing) for item in work)
     share = load.tokens / layout.tokens

@@ -93,6 +93,7 @@ class Published:
 
     @property
     def layout(self) -> Layout:
+        """The run under its published layout."""
         run = RunConfig(
             model=ModelConfig(backbone=self.backbone.name),
             moe=self.moe,
@@ -238,6 +239,7 @@ def check(run: Published) -> Check:
 
 
 def check_all() -> list[Check]:
+    """Every published run beside the planner's prediction."""
     return [check(run) for run in RUNS]
 
 

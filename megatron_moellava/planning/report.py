@@ -26,6 +26,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plan_row(plan: Plan) -> tuple[str, ...]:
+    """One row of the table of plans: GiB, seconds, shares, MFU, steps, hours, GPU-hours."""
     costs = plan.costs
     return (
         label(plan.layout),

@@ -65,6 +65,7 @@ class Request:
 
     @property
     def limit(self) -> float:
+        """Bytes of one rank that a plan may use."""
         return self.memory_limit or self.gpu.memory
 
 

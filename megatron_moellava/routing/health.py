@@ -35,6 +35,7 @@ class Anomaly:
 
     @property
     def key(self) -> tuple[str, int, int]:
+        """The same for the same fault at another time."""
         return self.kind, self.layer, self.expert
 
 

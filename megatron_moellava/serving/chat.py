@@ -26,6 +26,8 @@ HELP = """/image FILE   show a picture with the next question (several times: se
 
 @dataclass(slots=True)
 class Conversation:
+    """One conversation with its pictures; /clear begins another."""
+
     engine: Engine
     sampling: Sampling
     turns: list[Turn] = field(default_factory=list)
@@ -41,6 +43,7 @@ class Conversation:
         self.pending.append((file, image))
 
     def clear(self) -> None:
+        """Forget turns and pictures, also those not yet asked about."""
         for part in (self.turns, self.images, self.names, self.pending):
             part.clear()
 

@@ -20,6 +20,10 @@ EXAMPLE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def open_engine(args: argparse.Namespace, **options) -> Engine:
+    """The engine over `--load`, under the layout of the arguments; `options` go to `Engine`.
+
+    Raises CheckpointError where there is no checkpoint, and ConfigError for options that do not fit it.
+    """
     if not Path(args.load).exists():
         raise CheckpointError(
             f"--load={args.load} does not exist; name a checkpoint folder, or run `make quickstart`, which writes "
@@ -40,6 +44,7 @@ def open_engine(args: argparse.Namespace, **options) -> Engine:
 
 
 def chat(args: argparse.Namespace) -> None:
+    """What `moellava chat` does: the first rank talks, the others follow."""
     engine = open_engine(args, max_batch_size=max(args.num_beams, 1))
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens,
@@ -64,15 +69,18 @@ class MultiRankEngine:
         self.engine = engine
 
     def stream(self, request: Request):
+        """The events of one request, on all ranks."""
         request, prompt = self.engine.fit(request)
         yield from self._told([("submit", replace(request, images=()), prompt)])
         while self.engine.busy:
             yield from self._told([])
 
     def cancel(self, request_id: str) -> None:
+        """End a request on all ranks."""
         self._told([("cancel", request_id)])
 
     def stop(self) -> None:
+        """Let the other ranks end."""
         if dist.get_world_size() > 1:
             dist.broadcast_object_list([[("stop",)]], src=0)
 
@@ -85,6 +93,7 @@ class MultiRankEngine:
 
 
 def serve(args: argparse.Namespace) -> None:
+    """What `moellava serve` does: the first rank listens, the others follow. ConfigError without the `demo` extra."""
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'megatron-moellava[demo]'")

@@ -9,6 +9,8 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class ServerMetrics:
+    """Counters and histograms of the server; gauges read the service when they are scraped."""
+
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self, service: Service):
@@ -32,6 +34,7 @@ class ServerMetrics:
             Gauge(name, text, registry=registry).set_function(read)
 
     def answered(self, request: Request, completion: Completion, seconds: float, first: float) -> None:
+        """Count an answered request. `seconds`: until its end; `first`: until its first token."""
         self.requests.labels("200").inc()
         self.prompt_tokens.inc(completion.num_prompt_tokens)
         self.answer_tokens.inc(len(completion.tokens))
@@ -40,7 +43,9 @@ class ServerMetrics:
         self.first.observe(first)
 
     def refused(self, status: int) -> None:
+        """Count a refused request under its HTTP status."""
         self.requests.labels(str(status)).inc()
 
     def text(self) -> bytes:
+        """What /metrics answers."""
         return generate_latest(self.registry)

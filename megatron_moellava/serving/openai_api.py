@@ -22,6 +22,8 @@ ROLES = ("system", "developer", "user", "assistant")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApiLimits:
+    """What one request may ask for; more is refused."""
+
     max_new_tokens: int = 1024
     default_new_tokens: int = 512
     max_images: int = 8  # of one request
@@ -31,6 +33,8 @@ class ApiLimits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatRequest:
+    """A body of /v1/chat/completions, checked."""
+
     request: Request
     stream: bool
     include_usage: bool
@@ -170,18 +174,22 @@ def completion_object(completion: Completion, model: str) -> dict:
 
 
 def first_chunk(request_id: str, model: str) -> dict:
+    """The chunk that opens a stream: the role, no text."""
     return _chunk(request_id, model, {"role": "assistant", "content": ""}, None)
 
 
 def delta_chunk(request_id: str, model: str, text: str) -> dict:
+    """A chunk with the next piece of text."""
     return _chunk(request_id, model, {"content": text}, None)
 
 
 def last_chunk(completion: Completion, model: str) -> dict:
+    """The chunk that says why the answer ended."""
     return {**_chunk(completion.request_id, model, {}, completion.finish_reason), **_extras(completion, False)}
 
 
 def usage_chunk(completion: Completion, model: str) -> dict:
+    """The chunk with the token counts, for `stream_options.include_usage`."""
     return {
         **_envelope(completion.request_id, model, "chat.completion.chunk"),
         "choices": [],
@@ -190,6 +198,7 @@ def usage_chunk(completion: Completion, model: str) -> dict:
 
 
 def usage(completion: Completion) -> dict:
+    """Token counts as OpenAI names them; visual tokens count as prompt tokens."""
     prompt, answer = completion.num_prompt_tokens, len(completion.tokens)
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 

@@ -20,6 +20,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow's other decoders start
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PictureLimits:
+    """What a picture may cost before it is refused."""
+
     max_bytes: int = 20_000_000  # of one encoded picture
     max_pixels: int = 50_000_000  # of one decoded picture
     allow_remote: bool = False  # fetch http and https URLs of public hosts

@@ -39,6 +39,8 @@ PAGE_POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'unsafe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerOptions:
+    """Names, limits and access of a server."""
+
     model_name: str
     token: str = ""  # bearer token of /v1; empty: none is asked for
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")  # accepted Host headers; ("*",): any
@@ -61,6 +63,7 @@ class Refused(Exception):
 
 
 def build_app(service: Service, options: ServerOptions) -> FastAPI:
+    """The application with its routes; it starts the service and stops it at the end."""
     metrics = ServerMetrics(service)
     preparing = ThreadPoolExecutor(options.preparing_threads, thread_name_prefix="prepare")
     answering = Answering(service, options, metrics, preparing)
@@ -137,12 +140,14 @@ def _add_page(app: FastAPI, service: Service, options: ServerOptions) -> None:
 
 
 def authorise(request: Request, token: str) -> None:
+    """Raise Refused (401) unless the request carries the bearer token; an empty `token` lets everybody in."""
     given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
     if token and not hmac.compare_digest(given, token.encode()):
         raise Refused(401, "the bearer token is missing or wrong", "authentication_error")
 
 
 def error_object(message: str, kind: str) -> dict:
+    """An error in OpenAI's form."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
@@ -157,7 +162,10 @@ class Answering:
     open: int = 0
 
     async def answer(self, request: Request) -> Response:
-        """A slot is taken before the body is read, and given back when the answer is sent or the client has gone."""
+        """A slot is taken before the body is read, and given back when the answer is sent or the client has gone.
+
+        Raises Refused (429) when none is free.
+        """
         if self.open >= self.options.max_open_requests:
             raise Refused(429, f"{self.open} requests are open already; try again later", "rate_limit_error")
         self.open += 1

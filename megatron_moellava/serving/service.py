@@ -38,6 +38,8 @@ class _PendingCaller:
 
 @dataclass(slots=True)
 class Service:
+    """The engine of this rank and its callers; `failure` says why the engine stopped, "" while it runs."""
+
     engine: Engine
     failure: str = ""
     _commands: queue.Queue = field(default_factory=queue.Queue)
@@ -46,15 +48,18 @@ class Service:
     _thread: threading.Thread | None = None
 
     def start(self) -> None:
+        """Start the engine's thread."""
         self._thread = threading.Thread(target=self._lead, name="engine", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
+        """End the engine's thread; waits up to a minute for it."""
         self._commands.put(STOP)
         self._thread.join(timeout=60)
 
     @property
     def open_requests(self) -> int:
+        """Requests that somebody waits for."""
         return len(self._callers)
 
     async def events(self, request: Request, prompt: Prompt) -> AsyncIterator[Event]:

@@ -59,7 +59,10 @@ def get_tower(name: str) -> Tower:
 
 
 def tower_of_section(section: dict) -> Tower | None:
-    """The tower of the `model` section of a run.json: by its fields, or by name where there are none; None: it has none."""
+    """The tower of the `model` section of a run.json: by its fields, or by name where there are none; None: it has none.
+
+    Raises CheckpointError for fields that do not describe a tower.
+    """
     if section.get("tower_fields"):
         try:
             return tower_from_fields(section["tower_fields"], FAMILIES)

@@ -29,7 +29,10 @@ def tower_from_hf_folder(path: Path, families, *, name: str) -> Tower:
 
 
 def tower_from_hf_config(config: dict, families, *, name: str) -> Tower:
-    """The tower of a config of a vision model, or of the `vision_config` inside one of a two-tower model."""
+    """The tower of a config of a vision model, or of the `vision_config` inside one of a two-tower model.
+
+    Raises ConfigError, which lists what is not supported.
+    """
     family = _family(config.get("model_type"), families)
     hf = family.SIZES[0].hf
     if config["model_type"] == hf.wrapper_model_type:
@@ -120,7 +123,7 @@ def tower_fields(tower: Tower) -> dict:
 
 
 def tower_from_fields(fields: dict, families) -> Tower:
-    """The inverse of `tower_fields`."""
+    """The inverse of `tower_fields`. ConfigError for a family of a later version."""
     values = dict(fields)
     name = values.pop("family")
     family = next((family for family in families if family.SIZES[0].hf.family == name), None)

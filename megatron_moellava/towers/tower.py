@@ -54,6 +54,7 @@ class Tower:
 
     @property
     def num_patches(self) -> int:
+        """Patches of one image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -73,6 +74,7 @@ class Tower:
 
     @property
     def heads(self) -> Heads:
+        """What the mapping of a fused QKV tensor needs to know."""
         return Heads(
             num_attention_heads=self.num_attention_heads,
             num_query_groups=self.num_attention_heads,

@@ -353,7 +353,7 @@ def load_rank_state(
     """Restore the random generators and FP8's histories; where data is read, returns loader states by data-parallel rank.
 
     They are this rank's, or all ranks' if their number has changed. Generators and histories belong to a process: under
-    another number of processes they start anew.
+    another number of processes they start anew. CheckpointError when a data position is missing.
     """
     folder = checkpoint / "ranks"
     if description.world_size == dist.get_world_size():

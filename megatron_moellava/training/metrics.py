@@ -123,6 +123,7 @@ class StepLog:
             self.imbalances.setdefault(name, []).append(numbers[f"imbalance/{name}"])
 
     def say(self, text: str) -> None:
+        """Print a line on the process that logs."""
         if self.active:
             print(f"{self.title} {text}", flush=True)
 

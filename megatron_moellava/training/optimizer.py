@@ -93,6 +93,7 @@ class Scheduler(OptimizerParamScheduler):
         super().__init__(optimizer, **options)
 
     def get_lr(self, param_group: dict) -> float:
+        """The learning rate of a parameter group at this step; the routers' grows linearly to the schedule's."""
         lr = super().get_lr(param_group)
         if param_group.get(ROUTER_GROUP) and self.num_steps < self.router_warmup_steps:
             return lr * self.num_steps / self.router_warmup_steps

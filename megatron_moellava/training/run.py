@@ -18,7 +18,10 @@ from megatron_moellava.validation.tokenizer import too_large
 
 
 def train(run: RunConfig) -> int:
-    """Train the stage that the run describes. Returns the exit code; see moellava train."""
+    """Train the stage that the run describes. Returns the exit code; see moellava train.
+
+    Raises WorkerTrouble when a data worker dies.
+    """
     validate_run(run, platform.machine())
     parallel.initialize(run.parallel, run.training.seed)
     lock = None
@@ -46,7 +49,10 @@ def build_trainer(run: RunConfig) -> Trainer:
 
 
 def build_loader(run: RunConfig) -> Loader:
-    """The training loader of this data-parallel rank."""
+    """The training loader of this data-parallel rank.
+
+    Raises ConfigError for a tokenizer with more ids than the backbone's vocabulary.
+    """
     backbone = get_backbone(run.model.backbone)
     tokenizer = load_tokenizer(run.data.tokenizer)
     if tokenizer.vocab_size > backbone.vocab_size:

@@ -39,9 +39,11 @@ class Watchdog:
         self.thread.start()
 
     def at(self, step: int, what: str) -> None:
+        """Note what this rank begins to do."""
         self.note, self.since = f"step {step}, {what}", time.monotonic()
 
     def stop(self) -> None:
+        """End the watch."""
         self.over.set()
         self.thread.join()
 

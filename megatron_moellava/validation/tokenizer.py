@@ -24,6 +24,7 @@ class Vocabulary:
     vocab_size: int  # ids are below this
 
     def token_id(self, token: str) -> int | None:
+        """The id of a control or added token; None for any other text."""
         return self.added.get(token)
 
 

@@ -125,6 +125,7 @@ def verify_models(folder: Folder, run: RunConfig, subjects: dict[str, Subject], 
 
 
 def import_all(folder: Folder, names: list[str], place: Path) -> None:
+    """Import the original checkpoints `names` of a folder, each into `place`/name."""
     for name in names:
         import_checkpoint(folder.path / name, save=place / name, tower=folder.tower_of(name))
 
@@ -139,7 +140,7 @@ def shared_folder() -> Iterator[Path]:
 
 
 def on_first_rank(action: Callable[[], None]) -> None:
-    """Run on rank 0 while the others wait; its error is raised on every rank."""
+    """Run on rank 0 while the others wait; its error is raised on every rank, as a CheckpointError."""
     failure: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:

@@ -39,11 +39,13 @@ def same_prompt(version: str, record: dict, name: str, expected: dict) -> bool:
 
 
 def template_of(version: str) -> Template:
+    """The template of a recorded case; "@max" and the variants of "plain" are the recording's own."""
     base = version.partition("@max")[0]
     return get_template("plain" if base.startswith("plain") else base)
 
 
 def find_tokenizers(assets: Path) -> list[Tokenizer]:
+    """Every tokenizer of the assets that loads; the others are printed with the reason."""
     found = []
     for folder in sorted(item for item in assets.glob("tok*") if item.is_dir()):
         try:

@@ -22,6 +22,7 @@ CAPACITY = {"stage3_recipe": 1.5, "stage3_drop": 0.5, "stage3_noaux": 1.5}
 
 
 def verify_curves(folder: Folder, run: RunConfig, subjects: dict[str, Subject], table: Table) -> None:
+    """Compare every recorded training curve of the folder."""
     recorded = folder.load("train.pt")
     for case, curve in recorded.items():
         checkpoint = "moe" if case.startswith("stage3") else "dense"
@@ -34,6 +35,7 @@ def verify_curves(folder: Folder, run: RunConfig, subjects: dict[str, Subject], 
 def verify_curve(
     folder: Folder, run: RunConfig, subject: Subject, case: str, curve: dict, noise: dict | None, table: Table
 ) -> None:
+    """Replay the steps of one curve; compare losses and gradient norms, then the tensors after the last."""
     moe = moe_of(subject.model.moe, case) if subject.model.moe else None
     history = curve["hist"]
     multiple = run.parallel.tensor_model_parallel_size
@@ -64,6 +66,7 @@ def verify_curve(
 
 
 def take_step(trainer: Trainer, session: Session, noise: dict | None, step: int) -> dict[str, float]:
+    """One step of the trainer with that step's recorded noise; NaN where the step was skipped."""
     if noise is not None:
         prefix = f"{step}|"
         session.inject({name.removeprefix(prefix): value for name, value in noise.items() if name.startswith(prefix)})
@@ -82,6 +85,7 @@ def compare_final(table: Table, case: str, session: Session, curve: dict) -> Non
 
 
 def moe_of(moe: MoEConfig, case: str) -> MoEConfig:
+    """The mixture as the recorded case configured it: capacity, and whether the balance loss counts."""
     coefficient = 0.0 if case == "stage3_noaux" else moe.moe_aux_loss_coeff
     return replace(moe, moe_expert_capacity_factor=CAPACITY[case], moe_aux_loss_coeff=coefficient)
 

@@ -26,6 +26,7 @@ GRADIENT_FLOOR = 1e-3
 
 
 def verify_dense(folder: Folder, run: RunConfig, subject: Subject, table: Table) -> None:
+    """Compare every recorded case of dense.pt, and the projector where there is one."""
     recorded = folder.load("dense.pt")
     session = open_session(run, subject)
     kinds: dict[str, Callable] = {"eval": _eval, "train": _train, "expanded": _expanded, "tower": _tower}

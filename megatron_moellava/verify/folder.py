@@ -26,6 +26,7 @@ class Folder:
     path: Path
 
     def has(self, name: str) -> bool:
+        """Whether the folder has the file or folder `name`."""
         return (self.path / name).exists()
 
     def has_checkpoint(self, name: str) -> bool:
@@ -33,7 +34,7 @@ class Folder:
         return any(file.suffix in (".safetensors", ".bin") for file in (self.path / name).glob("*"))
 
     def load(self, name: str):
-        """A .pt file or a .json file."""
+        """A .pt file or a .json file. DataError when it cannot be read."""
         file = self.path / name
         if name.endswith(".json"):
             return read_json(file)
@@ -46,6 +47,7 @@ class Folder:
 
     @cached_property
     def inputs(self) -> dict:
+        """The recorded batches by name."""
         return self.load("inputs.pt")
 
     def beside(self, name: str) -> Path | None:
@@ -53,7 +55,10 @@ class Folder:
         return next((place / name for place in (self.path, self.path.parent) if (place / name).exists()), None)
 
     def tower_of(self, checkpoint: str) -> str | None:
-        """The tower that a checkpoint's config.json names, if the assets hold it; None: a published one."""
+        """The tower that a checkpoint's config.json names, if the assets hold it; None: a published one.
+
+        Raises DataError for a test tower without its file.
+        """
         name = read_json(self.path / checkpoint).get("mm_image_tower")
         assets = self.beside(f"assets/{name}")
         if assets is None and str(name).endswith("-tiny"):
@@ -86,6 +91,7 @@ def find_folders(path: Path) -> list[Folder]:
 
 
 def is_recording(path: Path) -> bool:
+    """Whether `path` holds a backbone's recordings."""
     return any((path / mark).exists() for mark in MARKS)
 
 
@@ -106,6 +112,7 @@ def to_batch(recorded: dict, num_features: int, multiple: int = 1) -> Batch:
 
 
 def sample_of(ids: list[int], labels: list[int], num_features: int, name: str) -> EncodedSample:
+    """A recorded row as a sample: each image token expanded to `num_features` visual tokens."""
     features = (num_features,) * ids.count(IMAGE_TOKEN)
     tokens_S, labels_S, _, _ = expand(ids, labels, (), features, seq_length=1 << 30)
     return EncodedSample(id=name, tag="", tokens_S=tokens_S, labels_S=labels_S)

@@ -14,6 +14,7 @@ IN_MODEL = 2e-5
 
 
 def verify_gates(folder: Folder, table: Table) -> None:
+    """Compare the gates of every recorded case, each on its recorded logits."""
     for file in FILES:
         if folder.has(file):
             for case, recorded in cases_of(folder.load(file), file).items():
@@ -32,6 +33,7 @@ def short(name: str) -> str:
 
 
 def noise_of(expected: dict) -> torch.Tensor:
+    """The recorded noise [N, E]: of the choice (top-2) or of the order of tokens (top-1)."""
     return expected["noise"] if "noise" in expected else expected["rts_uniform"]
 
 

@@ -94,6 +94,7 @@ def _images_of(folder: Folder, prompt: list[int]) -> list[torch.Tensor]:
 
 
 def greedy(session: Session, prompt: list[int], pixels_NCHW: torch.Tensor, num_features: int, count: int) -> list[int]:
+    """`prompt` and its `count` most probable next tokens, one after the other without a cache."""
     ids = list(prompt)
     for _ in range(count):
         batch = prompt_batch(ids, pixels_NCHW, num_features, session.multiple)

@@ -102,6 +102,7 @@ class Session:
             gate.noise = partial(_recorded_noise, noise[names[layer]]) if noise else no_noise
 
     def train(self, mode: bool) -> None:
+        """Training or evaluation mode of all chunks."""
         for chunk in self.chunks:
             chunk.train(mode)
 
@@ -177,9 +178,11 @@ class Session:
         return to_layout(self.model, gathered(self.chunks, pick), layout)
 
     def gradients(self, layout: Layout = ORIGINAL) -> dict[str, torch.Tensor]:
+        """The gradients, whole, by the names of a layout."""
         return self.tensors(lambda parameter: getattr(parameter, "main_grad", None), layout)
 
     def parameters(self) -> dict[str, torch.Tensor]:
+        """The parameters, whole, by the original's names."""
         return self.tensors(lambda parameter: parameter.detach())
 
 
@@ -209,6 +212,7 @@ def gate_names(model: Model) -> dict[int, str]:
 
 
 def padded_to(embeddings_BSD: torch.Tensor, length: int) -> torch.Tensor:
+    """[B, S, D] with zeros behind up to `length` positions."""
     return torch.nn.functional.pad(embeddings_BSD, (0, 0, 0, length - embeddings_BSD.shape[1]))
 
 

@@ -65,6 +65,7 @@ def verify_trained(folder: Folder, run: RunConfig, subjects: dict[str, Subject],
 
 
 def trained_names(session: Session, roles: tuple[str, ...]) -> set[str]:
+    """Freeze all but `roles`; names of the tensors that still get gradients."""
     for chunk in session.chunks:
         freeze(chunk, roles)
     return set(session.tensors(lambda parameter: parameter if parameter.requires_grad else None))

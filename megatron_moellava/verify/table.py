@@ -8,6 +8,8 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Row:
+    """One compared quantity with its largest error."""
+
     case: str
     quantity: str
     error: float
@@ -16,15 +18,19 @@ class Row:
 
     @property
     def passes(self) -> bool:
+        """Whether the error is tolerated; NaN never is."""
         return self.error <= self.tolerance  # False for NaN
 
 
 @dataclass(slots=True)
 class Table:
+    """The rows so far, and what could not be compared."""
+
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # recordings that are missing, empty, or that no case reads
 
     def add(self, case: str, quantity: str, error: float, tolerance: float, where: str = "") -> None:
+        """Add a quantity whose error is known."""
         self.rows.append(Row(case, quantity, float(error), tolerance, where))
 
     def close(self, case: str, quantity: str, ours, theirs, tolerance: float) -> None:
@@ -42,6 +48,7 @@ class Table:
 
     @property
     def passes(self) -> bool:
+        """Whether there is a row and every row passes."""
         return bool(self.rows) and all(row.passes for row in self.rows)
 
     def render(self) -> str:
@@ -71,6 +78,7 @@ def _number(value: float) -> str:
 
 
 def largest_difference(ours, theirs) -> float:
+    """Largest absolute difference in fp64; infinite for different shapes or NaN."""
     ours, theirs = (torch.as_tensor(item, dtype=torch.float64).cpu() for item in (ours, theirs))
     if ours.shape != theirs.shape:
         return math.inf
@@ -79,6 +87,7 @@ def largest_difference(ours, theirs) -> float:
 
 
 def count_differences(ours, theirs) -> float:
+    """Number of differing elements; infinite for different shapes. 0 or 1 for what is no tensor."""
     if isinstance(theirs, torch.Tensor):
         return float((ours.cpu() != theirs.cpu()).sum()) if ours.shape == theirs.shape else math.inf
     return float(ours != theirs)

@@ -185,6 +185,17 @@ def edits_of_the_search_path(sources: list[Source]) -> list[str]:
     ]
 
 
+def public_names_without_a_docstring(sources: list[Source]) -> list[str]:
+    """Classes and functions of a module; what a method does often follows from its class."""
+    return [
+        f"{source.at(node)}: {node.name} has no docstring"
+        for source in sources
+        for node in source.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if not _is_private(node.name) and not ast.get_docstring(node)
+    ]
+
+
 def modules_without_a_test(sources: list[Source], root: Path, shared: dict[str, str]) -> list[str]:
     """a/b.py of the package is tested by a/test_b.py of tests/unit, or by what `shared` names for it or its folder."""
     offenders = [

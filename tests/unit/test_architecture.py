@@ -93,6 +93,10 @@ def test_tests_leave_the_search_path_alone():
     assert_none(rules.edits_of_the_search_path(read_sources(REPO, "tests/**/*.py")))
 
 
+def test_public_classes_and_functions_have_docstrings():
+    assert_none(rules.public_names_without_a_docstring(package()))
+
+
 def test_every_module_has_a_unit_test_file():
     shared = {f"megatron_moellava/{name}.py": test for test, (_, modules) in SHARED_TESTS.items() for name in modules}
     assert_none(rules.modules_without_a_test(package(), REPO, shared))
@@ -164,6 +168,9 @@ BROKEN = [
     (rules.dangerous_calls, {"a.py": "pickle.loads(x)"}, "pickle.loads"),
     (rules.dangerous_calls, {"a.py": "run(x, shell=True)"}, "shell is not False"),
     (rules.edits_of_the_search_path, {"a.py": "import sys\nsys.path.insert(0, 'b')"}, "a.py:2: edits sys.path"),
+    (rules.public_names_without_a_docstring, {"a.py": "X = 1\ndef f():\n    return X"}, "a.py:2: f has no docstring"),
+    (rules.public_names_without_a_docstring, {"a.py": "async def f():\n    '  '"}, "a.py:1: f has no docstring"),
+    (rules.public_names_without_a_docstring, {"a.py": "class A:\n    x: int  # what"}, "a.py:1: A has no docstring"),
 ]  # fmt: skip
 
 
@@ -178,6 +185,11 @@ def made_up(root: Path, files: dict[str, str]):
 @pytest.mark.parametrize(("rule", "files", "message"), BROKEN)
 def test_each_rule_names_its_offender(rule, files, message, tmp_path):
     assert any(message in offender for offender in rule(made_up(tmp_path, files)))
+
+
+def test_private_names_methods_and_documented_names_need_no_docstring(tmp_path):
+    source = "def _f(): ...\nclass _A: ...\nclass B:\n    'What.'\n    def f(self): ...\ndef g():\n    'Why.'"
+    assert not rules.public_names_without_a_docstring(made_up(tmp_path, {"a.py": source}))
 
 
 def test_a_module_without_its_test_is_named(tmp_path):

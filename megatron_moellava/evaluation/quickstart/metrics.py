@@ -45,7 +45,10 @@ def standard_error(rows: Sequence[Row]) -> float:
 
 
 def score_existence(rows: Sequence[Row]) -> dict:
-    """POPE's five numbers in percent, with yes and no weighted to half each; `unclear` answers are in neither word."""
+    """POPE's five numbers in percent, with yes and no weighted to half each; `unclear` answers are in neither word.
+
+    Raises DataError for an answer that is neither yes nor no.
+    """
     truths = [normalise(row["answer"]) for row in rows]
     if wrong := sorted(set(truths) - {"yes", "no"}):
         raise DataError(f"answer={wrong[0]!r} of an existence question: must be yes or no; fix the question file")
@@ -63,6 +66,7 @@ def score_quickstart(predictions: Iterable[Row]) -> dict:
 
     Everything is in percent: {"count", "accuracy", "standard_error", "types": {type: {"count", "accuracy", and "f1" for
     existence types}}, "existence": {"f1", "accuracy", "precision", "recall", "yes_ratio", ...}, None if none is asked}.
+    Raises DataError without rows.
     """
     rows = list(predictions)
     if not rows:
@@ -138,6 +142,7 @@ def compare_blanked(seen: Sequence[Row], blanked: Sequence[Row], baseline: Seque
 
     `falls_to_baseline` is true when the blanked accuracy is at most three standard errors above the baseline's: more
     than that would mean that the answers leak from somewhere else than the picture.
+    Raises DataError when they are not the same rows.
     """
     if not len(seen) == len(blanked) == len(baseline):
         raise DataError(

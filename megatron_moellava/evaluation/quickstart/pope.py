@@ -25,6 +25,8 @@ _NEGATED = re.compile(r"\bnot?\b")
 
 @dataclass(slots=True)
 class Scene:
+    """A picture with the objects that its own questions say are, or are not, in it."""
+
     image: str
     present: set[str] = field(default_factory=set)
     absent: set[str] = field(default_factory=set)

@@ -19,7 +19,10 @@ def _accuracy(right: Iterable[float]) -> float:
 
 
 def science_qa(answered: Answered) -> Score:
-    """ScienceQA test: accuracy over the questions with a picture (IMG, the paper's column) and over all."""
+    """ScienceQA test: accuracy over the questions with a picture (IMG, the paper's column) and over all.
+
+    Raises DataError when none has a picture, or files do not match.
+    """
     problems = read_json(answered.folder / "problems.json")
     test = read_json(answered.folder / "pid_splits.json")["test"]
     right: dict[bool, list[float]] = {True: [], False: []}
@@ -52,7 +55,10 @@ def science_qa(answered: Answered) -> Score:
 
 
 def seed(answered: Answered) -> Score:
-    """SEED-Bench: the text must be the letter itself. Accuracy over all, over pictures, over video frames, per type."""
+    """SEED-Bench: the text must be the letter itself. Accuracy over all, over pictures, over video frames, per type.
+
+    Raises DataError when the files do not match.
+    """
     data = read_json(answered.folder / "SEED-Bench.json")
     truths = {str(row["question_id"]): row for row in data["questions"]}
     names = {number: name for name, number in data["question_type"].items()}

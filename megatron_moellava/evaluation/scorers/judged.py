@@ -60,11 +60,13 @@ class Reviews:
 
     @classmethod
     def load(cls, path: Path) -> "Reviews":
+        """What an earlier run has kept in `path`, without a last line that was cut off."""
         drop_torn_line(path)
         rows = read_jsonl(path) if path.exists() else ()
         return cls(path, {row["key"]: row for row in rows})
 
     def get(self, key: str, make: Callable[[], dict]) -> dict:
+        """The review under `key`; where there is none, `make` is called and its result kept."""
         if key not in self.done:
             self.done[key] = {"key": key} | make()
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +174,10 @@ def _llava_bench_score(rows: list[dict], judge: Judge, wording: str) -> Score:
 
 
 def mm_vet(answered: Answered) -> Score | None:
-    """Mean grade times 100, over all and per capability. One run at temperature 0, as in the original."""
+    """Mean grade times 100, over all and per capability. One run at temperature 0, as in the original.
+
+    Raises DataError when the files are of different releases.
+    """
     if answered.judge is None:
         return None
     truths = read_json(answered.folder / "mm-vet.json")

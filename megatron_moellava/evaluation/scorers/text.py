@@ -26,7 +26,10 @@ def soft_accuracies(references: Sequence[str]) -> dict[str, float]:
 
 
 def textvqa(answered: Answered) -> Score:
-    """TextVQA validation 0.5.1; rows are matched by picture (the question id) and lower-cased question."""
+    """TextVQA validation 0.5.1; rows are matched by picture (the question id) and lower-cased question.
+
+    Raises DataError when the files are of different releases.
+    """
     path = answered.folder / "TextVQA_0.5.1_val.json"
     annotations = {(row["image_id"], row["question"].lower()): row["answers"] for row in read_json(path)["data"]}
     credits: list[float] = []
@@ -50,7 +53,10 @@ def textvqa(answered: Answered) -> Score:
 
 
 def gqa(answered: Answered) -> Score:
-    """GQA test-dev balanced: exact match, also for open ("query") and yes/no-like (binary) questions apart."""
+    """GQA test-dev balanced: exact match, also for open ("query") and yes/no-like (binary) questions apart.
+
+    Raises DataError when the files are of different releases.
+    """
     path = answered.folder / "data/questions1.2/testdev_balanced_questions.json"
     annotations = read_json(path)
     right: list[float] = []

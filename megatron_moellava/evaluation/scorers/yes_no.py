@@ -40,6 +40,7 @@ def pope(answered: Answered) -> Score:
 
     The original pairs the n-th answer of a category with the n-th label. So do we, but an answer whose picture is not
     the label's is an error here, where the original would score the wrong pairs in silence.
+    Raises DataError for another category.
     """
     by_category: dict[str, list[tuple[Question, str]]] = defaultdict(list)
     for question, text in answered:
@@ -110,6 +111,7 @@ def mme(answered: Answered) -> Score:
     """Perception score (the paper's column; 2000 at most); cognition (800) and each subtask are in the details.
 
     A subtask's score is 100 * (accuracy + share of pictures with both questions right).
+    Raises DataError for an id of no subtask.
     """
     truths = read_mme_truths(answered.folder / "MME_Benchmark_release_version")
     pictures: dict[tuple[str, str], list[bool]] = defaultdict(list)
@@ -137,7 +139,10 @@ def mme(answered: Answered) -> Score:
 
 
 def read_mme_truths(folder: Path) -> dict[tuple[str, str, str], str]:
-    """(subtask, picture, question) -> "Yes" or "No"; some subtasks keep the text files in questions_answers_YN/."""
+    """(subtask, picture, question) -> "Yes" or "No"; some subtasks keep the text files in questions_answers_YN/.
+
+    Raises DataError when there is none.
+    """
     truths = {}
     for category in MME_SUBTASKS:
         texts = folder / category / "questions_answers_YN"
