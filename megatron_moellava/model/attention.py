@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from megatron_moellava import platform
 from megatron_moellava.model.context_parallel import attention_pieces, chunks_of_rank, gather_positions
 
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -68,9 +69,7 @@ class SdpaCoreAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, query_BHSD, key_BGSD, value_BGSD, may_attend, is_causal: bool) -> torch.Tensor:
-        if (
-            may_attend is not None and query_BHSD.is_cuda
-        ):  # with grouped queries and a mask torch spells [B, H, S, S] out
+        if may_attend is not None and platform.HAS_CUDA:  # with grouped queries torch would spell [B, H, S, S] out
             groups = query_BHSD.shape[1] // key_BGSD.shape[1]
             key_BGSD, value_BGSD = (item.repeat_interleave(groups, dim=1) for item in (key_BGSD, value_BGSD))
         return F.scaled_dot_product_attention(
