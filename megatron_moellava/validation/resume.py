@@ -33,6 +33,7 @@ FREE = {
     "parallel.sequence_parallel": "",
     "parallel.distributed_timeout_minutes": "",
     "training.device": "",
+    "training.transformer_impl": "the same model of other modules",
     "training.non_finite_patience": "",
     "optimizer.overlap_grad_reduce": "",
     "optimizer.overlap_param_gather": "",

@@ -26,7 +26,7 @@ def model(backbone: str, moe: MoEConfig | None = None) -> Model:
         ("llama-tiny", MoEConfig(), ""),
         ("qwen3-tiny", MoEConfig(), ""),
         ("phi-2-tiny", None, ""),
-        ("minicpm-tiny", None, "scales residual branches"),
+        ("minicpm-tiny", None, "minicpm scales embeddings, residual branches and logits"),
         ("phi-2-tiny", MoEConfig(), "transformers has no phi with experts"),
         ("stablelm-2-tiny", MoEConfig(), "transformers has no stablelm with experts"),
         ("llama-tiny", MoEConfig(use_residual=True), "transformers has no residual MoE"),
@@ -41,7 +41,7 @@ def test_stock_transformers_runs_what_it_can_compute(backbone, moe, reason):
 @pytest.mark.parametrize("moe", [None, MoEConfig(), MoEConfig(placement=(1, 3), num_moe_experts=6)])
 def test_an_exported_config_is_read_as_the_same_model(backbone, moe):
     given = as_transformers(model(backbone, moe))
-    config = export_config(given, vocab_size=given.backbone.vocab_size, image_token=7)
+    config = export_config(given, vocab_size=given.backbone.vocab_size, image_token=7, trained={})
     assert config["image_token_index"] == 7 and config["image_seq_length"] == given.tower.num_features
     read = text_backbone(config, name="export")
     for field in ("hidden_size", "num_layers", "ffn_hidden_size", "rotary_base", "qk_layernorm", "add_qkv_bias"):
@@ -55,7 +55,7 @@ def test_an_exported_config_is_read_as_the_same_model(backbone, moe):
 
 
 def test_a_model_that_needs_code_says_which(tmp_path):
-    config = export_config(as_transformers(model("phi-2-tiny", MoEConfig())), vocab_size=512, image_token=7)
+    config = export_config(as_transformers(model("phi-2-tiny", MoEConfig())), vocab_size=512, image_token=7, trained={})
     assert config["model_type"] == "moe_llava" and config["moe_layers"] == [0, 2]
     assert config["auto_map"]["AutoConfig"].startswith("modeling_moe_llava.")
 
@@ -75,6 +75,6 @@ def test_experts_on_llama_become_qwen2_moe_with_biases_of_zero():
     ],
 )
 def test_experts_that_compute_otherwise_are_refused(change, message):
-    config = export_config(as_transformers(model("qwen2-tiny", MoEConfig())), vocab_size=512, image_token=7)
+    config = export_config(as_transformers(model("qwen2-tiny", MoEConfig())), vocab_size=512, image_token=7, trained={})
     with pytest.raises(ConfigError, match=message):
         moe_config(config | {"text_config": config["text_config"] | change})

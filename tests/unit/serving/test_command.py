@@ -33,7 +33,14 @@ def test_examples_are_the_pictures_of_a_folder(tmp_path):
 def test_the_terminal_gets_the_events_of_its_own_request(tmp_path):
     folder = tiny_checkpoint(tmp_path)
     words = Namespace(
-        load=str(folder), tokenizer=str(TOKENIZER), template="", precision="", overrides=[], no_verify=False
+        load=str(folder),
+        tokenizer=str(TOKENIZER),
+        template="",
+        precision="",
+        overrides=[],
+        no_verify=False,
+        max_length=None,
+        memory_limit=None,
     )
     engine = command.MultiRankEngine(command.open_engine(words, max_batch_size=1))
     events = list(engine.stream(ask(0)))
