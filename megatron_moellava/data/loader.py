@@ -1,6 +1,6 @@
 """The training loader: samples in the run's order, tokenised, packed or padded, for one data-parallel rank, resumable.
 
-`Stream` says which samples make a micro-batch, `Pipeline` what happens to them, `Engine` has worker processes do it.
+`Stream` says which samples make a micro-batch, `Pipeline` what happens to them, `MicroBatches` has worker processes do it.
 The state is plain JSON and goes into the checkpoint; it is restored exactly or not at all.
 """
 
@@ -17,8 +17,8 @@ from megatron_moellava.config import DataError
 from megatron_moellava.data.batch import Batch, from_wire
 from megatron_moellava.data.encode import check_template
 from megatron_moellava.data.encoder import Encoder
-from megatron_moellava.data.engine import Engine
 from megatron_moellava.data.lengths import measured_lengths
+from megatron_moellava.data.micro_batches import MicroBatches
 from megatron_moellava.data.modality import check_sources, modality_plan
 from megatron_moellava.data.order import ORDER, Items, Stream, sample_order
 from megatron_moellava.data.packing import pack_epoch
@@ -60,10 +60,16 @@ class Loader(Batches):
     """
 
     def __init__(
-        self, engine: Engine, fingerprint: dict, opened: list[OpenSource], *, num_samples: int, allowed: float
+        self,
+        micro_batches: MicroBatches,
+        fingerprint: dict,
+        opened: list[OpenSource],
+        *,
+        num_samples: int,
+        allowed: float,
     ):
         """`num_samples`: of one epoch, over all ranks; `allowed`: bad ones of it that do not stop the run."""
-        self._engine, self._fingerprint, self._iterator = engine, fingerprint, None
+        self._micro_batches, self._fingerprint, self._iterator = micro_batches, fingerprint, None
         self.duplicates = sum(entry.duplicates for entry in opened)  # rows whose id another row of their source has
         self.num_samples, self.rows = num_samples, sum(entry.rows for entry in opened)
         self.seen = 0
@@ -105,7 +111,7 @@ class Loader(Batches):
     def _next(self) -> Batch | None:
         try:
             if self._iterator is None:
-                self._iterator = started(self._engine)
+                self._iterator = started(self._micro_batches)
             delivered = next(self._iterator)
         except DataError as error:  # from a worker process it comes wrapped into a traceback
             raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
@@ -154,11 +160,11 @@ class Loader(Batches):
 
     def rows_per_epoch(self) -> int:
         """Rows that one epoch fills over all ranks: packed rows, or else samples."""
-        return self._engine.items(0) if self._fingerprint["packing"] else self.num_samples
+        return self._micro_batches.items(0) if self._fingerprint["packing"] else self.num_samples
 
     def state_dict(self) -> dict:
         """JSON: what to restore, and what must be equal for that to make sense."""
-        return {"fingerprint": self._fingerprint, "engine": self._engine.save(), "counters": self.counters()}
+        return {"fingerprint": self._fingerprint, "engine": self._micro_batches.save(), "counters": self.counters()}
 
     def load_states(self, saved: dict[int, dict]) -> None:
         """Continue from states by rank: this rank's own, or all of a run with another number of ranks.
@@ -178,7 +184,7 @@ class Loader(Batches):
             raise DataError("the loader already runs; restore its state before the first batch")
         check_fingerprint(saved.get("fingerprint"), self._fingerprint)
         try:
-            self._engine.restore(saved["engine"])
+            self._micro_batches.restore(saved["engine"])
             counters = saved["counters"]
             self.seen, self.trained = counters["seen"], counters["trained"]
             self.skipped, self.notes = Counter(counters["skipped"]), Counter(counters["notes"])
@@ -187,8 +193,8 @@ class Loader(Batches):
             raise DataError(f"the loader's state cannot be restored ({error!r}); the checkpoint is damaged") from error
 
 
-def started(engine) -> Iterator:
-    """`iter(engine)`, which forks the workers.
+def started(micro_batches) -> Iterator:
+    """`iter(micro_batches)`, which forks the workers.
 
     Garbage of this process (an earlier stage's trainer with its process groups and threads) must not be collected in a
     worker, where those threads do not exist: it would crash. So it is collected now, and the rest is out of bounds there.
@@ -196,7 +202,7 @@ def started(engine) -> Iterator:
     gc.collect()
     gc.freeze()
     try:
-        return iter(engine)
+        return iter(micro_batches)
     finally:
         gc.unfreeze()
 
@@ -320,7 +326,9 @@ def build_train_loader(
         raise DataError("data.sources: an epoch holds no sample; raise the weights")
     visits = max(1, math.ceil(max(entry.weight for entry in opened)))  # of one row in an epoch, by several ranks
     return Loader(
-        Engine(pipeline, Stream(plan, group=group, rank=rank, world_size=world_size), num_workers=data.num_workers),
+        MicroBatches(
+            pipeline, Stream(plan, group=group, rank=rank, world_size=world_size), num_workers=data.num_workers
+        ),
         fingerprint | {"seed": seed, "rank": rank, "world_size": world_size},
         opened,
         num_samples=num_samples,

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from megatron_moellava.config import DataError
-from megatron_moellava.data.engine import Engine
+from megatron_moellava.data.micro_batches import MicroBatches
 from megatron_moellava.data.order import Stream
 
 
@@ -16,12 +16,12 @@ class Echo:
         return {"batch": numbers, "events": None}
 
 
-def engine(num_workers: int = 0) -> Engine:
+def engine(num_workers: int = 0) -> MicroBatches:
     stream = Stream(lambda epoch: [[10 * epoch + item] for item in range(5)], group=1, rank=0, world_size=1)
-    return Engine(Echo(), stream, num_workers=num_workers)
+    return MicroBatches(Echo(), stream, num_workers=num_workers)
 
 
-def take(made: Engine, count: int) -> list:
+def take(made: MicroBatches, count: int) -> list:
     return [(item["epoch"], item["batch"]) for item in itertools.islice(made, count)]
 
 

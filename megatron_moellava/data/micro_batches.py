@@ -10,7 +10,7 @@ from megatron_moellava.data.order import Stream
 from megatron_moellava.data.pipeline import Pipeline
 
 
-class Engine:
+class MicroBatches:
     """Endless {"batch", "events", "epoch"}; the state does not know of ranks and workers."""
 
     def __init__(self, pipeline: Pipeline, stream: Stream, *, num_workers: int):
