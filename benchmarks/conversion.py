@@ -71,7 +71,7 @@ def write_release(folder: Path, model: Model) -> None:
     tensors = {name: _random(shape, noise) for name, shape in shapes.items()}
     recipes = [Recipe(name, t.shape, t.dtype, (Part(name, 0, t.numel),)) for name, t in tensors.items()]
     write_safetensors(folder, recipes, tensors, lambda count: None)
-    (folder / "config.json").write_text(json.dumps(original_config(model, {})))
+    (folder / "config.json").write_text(json.dumps(original_config(model, {}, {})))
 
 
 def _random(shape: tuple[int, ...], noise: Path) -> Tensor:
