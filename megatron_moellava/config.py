@@ -44,6 +44,7 @@ class DataError(MoELlavaError):
 # Legal values that have a name, because more than one field or a command has them; `typing.get_args` lists them.
 Stage = Literal[1, 2, 3]
 Precision = Literal["bf16", "fp32"]
+Recompute = Literal["none", "full", "selective", "moe"]
 Placement = Literal["first_half", "second_half", "sparse", "dense"]
 Role = Literal[
     "tower",
@@ -175,7 +176,7 @@ class TrainingConfig:
     device: Device = "auto"  # "cuda": a machine without a GPU is an error
     transformer_impl: TransformerImpl = "auto"  # modules on a GPU; auto: Transformer Engine's where it is installed
     trains: tuple[Role, ...] | None = None  # roles that receive gradients; None: the stage's own
-    recompute: Literal["none", "full", "selective", "moe"] = "none"  # selective: the attention alone
+    recompute: Recompute = "none"  # selective: the attention alone
     recompute_tower: bool = False  # the vision tower's activations too
     non_finite_patience: int = 5  # consecutive skipped steps before the run stops
 
@@ -241,6 +242,12 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def required_moe(self) -> MoEConfig:
+        """For code that only MoE runs reach."""
+        assert self.moe is not None
+        return self.moe
 
     @property
     def row_multiple(self) -> int:

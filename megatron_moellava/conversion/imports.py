@@ -4,7 +4,7 @@ A language model and a tower make the start of stage 1; a `mm_projector.bin` wit
 and MoE-LLaVA folders hold everything, or everything but the tower.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -127,7 +127,7 @@ def _training_of(job: Import, projector: Path | None, config: dict) -> tuple[boo
     return detect(open_huggingface(Path(projector))) is ORIGINAL, said
 
 
-def detect(tensors: dict[str, Tensor]) -> Layout:
+def detect(tensors: Mapping[str, Tensor]) -> Layout:
     """Which layout the names belong to."""
     marks = (
         (ORIGINAL, ("mm_projector.image_spatial_proj.", ".image_tower.", "deepspeed_moe.")),

@@ -5,6 +5,7 @@ doubled or of the wrong shape before a byte is written; `stream` then copies.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_moellava.config import CheckpointError
 from megatron_moellava.conversion.layout import Entry
@@ -12,7 +13,7 @@ from megatron_moellava.conversion.tensors import ITEM_SIZES, Files, Tensor, unco
 from megatron_moellava.mapping import Shape
 
 Tensors = Mapping[str, Tensor]
-Edit = Callable[[object], object]  # torch.Tensor (one block, flat) -> torch.Tensor of the same length
+Edit = Callable[[Any], Any]  # torch.Tensor (one block, flat) -> torch.Tensor of the same length
 
 
 @dataclass(frozen=True, slots=True)

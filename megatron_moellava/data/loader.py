@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from megatron_moellava.config import DataError
 from megatron_moellava.data.batch import Batch, from_wire
 from megatron_moellava.data.encode import check_template
@@ -69,7 +71,8 @@ class Loader(Batches):
         allowed: float,
     ):
         """`num_samples`: of one epoch, over all ranks; `allowed`: bad ones of it that do not stop the run."""
-        self._micro_batches, self._fingerprint, self._iterator = micro_batches, fingerprint, None
+        self._micro_batches, self._fingerprint = micro_batches, fingerprint
+        self._iterator: Iterator[dict] | None = None
         self.duplicates = sum(entry.duplicates for entry in opened)  # rows whose id another row of their source has
         self.num_samples, self.rows = num_samples, sum(entry.rows for entry in opened)
         self.seen = 0
@@ -77,13 +80,14 @@ class Loader(Batches):
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.messages: list[str] = []  # of the samples skipped since the last batch
-        self._allowed, self._bad_epoch, self._bad = allowed, 0, set()  # sample numbers, of the current epoch
+        self._allowed, self._bad_epoch = allowed, 0
+        self._bad: set[int] = set()  # sample numbers, of the current epoch
         self._last_bad = ""
         self._named: dict[str, set[str]] = {}  # rows already named, by kind
 
     def counters(self) -> dict:
         """Plain data; those of several ranks add up (`summary`)."""
-        counted = {"seen": self.seen, "trained": self.trained}
+        counted: dict = {"seen": self.seen, "trained": self.trained}
         counted |= {"skipped": dict(self.skipped), "notes": dict(self.notes)}
         counted |= {"bad_epoch": self._bad_epoch, "bad": sorted(self._bad)}
         return counted | {"duplicates": self.duplicates, "epoch": self.num_samples}
@@ -338,7 +342,7 @@ def build_train_loader(
 
 def _modality(data, opened: list[OpenSource], seed: int, micro_batch_size: int, chunks: int, world_size: int):
     check_sources(data, opened)
-    lengths = [length for entry in opened for length in entry.index.lengths]
+    lengths = np.concatenate([entry.required_index.lengths for entry in opened])
 
     def plan(epoch: int) -> Items:
         return modality_plan(

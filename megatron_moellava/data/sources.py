@@ -39,6 +39,12 @@ class OpenSource:
     duplicates_message: str = ""
 
     @property
+    def required_index(self) -> Index:
+        """The index of a file's rows."""
+        assert self.index is not None, f"{self.path} is a folder of shards"
+        return self.index
+
+    @property
     def share(self) -> Share:
         """What the order of samples needs to know of it."""
         return Share(self.rows, self.weight, 1 if self.index is not None else SHARD_RUN)
@@ -167,7 +173,8 @@ class Reader:
             raise BadSample(
                 "missing image", f"{sample.origin}: {missing[0]!r} is not in the shard; write the shard again"
             )
-        images = zip(sample.images, found, strict=True)
+        keys = [key for key in found if key is not None]
+        images = zip(sample.images, keys, strict=True)
         return replace(sample, images=tuple(replace(ref, data=members[key]) for ref, key in images))
 
 
@@ -189,7 +196,8 @@ class FileRows:
     """Rows of an indexed file."""
 
     def __init__(self, source: OpenSource):
-        self.path, self.positions, self.offsets = source.index.path, source.index.positions, source.index.offsets
+        index = source.required_index
+        self.path, self.positions, self.offsets = index.path, index.positions, index.offsets
 
     def read(self, row: int) -> tuple[dict, str, dict[str, bytes]]:
         """(record, where it comes from, no files) of sample `row`; BadSample for a row that is not JSON."""
@@ -208,7 +216,9 @@ class ShardRows:
 
     def __init__(self, source: OpenSource):
         self.path = EPath(source.path)
-        self._reader = None  # opened in the process that reads: its file handles must not be shared
+        # Opened in the process that reads: its file handles must not be shared.
+        self._reader: ShardInfosITarReader | None = None
+        self._process = 0
 
     def read(self, row: int) -> tuple[dict, str, dict[str, bytes]]:
         """(record, where it comes from, files by name) of sample `row`. BadSample for what cannot be read."""

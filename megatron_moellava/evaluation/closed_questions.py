@@ -66,7 +66,7 @@ def predict(
         chunk.train()
     everywhere: list[dict | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, found)
-    merged = {index: said for part in everywhere for index, said in part.items()}
+    merged = {index: said for part in everywhere if part is not None for index, said in part.items()}
     return [merged[index] for index in range(len(rows))]
 
 
@@ -90,8 +90,11 @@ def _forward_step(batches: Iterator[tuple[Batch, RoutingStatistics | None]], mod
     with statistics.count(batch) if statistics else nullcontext():
         logits = model(**(model_inputs(batch) | {"labels_BS": None}))
 
+    labels_BL = share(batch.labels_BS)
+    assert labels_BL is not None
+
     def read(logits_BLV: torch.Tensor):
-        logits_LV, labels_L = logits_BLV[0], share(batch.labels_BS)[0]
+        logits_LV, labels_L = logits_BLV[0], labels_BL[0]
         answer_L = labels_L != IGNORE_INDEX  # few of the positions: their logits alone become fp32
         losses_L = torch.zeros_like(labels_L, dtype=torch.float32)
         losses_L[answer_L] = F.cross_entropy(logits_LV[answer_L].float(), labels_L[answer_L], reduction="none")

@@ -74,7 +74,7 @@ class GroupedLinear(MegatronModule):
         self.use_bias = bias
 
     def _add(self, name: str, parameter: torch.nn.Parameter) -> None:
-        parameter.allreduce = False  # reduced over the expert-data-parallel group, also where that is all of the group
+        parameter.allreduce = False  # type: ignore[attr-defined]  # reduced over the expert-data-parallel group, also where that is all of the group
         self.register_parameter(name, parameter)
 
     def fuse(self) -> None:
@@ -114,6 +114,7 @@ class GroupedLinear(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """One entry per expert under the key of the sequential experts, so that both read each other's checkpoints."""
         first, total = self.pg_collection.ep.rank() * self.num_experts, self.pg_collection.ep.size() * self.num_experts
+        assert metadata is not None
         state = {}
         for name in ("weight", "bias") if self.use_bias else ("weight",):
             for index in range(self.num_experts):

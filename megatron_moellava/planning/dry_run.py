@@ -61,7 +61,7 @@ def count_rank(layout: Layout, pipeline_rank: int) -> Counted:
         for chunk in chunks:
             freeze(chunk, layout.trains)
             _balance(chunk)
-        parameters = Counter()
+        parameters: Counter[str] = Counter()
         for chunk in chunks:
             for role, _, parameter in parameter_roles(chunk):
                 parameters[role] += parameter.numel()

@@ -201,7 +201,7 @@ def _owned_parameters(item: DistributedOptimizer) -> Iterator[tuple[int, torch.n
 def _empty(weight: ShardedTensor | ShardedTensorFactory, key: str) -> ShardedTensor | ShardedTensorFactory:
     """A request for one tensor of a parameter's state, split over the ranks as the weight is."""
     data = torch.empty(weight.data.shape, dtype=torch.float32)
-    changes = {"key": f"optimizer.state.{key}.{weight.key}", "data": data}
+    changes: dict = {"key": f"optimizer.state.{key}.{weight.key}", "data": data}
     if isinstance(weight, ShardedTensor):
         changes["dtype"] = data.dtype
     return replace(weight, **changes)
@@ -365,8 +365,8 @@ def load_rank_state(
             fp8.load_state(saved["fp8"])
     if not parallel.reads_data():
         return None
-    saved = description.data_parallel_size
-    ranks = [parallel.data_parallel_rank()] if saved == parallel.data_parallel_size() else range(saved)
+    before = description.data_parallel_size or 0
+    ranks = [parallel.data_parallel_rank()] if before == parallel.data_parallel_size() else range(before)
     paths = {rank: folder / f"data_{rank:05d}.pt" for rank in ranks}
     missing = [path for path in paths.values() if not path.exists()]
     if missing:

@@ -73,7 +73,8 @@ class Trainer:
         """`loader` on the processes that read data (`parallel.reads_data`), None elsewhere."""
         self.run, self.loader, self.train_steps = run, loader, train_steps
         self.chunks = build_model(run)
-        self.trained, roles = {}, run.training.trains or STAGES[run.training.stage]
+        roles = run.training.trains or STAGES[run.training.stage]
+        self.trained: dict = {}
         for chunk in self.chunks:
             self.trained |= freeze(chunk, roles)
         require_trained(self.trained, roles)
@@ -135,16 +136,17 @@ class Trainer:
         description = read_description(checkpoint)
         self.state.iteration = description.iteration
         self.state.consumed_samples = description.consumed_samples
-        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description.optimizer_steps)
-        self.scheduler.step(increment=description.optimizer_steps)  # skipped steps did not move it
+        updates = description.optimizer_steps or 0  # None is refused before
+        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, updates)
+        self.scheduler.step(increment=updates)  # skipped steps did not move it
         self._say_schedule(description)
         loaders = checkpoints.load_rank_state(checkpoint, description, self.fp8)
-        if self.loader is not None:
+        if self.loader is not None and loaders is not None:
             self.loader.load_states(loaders)
 
     def _say_schedule(self, description: RunDescription) -> None:
         """What the learning rate does from here, where it is another than the run before would have gone on with."""
-        done, updates, before = description.iteration, description.optimizer_steps, description.config
+        done, updates, before = description.iteration, description.optimizer_steps or 0, description.config
         if done > self.train_steps:
             parallel.say(
                 f"note: {done} steps are done, more than the {self.train_steps} of this run: nothing is left to train"
@@ -153,8 +155,8 @@ class Trainer:
             return
         options, steps = from_dict(OptimizerConfig, before["optimizer"]), before["training"]["train_steps"]
         if not steps:  # one epoch, whose steps only the data tell
-            epoch = before["training"]["train_steps"] != self.run.training.train_steps and self.loader is not None
-            rows = self.loader.rows_per_epoch() if epoch else 0
+            epoch = before["training"]["train_steps"] != self.run.training.train_steps
+            rows = self.loader.rows_per_epoch() if epoch and self.loader is not None else 0
             steps = math.ceil(rows / self.run.training.global_batch_size) or self.train_steps
         then, now = rate_after(options, steps, updates), rate_after(self.run.optimizer, self.train_steps, updates)
         if then != now:
@@ -319,8 +321,9 @@ class Trainer:
         losses: dict[str, torch.Tensor] = {}
         self.loss_sum = 0.0
         if loss_sums:
-            self.loss_sum = sum(loss_sums)
-            losses["loss"] = parallel.sum_over_data_parallel(self.loss_sum)
+            summed = sum(loss_sums[1:], start=loss_sums[0])
+            self.loss_sum = summed
+            losses["loss"] = parallel.sum_over_data_parallel(summed)
         if not self.run.moe:
             return losses, {}
         by_layer = self._counts_routing(self.state.iteration + 1)
@@ -380,8 +383,8 @@ class Trainer:
 
     def _forward_step(self, batches: Iterator[Batch], model, scale: float):
         batch = next(batches)
-        count = self._counts_routing(self.state.iteration + 1)
-        with self.routing.count(batch) if count else nullcontext():
+        routing = self.routing if self._counts_routing(self.state.iteration + 1) else None
+        with routing.count(batch) if routing else nullcontext():
             output = model(**model_inputs(batch))
         return output, partial(global_token_mean, scale=scale)
 
@@ -391,6 +394,7 @@ class Trainer:
 
     def _router_numbers(self, by_layer: dict[str, list[float]]) -> dict[str, float]:
         """Write the routers' state to the log, and sum it up for the step's own line."""
+        assert self.routing is not None
         sums = self.routing.collect()
         record = routing_record(sums, by_layer)
         self.log.routing(self.state.iteration, record)
@@ -441,7 +445,8 @@ class Trainer:
 
     def save(self, data: dict | None = None) -> None:
         """Write a checkpoint of this moment to `checkpoint.save`, if the run has one; in the background if it asks for it."""
-        if self.run.checkpoint.save is None:
+        options = self.run.checkpoint
+        if options.save is None:
             return
         self._finish_save()
         self._at("writing a checkpoint")
@@ -453,7 +458,6 @@ class Trainer:
         waiting = {signal.SIGTERM, signal.SIGUSR1}
         signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
         try:
-            options = self.run.checkpoint
             path = checkpoints.save_checkpoint(
                 options.save, self.run, self.chunks, state, self.optimizer, options.keep, self.background
             )

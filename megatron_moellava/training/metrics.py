@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,9 @@ class StepLog:
     def __init__(self, folder: Path | None, tensorboard: bool, title: str, train_steps: int, iteration: int = 0):
         self.active = parallel.is_main_process()
         self.title, self.train_steps = title, train_steps
-        self.file = self.routing_file = self.writer = None
+        self.file: TextIO | None = None
+        self.routing_file: TextIO | None = None
+        self.writer: SummaryWriter | None = None
         self.routing_health = RoutingHealthMonitor()
         self.clock = time.time() - time.monotonic()  # what must be added to the latter
         self.folder = folder
@@ -43,7 +46,8 @@ class StepLog:
                 self._open(folder, tensorboard, iteration)
             except OSError as error:
                 self._without(error)
-        self.first_iteration, self.started = None, time.monotonic()
+        self.first_iteration: int | None = None
+        self.started = time.monotonic()
         self.waited, self.seconds = 0.0, 0.0  # for data and in all, without the first step
         self.imbalances: dict[str, list[float]] = {}
 
@@ -103,7 +107,9 @@ class StepLog:
         self._add_scalars(iteration, routing_scalars(record))
 
     def _add_scalars(self, iteration: int, values: dict[str, float]) -> None:
-        for name, value in values.items() if self.writer else ():
+        if self.writer is None:
+            return
+        for name, value in values.items():
             self.writer.add_scalar(name, value, iteration, walltime=self.clock + time.monotonic())
 
     def _left(self, iteration: int) -> str:
@@ -229,7 +235,7 @@ def load_imbalance(load_LE: torch.Tensor, expert_parallel_size: int) -> dict[str
 
 def routing_scalars(record: dict) -> dict[str, float]:
     """TensorBoard's names and numbers of a routing record: shares of the choices by group, and what each layer sums up to."""
-    scalars = {}
+    scalars: dict[str, float] = {}
     for layer in record["layers"]:
         prefix = f"routing/layer{layer['layer']}"
         for group, numbers in {"all": layer, **layer["groups"]}.items():

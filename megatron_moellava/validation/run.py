@@ -69,7 +69,7 @@ def _model_of_checkpoint(options: object) -> dict:
 def _is_gone(part: str, value: object, stored: dict) -> bool:
     """Whether a model's folder is gone that a checkpoint describes: a run that goes on needs it no more."""
     is_path = isinstance(value, str) and "/" in value
-    return part in stored.get("model", {}) and is_path and not Path(value).expanduser().exists()
+    return part in stored.get("model", {}) and is_path and not Path(str(value)).expanduser().exists()
 
 
 def model_names(checkpoint: Path) -> dict:
@@ -79,7 +79,10 @@ def model_names(checkpoint: Path) -> dict:
     a folder that is gone, or have another feature layer.
     """
     model = read_description(checkpoint).model
-    known = {"backbone": (BACKBONES, backbone_fields), "tower": (TOWERS, tower_fields)}
+    known: dict[str, tuple[dict, Callable]] = {
+        "backbone": (BACKBONES, backbone_fields),
+        "tower": (TOWERS, tower_fields),
+    }
     return {
         part: model[part]
         if model[part] in registry and fields_of(registry[model[part]]) == model.get(f"{part}_fields")

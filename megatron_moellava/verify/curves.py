@@ -99,7 +99,7 @@ def run_of(
         subject.run(run, moe),
         training=replace(
             run.training,
-            stage=int(case.removeprefix("stage")[0]),
+            stage=int(case.removeprefix("stage")[0]),  # type: ignore[arg-type]
             train_steps=len(batches),
             micro_batch_size=rows,
             global_batch_size=rows * parallel.data_parallel_size(),
