@@ -1,5 +1,7 @@
 """What a machine has, as told without torch."""
 
+import os
+
 import pytest
 
 from megatron_moellava import machine, platform
@@ -22,3 +24,20 @@ def test_the_guess_is_what_torch_finds_here():
     if not platform.HAS_CUDA and machine.this_machine().has_gpu:
         pytest.skip("a GPU that this build of torch cannot use")
     assert machine.this_machine() == platform.machine()
+
+
+@pytest.mark.parametrize("own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocators_own_setting_of_the_user_stays(own, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(own, "max_split_size_mb:128")
+    machine.choose()
+    assert "expandable_segments:True" not in (os.environ.get("PYTORCH_ALLOC_CONF"), os.environ[own])
+
+
+def test_segments_of_the_allocator_grow(monkeypatch):
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    machine.choose()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
