@@ -16,6 +16,7 @@ import copy
 import random
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,13 +24,13 @@ import torch
 
 from benchmarks.measure import finish, median, ratio, say, take_turns
 from benchmarks.reference import Sizes, write_reference
-from megatron_moellava import parallel
+from megatron_moellava import parallel, platform
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import DataConfig, ParallelConfig
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.data.templates import get_template
-from megatron_moellava.data.tokenizer import Tokenizer
+from megatron_moellava.data.tokenizer import Pieces, Tokenizer
 from megatron_moellava.inference.engine import Engine
 from megatron_moellava.inference.load import inference_layout, inference_run
 from megatron_moellava.inference.prompts import Prompt, Prompter
@@ -51,8 +52,9 @@ class Numbers(Tokenizer):
     def encode_parsed(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
 
-    def encode_text(self, text: str) -> tuple[list[int], list[int]]:
-        return self.encode_parsed(text), [match.start() for match in re.finditer(r"\S+", text)]
+    def encode_parts(self, parts: Sequence[str | int]) -> list[Pieces]:
+        numbers = [str(part) for part in parts]
+        return [(self.encode_parsed(text), [match.start() for match in re.finditer(r"\S+", text)]) for text in numbers]
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
@@ -108,9 +110,8 @@ def ask_transformers(model, jobs: list[Job], batch: int) -> list[list[int]]:
         ids = torch.tensor([[VOCABULARY - 1 if t == IMAGE_TOKEN else t for t in job.prompt.tokens] for job in part])
         pixels = torch.cat([job.prompt.pixels_NCHW for job in part])
         longest = max(job.new_tokens for job in part)
-        out = model.generate(
-            input_ids=ids, pixel_values=pixels.to(model.dtype), max_new_tokens=longest, do_sample=False
-        )
+        ids, pixels = ids.to(model.device), pixels.to(model.device, model.dtype)
+        out = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=longest, do_sample=False)
         answers += [row[: job.new_tokens].tolist() for row, job in zip(out[:, ids.shape[1] :], part, strict=True)]
     return answers
 
@@ -138,7 +139,8 @@ def bf16_errors(engine: Engine, model, jobs: list[Job]) -> dict[str, float]:
     """Median relative difference of the prompts' logits from those of `model`, which is in fp32."""
     tokens_BS = torch.tensor([job.prompt.tokens for job in jobs])
     pixels = torch.cat([job.prompt.pixels_NCHW for job in jobs])
-    positions_BS = torch.arange(tokens_BS.shape[1]).repeat(len(jobs), 1)
+    tokens_BS, pixels = tokens_BS.to(model.device), pixels.to(model.device)
+    positions_BS = torch.arange(tokens_BS.shape[1], device=model.device).repeat(len(jobs), 1)
     ids_BS = tokens_BS.masked_fill(tokens_BS == IMAGE_TOKEN, VOCABULARY - 1)
     rounded = copy.deepcopy(model).to(torch.bfloat16)
     expected_BSV = model(input_ids=ids_BS, pixel_values=pixels).logits
@@ -164,7 +166,7 @@ def linearity(engine: Engine, jobs: list[Job], new_tokens: int, rounds: int) -> 
 
 def measure(sizes: Sizes, precision: str, args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        model = write_reference(Path(folder), sizes)
+        model = write_reference(Path(folder), sizes).to(platform.device())
         engine = open_engine(Path(folder), args.batch, precision)
         parameters = sum(parameter.numel() for parameter in engine.model.parameters())
         say(f"{parameters / 1e6:.0f} M parameters, {sizes.experts} experts, {precision}")

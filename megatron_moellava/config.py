@@ -252,9 +252,15 @@ class RunConfig:
 
     @property
     def row_multiple(self) -> int:
-        """Rows are padded to a multiple of so many tokens: by the parallel layout, and by FP8 products on each rank."""
-        fp8 = {None: 1, "mxfp8": 32}.get(self.training.fp8_recipe, 16)
-        return math.lcm(self.parallel.sequence_multiple, fp8 * self.parallel.context_parallel_size)
+        """Rows are padded to a multiple of so many tokens: by the parallel layout, and by FP8 products on each rank.
+
+        A product's own rows come in 16 (MXFP8: 32), and the share that a tensor-parallel rank keeps between products
+        (sequence parallelism) in 8 (32), Transformer Engine's `assert_dim_for_fp8_exec`.
+        """
+        whole, shared = {None: (1, 1), "mxfp8": (32, 32)}.get(self.training.fp8_recipe, (16, 8))
+        parallel = self.parallel
+        fp8 = math.lcm(whole, shared * parallel.tensor_model_parallel_size) if self.training.fp8_recipe else 1
+        return math.lcm(parallel.sequence_multiple, fp8 * parallel.context_parallel_size)
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Micro-batches per optimizer step and data-parallel rank."""

@@ -16,6 +16,8 @@ TransformerImpl = Literal["auto", "local", "transformer_engine"]  # Megatron's -
 
 TRANSFORMER_IMPL = "MOELLAVA_TRANSFORMER_IMPL"  # environment variable, read when `platform` is imported
 DEVICE = "MOELLAVA_DEVICE"  # likewise
+# torch's caching allocator, read once torch is loaded: rows of changing lengths leave blocks of every size otherwise.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 AMPERE = (8, 0)  # compute capability from which a GPU multiplies in bf16
 BEFORE_AMPERE = "fp32"  # what `auto` takes there
@@ -51,8 +53,10 @@ GPU_CLUSTER = Machine(
 def choose(device: Device = "auto", transformer_impl: TransformerImpl = "auto") -> None:
     """Which device and modules this process and those it starts use; "auto" leaves it at what has been said before.
 
-    Must be called before `megatron_moellava.platform` is imported.
+    Must be called before torch is imported.
     """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the variable's older name: the user's own choice
+        os.environ.setdefault(*ALLOCATOR)
     if device != "auto":
         os.environ[DEVICE] = device
     if device == "cpu":

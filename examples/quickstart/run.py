@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from megatron_moellava.commands.program import add_machine_options, choose_machine
+
 HERE = Path(__file__).parent
 # Optimizer steps and peak learning rate of each run, and what it starts from.
 PLAN = {
@@ -46,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="for every run, as in moellava train"
     )
+    add_machine_options(parser)
     return parser.parse_intermixed_args()
 
 
@@ -209,6 +212,7 @@ def on_first_rank(action) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
+    choose_machine(arguments)
     sys.path.insert(0, str(HERE))
     from megatron_moellava import parallel
     from megatron_moellava.config import MoELlavaError, ParallelConfig

@@ -16,7 +16,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_moellava.commands.program import command_parser
+from megatron_moellava.commands.program import add_machine_options, choose_machine, command_parser
 
 DOCS_HEAD = """# Ablations
 
@@ -64,12 +64,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="tables and plots of what is finished")
     parser.add_argument("--docs", type=Path, metavar="FILE.md", help="write the report of all grids as a document")
     parser.add_argument("--node", default="", help=argparse.SUPPRESS)
+    add_machine_options(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, list or report grids and return the exit code."""
     args = parse_arguments(arguments)
+    choose_machine(args)  # the runs inherit it
     from megatron_moellava.config import ConfigError, MoELlavaError
     from megatron_moellava.experiments.grid import load_grid
 

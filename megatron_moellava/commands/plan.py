@@ -15,6 +15,7 @@ from typing import get_args
 
 from megatron_moellava.commands.program import command_parser
 from megatron_moellava.config import Stage
+from megatron_moellava.machine import choose
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,6 +46,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Print a plan and return the exit code."""
     parsed = parse_arguments(arguments)
+    if parsed.dry_run:
+        choose("cpu")  # it counts the CPU's modules, whatever this machine has
     from megatron_moellava.config import MoELlavaError
 
     try:

@@ -24,6 +24,38 @@ from megatron.core.utils import divide
 BLOCK = 256  # rows whose activations stay in a core's cache
 
 
+def offsets(tokens_per_expert: list[int]) -> torch.Tensor:
+    """[E] int32, where each expert's rows end."""
+    return platform.to_device(tokens_per_expert).cumsum(0, dtype=torch.int32)
+
+
+class ProductOfSeparate(torch.autograd.Function):
+    """[N, I] sorted by expert x E weights [O, I] -> [N, O], by the products that torch's own grouped_mm runs.
+
+    The weights are stacked when they are needed and kept as they are: torch would keep the stacked copy until the backward
+    pass, of every MoE layer at once (of Phi-2, 6.7 GB).
+    """
+
+    @staticmethod
+    def forward(ctx, input_NI: torch.Tensor, offsets_E: torch.Tensor, *weights_OI: torch.Tensor) -> torch.Tensor:
+        """The same as grouped_mm of the stacked weights."""
+        ctx.save_for_backward(input_NI, offsets_E, *weights_OI)
+        return F.grouped_mm(input_NI, torch.stack(weights_OI).transpose(1, 2), offs=offsets_E)
+
+    @staticmethod
+    def backward(ctx, *grads_NO: torch.Tensor) -> tuple:
+        """Gradients of the input and of each weight, as far as they are wanted."""
+        (grad_NO,) = grads_NO
+        input_NI, offsets_E, *weights_OI = ctx.saved_tensors
+        needs_input, _, *needs_weights = ctx.needs_input_grad
+        grad_NI, grads_OI = None, (None,) * len(weights_OI)
+        if needs_input:
+            grad_NI = F.grouped_mm(grad_NO, torch.stack(weights_OI), offs=offsets_E)
+        if any(needs_weights):
+            grads_OI = F.grouped_mm(grad_NO.t(), input_NI, offs=offsets_E).unbind()
+        return grad_NI, None, *grads_OI
+
+
 class GroupedLinear(MegatronModule):
     """E linear layers in one product. One parameter per expert (`weight0`, `weight1`, ...), as Transformer Engine has.
 
@@ -32,6 +64,8 @@ class GroupedLinear(MegatronModule):
     """
 
     partition_dim: int
+    # A GPU's memory is short and its copies are fast; on a CPU a second stacking would take longer than it saves.
+    keeps_no_copy = platform.HAS_CUDA
 
     def __init__(
         self,
@@ -98,7 +132,11 @@ class GroupedLinear(MegatronModule):
 
     def forward(self, input_NI: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, list | None]:
         """[N, I] sorted by expert -> [N, O], and the biases if the caller adds them (weighted by the router)."""
-        output_NO = self.product(input_NI, self._stacked("weight"), tokens_per_expert)
+        if self.keeps_no_copy and "weight" not in self.fused:
+            weights_OI = [getattr(self, f"weight{index}") for index in range(self.num_experts)]
+            output_NO = ProductOfSeparate.apply(input_NI, offsets(tokens_per_expert), *weights_OI)
+        else:
+            output_NO = self.product(input_NI, self._stacked("weight"), tokens_per_expert)
         if not self.use_bias:
             return output_NO, None
         if self.skip_bias_add:
@@ -108,8 +146,7 @@ class GroupedLinear(MegatronModule):
 
     def product(self, input_NI: torch.Tensor, weight_EOI: torch.Tensor, tokens_per_expert: list[int]) -> torch.Tensor:
         """[N, I] sorted by expert x [E, O, I] -> [N, O]. `fp8.py` puts another one in its place."""
-        offsets_E = platform.to_device(tokens_per_expert).cumsum(0, dtype=torch.int32)
-        return F.grouped_mm(input_NI, weight_EOI.transpose(1, 2), offs=offsets_E)
+        return F.grouped_mm(input_NI, weight_EOI.transpose(1, 2), offs=offsets(tokens_per_expert))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """One entry per expert under the key of the sequential experts, so that both read each other's checkpoints."""

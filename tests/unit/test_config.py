@@ -6,7 +6,16 @@ import pytest
 
 from megatron_moellava import config
 from megatron_moellava.checkpoint.description import RunDescription, read_description, write_description
-from megatron_moellava.config import ConfigError, MoEConfig, RunConfig, from_dict, load_config
+from megatron_moellava.config import (
+    ConfigError,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+    from_dict,
+    load_config,
+)
 from megatron_moellava.costs.shapes import model_from_json
 
 OLD = {"num_experts": 6, "capacity_factor": 1.25, "router_dtype": "bf16", "experts": "sequential"}
@@ -59,3 +68,18 @@ def test_every_new_name_is_a_field():
     for old, new in config.RENAMED.items():
         section, name = new.split(".")
         assert name in sections[section] and old.split(".")[1] not in sections[section]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tensor", "context", "expected"),
+    [(None, 4, 1, 4), ("delayed", 1, 1, 16), ("tensorwise", 2, 1, 16), ("tensorwise", 4, 1, 32), ("blockwise", 8, 1, 64),
+     ("mxfp8", 2, 1, 64), ("tensorwise", 4, 2, 64)],
+)  # fmt: skip
+def test_fp8_fills_rows_so_that_each_rank_has_eight(recipe, tensor, context, expected):
+    """Transformer Engine asks each tensor-parallel rank for a multiple of 8 rows (MXFP8: 32), of the products for 16."""
+    run = RunConfig(
+        model=ModelConfig(backbone="llama-tiny"),
+        training=TrainingConfig(stage=2, fp8_recipe=recipe),
+        parallel=ParallelConfig(tensor_model_parallel_size=tensor, context_parallel_size=context),
+    )
+    assert run.row_multiple == expected

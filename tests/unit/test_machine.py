@@ -1,5 +1,6 @@
 """What a machine has, as told without torch."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -89,3 +90,20 @@ def test_a_guess_agrees_with_torch_where_torch_knows(monkeypatch):
         pytest.skip("torch asks x86 processors only")
     knows = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert machine.fastest_precision(CPU)[0] == ("bf16" if knows else "fp32")
+
+
+@pytest.mark.parametrize("own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocators_own_setting_of_the_user_stays(own, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(own, "max_split_size_mb:128")
+    machine.choose()
+    assert "expandable_segments:True" not in (os.environ.get("PYTORCH_ALLOC_CONF"), os.environ[own])
+
+
+def test_segments_of_the_allocator_grow(monkeypatch):
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    machine.choose()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import megatron_moellava.platform  # noqa: F401 -- before megatron.core
-from megatron_moellava.model.experts import BLOCK, WeightedActivation
+from megatron_moellava.model.experts import BLOCK, ProductOfSeparate, WeightedActivation, offsets
+from megatron_moellava.planning.counting import SavedTensors
 
 
 @pytest.mark.parametrize("rows", [0, 1, BLOCK, 2 * BLOCK + 37])
@@ -33,3 +34,26 @@ def test_weighted_activation_of_bf16_is_rounded_once():
     gate, up = inner.float().chunk(2, dim=1)
     output = WeightedActivation.apply(inner, weights, F.silu, True)
     assert torch.equal(output, (F.silu(gate) * up * weights).bfloat16())
+
+
+@pytest.mark.parametrize("trained", [(True, True, True, True), (False, True, False, True), (False,) * 4])
+def test_separate_experts_have_the_products_of_stacked_ones_bit_by_bit(trained):
+    """One expert has no rows; frozen experts get no gradient."""
+    torch.manual_seed(1)
+    input_NI, ends_E = torch.randn(48, 32).bfloat16().requires_grad_(), offsets([5, 0, 25, 18])
+    weights = [torch.randn(64, 32).bfloat16().requires_grad_(is_trained) for is_trained in trained]
+    grad_NO = torch.randn(48, 64).bfloat16()
+    wanted = [input_NI, *(weight for weight in weights if weight.requires_grad)]
+    stacked = F.grouped_mm(input_NI, torch.stack(weights).transpose(1, 2), offs=ends_E)
+    separate = ProductOfSeparate.apply(input_NI, ends_E, *weights)
+    assert torch.equal(separate, stacked)
+    pairs = (torch.autograd.grad(output, wanted, grad_NO) for output in (separate, stacked))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*pairs, strict=True))
+
+
+def test_separate_experts_are_not_kept_twice():
+    input_NI, weights = torch.randn(8, 32).requires_grad_(), [torch.randn(64, 32).requires_grad_() for _ in range(4)]
+    kept = SavedTensors(weights)
+    with kept:
+        ProductOfSeparate.apply(input_NI, offsets([2, 2, 2, 2]), *weights)
+    assert kept.bytes <= input_NI.nbytes + 4 * 4
