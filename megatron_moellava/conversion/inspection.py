@@ -3,21 +3,22 @@
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.checkpoint.sums import verify_sums
-from megatron_moellava.config import CheckpointError
-from megatron_moellava.conversion.imports import detect
+from megatron_moellava.config import CheckpointError, MoELlavaError
+from megatron_moellava.conversion.imports import as_megatron, detect
+from megatron_moellava.conversion.layout import LANGUAGE_MODEL
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.conversion.readers import open_huggingface
 from megatron_moellava.conversion.recipes import Tensors
 from megatron_moellava.conversion.tensors import Files, Tensor
 from megatron_moellava.conversion.writers import METADATA_FILES
 from megatron_moellava.costs.parameters import activated_parameters, whole_parameters
-from megatron_moellava.costs.shapes import Model, ModelTensor, model_tensors
+from megatron_moellava.costs.shapes import UNUSED, Model, ModelTensor, model_tensors
 from megatron_moellava.stages import LANGUAGE as LANGUAGE_ROLES
 
 STAGES = {0: "start of stage 1", 1: "stage 1: projector", 2: "stage 2: projector + language model", 3: "stage 3: MoE"}
@@ -179,28 +180,53 @@ def diff(
 ) -> tuple[list[Difference], int]:
     """All differences of two checkpoints or folders, and how many tensors are bit-identical.
 
-    `verify`: first compare the files of each with their digests. Raises CheckpointError when the two call their tensors
-    by other names, so that every line would say "only in".
+    `verify`: first compare the files of each with their digests. Two layouts are compared by Megatron's names and pieces.
+    Raises CheckpointError for a folder of another layout that could not be imported.
     """
     left, right = _open(Path(first), verify), _open(Path(second), verify)
     layouts = _layout_name(Path(first), left), _layout_name(Path(second), right)
     if layouts[0] != layouts[1]:
-        raise CheckpointError(
-            f"{first} is {layouts[0]} and {second} is {layouts[1]}: their tensors have other names and pieces; bring both "
-            "into one form with `convert import` or `convert export --layout`, then compare"
-        )
+        said = f"{first} is {layouts[0]} and {second} is {layouts[1]}"
+        tower = next((str(path) for path in (first, second) if _is_megatron(Path(path))), None)
+        left, right = (_in_one_form(Path(path), part, tower, said) for path, part in ((first, left), (second, right)))
     begin(sum(tensor.nbytes for tensor in left.values()))
     found = [Difference(name, f"only in {first}") for name in left.keys() - right.keys()]
     found += [Difference(name, f"only in {second}") for name in right.keys() - left.keys()]
     same = 0
     with Files() as files, Files() as others:
         for name in sorted(left.keys() & right.keys()):
-            what = _compare(left[name], right[name], files, others)
+            what = _compare(_once(left[name]), _once(right[name]), files, others)
             progress(left[name].nbytes)
             same += not what
             if what:
                 found.append(Difference(name, what))
     return sorted(found, key=lambda item: item.name), same
+
+
+def _in_one_form(path: Path, tensors: Tensors, tower: str | None, said: str) -> dict[str, Tensor]:
+    """Megatron's tensors, less what no feature needs: an import takes those along, and a run that trains may not have them.
+
+    `tower`: the checkpoint that says which tower it is, where a folder's config has a name only.
+    """
+    try:
+        found = (
+            dict(tensors)
+            if _is_megatron(path)
+            else as_megatron(path, None if detect(tensors) is LANGUAGE_MODEL else tower)
+        )
+    except MoELlavaError as error:
+        raise CheckpointError(
+            f"{said}, so they are compared as an import of {path} would be, which cannot be: {error}"
+        ) from error
+    return {name: tensor for name, tensor in found.items() if not name.startswith(UNUSED)}
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """A tensor that is made when it is read, made: it is read a few rows at a time."""
+    if tensor.make is None:
+        return tensor
+    value = tensor.make()
+    return replace(tensor, make=lambda: value)
 
 
 def _layout_name(path: Path, tensors: Tensors) -> str:
