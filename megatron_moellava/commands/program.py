@@ -1,8 +1,10 @@
 """What the commands share: their names, how one was called, and the parser whose texts say it that way."""
 
 import argparse
+import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -68,6 +70,34 @@ def command_parser(name: str, description: str) -> argparse.ArgumentParser:
     return CommandParser(prog=as_called(f"moellava {name}"), description=description, formatter_class=raw)
 
 
+def number(kind: type, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Callable:
+    """For `type=` of an option: an int or a float within these limits; anything else is a usage error (exit code 2)."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        rules = {
+            "a finite number": math.isfinite(value),
+            f"at least {least}": value >= least,
+            f"greater than {above}": value > above,
+            f"at most {most}": value <= most,
+        }
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise argparse.ArgumentTypeError(f"{text} must be {broken[0]}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read
+
+
+COUNT = number(int, least=1)
+
+
+def exit_code_of(error: Exception) -> int:
+    """Of an error that is the user's, or the file system's, whose message names the file."""
+    return getattr(error, "exit_code", 2)
+
+
 def add_machine_options(parser: argparse.ArgumentParser, transformer_impl: str = "auto") -> None:
     """What a command runs on; `choose_machine` obeys."""
     parser.add_argument("--device", default="auto", choices=get_args(Device), help="(a GPU where there is one)")
@@ -86,7 +116,12 @@ def choose_machine(parsed: argparse.Namespace) -> None:
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
     """How much memory the keys and values of running requests may take."""
-    parser.add_argument("--max-length", type=int, default=0, help="tokens of prompt and answer (the model's positions)")
     parser.add_argument(
-        "--memory-limit", type=float, metavar="GIB", help="for keys and values on each GPU (most of what is free there)"
+        "--max-length", type=number(int, least=0), default=0, help="tokens of prompt and answer (the model's positions)"
+    )
+    parser.add_argument(
+        "--memory-limit",
+        type=number(float, above=0),
+        metavar="GIB",
+        help="for keys and values on each GPU (most of what is free there)",
     )
