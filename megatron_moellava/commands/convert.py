@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_moellava.commands.program import COUNT, command_parser, exit_code_of, number
+from megatron_moellava.commands.program import COUNT, command_parser, exit_code_of, number, while_somebody_reads
 
 LAYOUTS = {
     "original": "MoE-LLaVA's own, dense or MoE (config.json, safetensors)",
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_moellava.config import MoELlavaError
 
     try:
-        return COMMANDS[parsed.command](parsed)
+        return while_somebody_reads(lambda: COMMANDS[parsed.command](parsed))
     except (MoELlavaError, OSError) as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return exit_code_of(error)

@@ -13,7 +13,7 @@ import argparse
 import sys
 from typing import get_args
 
-from megatron_moellava.commands.program import COUNT, command_parser, exit_code_of, number
+from megatron_moellava.commands.program import COUNT, command_parser, exit_code_of, number, while_somebody_reads
 from megatron_moellava.config import Stage
 
 
@@ -54,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from megatron_moellava.planning.command import plan
 
-        print(plan(parsed))
+        text = plan(parsed)
     except (MoELlavaError, OSError) as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         return exit_code_of(error)
-    return 0
+    return while_somebody_reads(lambda: print(text) or 0)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -58,10 +59,20 @@ def as_called(text: str) -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Says the commands in its help as the user types them."""
+    """Says the commands in its help as the user types them, and reads `~` where no shell has: `--save=~/run`, quotes."""
 
     def format_help(self) -> str:
         return as_called(super().format_help())
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_at_home(word) for word in words], namespace)
+
+
+def _at_home(word: str) -> str:
+    """`~/x`, and what stands behind the first `=` of `--save=~/x` or `checkpoint.save=~/x`, below the home folder."""
+    name, equals, value = word.partition("=")
+    return f"{name}={os.path.expanduser(value)}" if equals and not word.startswith("~") else os.path.expanduser(word)
 
 
 def command_parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -91,6 +102,17 @@ def number(kind: type, *, least: float = -math.inf, above: float = -math.inf, mo
 
 
 COUNT = number(int, least=1)
+
+
+def while_somebody_reads(run: Callable[[], int]) -> int:
+    """What `run` returns; 0 where its reader has gone (`moellava convert inspect RUN | head`), without a traceback."""
+    try:
+        code = run()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
+        return 0
 
 
 def exit_code_of(error: Exception) -> int:

@@ -1,8 +1,12 @@
 """Texts name the commands as the user types them."""
 
+import json
+import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from megatron_moellava.commands.main import main
 from megatron_moellava.commands.program import as_called, command_parser
@@ -27,6 +31,36 @@ def test_usage_errors_and_descriptions_follow_the_call(program, says, monkeypatc
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["--unknown"])
     assert stop.value.code == 2 and f"{says}: error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "read"),
+    [
+        ("~/run", "/home/user/run"),
+        ("--save=~/run", "/home/user/run"),
+        ("checkpoint.save=~/a=b", "checkpoint.save=/home/user/a=b"),
+        ("a~/b", "a~/b"),
+        ("optimizer.lr=1e-3", "optimizer.lr=1e-3"),
+    ],
+)
+def test_the_home_folder_is_found_where_no_shell_has_put_it(word, read, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/user")
+    parser = command_parser("train", "")
+    parser.add_argument("--save")
+    parser.add_argument("words", nargs="*")
+    parsed = parser.parse_intermixed_args([word])
+    assert [parsed.save, *parsed.words] == ([read] if word.startswith("--") else [None, read])
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    """`moellava convert inspect FOLDER | head -1`: more than a pipe holds, and nobody reads it."""
+    save_file({f"x{'y' * 200}{i}": torch.zeros(i + 1) for i in range(1000)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    command = [sys.executable, "-m", "megatron_moellava", "convert", "inspect", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert (process.wait(), said) == (0, "")
 
 
 def test_the_longest_command_name_wins_and_other_words_stay(monkeypatch):
