@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from megatron_moellava.backbones import BACKBONES
 from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.checkpoint.sums import verify_sums
 from megatron_moellava.config import CheckpointError, MoELlavaError
-from megatron_moellava.conversion.imports import as_megatron, detect
-from megatron_moellava.conversion.layout import LANGUAGE_MODEL
+from megatron_moellava.conversion import original
+from megatron_moellava.conversion.huggingface import moe_config as moe_of_transformers
+from megatron_moellava.conversion.huggingface import text_backbone
+from megatron_moellava.conversion.imports import as_megatron, detect, named
+from megatron_moellava.conversion.layout import LANGUAGE_MODEL, Layout
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.conversion.readers import open_huggingface
 from megatron_moellava.conversion.recipes import Tensors
@@ -19,6 +23,7 @@ from megatron_moellava.conversion.tensors import Files, Tensor
 from megatron_moellava.conversion.writers import METADATA_FILES
 from megatron_moellava.costs.parameters import activated_parameters, whole_parameters
 from megatron_moellava.costs.shapes import UNUSED, Model, ModelTensor, model_tensors
+from megatron_moellava.hf_config import read_json
 from megatron_moellava.stages import LANGUAGE as LANGUAGE_ROLES
 
 STAGES = {0: "start of stage 1", 1: "stage 1: projector", 2: "stage 2: projector + language model", 3: "stage 3: MoE"}
@@ -50,7 +55,8 @@ def inspect(path: Path, *, verify: bool = True) -> str:
     if not _is_megatron(Path(path)):
         verify_sums(Path(path), verify=verify)
         tensors = open_huggingface(Path(path))
-        return "\n".join([f"{path}: Hugging Face tensors", "", *_table(tensors, lambda name: ""), "", _totals(tensors)])
+        head = [f"{path}: {detect(tensors).title}", *_config_lines(Path(path), detect(tensors))]
+        return "\n".join([*head, "", *_table(tensors, lambda name: ""), "", _totals(tensors)])
     source = open_checkpoint(path, verify=verify)
     lines = [
         f"{source.folder}",
@@ -65,6 +71,19 @@ def inspect(path: Path, *, verify: bool = True) -> str:
     return "\n".join(lines)
 
 
+def _config_lines(path: Path, layout: Layout) -> list[str]:
+    """The model that a folder's config.json describes, or why it is none of ours; nothing for a file of tensors alone."""
+    if not (path / "config.json").exists():
+        return []
+    try:
+        config = read_json(path)
+        backbone = named(text_backbone(config, path.name), path.name)
+        moe = original.moe_config(config) or moe_of_transformers(config)
+        return _model_lines(Model(backbone=backbone, tower=original.tower_of(config, layout, None), moe=moe))
+    except MoELlavaError as error:
+        return [f"  config.json  {str(error).splitlines()[0]}"]
+
+
 def _is_megatron(path: Path) -> bool:
     """Whether `path` is one, or what an interrupted copy has left of one."""
     left = (path / METADATA_FILES[0]).exists() or any(path.glob("iter_*"))
@@ -73,7 +92,9 @@ def _is_megatron(path: Path) -> bool:
 
 def _model_lines(model: Model) -> list[str]:
     counts = count_parameters(model)
-    lines = [f"  backbone     {model.backbone.name} ({model.backbone.hf.family})"]
+    backbone, family = model.backbone, model.backbone.hf.family
+    size = f"{backbone.num_layers} layers of width {backbone.hidden_size}, no published size"
+    lines = [f"  backbone     {f'{backbone.name} ({family})' if backbone.name in BACKBONES else f'{family}: {size}'}"]
     if model.tower:
         lines.append(f"  tower        {model.tower.name}, {model.tower.num_features} visual tokens")
     if model.moe:

@@ -1,5 +1,7 @@
 """What a checkpoint is said to hold."""
 
+import json
+
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +28,19 @@ def test_inspect_and_diff_say_what_is_there(dense, tmp_path):
     differences, same = diff(folder, tmp_path / "moe")
     assert {item.name.split(".layers.2.mlp.")[0] for item in differences} == {"language_model.decoder"} and same > 50
     assert diff(folder, folder)[0] == []
+
+
+def test_a_folder_from_outside_says_which_model_it_is(dense, tmp_path):
+    folder, _ = dense
+    upcycle_checkpoint(folder, save=tmp_path / "moe", moe=MoEConfig(placement=(2,)))
+    export_checkpoint(tmp_path / "moe", save=tmp_path / "out", layout="original")
+    for path in (tmp_path / "moe", tmp_path / "out"):
+        text = inspect(path)
+        assert "4 layers of width" in text and "no published size" in text and "4 experts, top-2, layers 2" in text
+    assert "MoE-LLaVA, as released" in inspect(tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text()) | {"model_type": "gemma2"}
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    assert "config.json  model_type='gemma2' is not a supported backbone" in inspect(tmp_path / "out", verify=False)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
