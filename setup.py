@@ -46,6 +46,7 @@ EXTRAS_REQUIRE = {
         "uvicorn>=0.29",
         "prometheus-client>=0.20",
         "openai>=2",
+        "pyarrow>=17",  # `parquet`
         "scipy>=1.11",  # the linear program behind `packing_bound`
         "playwright>=1.45",  # drives the system's Chromium; only `make test-browser` uses it
         "ruff~=0.17.6",  # another minor may format differently

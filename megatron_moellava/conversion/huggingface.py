@@ -12,6 +12,7 @@ from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.costs.shapes import Model
 from megatron_moellava.towers.from_config import hf_config_of as tower_config
 
+OWN_TYPE = "moe_llava"  # of modeling_moe_llava.py
 MOE_TYPES = {"qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
 # Keys of a MoE text config that `moe_config` reads, or that have no meaning for these models.
 MOE_KEYS = (
@@ -158,7 +159,7 @@ def own_config(model: Model, scales: bool) -> dict:
     moe, backbone = model.moe, model.backbone
     return {
         "architectures": ["MoELlavaForConditionalGeneration"],
-        "model_type": "moe_llava",
+        "model_type": OWN_TYPE,
         "auto_map": {
             "AutoConfig": "modeling_moe_llava.MoELlavaConfig",
             "AutoModel": "modeling_moe_llava.MoELlavaForConditionalGeneration",

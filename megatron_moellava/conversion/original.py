@@ -116,7 +116,13 @@ def _shape_of_pictures(value: str | None) -> dict:
     return {"image_aspect_ratio": "pad" if value == "pad" else "square"}  # the original looks for "pad" alone
 
 
-def _with_layer(tower: Tower, layer: int) -> Tower:
+def _with_layer(tower: Tower, layer: object) -> Tower:
+    """Raises ConfigError for a layer that the tower lacks, and for several, whose features some models join."""
+    if type(layer) is not int or not -tower.num_layers <= layer + 1 <= tower.num_layers + 1:
+        raise ConfigError(
+            f"the source's visual tokens are of layer {layer} (vision_feature_layer, mm_vision_select_layer); one of "
+            f"{-tower.num_layers - 1} to {tower.num_layers} is supported"
+        )
     return tower if layer == tower.feature_layer else replace(tower, feature_layer=layer)
 
 

@@ -148,6 +148,15 @@ def stream(recipe: Recipe, tensors: Tensors, files: Files) -> Iterator[memoryvie
                 yield _edited(block, source.dtype, recipe.dtype, part.edit)
 
 
+def made(recipe: Recipe, tensors: Tensors):
+    """The whole target, as a torch.Tensor."""
+    import torch
+
+    with Files() as files:
+        content = bytearray().join(bytes(block) for block in stream(recipe, tensors, files))
+    return torch.frombuffer(content, dtype=getattr(torch, recipe.dtype)).view(recipe.shape)
+
+
 def _edited(block: memoryview, source: str, target: str, edit: Edit | None) -> memoryview:
     import torch
 

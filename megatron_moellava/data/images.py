@@ -168,14 +168,19 @@ def resize(image: Image.Image, tower) -> Image.Image:
     """The picture at the tower's size: shortest edge and centre crop, or squashed where the tower says "square"."""
     size = tower.image_size
     if tower.resize == "square" or image.width == image.height:
-        return image.resize((size, size), Image.Resampling.BICUBIC)
+        return image.resize((size, size), resampling(tower))
     short, long = sorted(image.size)
     if long > MAX_ASPECT * short:
         image = _middle(image, min(image.width, MAX_ASPECT * short), min(image.height, MAX_ASPECT * short))
         short, long = sorted(image.size)
     long = int(size * long / short)
     shape = (size, long) if image.width < image.height else (long, size)
-    return _middle(image.resize(shape, Image.Resampling.BICUBIC), size, size)
+    return _middle(image.resize(shape, resampling(tower)), size, size)
+
+
+def resampling(tower) -> Image.Resampling:
+    """How the tower's processor interpolates pixels."""
+    return Image.Resampling[tower.resample.upper()]
 
 
 def _middle(image: Image.Image, width: int, height: int) -> Image.Image:

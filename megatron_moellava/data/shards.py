@@ -215,7 +215,8 @@ def _image_file(ref: ImageRef, plan: Plan, found: bytes | str, origin: str) -> t
 
 
 def _record(sample: Sample, names: list[str]) -> dict:
-    turns = [{"from": ROLES[turn.role], "value": turn.text} for turn in sample.turns]
+    turns = [{"from": "gpt", "value": sample.leading}] if sample.leading else []  # `v0` trains it
+    turns += [{"from": ROLES[turn.role], "value": turn.text} for turn in sample.turns]
     record = {"id": sample.id, "conversations": turns} | ({"system": sample.system} if sample.system else {})
     return record | ({"image": names} if names else {}) | ({"tag": sample.tag} if sample.tag else {})
 

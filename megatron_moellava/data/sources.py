@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import struct
 import tarfile
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import numpy as np
 from megatron_moellava.config import DataError
 from megatron_moellava.data.first_rows import shard_counts
 from megatron_moellava.data.index import Index, index_json
+from megatron_moellava.data.media import natural
 from megatron_moellava.data.order import SHARD_RUN, Share
 from megatron_moellava.data.sample import BadSample, Sample
 
@@ -160,7 +160,7 @@ class Reader:
         names = [ref.name for ref in sample.images]
         found = [_member(name, members) for name in names]
         if not any(found) and len(members) == len(set(names)):
-            by_number = sorted(members, key=_natural)
+            by_number = sorted(members, key=natural)
             if by_number != list(members):
                 raise BadSample(
                     "image order",
@@ -186,10 +186,6 @@ def _member(name: str, members: dict[str, bytes]) -> str | None:
     ending = [key for key in members if base.endswith(f".{key}")]
     whole = [key for key in ending if "." in key or len(members) == 1]
     return max(whole, key=len) if whole else None
-
-
-def _natural(name: str) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 class FileRows:

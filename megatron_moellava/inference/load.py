@@ -167,7 +167,7 @@ def _tokenizer(folder: Path, name: str) -> str:
         raise CheckpointError(
             f"{folder} does not say which tokenizer belongs to it; pass --tokenizer FOLDER or FILE.model"
         )
-    if not Path(name).exists():
+    if not Path(name).expanduser().exists():
         raise CheckpointError(
             f"the tokenizer of {folder}, {name}, does not exist; pass --tokenizer FOLDER or FILE.model"
         )

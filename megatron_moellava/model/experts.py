@@ -48,7 +48,8 @@ class ProductOfSeparate(torch.autograd.Function):
         (grad_NO,) = grads_NO
         input_NI, offsets_E, *weights_OI = ctx.saved_tensors
         needs_input, _, *needs_weights = ctx.needs_input_grad
-        grad_NI, grads_OI = None, (None,) * len(weights_OI)
+        grad_NI = None
+        grads_OI: tuple = (None,) * len(weights_OI)
         if needs_input:
             grad_NI = F.grouped_mm(grad_NO, torch.stack(weights_OI), offs=offsets_E)
         if any(needs_weights):

@@ -280,7 +280,7 @@ def newest_intact(folder: str | Path, say: Callable[[str], None], ckpt_step: int
     damaged = []
     for checkpoint in point.candidates:
         try:
-            verify_checkpoint(checkpoint, together=True, say=say)
+            verify_checkpoint(checkpoint, together=True, goes_back=False, say=say)  # `point.note` says it
         except DamagedCheckpoint as error:
             if point.candidates == [checkpoint] and ckpt_step is not None:
                 raise CheckpointError(f"checkpoint.ckpt_step={ckpt_step}: {error}; or choose another step") from error

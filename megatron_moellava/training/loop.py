@@ -35,6 +35,7 @@ from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.first_gradients import FirstGradients, require_trained
+from megatron_moellava.training.fp8_histories import Fp8Histories
 from megatron_moellava.training.metrics import StepLog, imbalance, load_imbalance, router_losses, routing_summary
 from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import (
@@ -94,6 +95,7 @@ class Trainer:
         self._configure_schedules()
         self.update = Update(self.optimizer)
         self.expert_biases = ExpertBiases(self.chunks)
+        self.fp8_histories = Fp8Histories(self.chunks)
         self.first_gradients: FirstGradients | None = FirstGradients(self.chunks)
         self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
         title = f"stage {run.training.stage}"
@@ -268,6 +270,7 @@ class Trainer:
         for wrapped in self.wrapped:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.fp8_histories.keep()
         self.stragglers.begin()
         self._at("forward and backward pass")
         loss_sums = self._forward_backward(batches, counts.loss_tokens)
@@ -312,6 +315,7 @@ class Trainer:
             self.scheduler.step(increment=1)
         else:
             self.expert_biases.restore()
+            self.fp8_histories.restore()
         if self.fp8 is not None:
             self.fp8.advance() if applied else self.fp8.forget()
 

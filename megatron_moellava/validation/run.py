@@ -23,6 +23,9 @@ from megatron_moellava.validation.precision import decided
 from megatron_moellava.validation.tokenizer import tokenizer_problems
 from megatron_moellava.validation.training import batch_problems, training_problems
 
+# Folders that a run writes to, or starts from: no shell has put in the home folder for `~` in a YAML file.
+FOLDERS = (("checkpoint", "save"), ("checkpoint", "load"), ("logging", "directory"))
+
 
 def load_run(*, config: str | None = None, flags: dict[str, object], overrides: Sequence[str] = ()) -> RunConfig:
     """The run of a command line. Weakest first: the model of the loaded checkpoint, the YAML file, flags, overrides.
@@ -36,6 +39,10 @@ def load_run(*, config: str | None = None, flags: dict[str, object], overrides: 
             set_override(given, name, value)
     for override in overrides:
         set_override(given, *split_override(override))
+    for section, name in FOLDERS:
+        fields = given.get(section)
+        if isinstance(fields, dict) and isinstance(fields.get(name), str):
+            fields[name] = os.path.expanduser(fields[name])
     tree = _model_of_checkpoint(given.get("checkpoint"))
     if isinstance(given.get("model"), dict):
         given["model"] = {part: value for part, value in given["model"].items() if not _is_gone(part, value, tree)}

@@ -19,8 +19,8 @@ FLOORS = (
     ("model", "config_reference"),
     ("conversion", "routing"),
     ("training", "inference"),
-    ("evaluation", "analysis", "planning", "verify", "serving"),
-    ("experiments",),
+    ("evaluation", "analysis", "planning", "serving"),
+    ("experiments", "verify"),
     ("commands",),
     ("__main__",),
 )

@@ -78,10 +78,20 @@ def test_a_clip_file_with_both_towers_gives_its_vision_half(tmp_path):
     assert report["dropped"]["not part of the vision tower"]
 
 
-def test_multimodal_settings_that_are_not_supported_are_named(tmp_path):
-    config = original_config("llama", "dense") | {"image_projector_type": "qformer2_4"}
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"image_projector_type": "qformer2_4"}, "qformer2_4"),
+        ({"mm_vision_select_layer": [-2, -3]}, r"are of layer \[-2, -3\] .* one of -\d to \d is supported"),
+        ({"mm_vision_select_layer": 99}, "are of layer 99"),
+        ({"mm_vision_select_layer": -99}, "are of layer -99"),
+        ({"mm_vision_select_layer": "-2"}, "are of layer -2"),
+    ],
+)
+def test_multimodal_settings_that_are_not_supported_are_named(tmp_path, setting, message):
+    config = original_config("llama", "dense") | setting
     source = write_folder(tmp_path / "source", original_state("llama", "dense"), config)
-    with pytest.raises(ConfigError, match="qformer2_4"):
+    with pytest.raises(ConfigError, match=message):
         import_checkpoint(source, save=tmp_path / "run", tower=str(TOWER))
 
 

@@ -9,6 +9,7 @@ from megatron_moellava import parallel
 from megatron_moellava.config import CheckpointError, ConfigError, ParallelConfig
 from megatron_moellava.inference.load import inference_layout, inference_run, load_for_inference, load_model
 from tests.helpers.inference_models import TOKENIZER, ask, tiny_checkpoint
+from tests.helpers.paths import ASSETS
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,11 @@ def test_an_fp32_checkpoint_answers_in_fp32_everywhere(saved, capfd):
 def test_a_missing_tokenizer_is_named_with_the_way_out(saved):
     with pytest.raises(CheckpointError, match=r"/no/where, does not exist; pass --tokenizer"):
         run_of(saved, tokenizer="/no/where")
+
+
+def test_a_tokenizer_in_the_home_folder_is_found(saved, monkeypatch):
+    monkeypatch.setenv("HOME", str(ASSETS))
+    assert run_of(saved, tokenizer="~/tok_bpe").data.tokenizer == "~/tok_bpe"
 
 
 def test_an_engine_answers_again_the_same_from_the_same_checkpoint(saved):
