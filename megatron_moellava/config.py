@@ -232,6 +232,16 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig:
+    """Losses on held-out data while training; without sources there are none."""
+
+    sources: tuple[Source, ...] = ()  # like data.sources; each has a loss of its own, and weights play no part
+    interval: int = 500  # steps between validations; the last step is always followed by one
+    steps: int = 0  # batches of training.global_batch_size rows per source; 0: all of its rows
+    best: bool = True  # keep the checkpoint with the lowest mean loss in checkpoint.save/best
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """A whole run: what `--config` and `section.field=value` describe."""
 
@@ -243,6 +253,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     @property
     def required_moe(self) -> MoEConfig:

@@ -178,6 +178,13 @@ def common_choice(own: str, choices: Sequence[str], otherwise: str) -> str:
     return own if counts[choices.index(own)] == dist.get_world_size() else otherwise
 
 
+def sum_floats_over_ranks(values: Iterable[float]) -> list[float]:
+    """`sum_over_ranks` of numbers that are not whole, in fp64."""
+    sums = torch.tensor(list(values), dtype=torch.float64)
+    dist.all_reduce(sums, group=_host_group)
+    return sums.tolist()
+
+
 def broadcast_from_reader(tensors: dict[str, torch.Tensor | None] | None, meta: object = None) -> tuple[dict, object]:
     """Send named tensors (None allowed) and a small picklable `meta` from the reading process to all ranks of its model.
 

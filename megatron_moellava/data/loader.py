@@ -71,7 +71,7 @@ class Loader(Batches):
         allowed: float,
     ):
         """`num_samples`: of one epoch, over all ranks; `allowed`: bad ones of it that do not stop the run."""
-        self._micro_batches, self._fingerprint = micro_batches, fingerprint
+        self.micro_batches, self._fingerprint = micro_batches, fingerprint
         self._iterator: Iterator[dict] | None = None
         self.duplicates = sum(entry.duplicates for entry in opened)  # rows whose id another row of their source has
         self.num_samples, self.rows = num_samples, sum(entry.rows for entry in opened)
@@ -115,7 +115,7 @@ class Loader(Batches):
     def _next(self) -> Batch | None:
         try:
             if self._iterator is None:
-                self._iterator = started(self._micro_batches)
+                self._iterator = started(self.micro_batches)
             delivered = next(self._iterator)
         except DataError as error:  # from a worker process it comes wrapped into a traceback
             raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
@@ -164,11 +164,11 @@ class Loader(Batches):
 
     def rows_per_epoch(self) -> int:
         """Rows that one epoch fills over all ranks: packed rows, or else samples."""
-        return self._micro_batches.items(0) if self._fingerprint["packing"] else self.num_samples
+        return self.micro_batches.items(0) if self._fingerprint["packing"] else self.num_samples
 
     def state_dict(self) -> dict:
         """JSON: what to restore, and what must be equal for that to make sense."""
-        return {"fingerprint": self._fingerprint, "engine": self._micro_batches.save(), "counters": self.counters()}
+        return {"fingerprint": self._fingerprint, "engine": self.micro_batches.save(), "counters": self.counters()}
 
     def load_states(self, saved: dict[int, dict]) -> None:
         """Continue from states by rank: this rank's own, or all of a run with another number of ranks.
@@ -188,7 +188,7 @@ class Loader(Batches):
             raise DataError("the loader already runs; restore its state before the first batch")
         check_fingerprint(saved.get("fingerprint"), self._fingerprint)
         try:
-            self._micro_batches.restore(saved["engine"])
+            self.micro_batches.restore(saved["engine"])
             counters = saved["counters"]
             self.seen, self.trained = counters["seen"], counters["trained"]
             self.skipped, self.notes = Counter(counters["skipped"]), Counter(counters["notes"])

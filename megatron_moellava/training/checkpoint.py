@@ -71,6 +71,7 @@ class TrainingState:
     consumed_samples: int
     data: dict | None  # the loader's own state, of this data-parallel rank; None where this process does not read
     provenance: dict = field(default_factory=dict)  # of the weights; run.json keeps it
+    validation: dict = field(default_factory=dict)  # {loss, iteration} of the best one so far
     fp8: list[torch.Tensor] = field(default_factory=list)  # amax histories of this rank, where FP8 is emulated
 
 
@@ -145,6 +146,7 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
         },
         config=to_dict(run),
         provenance=state.provenance,
+        validation=state.validation,
     )
 
 
@@ -265,6 +267,17 @@ def _remove_old(folder: Path, keep: int, newest: Path) -> None:
     for old in past[: -max(keep, 1)]:
         going = old.rename(old.with_suffix(UNFINISHED))  # half removed, it must not look complete
         shutil.rmtree(going)
+
+
+def keep_only(checkpoint: Path) -> None:
+    """Remove every other checkpoint of its folder; collective."""
+
+    def remove() -> None:
+        for other in complete_iterations(checkpoint.parent):
+            if other != checkpoint:
+                shutil.rmtree(other.rename(other.with_suffix(UNFINISHED)))
+
+    _together(remove, checkpoint, on=0)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

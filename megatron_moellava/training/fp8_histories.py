@@ -16,7 +16,9 @@ class Fp8Histories:
     """Of all modules of this rank's `chunks` that have any; nothing on a CPU and under the other recipes."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module]):
-        self.metas = [module.fp8_meta for chunk in chunks for module in chunk.modules() if hasattr(module, "fp8_meta")]
+        self.metas: list = [
+            module.fp8_meta for chunk in chunks for module in chunk.modules() if hasattr(module, "fp8_meta")
+        ]
         self.kept: dict[tuple[int, str, str], torch.Tensor] = {}
 
     def _tensors(self) -> Iterator[tuple[tuple[int, str, str], torch.Tensor]]:

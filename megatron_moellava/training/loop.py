@@ -36,6 +36,7 @@ from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.first_gradients import FirstGradients, require_trained
 from megatron_moellava.training.fp8_histories import Fp8Histories
+from megatron_moellava.training.held_out import HeldOut
 from megatron_moellava.training.metrics import StepLog, imbalance, load_imbalance, router_losses, routing_summary
 from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import (
@@ -56,6 +57,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+BEST = "best"  # folder below checkpoint.save
 NO_GRADIENT = (
     "do its rows have answers, and pictures where the projector alone is trained? is training.trains as it should be?"
 )
@@ -70,9 +72,9 @@ class TrainingDiverged(MoELlavaError):
 class Trainer:
     """One stage of training on this rank. `train` runs it to the end or to an interruption."""
 
-    def __init__(self, run: RunConfig, loader: Loader | None, train_steps: int):
+    def __init__(self, run: RunConfig, loader: Loader | None, train_steps: int, held_out: HeldOut | None = None):
         """`loader` on the processes that read data (`parallel.reads_data`), None elsewhere."""
-        self.run, self.loader, self.train_steps = run, loader, train_steps
+        self.run, self.loader, self.train_steps, self.held_out = run, loader, train_steps, held_out
         self.chunks = build_model(run)
         roles = run.training.trains or STAGES[run.training.stage]
         self.trained: dict = {}
@@ -138,6 +140,7 @@ class Trainer:
         description = read_description(checkpoint)
         self.state.iteration = description.iteration
         self.state.consumed_samples = description.consumed_samples
+        self.state.validation = description.validation
         updates = description.optimizer_steps or 0  # None is refused before
         checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, updates)
         self.scheduler.step(increment=updates)  # skipped steps did not move it
@@ -237,6 +240,8 @@ class Trainer:
                 self._saved(self.background.poll())
             interrupted = self._any_rank_interrupted()
             done = self.state.iteration == self.train_steps
+            if self.held_out is not None and (done or self.state.iteration % self.run.validation.interval == 0):
+                self._validate(self.held_out)
             if done or interrupted or self.state.iteration % self.run.checkpoint.save_interval == 0:
                 self.save()
                 interrupted = self._any_rank_interrupted()  # a save may take long enough to be interrupted itself
@@ -453,6 +458,10 @@ class Trainer:
         if options.save is None:
             return
         self._finish_save()
+        path = self._write(Path(options.save), options.keep, self.background, data)
+        self._saved(path if self.background is None else None)
+
+    def _write(self, folder: Path, keep: int, background: BackgroundSave | None, data: dict | None = None) -> Path:
         self._at("writing a checkpoint")
         self.gather_parameters()
         if self.loader is not None and data is None:
@@ -462,12 +471,28 @@ class Trainer:
         waiting = {signal.SIGTERM, signal.SIGUSR1}
         signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
         try:
-            path = checkpoints.save_checkpoint(
-                options.save, self.run, self.chunks, state, self.optimizer, options.keep, self.background
-            )
+            return checkpoints.save_checkpoint(folder, self.run, self.chunks, state, self.optimizer, keep, background)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting)
-        self._saved(path if self.background is None else None)
+
+    def _validate(self, held_out: HeldOut) -> None:
+        """Losses on held-out data, and the checkpoint with the best mean of them in a folder of its own."""
+        self._finish_save()
+        self._at("validating")
+        self.gather_parameters()
+        scores = held_out(self.wrapped)
+        if self.fp8 is not None:
+            self.fp8.forget()
+        loss = sum(score.loss for score in scores) / len(scores)
+        before = self.state.validation.get("loss", math.inf)
+        if loss < before:
+            self.state.validation = {"loss": loss, "iteration": self.state.iteration}
+        options, is_best = self.run.checkpoint, loss < before
+        self.log.validation(self.state.iteration, scores, " | the best so far" if is_best else "")
+        if is_best and options.save is not None and self.run.validation.best:
+            path = self._write(Path(options.save) / BEST, keep=1, background=None)
+            checkpoints.keep_only(path)
+            self._saved(path)
 
     def _finish_save(self) -> None:
         if self.background is not None:

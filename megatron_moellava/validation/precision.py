@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from megatron_moellava.checkpoint.resume_point import newest_described
-from megatron_moellava.config import MoELlavaError, Precision, RunConfig
+from megatron_moellava.config import MoELlavaError, RunConfig
 from megatron_moellava.machine import Machine, fastest_precision
 
 
@@ -15,12 +15,12 @@ def decided(run: RunConfig, machine: Machine) -> tuple[RunConfig, str]:
     return with_precision(run, precision), reason
 
 
-def with_precision(run: RunConfig, precision: Precision) -> RunConfig:
+def with_precision(run: RunConfig, precision: str) -> RunConfig:
     """The run with that precision."""
-    return replace(run, training=replace(run.training, precision=precision))
+    return replace(run, training=replace(run.training, precision=precision))  # type: ignore[arg-type]
 
 
-def _of_the_run_before(run: RunConfig) -> tuple[Precision, str] | None:
+def _of_the_run_before(run: RunConfig) -> tuple[str, str] | None:
     """Of the checkpoint in `checkpoint.save` that the run goes on with, and that reason; None where it starts."""
     if run.checkpoint.save is None:
         return None

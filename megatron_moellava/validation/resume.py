@@ -49,6 +49,10 @@ FREE = {
     "logging.sample_ids": "",
     "logging.tensorboard": "",
     "logging.directory": "",
+    "validation.sources": "",
+    "validation.interval": "",
+    "validation.steps": "",
+    "validation.best": "",
 }
 NOTED = {
     "moe.moe_router_dtype": "",
