@@ -56,7 +56,7 @@ def write_tower(out: Path, tower, captions: Path, image_folder: Path, seed: int)
 
 
 def _load(captions: Path, image_folder: Path, tower):
-    """Pixels [N, 3, H, W] and which words of the captions each image has [N, words]."""
+    """Pixels [N, 3, H, W], which words of the captions each image has [N, words], and may it be mirrored [N]?"""
     import numpy as np
     import torch
 
@@ -68,10 +68,11 @@ def _load(captions: Path, image_folder: Path, tower):
     pixels = np.stack(
         [preprocess(open_image(str(image_folder / row["image"]), "caption")[0], tower, "pad") for row in rows]
     )
-    return torch.from_numpy(pixels), torch.tensor([[float(word in text) for word in words] for text in texts])
+    mirrored = torch.tensor([not row["image"].startswith("names/") for row in rows])
+    return torch.from_numpy(pixels), torch.tensor([[float(w in text) for w in words] for text in texts]), mirrored
 
 
-def _pretrain(model, tower, pixels_NCHW, words_NW, seed: int) -> float:
+def _pretrain(model, tower, pixels_NCHW, words_NW, may_flip_N, seed: int) -> float:
     import torch
     from tqdm import trange
 
@@ -85,7 +86,9 @@ def _pretrain(model, tower, pixels_NCHW, words_NW, seed: int) -> float:
     bar = trange(STEPS, desc="Pretraining the tower on captions", unit="step", mininterval=2)
     for step in bar:
         chosen = torch.randint(len(pixels_NCHW), (BATCH,), generator=random)
-        pixels = pixels_NCHW[chosen].flip(3) if step % 2 else pixels_NCHW[chosen]
+        pixels = pixels_NCHW[chosen]
+        if step % 2:  # shapes mean the same the other way round; a flag or an arrow does not
+            pixels = torch.where(may_flip_N[chosen, None, None, None], pixels.flip(3), pixels)
         hidden = model(pixels, output_hidden_states=True).hidden_states[tower.num_used_layers]
         logits_BK = head(hidden[:, int(tower.drop_first_feature) :].mean(dim=1)) @ captions_KW.T
         loss = torch.nn.functional.cross_entropy(logits_BK, caption_N[chosen])

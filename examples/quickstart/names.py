@@ -15,11 +15,14 @@ import argparse
 import io
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-# The languages in Latin script that the `emoji` package has.
-LANGUAGES = {
+# What the questions call a language. The first eight are those in Latin script that the `emoji` package has; the others are
+# asked for by `names_full.py`.
+LANGUAGE_NAMES = {
     "en": "english",
     "de": "german",
     "es": "spanish",
@@ -28,7 +31,28 @@ LANGUAGES = {
     "pt": "portuguese",
     "id": "indonesian",
     "tr": "turkish",
+    "nl": "dutch",
+    "sv": "swedish",
+    "da": "danish",
+    "fi": "finnish",
+    "pl": "polish",
+    "cs": "czech",
+    "hu": "hungarian",
+    "ro": "romanian",
+    "hr": "croatian",
+    "et": "estonian",
+    "lv": "latvian",
+    "lt": "lithuanian",
+    "ca": "catalan",
+    "eu": "basque",
+    "cy": "welsh",
+    "is": "icelandic",
+    "sq": "albanian",
+    "vi": "vietnamese",
+    "sw": "swahili",
+    "af": "afrikaans",
 }
+LANGUAGES = tuple(LANGUAGE_NAMES)[:8]
 SIZE = 72  # pixels of a picture's side: what the quickstart's tower looks at
 SMALLEST, LARGEST = 60, 72  # of the thing in it
 SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
@@ -89,22 +113,23 @@ def _readable(name: str) -> str:
     return name.strip(":").replace("_", " ").lower()
 
 
-def render(svg: Path, size: int):
-    """The drawing as an RGBA picture of `size` x `size`."""
+def render(svg: Path | str, size: int):
+    """A drawing, a file or the text of one, as an RGBA picture of `size` x `size`."""
     import resvg_py
     from PIL import Image
 
-    png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, skip_system_fonts=True)
+    source = {"svg_string": svg} if isinstance(svg, str) else {"svg_path": str(svg)}
+    png = resvg_py.svg_to_bytes(**source, width=size, height=size, skip_system_fonts=True)
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
-def draw_view(svg: Path, rng: random.Random):
-    """The thing at a random size and place on a random light background."""
+def draw_view(draw: Callable, rng: random.Random):
+    """The thing at a random size and place on a random light background; `draw(size)` gives it as an RGBA picture."""
     from PIL import Image
 
     size = rng.randint(SMALLEST, LARGEST)
     canvas = Image.new("RGB", (SIZE, SIZE), background(rng))
-    picture = render(svg, size)
+    picture = draw(size)
     canvas.paste(picture, (rng.randint(0, SIZE - size), rng.randint(0, SIZE - size)), picture)
     return canvas
 
@@ -133,7 +158,7 @@ def write_names(
         for view in range(views + 1):
             split = "train" if view < views else "test"
             image = f"names/{split}/{thing.code}-{view}.png"
-            _save_new(thing.svg, out / "images" / image, rng, seen)
+            save_new(partial(render, thing.svg), out / "images" / image, rng, seen)
             if split == "train":
                 rows += name_rows(thing, image, turns, rng)
                 captions.append(caption(thing, image))
@@ -141,15 +166,15 @@ def write_names(
                 tests += name_questions(thing, image, number, test_languages)
     random.Random(seed).shuffle(rows)
     write_attribution(out / "images" / "names")
-    _write_rows(out / "names.json", rows)
-    (out / "names_test.jsonl").write_text("".join(json.dumps(test) + "\n" for test in tests))
+    write_rows(out / "names.json", rows)
+    write_lines(out / "names_test.jsonl", tests)
     return {"rows": rows, "captions": captions, "tests": tests}
 
 
-def _save_new(svg: Path, path: Path, rng: random.Random, seen: set[bytes]) -> None:
+def save_new(draw: Callable, path: Path, rng: random.Random, seen: set[bytes]) -> None:
     """A view that is none of those `seen`, bit by bit."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    while (picture := draw_view(svg, rng)).tobytes() in seen:
+    while (picture := draw_view(draw, rng)).tobytes() in seen:
         pass
     seen.add(picture.tobytes())
     picture.save(path, compress_level=1)
@@ -157,7 +182,7 @@ def _save_new(svg: Path, path: Path, rng: random.Random, seen: set[bytes]) -> No
 
 def question(language: str) -> str:
     """What a turn asks."""
-    return f"what is this called in {LANGUAGES[language]}?"
+    return f"what is this called in {LANGUAGE_NAMES[language]}?"
 
 
 def name_rows(thing: Thing, image: str, turns: int, rng: random.Random) -> list[dict]:
@@ -187,7 +212,7 @@ def caption(thing: Thing, image: str) -> dict:
 
 def name_questions(thing: Thing, image: str, number: int, count: int) -> list[dict]:
     """Held-out questions about one picture; the languages take turns over the things."""
-    languages = list(LANGUAGES)
+    languages = list(thing.names)
     asked = [languages[(number * count + n) % len(languages)] for n in range(count)]
     return [
         {
@@ -223,8 +248,14 @@ Names: Unicode CLDR short names (Unicode License v3, https://www.unicode.org/lic
     )
 
 
-def _write_rows(path: Path, rows: list[dict]) -> None:
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """LLaVA JSON."""
     path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main() -> None:

@@ -35,7 +35,12 @@ TITLES = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=("fast", "full"), default="fast", help="easy-VQA, or easy-VQA and digits")
+    parser.add_argument(
+        "--preset",
+        choices=("names", "fast", "full"),
+        default="names",
+        help="easy-VQA and names (default); easy-VQA alone; easy-VQA and digits",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
     parser.add_argument("--backbone", default="llama-tiny", help="llama-tiny (default) or phi-2-tiny")
     parser.add_argument("--seed", type=int, default=1, help="of the weights and the order of the data")
@@ -61,6 +66,22 @@ class Quickstart:
     def out(self) -> Path:
         return self.arguments.out
 
+    @property
+    def has_names(self) -> bool:
+        return self.arguments.preset == "names"
+
+    @property
+    def plan(self) -> dict[str, dict]:
+        from plans import with_names
+
+        return with_names(PLAN) if self.has_names else PLAN
+
+    @property
+    def titles(self) -> dict[str, str]:
+        from plans import TITLES as WITH_NAMES
+
+        return TITLES | WITH_NAMES if self.has_names else TITLES
+
     def timed(self, name: str, action) -> None:
         started = time.perf_counter()
         action()
@@ -75,7 +96,7 @@ class Quickstart:
         self.timed("models", lambda: on_first_rank(self.make_models))
         if self.arguments.prepare_only:
             return
-        for name, plan in PLAN.items():
+        for name, plan in self.plan.items():
             if plan["from"] == "upcycled":
                 self.timed("upcycle", lambda: on_first_rank(self.upcycle))
             self.timed(name, lambda name=name, plan=plan: self.train(name, plan))
@@ -88,7 +109,7 @@ class Quickstart:
         from make_data import write_quickstart
 
         write_quickstart(self.out / "data", preset=self.arguments.preset)
-        for name in ("models", "start", "upcycled", *PLAN):  # a run that was cut short starts again
+        for name in ("models", "start", "upcycled", *self.plan):  # a run that was cut short starts again
             shutil.rmtree(self.out / name, ignore_errors=True)
 
     def make_models(self) -> None:
@@ -107,13 +128,22 @@ class Quickstart:
         import_checkpoint(
             models / "language_model", save=self.out / "start", tower=str(models / "tower"), dtype="bfloat16", seed=seed
         )
+        if self.has_names:
+            from names_report import write_ceiling
+
+            say(write_ceiling(self.out, tower))
 
     def upcycle(self) -> None:
+        from plans import EXPERTS
+
         from megatron_moellava.config import MoEConfig
         from megatron_moellava.conversion.upcycle import upcycle_checkpoint
 
-        say("--- upcycling: the FFN of layers 0, 2, ... copied into 4 experts, new routers")
-        upcycle_checkpoint(self.out / "stage2", save=self.out / "upcycled", moe=MoEConfig(), seed=self.arguments.seed)
+        moe = MoEConfig(**(EXPERTS if self.has_names else {}))
+        source = "names" if self.has_names else "stage2"
+        which = "every" if self.has_names else "every other"
+        say(f"--- upcycling: the FFN of {which} layer copied into {moe.num_moe_experts} experts, new routers")
+        upcycle_checkpoint(self.out / source, save=self.out / "upcycled", moe=moe, seed=self.arguments.seed)
 
     # --- training and asking ----------------------------------------------------------------------------------------
 
@@ -121,7 +151,7 @@ class Quickstart:
         """Every run must be able to work before minutes go into the first one."""
         from megatron_moellava.validation.run import validate_run
 
-        for name, plan in PLAN.items():
+        for name, plan in self.plan.items():
             model = {"model.backbone": self.arguments.backbone} | (
                 {"moe.num_moe_experts": 4} if plan["stage"] == 3 else {}
             )
@@ -131,6 +161,8 @@ class Quickstart:
         from megatron_moellava.validation.run import load_run
 
         data = self.out / "data"
+        files = plan["data"] if isinstance(plan["data"], dict) else {plan["data"]: 1.0}
+        images = str(data / "images")
         flags = {
             "training.stage": plan["stage"],
             "training.train_steps": max(2, round(plan["steps"] * self.arguments.steps_scale)),
@@ -138,7 +170,9 @@ class Quickstart:
             "optimizer.lr": plan["lr"],
             "checkpoint.load": str(self.out / plan["from"]),
             "checkpoint.save": str(self.out / name),
-            "data.sources": [{"path": str(data / plan["data"]), "image_folder": str(data / "images")}],
+            "data.sources": [
+                {"path": str(data / file), "image_folder": images, "weight": weight} for file, weight in files.items()
+            ],
             "data.tokenizer": str(data / "tokenizer.model"),
         }
         run = load_run(
@@ -152,19 +186,24 @@ class Quickstart:
         from megatron_moellava.experiments.stage import train_stage
 
         run = self.run_config(name, plan)
-        say(f"--- {TITLES[name]}")
+        say(f"--- {self.titles[name]}")
         self.results[name] = self.ask(name, run, train_stage(run))
 
     def ask(self, name: str, run, trainer) -> dict:
         """Held-out accuracy of the trained model; for the MoE also with blanked pictures, and the expert load."""
+        from names_report import ask_names, cost_of
+        from plans import RUNS as NAMES_RUNS
+
         from megatron_moellava.experiments.stage import ask_closed
 
         started = time.perf_counter()
         rows = [json.loads(line) for line in (self.out / "data" / "test.jsonl").open()]
         answers = ask_closed(trainer, run, rows, self.out / "data" / "images", blank=run.moe is not None)
-        result = {"score": answers.score, "answered": answers.answered}
+        result = {"score": answers.score, "answered": answers.answered, "cost": cost_of(run, trainer)}
         on_first_rank(lambda: write_jsonl(self.out / name / "predictions.jsonl", answers.answered))
         say(summary_line(answers.score, len(rows), time.perf_counter() - started))
+        if self.has_names and name in NAMES_RUNS:
+            result["names"] = ask_names(trainer, run, self.out, name)
         if answers.routing is not None:
             result |= {
                 "expert_load": answers.routing.choices_LME.tolist(),
@@ -176,7 +215,7 @@ class Quickstart:
     def report(self) -> None:
         from report import write_report
 
-        write_report(self.out, self.arguments, PLAN, TITLES, self.results, self.seconds)
+        write_report(self.out, self.arguments, self.plan, self.titles, self.results, self.seconds)
 
 
 def summary_line(score: dict, count: int, seconds: float) -> str:

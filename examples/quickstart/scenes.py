@@ -5,13 +5,12 @@ often, and half of the time a neighbour in Unicode's order (often of the same ki
 adversarial polls differ from its random one. The exact box of every thing is kept in scenes_boxes.jsonl.
 """
 
-import json
 import random
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from names import SIZE, Thing, background, llava_row, render
+from names import SIZE, Thing, background, llava_row, render, write_lines, write_rows
 
 CELL = SIZE // 2
 SMALLEST, LARGEST = 28, CELL
@@ -71,9 +70,9 @@ def write_scenes(out: Path, things: list[Thing], *, train: int, test: int, seed:
             scenes.append(scene)
             bar.update()
     bar.close()
-    (out / "scenes.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (out / "scenes_test.jsonl").write_text("".join(json.dumps(test) + "\n" for test in tests))
-    (out / "scenes_boxes.jsonl").write_text("".join(json.dumps(asdict(scene)) + "\n" for scene in scenes))
+    write_rows(out / "scenes.json", rows)
+    write_lines(out / "scenes_test.jsonl", tests)
+    write_lines(out / "scenes_boxes.jsonl", [asdict(scene) for scene in scenes])
     return {"rows": rows, "tests": tests, "scenes": scenes}
 
 

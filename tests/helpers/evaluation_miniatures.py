@@ -294,7 +294,13 @@ def names(root):
     """Two names of one picture; the training rows answer in German, with the other thing's name more often."""
     question = "what is this called in german?"
     rows = [
-        {"question_id": "1F431-de", "image": "a.png", "question": question, "answer": "katzengesicht", "type": "name de"},
+        {
+            "question_id": "1F431-de",
+            "image": "a.png",
+            "question": question,
+            "answer": "katzengesicht",
+            "type": "name de",
+        },
         {
             "question_id": "1F431-fr",
             "image": "a.png",
