@@ -54,7 +54,7 @@ LANGUAGE_NAMES = {
 }
 LANGUAGES = tuple(LANGUAGE_NAMES)[:8]
 SIZE = 72  # pixels of a picture's side: what the quickstart's tower looks at
-SMALLEST, LARGEST = 60, 72  # of the thing in it
+SMALLEST, LARGEST = 66, 72  # of the thing in it
 SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 VARIATION = "-FE0F"  # "show as a picture": part of a file's name, or not
 FULLY_QUALIFIED = 2  # `status` in the emoji package

@@ -29,7 +29,7 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def cost_of(run, trainer) -> dict:
+def cost_of(run, backbone, tower) -> dict:
     """{"flops_per_token": forward, decoder and output layer; "activated", "total": parameters of the language model}."""
     from dataclasses import replace
 
@@ -40,11 +40,10 @@ def cost_of(run, trainer) -> dict:
     from megatron_moellava.costs.shapes import Model
     from megatron_moellava.costs.stage_work import decoder_work
 
-    chunk = trainer.chunks[0]
     whole = replace(run, parallel=ParallelConfig())
-    layout = Layout(run=whole, backbone=chunk.backbone, tower=chunk.tower, world_size=1)
+    layout = Layout(run=whole, backbone=backbone, tower=tower, world_size=1)
     work = [*decoder_work(layout, 0, 1.0, TEXT_LENGTH), *last_stage_work(layout, 1.0)]
-    counted = count_parameters(Model(backbone=chunk.backbone, tower=chunk.tower, moe=run.moe))
+    counted = count_parameters(Model(backbone=backbone, tower=tower, moe=run.moe))
     return {
         "flops_per_token": sum(map(forward_flops, work)),
         "activated": counted.activated,

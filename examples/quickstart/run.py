@@ -199,7 +199,9 @@ class Quickstart:
         started = time.perf_counter()
         rows = [json.loads(line) for line in (self.out / "data" / "test.jsonl").open()]
         answers = ask_closed(trainer, run, rows, self.out / "data" / "images", blank=run.moe is not None)
-        result = {"score": answers.score, "answered": answers.answered, "cost": cost_of(run, trainer)}
+        model = trainer.chunks[0]
+        cost = cost_of(run, model.backbone, model.tower)
+        result = {"score": answers.score, "answered": answers.answered, "cost": cost}
         on_first_rank(lambda: write_jsonl(self.out / name / "predictions.jsonl", answers.answered))
         say(summary_line(answers.score, len(rows), time.perf_counter() - started))
         if self.has_names and name in NAMES_RUNS:
