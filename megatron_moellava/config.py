@@ -43,7 +43,7 @@ class DataError(MoELlavaError):
 
 # Legal values that have a name, because more than one field or a command has them; `typing.get_args` lists them.
 Stage = Literal[1, 2, 3]
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32"]  # auto: bf16 where the machine multiplies in it, else fp32
 Placement = Literal["first_half", "second_half", "sparse", "dense"]
 Role = Literal[
     "tower",
@@ -167,7 +167,8 @@ class TrainingConfig:
     micro_batch_size: int = 1  # rows per forward pass and data-parallel rank; 1 when packing
     global_batch_size: int = 128  # rows per optimizer step, over all data-parallel ranks
     seed: int = 42  # of new weights, of dropout and noise, and of the data's order
-    precision: Precision = "bf16"  # of weights and activations in the pass; the optimizer keeps fp32
+    # of weights and activations in the pass; the optimizer keeps fp32. auto: bf16 on GPUs and CPUs with units for it
+    precision: Precision = "auto"
     # on a CPU the recipe's numerics are emulated
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
     num_layers_at_start_in_bf16: int = 0  # decoder layers that stay out of FP8 (not with the delayed recipe)

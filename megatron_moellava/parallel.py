@@ -5,7 +5,7 @@ Ranks are laid out by megatron-core's order tp-cp-ep-dp-pp; the data-parallel si
 
 import datetime
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -168,6 +168,12 @@ def sum_over_ranks(values: Iterable[int]) -> list[int]:
     sums = torch.tensor(list(values), dtype=torch.int64)
     dist.all_reduce(sums, group=_host_group)
     return sums.tolist()
+
+
+def common_choice(own: str, choices: Sequence[str], otherwise: str) -> str:
+    """What every process of the world has chosen among `choices`, or `otherwise` where they differ; collective."""
+    counts = sum_over_ranks([own == choice for choice in choices])
+    return own if counts[choices.index(own)] == dist.get_world_size() else otherwise
 
 
 def broadcast_from_reader(tensors: dict[str, torch.Tensor | None] | None, meta: object = None) -> tuple[dict, object]:

@@ -52,14 +52,15 @@ def cost_of(run, backbone, tower) -> dict:
 
 
 def write_ceiling(out: Path, tower) -> str:
-    """OUT/models/ceiling.json: how many test pictures the tower alone can tell apart; returns a line about it."""
+    """OUT/ceiling/ceiling.json: how many test pictures the tower alone can tell apart; returns a line about it."""
     from retrieval import retrieval_ceiling
 
     data = out / "data"
     train = sorted({row["image"] for row in json.loads((data / "names.json").read_text())})
     tests = sorted({row["image"] for row in read_lines(data / "names_test.jsonl")})
-    ceiling = retrieval_ceiling(out / "models" / "tower", tower, data / "images", train, tests)
-    (out / "models" / "ceiling.json").write_text(json.dumps(ceiling))
+    ceiling = retrieval_ceiling(out / "tower", tower, data / "images", train, tests)
+    (out / "ceiling").mkdir(parents=True, exist_ok=True)
+    (out / "ceiling" / "ceiling.json").write_text(json.dumps(ceiling))
     return (
         f"the tower alone finds {ceiling['exact']:.1f} % of {len(tests)} new pictures among {ceiling['among']} things"
     )
@@ -77,7 +78,7 @@ def summarise_names(out: Path, results: dict[str, dict]) -> dict:
     exact = {name: asked[name]["score"]["exact"] for name in asked}
     return {
         "question_only_baseline": score_names(QuestionOnlyBaseline(train).predict(questions)),
-        "tower_ceiling": json.loads((out / "models" / "ceiling.json").read_text()),
+        "tower_ceiling": json.loads((out / "ceiling" / "ceiling.json").read_text()),
         "results": {name: one["score"] for name, one in asked.items()},
         "moe_minus_dense": {"exact": exact["stage3"] - exact["dense"], "bits_saved": saved, "standard_error": error},
         "example": example_of(asked["stage3"]["answered"]),

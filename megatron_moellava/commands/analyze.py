@@ -13,7 +13,13 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_moellava.commands.program import SETTING, add_machine_options, choose_machine, command_parser
+from megatron_moellava.commands.program import (
+    PRECISION_HELP,
+    SETTING,
+    add_machine_options,
+    choose_machine,
+    command_parser,
+)
 from megatron_moellava.config import Precision
 
 
@@ -34,7 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pca", action="store_true", help="also the original's picture of pathways")
     parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
     parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="", choices=("", *get_args(Precision)), help="(the checkpoint's own)")
+    parser.add_argument("--precision", default="auto", choices=get_args(Precision), help=PRECISION_HELP)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
     add_machine_options(parser)
     parser.add_argument(

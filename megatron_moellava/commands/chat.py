@@ -12,6 +12,7 @@ import sys
 from typing import get_args
 
 from megatron_moellava.commands.program import (
+    PRECISION_HELP,
     QUICKSTART,
     add_machine_options,
     add_memory_options,
@@ -28,7 +29,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="shown with the first question")
     parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
     parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="", choices=("", *get_args(Precision)), help="(the checkpoint's own)")
+    parser.add_argument("--precision", default="auto", choices=get_args(Precision), help=PRECISION_HELP)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest word each time (0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="with a temperature: the likeliest words only (1.0)")
     parser.add_argument("--num-beams", type=int, default=1, help="beam search (1: off)")

@@ -14,7 +14,13 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_moellava.commands.program import add_machine_options, add_memory_options, choose_machine, command_parser
+from megatron_moellava.commands.program import (
+    PRECISION_HELP,
+    add_machine_options,
+    add_memory_options,
+    choose_machine,
+    command_parser,
+)
 from megatron_moellava.config import Precision
 
 
@@ -44,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--load", default="", metavar="CKPT", help="ask this checkpoint")
     parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
     parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="", choices=("", *get_args(Precision)), help="(the checkpoint's own)")
+    parser.add_argument("--precision", default="auto", choices=get_args(Precision), help=PRECISION_HELP)
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered at the same time (32)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (0)")
     parser.add_argument("--blank-images", action="store_true", help="grey pictures: what the model answers unseeing")

@@ -8,6 +8,7 @@ from typing import NamedTuple, get_args
 
 from megatron_moellava.machine import Device, TransformerImpl, choose
 
+PRECISION_HELP = "(auto: the checkpoint's own; fp32 for bf16 where the machine has no units for it)"
 QUICKSTART = "runs/quickstart/stage3"  # the checkpoint that chat and serve take without --load
 
 

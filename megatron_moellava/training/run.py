@@ -10,6 +10,7 @@ from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, RunConfig
 from megatron_moellava.data.loader import Loader, WorkerTrouble, build_train_loader, worker_trouble
 from megatron_moellava.data.tokenizer import load_tokenizer
+from megatron_moellava.model.precision import settle_and_say
 from megatron_moellava.towers import get_tower
 from megatron_moellava.training.lock import lock_folder
 from megatron_moellava.training.loop import Trainer
@@ -29,7 +30,7 @@ def train(run: RunConfig) -> int:
         lock = lock_folder(run.checkpoint.save, parallel.say)
         for sentence in platform.found():
             parallel.say(sentence)
-        trainer = build_trainer(run)
+        trainer = build_trainer(settle_and_say(run))
         return trainer.train()
     except RuntimeError as error:
         # torch raises it in the middle of anything, as soon as it hears that a worker has died.

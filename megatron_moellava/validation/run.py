@@ -19,6 +19,7 @@ from megatron_moellava.validation.data import data_problems, length_problems
 from megatron_moellava.validation.experts import expert_problems
 from megatron_moellava.validation.layout import parallel_problems
 from megatron_moellava.validation.numbers import number_problems
+from megatron_moellava.validation.precision import decided
 from megatron_moellava.validation.tokenizer import tokenizer_problems
 from megatron_moellava.validation.training import batch_problems, training_problems
 
@@ -112,6 +113,7 @@ def validate(run: RunConfig, world_size: int, machine: Machine | None = None) ->
 def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None) -> list[str]:
     """Every problem of a run, files included."""
     machine = machine or this_machine(run.training.device, run.training.transformer_impl)
+    run, _ = decided(run, machine)
     problems: list[str] = []
     backbone = _found(lambda: get_backbone(run.model.backbone), problems)
     tower = _found(lambda: get_tower(run.model.tower), problems)
@@ -125,6 +127,7 @@ def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None
 
 def layout_problems(run: RunConfig, backbone: Backbone, world_size: int) -> list[str]:
     """The problems that do not depend on files or on this machine: what the planner asks before it suggests a layout."""
+    run, _ = decided(run, GPU_CLUSTER)
     return [*number_problems(run), *_sizes(run, backbone, world_size, GPU_CLUSTER)]
 
 

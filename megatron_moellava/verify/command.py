@@ -21,6 +21,7 @@ from megatron_moellava.config import (
 )
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.costs.shapes import model_from_json
+from megatron_moellava.model.precision import settled
 from megatron_moellava.verify.conversations import verify_conversations
 from megatron_moellava.verify.curves import verify_curves
 from megatron_moellava.verify.dense import verify_dense
@@ -39,6 +40,7 @@ def verify(path: Path, overrides: list[str]) -> bool:
     folders = find_folders(path)
     run = base_run(overrides)
     parallel.initialize(run.parallel, run.training.seed)
+    run = settled(run).run
     try:
         results = [verify_folder(folder, run) for folder in folders]
         if parallel.is_main_process():

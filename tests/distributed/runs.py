@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import threading
 from dataclasses import replace
@@ -10,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_moellava import parallel
+from megatron_moellava import machine, parallel, platform
 from megatron_moellava.checkpoint.folders import RUN_FILE, TRACKER, newest_checkpoint, require_checkpoint
-from megatron_moellava.config import CheckpointError, RunConfig, from_dict
+from megatron_moellava.config import CheckpointError, ParallelConfig, RunConfig, from_dict
 from megatron_moellava.data import sources
 from megatron_moellava.data.loader import Batches, build_encoder
 from megatron_moellava.data.tokenizer import load_tokenizer
@@ -20,6 +21,7 @@ from megatron_moellava.evaluation.closed_questions import Plan, predict
 from megatron_moellava.model import weights as reading
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.inputs import model_inputs
+from megatron_moellava.model.precision import settled
 from megatron_moellava.training import background
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.loop import TrainingDiverged
@@ -322,3 +324,23 @@ def run_not_finite(job: dict, folder: Path) -> dict:
     except TrainingDiverged as error:
         result |= {"message": str(error), "exit": error.exit_code, "iteration": trainer.state.iteration}
     return result
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def run_precision(job: dict, folder: Path) -> dict:
+    """Every process of a world looks for its precision; `held back` lists the ranks whose processor may not use bf16."""
+    torch.backends.cpu.get_cpu_capability()  # read by torch once, and before it is changed here
+    for name in machine.HELD_BACK_BY:
+        os.environ.pop(name, None)
+    if dist.get_rank() in job["held back"]:
+        os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+    own, _ = machine.fastest_precision(platform.machine())
+    parallel.initialize(ParallelConfig(), 1)
+    run = from_dict(RunConfig, {"model": {"backbone": "llama-tiny"}, "training": {"stage": 2}})
+    found = settled(run)
+    os.environ.pop("ATEN_CPU_CAPABILITY", None)
+    ranks: list[tuple] = [()] * dist.get_world_size()
+    dist.all_gather_object(ranks, (own, found.run.training.precision, found.reason))
+    return {"ranks": ranks}

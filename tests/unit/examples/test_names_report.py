@@ -61,7 +61,7 @@ def test_the_experts_cost_a_token_nothing_but_the_router():
 def test_the_summary_compares_moe_and_dense_on_the_same_questions(tmp_path):
     from names_report import summarise_names
 
-    for folder in ("data", "models"):
+    for folder in ("data", "ceiling"):
         (tmp_path / folder).mkdir()
     turns = [
         {"from": "human", "value": "<image>\nwhat is this called in english?"},
@@ -69,7 +69,7 @@ def test_the_summary_compares_moe_and_dense_on_the_same_questions(tmp_path):
     ]
     rows = [{"image": "names/train/1-0.png", "tag": "name en", "conversations": turns}]
     (tmp_path / "data/names.json").write_text(json.dumps(rows))
-    (tmp_path / "models/ceiling.json").write_text(json.dumps({"exact": 90.0, "pictures": 2, "among": 2}))
+    (tmp_path / "ceiling/ceiling.json").write_text(json.dumps({"exact": 90.0, "pictures": 2, "among": 2}))
 
     def result(*answered):
         return {
