@@ -33,6 +33,8 @@ MOE_KEYS = (
 def text_backbone(config: dict, name: str) -> Backbone:
     """The backbone of a language model's config, or of the text part of a vision-language model's."""
     text = dict(config.get("text_config") or config)
+    if not isinstance(text.get("model_type"), str | None):
+        raise ConfigError(f"model_type={text['model_type']!r} of {name} must be a name such as 'llama'")
     if text.get("model_type") in MOE_TYPES:
         text["model_type"] = MOE_TYPES[text["model_type"]]
         text = {key: value for key, value in text.items() if key not in MOE_KEYS}

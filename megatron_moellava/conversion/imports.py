@@ -167,9 +167,9 @@ def _generation_config(source: Path) -> dict | None:
 def _training_of(job: Import, projector: Path | None, config: dict) -> tuple[bool, dict]:
     """(whether MoE-LLaVA's rules trained the projector, as its names say; what the config of an export says beyond)."""
     if projector is None:
-        return job.layout is ORIGINAL, config.get("trained_with") or {}
+        return job.layout is ORIGINAL, original.said_of(config)
     beside = Path(projector).parent / "config.json"
-    said = read_json(beside).get("trained_with") or {} if beside.exists() else {}
+    said = original.said_of(read_json(beside)) if beside.exists() else {}
     return detect(open_huggingface(Path(projector))) is ORIGINAL, said
 
 

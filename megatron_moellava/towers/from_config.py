@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_moellava.config import ConfigError
-from megatron_moellava.hf_config import INERT, read_json
+from megatron_moellava.hf_config import INERT, read_json, wrong_numbers
 from megatron_moellava.towers.tower import Tower
 
 FIELDS = {
@@ -45,6 +45,8 @@ def tower_from_hf_config(config: dict, families, *, name: str) -> Tower:
     if problems:
         raise ConfigError(f"{name} (model_type {config['model_type']}) is not supported:\n" + "\n".join(problems))
     values = {field: settings[key] for key, field in FIELDS.items() if key in settings}
+    if wrong := wrong_numbers(Tower, values, FIELDS):
+        raise ConfigError(f"{name}: config.json cannot be read:\n" + "\n".join(wrong))
     values["activation"] = ACTIVATIONS[values["activation"]]
     return replace(family.SIZES[0], name=name, source=name, **values)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_moellava.config import ConfigError
 from megatron_moellava.data.batch import Batch, pad
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.modality import epoch_order
@@ -43,7 +44,7 @@ def verify_data(folder: Folder, table: Table) -> None:
             continue
         try:
             case(file, table)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
             table.left_out.append(
                 f"{file}: not of the form that verify/data.py describes ({error!r}); no case reads it"
             )
