@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoEConfig, RunConfig
-from megatron_moellava.costs.shapes import Model
+from megatron_moellava.costs.shapes import Model, expert_ffn_hidden_size
 from megatron_moellava.stages import STAGES
 from megatron_moellava.towers import Tower
 
@@ -85,9 +85,14 @@ class Sharding:
         return self.run.moe
 
     @property
+    def expert_inner(self) -> float:
+        """Width of a routed expert on one rank."""
+        return expert_ffn_hidden_size(self.moe, self.backbone) / self.etp
+
+    @property
     def activation_bytes(self) -> int:
         """Bytes of one element of an activation."""
-        return 2 if self.run.training.precision == "bf16" else 4
+        return 4 if self.run.training.precision == "fp32" else 2
 
 
 def routed_tokens(sharding: Sharding, imbalance: float = 1.0) -> float:
