@@ -15,6 +15,7 @@ from megatron_moellava.data.loader import summary
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.routing.health import RoutingHealthMonitor
 from megatron_moellava.routing.observer import RoutingObserver
+from megatron_moellava.training.max_activations import scalars
 
 # What the ranks of a step should have equally much of, and which of the batches' counts says it.
 COSTS = {"tokens": "real_tokens", "image_tokens": "image_rows", "attention": "attended"}
@@ -34,7 +35,7 @@ class StepLog:
     def __init__(self, folder: Path | None, tensorboard: bool, title: str, train_steps: int, iteration: int = 0):
         self.active = parallel.is_main_process()
         self.title, self.train_steps = title, train_steps
-        self.file = self.routing_file = self.writer = None
+        self.file = self.routing_file = self.activations_file = self.writer = None
         self.routing_health = RoutingHealthMonitor()
         self.clock = time.time() - time.monotonic()  # what must be added to the latter
         self.folder = folder
@@ -52,6 +53,8 @@ class StepLog:
         steps, routing = folder / "steps.jsonl", folder / "routing.jsonl"
         last = rewind(steps, iteration)
         rewind(routing, iteration)
+        self.activations_path = folder / "activations.jsonl"
+        rewind(self.activations_path, iteration)
         self.clock = max(time.time(), last) - time.monotonic()
         purge = iteration + 1 if iteration else None
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge) if tensorboard else None
@@ -59,7 +62,7 @@ class StepLog:
 
     def _without(self, error: OSError) -> None:
         """A log is not worth a run; a disk that stays full will end it at the next checkpoint, with a clear message."""
-        self.file = self.routing_file = self.writer = self.folder = None
+        self.file = self.routing_file = self.activations_file = self.writer = self.folder = None
         self.say(f"cannot write the log ({error}); training goes on without it")
 
     def step(self, iteration: int, numbers: dict[str, float], show: bool, sample_ids: list[str] | None = None) -> None:
@@ -86,6 +89,19 @@ class StepLog:
             self.say(f"step {iteration} warning: {warning}")
         try:
             self._write_routing(iteration, record, warnings)
+        except OSError as error:
+            self._without(error)
+
+    def activations(self, iteration: int, record: dict) -> None:
+        """Each layer's largest activations and gradients in one step (`max_activations.py`), to `activations.jsonl`, which
+        only runs that record them have."""
+        if not self.active or not self.file:
+            return
+        try:
+            if self.activations_file is None:
+                self.activations_file = self.activations_path.open("a", buffering=1)
+            self.activations_file.write(json.dumps({"iteration": iteration, **record}) + "\n")
+            self._add_scalars(iteration, scalars(record["layers"]))
         except OSError as error:
             self._without(error)
 
@@ -148,7 +164,7 @@ class StepLog:
 
     def close(self) -> None:
         """What is still to be written may not fit; the run has its exit code all the same."""
-        for item in (self.writer, self.file, self.routing_file):
+        for item in (self.writer, self.file, self.routing_file, self.activations_file):
             try:
                 if item:
                     item.close()
@@ -172,6 +188,7 @@ def _line(numbers: dict[str, float]) -> str:
         "routing/imbalance/rank": "busiest rank {:.2f}x",
         "lr": "lr {:.2e}",
         "grad_norm": "grad {:.3f}",
+        "loss_scale": "scale {:g}",
         "max_load": "busiest expert {:.1f}x",
         "tokens_per_second": "{:,.0f} tok/s",
         "tflops_per_device": "{:.3g} TFLOP/s",

@@ -322,3 +322,13 @@ def run_not_finite(job: dict, folder: Path) -> dict:
     except TrainingDiverged as error:
         result |= {"message": str(error), "exit": error.exit_code, "iteration": trainer.state.iteration}
     return result
+
+
+def run_max_activations(job: dict, folder: Path) -> dict:
+    """Each layer's largest activations and gradients of the first step."""
+    trainer, _, _ = start(BY_ID[job["layout"]], **{"logging.max_activations_interval": 1})
+    seen: list = []
+    collect = trainer.max_activations.collect
+    trainer.max_activations.collect = lambda scale: seen.append(collect(scale)) or seen[-1]
+    trainer.step()
+    return {"layers": seen[0]}
