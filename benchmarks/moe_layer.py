@@ -48,7 +48,7 @@ def our_layer(hidden: int, ffn: int, experts: int, grouped: bool = True) -> torc
     run = RunConfig(
         model=ModelConfig(backbone="llama-tiny"),
         moe=MoEConfig(num_moe_experts=experts, moe_router_topk=TOP_K, placement="dense", moe_grouped_gemm=grouped),
-        training=TrainingConfig(stage=3),
+        training=TrainingConfig(stage=3, precision="bf16"),
     )
     model = LanguageModel(run, backbone, transformer_config(backbone, run), True, True, None)
     return model.decoder.layers[0].mlp

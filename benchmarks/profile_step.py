@@ -76,6 +76,7 @@ def quickstart_trainer(folder: Path, overrides: list[str]):
     from make_data import write_quickstart
 
     from megatron_moellava import parallel
+    from megatron_moellava.model.precision import settle_and_say
     from megatron_moellava.training.run import build_trainer
     from megatron_moellava.validation.run import load_run, validate_run
 
@@ -95,7 +96,7 @@ def quickstart_trainer(folder: Path, overrides: list[str]):
     )
     validate_run(run)
     parallel.initialize(run.parallel, run.training.seed)
-    trainer = build_trainer(run)
+    trainer = build_trainer(settle_and_say(run))
     for wrapped in trainer.wrapped:
         wrapped.train()
     return trainer

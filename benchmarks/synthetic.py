@@ -127,7 +127,7 @@ def run_config(name: str, scale: Scale, rows: int, *, moe: bool, layout: dict | 
     tree = {
         "model": {"backbone": name, "tower": name},
         "data": {"seq_length": scale.seq_length},
-        "training": {"stage": 3 if moe else 2, "global_batch_size": rows},
+        "training": {"stage": 3 if moe else 2, "precision": "bf16", "global_batch_size": rows},
         "optimizer": {"lr": 1e-5, **optimizer},
         "logging": {"tensorboard": False, "routing_interval": 1_000_000},
         "parallel": layout or {},

@@ -65,7 +65,7 @@ def our_trainer(folder: Path, rows: list[Batch]) -> Trainer:
         model=ModelConfig(backbone=str(checkpoint), tower=str(checkpoint)),
         moe=replace(model.required_moe, moe_aux_loss_coeff=AUX_LOSS),
         data=DataConfig(seq_length=ROW),
-        training=TrainingConfig(stage=3, global_batch_size=len(rows)),
+        training=TrainingConfig(stage=3, precision="bf16", global_batch_size=len(rows)),
         optimizer=OptimizerConfig(lr=1e-5),
     )
     trainer = trainer_of(run, rows)

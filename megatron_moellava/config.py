@@ -43,7 +43,8 @@ class DataError(MoELlavaError):
 
 # Legal values that have a name, because more than one field or a command has them; `typing.get_args` lists them.
 Stage = Literal[1, 2, 3]
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32"]  # auto: bf16 where the machine multiplies in it, else fp32
+Recompute = Literal["none", "full", "selective", "moe"]
 Placement = Literal["first_half", "second_half", "sparse", "dense"]
 Role = Literal[
     "tower",
@@ -167,7 +168,8 @@ class TrainingConfig:
     micro_batch_size: int = 1  # rows per forward pass and data-parallel rank; 1 when packing
     global_batch_size: int = 128  # rows per optimizer step, over all data-parallel ranks
     seed: int = 42  # of new weights, of dropout and noise, and of the data's order
-    precision: Precision = "bf16"  # of weights and activations in the pass; the optimizer keeps fp32
+    # of weights and activations in the pass; the optimizer keeps fp32. auto: bf16 on GPUs and CPUs with units for it
+    precision: Precision = "auto"
     # on a CPU the recipe's numerics are emulated
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
     num_layers_at_start_in_bf16: int = 0  # decoder layers that stay out of FP8 (not with the delayed recipe)
@@ -175,7 +177,7 @@ class TrainingConfig:
     device: Device = "auto"  # "cuda": a machine without a GPU is an error
     transformer_impl: TransformerImpl = "auto"  # modules on a GPU; auto: Transformer Engine's where it is installed
     trains: tuple[Role, ...] | None = None  # roles that receive gradients; None: the stage's own
-    recompute: Literal["none", "full", "selective", "moe"] = "none"  # selective: the attention alone
+    recompute: Recompute = "none"  # selective: the attention alone
     recompute_tower: bool = False  # the vision tower's activations too
     non_finite_patience: int = 5  # consecutive skipped steps before the run stops
 
@@ -232,6 +234,16 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig:
+    """Losses on held-out data while training; without sources there are none."""
+
+    sources: tuple[Source, ...] = ()  # like data.sources; each has a loss of its own, and weights play no part
+    interval: int = 500  # steps between validations; the last step is always followed by one
+    steps: int = 0  # batches of training.global_batch_size rows per source; 0: all of its rows
+    best: bool = True  # keep the checkpoint with the lowest mean loss in checkpoint.save/best
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """A whole run: what `--config` and `section.field=value` describe."""
 
@@ -243,6 +255,13 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    @property
+    def required_moe(self) -> MoEConfig:
+        """For code that only MoE runs reach."""
+        assert self.moe is not None
+        return self.moe
 
     @property
     def row_multiple(self) -> int:

@@ -80,7 +80,8 @@ def _table(section: str, cls: type, meanings: dict[tuple[str, str], str]) -> str
 
 def _dataclass(hint) -> type:
     """The section's class of `MoEConfig | None`, or of the class itself."""
-    return next(option for option in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(option))
+    options = typing.get_args(hint) or (hint,)
+    return next(option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option))
 
 
 def _kind(hint) -> str:
@@ -135,7 +136,8 @@ def _yaml_word(found: re.Match) -> str:
 
 def _comment(found: dict[int, tuple[str, bool]], first: int, last: int) -> str:
     beside = [found[line][0] for line in range(first, last + 1) if line in found]
-    above, line = [], first - 1
+    above: list[str] = []
+    line = first - 1
     while line in found and found[line][1]:  # a comment with a line of its own
         above.insert(0, found[line][0])
         line -= 1

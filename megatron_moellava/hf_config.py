@@ -3,7 +3,10 @@
 The keys below are known and need no field. Any other unknown key stops a conversion.
 """
 
+import dataclasses
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_moellava.config import ConfigError
@@ -42,12 +45,34 @@ MULTIMODAL = frozenset((
 # fmt: on
 
 
+def wrong_numbers(cls: type, values: dict, fields: Mapping[str, str]) -> list[str]:
+    """What stands in a config.json where a whole number above 0, or a number, belongs.
+
+    `values`: for fields of the dataclass `cls`; `fields`: config key -> field, for the message.
+    """
+    keys = {field: key for key, field in fields.items()}
+    problems = []
+    for item in dataclasses.fields(cls):
+        value = values.get(item.name)
+        whole = item.type is int and not (type(value) is int and value > 0)
+        real = item.type is float and (type(value) not in (int, float) or not math.isfinite(value))
+        if item.name in values and (whole or real):
+            kind = "a whole number above 0" if whole else "a number"
+            problems.append(f"  {keys.get(item.name, item.name)}={value!r}: must be {kind}")
+    return problems
+
+
 def read_json(path: Path) -> dict:
-    """`config.json` of a folder, or the file itself. ConfigError when it is missing or not JSON."""
+    """`config.json` of a folder, or the file itself. ConfigError when it is missing or not a JSON object."""
     path = path / "config.json" if path.is_dir() else path
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give a folder with a Hugging Face config.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); give a folder with a Hugging Face config.json") from None
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{path} is not a JSON object but {type(value).__name__}; give a folder with a Hugging Face config.json"
+        )
+    return value

@@ -3,8 +3,10 @@
 `platform.py` knows for certain, once torch is there; it obeys what `choose` leaves in the environment.
 """
 
+import functools
 import importlib.util
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +18,20 @@ TRANSFORMER_IMPL = "MOELLAVA_TRANSFORMER_IMPL"  # environment variable, read whe
 DEVICE = "MOELLAVA_DEVICE"  # likewise
 # torch's caching allocator, read once torch is loaded: rows of changing lengths leave blocks of every size otherwise.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+AMPERE = (8, 0)  # compute capability from which a GPU multiplies in bf16
+BEFORE_AMPERE = "fp32"  # what `auto` takes there
+# Of /proc/cpuinfo: x86 (AVX-512's dot product, AMX's tiles), and Arm.
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+# Variables that hold torch's own kernels and oneDNN, which multiplies for torch, to older instructions -> the values that
+# leave no bf16. With torch's own held to AVX2 and oneDNN free, torch 2.14's attention in bf16 even raises.
+_BEFORE_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+HELD_BACK_BY = {
+    "ATEN_CPU_CAPABILITY": ("DEFAULT", "AVX2"),
+    "ONEDNN_MAX_CPU_ISA": _BEFORE_BF16,
+    "DNNL_MAX_CPU_ISA": _BEFORE_BF16,
+}
+SLOWER_WITHOUT_UNITS = "a step takes several times as long as in fp32"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +83,51 @@ def _sees_gpus() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return False
     return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/proc/driver/nvidia/gpus").glob("*"))
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do, in Linux's words; empty where /proc/cpuinfo does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    named = (line.partition(":")[2] for line in lines if line.partition(":")[0].strip() in ("flags", "Features"))
+    return frozenset(next(named, "").split())
+
+
+def without_bf16_units(flags: frozenset[str], environment: Mapping[str, str]) -> str:
+    """Why a processor with these flags does not multiply in bf16; empty: it does."""
+    if not flags & BF16_FLAGS:
+        return "this processor has no bf16 units (AVX-512 bf16 or AMX)"
+    for name, values in HELD_BACK_BY.items():
+        if environment.get(name, "").upper() in values:
+            return f"{name}={environment[name]} keeps the processor from its bf16 units"
+    return ""
+
+
+def fastest_precision(
+    machine: Machine, flags: frozenset[str] | None = None, environment: Mapping[str, str] = os.environ
+) -> tuple[str, str]:
+    """(precision, reason): what `training.precision=auto` stands for. `flags`: of the processor; None: of this one."""
+    if machine.has_gpu:
+        capability = machine.compute_capability
+        if capability is not None and capability < AMPERE:
+            return (
+                BEFORE_AMPERE,
+                f"a GPU of compute capability {capability[0]}.{capability[1]} does not multiply in bf16",
+            )
+        return "bf16", "GPU"
+    missing = without_bf16_units(cpu_flags() if flags is None else flags, environment)
+    return ("fp32", missing) if missing else ("bf16", "this processor has bf16 units")
+
+
+def slowness(precision: str, machine: Machine) -> str:
+    """A warning where `precision` is the slow choice on this machine; else empty."""
+    fastest, reason = fastest_precision(machine)
+    if precision != "bf16" or fastest == "bf16":
+        return ""
+    return f"warning: precision bf16, but {reason}: {SLOWER_WITHOUT_UNITS}; precision fp32 or auto avoids that"
 
 
 def is_installed(module: str) -> bool:

@@ -5,7 +5,8 @@ Ranks are laid out by megatron-core's order tp-cp-ep-dp-pp; the data-parallel si
 
 import datetime
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,10 +45,11 @@ def _build_groups(config: ParallelConfig, minutes: float) -> None:
     timeout = datetime.timedelta(minutes=minutes)
     if not dist.is_initialized():
         alone = "WORLD_SIZE" not in os.environ
-        where = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        where: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
         dist.init_process_group(platform.BACKEND, timeout=timeout, **where)
     if platform.BACKEND != "gloo" and _host_group is None:
-        _host_group = dist.new_group(backend="gloo", timeout=timeout)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        _host_group = group  # type: ignore[assignment]  # every rank belongs to it
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -170,6 +172,19 @@ def sum_over_ranks(values: Iterable[int]) -> list[int]:
     return sums.tolist()
 
 
+def common_choice(own: str, choices: Sequence[str], otherwise: str) -> str:
+    """What every process of the world has chosen among `choices`, or `otherwise` where they differ; collective."""
+    counts = sum_over_ranks([own == choice for choice in choices])
+    return own if counts[choices.index(own)] == dist.get_world_size() else otherwise
+
+
+def sum_floats_over_ranks(values: Iterable[float]) -> list[float]:
+    """`sum_over_ranks` of numbers that are not whole, in fp64."""
+    sums = torch.tensor(list(values), dtype=torch.float64)
+    dist.all_reduce(sums, group=_host_group)
+    return sums.tolist()
+
+
 def broadcast_from_reader(tensors: dict[str, torch.Tensor | None] | None, meta: object = None) -> tuple[dict, object]:
     """Send named tensors (None allowed) and a small picklable `meta` from the reading process to all ranks of its model.
 
@@ -192,23 +207,24 @@ def _broadcast(tensors, meta, group) -> tuple[dict, object]:
     if group.size() == 1:
         return {name: value if value is None else platform.on_device(value) for name, value in tensors.items()}, meta
     source = dist.get_process_group_ranks(group)[0]
-    header = [None]
+    header: list = [None]
     if tensors is not None:
         header = [
             ({name: value if value is None else (value.shape, value.dtype) for name, value in tensors.items()}, meta)
         ]
     dist.broadcast_object_list(header, src=source, group=group)
     shapes, meta = header[0]
-    received = {}
+    received: dict[str, torch.Tensor | None] = {}
     for name, shape in shapes.items():
         if shape is None:
             received[name] = None
             continue
         size, dtype = shape
         if tensors is None:
-            received[name] = torch.empty(size, dtype=dtype, device=platform.device())
+            value = torch.empty(size, dtype=dtype, device=platform.device())
         else:
-            received[name] = platform.on_device(tensors[name]).contiguous()
-        if received[name].numel():
-            dist.broadcast(received[name], src=source, group=group)
+            value = platform.on_device(tensors[name]).contiguous()
+        if value.numel():
+            dist.broadcast(value, src=source, group=group)
+        received[name] = value
     return received, meta

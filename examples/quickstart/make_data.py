@@ -1,7 +1,8 @@
 """The quickstart's data: published questions about images, written as LLaVA JSON + an image folder.
 
 `fast`: easy-VQA (https://github.com/vzhou842/easy-VQA, MIT; 4,000 train and 1,000 test images, official split).
-`full`: besides, compositions of scikit-learn's 1,797 real handwritten digits; no digit is in both splits.
+`names`: besides, pictures of emoji and what they are called in eight languages (`names.py`): names.json, names_test.jsonl.
+`full`: besides easy-VQA, compositions of scikit-learn's 1,797 real handwritten digits; no digit is in both splits.
 Written to OUT: images/, captions.json (stage 1), conversations.json (stages 2 and 3), test.jsonl, tokenizer.model.
 Everything is derived from the train split but for test.jsonl and its images. The same seed gives the same files.
 """
@@ -15,6 +16,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from digits import write_digits
+from names import write_names
+from plans import QUESTIONS, THINGS, TURNS, VIEWS
 
 COLORS = "black|blue|brown|gray|green|red|teal|yellow"
 SHAPES = "circle|rectangle|triangle"
@@ -22,7 +25,7 @@ CAPTIONS = ("{}.", "the image shows {}.", "a picture of {}.", "this is {}.")
 VOCABULARY = 512  # pieces of the SentencePiece model, 256 of them bytes
 
 
-def write_quickstart(out: Path, *, preset: str = "fast", turns: int = 3, text_rows: int = 400, seed: int = 0) -> dict:
+def write_quickstart(out: Path, *, preset: str = "names", turns: int = 3, text_rows: int = 400, seed: int = 0) -> dict:
     """Write everything; returns the counts. A folder that already holds the same data is left alone."""
     wanted = {"preset": preset, "turns": turns, "text_rows": text_rows, "seed": seed, "format": 1}
     summary_file = out / "summary.json"
@@ -32,6 +35,11 @@ def write_quickstart(out: Path, *, preset: str = "fast", turns: int = 3, text_ro
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     questions, captions, tests = write_easy_vqa(out, rng)
+    named: list[dict] = []
+    if preset == "names":
+        made = write_names(out, things=THINGS, views=VIEWS, turns=TURNS, test_languages=QUESTIONS, seed=seed)
+        captions.extend(made["captions"])
+        named = made["rows"]
     if preset == "full":
         for rows, more in zip((questions, captions, tests), write_digits(out, rng), strict=True):
             rows.extend(more)
@@ -42,8 +50,9 @@ def write_quickstart(out: Path, *, preset: str = "fast", turns: int = 3, text_ro
     write_json(out / "conversations.json", rows)
     with open(out / "test.jsonl", "w") as file:
         file.writelines(json.dumps(test) + "\n" for test in tests)
-    train_tokenizer(out, rows + captions)
+    train_tokenizer(out, rows + captions + named)
     counts = {"captions": len(captions), "conversations": len(rows), "test_questions": len(tests)}
+    counts |= {"names": len(named)} if named else {}
     summary = {"wanted": wanted, **counts}
     write_json(summary_file, summary)
     print(f"{out}: {counts}")
@@ -158,7 +167,7 @@ def write_json(path: Path, value) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--preset", choices=("fast", "full"), default="fast")
+    parser.add_argument("--preset", choices=("names", "fast", "full"), default="names")
     parser.add_argument("--turns", type=int, default=3, help="questions per conversation (3)")
     parser.add_argument("--text-rows", type=int, default=400, help="rows without an image (400)")
     parser.add_argument("--seed", type=int, default=0)

@@ -6,7 +6,15 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-SHORT = {"stage1": "stage 1", "stage2": "stage 2", "stage3": "stage 3\nMoE", "dense": "stage 2\ncontinued"}
+from names_report import print_names_table, summarise_names
+
+SHORT = {
+    "stage1": "stage 1",
+    "stage2": "stage 2",
+    "names": "with\nnames",
+    "stage3": "stage 3\nMoE",
+    "dense": "stage 2\ncontinued",
+}
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "sentencepiece")
 
 
@@ -18,6 +26,8 @@ def write_report(out: Path, arguments, plan: dict, titles: dict, results: dict, 
 
     steps = {name: read_steps(out / name) for name in plan}
     summary = summarise(out, arguments, plan, results, seconds, steps)
+    if arguments.preset == "names":
+        summary["names"] = summarise_names(out, results)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     plot_curves(steps, summary, titles, out / "curves.png")
     moe = results["stage3"]
@@ -25,6 +35,8 @@ def write_report(out: Path, arguments, plan: dict, titles: dict, results: dict, 
         np.array(moe["expert_load"]), moe["moe_layers"], out / "expert_load.png", "Where the held-out tokens go"
     )
     print_table(summary, titles)
+    if "names" in summary:
+        print_names_table(summary, titles, out)
     print(f"\n{out}/summary.json  {out}/curves.png  {out}/expert_load.png")
     print(f"tensorboard --logdir {out}")
 
@@ -49,6 +61,7 @@ def summarise(out: Path, arguments, plan: dict, results: dict, seconds: dict, st
         "question_only_baseline": score(baseline),
         "results": {name: results[name]["score"] for name in plan},
         "blanked_pictures": compare_blanked(answered, results["stage3"]["blanked"], baseline),
+        "costs": {name: results[name]["cost"] for name in plan},
         "moe_minus_dense": results["stage3"]["score"]["accuracy"] - results["dense"]["score"]["accuracy"],
         "expert_load": {"moe_layers": results["stage3"]["moe_layers"], "choices": results["stage3"]["expert_load"]},
         "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
@@ -81,7 +94,8 @@ def plot_curves(steps: dict, summary: dict, titles: dict, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(1.6, 1))
     first = {"stage1": 0}
     first["stage2"] = len(steps["stage1"])
-    first["stage3"] = first["dense"] = first["stage2"] + len(steps["stage2"])
+    first["names"] = first["stage2"] + len(steps["stage2"])
+    first["stage3"] = first["dense"] = first["names"] + len(steps.get("names", ()))
     for name, rows in steps.items():
         x = [first[name] + row["iteration"] for row in rows]
         left.plot(x, running_mean([row["loss"] for row in rows]), label=titles[name], linewidth=1.5)

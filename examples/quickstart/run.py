@@ -7,19 +7,32 @@ Makes the data, a tiny language model and a tiny pretrained tower; runs stage 1 
 language model), the upcycling to experts, stage 3 (MoE), and the dense model continued for as long; asks the held-out
 questions after each. Every step is what the tools do (moellava convert, moellava train). Results: OUT/summary.json,
 curves.png, expert_load.png; TensorBoard logs below OUT.
+
+The same command goes on after Ctrl-C, a kill or a power cut, and ends as if there had been none: what is done is not done
+again, training continues from its newest checkpoint. --fresh begins anew.
 """
 
 import argparse
+import ctypes
 import json
-import shutil
+import os
+import signal
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from megatron_moellava.commands.program import add_machine_options, choose_machine
 
+sys.path.insert(0, str(Path(__file__).parent))
+import plans
+from parts import Part, Parts, digest_of_sources
+from speed import Speed, said_time
+
 HERE = Path(__file__).parent
+TOWER_STEPS = 1400
+QUESTIONS = 9673  # held out in easy-VQA
 # Optimizer steps and peak learning rate of each run, and what it starts from.
 PLAN = {
     "stage1": {"stage": 1, "from": "start", "steps": 50, "lr": 3e-3, "data": "captions.json"},
@@ -37,7 +50,12 @@ TITLES = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=("fast", "full"), default="fast", help="easy-VQA, or easy-VQA and digits")
+    parser.add_argument(
+        "--preset",
+        choices=("names", "fast", "full"),
+        default="names",
+        help="easy-VQA and names (default); easy-VQA alone; easy-VQA and digits",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
     parser.add_argument("--backbone", default="llama-tiny", help="llama-tiny (default) or phi-2-tiny")
     parser.add_argument("--seed", type=int, default=1, help="of the weights and the order of the data")
@@ -45,6 +63,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps-scale", type=float, default=1.0, help="multiplies the steps of every run, for a quick look"
     )
+    parser.add_argument("--questions", type=int, help="held-out questions to ask after each run (all)")
+    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever OUT already has")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="for every run, as in moellava train"
     )
@@ -57,33 +77,94 @@ class Quickstart:
     """One quickstart on this rank; rank 0 makes what only one process can make."""
 
     arguments: argparse.Namespace
-    seconds: dict[str, float] = field(default_factory=dict)
+    parts: Parts
     results: dict[str, dict] = field(default_factory=dict)
 
     @property
     def out(self) -> Path:
         return self.arguments.out
 
-    def timed(self, name: str, action) -> None:
-        started = time.perf_counter()
-        action()
-        self.seconds[name] = round(time.perf_counter() - started, 1)
+    @property
+    def has_names(self) -> bool:
+        return self.arguments.preset == "names"
+
+    @property
+    def plan(self) -> dict[str, dict]:
+        """The runs of the preset."""
+        return plans.with_names(PLAN) if self.has_names else PLAN
+
+    @property
+    def titles(self) -> dict[str, str]:
+        return TITLES | plans.TITLES if self.has_names else TITLES
+
+    @property
+    def upcycled_from(self) -> str:
+        """The run whose model is upcycled, and continued without experts."""
+        return self.plan["dense"]["from"]
+
+    def steps(self, full: int) -> int:
+        """Of a run that has `full` steps at --steps-scale 1."""
+        return max(2, round(full * self.arguments.steps_scale))
 
     def run(self) -> None:
         from megatron_moellava import parallel
 
-        say(f"=== quickstart: preset {self.arguments.preset}, seed {self.arguments.seed}, results in {self.out} ===")
-        self.timed("data", lambda: on_first_rank(self.make_data))
+        options = self.arguments
+        say(f"=== quickstart: preset {options.preset}, seed {options.seed}, results in {self.out} ===")
+        data, *parts = self.plan_parts()
+        self.parts.run(data)
         self.check()
-        self.timed("models", lambda: on_first_rank(self.make_models))
-        if self.arguments.prepare_only:
-            return
-        for name, plan in PLAN.items():
-            if plan["from"] == "upcycled":
-                self.timed("upcycle", lambda: on_first_rank(self.upcycle))
-            self.timed(name, lambda name=name, plan=plan: self.train(name, plan))
-        if parallel.is_main_process():
+        say(said_time(sum(part.seconds for part in self.parts.left(parts))))
+        for part in parts:
+            self.results[part.name] = self.parts.run(part)
+        if not options.prepare_only and parallel.is_main_process():
             self.report()
+
+    def plan_parts(self) -> list[Part]:
+        """In the order in which they need each other."""
+        options, alone = self.arguments, first_rank_does
+        speed = Speed.of_this_machine(self.precision())
+        steps, scene = self.steps(TOWER_STEPS), [options.preset, digest_of_sources(HERE)]
+        parts = [
+            Part(name="data", settings=scene, action=alone(self.make_data)),
+            Part(
+                name="tower",
+                settings=[options.seed, steps],
+                action=alone(lambda: self.make_tower(steps)),
+                needs=["data"],
+                goes_on=True,
+                seconds=speed.tower(steps),
+            ),
+            Part(name="start", settings=options.backbone, action=alone(self.make_start), needs=["tower"]),
+        ]
+        if self.has_names:
+            ceiling = Part(name="ceiling", settings=[], action=alone(self.measure_ceiling), needs=["data", "tower"])
+            parts.append(ceiling)
+        for name, plan in self.plan.items() if not options.prepare_only else ():
+            if plan["from"] == "upcycled":
+                source = self.upcycled_from
+                parts.append(Part(name="upcycled", settings=[], action=alone(self.upcycle), needs=[source]))
+            steps = self.steps(plan["steps"])
+            parts.append(
+                Part(
+                    name=name,
+                    settings=[plan, steps, options.questions, options.overrides],
+                    action=partial(self.train, name, plan),
+                    needs=["data", plan["from"]],
+                    goes_on=True,
+                    seconds=speed.training(steps, options.questions or QUESTIONS, is_moe=plan["stage"] == 3),
+                )
+            )
+        return parts
+
+    def precision(self) -> str:
+        """In which the runs will compute."""
+        from megatron_moellava import platform
+        from megatron_moellava.machine import fastest_precision
+
+        asked = [word.partition("=")[2] for word in self.arguments.overrides if word.startswith("training.precision=")]
+        named = asked[-1] if asked else "auto"
+        return fastest_precision(platform.machine())[0] if named == "auto" else named
 
     # --- making -----------------------------------------------------------------------------------------------------
 
@@ -91,32 +172,49 @@ class Quickstart:
         from make_data import write_quickstart
 
         write_quickstart(self.out / "data", preset=self.arguments.preset)
-        for name in ("models", "start", "upcycled", *PLAN):  # a run that was cut short starts again
-            shutil.rmtree(self.out / name, ignore_errors=True)
 
-    def make_models(self) -> None:
-        from models import write_language_model, write_tower
+    def make_tower(self, steps: int) -> None:
+        from models import write_tower
+
+        from megatron_moellava.towers import get_tower
+
+        say("--- a tower, pretrained on the captions of the train images")
+        data = self.out / "data"
+        tower = get_tower("clip-tiny")
+        write_tower(self.out / "tower", tower, data / "captions.json", data / "images", self.arguments.seed, steps)
+
+    def make_start(self) -> None:
+        from models import write_language_model
 
         from megatron_moellava.backbones import get_backbone
         from megatron_moellava.conversion.imports import import_checkpoint
-        from megatron_moellava.towers import get_tower
 
-        data, models, seed = self.out / "data", self.out / "models", self.arguments.seed
-        backbone = get_backbone(self.arguments.backbone)
-        say(f"--- a random {backbone.name} and a tower pretrained on the captions of the train images")
-        write_language_model(models / "language_model", backbone, data / "tokenizer.model", seed)
-        tower = get_tower("clip-tiny")
-        write_tower(models / "tower", tower, data / "captions.json", data / "images", seed)
-        import_checkpoint(
-            models / "language_model", save=self.out / "start", tower=str(models / "tower"), dtype="bfloat16", seed=seed
-        )
+        seed, backbone = self.arguments.seed, get_backbone(self.arguments.backbone)
+        say(f"--- a random {backbone.name}, and a Megatron checkpoint of both")
+        language_model, tower = self.out / "language_model", str(self.out / "tower")
+        write_language_model(language_model, backbone, self.out / "data" / "tokenizer.model", seed)
+        import_checkpoint(language_model, save=self.out / "start", tower=tower, dtype="bfloat16", seed=seed)
 
     def upcycle(self) -> None:
-        from megatron_moellava.config import MoEConfig
         from megatron_moellava.conversion.upcycle import upcycle_checkpoint
 
-        say("--- upcycling: the FFN of layers 0, 2, ... copied into 4 experts, new routers")
-        upcycle_checkpoint(self.out / "stage2", save=self.out / "upcycled", moe=MoEConfig(), seed=self.arguments.seed)
+        moe = self.experts()
+        which = "every" if moe.placement == "dense" else "every other"
+        say(f"--- upcycling: the FFN of {which} layer copied into {moe.num_moe_experts} experts, new routers")
+        source = self.out / self.upcycled_from
+        upcycle_checkpoint(source, save=self.out / "upcycled", moe=moe, seed=self.arguments.seed)
+
+    def experts(self):
+        from megatron_moellava.config import MoEConfig
+
+        return MoEConfig(**(plans.EXPERTS if self.has_names else {}))
+
+    def measure_ceiling(self) -> None:
+        from names_report import write_ceiling
+
+        from megatron_moellava.towers import get_tower
+
+        say(write_ceiling(self.out, get_tower("clip-tiny")))
 
     # --- training and asking ----------------------------------------------------------------------------------------
 
@@ -124,24 +222,27 @@ class Quickstart:
         """Every run must be able to work before minutes go into the first one."""
         from megatron_moellava.validation.run import validate_run
 
-        for name, plan in PLAN.items():
-            model = {"model.backbone": self.arguments.backbone} | (
-                {"moe.num_moe_experts": 4} if plan["stage"] == 3 else {}
-            )
+        for name, plan in self.plan.items():
+            moe = asdict(self.experts()) if plan["stage"] == 3 else {}
+            model = {"model.backbone": self.arguments.backbone} | {f"moe.{key}": value for key, value in moe.items()}
             validate_run(self.run_config(name, plan, model | {"checkpoint.load": None}))
 
     def run_config(self, name: str, plan: dict, more: dict | None = None):
         from megatron_moellava.validation.run import load_run
 
         data = self.out / "data"
+        files = plan["data"] if isinstance(plan["data"], dict) else {plan["data"]: 1.0}
+        images = str(data / "images")
         flags = {
             "training.stage": plan["stage"],
-            "training.train_steps": max(2, round(plan["steps"] * self.arguments.steps_scale)),
+            "training.train_steps": self.steps(plan["steps"]),
             "training.seed": self.arguments.seed,
             "optimizer.lr": plan["lr"],
             "checkpoint.load": str(self.out / plan["from"]),
             "checkpoint.save": str(self.out / name),
-            "data.sources": [{"path": str(data / plan["data"]), "image_folder": str(data / "images")}],
+            "data.sources": [
+                {"path": str(data / file), "image_folder": images, "weight": weight} for file, weight in files.items()
+            ],
             "data.tokenizer": str(data / "tokenizer.model"),
         }
         run = load_run(
@@ -151,23 +252,29 @@ class Quickstart:
             run = replace(run, parallel=replace(run.parallel, expert_model_parallel_size=1))
         return run
 
-    def train(self, name: str, plan: dict) -> None:
+    def train(self, name: str, plan: dict) -> dict:
         from megatron_moellava.experiments.stage import train_stage
 
         run = self.run_config(name, plan)
-        say(f"--- {TITLES[name]}")
-        self.results[name] = self.ask(name, run, train_stage(run))
+        say(f"--- {self.titles[name]}")
+        return self.ask(name, run, train_stage(run))
 
     def ask(self, name: str, run, trainer) -> dict:
         """Held-out accuracy of the trained model; for the MoE also with blanked pictures, and the expert load."""
+        from names_report import ask_names, cost_of
+
         from megatron_moellava.experiments.stage import ask_closed
 
         started = time.perf_counter()
-        rows = [json.loads(line) for line in (self.out / "data" / "test.jsonl").open()]
+        rows = [json.loads(line) for line in (self.out / "data" / "test.jsonl").open()][: self.arguments.questions]
         answers = ask_closed(trainer, run, rows, self.out / "data" / "images", blank=run.moe is not None)
-        result = {"score": answers.score, "answered": answers.answered}
+        model = trainer.chunks[0]
+        cost = cost_of(run, model.backbone, model.tower)
+        result = {"score": answers.score, "answered": answers.answered, "cost": cost}
         on_first_rank(lambda: write_jsonl(self.out / name / "predictions.jsonl", answers.answered))
         say(summary_line(answers.score, len(rows), time.perf_counter() - started))
+        if self.has_names and name in plans.RUNS:
+            result["names"] = ask_names(trainer, run, self.out, name)
         if answers.routing is not None:
             result |= {
                 "expert_load": answers.routing.choices_LME.tolist(),
@@ -179,7 +286,7 @@ class Quickstart:
     def report(self) -> None:
         from report import write_report
 
-        write_report(self.out, self.arguments, PLAN, TITLES, self.results, self.seconds)
+        write_report(self.out, self.arguments, self.plan, self.titles, self.results, self.parts.seconds)
 
 
 def summary_line(score: dict, count: int, seconds: float) -> str:
@@ -210,21 +317,42 @@ def on_first_rank(action) -> None:
     dist.barrier()
 
 
+def first_rank_does(action):
+    """`action` on rank 0, for which the others wait."""
+    return lambda: on_first_rank(action)
+
+
+def end_with_the_launcher() -> None:
+    """Under torchrun, a killed launcher takes its processes along: left alone they would go on writing to OUT."""
+    set_parent_death_signal = 1  # of <sys/prctl.h>
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def main() -> int:
     arguments = parse_arguments()
     choose_machine(arguments)
-    sys.path.insert(0, str(HERE))
+    end_with_the_launcher()
+    import torch.distributed as dist
+
     from megatron_moellava import parallel
     from megatron_moellava.config import MoELlavaError, ParallelConfig
+    from megatron_moellava.training.lock import lock_folder
 
     try:
         parallel.initialize(ParallelConfig(distributed_timeout_minutes=30), arguments.seed)
-        Quickstart(arguments).run()
+        lock = lock_folder(arguments.out, say)
+        parts = Parts(arguments.out, dist.barrier, dist.get_rank() == 0, say)
+        if arguments.fresh:
+            parts.forget()
+        Quickstart(arguments, parts).run()
     except MoELlavaError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     finally:
         parallel.shutdown()
+    if lock is not None:
+        lock.close()
     return 0
 
 

@@ -89,7 +89,8 @@ def collect_routes(
     rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
     questions, skipped = _questions(prompter, data, limit)
     mine = questions[rank::size]
-    parts, shown = [], []
+    parts: list = []
+    shown: list = []
     for number in range(-(-len(questions) // size)):  # the last round may repeat, so that shared experts are met
         counted = number < len(mine)
         batch = broadcast_batch(_batch(mine[number if counted else 0], prompter)) if mine else _nothing(prompter)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from megatron_moellava.backbones.backbone import Backbone, HuggingFace, RopeScaling
 from megatron_moellava.config import ConfigError
-from megatron_moellava.hf_config import INERT, MULTIMODAL
+from megatron_moellava.hf_config import INERT, MULTIMODAL, wrong_numbers
 
 # Sizes that no family can guess.
 REQUIRED = (
@@ -41,6 +41,8 @@ def backbone_from_hf_config(config: dict, families, *, name: str) -> Backbone:
         missing.append("intermediate_size")  # of a family that reads it by itself
     if missing:
         raise ConfigError(f"{name}: config.json lacks {', '.join(missing)}; add what the published model has")
+    if wrong := wrong_numbers(Backbone, values, hf.fields):
+        raise ConfigError(f"{name}: config.json cannot be read:\n" + "\n".join(wrong))
     if isinstance(values.get("rope_scaling"), dict):
         values["rope_scaling"] = _rope_scaling(values["rope_scaling"])
     values.setdefault("num_query_groups", values["num_attention_heads"])

@@ -50,6 +50,7 @@ class RunDescription:
     model: dict  # costs.shapes.model_from_json makes backbone, tower and experts of it
     config: dict | None = None  # the whole run; None: a conversion
     provenance: dict = field(default_factory=dict)  # of the weights: what was done to what
+    validation: dict = field(default_factory=dict)  # {loss, iteration} of the best one so far; empty: there was none
     sha256: dict = field(default_factory=dict)  # {file below the folder: digest}; empty: an older version wrote none
     checksum: str | None = None  # the seal: of everything above; None: an older version wrote none
 

@@ -62,6 +62,14 @@ def complete_iterations(folder: Path) -> list[Path]:
     return sorted(file.parent for file in folder.glob(f"iter_*/{RUN_FILE}") if not file.parent.suffix)
 
 
+def passed_over(checkpoint: Path) -> list[Path]:
+    """Newer complete checkpoints that are not meant, because somebody has written `checkpoint`'s step into the tracker file."""
+    newer = [path for path in complete_iterations(checkpoint.parent) if path.name > checkpoint.name]
+    named = read_tracker(checkpoint.parent) or ""
+    is_named = named.isdecimal() and iteration_folder(checkpoint.parent, int(named)) == checkpoint
+    return newer if is_named else []
+
+
 def write_tracker(save: Path, iteration: int) -> None:
     """Note the newest iteration, as Megatron-LM does.
 

@@ -82,5 +82,5 @@ def guard() -> None:
         else:
             self.state_dict[name] = loaded
 
-    filesystem.pickle = SimpleNamespace(load=restricted_load, dump=pickle.dump)  # type: ignore[attr-defined]
+    filesystem.pickle = SimpleNamespace(load=restricted_load, dump=pickle.dump)  # type: ignore[assignment]
     default_planner.DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_moellava.checkpoint.description import ANEW, RunDescription, read_description, write_description
-from megatron_moellava.checkpoint.folders import RUN_FILE
+from megatron_moellava.checkpoint.folders import RUN_FILE, TRACKER, passed_over
 from megatron_moellava.checkpoint.integrity import (
     DamagedCheckpoint,
     Progress,
@@ -28,16 +28,25 @@ def tell(text: str) -> None:
 
 
 def verify_checkpoint(
-    checkpoint: Path, *, verify: bool = True, together: bool = False, say: Callable[[str], None] = tell
+    checkpoint: Path,
+    *,
+    verify: bool = True,
+    together: bool = False,
+    goes_back: bool = True,
+    say: Callable[[str], None] = tell,
 ) -> RunDescription:
     """The description of an iteration folder, when every file of it is what was written.
 
     `verify`: False leaves it at run.json's own seal, and says so. `together`: all ranks call it, each reads its share
-    of the files and all raise the same; without it this process reads all. `say`: takes notes for the user.
+    of the files and all raise the same; without it this process reads all. `goes_back`: say so where the tracker file is
+    the reason why this checkpoint is meant and not a newer one. `say`: takes notes for the user.
     Raises DamagedCheckpoint that names every file that is missing or differs.
     """
     description = read_description(checkpoint)
     expected = description.sha256
+    if goes_back and (newer := passed_over(checkpoint)):
+        names = ", ".join(path.name for path in newer)
+        say(f"{checkpoint} is used, as {checkpoint.parent / TRACKER} says, and not the newer {names}")
     if not verify:
         say(f"nothing of {checkpoint} was verified (--no-verify): a damaged file would not be noticed")
         return description

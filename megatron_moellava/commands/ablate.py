@@ -174,7 +174,7 @@ def print_shell(args, grids) -> int:
 
     grid, cell, seed = number_of(chosen_runs(args, grids), args.shell, "--shell")
     chain = grid.chain(cell, seed)
-    upcycle = next((node.settings for node in chain if node.kind == "upcycle"), {})
+    upcycle: dict = next((node.settings for node in chain if node.kind == "upcycle"), {})
     moe = current_names(upcycle).get("moe") or {}
     flags = {
         "--num-experts": moe.get("num_moe_experts"),

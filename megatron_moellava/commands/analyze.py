@@ -13,7 +13,15 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_moellava.commands.program import SETTING, add_machine_options, choose_machine, command_parser
+from megatron_moellava.commands.program import (
+    PRECISION_HELP,
+    SETTING,
+    add_machine_options,
+    choose_machine,
+    command_parser,
+    exit_code_of,
+    number,
+)
 from megatron_moellava.config import Precision
 
 
@@ -29,12 +37,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--origin", default="", metavar="CKPT", help="what the experts were copied from: stage 2, or upcycled"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/routing"), help="folder to write (runs/routing)")
-    parser.add_argument("--limit", type=int, default=500, help="samples looked at (500; 0: all)")
-    parser.add_argument("--overlays", type=int, default=6, help="pictures with the experts over them (6)")
+    parser.add_argument("--limit", type=number(int, least=0), default=500, help="samples looked at (500; 0: all)")
+    parser.add_argument(
+        "--overlays", type=number(int, least=0), default=6, help="pictures with the experts over them (6)"
+    )
     parser.add_argument("--pca", action="store_true", help="also the original's picture of pathways")
     parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
     parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="", choices=("", *get_args(Precision)), help="(the checkpoint's own)")
+    parser.add_argument("--precision", default="auto", choices=get_args(Precision), help=PRECISION_HELP)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
     add_machine_options(parser)
     parser.add_argument(
@@ -60,9 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
         from megatron_moellava.analysis.command import analyse
 
         text = analyse(args)
-    except MoELlavaError as error:
+    except (MoELlavaError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return exit_code_of(error)
     if text:
         print(text)
     return 0

@@ -12,11 +12,14 @@ import sys
 from typing import get_args
 
 from megatron_moellava.commands.program import (
+    COUNT,
+    PRECISION_HELP,
     QUICKSTART,
     add_machine_options,
     add_memory_options,
     choose_machine,
     command_parser,
+    number,
 )
 from megatron_moellava.config import Precision
 
@@ -28,11 +31,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="shown with the first question")
     parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
     parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="", choices=("", *get_args(Precision)), help="(the checkpoint's own)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest word each time (0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="with a temperature: the likeliest words only (1.0)")
-    parser.add_argument("--num-beams", type=int, default=1, help="beam search (1: off)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="of one answer (512)")
+    parser.add_argument("--precision", default="auto", choices=get_args(Precision), help=PRECISION_HELP)
+    parser.add_argument(
+        "--temperature", type=number(float, least=0), default=0.0, help="0: the likeliest word each time (0)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number(float, above=0, most=1),
+        default=1.0,
+        help="with a temperature: the likeliest words only (1.0)",
+    )
+    parser.add_argument("--num-beams", type=COUNT, default=1, help="beam search (1: off)")
+    parser.add_argument("--max-new-tokens", type=COUNT, default=512, help="of one answer (512)")
     add_memory_options(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
     add_machine_options(parser)

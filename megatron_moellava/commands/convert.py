@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_moellava.commands.program import command_parser
+from megatron_moellava.commands.program import COUNT, command_parser, exit_code_of, number, while_somebody_reads
 
 LAYOUTS = {
     "original": "MoE-LLaVA's own, dense or MoE (config.json, safetensors)",
@@ -115,8 +115,8 @@ def _add_upcycle(commands) -> None:
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="run folder to write iter_0000000 into")
-    parser.add_argument("--num-experts", type=int, default=4)
-    parser.add_argument("--topk", type=int, help="experts per token (default: 2, or the checkpoint's)")
+    parser.add_argument("--num-experts", type=COUNT, default=4)
+    parser.add_argument("--topk", type=COUNT, help="experts per token (default: 2, or the checkpoint's)")
     parser.add_argument(
         "--placement",
         nargs="+",
@@ -136,11 +136,15 @@ def _add_upcycle(commands) -> None:
         "beside trained experts it starts with an output of zero",
     )
     parser.add_argument(
-        "--noise", type=float, default=0.0, metavar="SHARE", help="noise on the copies, of the weights' spread"
+        "--noise",
+        type=number(float, least=0),
+        default=0.0,
+        metavar="SHARE",
+        help="noise on the copies, of the weights' spread",
     )
     parser.add_argument(
         "--router-scale",
-        type=float,
+        type=number(float, least=0),
         default=1.0,
         metavar="X",
         help="new router weights, times the original's range (1)",
@@ -182,10 +186,10 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_moellava.config import MoELlavaError
 
     try:
-        return COMMANDS[parsed.command](parsed)
-    except MoELlavaError as error:
+        return while_somebody_reads(lambda: COMMANDS[parsed.command](parsed))
+    except (MoELlavaError, OSError) as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 2
+        return exit_code_of(error)
 
 
 def run_import(parsed: argparse.Namespace) -> int:

@@ -14,7 +14,16 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_moellava.commands.program import add_machine_options, add_memory_options, choose_machine, command_parser
+from megatron_moellava.commands.program import (
+    COUNT,
+    PRECISION_HELP,
+    add_machine_options,
+    add_memory_options,
+    choose_machine,
+    command_parser,
+    exit_code_of,
+    number,
+)
 from megatron_moellava.config import Precision
 
 
@@ -44,9 +53,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--load", default="", metavar="CKPT", help="ask this checkpoint")
     parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
     parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="", choices=("", *get_args(Precision)), help="(the checkpoint's own)")
-    parser.add_argument("--batch-size", type=int, default=32, help="questions answered at the same time (32)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (0)")
+    parser.add_argument("--precision", default="auto", choices=get_args(Precision), help=PRECISION_HELP)
+    parser.add_argument("--batch-size", type=COUNT, default=32, help="questions answered at the same time (32)")
+    parser.add_argument("--temperature", type=number(float, least=0), default=0.0, help="0: greedy (0)")
     parser.add_argument("--blank-images", action="store_true", help="grey pictures: what the model answers unseeing")
     parser.add_argument("--model-name", default="", help="our row's name in the table and in submission files")
     parser.add_argument("--limit", type=int, default=0, help="only the first N questions (0: all)")
@@ -90,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
             print(ask_checkpoint(args), end="")
         else:
             print(command.score_predictions(args))
-    except MoELlavaError as error:
+    except (MoELlavaError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return exit_code_of(error)
     return 0

@@ -13,7 +13,7 @@ import argparse
 import sys
 from typing import get_args
 
-from megatron_moellava.commands.program import command_parser
+from megatron_moellava.commands.program import COUNT, command_parser, exit_code_of, number, while_somebody_reads
 from megatron_moellava.config import Stage
 from megatron_moellava.machine import choose
 
@@ -23,17 +23,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser("plan", __doc__)
     parser.add_argument("--backbone", required=True, help="a name such as phi-2, or a folder with a config.json")
     parser.add_argument("--stage", type=int, choices=get_args(Stage), required=True)
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")
+    parser.add_argument("--gpus", type=COUNT, required=True, metavar="N", help="in all")
     parser.add_argument("--gpu", default="h100", help="h100 (default), h200, b200, a100-80, a100-40, v100-32")
     parser.add_argument("--tower", default="clip-vit-large-patch14-336", help="(clip-vit-large-patch14-336)")
-    parser.add_argument("--num-experts", type=int, help="moe.num_moe_experts (stage 3: 4)")
-    parser.add_argument("--seq-length", type=int, help="data.seq_length (2048)")
-    parser.add_argument("--global-batch-size", type=int, help="rows per step (the recipe's: 256, 128, 128)")
-    parser.add_argument("--samples", type=int, help="rows of the data set (the published one of the stage)")
-    parser.add_argument("--tokens-per-sample", type=float, help="mean, images expanded (an estimate for the published)")
-    parser.add_argument("--imbalance", type=float, default=1.25, help="busiest expert rank over the mean (1.25)")
-    parser.add_argument("--memory-limit", type=float, metavar="GiB", help="per GPU (what the GPU has)")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="plans shown (5)")
+    parser.add_argument("--num-experts", type=COUNT, help="moe.num_moe_experts (stage 3: 4)")
+    parser.add_argument("--seq-length", type=COUNT, help="data.seq_length (2048)")
+    parser.add_argument("--global-batch-size", type=COUNT, help="rows per step (the recipe's: 256, 128, 128)")
+    parser.add_argument("--samples", type=COUNT, help="rows of the data set (the published one of the stage)")
+    parser.add_argument(
+        "--tokens-per-sample", type=number(float, above=0), help="mean, images expanded (an estimate for the published)"
+    )
+    parser.add_argument(
+        "--imbalance", type=number(float, least=1), default=1.25, help="busiest expert rank over the mean (1.25)"
+    )
+    parser.add_argument("--memory-limit", type=number(float, above=0), metavar="GiB", help="per GPU (what the GPU has)")
+    parser.add_argument("--top", type=COUNT, default=5, metavar="N", help="plans shown (5)")
     parser.add_argument("--picture", default="plan.png", metavar="PNG", help="(plan.png)")
     parser.add_argument("--yaml", metavar="FILE", help="write the best plan as a config for moellava train --config")
     parser.add_argument("--json", metavar="FILE", help="write the plans as JSON too")
@@ -53,8 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from megatron_moellava.planning.command import plan
 
-        print(plan(parsed))
-    except MoELlavaError as error:
+        text = plan(parsed)
+    except (MoELlavaError, OSError) as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        return exit_code_of(error)
+    return while_somebody_reads(lambda: print(text) or 0)

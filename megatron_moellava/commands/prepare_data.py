@@ -15,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_moellava.commands.program import command_parser
+from megatron_moellava.commands.program import COUNT, command_parser, exit_code_of, number
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -28,11 +28,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--image-folder", default="", metavar="DIR", help="image paths are relative to it (FILE's folder)"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards and the report")
-    parser.add_argument("--workers", type=int, default=4, help="processes (4)")
-    parser.add_argument("--rows-per-shard", type=int, default=1000, help="1000")
-    parser.add_argument("--max-images", type=int, default=16, help="per row (16)")
-    parser.add_argument("--video-frames", type=int, default=8, help="frames kept of each video (8)")
-    parser.add_argument("--max-skip-share", type=float, default=0.0, help="bad rows tolerated, e.g. 0.01 (0)")
+    parser.add_argument("--workers", type=COUNT, default=4, help="processes (4)")
+    parser.add_argument("--rows-per-shard", type=COUNT, default=1000, help="1000")
+    parser.add_argument("--max-images", type=COUNT, default=16, help="per row (16)")
+    parser.add_argument("--video-frames", type=COUNT, default=8, help="frames kept of each video (8)")
+    parser.add_argument(
+        "--max-skip-share", type=number(float, least=0, most=1), default=0.0, help="bad rows tolerated, e.g. 0.01 (0)"
+    )
     parser.add_argument("--ignore-keys", nargs="*", default=[], metavar="KEY", help="keys of rows to pass over (none)")
     parser.add_argument(
         "--trust-paths", action="store_true", help="pictures may lie anywhere: absolute names, `..`, symbolic links"
@@ -43,9 +45,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tower", default="clip-vit-large-patch14-336", help="vision tower (clip-vit-large-patch14-336)"
     )
-    parser.add_argument("--seq-length", type=int, default=4096, help="tokens per packed row (4096)")
-    parser.add_argument("--max-sample-length", type=int, default=2048, help="longer samples are cut (2048)")
-    parser.add_argument("--packing-buffer", type=int, default=128, help="samples the packer looks at (128)")
+    parser.add_argument("--seq-length", type=COUNT, default=4096, help="tokens per packed row (4096)")
+    parser.add_argument("--max-sample-length", type=COUNT, default=2048, help="longer samples are cut (2048)")
+    parser.add_argument(
+        "--length-counts",
+        choices=["positions", "text"],
+        default="positions",
+        help="what --max-sample-length counts: positions, or ids before images grow, as the original does (positions)",
+    )
+    parser.add_argument("--packing-buffer", type=COUNT, default=128, help="samples the packer looks at (128)")
     return parser.parse_args(arguments)
 
 
@@ -59,9 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
             _print_report(_shards(parsed))
         if parsed.tokenizer or parsed.statistics:
             _statistics(parsed)
-    except MoELlavaError as error:
+    except (MoELlavaError, OSError) as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return exit_code_of(error)
     return 0
 
 
@@ -107,6 +115,7 @@ def _statistics(parsed: argparse.Namespace) -> None:
     data = DataConfig(
         seq_length=parsed.seq_length,
         max_sample_length=parsed.max_sample_length,
+        length_counts=parsed.length_counts,
         template=parsed.template,
         ignore_keys=tuple(parsed.ignore_keys),
     )

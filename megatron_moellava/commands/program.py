@@ -1,13 +1,17 @@
 """What the commands share: their names, how one was called, and the parser whose texts say it that way."""
 
 import argparse
+import math
+import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 from megatron_moellava.machine import Device, TransformerImpl, choose
 
+PRECISION_HELP = "(auto: the checkpoint's own; fp32 for bf16 where the machine has no units for it)"
 QUICKSTART = "runs/quickstart/stage3"  # the checkpoint that chat and serve take without --load
 
 
@@ -56,16 +60,65 @@ def as_called(text: str) -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Says the commands in its help as the user types them."""
+    """Says the commands in its help as the user types them, and reads `~` where no shell has: `--save=~/run`, quotes."""
 
     def format_help(self) -> str:
         return as_called(super().format_help())
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_at_home(word) for word in words], namespace)
+
+
+def _at_home(word: str) -> str:
+    """`~/x`, and what stands behind the first `=` of `--save=~/x` or `checkpoint.save=~/x`, below the home folder."""
+    name, equals, value = word.partition("=")
+    return f"{name}={os.path.expanduser(value)}" if equals and not word.startswith("~") else os.path.expanduser(word)
 
 
 def command_parser(name: str, description: str) -> argparse.ArgumentParser:
     """A parser for the command `name`; its texts name it as it was called, and `description` keeps its lines."""
     raw = argparse.RawDescriptionHelpFormatter
     return CommandParser(prog=as_called(f"moellava {name}"), description=description, formatter_class=raw)
+
+
+def number(kind: type, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Callable:
+    """For `type=` of an option: an int or a float within these limits; anything else is a usage error (exit code 2)."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        rules = {
+            "a finite number": math.isfinite(value),
+            f"at least {least}": value >= least,
+            f"greater than {above}": value > above,
+            f"at most {most}": value <= most,
+        }
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise argparse.ArgumentTypeError(f"{text} must be {broken[0]}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read
+
+
+COUNT = number(int, least=1)
+
+
+def while_somebody_reads(run: Callable[[], int]) -> int:
+    """What `run` returns; 0 where its reader has gone (`moellava convert inspect RUN | head`), without a traceback."""
+    try:
+        code = run()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
+        return 0
+
+
+def exit_code_of(error: Exception) -> int:
+    """Of an error that is the user's, or the file system's, whose message names the file."""
+    return getattr(error, "exit_code", 2)
 
 
 def add_machine_options(parser: argparse.ArgumentParser, transformer_impl: str = "auto") -> None:
@@ -86,7 +139,12 @@ def choose_machine(parsed: argparse.Namespace) -> None:
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
     """How much memory the keys and values of running requests may take."""
-    parser.add_argument("--max-length", type=int, default=0, help="tokens of prompt and answer (the model's positions)")
     parser.add_argument(
-        "--memory-limit", type=float, metavar="GIB", help="for keys and values on each GPU (most of what is free there)"
+        "--max-length", type=number(int, least=0), default=0, help="tokens of prompt and answer (the model's positions)"
+    )
+    parser.add_argument(
+        "--memory-limit",
+        type=number(float, above=0),
+        metavar="GIB",
+        help="for keys and values on each GPU (most of what is free there)",
     )

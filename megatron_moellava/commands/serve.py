@@ -12,11 +12,14 @@ import sys
 from typing import get_args
 
 from megatron_moellava.commands.program import (
+    COUNT,
+    PRECISION_HELP,
     QUICKSTART,
     add_machine_options,
     add_memory_options,
     choose_machine,
     command_parser,
+    number,
 )
 from megatron_moellava.config import Precision
 
@@ -27,18 +30,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--load", default=QUICKSTART, metavar="CKPT", help=f"checkpoint ({QUICKSTART})")
     parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
     parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="", choices=("", *get_args(Precision)), help="(the checkpoint's own)")
+    parser.add_argument("--precision", default="auto", choices=get_args(Precision), help=PRECISION_HELP)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="(8000)")
+    parser.add_argument("--port", type=number(int, least=0, most=65535), default=8000, help="(8000)")
     parser.add_argument("--allow-host", action="append", default=[], help="accept this Host header too ('*': any)")
     parser.add_argument("--model-name", default="", help="name in the API (the checkpoint's folder)")
     parser.add_argument("--token-variable", default="MOELLAVA_TOKEN", help="environment variable with a bearer token")
     parser.add_argument("--examples", default="", metavar="DIR", help="pictures that the page offers")
-    parser.add_argument("--batch-size", type=int, default=16, help="answers at the same time (16)")
-    parser.add_argument("--max-open-requests", type=int, default=64, help="running and waiting; more get 429 (64)")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="of one answer (1024)")
-    parser.add_argument("--max-body-mb", type=float, default=30.0, help="of one request (30)")
-    parser.add_argument("--request-seconds", type=float, default=300.0, help="of one answer (300)")
+    parser.add_argument("--batch-size", type=COUNT, default=16, help="answers at the same time (16)")
+    parser.add_argument("--max-open-requests", type=COUNT, default=64, help="running and waiting; more get 429 (64)")
+    parser.add_argument("--max-new-tokens", type=COUNT, default=1024, help="of one answer (1024)")
+    parser.add_argument("--max-body-mb", type=number(float, above=0), default=30.0, help="of one request (30)")
+    parser.add_argument("--request-seconds", type=number(float, above=0), default=300.0, help="of one answer (300)")
     parser.add_argument("--allow-remote-images", action="store_true", help="fetch http(s) image URLs of public hosts")
     add_memory_options(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")

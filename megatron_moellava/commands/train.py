@@ -29,6 +29,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backbone", help="model.backbone: a name such as phi-2, or a folder with a config.json")
     parser.add_argument("--tower", help="model.tower: a name such as clip-vit-large-patch14-336, or a folder")
     parser.add_argument("--data", nargs="+", default=[], metavar="PATH", help="LLaVA JSON files or WebDataset folders")
+    parser.add_argument(
+        "--validation-data", nargs="+", default=[], metavar="PATH", help="held out: their loss while training"
+    )
     parser.add_argument("--image-folder", default="", metavar="DIR", help="image paths of the rows are relative to it")
     parser.add_argument("--load", metavar="CKPT", help="checkpoint.load: where the stage starts from")
     parser.add_argument("--save", metavar="DIR", help="checkpoint.save: written to, and continued from when not empty")
@@ -38,9 +41,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. optimizer.lr=1e-4")
     parsed = parser.parse_intermixed_args(arguments)
-    settings = [item for item in parsed.data if SETTING.match(item)]  # `--data a.json b.json optimizer.lr=1e-4`
-    parsed.data = [item for item in parsed.data if item not in settings]
-    parsed.overrides += settings
+    for paths in (parsed.data, parsed.validation_data):  # `--data a.json b.json optimizer.lr=1e-4`
+        parsed.overrides += [item for item in paths if SETTING.match(item)]
+        paths[:] = [item for item in paths if not SETTING.match(item)]
     return parsed
 
 
@@ -78,4 +81,5 @@ def flags(parsed: argparse.Namespace) -> dict[str, object]:
         "checkpoint.load": parsed.load,
         "checkpoint.save": parsed.save,
         "data.sources": [{"path": path, "image_folder": parsed.image_folder} for path in parsed.data],
+        "validation.sources": [{"path": path, "image_folder": parsed.image_folder} for path in parsed.validation_data],
     }

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_moellava.commands.program import command_parser
+from megatron_moellava.commands.program import command_parser, number
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -21,7 +21,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "run", type=Path, metavar="RUN_FOLDER", help="checkpoint.save (or logging.directory) of the run"
     )
     parser.add_argument("--once", action="store_true", help="draw the newest observation and exit")
-    parser.add_argument("--interval", type=float, default=1.0, help="seconds between looks at the file (1)")
+    parser.add_argument(
+        "--interval", type=number(float, above=0), default=1.0, help="seconds between looks at the file (1)"
+    )
     parser.add_argument("--no-colour", action="store_true", help="plain text (the default when piped)")
     return parser.parse_args(arguments)
 

@@ -1,9 +1,11 @@
 """A Megatron checkpoint -> any layout: MoE-LLaVA's or LLaVA-1.5's releases, transformers, the parts one by one."""
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +31,8 @@ from megatron_moellava.conversion.recipes import Part, Recipe, export_recipes, i
 from megatron_moellava.conversion.tensors import Files, Tensor
 from megatron_moellava.conversion.writers import Progress, staged, write_safetensors
 from megatron_moellava.costs.shapes import LANGUAGE, PROJECTOR, TOWER, UNUSED, Model, megatron_tensors
+from megatron_moellava.data.llama_tokenizer import DEFAULTS
+from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.hf_config import read_json
 from megatron_moellava.towers.from_config import hf_config_of as tower_config_of
 from megatron_moellava.towers.from_config import processor_config_of
@@ -95,15 +99,16 @@ def export_checkpoint(
         source = _with_unused(source, Path(tower))
     if layout == "projector":
         return _export_projector(source, Path(save))
-    job = PLANS[layout](source, tokenizer, dtype)
-    _say_where_answers_end(job, source, Path(tokenizer) if tokenizer else None)
-    if tokenizer:
-        job.files |= _tokenizer_files(Path(tokenizer), job.files)
-    begin(sum(recipe.nbytes for recipe in job.recipes))
-    with staged(Path(save)) as staging:
-        digests = write_safetensors(staging, job.recipes, job.tensors, progress)
-        _write_files(staging, job.files)
-        write_sums(staging, digests)
+    with _as_folder(tokenizer) as tokenizer:
+        job = PLANS[layout](source, tokenizer, dtype)
+        _say_where_answers_end(job, source, tokenizer)
+        if tokenizer:
+            job.files |= _tokenizer_files(tokenizer, job.files)
+        begin(sum(recipe.nbytes for recipe in job.recipes))
+        with staged(Path(save)) as staging:
+            digests = write_safetensors(staging, job.recipes, job.tensors, progress)
+            _write_files(staging, job.files)
+            write_sums(staging, digests)
     return {
         "folder": str(save),
         "layout": job.title,
@@ -312,6 +317,20 @@ def _with_vocabulary(
             recipe = replace(recipe, shape=(vocab, *recipe.shape[1:]), parts=parts)
         grown.append(recipe)
     return grown, tensors
+
+
+@contextlib.contextmanager
+def _as_folder(tokenizer: Path | None) -> Iterator[Path | None]:
+    """The tokenizer as a folder: a SentencePiece .model alone, which training takes too, gets what transformers wants."""
+    if tokenizer is None or not Path(tokenizer).is_file():
+        yield Path(tokenizer) if tokenizer else None
+        return
+    load_tokenizer(tokenizer)  # a ConfigError for a file that is none
+    with tempfile.TemporaryDirectory() as made:
+        shutil.copyfile(tokenizer, Path(made) / "tokenizer.model")
+        config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, **DEFAULTS}
+        (Path(made) / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+        yield Path(made)
 
 
 def _tokenizer_files(folder: Path, taken: dict) -> dict[str, Path]:

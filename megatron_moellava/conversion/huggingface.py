@@ -12,6 +12,7 @@ from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.costs.shapes import Model
 from megatron_moellava.towers.from_config import hf_config_of as tower_config
 
+OWN_TYPE = "moe_llava"  # of modeling_moe_llava.py
 MOE_TYPES = {"qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
 # Keys of a MoE text config that `moe_config` reads, or that have no meaning for these models.
 MOE_KEYS = (
@@ -32,6 +33,8 @@ MOE_KEYS = (
 def text_backbone(config: dict, name: str) -> Backbone:
     """The backbone of a language model's config, or of the text part of a vision-language model's."""
     text = dict(config.get("text_config") or config)
+    if not isinstance(text.get("model_type"), str | None):
+        raise ConfigError(f"model_type={text['model_type']!r} of {name} must be a name such as 'llama'")
     if text.get("model_type") in MOE_TYPES:
         text["model_type"] = MOE_TYPES[text["model_type"]]
         text = {key: value for key, value in text.items() if key not in MOE_KEYS}
@@ -158,7 +161,7 @@ def own_config(model: Model, scales: bool) -> dict:
     moe, backbone = model.moe, model.backbone
     return {
         "architectures": ["MoELlavaForConditionalGeneration"],
-        "model_type": "moe_llava",
+        "model_type": OWN_TYPE,
         "auto_map": {
             "AutoConfig": "modeling_moe_llava.MoELlavaConfig",
             "AutoModel": "modeling_moe_llava.MoELlavaForConditionalGeneration",

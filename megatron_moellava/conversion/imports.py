@@ -4,11 +4,13 @@ A language model and a tower make the start of stage 1; a `mm_projector.bin` wit
 and MoE-LLaVA folders hold everything, or everything but the tower.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from megatron_moellava.backbones import BACKBONES, Backbone
+from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.checkpoint.sums import verify_sums
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion import huggingface, original
@@ -23,7 +25,7 @@ from megatron_moellava.conversion.layout import (
 )
 from megatron_moellava.conversion.megatron_checkpoint import write_checkpoint
 from megatron_moellava.conversion.readers import open_huggingface
-from megatron_moellava.conversion.recipes import Recipe, check, identity, import_recipes
+from megatron_moellava.conversion.recipes import Recipe, check, identity, import_recipes, made
 from megatron_moellava.conversion.tensors import Files, Tensor
 from megatron_moellava.conversion.writers import Progress
 from megatron_moellava.costs.shapes import PROJECTOR, UNUSED, Model
@@ -75,10 +77,63 @@ def import_checkpoint(
     Raises ConfigError or CheckpointError that list every problem, before anything is written.
     """
     source = Path(source)
+    if source.is_dir() and newest_checkpoint(source) is not None:
+        raise CheckpointError(
+            f"{source} is a Megatron checkpoint already: pass it to --load, `convert upcycle` or `export`"
+        )
     files = (without_rule(tower) if tower else None, projector)
     for path in (source, *(Path(other).expanduser() for other in files if other)):
         verify_sums(path, verify=verify)
+    plan = _plan(source, tower, projector, dtype, seed, keep_output_bias)
+    job, model, recipes, config = plan.job, plan.model, plan.recipes, plan.config
+    provenance = {"operation": "import", "layout": job.layout.name, "source": source.name, **job.report}
+    provenance["hf_config"] = config
+    provenance["generation_config"] = _generation_config(source)
+    provenance["trained_with"] = original.trained_with(
+        config | {"trained_with": plan.said}, job.layout, model, plan.by_the_original
+    )
+    begin(sum(recipe.nbytes for recipe in recipes))
+    stage = 3 if model.moe else plan.stage
+    folder = write_checkpoint(save, model, recipes, job.tensors, stage=stage, provenance=provenance, progress=progress)
+    return {"folder": str(folder), "stage": stage, "model": model, "tensors": len(recipes), **provenance}
+
+
+def as_megatron(source: Path, tower: str | None) -> dict[str, Tensor]:
+    """The tensors of a folder as an import of it would write them: Megatron's names and pieces, read when they are needed.
+
+    `tower`: a name or folder that defines the tower, where the folder's config does not.
+
+    Raises ConfigError or CheckpointError where it cannot be imported as it is (without a tower, ...).
+    """
+    plan = _plan(source, tower, None, None, 0, False)
+    return {
+        recipe.name: Tensor(recipe.shape, recipe.dtype, make=partial(made, recipe, plan.job.tensors))
+        for recipe in plan.recipes
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a source becomes a Megatron checkpoint; `by_the_original`, `said`: see `_training_of`."""
+
+    job: Import
+    model: Model
+    recipes: list[Recipe]
+    config: dict
+    stage: int
+    by_the_original: bool
+    said: dict
+
+
+def _plan(
+    source: Path, tower: str | None, projector: Path | None, dtype: str | None, seed: int, keep_output_bias: bool
+) -> Plan:
     config = read_json(source)
+    if config.get("model_type") == huggingface.OWN_TYPE:
+        raise ConfigError(
+            f"{source} is an export with a modelling file, for transformers alone (model_type {huggingface.OWN_TYPE}); export "
+            "the checkpoint with --layout original, which can be imported"
+        )
     job = Import(detect(tensors := open_huggingface(source)), tensors)
     job.tensors = _renamed(job.tensors, job.layout)
     backbone = _backbone(config, source, job, keep_output_bias)
@@ -100,16 +155,7 @@ def import_checkpoint(
         expected={name: shape for entry in lines for name, shape in zip(entry.names, entry.shapes, strict=True)},
         dropped=job.dropped,
     )
-    provenance = {"operation": "import", "layout": job.layout.name, "source": source.name, **job.report}
-    provenance["hf_config"] = config
-    provenance["generation_config"] = _generation_config(source)
-    provenance["trained_with"] = original.trained_with(
-        config | {"trained_with": said}, job.layout, model, by_the_original
-    )
-    begin(sum(recipe.nbytes for recipe in recipes))
-    stage = 3 if moe else stage
-    folder = write_checkpoint(save, model, recipes, job.tensors, stage=stage, provenance=provenance, progress=progress)
-    return {"folder": str(folder), "stage": stage, "model": model, "tensors": len(recipes), **provenance}
+    return Plan(job, model, recipes, config, stage, by_the_original, said)
 
 
 def _generation_config(source: Path) -> dict | None:
@@ -121,13 +167,13 @@ def _generation_config(source: Path) -> dict | None:
 def _training_of(job: Import, projector: Path | None, config: dict) -> tuple[bool, dict]:
     """(whether MoE-LLaVA's rules trained the projector, as its names say; what the config of an export says beyond)."""
     if projector is None:
-        return job.layout is ORIGINAL, config.get("trained_with") or {}
+        return job.layout is ORIGINAL, original.said_of(config)
     beside = Path(projector).parent / "config.json"
-    said = read_json(beside).get("trained_with") or {} if beside.exists() else {}
+    said = original.said_of(read_json(beside)) if beside.exists() else {}
     return detect(open_huggingface(Path(projector))) is ORIGINAL, said
 
 
-def detect(tensors: dict[str, Tensor]) -> Layout:
+def detect(tensors: Mapping[str, Tensor]) -> Layout:
     """Which layout the names belong to."""
     marks = (
         (ORIGINAL, ("mm_projector.image_spatial_proj.", ".image_tower.", "deepspeed_moe.")),

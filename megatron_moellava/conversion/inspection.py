@@ -3,21 +3,27 @@
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from megatron_moellava.backbones import BACKBONES
 from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.checkpoint.sums import verify_sums
-from megatron_moellava.config import CheckpointError
-from megatron_moellava.conversion.imports import detect
+from megatron_moellava.config import CheckpointError, MoELlavaError
+from megatron_moellava.conversion import original
+from megatron_moellava.conversion.huggingface import moe_config as moe_of_transformers
+from megatron_moellava.conversion.huggingface import text_backbone
+from megatron_moellava.conversion.imports import as_megatron, detect, named
+from megatron_moellava.conversion.layout import LANGUAGE_MODEL, Layout
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.conversion.readers import open_huggingface
 from megatron_moellava.conversion.recipes import Tensors
 from megatron_moellava.conversion.tensors import Files, Tensor
 from megatron_moellava.conversion.writers import METADATA_FILES
 from megatron_moellava.costs.parameters import activated_parameters, whole_parameters
-from megatron_moellava.costs.shapes import Model, ModelTensor, model_tensors
+from megatron_moellava.costs.shapes import UNUSED, Model, ModelTensor, model_tensors
+from megatron_moellava.hf_config import read_json
 from megatron_moellava.stages import LANGUAGE as LANGUAGE_ROLES
 
 STAGES = {0: "start of stage 1", 1: "stage 1: projector", 2: "stage 2: projector + language model", 3: "stage 3: MoE"}
@@ -49,7 +55,8 @@ def inspect(path: Path, *, verify: bool = True) -> str:
     if not _is_megatron(Path(path)):
         verify_sums(Path(path), verify=verify)
         tensors = open_huggingface(Path(path))
-        return "\n".join([f"{path}: Hugging Face tensors", "", *_table(tensors, lambda name: ""), "", _totals(tensors)])
+        head = [f"{path}: {detect(tensors).title}", *_config_lines(Path(path), detect(tensors))]
+        return "\n".join([*head, "", *_table(tensors, lambda name: ""), "", _totals(tensors)])
     source = open_checkpoint(path, verify=verify)
     lines = [
         f"{source.folder}",
@@ -64,6 +71,19 @@ def inspect(path: Path, *, verify: bool = True) -> str:
     return "\n".join(lines)
 
 
+def _config_lines(path: Path, layout: Layout) -> list[str]:
+    """The model that a folder's config.json describes, or why it is none of ours; nothing for a file of tensors alone."""
+    if not (path / "config.json").exists():
+        return []
+    try:
+        config = read_json(path)
+        backbone = named(text_backbone(config, path.name), path.name)
+        moe = original.moe_config(config) or moe_of_transformers(config)
+        return _model_lines(Model(backbone=backbone, tower=original.tower_of(config, layout, None), moe=moe))
+    except MoELlavaError as error:
+        return [f"  config.json  {str(error).splitlines()[0]}"]
+
+
 def _is_megatron(path: Path) -> bool:
     """Whether `path` is one, or what an interrupted copy has left of one."""
     left = (path / METADATA_FILES[0]).exists() or any(path.glob("iter_*"))
@@ -72,7 +92,9 @@ def _is_megatron(path: Path) -> bool:
 
 def _model_lines(model: Model) -> list[str]:
     counts = count_parameters(model)
-    lines = [f"  backbone     {model.backbone.name} ({model.backbone.hf.family})"]
+    backbone, family = model.backbone, model.backbone.hf.family
+    size = f"{backbone.num_layers} layers of width {backbone.hidden_size}, no published size"
+    lines = [f"  backbone     {f'{backbone.name} ({family})' if backbone.name in BACKBONES else f'{family}: {size}'}"]
     if model.tower:
         lines.append(f"  tower        {model.tower.name}, {model.tower.num_features} visual tokens")
     if model.moe:
@@ -179,28 +201,53 @@ def diff(
 ) -> tuple[list[Difference], int]:
     """All differences of two checkpoints or folders, and how many tensors are bit-identical.
 
-    `verify`: first compare the files of each with their digests. Raises CheckpointError when the two call their tensors
-    by other names, so that every line would say "only in".
+    `verify`: first compare the files of each with their digests. Two layouts are compared by Megatron's names and pieces.
+    Raises CheckpointError for a folder of another layout that could not be imported.
     """
     left, right = _open(Path(first), verify), _open(Path(second), verify)
     layouts = _layout_name(Path(first), left), _layout_name(Path(second), right)
     if layouts[0] != layouts[1]:
-        raise CheckpointError(
-            f"{first} is {layouts[0]} and {second} is {layouts[1]}: their tensors have other names and pieces; bring both "
-            "into one form with `convert import` or `convert export --layout`, then compare"
-        )
+        said = f"{first} is {layouts[0]} and {second} is {layouts[1]}"
+        tower = next((str(path) for path in (first, second) if _is_megatron(Path(path))), None)
+        left, right = (_in_one_form(Path(path), part, tower, said) for path, part in ((first, left), (second, right)))
     begin(sum(tensor.nbytes for tensor in left.values()))
     found = [Difference(name, f"only in {first}") for name in left.keys() - right.keys()]
     found += [Difference(name, f"only in {second}") for name in right.keys() - left.keys()]
     same = 0
     with Files() as files, Files() as others:
         for name in sorted(left.keys() & right.keys()):
-            what = _compare(left[name], right[name], files, others)
+            what = _compare(_once(left[name]), _once(right[name]), files, others)
             progress(left[name].nbytes)
             same += not what
             if what:
                 found.append(Difference(name, what))
     return sorted(found, key=lambda item: item.name), same
+
+
+def _in_one_form(path: Path, tensors: Tensors, tower: str | None, said: str) -> dict[str, Tensor]:
+    """Megatron's tensors, less what no feature needs: an import takes those along, and a run that trains may not have them.
+
+    `tower`: the checkpoint that says which tower it is, where a folder's config has a name only.
+    """
+    try:
+        found = (
+            dict(tensors)
+            if _is_megatron(path)
+            else as_megatron(path, None if detect(tensors) is LANGUAGE_MODEL else tower)
+        )
+    except MoELlavaError as error:
+        raise CheckpointError(
+            f"{said}, so they are compared as an import of {path} would be, which cannot be: {error}"
+        ) from error
+    return {name: tensor for name, tensor in found.items() if not name.startswith(UNUSED)}
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """A tensor that is made when it is read, made: it is read a few rows at a time."""
+    if tensor.make is None:
+        return tensor
+    value = tensor.make()
+    return replace(tensor, make=lambda: value)
 
 
 def _layout_name(path: Path, tensors: Tensors) -> str:

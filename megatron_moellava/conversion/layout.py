@@ -111,7 +111,7 @@ def _language_entries(model: Model, layout: Layout, wanted: dict[str, Shape]) ->
     for mapping in model.backbone.mapping:
         for layer in range(model.backbone.num_layers) if "{i}" in mapping.megatron else (None,):
             is_moe = layer in model.moe_layers and MLP in mapping.megatron
-            for lifted, experts in _lifted(mapping, layer, layout, model) if is_moe else ((mapping, 0),):
+            for lifted, experts in _lifted(mapping, layout, model) if is_moe else ((mapping, 0),):
                 entry = _entry(lifted, layer, LANGUAGE, layout, model, wanted, experts)
                 if entry:
                     yield entry
@@ -119,7 +119,7 @@ def _language_entries(model: Model, layout: Layout, wanted: dict[str, Shape]) ->
         yield from _router_entries(model, layer, layout, wanted)
 
 
-def _lifted(mapping: Mapping, layer: int, layout: Layout, model: Model) -> Iterator[tuple[Mapping, int]]:
+def _lifted(mapping: Mapping, layout: Layout, model: Model) -> Iterator[tuple[Mapping, int]]:
     """An MLP line as the line of all experts, and as the line of the residual MLP."""
     if not layout.expert:
         raise ConfigError(f"layout {layout.name} has no experts; a MoE model needs one of: original, transformers")
@@ -146,7 +146,7 @@ def _router_entries(model: Model, layer: int, layout: Layout, wanted: dict[str, 
         tensors += [(f"coefficient.{part}", f"{layout.coefficient}{part}") for part in ("weight", "bias")]
     for megatron, hf in tensors:
         mapping = Mapping(ours + megatron, (theirs + hf,))
-        yield _entry(mapping, layer, LANGUAGE, layout, model, wanted)
+        yield _required_entry(mapping, layer, LANGUAGE, layout, model, wanted)
 
 
 def _tower_entries(model: Model, layout: Layout, wanted: dict[str, Shape]) -> Iterator[Entry]:
@@ -154,7 +154,7 @@ def _tower_entries(model: Model, layout: Layout, wanted: dict[str, Shape]) -> It
         return
     for mapping in model.tower.mapping:
         for layer in range(model.tower.num_used_layers) if "{i}" in mapping.megatron else (None,):
-            yield _entry(mapping, layer, TOWER, layout, model, wanted)
+            yield _required_entry(mapping, layer, TOWER, layout, model, wanted)
 
 
 def _projector_entries(model: Model, layout: Layout, wanted: dict[str, Shape]) -> Iterator[Entry]:
@@ -163,7 +163,15 @@ def _projector_entries(model: Model, layout: Layout, wanted: dict[str, Shape]) -
     for number, name in enumerate(layout.projector, start=1):
         for part in ("weight", "bias"):
             mapping = Mapping(f"linear_fc{number}.{part}", (f"{name}.{part}",))
-            yield _entry(mapping, None, PROJECTOR, layout, model, wanted)
+            yield _required_entry(mapping, None, PROJECTOR, layout, model, wanted)
+
+
+def _required_entry(
+    mapping: Mapping, layer, ours: str, layout: Layout, model: Model, wanted: dict[str, Shape]
+) -> Entry:
+    entry = _entry(mapping, layer, ours, layout, model, wanted)
+    assert entry, f"the model has no {ours}{mapping.megatron}"
+    return entry
 
 
 def _entry(

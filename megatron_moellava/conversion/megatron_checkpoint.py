@@ -6,8 +6,14 @@ from pathlib import Path
 
 from megatron_moellava import __version__
 from megatron_moellava.checkpoint.description import RunDescription, read_description, write_description
-from megatron_moellava.checkpoint.folders import iteration_folder, require_checkpoint, write_tracker
+from megatron_moellava.checkpoint.folders import (
+    complete_iterations,
+    iteration_folder,
+    require_checkpoint,
+    write_tracker,
+)
 from megatron_moellava.checkpoint.verification import verify_checkpoint
+from megatron_moellava.config import CheckpointError
 from megatron_moellava.conversion.readers import open_megatron
 from megatron_moellava.conversion.recipes import Part, Recipe, Tensors, check
 from megatron_moellava.conversion.tensors import Tensor
@@ -89,8 +95,15 @@ def write_checkpoint(
     provenance: dict,
     progress: Progress,
 ) -> Path:
-    """Write SAVE/iter_0000000 and return it. `provenance` says where the weights come from."""
+    """Write SAVE/iter_0000000 and return it. `provenance` says where the weights come from.
+
+    Raises CheckpointError where SAVE holds a run: what reads it would take the new checkpoint for its newest.
+    """
     folder = iteration_folder(save, 0)
+    if others := [path.name for path in complete_iterations(Path(save)) if path != folder]:
+        raise CheckpointError(
+            f"{save} holds a run ({', '.join(others)}), whose place {folder.name} would take; choose another --save"
+        )
     with staged(folder) as staging:
         description = RunDescription(
             iteration=0,

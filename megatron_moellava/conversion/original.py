@@ -37,11 +37,19 @@ def moe_config(config: dict) -> MoEConfig | None:
     moe = config.get("moe") or {}
     if not moe.get("moe_enable"):
         return None
-    said = (config.get("trained_with") or {}).get("moe") or {}
+    said = said_of(config).get("moe") or {}
     return from_dict(MoEConfig, dataclasses.asdict(_released_moe(config, moe)) | said)
 
 
+RELEASED = ("num_experts", "top_k_experts", "router_aux_loss_coef")  # keys that every released config.moe has
+
+
 def _released_moe(config: dict, moe: dict) -> MoEConfig:
+    lacking = [key for key in RELEASED if key not in moe]
+    if not moe.get("moe_layers_idx") and "moe_mode" not in moe:
+        lacking.append("moe_layers_idx")
+    if lacking:
+        raise ConfigError(f"config.moe lacks {', '.join(lacking)}; add what the released config.json has")
     experts = moe["num_experts"] if isinstance(moe["num_experts"], list) else [moe["num_experts"]]
     if len(set(experts)) != 1:
         raise ConfigError(f"config.moe.num_experts={experts}: all MoE layers must have equally many experts")
@@ -56,6 +64,24 @@ def _released_moe(config: dict, moe: dict) -> MoEConfig:
         min_capacity=moe.get("min_capacity", 4),  # the original's class default, where a config has none
         use_residual=moe.get("use_residual", False),
     )
+
+
+def said_of(config: dict) -> dict[str, dict]:
+    """`trained_with` of an export of this program. Raises ConfigError for what no export has written."""
+    said = config.get("trained_with") or {}
+    if not isinstance(said, dict) or not all(isinstance(fields, dict) for fields in said.values()):
+        raise ConfigError(
+            f"config.json: trained_with={said!r} must be an object of objects; export the checkpoint again"
+        )
+    unknown = [
+        f"{section}.{name}"
+        for section, fields in said.items()
+        for name in fields
+        if section in TRAINED_WITH and name not in TRAINED_WITH[section]
+    ]
+    if unknown:
+        raise ConfigError(f"config.json: trained_with holds {', '.join(unknown)}, which this version does not know")
+    return said
 
 
 def tower_of(config: dict, layout: Layout, given: str | None) -> Tower | None:
@@ -74,7 +100,7 @@ def tower_of(config: dict, layout: Layout, given: str | None) -> Tower | None:
         return get_tower(given) if given else None
     if layout in (ORIGINAL, LLAVA):
         tower = get_tower(given) if given else _published(config)
-        said = (config.get("trained_with") or {}).get("tower") or {}
+        said = said_of(config).get("tower") or {}
         if layout is ORIGINAL and not said:
             tower = as_the_original(tower)
         return _with_layer(tower, config.get("mm_vision_select_layer", -2))
@@ -104,7 +130,7 @@ def trained_with(config: dict, layout: Layout, model: Model, by_the_original: bo
             found["data"] |= _shape_of_pictures(config["image_aspect_ratio"])
         if config.get("tokenizer_model_max_length"):
             found["data"] |= {"max_sample_length": config["tokenizer_model_max_length"], "length_counts": "text"}
-    for section, fields in (config.get("trained_with") or {}).items():
+    for section, fields in said_of(config).items():
         if section in TRAINED_WITH:
             found[section] = found.get(section, {}) | fields
     return found
@@ -116,7 +142,13 @@ def _shape_of_pictures(value: str | None) -> dict:
     return {"image_aspect_ratio": "pad" if value == "pad" else "square"}  # the original looks for "pad" alone
 
 
-def _with_layer(tower: Tower, layer: int) -> Tower:
+def _with_layer(tower: Tower, layer: object) -> Tower:
+    """Raises ConfigError for a layer that the tower lacks, and for several, whose features some models join."""
+    if type(layer) is not int or not -tower.num_layers <= layer + 1 <= tower.num_layers + 1:
+        raise ConfigError(
+            f"the source's visual tokens are of layer {layer} (vision_feature_layer, mm_vision_select_layer); one of "
+            f"{-tower.num_layers - 1} to {tower.num_layers} is supported"
+        )
     return tower if layer == tower.feature_layer else replace(tower, feature_layer=layer)
 
 
@@ -134,6 +166,8 @@ def _published(config: dict) -> Tower:
 
 def _inside(config: dict) -> Tower:
     """Of transformers' `vision_config`; the name of a published size when it is one."""
+    if not isinstance(config.get("vision_config"), dict):
+        raise ConfigError("config.json has no vision_config; give --tower a folder with the tower")
     tower = tower_from_hf_config(config["vision_config"], FAMILIES, name="vision_config")
     for other in TOWERS.values():
         if replace(tower, name=other.name, source=other.source) == other:

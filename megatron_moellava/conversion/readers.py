@@ -63,6 +63,8 @@ INSTEAD = {
 
 
 def _instead(folder: Path) -> str:
+    if broken := sorted(file.name for file in folder.iterdir() if file.is_symlink() and not file.exists()):
+        return f"; {', '.join(broken[:3])} there are links to files that are gone: copy with `cp -L`, or download again"
     found = next((text for name, text in INSTEAD.items() if (folder / name).exists()), None)
     return f"; it holds {found.format(folder=folder)}" if found else "; give the folder of a downloaded model"
 

@@ -5,6 +5,7 @@ doubled or of the wrong shape before a byte is written; `stream` then copies.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_moellava.config import CheckpointError
 from megatron_moellava.conversion.layout import Entry
@@ -12,7 +13,7 @@ from megatron_moellava.conversion.tensors import ITEM_SIZES, Files, Tensor, unco
 from megatron_moellava.mapping import Shape
 
 Tensors = Mapping[str, Tensor]
-Edit = Callable[[object], object]  # torch.Tensor (one block, flat) -> torch.Tensor of the same length
+Edit = Callable[[Any], Any]  # torch.Tensor (one block, flat) -> torch.Tensor of the same length
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,15 @@ def stream(recipe: Recipe, tensors: Tensors, files: Files) -> Iterator[memoryvie
         else:
             for block in blocks:
                 yield _edited(block, source.dtype, recipe.dtype, part.edit)
+
+
+def made(recipe: Recipe, tensors: Tensors):
+    """The whole target, as a torch.Tensor."""
+    import torch
+
+    with Files() as files:
+        content = bytearray().join(bytes(block) for block in stream(recipe, tensors, files))
+    return torch.frombuffer(content, dtype=getattr(torch, recipe.dtype)).view(recipe.shape)
 
 
 def _edited(block: memoryview, source: str, target: str, edit: Edit | None) -> memoryview:

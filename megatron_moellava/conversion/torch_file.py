@@ -44,8 +44,14 @@ class _Tensor:
         strides = [1]
         for size in reversed(self.shape[1:]):
             strides.insert(0, strides[0] * size)
-        strides = tuple(strides[: len(self.shape)])
-        arguments = (_Storage(), 0, tuple(self.shape), strides, False, OrderedDict())
+        arguments = (
+            _Storage(),
+            0,
+            tuple(self.shape),
+            tuple(strides[: len(self.shape)]),
+            False,
+            OrderedDict[str, object](),
+        )
         return torch._utils._rebuild_tensor_v2, arguments
 
 

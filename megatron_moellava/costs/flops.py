@@ -23,6 +23,7 @@ class Product:
     weights: float = 1.0  # separate weight matrices that the rows are divided among (local experts)
     input_gradient: bool = True
     weight_gradient: bool = False
+    copies: int = 1  # tensor-parallel ranks that all compute this same product
 
     @property
     def forward(self) -> float:
@@ -117,6 +118,7 @@ def first_stage_work(sharding: Sharding, images: float) -> Iterator[Work]:
         columns=tower.hidden_size,
         input_gradient=False,
         weight_gradient="tower" in sharding.trains,
+        copies=sharding.tp,
     )
     yield from tower_layers_work(sharding, images)
     visual, projects = images * tower.num_features, "projector" in sharding.trains

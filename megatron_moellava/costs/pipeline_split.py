@@ -49,7 +49,8 @@ def balanced(costs: list[float], stages: int, first: float, last: float) -> list
     Four layers of cost 1 on two stages, of which the first has 2 more to do: [1, 3].
     """
     edges = [0.0, *accumulate(costs)]
-    best = {0: (first, [])}  # layers placed -> (cost of the dearest stage, the numbers of layers)
+    # Layers placed -> (cost of the dearest stage, the numbers of layers).
+    best: dict[int, tuple[float, list[int]]] = {0: (first, [])}
     for stage in range(stages):
         extra = (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
         reached = {}

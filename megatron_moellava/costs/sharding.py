@@ -87,7 +87,7 @@ class Sharding:
     @property
     def activation_bytes(self) -> int:
         """Bytes of one element of an activation."""
-        return 2 if self.run.training.precision == "bf16" else 4
+        return 4 if self.run.training.precision == "fp32" else 2  # plans are for GPUs, where auto is 16 bits
 
 
 def routed_tokens(sharding: Sharding, imbalance: float = 1.0) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_moellava.costs.flops import (
     CAUSAL,
+    Product,
     Work,
     first_stage_work,
     last_stage_work,
@@ -66,5 +67,6 @@ def model_flops(layout: Layout, load: Load, causal: float = CAUSAL) -> float:
     for rank in range(layout.pp):
         for work in stage_work(layout, rank, load.tokens, load.length, load.images):
             # Routed tokens of all tensor ranks are the whole; the router's rows are split too.
-            total += useful_flops(work, causal)
-    return total * layout.tp
+            copies = work.copies if isinstance(work, Product) else 1
+            total += useful_flops(work, causal) * layout.tp / copies
+    return total

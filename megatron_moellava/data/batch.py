@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class Batch:
     pixel_values_NCHW: torch.Tensor  # float32, in the order of the image tokens; N may be 0
     sample_ids: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
-    counts: Counts | None = None  # taken from the tensors when the batch is made, on the host, and carried along
+    counts: Counts = None  # type: ignore[assignment]  # taken from the tensors when the batch is made, on the host, and carried along
 
     def __post_init__(self) -> None:
         if self.counts is None:
@@ -84,7 +85,8 @@ def to_wire(batch: Batch) -> Batch:
 def from_wire(batch: Batch) -> Batch:
     """The batch with tensors again in place of the arrays that `to_wire` made."""
     small = {name: getattr(batch, name) for name in _SMALL}
-    return replace(batch, **{name: torch.from_numpy(value) for name, value in small.items() if value is not None})
+    tensors: dict[str, Any] = {name: torch.from_numpy(value) for name, value in small.items() if value is not None}
+    return replace(batch, **tensors)
 
 
 def pack(samples: list[EncodedSample], pixels: list[np.ndarray], seq_length: int, pad_id: int, shape) -> Batch:

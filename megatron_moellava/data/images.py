@@ -9,6 +9,7 @@ EXIF rotation is applied. What a picture shows never decides how it is read: fra
 
 import io
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -77,7 +78,8 @@ def image_size(data: bytes | str, where: str) -> tuple[int, int]:
 def to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     """Three 8-bit channels, and notes on what that took."""
     notes = []
-    layout = str(image.tile[0][3]) if image.tile else ""  # as in the file; gone once anything has been decoded
+    tiles = getattr(image, "tile", ())
+    layout = str(tiles[0][3]) if tiles else ""  # as in the file; gone once anything has been decoded
     rotated = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
     if getattr(image, "n_frames", 1) > 1 and image.tell() == 0 and image.format in _SEQUENCES:
         notes.append("first of several frames")
@@ -94,7 +96,9 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
         notes.append("EXIF rotation applied")
     if image.mode == "LAB":  # the one mode that convert() does not know
         profiles = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
-        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB"), tuple(notes)
+        converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        assert converted is not None  # only a conversion in place returns nothing
+        return converted, tuple(notes)
     if image.mode in ("La", "RGBa"):  # colours premultiplied with alpha
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.mode != "RGB" or "transparency" in image.info:
@@ -117,7 +121,7 @@ def _to_8_bits(image: Image.Image, layout: str) -> tuple[Image.Image, list[str]]
         levels &= 0xFFFFFFFF  # Pillow holds them as signed ones
     used = bits - 1 if signed else bits
     levels = (levels.clip(0) >> (used - 8)).clip(0, 255).astype(np.uint8)
-    if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0:  # white is 0; Pillow knows that of 8 bits only
+    if image.format == "TIFF" and _tags(image).get(_PHOTOMETRIC) == 0:  # white is 0; Pillow knows that of 8 bits only
         levels = 255 - levels
     small = Image.fromarray(levels)
     small.info, small._exif = dict(image.info), image.getexif()
@@ -125,13 +129,18 @@ def _to_8_bits(image: Image.Image, layout: str) -> tuple[Image.Image, list[str]]
     return small, [f"{bits}-bit image scaled"]
 
 
+def _tags(image: Image.Image) -> Mapping:
+    """Of a TIFF file."""
+    return getattr(image, "tag_v2")  # noqa: B009 - Pillow annotates it on the class for TIFF files alone
+
+
 def _grey_bits(image: Image.Image) -> tuple[int, bool]:
     """(bits per level, signed) by the file's type."""
     if image.format != "TIFF":
         deep = image.mode == "I" and image.format not in ("PNG", "PPM")  # these two have 16 bits in a wider mode
         return (32, True) if deep else (16, False)
-    (bits, *_) = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))
-    (kind, *_) = image.tag_v2.get(_SAMPLE_FORMAT, (1,))
+    (bits, *_) = _tags(image).get(_BITS_PER_SAMPLE, (16,))
+    (kind, *_) = _tags(image).get(_SAMPLE_FORMAT, (1,))
     if bits not in (12, 16, 32):
         raise ValueError(f"greys of {bits} bits are not supported")
     return int(bits), int(kind) == 2
@@ -159,14 +168,19 @@ def resize(image: Image.Image, tower) -> Image.Image:
     """The picture at the tower's size: shortest edge and centre crop, or squashed where the tower says "square"."""
     size = tower.image_size
     if tower.resize == "square" or image.width == image.height:
-        return image.resize((size, size), Image.Resampling.BICUBIC)
+        return image.resize((size, size), resampling(tower))
     short, long = sorted(image.size)
     if long > MAX_ASPECT * short:
         image = _middle(image, min(image.width, MAX_ASPECT * short), min(image.height, MAX_ASPECT * short))
         short, long = sorted(image.size)
     long = int(size * long / short)
     shape = (size, long) if image.width < image.height else (long, size)
-    return _middle(image.resize(shape, Image.Resampling.BICUBIC), size, size)
+    return _middle(image.resize(shape, resampling(tower)), size, size)
+
+
+def resampling(tower) -> Image.Resampling:
+    """How the tower's processor interpolates pixels."""
+    return Image.Resampling[tower.resample.upper()]
 
 
 def _middle(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -87,7 +87,8 @@ def _build(path: Path, folder: Path) -> None:
 def _write(path: Path, folder: Path) -> None:
     from tqdm import tqdm
 
-    offsets, lengths, ids = [0], [], Counter()
+    offsets, lengths = [0], []
+    ids: Counter[str] = Counter()
     first: dict[str, int] = {}
     repeated = ""
     with open(folder / "unordered", "wb") as file:

@@ -100,6 +100,7 @@ def _measure(pipeline: Pipeline, numbers: np.ndarray) -> np.ndarray:
 
 
 def _lengths(numbers: np.ndarray) -> np.ndarray:
+    assert _PIPELINE is not None
     return np.array([_length(_PIPELINE, int(number)) for number in numbers], dtype=np.int32)
 
 

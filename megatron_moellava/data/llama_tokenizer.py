@@ -124,7 +124,7 @@ class LlamaTokenizer(Tokenizer):
         self.eos_id = self._named_id(named["eos_token"], "eos_token")
         self.pad_id = self._named_id(self.unk, "unk_token")
         self.bos_id = self.token_id(named["bos_token"]) if files.config.get("add_bos_token", True) else None
-        self.vocab_size = max(vocabulary.size, *(index + 1 for index in self._by_id))
+        self.vocab_size = max(vocabulary.size, *(index + 1 for index in self._by_id if index is not None))
         self._all = _pattern(self.added)
         self._words = _pattern(text for text, token in self.added.items() if not token.special)
         self._unk_length = len(vocabulary.encode(self.unk)[0])

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from megatron_moellava.config import DataError
 from megatron_moellava.data.batch import Batch, from_wire
 from megatron_moellava.data.encode import check_template
@@ -69,7 +71,8 @@ class Loader(Batches):
         allowed: float,
     ):
         """`num_samples`: of one epoch, over all ranks; `allowed`: bad ones of it that do not stop the run."""
-        self._micro_batches, self._fingerprint, self._iterator = micro_batches, fingerprint, None
+        self.micro_batches, self._fingerprint = micro_batches, fingerprint
+        self._iterator: Iterator[dict] | None = None
         self.duplicates = sum(entry.duplicates for entry in opened)  # rows whose id another row of their source has
         self.num_samples, self.rows = num_samples, sum(entry.rows for entry in opened)
         self.seen = 0
@@ -77,13 +80,14 @@ class Loader(Batches):
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.messages: list[str] = []  # of the samples skipped since the last batch
-        self._allowed, self._bad_epoch, self._bad = allowed, 0, set()  # sample numbers, of the current epoch
+        self._allowed, self._bad_epoch = allowed, 0
+        self._bad: set[int] = set()  # sample numbers, of the current epoch
         self._last_bad = ""
         self._named: dict[str, set[str]] = {}  # rows already named, by kind
 
     def counters(self) -> dict:
         """Plain data; those of several ranks add up (`summary`)."""
-        counted = {"seen": self.seen, "trained": self.trained}
+        counted: dict = {"seen": self.seen, "trained": self.trained}
         counted |= {"skipped": dict(self.skipped), "notes": dict(self.notes)}
         counted |= {"bad_epoch": self._bad_epoch, "bad": sorted(self._bad)}
         return counted | {"duplicates": self.duplicates, "epoch": self.num_samples}
@@ -111,7 +115,7 @@ class Loader(Batches):
     def _next(self) -> Batch | None:
         try:
             if self._iterator is None:
-                self._iterator = started(self._micro_batches)
+                self._iterator = started(self.micro_batches)
             delivered = next(self._iterator)
         except DataError as error:  # from a worker process it comes wrapped into a traceback
             raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
@@ -160,11 +164,11 @@ class Loader(Batches):
 
     def rows_per_epoch(self) -> int:
         """Rows that one epoch fills over all ranks: packed rows, or else samples."""
-        return self._micro_batches.items(0) if self._fingerprint["packing"] else self.num_samples
+        return self.micro_batches.items(0) if self._fingerprint["packing"] else self.num_samples
 
     def state_dict(self) -> dict:
         """JSON: what to restore, and what must be equal for that to make sense."""
-        return {"fingerprint": self._fingerprint, "engine": self._micro_batches.save(), "counters": self.counters()}
+        return {"fingerprint": self._fingerprint, "engine": self.micro_batches.save(), "counters": self.counters()}
 
     def load_states(self, saved: dict[int, dict]) -> None:
         """Continue from states by rank: this rank's own, or all of a run with another number of ranks.
@@ -184,7 +188,7 @@ class Loader(Batches):
             raise DataError("the loader already runs; restore its state before the first batch")
         check_fingerprint(saved.get("fingerprint"), self._fingerprint)
         try:
-            self._micro_batches.restore(saved["engine"])
+            self.micro_batches.restore(saved["engine"])
             counters = saved["counters"]
             self.seen, self.trained = counters["seen"], counters["trained"]
             self.skipped, self.notes = Counter(counters["skipped"]), Counter(counters["notes"])
@@ -338,7 +342,7 @@ def build_train_loader(
 
 def _modality(data, opened: list[OpenSource], seed: int, micro_batch_size: int, chunks: int, world_size: int):
     check_sources(data, opened)
-    lengths = [length for entry in opened for length in entry.index.lengths]
+    lengths = np.concatenate([entry.required_index.lengths for entry in opened])
 
     def plan(epoch: int) -> Items:
         return modality_plan(

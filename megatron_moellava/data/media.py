@@ -4,6 +4,7 @@ import base64
 import binascii
 import importlib.util
 import os
+import re
 import unicodedata
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def _frame(
 ) -> tuple[Image.Image, tuple[str, ...]]:
     """The index-th of `count` frames, each from the middle of its share of the video."""
     if isinstance(origin, str) and Path(origin).is_dir():
-        files = sorted(file for file in Path(origin).iterdir() if file.suffix.lower() in STILLS)
+        files = [file for file in Path(origin).iterdir() if file.suffix.lower() in STILLS]
+        files.sort(key=lambda file: natural(file.name))
         if not files:
             raise BadSample("unreadable video", f"{where}: folder {origin} holds no frames; add images or name a file")
         chosen = files[_pick(index, count, len(files))]
@@ -126,6 +128,11 @@ def _decode_video(path: str, index: int, count: int, where: str) -> Image.Image:
     except Exception as error:
         raise BadSample("unreadable video", f"{where}: cannot be decoded ({error}); replace the file") from None
     raise BadSample("unreadable video", f"{where}: {path} ends before frame {wanted}; replace the file")
+
+
+def natural(name: str) -> list:
+    """Sorts `frame_2` before `frame_10`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _pick(index: int, count: int, total: int) -> int:

@@ -23,8 +23,8 @@ class MicroBatches:
         return len(self.stream.plan(epoch))
 
     def __iter__(self) -> Iterator[dict]:
-        loader = torch.utils.data.DataLoader(
-            self.pipeline,
+        loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
+            self.pipeline,  # type: ignore[arg-type]  # a map from lists of numbers is all that a DataLoader needs
             batch_size=None,
             sampler=self._numbers(),
             num_workers=self.num_workers,

@@ -44,7 +44,8 @@ def _even_chunks(rows: list[int], lengths: np.ndarray, chunks: int) -> list[list
     """Longest first into the chunk that is shortest so far; an uneven number of rows is dealt out in turn."""
     if len(rows) % chunks:
         return [rows[i::chunks] for i in range(chunks)]
-    made, totals = [[] for _ in range(chunks)], [0.0] * chunks
+    made: list[list[int]] = [[] for _ in range(chunks)]
+    totals = [0.0] * chunks
     for row in rows:
         shortest = totals.index(min(totals))
         made[shortest].append(row)

@@ -49,7 +49,8 @@ def select_rows(lengths: list[int], capacity: int) -> tuple[list[list[int]], lis
     >>> select_rows([5, 3, 4, 2], 8)
     ([[0, 1]], [2, 3])
     """
-    waiting, rows = list(range(len(lengths))), []
+    waiting = list(range(len(lengths)))
+    rows: list[list[int]] = []
     most = max(1, len(lengths) // ROUND_SHARE)
     while waiting and len(rows) < most:
         if rows and sum(lengths[i] for i in waiting) < RESERVE * capacity:

@@ -13,8 +13,9 @@ import json
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_moellava.config import DataError
 from megatron_moellava.data.sample import BadSample
@@ -36,7 +37,7 @@ FOREIGN = {  # (offset, bytes) -> what it is and what to do
 HELP = "give a JSON, JSON Lines (also .gz, .bz2, .xz) or Parquet file; docs/reference/data.md lists the formats"
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[int, dict | BadSample]]:
+def read_rows(path: str | Path) -> Generator[tuple[int, dict | BadSample]]:
     """Rows of a file as (row number from 0, record or what is wrong with the row). Raises DataError.
 
     Memory stays small whatever the file's size. A broken line of JSON Lines costs that row; inside a JSON list nothing
@@ -50,7 +51,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict | BadSample]]:
     if head.startswith(b"PAR1"):
         yield from _read_parquet(path)
         return
-    opener = next((opener for magic, opener in COMPRESSED.items() if head.startswith(magic)), open)
+    openers: list[Any] = [opener for magic, opener in COMPRESSED.items() if head.startswith(magic)]
+    opener = openers[0] if openers else open
     try:
         with opener(path, "rb") as stream:
             yield from _read_json(path, stream)

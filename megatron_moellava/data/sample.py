@@ -142,7 +142,9 @@ def _parse_turns(
     name: str, conversation: list, origin: str
 ) -> tuple[str, str, tuple[Turn, ...], list[ImageRef], list[str]]:
     """(system prompt, answer before the first question, turns, pictures named inside of turns, notes)"""
-    system, leading, turns, inline, notes = "", "", [], [], []
+    system, leading, inline = "", "", []
+    turns: list[Turn] = []
+    notes: list[str] = []
     for number, turn in enumerate(conversation):
         where = f"{origin}: turn {number} of `{name}`"
         role, text, pictures = _parse_turn(turn, where)

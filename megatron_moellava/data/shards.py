@@ -95,7 +95,7 @@ def make_shards(
 
 def _claim(plan: Plan) -> None:
     """One folder, one source and layout; else shards of two runs would mix."""
-    values = (plan.fingerprint, plan.rows_per_shard, plan.max_images, plan.video_frames)
+    values: tuple = (plan.fingerprint, plan.rows_per_shard, plan.max_images, plan.video_frames)
     values += (plan.image_folder, plan.ignore_keys, plan.trust_paths)
     claim, wanted = Path(plan.out) / "reports" / "plan", hashlib.sha256(repr(values).encode()).hexdigest()
     claim.parent.mkdir(exist_ok=True)
@@ -148,7 +148,15 @@ def _stamp(file: str) -> list[int]:
 
 
 def _write_shard(plan: Plan, number: int, rows: str, offsets: list[int]) -> dict:
-    report = {"rows": len(offsets) - 1, "written": 0, "images": 0, "bytes": 0, "skipped": [], "notes": [], "files": {}}
+    report: dict = {
+        "rows": len(offsets) - 1,
+        "written": 0,
+        "images": 0,
+        "bytes": 0,
+        "skipped": [],
+        "notes": [],
+        "files": {},
+    }
     work = plan.shard(number).with_suffix(".partial")
     with open(rows, "rb") as source, tarfile.open(work, "w") as tar:
         for start, end in itertools.pairwise(offsets):
@@ -179,7 +187,7 @@ def _members(plan: Plan, line: dict) -> tuple[dict, dict[str, bytes], list[str],
     if "bad" in line:
         raise BadSample(*line["bad"])
     origin = f"{line['file']} row {line['row']}"
-    limits = {"max_images": plan.max_images, "video_frames": plan.video_frames, "ignore_keys": plan.ignore_keys}
+    limits: dict = {"max_images": plan.max_images, "video_frames": plan.video_frames, "ignore_keys": plan.ignore_keys}
     sample = parse_record(line["record"], origin=origin, **limits)
     files, notes, sources = {}, list(sample.notes), []
     for number, ref in enumerate(sample.images):
@@ -207,7 +215,8 @@ def _image_file(ref: ImageRef, plan: Plan, found: bytes | str, origin: str) -> t
 
 
 def _record(sample: Sample, names: list[str]) -> dict:
-    turns = [{"from": ROLES[turn.role], "value": turn.text} for turn in sample.turns]
+    turns = [{"from": "gpt", "value": sample.leading}] if sample.leading else []  # `v0` trains it
+    turns += [{"from": ROLES[turn.role], "value": turn.text} for turn in sample.turns]
     record = {"id": sample.id, "conversations": turns} | ({"system": sample.system} if sample.system else {})
     return record | ({"image": names} if names else {}) | ({"tag": sample.tag} if sample.tag else {})
 

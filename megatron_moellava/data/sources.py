@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import struct
 import tarfile
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import numpy as np
 from megatron_moellava.config import DataError
 from megatron_moellava.data.first_rows import shard_counts
 from megatron_moellava.data.index import Index, index_json
+from megatron_moellava.data.media import natural
 from megatron_moellava.data.order import SHARD_RUN, Share
 from megatron_moellava.data.sample import BadSample, Sample
 
@@ -37,6 +37,12 @@ class OpenSource:
     index: Index | None  # None: shards
     duplicates: int = 0  # rows whose id another row has too
     duplicates_message: str = ""
+
+    @property
+    def required_index(self) -> Index:
+        """The index of a file's rows."""
+        assert self.index is not None, f"{self.path} is a folder of shards"
+        return self.index
 
     @property
     def share(self) -> Share:
@@ -154,7 +160,7 @@ class Reader:
         names = [ref.name for ref in sample.images]
         found = [_member(name, members) for name in names]
         if not any(found) and len(members) == len(set(names)):
-            by_number = sorted(members, key=_natural)
+            by_number = sorted(members, key=natural)
             if by_number != list(members):
                 raise BadSample(
                     "image order",
@@ -167,7 +173,8 @@ class Reader:
             raise BadSample(
                 "missing image", f"{sample.origin}: {missing[0]!r} is not in the shard; write the shard again"
             )
-        images = zip(sample.images, found, strict=True)
+        keys = [key for key in found if key is not None]
+        images = zip(sample.images, keys, strict=True)
         return replace(sample, images=tuple(replace(ref, data=members[key]) for ref, key in images))
 
 
@@ -181,15 +188,12 @@ def _member(name: str, members: dict[str, bytes]) -> str | None:
     return max(whole, key=len) if whole else None
 
 
-def _natural(name: str) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
 class FileRows:
     """Rows of an indexed file."""
 
     def __init__(self, source: OpenSource):
-        self.path, self.positions, self.offsets = source.index.path, source.index.positions, source.index.offsets
+        index = source.required_index
+        self.path, self.positions, self.offsets = index.path, index.positions, index.offsets
 
     def read(self, row: int) -> tuple[dict, str, dict[str, bytes]]:
         """(record, where it comes from, no files) of sample `row`; BadSample for a row that is not JSON."""
@@ -208,7 +212,9 @@ class ShardRows:
 
     def __init__(self, source: OpenSource):
         self.path = EPath(source.path)
-        self._reader = None  # opened in the process that reads: its file handles must not be shared
+        # Opened in the process that reads: its file handles must not be shared.
+        self._reader: ShardInfosITarReader | None = None
+        self._process = 0
 
     def read(self, row: int) -> tuple[dict, str, dict[str, bytes]]:
         """(record, where it comes from, files by name) of sample `row`. BadSample for what cannot be read."""

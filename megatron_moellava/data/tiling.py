@@ -9,7 +9,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from megatron_moellava.data.images import normalise
+from megatron_moellava.data.images import normalise, resampling
 
 GRIDS = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))  # columns x rows; among equals the first, as in transformers
 
@@ -36,14 +36,14 @@ def tile(image: Image.Image, tower) -> np.ndarray:
     """Normalised pixels [T, 3, H, W]: overview, then tiles row by row."""
     size = tower.image_size
     columns, rows = best_grid(image.width, image.height, size)
-    canvas = _fit(image, columns * size, rows * size)
+    canvas = _fit(image, columns * size, rows * size, resampling(tower))
     corners = [(left * size, top * size) for top in range(rows) for left in range(columns)]
     tiles = [canvas.crop((left, top, left + size, top + size)) for left, top in corners]
-    overview = image.resize((size, size), Image.Resampling.BICUBIC)
+    overview = image.resize((size, size), resampling(tower))
     return np.stack([normalise(part, tower) for part in (overview, *tiles)])
 
 
-def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
+def _fit(image: Image.Image, width: int, height: int, how: Image.Resampling) -> Image.Image:
     """As large as fits, aspect kept, centred on black."""
     across, down = width / image.width, height / image.height
     if across < down:
@@ -51,5 +51,5 @@ def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
     else:
         shape = (min(math.ceil(image.width * down), width), height)
     canvas = Image.new("RGB", (width, height))
-    canvas.paste(image.resize(shape, Image.Resampling.BICUBIC), ((width - shape[0]) // 2, (height - shape[1]) // 2))
+    canvas.paste(image.resize(shape, how), ((width - shape[0]) // 2, (height - shape[1]) // 2))
     return canvas

@@ -36,7 +36,7 @@ def ask_checkpoint(args: argparse.Namespace) -> str:
         rank=parallel.data_parallel_rank(),
         world_size=parallel.data_parallel_size(),
         writes=parallel.reads_data(),
-        barrier=dist.barrier,
+        barrier=dist.barrier,  # type: ignore[arg-type]  # overloaded
     )
     name = args.model_name or Path(args.load).resolve().name
     answers = CheckpointAnswers(engine)

@@ -9,6 +9,7 @@ that answer nearly everything. Questions are packed like training rows. Suffixes
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,43 +60,47 @@ def predict(
         # Handed out before the pipeline starts: inside it, a later stage waits for the one that would hand out.
         batches = [broadcast_batch(next(source) if source is not None else None) for _ in part]
         observed = [statistics if start + number < counted else None for number in range(len(part))]
-        guesses = _guesses(chunks, list(zip(batches, observed, strict=True)), encoder.max_length)
+        guesses = _guesses(chunks, list(zip(batches, observed, strict=True)), encoder)
         for packed, (guess_S, loss_S) in zip(part, guesses, strict=False):  # no guesses on stages before the last
             found |= plan.read(packed, guess_S.numpy(), loss_S.numpy())
     for chunk in chunks:
         chunk.train()
     everywhere: list[dict | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, found)
-    merged = {index: said for part in everywhere for index, said in part.items()}
+    merged = {index: said for part in everywhere if part is not None for index, said in part.items()}
     return [merged[index] for index in range(len(rows))]
 
 
 @torch.no_grad()
-def _guesses(chunks: list[MoELlava], batches: list[tuple], length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _guesses(chunks: list[MoELlava], batches: list[tuple], encoder: Encoder) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Likeliest next token and loss of the label [S] of each batch; on the last pipeline stage, others return nothing."""
     iterators = [iter(batches) for _ in chunks]
     return get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=partial(_forward_step, encoder.tokenizer.vocab_size),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
-        seq_length=length,
+        seq_length=encoder.max_length,
         micro_batch_size=1,
         forward_only=True,
     )
 
 
-def _forward_step(batches: Iterator[tuple[Batch, RoutingStatistics | None]], model):
+def _forward_step(vocab_size: int, batches: Iterator[tuple[Batch, RoutingStatistics | None]], model):
     batch, statistics = next(batches)
     with statistics.count(batch) if statistics else nullcontext():
         logits = model(**(model_inputs(batch) | {"labels_BS": None}))
 
+    labels_BL = share(batch.labels_BS)
+    assert labels_BL is not None
+
     def read(logits_BLV: torch.Tensor):
-        logits_LV, labels_L = logits_BLV[0], share(batch.labels_BS)[0]
+        logits_LV, labels_L = logits_BLV[0], labels_BL[0]
         answer_L = labels_L != IGNORE_INDEX  # few of the positions: their logits alone become fp32
         losses_L = torch.zeros_like(labels_L, dtype=torch.float32)
         losses_L[answer_L] = F.cross_entropy(logits_LV[answer_L].float(), labels_L[answer_L], reduction="none")
-        return torch.zeros(1), tuple(gather_positions(part_L).cpu() for part_L in (logits_LV.argmax(dim=-1), losses_L))
+        guesses_L = logits_LV[:, :vocab_size].argmax(dim=-1)  # the model may have rows that no token stands for
+        return torch.zeros(1), tuple(gather_positions(part_L).cpu() for part_L in (guesses_L, losses_L))
 
     return logits, read
 

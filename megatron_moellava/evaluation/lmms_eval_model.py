@@ -8,6 +8,7 @@ questions, so they put their shares together, answer them all, and each hands ba
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import torch.distributed as dist
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -43,7 +44,7 @@ class MegatronMoELlava(lmms):
         max_new_tokens: int = 1024,
         max_batch_size: int | None = None,
         device: str | None = None,
-        **layout: int,
+        **layout: Any,
     ) -> None:
         """`pretrained`: a checkpoint folder. `max_new_tokens`: where a task does not say. `layout`: fields of
         ParallelConfig. lmms-eval always passes max_batch_size and device; the engine and the layout decide those."""

@@ -15,7 +15,7 @@ from megatron_moellava.evaluation.questions import read_json
 from megatron_moellava.evaluation.scorers.yes_no import POPE_CATEGORIES
 from megatron_moellava.evaluation.tasks import TASKS, Task
 
-_POPE = ("pope", "quickstart_pope")  # with a table of their categories
+_POPE = ("pope", "quickstart_pope", "names_pope")  # with a table of their categories
 
 
 def score_and_submit(task: Task, answered: Answered, *, bootstrap_samples: int = BOOTSTRAP_SAMPLES) -> dict:

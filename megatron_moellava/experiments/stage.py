@@ -11,6 +11,7 @@ from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.evaluation.closed_questions import predict
 from megatron_moellava.evaluation.quickstart.metrics import score_quickstart
 from megatron_moellava.exit_codes import INTERRUPTED
+from megatron_moellava.model.precision import settle_and_say
 from megatron_moellava.routing.records import RoutingSums
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.run import build_trainer
@@ -37,7 +38,7 @@ def train_stage(run: RunConfig) -> Trainer:
     """Train a validated run to its end under its own layout. Raises Interrupted, TrainingDiverged, ConfigError."""
     validate_run(run, platform.machine())
     parallel.initialize(run.parallel, run.training.seed)
-    trainer = build_trainer(run)
+    trainer = build_trainer(settle_and_say(run))
     if trainer.train() != 0:
         raise Interrupted(f"interrupted at step {trainer.state.iteration}; the same command continues")
     return trainer

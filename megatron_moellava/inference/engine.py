@@ -180,7 +180,8 @@ class Engine:
 
     def _admit(self) -> list[RequestState]:
         """Requests whose prompts join this step, with their cache rows."""
-        admitted, tokens, used = [], 0, len(self.rows)
+        admitted: list[RequestState] = []
+        tokens, used = 0, len(self.rows)
         longest = max((running.most_tokens for running in self.rows), default=0)
         while self.waiting and used + self.waiting[0].width <= self.max_batch_size:
             longest = max(longest, self.waiting[0].most_tokens)
@@ -278,9 +279,10 @@ class Engine:
         group = None if self.replicated else parallel_state.get_model_parallel_group()
         size = dist.get_world_size() if group is None else group.size()
         if size == 1:
+            assert choices is not None
             return choices
         ranks = range(size) if group is None else dist.get_process_group_ranks(group)
-        box = [choices]
+        box: list = [choices]
         dist.broadcast_object_list(box, src=ranks[-1], group=group)
         return box[0]
 

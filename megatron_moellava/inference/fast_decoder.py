@@ -9,7 +9,7 @@ the modules' own.
 Shapes: T tokens of a step, H hidden, E experts, K choices of a token, G query groups, D channels of a head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ class FastDecoder:
     """One step through all layers, from embeddings to logits, without Megatron-Core's modules."""
 
     model: MoELlava
-    product: PackedLinear | None = None
+    product: PackedLinear = field(init=False)
     angles_S11C: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -59,19 +59,21 @@ class FastDecoder:
         hidden_TH = hidden_T1H.squeeze(1)
         for layer in language.decoder.layers:
             normed_TH = layer.input_layernorm(hidden_TH)
-            attended_TH = self._attention(layer, normed_TH, cache) * backbone.residual_multiplier
+            attended_TH = self._attention(layer, normed_TH, cache, self.angles_S11C) * backbone.residual_multiplier
             if backbone.parallel_residual:
                 hidden_TH = hidden_TH + attended_TH + feed_forward(self.product, layer.mlp, normed_TH)
                 continue
             hidden_TH = hidden_TH + attended_TH
             fed_TH = feed_forward(self.product, layer.mlp, layer.pre_mlp_layernorm(hidden_TH))
             hidden_TH = hidden_TH + fed_TH * backbone.residual_multiplier
-        hidden_LH = language.decoder.final_layernorm(hidden_TH[cache.step.last_tokens()]) / backbone.logits_divisor
+        hidden_LH = (
+            language.decoder.final_layernorm(hidden_TH[cache.current_step.last_tokens()]) / backbone.logits_divisor
+        )
         tied = language.share_embeddings_and_output_weights
         weight_VH = language.shared_embedding_or_output_weight() if tied else language.output_layer.weight
         return self.product(hidden_LH, weight_VH, language.output_layer.bias)[:, : backbone.vocab_size]
 
-    def _attention(self, layer, normed_TH: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def _attention(self, layer, normed_TH: torch.Tensor, cache: KVCache, angles_S11C: torch.Tensor) -> torch.Tensor:
         attention, backbone = layer.self_attention, self.model.backbone
         qkv_TN = self.product(normed_TH, attention.linear_qkv.weight, attention.linear_qkv.bias)
         qkv_TGXD = qkv_TN.view(len(qkv_TN), backbone.num_query_groups, -1, backbone.kv_channels)
@@ -79,9 +81,9 @@ class FastDecoder:
         if attention.q_layernorm is not None:
             query_THD = attention.q_layernorm(qkv_TGXD[:, :, :-2].flatten(1, 2))
             key_TGD = attention.k_layernorm(qkv_TGXD[:, :, -2])
-            context_TH = cache.attend(attention.layer_number, query_THD, key_TGD, value_TGD, self.angles_S11C)
+            context_TH = cache.attend(attention.layer_number, query_THD, key_TGD, value_TGD, angles_S11C)
         else:  # queries and keys turn together
-            turned_TGXD = cache.rotate(qkv_TGXD[:, :, :-1], self.angles_S11C)
+            turned_TGXD = cache.rotate(qkv_TGXD[:, :, :-1], angles_S11C)
             query_THD, key_TGD = turned_TGXD[:, :, :-1].flatten(1, 2), turned_TGXD[:, :, -1]
             context_TH = cache.look(attention.layer_number, query_THD, key_TGD, value_TGD)
         return self.product(context_TH, attention.linear_proj.weight, attention.linear_proj.bias)

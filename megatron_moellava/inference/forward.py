@@ -50,7 +50,7 @@ class Forward:
             embeddings_T1D = torch.cat(parts, dim=0)
         else:
             self._receive(len(step.positions_T))
-        if self.fast_decoder is not None:
+        if self.fast_decoder is not None and embeddings_T1D is not None:  # all stages are here
             return self.fast_decoder(embeddings_T1D, self.cache)[:, : self.vocab_size]
         output = self.model(
             tokens_BS=None, position_ids_BS=None, embeddings_SBD=embeddings_T1D, inference_context=self.cache

@@ -1,5 +1,6 @@
 """From a checkpoint folder to an engine: what is not said is what the checkpoint was trained with."""
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from megatron_moellava.inference.overrides import layout_with, parse_overrides, 
 from megatron_moellava.inference.prompts import Prompter
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.model.precision import settled
 from megatron_moellava.model.weights import load_weights
 from megatron_moellava.routers import ROUTERS
 
@@ -44,7 +46,8 @@ def load_for_inference(
     """An engine over the newest checkpoint of a folder. Joins the processes of torchrun unless that has been done.
 
     `overrides`: `section.field=value` of the command line, of the table in overrides.py.
-    Empty strings mean what the checkpoint's run.json says (the backbone's own template, bf16, where it says nothing).
+    Empty strings mean what the checkpoint's run.json says (the backbone's own template, bf16, where it says nothing);
+    a bf16 checkpoint answers in fp32 on a CPU without bf16 units unless `precision` is "bf16".
     `verify`: False does not compare the checkpoint's files with their digests. `engine_options` go to `Engine`.
     Raises CheckpointError, or ConfigError for a missing tokenizer.
     """
@@ -82,6 +85,7 @@ def load_model(
     run = run_with(run, given)
     if not parallel_state.model_parallel_is_initialized():
         parallel.initialize(layout, run.training.seed)
+    run = _settled(run, folder)
     verify_checkpoint(folder, verify=verify, together=True)  # before minutes go into building a large model
     prompter_parts = load_tokenizer(run.data.tokenizer), get_template(run.data.template)
     (model,) = build_model(run)
@@ -121,7 +125,7 @@ def inference_run(folder: Path, layout: ParallelConfig, *, tokenizer: str, templ
     run = replace(
         run,
         parallel=layout,
-        training=replace(run.training, precision=precision or trained.get("training", {}).get("precision", "bf16")),
+        training=replace(run.training, precision=_precision(precision, trained)),
         data=replace(
             run.data,
             tokenizer=_tokenizer(folder, tokenizer or run.data.tokenizer),
@@ -135,12 +139,35 @@ def inference_run(folder: Path, layout: ParallelConfig, *, tokenizer: str, templ
     return run
 
 
+def _precision(asked: str, trained: dict[str, dict]) -> str:
+    """What was asked for, else the checkpoint's own, where bf16 stands for the fastest on this machine."""
+    if asked not in ("", "auto"):
+        return asked
+    own = trained.get("training", {}).get("precision", "bf16")
+    return "auto" if own == "bf16" else own
+
+
+def _settled(run: RunConfig, folder: Path) -> RunConfig:
+    """The run with its precision by name. Where that is another than the checkpoint's own, one line says so."""
+    found = settled(run)
+    if found.reason and found.run.training.precision != "bf16":
+        _note(f"precision {found.run.training.precision} for the bf16 checkpoint {folder}: {found.reason}")
+    if found.warning:
+        _note(found.warning)
+    return found.run
+
+
+def _note(text: str) -> None:
+    if parallel.is_main_process():
+        print(text, file=sys.stderr, flush=True)
+
+
 def _tokenizer(folder: Path, name: str) -> str:
     if not name:
         raise CheckpointError(
             f"{folder} does not say which tokenizer belongs to it; pass --tokenizer FOLDER or FILE.model"
         )
-    if not Path(name).exists():
+    if not Path(name).expanduser().exists():
         raise CheckpointError(
             f"the tokenizer of {folder}, {name}, does not exist; pass --tokenizer FOLDER or FILE.model"
         )

@@ -6,7 +6,15 @@ One table: a field that is not in it changes nothing there, so it is refused ins
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_moellava.config import ConfigError, ParallelConfig, RunConfig, from_dict, set_override, split_override
+from megatron_moellava.config import (
+    ConfigError,
+    MoEConfig,
+    ParallelConfig,
+    RunConfig,
+    from_dict,
+    set_override,
+    split_override,
+)
 from megatron_moellava.routers import ROUTERS
 
 HONOURED = {
@@ -91,21 +99,23 @@ def layout_with(layout: ParallelConfig, given: dict[str, dict]) -> ParallelConfi
 def run_with(run: RunConfig, given: dict[str, dict]) -> RunConfig:
     """A checkpoint's run, changed by the overrides of the other sections. ConfigError where the run has no use for one."""
     moe = given.get("moe", {})
-    if moe and run.moe is None:
+    if run.moe is not None:
+        _check_moe(run.moe, moe)
+    elif moe:
         raise ConfigError(f"moe.{next(iter(moe))}: the checkpoint is dense, so there is nothing to route")
-    useless = [
-        name
-        for name in ORIGINAL_ONLY
-        if name in moe and run.moe and not ROUTERS[run.moe.router].evaluates_with_capacity
-    ]
-    if useless:
-        raise ConfigError(
-            f"moe.{useless[0]}: the checkpoint has moe.router={run.moe.router}, which is deterministic and drops nothing "
-            "in evaluation; leave it out"
-        )
-    topk = moe.get("moe_router_topk", 1)
-    limit = run.moe and min(ROUTERS[run.moe.router].max_topk or run.moe.num_moe_experts, run.moe.num_moe_experts)
-    if limit and not 1 <= topk <= limit:
-        raise ConfigError(f"moe.moe_router_topk={topk} must lie between 1 and {limit} with moe.router={run.moe.router}")
     sections = {name: replace(getattr(run, name), **fields) for name, fields in given.items() if name != "parallel"}
     return replace(run, **sections)
+
+
+def _check_moe(moe: MoEConfig, given: dict) -> None:
+    """ConfigError for an override that the checkpoint's router has no use for, or cannot follow."""
+    useless = [name for name in ORIGINAL_ONLY if name in given and not ROUTERS[moe.router].evaluates_with_capacity]
+    if useless:
+        raise ConfigError(
+            f"moe.{useless[0]}: the checkpoint has moe.router={moe.router}, which is deterministic and drops nothing "
+            "in evaluation; leave it out"
+        )
+    topk = given.get("moe_router_topk", 1)
+    limit = min(ROUTERS[moe.router].max_topk or moe.num_moe_experts, moe.num_moe_experts)
+    if not 1 <= topk <= limit:
+        raise ConfigError(f"moe.moe_router_topk={topk} must lie between 1 and {limit} with moe.router={moe.router}")

@@ -1,6 +1,7 @@
 """One request while it runs: what it has said, and whether that ends it."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -55,8 +56,8 @@ class RequestState:
             return likeliest
         return draw(logits_KV[0], self.request.sampling, self.random)
 
-    def accept(self, choice: int | list[Beam]) -> tuple[str, list[int]]:
-        """Take a choice over; returns (text that is certain now, source of each row where beams changed places)."""
+    def accept(self, choice: Any) -> tuple[str, list[int]]:
+        """Take over what `choose` chose; returns (text that is certain now, source of each row where beams changed places)."""
         if self.beams is not None:
             self.num_steps += 1
             is_last = self.num_steps == self.request.sampling.max_new_tokens

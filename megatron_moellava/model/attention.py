@@ -50,7 +50,7 @@ class SdpaCoreAttention(MegatronModule):
     ):
         super().__init__(config=config)
         self.attn_mask_type = attn_mask_type
-        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.cp_group = pg_collection.cp if pg_collection and config.context_parallel_size > 1 else None
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -129,6 +129,7 @@ class SdpaCoreAttention(MegatronModule):
         """Causal attention of this rank's positions to the whole row, sample by sample (`context_parallel.py`)."""
         key_SBGD, value_SBGD = gather_positions(torch.cat([key_LBGD, value_LBGD], -1)).chunk(2, -1)
         length = key_SBGD.shape[0]
+        assert self.cp_group is not None
         boundaries = [0, length] if packed is None else packed.cu_seqlens_q.tolist()
         parts = []
         for piece in attention_pieces(chunks_of_rank(length, self.cp_group.size(), self.cp_group.rank()), boundaries):

@@ -11,6 +11,7 @@ samples may be cut anywhere, so that nothing is padded for it. Shapes: S positio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import overload
 
 import torch
 
@@ -29,6 +30,10 @@ def chunks_of_rank(length: int, size: int, rank: int) -> tuple[tuple[int, int], 
     return tuple((index * chunk, (index + 1) * chunk) for index in (rank, 2 * size - 1 - rank))
 
 
+@overload
+def share(whole: torch.Tensor, dim: int = 1) -> torch.Tensor: ...
+@overload
+def share(whole: None, dim: int = 1) -> None: ...
 def share(whole: torch.Tensor | None, dim: int = 1) -> torch.Tensor | None:
     """This rank's positions of a tensor that every rank of the group has whole."""
     size = parallel.context_parallel_size()

@@ -48,7 +48,8 @@ class ProductOfSeparate(torch.autograd.Function):
         (grad_NO,) = grads_NO
         input_NI, offsets_E, *weights_OI = ctx.saved_tensors
         needs_input, _, *needs_weights = ctx.needs_input_grad
-        grad_NI, grads_OI = None, (None,) * len(weights_OI)
+        grad_NI = None
+        grads_OI: tuple = (None,) * len(weights_OI)
         if needs_input:
             grad_NI = F.grouped_mm(grad_NO, torch.stack(weights_OI), offs=offsets_E)
         if any(needs_weights):
@@ -108,7 +109,7 @@ class GroupedLinear(MegatronModule):
         self.use_bias = bias
 
     def _add(self, name: str, parameter: torch.nn.Parameter) -> None:
-        parameter.allreduce = False  # reduced over the expert-data-parallel group, also where that is all of the group
+        parameter.allreduce = False  # type: ignore[attr-defined]  # reduced over the expert-data-parallel group, also where that is all of the group
         self.register_parameter(name, parameter)
 
     def fuse(self) -> None:
@@ -151,6 +152,7 @@ class GroupedLinear(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """One entry per expert under the key of the sequential experts, so that both read each other's checkpoints."""
         first, total = self.pg_collection.ep.rank() * self.num_experts, self.pg_collection.ep.size() * self.num_experts
+        assert metadata is not None
         state = {}
         for name in ("weight", "bias") if self.use_bias else ("weight",):
             for index in range(self.num_experts):

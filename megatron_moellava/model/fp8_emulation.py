@@ -249,7 +249,7 @@ def _replace_product(module: torch.nn.Module, emulation: Emulation) -> None:
     is_trained = any(parameter.requires_grad for parameter in module.parameters())
     if isinstance(module, GroupedLinear):
         emulation.scalings.append(scaling := Scaling(emulation.recipe, module.num_experts, is_trained))
-        module.product = partial(grouped_product, scaling)
+        module.product = partial(grouped_product, scaling)  # type: ignore[method-assign]
     elif isinstance(module, ColumnParallelLinear | RowParallelLinear):
         emulation.scalings.append(scaling := Scaling(emulation.recipe, 1, is_trained))
         module._forward_impl = partial(linear_product, scaling)

@@ -70,7 +70,13 @@ class KVCache:
         return True
 
     def is_decode_only(self) -> bool:  # asked by Megatron-Core
-        return not self.step.prompts
+        return not self.current_step.prompts
+
+    @property
+    def current_step(self) -> Step:
+        """What `begin` announced."""
+        assert self.step is not None, "begin() comes first"
+        return self.step
 
     def begin(self, step: Step) -> None:
         """Announce the tokens of the next forward pass."""
@@ -127,14 +133,16 @@ class KVCache:
         if self._rotation is None:
             if self._table is None:
                 self._table = rotation(angles_S11C[:, 0, 0], x_TAD.dtype)
-            self._rotation = tuple(item_SC[self.step.positions_T] for item_SC in self._table)
+            cos_SC, sin_SC = self._table
+            positions_T = self.current_step.positions_T
+            self._rotation = cos_SC[positions_T], sin_SC[positions_T]
         between = (slice(None), *(None,) * (x_TAD.dim() - 2))
         return rotate(x_TAD, *(item_TC[between] for item_TC in self._rotation))
 
     def look(self, layer: int, query_THD, key_TGD, value_TGD) -> torch.Tensor:
         """`attend`, of queries and keys that are rotated already."""
         keys_RGSD, values_RGSD = self._memory(layer, key_TGD)
-        scale, step, start, parts = query_THD.shape[-1] ** -0.5, self.step, 0, []
+        scale, step, start, parts = query_THD.shape[-1] ** -0.5, self.current_step, 0, []
         for row, length in step.prompts:
             new = slice(start, start + length)
             key_GPD, value_GPD = key_TGD[new].transpose(0, 1), value_TGD[new].transpose(0, 1)

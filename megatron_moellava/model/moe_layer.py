@@ -14,7 +14,7 @@ class ResidualMoELayer(MoELayer):
         self.residual_mlp = MLP(config, dense, ffn_hidden_size=config.ffn_hidden_size, tp_group=self.tp_group)
         self.coefficient = torch.nn.Linear(config.hidden_size, 2, dtype=config.params_dtype)
         for parameter in self.coefficient.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_SBH: torch.Tensor, intermediate_tensors=None, padding_mask: torch.Tensor | None = None):
         """[S, B, H] -> [S, B, H], and None for the bias."""

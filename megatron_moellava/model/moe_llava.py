@@ -142,20 +142,18 @@ class MoELlava(MegatronModule):
         `image_rows` is `embed`'s. Under context parallelism the arguments are of whole rows, and the result is of the
         positions of this rank.
         """
-        padding_counts = padding_mask_BS is not None and self._padding_counts()
+        counted_BS = padding_mask_BS if self._padding_counts() else None
         if self.pre_process and embeddings_SBD is None:
             embeddings_SBD = self.embed(tokens_BS, pixels_NCHW, image_rows=image_rows)
-            if padding_counts:
-                embeddings_SBD = embeddings_SBD * padding_mask_BS.transpose(0, 1).unsqueeze(-1)
+            if counted_BS is not None:
+                embeddings_SBD = embeddings_SBD * counted_BS.transpose(0, 1).unsqueeze(-1)
         if embeddings_SBD is not None and self.config.sequence_parallel:
             embeddings_SBD = scatter_to_sequence_parallel_region(embeddings_SBD)
         if embeddings_SBD is not None and self._needs_differentiable_input():
             embeddings_SBD.requires_grad_()
-        if attention_mask is None and padding_counts:
-            attention_mask = causal_padding_mask(padding_mask_BS)
-        position_ids_BS, labels_BS, padding_mask_BS = (
-            share(item) for item in (position_ids_BS, labels_BS, padding_mask_BS)
-        )
+        if attention_mask is None and counted_BS is not None:
+            attention_mask = causal_padding_mask(counted_BS)
+        position_ids_BS, labels_BS, padding_mask_BS = share(position_ids_BS), share(labels_BS), share(padding_mask_BS)
         is_shared = self.config.context_parallel_size > 1
         with self.language_model.positions(position_ids_BS if cu_seqlens is not None or is_shared else None):
             output = self.language_model(
@@ -265,7 +263,7 @@ class LanguageModel(GPTModel):
     def _postprocess(self, hidden_states, **arguments):
         cache = arguments["inference_context"]
         if self.post_process and isinstance(cache, KVCache):
-            hidden_states = hidden_states[cache.step.last_tokens()]
+            hidden_states = hidden_states[cache.current_step.last_tokens()]
         if self.post_process and self.backbone.logits_divisor != 1.0:
             hidden_states = hidden_states / self.backbone.logits_divisor
         logits_or_losses = super()._postprocess(hidden_states, **arguments)
@@ -288,14 +286,14 @@ class PositionedRotary(RotaryEmbedding):
         )
         scaling = backbone.rope_scaling
         if scaling is not None:
-            self.inv_freq = self._apply_scaling(
+            self.inv_freq: torch.Tensor = self._apply_scaling(
                 self.inv_freq,
                 scaling.factor,
                 scaling.low_freq_factor,
                 scaling.high_freq_factor,
                 scaling.original_max_position_embeddings,
             )
-        self._positions_S = None
+        self._positions_S: torch.Tensor | None = None
 
     def at(self, position_ids_BS: torch.Tensor | None) -> "PositionedRotary":
         """Itself, for `with`: rotations are those of the first row of `position_ids_BS`; None: positions 0, 1, ..."""

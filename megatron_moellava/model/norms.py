@@ -5,6 +5,8 @@ it. Under sequence parallelism every rank sees its own tokens, so the gradients 
 tensor-parallel group: the attribute `sequence_parallel` asks megatron-core for that.
 """
 
+from typing import Any
+
 import torch
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -15,7 +17,7 @@ NORMS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
 class Norm:
     """A builder with megatron-core's interface; the module is torch's own."""
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_) -> torch.nn.Module:
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_) -> Any:
         norm = NORMS[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel

@@ -47,7 +47,9 @@ class OriginalGate(torch.nn.Module):
         """Deterministic but for the noise: the same logits and noise give the same choices on every rank."""
         moe = self.moe
         factor = moe.moe_expert_capacity_factor if self.training else moe.eval_capacity_factor
-        slots = expert_capacity(*logits_NE.shape, factor, moe.moe_router_topk, moe.min_capacity)
+        assert factor is not None, "this router always has a capacity"
+        num_tokens, num_experts = logits_NE.shape
+        slots = expert_capacity(num_tokens, num_experts, factor, moe.moe_router_topk, moe.min_capacity)
         slots = slots if self.drops else len(logits_NE)
         if moe.moe_router_topk == 1:
             return top1_gate(logits_NE, slots, self.noise(logits_NE, torch.rand))

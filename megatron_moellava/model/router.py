@@ -98,7 +98,9 @@ class MegatronRouter(TopKRouter):
             map_NE = within_capacity(weights_NE, asked_NE, self.topk, self.config.moe_expert_capacity_factor)
             weights_NE = weights_NE * map_NE
         if is_training and self.routing_type != "none":
-            weights_NE = self._with_balancing_loss(weights_NE, logits_NE, padding_N, logits_SBE.shape[:2])
+            weights_NE = self._with_balancing_loss(
+                weights_NE, logits_NE, padding_N, (logits_SBE.shape[0], logits_SBE.shape[1])
+            )
         if is_training and self.enable_expert_bias:
             self.local_tokens_per_expert += asked_NE.sum(dim=0)
         return weights_NE, map_NE
@@ -274,10 +276,11 @@ def uniform_router_init(weight_EH: torch.Tensor) -> torch.Tensor:
     return torch.nn.init.uniform_(weight_EH, -bound, bound)
 
 
-MODULES = {"megatron": MegatronRouter, "original": OriginalRouter}  # by the kinds of `routers.py`
+MODULES: dict[str, type] = {"megatron": MegatronRouter, "original": OriginalRouter}  # by the kinds of `routers.py`
 
 
 def router_builder(moe: MoEConfig) -> Callable[..., MegatronRouter]:
     """What makes the routers of a run."""
     module = MODULES[moe.router]
-    return partial(module, moe=moe) if issubclass(module, OriginalRouter) else module
+    builder: Callable[..., MegatronRouter] = module
+    return partial(builder, moe=moe) if issubclass(module, OriginalRouter) else builder

@@ -22,11 +22,13 @@ import megatron_moellava.platform as platform
 from megatron_moellava import parallel
 from megatron_moellava.config import ConfigError, RunConfig
 from megatron_moellava.costs.layout import Layout
+from megatron_moellava.machine import GPU_CLUSTER
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.roles import freeze, parameter_roles
 from megatron_moellava.planning.counting import SavedTensors, flop_counter, storage_bytes
 from megatron_moellava.training.optimizer import build_optimizer, distributed_optimizers, wrap_data_parallel
+from megatron_moellava.validation.precision import decided
 
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
@@ -56,12 +58,13 @@ class Counted:
 
 def count_rank(layout: Layout, pipeline_rank: int) -> Counted:
     """Build and run one rank of a pipeline stage. Its tensor, expert and data peers hold the same shapes."""
+    layout = replace(layout, run=decided(layout.run, GPU_CLUSTER)[0])
     with _fake_world(layout, pipeline_rank), _without_values(), FakeTensorMode():
         chunks = build_model(_dry(layout))
         for chunk in chunks:
             freeze(chunk, layout.trains)
             _balance(chunk)
-        parameters = Counter()
+        parameters: Counter[str] = Counter()
         for chunk in chunks:
             for role, _, parameter in parameter_roles(chunk):
                 parameters[role] += parameter.numel()

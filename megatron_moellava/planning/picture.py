@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_moellava.config import ConfigError
 from megatron_moellava.costs.gpus import GIB
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.planning.search import Plan
@@ -56,7 +57,10 @@ def draw(plans: Sequence[Plan], limit: float, title: str, path: Path) -> None:
     memory.invert_yaxis()
     figure.suptitle(f"{title} - predicted, never measured on a GPU")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:  # of a file type that matplotlib does not write
+        raise ConfigError(f"--picture {path}: {error}") from None
     plt.close(figure)
 
 

@@ -12,7 +12,10 @@ from megatron_moellava.config import (
     ModelConfig,
     MoEConfig,
     ParallelConfig,
+    Recompute,
+    Role,
     RunConfig,
+    Stage,
     TrainingConfig,
 )
 from megatron_moellava.costs.gpus import GPUS
@@ -48,7 +51,7 @@ QWEN2_57B = replace(
     kv_channels=128,
     vocab_size=151936,
 )
-EVERY_ROLE = (
+EVERY_ROLE: tuple[Role, ...] = (
     "projector",
     "language.embedding",
     "language.attention",
@@ -81,13 +84,13 @@ class Published:
     gpus: int
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     moe: MoEConfig | None = None
-    stage: int = 2
+    stage: Stage = 2
     micro_batch_size: int = 1
     global_batch_size: int = 256
     seq_length: int = 4096
     data: StageData | None = None  # None: text rows of seq_length
-    trains: tuple[str, ...] | None = None
-    recompute: str = "none"
+    trains: tuple[Role, ...] | None = None
+    recompute: Recompute = "none"
     calibrates: bool = False  # the efficiencies were fitted to it, so it checks nothing
     note: str = ""
 
@@ -111,7 +114,7 @@ class Published:
         return Layout(run=run, backbone=self.backbone, tower=tower, world_size=self.gpus)
 
 
-def _llava(name: str, value: float, size: str, gpu: str, stage: int, batch: int, note: str = "") -> Published:
+def _llava(name: str, value: float, size: str, gpu: str, stage: Stage, batch: int, note: str = "") -> Published:
     return Published(
         name=f"LLaVA-1.5-{size} {name}",
         source=LLAVA,
@@ -130,7 +133,7 @@ def _llava(name: str, value: float, size: str, gpu: str, stage: int, batch: int,
     )
 
 
-def _ablation(name: str, value: float, moe: MoEConfig | None, trains: tuple[str, ...] | None = None) -> Published:
+def _ablation(name: str, value: float, moe: MoEConfig | None, trains: tuple[Role, ...] | None = None) -> Published:
     return Published(
         name=f"MoE-LLaVA Qwen-1.8B stage 3, {name}",
         source=MOE_LLAVA,
@@ -246,7 +249,8 @@ def check_all() -> list[Check]:
 def recipe_hours(backbone: str, gpu: str = "a100-80") -> float:
     """The three stages of the original's recipe on 8 GPUs; the paper says "within 1 day" on A100 or A800."""
     total = 0.0
-    for stage, batch in ((1, 32), (2, 8), (3, 8)):
+    batches: dict[Stage, int] = {1: 32, 2: 8, 3: 8}
+    for stage, batch in batches.items():
         run = Published(
             name=backbone,
             source=MOE_LLAVA,

@@ -104,6 +104,7 @@ class _Tap:
     def add(self, subscriber: Subscriber) -> None:
         if not self.subscribers:
             router = self.router()
+            assert router is not None, "the model is gone"
             self.hooks = [router.register_forward_hook(self._after_router)]
             if isinstance(router, OriginalRouter):
                 self.hooks.append(router.gate.register_forward_hook(self._after_gate))

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from megatron_moellava.config import DataError
 from megatron_moellava.data.images import open_image
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Turn
-from megatron_moellava.inference.engine import Engine
 from megatron_moellava.inference.requests import Request, Sampling
 
 HELP = """/image FILE   show a picture with the next question (several times: several pictures)
@@ -28,7 +28,7 @@ HELP = """/image FILE   show a picture with the next question (several times: se
 class Conversation:
     """One conversation with its pictures; /clear begins another."""
 
-    engine: Engine
+    engine: Any  # with `stream` and `cancel`: an Engine, or one that tells other ranks
     sampling: Sampling
     turns: list[Turn] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Conversation:
         """A record that training reads as it is: names below the file's folder, other pictures inside of it."""
         speakers = {"user": "human", "assistant": "gpt"}
         folder = Path(file).expanduser().resolve().parent
-        record = {"id": Path(file).stem, "conversations": []}
+        record: dict = {"id": Path(file).stem, "conversations": []}
         if self.names:
             record["image"] = [_portable(name, folder) for name in self.names]
         for turn in self.turns:

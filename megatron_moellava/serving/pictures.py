@@ -70,11 +70,12 @@ def _fetch(url: str, limits: PictureLimits) -> bytes:
     try:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        address = _public_address(parts.hostname or "", port)
+        host = parts.hostname or ""
+        address = _public_address(host, port)
         raw = socket.create_connection((address, port), timeout=limits.remote_seconds)
         if parts.scheme == "https":
-            raw = ssl.create_default_context().wrap_socket(raw, server_hostname=parts.hostname)
-        connection = http.client.HTTPConnection(parts.hostname, port, timeout=limits.remote_seconds)
+            raw = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
+        connection = http.client.HTTPConnection(host, port, timeout=limits.remote_seconds)
         connection.sock = raw
         try:
             connection.request("GET", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
@@ -92,7 +93,7 @@ def _fetch(url: str, limits: PictureLimits) -> bytes:
 
 
 def _public_address(host: str, port: int) -> str:
-    addresses = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     if not addresses or not all(ipaddress.ip_address(address).is_global for address in addresses):
         raise DataError("the image's host is not a public one")
     return sorted(addresses)[0]

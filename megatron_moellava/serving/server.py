@@ -10,7 +10,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -184,7 +184,7 @@ class Answering:
     def _close(self) -> None:
         self.open -= 1
 
-    async def _body(self, request: Request) -> object:
+    async def _body(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # also what keeps other web sites' forms out
             raise Refused(415, "Content-Type must be application/json")
@@ -228,7 +228,7 @@ class Answering:
             raise Refused(499, "the client has gone")
         return openai_api.completion_object(completion, self.options.model_name)
 
-    async def _stream(self, chat: ChatRequest, prompt: Prompt, deadline: float) -> AsyncIterator[str]:
+    async def _stream(self, chat: ChatRequest, prompt: Prompt, deadline: float) -> AsyncGenerator[str]:
         name = self.options.model_name
         try:
             yield _line(openai_api.first_chunk(chat.request.id, name))
@@ -243,7 +243,7 @@ class Answering:
         except Refused as error:
             yield _line(error_object(str(error), error.kind))
 
-    async def _events(self, chat: ChatRequest, prompt: Prompt, deadline: float) -> AsyncIterator[Event]:
+    async def _events(self, chat: ChatRequest, prompt: Prompt, deadline: float) -> AsyncGenerator[Event]:
         """The engine's events, timed. Raises Refused when it fails or takes too long."""
         started, first, completion = time.monotonic(), None, None
         events = self.service.events(chat.request, prompt)
@@ -273,15 +273,15 @@ class Answering:
 class EventStream(StreamingResponse):
     """Server-sent events. `done` is called once, also when the client has gone before the first of them."""
 
-    def __init__(self, events: AsyncIterator[str], done: Callable[[], None]):
+    def __init__(self, events: AsyncGenerator[str], done: Callable[[], None]):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.done = done
+        self.events, self.done = events, done
 
     async def __call__(self, scope, receive, send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.body_iterator.aclose()
+            await self.events.aclose()
             self.done()
 
 

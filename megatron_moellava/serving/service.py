@@ -8,7 +8,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
@@ -55,14 +55,15 @@ class Service:
     def stop(self) -> None:
         """End the engine's thread; waits up to a minute for it."""
         self._commands.put(STOP)
-        self._thread.join(timeout=60)
+        if self._thread is not None:
+            self._thread.join(timeout=60)
 
     @property
     def open_requests(self) -> int:
         """Requests that somebody waits for."""
         return len(self._callers)
 
-    async def events(self, request: Request, prompt: Prompt) -> AsyncIterator[Event]:
+    async def events(self, request: Request, prompt: Prompt) -> AsyncGenerator[Event]:
         """The events of a prepared request. Leaving the iteration early cancels it. Raises EngineFailed."""
         caller = _PendingCaller(asyncio.get_running_loop(), asyncio.Queue())
         with self._lock:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_moellava.config import ConfigError
-from megatron_moellava.hf_config import INERT, read_json
+from megatron_moellava.hf_config import INERT, read_json, wrong_numbers
 from megatron_moellava.towers.tower import Tower
 
 FIELDS = {
@@ -18,6 +18,9 @@ FIELDS = {
     "layer_norm_eps": "layernorm_epsilon",
     "hidden_act": "activation",
 }
+RESAMPLING = {3: "bicubic", 2: "bilinear"}  # Pillow's numbers
+# What is done to every picture. (Some published files say `do_convert_rgb: null`, and pictures become RGB all the same.)
+ALWAYS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
@@ -25,7 +28,7 @@ def tower_from_hf_folder(path: Path, families, *, name: str) -> Tower:
     """The tower of a folder; preprocessing from `preprocessor_config.json` when there is one, else the family's own."""
     tower = tower_from_hf_config(read_json(path), families, name=name)
     processor = path / "preprocessor_config.json" if path.is_dir() else path.parent / "preprocessor_config.json"
-    return _with_processor(tower, read_json(processor)) if processor.exists() else tower
+    return _with_processor(tower, read_json(processor), name) if processor.exists() else tower
 
 
 def tower_from_hf_config(config: dict, families, *, name: str) -> Tower:
@@ -42,6 +45,8 @@ def tower_from_hf_config(config: dict, families, *, name: str) -> Tower:
     if problems:
         raise ConfigError(f"{name} (model_type {config['model_type']}) is not supported:\n" + "\n".join(problems))
     values = {field: settings[key] for key, field in FIELDS.items() if key in settings}
+    if wrong := wrong_numbers(Tower, values, FIELDS):
+        raise ConfigError(f"{name}: config.json cannot be read:\n" + "\n".join(wrong))
     values["activation"] = ACTIVATIONS[values["activation"]]
     return replace(family.SIZES[0], name=name, source=name, **values)
 
@@ -70,13 +75,30 @@ def _unsupported(settings: dict, hf) -> list[str]:
     ]
 
 
-def _with_processor(tower: Tower, processor: dict) -> Tower:
+def _with_processor(tower: Tower, processor: dict, name: str) -> Tower:
+    """Raises ConfigError for what the pictures of a run would not get."""
     crops = processor.get("do_center_crop", tower.resize == "shortest_edge_crop")
+    sizes = [processor.get("size"), processor.get("crop_size") if crops else None]
+    found = {side for size in sizes if size for side in (size.values() if isinstance(size, dict) else [size])}
+    problems = [
+        f"  {key}={processor[key]!r}: only {value!r} is supported"
+        for key, value in ALWAYS.items()
+        if processor.get(key) not in (None, value)
+    ]
+    problems += [f"  resample={processor['resample']!r}: supported are 2 (bilinear) and 3 (bicubic)"] * (
+        processor.get("resample", 3) not in RESAMPLING
+    )
+    problems += [
+        f"  size, crop_size: {', '.join(map(str, sorted(found)))} instead of image_size={tower.image_size}"
+    ] * (bool(found - {tower.image_size}))
+    if problems:
+        raise ConfigError(f"preprocessor_config.json of {name} is not supported:\n" + "\n".join(problems))
     return replace(
         tower,
         image_mean=tuple(processor.get("image_mean", tower.image_mean)),
         image_std=tuple(processor.get("image_std", tower.image_std)),
         resize="shortest_edge_crop" if crops else "square",
+        resample=RESAMPLING[processor.get("resample", 3)],
     )
 
 
@@ -99,7 +121,7 @@ def processor_config_of(tower: Tower) -> dict:
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,
-        "resample": 3,  # bicubic
+        "resample": {kind: number for number, kind in RESAMPLING.items()}[tower.resample],
         "rescale_factor": 1 / 255,
         "image_mean": list(tower.image_mean),
         "image_std": list(tower.image_std),
@@ -111,8 +133,8 @@ def processor_config_of(tower: Tower) -> dict:
 
 
 def tower_fields(tower: Tower) -> dict:
-    """JSON-able fields, for run.json."""
-    skipped = ("hf", "mapping", "unused")
+    """JSON-able fields, for run.json; `resample` where it is not what it was when it was no field."""
+    skipped = ("hf", "mapping", "unused", *(["resample"] if tower.resample == RESAMPLING[3] else []))
     fields = {item.name: getattr(tower, item.name) for item in dataclasses.fields(Tower) if item.name not in skipped}
     return {
         "family": tower.hf.family,

@@ -42,6 +42,7 @@ class Tower:
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     resize: str  # "shortest_edge_crop" or "square"
+    resample: str = "bicubic"  # or "bilinear": how pixels are interpolated
     hf: TowerHuggingFace
     mapping: tuple[Mapping, ...]
     unused: tuple[str, ...]  # tensors (below `vision_model.`) that no feature needs; `{i}`: every layer not used

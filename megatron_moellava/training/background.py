@@ -94,6 +94,7 @@ class BackgroundSave:
         """Wait for the save under way, if there is one, and complete it; returns its folder."""
         if self._thread is None:
             return None
+        assert self._complete is not None
         self._thread.join()
         complete, self._thread, self._complete = self._complete, None, None
         return complete()

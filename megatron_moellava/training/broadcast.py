@@ -1,6 +1,7 @@
 """One process of each model-parallel group reads a batch; the others receive it here."""
 
 import dataclasses
+from typing import Any
 
 from megatron_moellava import parallel
 from megatron_moellava.data.batch import Batch
@@ -12,7 +13,9 @@ _META = ("cu_seqlens", "max_seqlen", "sample_ids", "tags", "counts")  # stays on
 def broadcast_batch(batch: Batch | None) -> Batch:
     """The reading process passes its batch, the others None; all return it on their device (pixels: first
     stage only; `cu_seqlens`: on the host)."""
-    tensors = meta = pixels = None
+    tensors: dict | None = None
+    meta: Any = None
+    pixels: dict | None = None
     if batch is not None:
         fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
         meta = {name: fields.pop(name) for name in _META}

@@ -72,6 +72,7 @@ class TrainingState:
     consumed_samples: int
     data: dict | None  # the loader's own state, of this data-parallel rank; None where this process does not read
     provenance: dict = field(default_factory=dict)  # of the weights; run.json keeps it
+    validation: dict = field(default_factory=dict)  # {loss, iteration} of the best one so far
     fp8: list[torch.Tensor] = field(default_factory=list)  # what FP8 remembers on this rank
 
 
@@ -146,6 +147,7 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
         },
         config=to_dict(run),
         provenance=state.provenance,
+        validation=state.validation,
     )
 
 
@@ -202,7 +204,7 @@ def _owned_parameters(item: DistributedOptimizer) -> Iterator[tuple[int, torch.n
 def _empty(weight: ShardedTensor | ShardedTensorFactory, key: str) -> ShardedTensor | ShardedTensorFactory:
     """A request for one tensor of a parameter's state, split over the ranks as the weight is."""
     data = torch.empty(weight.data.shape, dtype=torch.float32)
-    changes = {"key": f"optimizer.state.{key}.{weight.key}", "data": data}
+    changes: dict = {"key": f"optimizer.state.{key}.{weight.key}", "data": data}
     if isinstance(weight, ShardedTensor):
         changes["dtype"] = data.dtype
     return replace(weight, **changes)
@@ -268,6 +270,17 @@ def _remove_old(folder: Path, keep: int, newest: Path) -> None:
         shutil.rmtree(going)
 
 
+def keep_only(checkpoint: Path) -> None:
+    """Remove every other checkpoint of its folder; collective."""
+
+    def remove() -> None:
+        for other in complete_iterations(checkpoint.parent):
+            if other != checkpoint:
+                shutil.rmtree(other.rename(other.with_suffix(UNFINISHED)))
+
+    _together(remove, checkpoint, on=0)
+
+
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +294,7 @@ def newest_intact(folder: str | Path, say: Callable[[str], None], ckpt_step: int
     damaged = []
     for checkpoint in point.candidates:
         try:
-            verify_checkpoint(checkpoint, together=True, say=say)
+            verify_checkpoint(checkpoint, together=True, goes_back=False, say=say)  # `point.note` says it
         except DamagedCheckpoint as error:
             if point.candidates == [checkpoint] and ckpt_step is not None:
                 raise CheckpointError(f"checkpoint.ckpt_step={ckpt_step}: {error}; or choose another step") from error
@@ -366,8 +379,8 @@ def load_rank_state(
             fp8.load_state(saved["fp8"])
     if not parallel.reads_data():
         return None
-    saved = description.data_parallel_size
-    ranks = [parallel.data_parallel_rank()] if saved == parallel.data_parallel_size() else range(saved)
+    before = description.data_parallel_size or 0
+    ranks = [parallel.data_parallel_rank()] if before == parallel.data_parallel_size() else range(before)
     paths = {rank: folder / f"data_{rank:05d}.pt" for rank in ranks}
     missing = [path for path in paths.values() if not path.exists()]
     if missing:

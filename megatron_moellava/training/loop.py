@@ -36,6 +36,8 @@ from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.first_gradients import FirstGradients, require_trained
+from megatron_moellava.training.fp8_histories import Fp8Histories
+from megatron_moellava.training.held_out import HeldOut
 from megatron_moellava.training.metrics import StepLog, imbalance, load_imbalance, router_losses, routing_summary
 from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import (
@@ -56,6 +58,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+BEST = "best"  # folder below checkpoint.save
 NO_GRADIENT = (
     "do its rows have answers, and pictures where the projector alone is trained? is training.trains as it should be?"
 )
@@ -70,11 +73,12 @@ class TrainingDiverged(MoELlavaError):
 class Trainer:
     """One stage of training on this rank. `train` runs it to the end or to an interruption."""
 
-    def __init__(self, run: RunConfig, loader: Loader | None, train_steps: int):
+    def __init__(self, run: RunConfig, loader: Loader | None, train_steps: int, held_out: HeldOut | None = None):
         """`loader` on the processes that read data (`parallel.reads_data`), None elsewhere."""
-        self.run, self.loader, self.train_steps = run, loader, train_steps
+        self.run, self.loader, self.train_steps, self.held_out = run, loader, train_steps, held_out
         self.chunks = build_model(run)
-        self.trained, roles = {}, run.training.trains or STAGES[run.training.stage]
+        roles = run.training.trains or STAGES[run.training.stage]
+        self.trained: dict = {}
         for chunk in self.chunks:
             self.trained |= freeze(chunk, roles)
         require_trained(self.trained, roles)
@@ -94,6 +98,7 @@ class Trainer:
         self._configure_schedules()
         self.update = Update(self.optimizer)
         self.expert_biases = ExpertBiases(self.chunks)
+        self.fp8_histories = Fp8Histories(self.chunks)
         self.first_gradients: FirstGradients | None = FirstGradients(self.chunks)
         self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
         title = f"stage {run.training.stage}"
@@ -138,16 +143,18 @@ class Trainer:
         description = read_description(checkpoint)
         self.state.iteration = description.iteration
         self.state.consumed_samples = description.consumed_samples
-        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, description.optimizer_steps)
-        self.scheduler.step(increment=description.optimizer_steps)  # skipped steps did not move it
+        self.state.validation = description.validation
+        updates = description.optimizer_steps or 0  # None is refused before
+        checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, updates)
+        self.scheduler.step(increment=updates)  # skipped steps did not move it
         self._say_schedule(description)
         loaders = checkpoints.load_rank_state(checkpoint, description, self.fp8)
-        if self.loader is not None:
+        if self.loader is not None and loaders is not None:
             self.loader.load_states(loaders)
 
     def _say_schedule(self, description: RunDescription) -> None:
         """What the learning rate does from here, where it is another than the run before would have gone on with."""
-        done, updates, before = description.iteration, description.optimizer_steps, description.config
+        done, updates, before = description.iteration, description.optimizer_steps or 0, description.config
         if done > self.train_steps:
             parallel.say(
                 f"note: {done} steps are done, more than the {self.train_steps} of this run: nothing is left to train"
@@ -156,8 +163,8 @@ class Trainer:
             return
         options, steps = from_dict(OptimizerConfig, before["optimizer"]), before["training"]["train_steps"]
         if not steps:  # one epoch, whose steps only the data tell
-            epoch = before["training"]["train_steps"] != self.run.training.train_steps and self.loader is not None
-            rows = self.loader.rows_per_epoch() if epoch else 0
+            epoch = before["training"]["train_steps"] != self.run.training.train_steps
+            rows = self.loader.rows_per_epoch() if epoch and self.loader is not None else 0
             steps = math.ceil(rows / self.run.training.global_batch_size) or self.train_steps
         then, now = rate_after(options, steps, updates), rate_after(self.run.optimizer, self.train_steps, updates)
         if then != now:
@@ -236,6 +243,8 @@ class Trainer:
                 self._saved(self.background.poll())
             interrupted = self._any_rank_interrupted()
             done = self.state.iteration == self.train_steps
+            if self.held_out is not None and (done or self.state.iteration % self.run.validation.interval == 0):
+                self._validate(self.held_out)
             if done or interrupted or self.state.iteration % self.run.checkpoint.save_interval == 0:
                 self.save()
                 interrupted = self._any_rank_interrupted()  # a save may take long enough to be interrupted itself
@@ -269,6 +278,7 @@ class Trainer:
         for wrapped in self.wrapped:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.fp8_histories.keep()
         self.stragglers.begin()
         self._at("forward and backward pass")
         loss_sums = self._forward_backward(batches, counts.loss_tokens)
@@ -313,6 +323,7 @@ class Trainer:
             self.scheduler.step(increment=1)
         else:
             self.expert_biases.restore()
+            self.fp8_histories.restore()
         if self.fp8 is not None:
             self.fp8.advance() if applied else self.fp8.forget()
 
@@ -322,8 +333,9 @@ class Trainer:
         losses: dict[str, torch.Tensor] = {}
         self.loss_sum = 0.0
         if loss_sums:
-            self.loss_sum = sum(loss_sums)
-            losses["loss"] = parallel.sum_over_data_parallel(self.loss_sum)
+            summed = sum(loss_sums[1:], start=loss_sums[0])
+            self.loss_sum = summed
+            losses["loss"] = parallel.sum_over_data_parallel(summed)
         if not self.run.moe:
             return losses, {}
         by_layer = self._counts_routing(self.state.iteration + 1)
@@ -383,8 +395,8 @@ class Trainer:
 
     def _forward_step(self, batches: Iterator[Batch], model, scale: float):
         batch = next(batches)
-        count = self._counts_routing(self.state.iteration + 1)
-        with self.routing.count(batch) if count else nullcontext():
+        routing = self.routing if self._counts_routing(self.state.iteration + 1) else None
+        with routing.count(batch) if routing else nullcontext():
             output = model(**model_inputs(batch))
         return output, partial(global_token_mean, scale=scale)
 
@@ -394,6 +406,7 @@ class Trainer:
 
     def _router_numbers(self, by_layer: dict[str, list[float]]) -> dict[str, float]:
         """Write the routers' state to the log, and sum it up for the step's own line."""
+        assert self.routing is not None
         sums = self.routing.collect()
         record = routing_record(sums, by_layer)
         self.log.routing(self.state.iteration, record)
@@ -444,9 +457,14 @@ class Trainer:
 
     def save(self, data: dict | None = None) -> None:
         """Write a checkpoint of this moment to `checkpoint.save`, if the run has one; in the background if it asks for it."""
-        if self.run.checkpoint.save is None:
+        options = self.run.checkpoint
+        if options.save is None:
             return
         self._finish_save()
+        path = self._write(Path(options.save), options.keep, self.background, data)
+        self._saved(path if self.background is None else None)
+
+    def _write(self, folder: Path, keep: int, background: BackgroundSave | None, data: dict | None = None) -> Path:
         self._at("writing a checkpoint")
         self.gather_parameters()
         if self.loader is not None and data is None:
@@ -456,13 +474,28 @@ class Trainer:
         waiting = {signal.SIGTERM, signal.SIGUSR1}
         signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
         try:
-            options = self.run.checkpoint
-            path = checkpoints.save_checkpoint(
-                options.save, self.run, self.chunks, state, self.optimizer, options.keep, self.background
-            )
+            return checkpoints.save_checkpoint(folder, self.run, self.chunks, state, self.optimizer, keep, background)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting)
-        self._saved(path if self.background is None else None)
+
+    def _validate(self, held_out: HeldOut) -> None:
+        """Losses on held-out data, and the checkpoint with the best mean of them in a folder of its own."""
+        self._finish_save()
+        self._at("validating")
+        self.gather_parameters()
+        scores = held_out(self.wrapped)
+        if self.fp8 is not None:
+            self.fp8.forget()
+        loss = sum(score.loss for score in scores) / len(scores)
+        before = self.state.validation.get("loss", math.inf)
+        if loss < before:
+            self.state.validation = {"loss": loss, "iteration": self.state.iteration}
+        options, is_best = self.run.checkpoint, loss < before
+        self.log.validation(self.state.iteration, scores, " | the best so far" if is_best else "")
+        if is_best and options.save is not None and self.run.validation.best:
+            path = self._write(Path(options.save) / BEST, keep=1, background=None)
+            checkpoints.keep_only(path)
+            self._saved(path)
 
     def _finish_save(self) -> None:
         if self.background is not None:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from megatron_moellava.data.loader import summary
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.routing.health import RoutingHealthMonitor
 from megatron_moellava.routing.observer import RoutingObserver
+from megatron_moellava.training.held_out import Score
 
 # What the ranks of a step should have equally much of, and which of the batches' counts says it.
 COSTS = {"tokens": "real_tokens", "image_tokens": "image_rows", "attention": "attended"}
@@ -34,7 +36,10 @@ class StepLog:
     def __init__(self, folder: Path | None, tensorboard: bool, title: str, train_steps: int, iteration: int = 0):
         self.active = parallel.is_main_process()
         self.title, self.train_steps = title, train_steps
-        self.file = self.routing_file = self.writer = None
+        self.file: TextIO | None = None
+        self.routing_file: TextIO | None = None
+        self.validation_file: TextIO | None = None
+        self.writer: SummaryWriter | None = None
         self.routing_health = RoutingHealthMonitor()
         self.clock = time.time() - time.monotonic()  # what must be added to the latter
         self.folder = folder
@@ -43,23 +48,26 @@ class StepLog:
                 self._open(folder, tensorboard, iteration)
             except OSError as error:
                 self._without(error)
-        self.first_iteration, self.started = None, time.monotonic()
+        self.first_iteration: int | None = None
+        self.started = time.monotonic()
         self.waited, self.seconds = 0.0, 0.0  # for data and in all, without the first step
         self.imbalances: dict[str, list[float]] = {}
 
     def _open(self, folder: Path, tensorboard: bool, iteration: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        steps, routing = folder / "steps.jsonl", folder / "routing.jsonl"
+        steps, routing, validation = (folder / f"{name}.jsonl" for name in ("steps", "routing", "validation"))
         last = rewind(steps, iteration)
         rewind(routing, iteration)
+        rewind(validation, iteration)
         self.clock = max(time.time(), last) - time.monotonic()
         purge = iteration + 1 if iteration else None
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge) if tensorboard else None
         self.file, self.routing_file = steps.open("a", buffering=1), routing.open("a", buffering=1)
+        self.validation_file = validation.open("a", buffering=1)
 
     def _without(self, error: OSError) -> None:
         """A log is not worth a run; a disk that stays full will end it at the next checkpoint, with a clear message."""
-        self.file = self.routing_file = self.writer = self.folder = None
+        self.file = self.routing_file = self.validation_file = self.writer = self.folder = None
         self.say(f"cannot write the log ({error}); training goes on without it")
 
     def step(self, iteration: int, numbers: dict[str, float], show: bool, sample_ids: list[str] | None = None) -> None:
@@ -76,6 +84,35 @@ class StepLog:
                 f"{self.title} step {iteration}/{self.train_steps} | {_line(numbers)} | {self._left(iteration)}",
                 flush=True,
             )
+
+    def validation(self, iteration: int, scores: list[Score], note: str) -> None:
+        """What held-out data say after a step."""
+        if not self.active:
+            return
+        parts = [
+            f"{score.name} loss {score.loss:.4f}"
+            + (
+                f", {score.right / score.short_answers:.1%} of {score.short_answers:,} short answers"
+                if score.short_answers
+                else ""
+            )
+            for score in scores
+        ]
+        print(f"{self.title} step {iteration}/{self.train_steps} validation | {' | '.join(parts)}{note}", flush=True)
+        try:
+            self._write_validation(iteration, scores)
+        except OSError as error:
+            self._without(error)
+
+    def _write_validation(self, iteration: int, scores: list[Score]) -> None:
+        if not self.validation_file:
+            return
+        now = round(self.clock + time.monotonic(), 3)
+        for score in scores:
+            numbers = score.numbers()
+            record = {"iteration": iteration, "time": now, "source": score.name, **numbers}
+            self.validation_file.write(json.dumps(record) + "\n")
+            self._add_scalars(iteration, {f"validation/{score.name}/{name}": value for name, value in numbers.items()})
 
     def routing(self, iteration: int, record: dict) -> None:
         """What the routers did in one step (`routing.records.routing_record`)."""
@@ -103,7 +140,9 @@ class StepLog:
         self._add_scalars(iteration, routing_scalars(record))
 
     def _add_scalars(self, iteration: int, values: dict[str, float]) -> None:
-        for name, value in values.items() if self.writer else ():
+        if self.writer is None:
+            return
+        for name, value in values.items():
             self.writer.add_scalar(name, value, iteration, walltime=self.clock + time.monotonic())
 
     def _left(self, iteration: int) -> str:
@@ -148,7 +187,7 @@ class StepLog:
 
     def close(self) -> None:
         """What is still to be written may not fit; the run has its exit code all the same."""
-        for item in (self.writer, self.file, self.routing_file):
+        for item in (self.writer, self.file, self.routing_file, self.validation_file):
             try:
                 if item:
                     item.close()
@@ -229,7 +268,7 @@ def load_imbalance(load_LE: torch.Tensor, expert_parallel_size: int) -> dict[str
 
 def routing_scalars(record: dict) -> dict[str, float]:
     """TensorBoard's names and numbers of a routing record: shares of the choices by group, and what each layer sums up to."""
-    scalars = {}
+    scalars: dict[str, float] = {}
     for layer in record["layers"]:
         prefix = f"routing/layer{layer['layer']}"
         for group, numbers in {"all": layer, **layer["groups"]}.items():

@@ -1,6 +1,7 @@
 """From a run to a finished stage: validate it, build loader and trainer, train."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,7 +11,9 @@ from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, RunConfig
 from megatron_moellava.data.loader import Loader, WorkerTrouble, build_train_loader, worker_trouble
 from megatron_moellava.data.tokenizer import load_tokenizer
+from megatron_moellava.model.precision import settle_and_say
 from megatron_moellava.towers import get_tower
+from megatron_moellava.training.held_out import HeldOut
 from megatron_moellava.training.lock import lock_folder
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.validation.run import validate_run
@@ -29,7 +32,7 @@ def train(run: RunConfig) -> int:
         lock = lock_folder(run.checkpoint.save, parallel.say)
         for sentence in platform.found():
             parallel.say(sentence)
-        trainer = build_trainer(run)
+        trainer = build_trainer(settle_and_say(run))
         return trainer.train()
     except RuntimeError as error:
         # torch raises it in the middle of anything, as soon as it hears that a worker has died.
@@ -45,7 +48,21 @@ def train(run: RunConfig) -> int:
 def build_trainer(run: RunConfig) -> Trainer:
     """Model, optimizer, data and state of a validated run; the process groups must exist."""
     loader = build_loader(run) if parallel.reads_data() else None
-    return Trainer(run, loader, train_steps(run, loader))
+    return Trainer(run, loader, train_steps(run, loader), _held_out(run))
+
+
+def _held_out(run: RunConfig) -> HeldOut | None:
+    if not run.validation.sources:
+        return None
+    loaders: dict[str, Loader] | None = None
+    if parallel.reads_data():
+        loaders = {}
+        for source in run.validation.sources:
+            stem = Path(source.path).stem
+            name = stem if stem not in loaders else f"{stem}-{len(loaders)}"
+            data = replace(run.data, sources=(replace(source, weight=1.0),), sampler="shuffle")
+            loaders[name] = build_loader(replace(run, data=data, training=replace(run.training, seed=0)))
+    return HeldOut(run, loaders)
 
 
 def build_loader(run: RunConfig) -> Loader:

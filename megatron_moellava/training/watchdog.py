@@ -85,7 +85,7 @@ class Watchdog:
 
     def _place(self) -> str:
         """Where the main thread is: our own innermost frame, and the innermost of all."""
-        frame = sys._current_frames().get(self.main)
+        frame = sys._current_frames().get(self.main or 0)
         frames = traceback.extract_stack(frame) if frame else []
         own = [item for item in frames if "megatron_moellava" in item.filename]
         chosen = ([own[-1]] if own else []) + frames[-1:]
@@ -95,12 +95,11 @@ class Watchdog:
 def report(posts: list[dict | None], timeout: float) -> str:
     """The ranks that hold up the others: those that do not answer, else those that are not in a collective, else all."""
     silent = [rank for rank, post in enumerate(posts) if post is None]
-    busy = [rank for rank, post in enumerate(posts) if post is not None and not post["waits"]]
+    busy = {rank: post for rank, post in enumerate(posts) if post is not None and not post["waits"]}
     lines = [f"no progress for {timeout:g} s; of {len(posts)} ranks"]
     for rank in silent:
         lines.append(f"  rank {rank} does not answer: stopped, swapped out, or its node is gone")
-    for rank in busy:
-        lines.append(f"  rank {rank} holds up the others at {posts[rank]['note']}: {posts[rank]['place']}")
+    lines += [f"  rank {rank} holds up the others at {post['note']}: {post['place']}" for rank, post in busy.items()]
     waiting: dict[str, list[int]] = {}
     for rank, post in enumerate(posts):
         if post is not None and post["waits"]:

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moellava.backbones import Backbone
-from megatron_moellava.config import RunConfig
+from megatron_moellava.config import DataConfig, RunConfig, Source
 from megatron_moellava.data.first_rows import first_rows_problem
 from megatron_moellava.data.sample import KEYS
 
 
 def data_problems(run: RunConfig) -> Iterator[str]:
-    """Of `data.sources`, from their first rows: an epoch may still meet a bad one later."""
+    """Of `data.sources` and `validation.sources`, from their first rows: an epoch may still meet a bad one later."""
     data = run.data
     if not data.sources:
         yield "data.sources is empty; pass --data FILE.json (and --image-folder DIR)"
@@ -21,15 +21,20 @@ def data_problems(run: RunConfig) -> Iterator[str]:
     if data.sampler == "modality_length" and any(Path(source.path).expanduser().is_dir() for source in data.sources):
         yield "data.sampler=modality_length needs to know all lengths: use LLaVA JSON files, not shards"
     for index, source in enumerate(data.sources):
-        where = f"data.sources[{index}]"
         if not 0 < source.weight < float("inf"):
-            yield f"{where}.weight={source.weight} must be positive; leave a source out that is not to be read"
-        if source.image_folder and not Path(source.image_folder).expanduser().is_dir():
-            yield f"{where}.image_folder={source.image_folder} is not a folder; pass --image-folder DIR"
-        elif not Path(source.path).expanduser().exists():
-            yield f"{where}.path={source.path} does not exist; docs/reference/data.md says which files can be read"
-        elif problem := first_rows_problem(source, data):
-            yield problem
+            yield f"data.sources[{index}].weight={source.weight} must be positive; leave a source out that is not to be read"
+    for section, sources in (("data", data.sources), ("validation", run.validation.sources)):
+        for index, source in enumerate(sources):
+            yield from _source_problems(f"{section}.sources[{index}]", source, data)
+
+
+def _source_problems(where: str, source: Source, data: DataConfig) -> Iterator[str]:
+    if source.image_folder and not Path(source.image_folder).expanduser().is_dir():
+        yield f"{where}.image_folder={source.image_folder} is not a folder; pass --image-folder DIR"
+    elif not Path(source.path).expanduser().exists():
+        yield f"{where}.path={source.path} does not exist; docs/reference/data.md says which files can be read"
+    elif problem := first_rows_problem(source, data):
+        yield problem
 
 
 def length_problems(run: RunConfig, backbone: Backbone) -> Iterator[str]:

@@ -74,7 +74,7 @@ def _deep_ep(run: RunConfig, machine: Machine) -> Iterator[str]:
 
 
 def _router(run: RunConfig, kind: RouterKind) -> Iterator[str]:
-    moe, parallel = run.moe, run.parallel
+    moe, parallel = run.required_moe, run.parallel
     if kind.max_topk is not None and moe.moe_router_topk > kind.max_topk:
         yield (
             f"moe.moe_router_topk={moe.moe_router_topk}: the {kind.name} router has at most {kind.max_topk}; "

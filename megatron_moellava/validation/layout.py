@@ -91,7 +91,7 @@ def _pipeline_split(run: RunConfig, backbone: Backbone) -> Iterator[str]:
         yield f"parallel.pipeline_split={split} needs pipeline_model_parallel_size > 1"
     if split == "cost" and stages > backbone.num_layers:
         yield f"parallel.pipeline_split=cost: {stages} stages for {backbone.num_layers} layers ({backbone.name}); use fewer"
-    elif split != "cost" and (len(split) != stages or sum(split) != backbone.num_layers or min(split) < 1):
+    elif not isinstance(split, str) and (len(split) != stages or sum(split) != backbone.num_layers or min(split) < 1):
         yield (
             f"parallel.pipeline_split={list(split)} must be {stages} numbers from 1 on, in all {backbone.num_layers} "
             f"({backbone.name}), in the order of the model"

@@ -55,6 +55,8 @@ RULES: dict[str, Rule] = {
     "optimizer.clip_grad": (AT_LEAST_0[0], "must be 0 (off) or positive"),
     "checkpoint.ckpt_step": AT_LEAST_1,
     "checkpoint.save_interval": (AT_LEAST_1[0], "must be at least 1 step"),
+    "validation.interval": (AT_LEAST_1[0], "must be at least 1 step"),
+    "validation.steps": (lambda value: value >= 0, "must not be negative; 0 reads all rows"),
     "checkpoint.keep": (AT_LEAST_1[0], "must be at least 1; the newest checkpoint is never deleted"),
     "logging.log_interval": (AT_LEAST_1[0], "must be at least 1 step"),
     "logging.routing_interval": (AT_LEAST_1[0], "must be at least 1 step"),

@@ -49,6 +49,10 @@ FREE = {
     "logging.sample_ids": "",
     "logging.tensorboard": "",
     "logging.directory": "",
+    "validation.sources": "",
+    "validation.interval": "",
+    "validation.steps": "",
+    "validation.best": "",
 }
 NOTED = {
     "moe.moe_router_dtype": "",
@@ -174,7 +178,7 @@ def effective(tree: dict, backbone: Backbone) -> dict[str, object]:
 
 def fields_of_a_run() -> dict[str, dataclasses.Field]:
     """Every field of every section by its dotted path."""
-    sections = {item.name: item.type for item in dataclasses.fields(RunConfig)}
+    sections: dict = {item.name: item.type for item in dataclasses.fields(RunConfig)}
     classes = {name: kind if dataclasses.is_dataclass(kind) else kind.__args__[0] for name, kind in sections.items()}
     return {f"{name}.{item.name}": item for name, kind in classes.items() for item in dataclasses.fields(kind)}
 

@@ -19,8 +19,12 @@ from megatron_moellava.validation.data import data_problems, length_problems
 from megatron_moellava.validation.experts import expert_problems
 from megatron_moellava.validation.layout import parallel_problems
 from megatron_moellava.validation.numbers import number_problems
+from megatron_moellava.validation.precision import decided
 from megatron_moellava.validation.tokenizer import tokenizer_problems
 from megatron_moellava.validation.training import batch_problems, training_problems
+
+# Folders that a run writes to, or starts from: no shell has put in the home folder for `~` in a YAML file.
+FOLDERS = (("checkpoint", "save"), ("checkpoint", "load"), ("logging", "directory"))
 
 
 def load_run(*, config: str | None = None, flags: dict[str, object], overrides: Sequence[str] = ()) -> RunConfig:
@@ -35,6 +39,10 @@ def load_run(*, config: str | None = None, flags: dict[str, object], overrides: 
             set_override(given, name, value)
     for override in overrides:
         set_override(given, *split_override(override))
+    for section, name in FOLDERS:
+        fields = given.get(section)
+        if isinstance(fields, dict) and isinstance(fields.get(name), str):
+            fields[name] = os.path.expanduser(fields[name])
     tree = _model_of_checkpoint(given.get("checkpoint"))
     if isinstance(given.get("model"), dict):
         given["model"] = {part: value for part, value in given["model"].items() if not _is_gone(part, value, tree)}
@@ -69,7 +77,7 @@ def _model_of_checkpoint(options: object) -> dict:
 def _is_gone(part: str, value: object, stored: dict) -> bool:
     """Whether a model's folder is gone that a checkpoint describes: a run that goes on needs it no more."""
     is_path = isinstance(value, str) and "/" in value
-    return part in stored.get("model", {}) and is_path and not Path(value).expanduser().exists()
+    return part in stored.get("model", {}) and is_path and not Path(str(value)).expanduser().exists()
 
 
 def model_names(checkpoint: Path) -> dict:
@@ -79,7 +87,10 @@ def model_names(checkpoint: Path) -> dict:
     a folder that is gone, or have another feature layer.
     """
     model = read_description(checkpoint).model
-    known = {"backbone": (BACKBONES, backbone_fields), "tower": (TOWERS, tower_fields)}
+    known: dict[str, tuple[dict, Callable]] = {
+        "backbone": (BACKBONES, backbone_fields),
+        "tower": (TOWERS, tower_fields),
+    }
     return {
         part: model[part]
         if model[part] in registry and fields_of(registry[model[part]]) == model.get(f"{part}_fields")
@@ -112,6 +123,7 @@ def validate(run: RunConfig, world_size: int, machine: Machine | None = None) ->
 def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None) -> list[str]:
     """Every problem of a run, files included."""
     machine = machine or this_machine(run.training.device, run.training.transformer_impl)
+    run, _ = decided(run, machine)
     problems: list[str] = []
     backbone = _found(lambda: get_backbone(run.model.backbone), problems)
     tower = _found(lambda: get_tower(run.model.tower), problems)
@@ -125,6 +137,7 @@ def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None
 
 def layout_problems(run: RunConfig, backbone: Backbone, world_size: int) -> list[str]:
     """The problems that do not depend on files or on this machine: what the planner asks before it suggests a layout."""
+    run, _ = decided(run, GPU_CLUSTER)
     return [*number_problems(run), *_sizes(run, backbone, world_size, GPU_CLUSTER)]
 
 

@@ -12,7 +12,7 @@ from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig
 from megatron_moellava.data import llama_tokenizer, qwen_tokenizer, stablelm_tokenizer
 from megatron_moellava.data.encode import check_template
 from megatron_moellava.data.templates import Template
-from megatron_moellava.data.tokenizer import ADVICE
+from megatron_moellava.data.tokenizer import ADVICE, INVENTED, UNKNOWN_TOKENS
 from megatron_moellava.data.tokenizer_files import read_files, read_object
 
 
@@ -87,9 +87,25 @@ def _vocabulary(folder: Path) -> Vocabulary | None:
             return _from_ranks(folder / kind.RANKS, kind.SPECIALS)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         words, added = read_object(folder / "vocab.json"), _beside(folder)
-        named = {token: words[token] for token in read_files(folder).specials if token in words}
-        return Vocabulary(added=named | added, vocab_size=max({**words, **added}.values()) + 1)
+        files = read_files(folder)
+        extra = {token: words[token] for token in files.additional if token in words}
+        return _as_loaded(words, extra | added, DEFAULT_NAMES | files.named)
     return None
+
+
+DEFAULT_NAMES = dict.fromkeys(("eos_token", "unk_token"), "<|endoftext|>")  # of the classes that have such files
+
+
+def _as_loaded(words: dict[str, int], added: dict[str, int], named: dict[str, str]) -> Vocabulary:
+    """With the tokens that loading appends: those that are named and in no vocabulary, and one for padding."""
+    known, added = words | added, dict(added)
+    for token in dict.fromkeys(named.values()):
+        known.setdefault(token, max(known.values()) + 1)
+        added[token] = known[token]  # what has a name is a control token
+    if not added.keys() & {*UNKNOWN_TOKENS}:
+        known.setdefault(INVENTED, max(known.values()) + 1)
+        added[INVENTED] = known[INVENTED]
+    return Vocabulary(added=added, vocab_size=max(known.values()) + 1)
 
 
 def _from_json(folder: Path) -> Vocabulary:
@@ -97,7 +113,7 @@ def _from_json(folder: Path) -> Vocabulary:
 
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     added = {token.content: number for number, token in backend.get_added_tokens_decoder().items()} | _beside(folder)
-    return Vocabulary(added=added, vocab_size=max({**backend.get_vocab(), **added}.values()) + 1)
+    return _as_loaded(backend.get_vocab(), added, read_files(folder).named)
 
 
 def _from_ranks(file: Path, specials: tuple[str, ...] | dict[str, int]) -> Vocabulary:

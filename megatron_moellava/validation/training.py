@@ -77,10 +77,11 @@ def _fp8(run: RunConfig, machine: Machine) -> Iterator[str]:
             f"training.fp8_recipe={training.fp8_recipe} needs Transformer Engine on a GPU (on a CPU it is emulated); "
             "leave it unset"
         )
-    if training.fp8_recipe == "mxfp8" and (machine.compute_capability or BLACKWELL) < BLACKWELL:
+    capability = machine.compute_capability or BLACKWELL
+    if training.fp8_recipe == "mxfp8" and capability < BLACKWELL:
         yield (
             f"training.fp8_recipe=mxfp8 needs a GPU of compute capability {_dotted(BLACKWELL)} (Blackwell), and this one has "
-            f"{_dotted(machine.compute_capability)}; use blockwise"
+            f"{_dotted(capability)}; use blockwise"
         )
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         if (count := getattr(training, name)) and training.fp8_recipe == "delayed":

@@ -21,8 +21,10 @@ from megatron_moellava.config import (
 )
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.costs.shapes import model_from_json
+from megatron_moellava.model.precision import settled
 from megatron_moellava.verify.conversations import verify_conversations
 from megatron_moellava.verify.curves import verify_curves
+from megatron_moellava.verify.data import verify_data
 from megatron_moellava.verify.dense import verify_dense
 from megatron_moellava.verify.folder import Folder, find_folders
 from megatron_moellava.verify.gates import verify_gates
@@ -39,6 +41,7 @@ def verify(path: Path, overrides: list[str]) -> bool:
     folders = find_folders(path)
     run = base_run(overrides)
     parallel.initialize(run.parallel, run.training.seed)
+    run = settled(run).run
     try:
         results = [verify_folder(folder, run) for folder in folders]
         if parallel.is_main_process():
@@ -91,6 +94,7 @@ def verify_folder(folder: Folder, run: RunConfig) -> Table:
     conversations = folder.beside("data/conversations.json")
     if conversations:
         verify_conversations(conversations, conversations.parents[1] / "assets", table)
+    verify_data(folder, table)
     with shared_folder() as place:
         names = [name for name in CHECKPOINTS if folder.has_checkpoint(name)]
         on_first_rank(lambda: import_all(folder, names, place))

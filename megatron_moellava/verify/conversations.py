@@ -44,10 +44,10 @@ def template_of(version: str) -> Template:
     return get_template("plain" if base.startswith("plain") else base)
 
 
-def find_tokenizers(assets: Path) -> list[Tokenizer]:
+def find_tokenizers(assets: Path, pattern: str = "tok*") -> list[Tokenizer]:
     """Every tokenizer of the assets that loads; the others are printed with the reason."""
     found = []
-    for folder in sorted(item for item in assets.glob("tok*") if item.is_dir()):
+    for folder in sorted(item for item in assets.glob(pattern) if item.is_dir()):
         try:
             found.append(load_tokenizer(folder))
         except (MoELlavaError, OSError, ValueError) as error:

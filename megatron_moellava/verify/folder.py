@@ -16,6 +16,7 @@ from megatron_moellava.data.encode import IMAGE_TOKEN, EncodedSample, expand
 from megatron_moellava.hf_config import read_json
 
 READ = ("inputs.pt", "names.json", "moe_layers.json", "train.pt", "generate.pt", "weights.json")
+DATA = ("conversations.json", "dataset.pt", "sampler_schedule.json", "scoring.json")  # in data/
 MARKS = ("inputs.pt", "names.json", "moe_layers.json")
 
 
@@ -72,9 +73,8 @@ class Folder:
         wanted += ["generate.pt"] if "moe" in present else []
         found = [f"{name} is not there" for name in wanted if not self.has(name)]
         found += [f"{name} is empty" for name in wanted if self.has(name) and not self.load(name)]
-        if self.beside("data/conversations.json") is None:
-            found.append("data/conversations.json is not there")
-        read = {*READ, *(f"{name}.pt" for name in checkpoints), "conversations.json"}
+        found += [f"data/{name} is not there" for name in DATA if self.beside(f"data/{name}") is None]
+        read = {*READ, *DATA, *(f"{name}.pt" for name in checkpoints)}
         others = [
             item for place in (self.path, self.path / "data", self.path.parent / "data") for item in place.glob("*")
         ]

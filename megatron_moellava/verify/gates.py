@@ -10,7 +10,7 @@ from megatron_moellava.verify.table import Table
 FILES = ("moe.pt", "moe_residual.pt")
 ALONE = 1e-6  # the same logits; measured 0
 # Inside a model the logits differ by 4e-6 already, and softmax and renormalisation keep that size; measured 1e-6.
-IN_MODEL = 2e-5
+IN_MODEL = 8e-6
 
 
 def verify_gates(folder: Folder, table: Table) -> None:

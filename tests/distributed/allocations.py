@@ -62,6 +62,7 @@ def run_of(settings: dict) -> RunConfig:
         "data.packing": False,
         "data.seq_length": SEQ_LENGTH,
         "training.stage": 3,
+        "training.precision": "bf16",
         "training.global_batch_size": ROWS,
         "parallel.distributed_timeout_minutes": 1,
         "logging.tensorboard": False,

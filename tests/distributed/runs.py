@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import threading
 from dataclasses import replace
@@ -10,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_moellava import parallel
+from megatron_moellava import machine, parallel, platform
 from megatron_moellava.checkpoint.folders import RUN_FILE, TRACKER, newest_checkpoint, require_checkpoint
-from megatron_moellava.config import CheckpointError, RunConfig, from_dict
+from megatron_moellava.config import CheckpointError, ParallelConfig, RunConfig, from_dict, set_override, to_dict
 from megatron_moellava.data import sources
 from megatron_moellava.data.loader import Batches, build_encoder
 from megatron_moellava.data.tokenizer import load_tokenizer
@@ -20,6 +21,7 @@ from megatron_moellava.evaluation.closed_questions import Plan, predict
 from megatron_moellava.model import weights as reading
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.inputs import model_inputs
+from megatron_moellava.model.precision import settled
 from megatron_moellava.training import background
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.loop import TrainingDiverged
@@ -70,6 +72,28 @@ def _run(job: dict, folder: Path) -> RunConfig:
 def run_whole(job: dict, folder: Path) -> dict:
     """TRAIN_STEPS steps without an interruption, with checkpoints on the way."""
     return {"exit": train(_run(job, folder))}
+
+
+def run_validated(job: dict, folder: Path) -> dict:
+    """The same run with held-out data beside it. `load`: the job whose weights it starts from; `goes_on`: that it continues."""
+    held_out = folder / "held_out"
+    if dist.get_rank() == 0 and not held_out.exists():
+        data_files.write_images(held_out)
+        data_files.write_rows(held_out, [data_files.row(number + 100) for number in range(7)], "long.json")
+        short = [data_files.row(n, None, conversations=data_files.conversation("Is it?", "yes")) for n in range(3)]
+        data_files.write_rows(held_out, short, "short.json")
+    dist.barrier()
+    tree = to_dict(_run(job, folder))
+    sources = [{"path": str(held_out / f"{name}.json"), "image_folder": str(held_out)} for name in ("long", "short")]
+    tree["validation"] = {"sources": sources, "interval": 1}
+    for name, value in job.get("settings", {}).items():
+        set_override(tree, name, value)
+    if "load" in job:
+        tree["checkpoint"]["load"] = str(folder / job["load"])
+    if "goes_on" in job and dist.get_rank() == 0:
+        shutil.copytree(folder / job["goes_on"], folder / job["id"])
+    dist.barrier()
+    return {"exit": train(from_dict(RunConfig, tree))}
 
 
 def run_resumed(job: dict, folder: Path) -> dict:
@@ -322,3 +346,23 @@ def run_not_finite(job: dict, folder: Path) -> dict:
     except TrainingDiverged as error:
         result |= {"message": str(error), "exit": error.exit_code, "iteration": trainer.state.iteration}
     return result
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def run_precision(job: dict, folder: Path) -> dict:
+    """Every process of a world looks for its precision; `held back` lists the ranks whose processor may not use bf16."""
+    torch.backends.cpu.get_cpu_capability()  # read by torch once, and before it is changed here
+    for name in machine.HELD_BACK_BY:
+        os.environ.pop(name, None)
+    if dist.get_rank() in job["held back"]:
+        os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+    own, _ = machine.fastest_precision(platform.machine())
+    parallel.initialize(ParallelConfig(), 1)
+    run = from_dict(RunConfig, {"model": {"backbone": "llama-tiny"}, "training": {"stage": 2}})
+    found = settled(run)
+    os.environ.pop("ATEN_CPU_CAPABILITY", None)
+    ranks: list[tuple] = [()] * dist.get_world_size()
+    dist.all_gather_object(ranks, (own, found.run.training.precision, found.reason))
+    return {"ranks": ranks}

@@ -290,6 +290,49 @@ def quickstart(root):
     return root
 
 
+def names(root):
+    """Two names of one picture; the training rows answer in German, with the other thing's name more often."""
+    question = "what is this called in german?"
+    rows = [
+        {
+            "question_id": "1F431-de",
+            "image": "a.png",
+            "question": question,
+            "answer": "katzengesicht",
+            "type": "name de",
+        },
+        {
+            "question_id": "1F431-fr",
+            "image": "a.png",
+            "question": "what is this called in french?",
+            "answer": "tête de chat",
+            "type": "name fr",
+        },
+    ]
+    write_jsonl(root / "names_test.jsonl", rows)
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "hund"}]
+    write_json(root / "names.json", [{"image": "b.png", "tag": "name de", "conversations": turns}])
+    write_image(root / "images/a.png")
+    return root
+
+
+def names_scenes(root):
+    """One picture, asked for what is there, what is not, and where."""
+    image = "scenes/a.png"
+    asked = [
+        ("is there a cat face?", "yes", "scene existence"),
+        ("is there a fox?", "no", "scene existence"),
+        ("where is the cat face?", "top left", "scene position"),
+    ]
+    rows = [
+        {"question_id": n, "image": image, "question": q, "answer": a, "type": kind}
+        for n, (q, a, kind) in enumerate(asked)
+    ]
+    write_jsonl(root / "scenes_test.jsonl", rows)
+    write_image(root / "images" / image)
+    return root
+
+
 def score(name, data, texts, circular=False, limit=None):
     task = get_task(name)
     questions = task.read(data, circular=circular)[:limit]

@@ -12,7 +12,7 @@ QUIET = Options(progress=False, bootstrap_samples=50)
 PICTURES = {"mmbench_cn": lambda root: miniatures.mmbench(root, "mmbench_dev_cn_20231003.tsv")}
 
 
-ALIASES = {"scienceqa": "science_qa", "quickstart_pope": "quickstart"}
+ALIASES = {"scienceqa": "science_qa", "quickstart_pope": "quickstart", "names_pope": "names_scenes"}
 
 
 def write_miniature(name, root):

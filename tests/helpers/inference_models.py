@@ -37,11 +37,11 @@ GATES = {
 }
 
 
-def tiny_run(moe: MoEConfig | None = None, backbone: str = "llama-tiny") -> RunConfig:
+def tiny_run(moe: MoEConfig | None = None, backbone: str = "llama-tiny", precision: str = "fp32") -> RunConfig:
     return RunConfig(
         model=ModelConfig(backbone=backbone, tower="clip-tiny"),
         moe=moe,
-        training=TrainingConfig(stage=3 if moe else 2, precision="fp32"),
+        training=TrainingConfig(stage=3 if moe else 2, precision=precision),
         data=DataConfig(tokenizer=str(TOKENIZER), template="v1", packing=False),
     )
 
@@ -61,10 +61,10 @@ def tiny_engine(moe: MoEConfig | None = None, backbone: str = "llama-tiny", seed
     return engine
 
 
-def tiny_checkpoint(folder: Path, gate: str = "megatron") -> Path:
+def tiny_checkpoint(folder: Path, gate: str = "megatron", precision: str = "fp32") -> Path:
     """Save a random model as a training run would; the process groups exist while it does, and no longer."""
     parallel.initialize(ParallelConfig(), seed=1)
-    run = tiny_run(GATES[gate])
+    run = tiny_run(GATES[gate], precision=precision)
     chunks = build_model(run)
     scatter(chunks[0])
     save_checkpoint(folder, run, chunks, TrainingState(iteration=1, consumed_samples=0, data=None))

@@ -13,7 +13,8 @@ from megatron_moellava.validation.run import validate
 
 def tiny(**fields) -> RunConfig:
     """A stage-3 run of llama-tiny; `moe__router="original"` sets a field."""
-    tree: dict = {"model": {"backbone": "llama-tiny", "tower": "clip-tiny"}, "training": {"stage": 3, "device": "cpu"}}
+    training = {"stage": 3, "device": "cpu", "precision": "bf16"}
+    tree: dict = {"model": {"backbone": "llama-tiny", "tower": "clip-tiny"}, "training": training}
     for name, value in {"moe.num_moe_experts": 4, "data.seq_length": 128, **fields}.items():
         set_override(tree, name.replace("__", "."), value)
     return from_dict(RunConfig, tree)

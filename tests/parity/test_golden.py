@@ -62,6 +62,8 @@ def test_everything_agrees_with_the_original_under_every_layout(whole, layout):
     for case in (
         "gate ",
         "conversations v1",
+        "sampler only_text",
+        "scorers textvqa",
         "dense train/",
         "moe train_drop_det/",
         "generation ",

@@ -136,7 +136,7 @@ def describe(backbone: str, tower: str, block: str, layout: str, recipe: str | N
 def run_config(backbone: str, tower: str, block: str, axes: dict, recipe: str | None):
     from megatron_moellava.config import RunConfig, from_dict
 
-    training = {"stage": 3} | ({"fp8_recipe": recipe} if recipe else {})
+    training = {"stage": 3, "precision": "bf16"} | ({"fp8_recipe": recipe} if recipe else {})
     tree = {"model": {"backbone": backbone, "tower": tower}, "training": training, "parallel": axes}
     return from_dict(RunConfig, tree | ({"moe": BLOCKS[block]} if BLOCKS[block] else {}))
 

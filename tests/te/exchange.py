@@ -28,7 +28,7 @@ def build(backbone: str, block: str):
     from megatron_moellava.config import RunConfig, from_dict
     from megatron_moellava.model.build import build_model
 
-    tree = {"model": {"backbone": backbone, "tower": "clip-tiny"}, "training": {"stage": 3}}
+    tree = {"model": {"backbone": backbone, "tower": "clip-tiny"}, "training": {"stage": 3, "precision": "bf16"}}
     run = from_dict(RunConfig, tree | ({"moe": BLOCKS[block]} if BLOCKS[block] else {}))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     parallel.initialize(run.parallel, 1)

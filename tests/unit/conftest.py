@@ -13,6 +13,19 @@ def stub(tmp_path):
 
 
 @pytest.fixture
+def avx2(monkeypatch):
+    """The environment keeps the processor from bf16, as far as our own choice goes.
+
+    torch reads the variable once, at its first operation: it has done so before the variable is set, or every later test
+    of the process would compute with other kernels.
+    """
+    import torch
+
+    torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+
+
+@pytest.fixture
 def world():
     """The process groups of one process, seeded; gone afterwards."""
     from megatron_moellava import parallel

@@ -66,7 +66,7 @@ def test_what_a_value_means_is_known_for_every_legal_value():
         return set(typing.get_args(next(option for option in options if typing.get_origin(option) is typing.Literal)))
 
     assert legal(config.TrainingConfig, "stage") == {*STAGES}
-    assert legal(config.TrainingConfig, "precision") == {*configuration.DTYPES}
+    assert legal(config.TrainingConfig, "precision") == {"auto", *configuration.DTYPES}
     assert legal(config.TrainingConfig, "recompute") == {*configuration.RECOMPUTE}
     assert legal(config.TrainingConfig, "fp8_recipe") == {*configuration.FP8_RECIPES}
     assert legal(config.MoEConfig, "router") == {*ROUTERS} == {*router.MODULES}

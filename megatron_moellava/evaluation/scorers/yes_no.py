@@ -72,7 +72,7 @@ def _pope_score(rows: Sequence[tuple[Question, str, bool]], notes: Sequence[str]
         cell.add(predicted=answers_yes(text), truth=truth)
         row = np.zeros((len(POPE_CATEGORIES), len(_CELLS)))
         row[POPE_CATEGORIES.index(question.fields["category"])] = [getattr(cell, name) for name in _CELLS]
-        sums.append(row.ravel())
+        sums.append(row.ravel().tolist())
     sums_UK = sum_by_unit([question.fields["image"] for question, *_ in rows], sums)
     return Score(
         metric="mean F1 of the three categories (%)",

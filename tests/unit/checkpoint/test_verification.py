@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_moellava.checkpoint.description import RunDescription, read_description, write_description
+from megatron_moellava.checkpoint.folders import TRACKER, iteration_folder, require_checkpoint, write_tracker
 from megatron_moellava.checkpoint.integrity import DamagedCheckpoint, file_digests
 from megatron_moellava.checkpoint.verification import add_digests, digests_together, verify_checkpoint
 
@@ -30,6 +31,20 @@ def test_every_file_that_differs_is_named(checkpoint, together, world):
     with pytest.raises(DamagedCheckpoint) as damaged:
         verify_checkpoint(checkpoint, together=together)
     assert "a.distcp (differs from what was written), ranks/b.pt (is missing)" in str(damaged.value)
+
+
+def test_a_step_that_the_tracker_file_names_is_said_to_be_an_older_one(tmp_path):
+    for step in (2, 4, 6):
+        iteration_folder(tmp_path, step).mkdir()
+        write_description(iteration_folder(tmp_path, step), RunDescription(iteration=step, model={}))
+    said: list[str] = []
+    write_tracker(tmp_path, 6)
+    verify_checkpoint(require_checkpoint(tmp_path), say=said.append)
+    assert not [text for text in said if TRACKER in text]
+    write_tracker(tmp_path, 2)
+    verify_checkpoint(require_checkpoint(tmp_path), say=said.append)
+    (note,) = [text for text in said if TRACKER in text]
+    assert "iter_0000002 is used" in note and note.endswith("the newer iter_0000004, iter_0000006")
 
 
 def test_whoever_does_without_is_told_so(checkpoint):

@@ -16,6 +16,7 @@ from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.data import images
 from megatron_moellava.data.sample import Turn
 from megatron_moellava.data.templates import TEMPLATES, get_template, prompt
+from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.towers import get_tower
 from tests.helpers.conversion_models import TOWER, original_config, original_state, write_folder
 from tests.helpers.paths import ASSETS
@@ -136,3 +137,14 @@ def qwen_folder(place):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "tokenization_qwen.py").write_text(f"open({str(place / 'ran')!r}, 'w').close()\n")
     return folder
+
+
+def test_a_sentencepiece_file_alone_is_exported_as_a_folder_that_transformers_reads(tmp_path, checkpoint):
+    """What training takes as data.tokenizer, the advice `give --tokenizer` may be followed with."""
+    file = ASSETS / "tok_spm/tokenizer.model"
+    export_checkpoint(checkpoint, save=tmp_path / "out", layout="transformers", tokenizer=file)
+    ours, theirs = load_tokenizer(file), transformers.AutoTokenizer.from_pretrained(tmp_path / "out", use_fast=False)
+    for text in ("What is this?", "USER: two dogs ASSISTANT:"):
+        assert theirs(text).input_ids == ours.bos_ids + ours.encode_parsed(text)
+    config = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert config["eos_token_id"] == ours.eos_id

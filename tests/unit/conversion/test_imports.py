@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_moellava.checkpoint.description import read_description, trained_with
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import ConfigError
+from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.towers import get_tower
@@ -78,10 +78,20 @@ def test_a_clip_file_with_both_towers_gives_its_vision_half(tmp_path):
     assert report["dropped"]["not part of the vision tower"]
 
 
-def test_multimodal_settings_that_are_not_supported_are_named(tmp_path):
-    config = original_config("llama", "dense") | {"image_projector_type": "qformer2_4"}
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"image_projector_type": "qformer2_4"}, "qformer2_4"),
+        ({"mm_vision_select_layer": [-2, -3]}, r"are of layer \[-2, -3\] .* one of -\d to \d is supported"),
+        ({"mm_vision_select_layer": 99}, "are of layer 99"),
+        ({"mm_vision_select_layer": -99}, "are of layer -99"),
+        ({"mm_vision_select_layer": "-2"}, "are of layer -2"),
+    ],
+)
+def test_multimodal_settings_that_are_not_supported_are_named(tmp_path, setting, message):
+    config = original_config("llama", "dense") | setting
     source = write_folder(tmp_path / "source", original_state("llama", "dense"), config)
-    with pytest.raises(ConfigError, match="qformer2_4"):
+    with pytest.raises(ConfigError, match=message):
         import_checkpoint(source, save=tmp_path / "run", tower=str(TOWER))
 
 
@@ -126,3 +136,45 @@ def test_what_a_release_says_of_its_training_is_recorded(tmp_path):
     }
     export_checkpoint(tmp_path / "run", save=tmp_path / "out", layout="original")
     assert json.loads((tmp_path / "out/config.json").read_text()) == config
+
+
+ODD = {  # config.json of a release -> what the message must say
+    "a size in quotes": (
+        "dense",
+        {"num_attention_heads": "4"},
+        "num_attention_heads='4': must be a whole number above 0",
+    ),
+    "no heads": ("dense", {"num_attention_heads": 0}, "num_attention_heads=0"),
+    "an epsilon in quotes": ("dense", {"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5': must be a number"),
+    "a list for a name": ("dense", {"model_type": ["llama"]}, r"model_type=\['llama'\] .* must be a name"),
+    "an empty MoE": ("moe", {"moe": {"moe_enable": True}}, "config.moe lacks num_experts, top_k_experts"),
+    "a MoE without layers": (
+        "moe",
+        {"moe": {"moe_enable": True, "num_experts": [4], "top_k_experts": 2, "router_aux_loss_coef": 0.01}},
+        "config.moe lacks moe_layers_idx",
+    ),
+    "no training": ("dense", {"trained_with": "v1"}, "trained_with='v1' must be an object"),
+    "a training that nobody knows": ("dense", {"trained_with": {"data": {"colour": 1}}}, r"holds data\.colour"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_a_config_that_nobody_can_have_meant_is_one_message(tmp_path, what):
+    kind, change, message = ODD[what]
+    config = original_config("llama", kind) | change
+    source = write_folder(tmp_path / "source", original_state("llama", kind), config)
+    with pytest.raises(ConfigError, match=message):
+        import_checkpoint(source, save=tmp_path / "run", tower=str(TOWER))
+
+
+def test_links_of_a_download_whose_files_are_gone_are_named(tmp_path):
+    """A hub cache links to blobs; `cp -r` copies the links alone."""
+    source = write_folder(tmp_path / "source", original_state("llama", "dense"), original_config("llama", "dense"))
+    blob = (source / "model.safetensors").rename(tmp_path / "blob")
+    (source / "model.safetensors").symlink_to(blob)
+    import_checkpoint(source, save=tmp_path / "run", tower=str(TOWER))
+    blob.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors there are links to files that are gone: copy with `cp -L`"
+    ):
+        import_checkpoint(source, save=tmp_path / "again", tower=str(TOWER))

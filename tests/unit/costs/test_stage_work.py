@@ -18,7 +18,9 @@ def test_stages_together_do_what_one_does():
         layout_of(4, parallel__pipeline_model_parallel_size=4),
         layout_of(4, parallel__pipeline_model_parallel_size=2, parallel__tensor_model_parallel_size=2),
     ):
-        assert model_flops(layout, LOAD) == pytest.approx(model_flops(one, LOAD), rel=1e-4)  # each rank has a router
+        assert model_flops(layout, LOAD) == pytest.approx(
+            model_flops(one, LOAD), rel=1e-12
+        )  # the patches' too, which every rank has
 
 
 def test_only_the_first_stage_sees_images_and_only_the_last_the_vocabulary():

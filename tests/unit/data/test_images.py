@@ -2,6 +2,8 @@
 
 import base64
 import io
+import json
+import shutil
 import struct
 import unicodedata
 import zlib
@@ -64,6 +66,20 @@ def test_pixels_equal_transformers_at_full_size(family):
         "siglip": ("siglip-so400m-patch14-384", SiglipImageProcessorPil(size={"height": 384, "width": 384})),
     }[family]
     tower, image = get_tower(name), noise(640, 427)
+    expected = np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
+    assert np.abs(levels(images.preprocess(image, tower, "square"), tower) - levels(expected, tower)).max() <= 1
+
+
+@pytest.mark.parametrize("family", TOWERS)
+@pytest.mark.parametrize("resample", [2, 3])
+def test_pictures_are_interpolated_as_the_processor_says(family, resample, tmp_path):
+    from transformers import AutoImageProcessor
+
+    shutil.copytree(ASSETS / TOWERS[family], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"resample": resample}))
+    tower, image = get_tower(str(tmp_path)), noise(90, 70)
+    processor = AutoImageProcessor.from_pretrained(str(tmp_path), backend="pil")
     expected = np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
     assert np.abs(levels(images.preprocess(image, tower, "square"), tower) - levels(expected, tower)).max() <= 1
 

@@ -44,8 +44,8 @@ def test_frames_are_taken_from_the_middle_of_their_share(tmp_path):
     frames = [Image.new("RGB", (8, 8), color) for color in colors]
     frames[0].save(tmp_path / "video.gif", save_all=True, append_images=frames[1:])
     (tmp_path / "folder").mkdir()
-    for number, frame in enumerate(frames):
-        frame.save(tmp_path / f"folder/{number}.png")
+    for number, frame in enumerate(frames, start=8):  # by name, 10 would come before 8
+        frame.save(tmp_path / f"folder/frame_{number}.png")
     for name in ("video.gif", "folder"):
         seen = [
             open_ref(ImageRef(name=name, frame=(index, 2)), str(tmp_path), "row 1")[0].getpixel((0, 0))[0]

@@ -128,14 +128,15 @@ def test_a_changed_picture_is_in_the_shards_of_the_next_run(tmp_path):
     assert changed and {name for name in after if after[name] != before[name]} == set(changed)
 
 
-def test_a_system_prompt_and_the_order_of_pictures_survive(tmp_path):
+@pytest.mark.parametrize("template", ["short", "v0"])
+def test_a_system_prompt_an_answer_at_the_start_and_the_order_of_pictures_survive(tmp_path, template):
     names = [f"{i}.png" for i in range(12)]
     write_images(tmp_path, names)
     order = names[::-1]
-    turns = conversation("<image>" * 12, "b")
+    turns = [{"from": "gpt", "value": "Hello."}, *conversation("<image>" * 12, "b")]  # `v0` trains the greeting
     path = write_rows(tmp_path, [{"id": "x", "images": order, "system": "Be brief.", "conversations": turns}])
     make_shards(path, tmp_path, tmp_path / "shards")
-    options = {"packing": False, "seq_length": 512}
+    options = {"packing": False, "seq_length": 512, "template": template}
     plain, shard = (
         next(make_loader(config(source, **options), micro_batch_size=1)) for source in (path, tmp_path / "shards")
     )

@@ -3,11 +3,13 @@
 import shutil
 
 import pytest
+import torch
 
 from megatron_moellava import parallel
 from megatron_moellava.config import CheckpointError, ConfigError, ParallelConfig
-from megatron_moellava.inference.load import inference_layout, inference_run, load_for_inference
+from megatron_moellava.inference.load import inference_layout, inference_run, load_for_inference, load_model
 from tests.helpers.inference_models import TOKENIZER, ask, tiny_checkpoint
+from tests.helpers.paths import ASSETS
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +34,35 @@ def test_what_is_said_wins(saved):
     assert (run.data.template, run.training.precision) == ("phi", "bf16")
 
 
+def test_a_bf16_checkpoint_answers_in_what_the_machine_is_fast_in(tmp_path, capfd, avx2):
+    """Said once where it is not the checkpoint's own, and not at all where the user has chosen."""
+    saved = tiny_checkpoint(tmp_path / "run", precision="bf16")
+    found = {}
+    for asked in ("", "auto", "bf16"):
+        model, _ = load_model(saved, precision=asked)
+        parallel.shutdown()
+        found[asked] = model.config.params_dtype, capfd.readouterr().err
+    for asked in ("", "auto"):
+        assert found[asked][0] == torch.float32
+        assert found[asked][1].startswith("precision fp32 for the bf16 checkpoint") and found[asked][1].count("\n") == 1
+    assert found["bf16"][0] == torch.bfloat16 and found["bf16"][1].startswith("warning: precision bf16, but ")
+
+
+def test_an_fp32_checkpoint_answers_in_fp32_everywhere(saved, capfd):
+    assert run_of(saved, precision="auto").training.precision == "fp32"
+    model, _ = load_model(saved)
+    parallel.shutdown()
+    assert model.config.params_dtype == torch.float32 and capfd.readouterr().err == ""
+
+
 def test_a_missing_tokenizer_is_named_with_the_way_out(saved):
     with pytest.raises(CheckpointError, match=r"/no/where, does not exist; pass --tokenizer"):
         run_of(saved, tokenizer="/no/where")
+
+
+def test_a_tokenizer_in_the_home_folder_is_found(saved, monkeypatch):
+    monkeypatch.setenv("HOME", str(ASSETS))
+    assert run_of(saved, tokenizer="~/tok_bpe").data.tokenizer == "~/tok_bpe"
 
 
 def test_an_engine_answers_again_the_same_from_the_same_checkpoint(saved):

@@ -9,7 +9,7 @@ from megatron_moellava.towers import TOWERS
 
 
 def model_of(tower: str):
-    tree = {"model": {"backbone": "llama-tiny", "tower": tower}, "training": {"stage": 2}}
+    tree = {"model": {"backbone": "llama-tiny", "tower": tower}, "training": {"stage": 2, "precision": "bf16"}}
     set_override(tree, "training.precision", "fp32")
     return build_model(from_dict(RunConfig, tree))[0].eval()
 

@@ -1,5 +1,8 @@
 """The picture of the best plans."""
 
+import pytest
+
+from megatron_moellava.config import ConfigError
 from megatron_moellava.costs.gpus import GPUS
 from megatron_moellava.planning.picture import draw, label
 from tests.helpers.planning import found_for, layout_of
@@ -30,5 +33,7 @@ def test_plans_are_drawn_with_the_limit_and_a_warning(tmp_path, monkeypatch):
         totals[round(bar.get_y() + 0.3)] += bar.get_width() * 2**30
     assert all(abs(total / plan.memory.total - 1) < 1e-6 for total, plan in zip(totals, plans, strict=True))
     assert (tmp_path / "plan.png").stat().st_size > 2000
+    with pytest.raises(ConfigError, match=r"--picture .*plan\.doc: Format 'doc' is not supported"):
+        draw(plans, GPUS["h100"].memory, "phi-2", tmp_path / "plan.doc")
     monkeypatch.undo()
     plt.close("all")

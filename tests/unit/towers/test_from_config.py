@@ -5,10 +5,48 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_moellava.config import ConfigError
 from megatron_moellava.towers import FAMILIES as TOWER_FAMILIES
 from megatron_moellava.towers import TOWERS, get_tower, tower_fields, tower_from_fields
 from megatron_moellava.towers.from_config import hf_config_of as tower_config_of
 from megatron_moellava.towers.from_config import processor_config_of
+
+
+def folder_of(tower, tmp_path, **processor) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(tower_config_of(tower)))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor_config_of(tower) | processor))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("tower", ["clip-tiny", "siglip-tiny"])
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        ({"resample": 0}, r"resample=0: supported are 2 \(bilinear\) and 3 \(bicubic\)"),
+        ({"size": {"shortest_edge": 80}}, "size, crop_size: .*80.* instead of image_size="),
+        ({"size": 48, "crop_size": 48}, "size, crop_size: 48 instead"),
+        ({"do_normalize": False}, "do_normalize=False: only True"),
+        ({"do_resize": False, "do_rescale": False}, "do_resize=False.*\n.*do_rescale=False"),
+        ({"rescale_factor": 1.0}, "rescale_factor=1.0"),
+    ],
+)
+def test_what_a_processor_does_otherwise_is_refused(tower, processor, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        get_tower(folder_of(TOWERS[tower], tmp_path, **processor))
+
+
+def test_the_interpolation_travels_with_the_tower(tmp_path):
+    bilinear = get_tower(folder_of(TOWERS["siglip-tiny"], tmp_path, resample=2))
+    assert bilinear.resample == "bilinear" and processor_config_of(bilinear)["resample"] == 2
+    assert tower_from_fields(json.loads(json.dumps(tower_fields(bilinear))), TOWER_FAMILIES).resample == "bilinear"
+    assert "resample" not in tower_fields(TOWERS["siglip-tiny"]), "checkpoints that were written without it fit"
+
+
+@pytest.mark.parametrize(
+    "form", [{"size": 72, "crop_size": 72}, {"size": {"shortest_edge": 72}, "do_convert_rgb": None}]
+)
+def test_sizes_are_read_in_the_forms_of_older_files(form, tmp_path):
+    assert get_tower(folder_of(TOWERS["clip-tiny"], tmp_path, **form)).resize == "shortest_edge_crop"
 
 
 @pytest.mark.parametrize("name", TOWERS)

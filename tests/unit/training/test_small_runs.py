@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.config import (
     CheckpointConfig,
@@ -122,3 +123,29 @@ def test_more_bad_rows_than_tolerated_name_the_share(tmp_path):
     with pytest.raises(DataError, match=r"4 of the 12 rows are bad, more than data.max_skip_share allows"):
         train(run)
     assert train(replace(run, data=replace(run.data, max_skip_share=0.34))) == 0
+
+
+def written_precision(folder: Path) -> str:
+    return read_description(newest_checkpoint(folder)).config["training"]["precision"]
+
+
+def test_a_run_writes_the_precision_that_auto_stood_for_and_goes_on_in_it_elsewhere(tmp_path, capfd, avx2, monkeypatch):
+    """The second part of the run finds a processor that may not use what the first one had, or the other way round."""
+    path = write_rows(tmp_path, [row(7, None, id=f"id{i}") for i in range(8)])
+    first = run_of(path, tmp_path / "run", precision="auto", train_steps=2)
+    assert train(first) == 0
+    assert written_precision(tmp_path / "run") == "fp32"
+    assert "precision fp32: " in capfd.readouterr().out
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY")
+    assert train(replace(first, training=replace(first.training, train_steps=3))) == 0
+    said = capfd.readouterr().out
+    assert "precision fp32: iter_0000002 goes on in it" in said and "training.precision" not in said
+    assert written_precision(tmp_path / "run") == "fp32"
+
+
+def test_a_run_may_go_on_in_another_precision_if_it_names_it(tmp_path, capfd):
+    path = write_rows(tmp_path, [row(7, None, id=f"id{i}") for i in range(8)])
+    assert train(run_of(path, tmp_path / "run", train_steps=2)) == 0
+    assert train(run_of(path, tmp_path / "run", precision="bf16", train_steps=3)) == 0
+    assert "goes on with another value: training.precision=fp32 then, bf16 now" in capfd.readouterr().out
+    assert written_precision(tmp_path / "run") == "bf16"

@@ -326,6 +326,20 @@ def test_a_checkpoint_that_the_yaml_file_names_brings_its_model(wanted):
     assert run.model.backbone == "llama-tiny" and run.moe == replace(MoEConfig())
 
 
+def test_a_home_folder_is_meant_in_a_yaml_file(wanted, monkeypatch):
+    """Else a folder of the name `~` would be made in the folder of the job."""
+    monkeypatch.setenv("HOME", str(wanted.folder))
+    checkpoint(wanted.folder / "start", moe=MoEConfig())
+    file = wanted.folder / "run.yaml"
+    file.write_text('{"checkpoint": {"load": "~/start", "save": "~/new"}, "logging": {"directory": "~/log"}}')
+    flags = {"training.stage": 3, "data.sources": [wanted.source()]}
+    run = load_run(config=str(file), flags=flags, overrides=wanted.overrides)
+    validate(run, 1)
+    found = (run.checkpoint.load, run.checkpoint.save, run.logging.directory)
+    assert found == tuple(str(wanted.folder / name) for name in ("start", "new", "log"))
+    assert run.moe == replace(MoEConfig())
+
+
 def test_the_answer_takes_no_torch_and_two_seconds_at_most(wanted):
     """Of CPU; 0.5 s were measured, so that the limit has a head-room of four. The modules decide, the time is shown."""
     words = ["tools/train.py", "--validate-only", "--stage", "2", "--backbone", "llama-tiny", "--tower", "clip-tiny"]

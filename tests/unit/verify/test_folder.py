@@ -11,10 +11,15 @@ from megatron_moellava.verify.table import Table
 def test_missing_empty_and_unread_recordings_are_said(tmp_path):
     (tmp_path / "moe").mkdir()
     (tmp_path / "moe/model.safetensors").write_bytes(b"")
-    (tmp_path / "sampler_schedule.json").write_text("{}")
+    (tmp_path / "routes.json").write_text("{}")
     torch.save({}, tmp_path / "moe.pt")
     said = Folder(tmp_path).left_out(("dense", "moe"))
-    for line in ("moe.pt is empty", "names.json is not there", "sampler_schedule.json: no case reads it"):
+    for line in (
+        "moe.pt is empty",
+        "names.json is not there",
+        "routes.json: no case reads it",
+        "data/scoring.json is not there",
+    ):
         assert line in said
     assert "not compared: moe.pt is empty" in Table(left_out=said).render()
 

@@ -1,0 +1,87 @@
+"""How long a quickstart will take on this machine: a probe of about a second, and what each part costs in passes of it.
+
+The probe is a small MLP of the quickstart's sizes, forwards and backwards, in the precision that the run will have, on all
+processes at once: what slows the run slows the probe likewise. `make bench BENCH=quickstart` measures the costs.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+TOKENS, HIDDEN, FFN = 2048, 128, 384  # of a row and of llama-tiny
+PROBE_SECONDS = 1.0
+ROWS = 2  # of a step, over all processes
+# In passes of the probe: a step of one row, and a question; of a dense model and of one with experts.
+STEP = {False: 30.0, True: 60.0}
+QUESTION = {False: 0.9, True: 1.8}
+TOWER_SECONDS = 0.06  # of a step of the tower's pretraining, in fp32 on all cores
+START_SECONDS = 6.0  # of a part, beside its steps: building and loading the model, saving
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """`seconds`: of a pass on one process, while the others compute too."""
+
+    seconds: float
+    processes: int
+
+    @classmethod
+    def of_this_machine(cls, precision: str) -> "Speed":
+        """By the probe, on every process at once. Zero on a GPU, of which the costs here say nothing."""
+        import torch.distributed as dist
+
+        from megatron_moellava import platform
+
+        if platform.HAS_CUDA:
+            return cls(0.0, dist.get_world_size())
+        slowest: list[float] = [0.0] * dist.get_world_size()
+        dist.barrier()
+        dist.all_gather_object(slowest, seconds_of_a_pass(precision))
+        return cls(max(slowest), dist.get_world_size())
+
+    def training(self, steps: int, questions: int, *, is_moe: bool) -> float:
+        """Seconds of a run and of asking the questions after it, of a model with experts also with blank pictures."""
+        rows = max(1, ROWS // self.processes)
+        asked = questions * (2 if is_moe else 1) / self.processes
+        return self._some(steps * rows * STEP[is_moe] + asked * QUESTION[is_moe])
+
+    def tower(self, steps: int) -> float:
+        """Seconds of the tower's pretraining."""
+        return steps * TOWER_SECONDS + START_SECONDS if self.seconds else 0.0
+
+    def _some(self, passes: float) -> float:
+        return passes * self.seconds + START_SECONDS if self.seconds else 0.0
+
+
+def said_time(seconds: float) -> str:
+    """What the run says at its start."""
+    return f"this should take about {max(1, round(seconds / 60))} min here" if seconds else "on a GPU: in minutes"
+
+
+def seconds_of_a_pass(precision: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Forward and backward pass of the probe, the mean over about a second."""
+    import torch
+
+    from megatron_moellava.model.configuration import DTYPES
+
+    generator = torch.Generator().manual_seed(0)  # the process's own is left alone
+    dtype = DTYPES[precision]
+
+    def drawn(*shape: int):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    tokens_SD, up_DF, down_FD = drawn(TOKENS, HIDDEN), drawn(HIDDEN, 2 * FFN), drawn(FFN, HIDDEN)
+    for weight in (up_DF, down_FD):
+        weight.mul_(0.05).requires_grad_()
+
+    def once() -> None:
+        gate_SF, value_SF = (tokens_SD @ up_DF).chunk(2, dim=1)
+        output_SD = (torch.nn.functional.silu(gate_SF) * value_SF) @ down_FD + tokens_SD
+        output_SD.float().square().mean().backward()
+
+    once()
+    passes, started = 0, clock()
+    while (spent := clock() - started) < PROBE_SECONDS:
+        once()
+        passes += 1
+    return spent / passes

@@ -1,0 +1,113 @@
+"""The quickstart's account of the names benchmark: what is compared, at which cost, and which picture to try."""
+
+import json
+import math
+
+import pytest
+
+from megatron_moellava.backbones import get_backbone
+from megatron_moellava.config import MoEConfig, load_config
+from megatron_moellava.towers import get_tower
+
+
+def answer(number, prediction, bits, language="en"):
+    return {
+        "question_id": number,
+        "image": f"names/test/{number}-2.png",
+        "question": "what is this called in english?",
+        "answer": "cat face",
+        "type": f"name {language}",
+        "prediction": prediction,
+        "loss": bits * math.log(2),
+    }
+
+
+def test_the_runs_of_the_preset_start_from_what_is_there():
+    from plans import RUNS, with_names
+
+    plan = with_names({"stage1": {"from": "start"}, "stage2": {"from": "stage1"}, "stage3": {}, "dense": {}})
+    made = {"start"}
+    for name, run in plan.items():
+        if run["from"] == "upcycled":
+            assert "names" in made
+        else:
+            assert run["from"] in made
+        made.add(name)
+    assert RUNS["stage3"]["steps"] == RUNS["dense"]["steps"]
+    assert RUNS["stage3"]["lr"] == RUNS["dense"]["lr"]
+    assert RUNS["stage3"]["data"] == RUNS["dense"]["data"]
+
+
+def test_the_experts_cost_a_token_nothing_but_the_router():
+    """Eight experts in each of four layers of 128, one per token: FLOPs as the dense model's, eight times its FFN."""
+    from names_report import cost_of
+    from plans import EXPERTS
+
+    backbone, tower = get_backbone("llama-tiny"), get_tower("clip-tiny")
+    dense_run = load_config(None, ["model.backbone=llama-tiny", "model.tower=clip-tiny", "training.stage=2"])
+    moe_run = load_config(
+        None,
+        ["model.backbone=llama-tiny", "model.tower=clip-tiny", "training.stage=3"]
+        + [f"moe.{name}={value}" for name, value in EXPERTS.items()],
+    )
+    assert moe_run.moe == MoEConfig(**EXPERTS)
+    dense, moe = cost_of(dense_run, backbone, tower), cost_of(moe_run, backbone, tower)
+    router = 128 * 8 * 4
+    assert moe["flops_per_token"] - dense["flops_per_token"] == 2 * router
+    assert moe["activated"] - dense["activated"] == router
+    assert moe["total"] - dense["total"] == router + 7 * 4 * 3 * 128 * 384
+
+
+def test_the_summary_compares_moe_and_dense_on_the_same_questions(tmp_path):
+    from names_report import summarise_names
+
+    for folder in ("data", "ceiling"):
+        (tmp_path / folder).mkdir()
+    turns = [
+        {"from": "human", "value": "<image>\nwhat is this called in english?"},
+        {"from": "gpt", "value": "cat face"},
+    ]
+    rows = [{"image": "names/train/1-0.png", "tag": "name en", "conversations": turns}]
+    (tmp_path / "data/names.json").write_text(json.dumps(rows))
+    (tmp_path / "ceiling/ceiling.json").write_text(json.dumps({"exact": 90.0, "pictures": 2, "among": 2}))
+
+    def result(*answered):
+        return {
+            "names": {
+                "score": {"exact": 50.0 * sum(a["prediction"] == "cat face" for a in answered)},
+                "answered": [*answered],
+            }
+        }
+
+    results = {
+        "stage2": {},
+        "dense": result(answer(1, "cat", 4.0), answer(2, "dog", 6.0)),
+        "stage3": result(answer(1, "cat face", 1.0), answer(2, "dog", 5.0)),
+    }
+    summary = summarise_names(tmp_path, results)
+    assert set(summary["results"]) == {"dense", "stage3"}
+    assert summary["moe_minus_dense"] == {
+        "exact": 50.0,
+        "bits_saved": pytest.approx(2.0),
+        "standard_error": pytest.approx(1.0),
+    }
+    assert summary["question_only_baseline"]["exact"] == 100.0
+    assert summary["example"] == {
+        "image": "names/test/1-2.png",
+        "question": "what is this called in english?",
+        "answer": "cat face",
+        "prediction": "cat face",
+    }
+
+
+def test_the_example_is_the_surest_english_name_that_is_right():
+    from names_report import example_of
+
+    rows = [
+        answer(0, "dog", 0.1),
+        answer(1, "cat face", 0.2, "de"),
+        answer(2, "cat face", 2.0),
+        answer(3, "cat face", 1.0),
+    ]
+    assert example_of(rows)["image"] == "names/test/3-2.png"
+    assert example_of(rows[:1])["prediction"] == "dog"
