@@ -52,10 +52,10 @@ docs: $(DOCS_READY)  ## this documentation and the API as a site, in build/docs
 test test-layouts test-layouts-8 test-planning fuzz test-te check test-browser test-lmms test-resilience test-cluster test-gpu-pretended: export CUDA_VISIBLE_DEVICES =
 
 # Two test processes of one thread each: oversubscribed threads make small products several times slower.
-test: $(READY)  ## unit and parity tests (TESTS=tests/unit for a part)
+test: $(READY) | .te-sources/.installed  ## unit and parity tests (TESTS=tests/unit for a part)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(TESTS)
 
-test-gpu-pretended: $(READY)  ## the GPU's code path of every stage, family and layout on a pretended GPU (many minutes)
+test-gpu-pretended: $(READY) | .te-sources/.installed  ## the GPU's code path of every stage, family and layout on a pretended GPU (many minutes)
 	PRETENDED_GPU=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/gpu
 
 test-gpu: $(READY)  ## golden folders, checkpoints and the quickstart on a real GPU, into runs/gpu/*.json (WHEELS=DIR: no network)
@@ -110,7 +110,7 @@ test-cluster: $(READY)  ## submit the scripts of examples/ to a real two-node SL
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
 
 clean:  ## remove the environments, caches and runs/
-	rm -rf .venv .lmms-venv .te-venv .bench-venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .lmms-venv .te-venv .te-sources .bench-venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made once; a changed setup.py installs what is new and leaves the rest (torch above all) alone.
@@ -132,6 +132,12 @@ clean:  ## remove the environments, caches and runs/
 	@echo "Installing the package and lmms-eval into .lmms-venv (about 7 GB; torch is most of it)"
 	.lmms-venv/bin/python -m pip install --disable-pip-version-check --editable '.[lmms-eval]' 'pytest>=8'
 	@touch $@
+
+# Transformer Engine's Python code without its library, which only tests/gpu sees: in an environment it would break
+# megatron.core. Without a network the tests that want it say that it is missing.
+.te-sources/.installed: | $(READY)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 1 --no-deps --target .te-sources \
+		transformer-engine==2.20.2 einops~=0.8 && touch $@
 
 # Two more, which see the first one's packages and hold only what must not be in it.
 .te-venv/.installed: tests/te/build.sh | $(READY)

@@ -209,7 +209,9 @@ class OptimizerConfig:
     hysteresis: int = 2  # fp16: overflows before the scale halves; more wait for the next doubling
     overlap_grad_reduce: bool | None = None  # during the backward pass; None: on GPUs with several data-parallel ranks
     overlap_param_gather: bool | None = None  # during the forward pass; likewise, and only with overlap_grad_reduce
-    gradient_accumulation_fusion: bool | None = None  # None: where Transformer Engine and apex's kernel are installed
+    gradient_accumulation_fusion: bool | None = (
+        None  # None: in Transformer Engine's layers; with apex's kernel everywhere
+    )
 
     def overlaps(self, pays: bool) -> tuple[bool, bool]:
         """(overlap_grad_reduce, overlap_param_gather) as asked for, or where it `pays`."""

@@ -204,9 +204,8 @@ def broadcast_on_first_stage(tensors: dict[str, torch.Tensor | None] | None) -> 
 
 
 def _broadcast(tensors, meta, group) -> tuple[dict, object]:
-    device = platform.device()
     if group.size() == 1:
-        return {name: value if value is None else value.to(device) for name, value in tensors.items()}, meta
+        return {name: value if value is None else platform.on_device(value) for name, value in tensors.items()}, meta
     source = dist.get_process_group_ranks(group)[0]
     header: list = [None]
     if tensors is not None:
@@ -221,9 +220,10 @@ def _broadcast(tensors, meta, group) -> tuple[dict, object]:
             received[name] = None
             continue
         size, dtype = shape
-        value = (
-            torch.empty(size, dtype=dtype, device=device) if tensors is None else tensors[name].to(device).contiguous()
-        )
+        if tensors is None:
+            value = torch.empty(size, dtype=dtype, device=platform.device())
+        else:
+            value = platform.on_device(tensors[name]).contiguous()
         if value.numel():
             dist.broadcast(value, src=source, group=group)
         received[name] = value

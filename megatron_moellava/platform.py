@@ -128,11 +128,13 @@ def found() -> list[str]:
     """What a GPU run has to work with, one sentence each, for the head of its log; nothing on a CPU."""
     if not HAS_CUDA:
         return []
+    apex_only = "on, but for the output layer (apex has its kernel)"
+    fusion = "on" if HAS_GRADIENT_FUSION else apex_only if HAS_TRANSFORMER_ENGINE else "off"
     fused_adam = "Transformer Engine's" if HAS_TRANSFORMER_ENGINE else "apex's" if is_installed("apex") else "torch's"
     return [
         f"GPU {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, {BACKEND}",
-        f"modules: {engine_sentence()}; Adam: {fused_adam}; gradient accumulation in the products: "
-        f"{'on' if HAS_GRADIENT_FUSION else 'off (apex has its kernel)'}; DeepEP: {'yes' if is_installed('deep_ep') else 'no'}",
+        f"modules: {engine_sentence()}; Adam: {fused_adam}; gradient accumulation in the products: {fusion}; "
+        f"DeepEP: {'yes' if is_installed('deep_ep') else 'no'}",
     ]
 
 
@@ -146,9 +148,14 @@ def exact_products(precision: str) -> None:
 def to_device(values: list[int]) -> torch.Tensor:
     """Numbers of the host on the device (int64), without waiting for what the device is doing: torch.tensor(..., device)
     copies from pageable memory and waits for the whole queue."""
-    if not HAS_CUDA:
-        return torch.tensor(values)
-    return torch.tensor(values).pin_memory().to(device(), non_blocking=True)
+    return on_device(torch.tensor(values))
+
+
+def on_device(tensor: torch.Tensor) -> torch.Tensor:
+    """The same on this process's device, without waiting for what that is doing: the copy comes from pinned memory."""
+    if not HAS_CUDA or tensor.is_cuda:
+        return tensor
+    return tensor.pin_memory().to(device(), non_blocking=True)
 
 
 def device_name() -> str | None:

@@ -7,6 +7,7 @@ head.
 """
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 # Transformer Engine the rows keep their [S, B, H, D] shape, and the segments reach this module alone.
 SEGMENTED = "segmented_sbhd"
 SHORT = 256  # tokens of a packed row's longest sample up to which attention is spelt out
+
+
+@dataclass
+class PackedRow(PackedSeqParams):
+    """A packed row for our own attention, which cuts it on the host: `lengths` of its samples."""
+
+    lengths: list[int] = field(default_factory=list)
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -54,7 +62,7 @@ class SdpaCoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedRow | None = None,
     ) -> torch.Tensor:
         """Returns [S, B, H * D]. `attention_mask` [B or 1, 1, Sq, Sk]: True = may not attend; None: by the mask type."""
         assert attention_bias is None, "attention bias is not supported"
@@ -93,12 +101,11 @@ class SdpaCoreAttention(MegatronModule):
         probs_NHSS = (scores_NHSS.float() + future_SS).softmax(dim=-1).to(query_NHSD.dtype)
         return F.dropout(probs_NHSS, self.dropout, self.training) @ value_NHSD
 
-    def _packed(self, query_TBHD, key_TBGD, value_TBGD, packed: PackedSeqParams) -> torch.Tensor:
+    def _packed(self, query_TBHD, key_TBGD, value_TBGD, packed: PackedRow) -> torch.Tensor:
         """Block-diagonal causal attention. Rows of short samples are one batch; of others, each sample is its own."""
         if packed.max_seqlen_q <= SHORT:
             return self._packed_batch(query_TBHD, key_TBGD, value_TBGD, packed)
-        lengths = packed.cu_seqlens_q.diff().tolist()
-        samples = (item.permute(1, 2, 0, 3).split(lengths, dim=2) for item in (query_TBHD, key_TBGD, value_TBGD))
+        samples = (item.permute(1, 2, 0, 3).split(packed.lengths, dim=2) for item in (query_TBHD, key_TBGD, value_TBGD))
         context_BHTD = torch.cat([self._attend_sample(*sample) for sample in zip(*samples, strict=True)], dim=2)
         return context_BHTD.permute(2, 0, 1, 3).flatten(2)
 
@@ -107,7 +114,7 @@ class SdpaCoreAttention(MegatronModule):
             return self._attend_short(query_BHSD, key_BGSD, value_BGSD)
         return self._attend(query_BHSD, key_BGSD, value_BGSD, None, is_causal=True)
 
-    def _packed_batch(self, query_TBHD, key_TBGD, value_TBGD, packed: PackedSeqParams) -> torch.Tensor:
+    def _packed_batch(self, query_TBHD, key_TBGD, value_TBGD, packed: PackedRow) -> torch.Tensor:
         """The samples of the row as a batch, right-padded to the longest.
 
         Causal attention never looks to the right, so the padding needs no mask. Samples of 3 and 2 tokens:
@@ -118,7 +125,7 @@ class SdpaCoreAttention(MegatronModule):
         context_NSHD = self._attend_short(query, key, value).transpose(1, 2)
         return context_NSHD.flatten(0, 1)[places_T].flatten(1).unsqueeze(1)
 
-    def _share_of_row(self, query_LBHD, key_LBGD, value_LBGD, packed: PackedSeqParams | None) -> torch.Tensor:
+    def _share_of_row(self, query_LBHD, key_LBGD, value_LBGD, packed: PackedRow | None) -> torch.Tensor:
         """Causal attention of this rank's positions to the whole row, sample by sample (`context_parallel.py`)."""
         key_SBGD, value_SBGD = gather_positions(torch.cat([key_LBGD, value_LBGD], -1)).chunk(2, -1)
         length = key_SBGD.shape[0]

@@ -227,8 +227,10 @@ class Emulation:
         return [scaling.history_TKE for scaling in self.scalings if self.recipe.history]
 
     def load_state(self, state: list[torch.Tensor]) -> None:
-        """Take over the histories of a checkpoint; the inverse of `state`."""
-        for scaling, history_TKE in zip(self.scalings, state, strict=False):
+        """Take over the histories of a checkpoint; the inverse of `state`. Transformer Engine's say nothing here."""
+        if [item.shape for item in state] != [item.shape for item in self.state()]:
+            return
+        for scaling, history_TKE in zip(self.scalings, state, strict=True):
             scaling.history_TKE = history_TKE
 
 

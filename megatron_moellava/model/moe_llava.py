@@ -11,7 +11,7 @@ import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import RunConfig
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
-from megatron_moellava.model.attention import SEGMENTED
+from megatron_moellava.model.attention import SEGMENTED, PackedRow
 from megatron_moellava.model.configuration import projector_config, tower_config, transformer_config
 from megatron_moellava.model.context_parallel import encode_share, share
 from megatron_moellava.model.kv_cache import KVCache
@@ -318,19 +318,16 @@ def packed_seq_params(
 ) -> PackedSeqParams | None:
     """Megatron-Core's description of a packed row; the last entry of `cu_seqlens` is the length of the row.
 
-    `is_shared`: the row is spread over context-parallel ranks; only our own attention reads it, on the host.
+    `cu_seqlens` comes on the host; on the device it is right, too, and read from there once. `is_shared`: the row is spread
+    over context-parallel ranks; only our own attention reads it, on the host.
     """
     if cu_seqlens is None:
         return None
-    by_engine = platform.HAS_TRANSFORMER_ENGINE and not is_shared
-    cu_seqlens = cu_seqlens.cpu() if is_shared else cu_seqlens
-    return PackedSeqParams(
-        qkv_format="thd" if by_engine else SEGMENTED,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
-    )
+    there = cu_seqlens.cpu() if is_shared else platform.on_device(cu_seqlens)
+    fields = {"cu_seqlens_q": there, "cu_seqlens_kv": there, "max_seqlen_q": max_seqlen, "max_seqlen_kv": max_seqlen}
+    if platform.HAS_TRANSFORMER_ENGINE and not is_shared:
+        return PackedSeqParams(qkv_format="thd", **fields)
+    return PackedRow(qkv_format=SEGMENTED, lengths=cu_seqlens.diff().tolist(), **fields)
 
 
 def causal_padding_mask(padding_mask_BS: torch.Tensor) -> torch.Tensor:

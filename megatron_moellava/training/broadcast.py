@@ -7,11 +7,12 @@ from megatron_moellava import parallel
 from megatron_moellava.data.batch import Batch
 
 _PIXELS = "pixel_values_NCHW"  # only the first pipeline stage looks at images
-_META = ("max_seqlen", "sample_ids", "tags", "counts")
+_META = ("cu_seqlens", "max_seqlen", "sample_ids", "tags", "counts")  # stays on the host, which asks for lengths
 
 
 def broadcast_batch(batch: Batch | None) -> Batch:
-    """The reading process passes its batch, the others None; all return it on their device (pixels: first stage only)."""
+    """The reading process passes its batch, the others None; all return it on their device (pixels: first
+    stage only; `cu_seqlens`: on the host)."""
     tensors: dict | None = None
     meta: Any = None
     pixels: dict | None = None

@@ -41,6 +41,7 @@ from megatron_moellava.checkpoint.resume_point import ResumePoint, resume_point
 from megatron_moellava.checkpoint.verification import digests_together, verify_checkpoint
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
 from megatron_moellava.model.fp8_emulation import Emulation
+from megatron_moellava.model.fp8_engine import EngineHistories
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.weights import model_state, readable
 from megatron_moellava.towers import tower_fields
@@ -73,7 +74,7 @@ class TrainingState:
     provenance: dict = field(default_factory=dict)  # of the weights; run.json keeps it
     validation: dict = field(default_factory=dict)  # {loss, iteration} of the best one so far
     loss_scale: dict = field(default_factory=dict)  # of a run in fp16
-    fp8: list[torch.Tensor] = field(default_factory=list)  # amax histories of this rank, where FP8 is emulated
+    fp8: list[torch.Tensor] = field(default_factory=list)  # what FP8 remembers on this rank
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -363,7 +364,7 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
 
 
 def load_rank_state(
-    checkpoint: Path, description: RunDescription, fp8: Emulation | None = None
+    checkpoint: Path, description: RunDescription, fp8: Emulation | EngineHistories | None = None
 ) -> dict[int, dict] | None:
     """Restore the random generators and FP8's histories; where data is read, returns loader states by data-parallel rank.
 

@@ -25,6 +25,7 @@ from megatron_moellava.data.loader import Loader
 from megatron_moellava.exit_codes import INTERRUPTED
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.fp8_emulation import Emulation, emulate_fp8
+from megatron_moellava.model.fp8_engine import EngineHistories, engine_histories
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.roles import freeze
 from megatron_moellava.model.weights import load_weights
@@ -85,7 +86,7 @@ class Trainer:
         require_trained(self.trained, roles)
         self.routing = RoutingStatistics(self.chunks) if run.moe else None
         self.max_activations = MaxActivations(self.chunks)
-        self.fp8 = self._emulated_fp8()
+        self.fp8 = self._fp8()
         self.state = checkpoints.TrainingState(iteration=0, consumed_samples=0, data=None)
         resumed = self._load_weights()
 
@@ -115,11 +116,13 @@ class Trainer:
 
     # --- start ------------------------------------------------------------------------------------------------------
 
-    def _emulated_fp8(self) -> Emulation | None:
+    def _fp8(self) -> Emulation | EngineHistories | None:
+        """What FP8 remembers from step to step; on a CPU it is also what rounds."""
         recipe = self.run.training.fp8_recipe
-        if recipe is None or platform.HAS_TRANSFORMER_ENGINE:
+        if recipe is None:
             return None
-        return emulate_fp8(self.chunks, recipe, self.chunks[0].config)
+        make = engine_histories if platform.HAS_TRANSFORMER_ENGINE else emulate_fp8
+        return make(self.chunks, recipe, self.chunks[0].config)
 
     def _load_weights(self) -> Path | None:
         """Weights from `checkpoint.save` if it holds a checkpoint to go on from (returned), else from `checkpoint.load`."""
@@ -222,7 +225,7 @@ class Trainer:
 
     def _train(self) -> int:
         self.log.say(f"trains {', '.join(f'{role} {count:,}' for role, count in self.trained.items())} (this rank)")
-        if self.fp8 is not None:
+        if isinstance(self.fp8, Emulation):
             self.log.say(
                 f"training.fp8_recipe={self.run.training.fp8_recipe} is emulated here: FP8's rounding, not its speed"
             )

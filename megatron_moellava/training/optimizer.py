@@ -35,6 +35,8 @@ def overlaps(run: RunConfig) -> tuple[bool, bool]:
 def wrap_data_parallel(run: RunConfig, chunks: list[MoELlava]) -> list[DistributedDataParallel]:
     """Gradients in contiguous fp32 buffers, reduced over the data-parallel ranks, sharded for the optimizer."""
     overlap_grad_reduce, overlap_param_gather = overlaps(run)
+    if run.optimizer.gradient_accumulation_fusion is not False:
+        accumulate_in_products(chunks)
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
@@ -42,6 +44,18 @@ def wrap_data_parallel(run: RunConfig, chunks: list[MoELlava]) -> list[Distribut
         overlap_param_gather=overlap_param_gather,
     )
     return [DistributedDataParallel(chunk.config, config, chunk) for chunk in chunks]
+
+
+def accumulate_in_products(chunks: list[MoELlava]) -> None:
+    """Let Transformer Engine's layers add weight gradients to the fp32 buffers inside of their products.
+
+    They can without apex; Megatron-Core's own output layer cannot, and with `gradient_accumulation_fusion` in the model's
+    configuration it would refuse to be built.
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
 
 
 def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:
@@ -139,19 +153,24 @@ class Update:
     def __init__(self, optimizer: ChainedOptimizer, loss_scale: LossScale | None = None):
         """`loss_scale`: of a run in fp16; it moves with each step, a skipped one too."""
         self.optimizer, self.loss_scale = optimizer, loss_scale
+        self._measure = optimizer.get_grad_norm
+        self._grad_norm = 0.0
+        # The step clips by the norm that was measured to see whether there is to be a step.
+        optimizer.get_grad_norm = lambda: self._grad_norm
 
     def __call__(self) -> tuple[bool, float]:
         """Returns (applied, gradient norm before clipping). The norm covers all ranks, so all of them agree."""
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm() or 0.0)
-        is_finite = math.isfinite(grad_norm)
+        norm = self._measure()
+        self._grad_norm = 0.0 if norm is None else float(norm)  # the one wait of a step: for the decision and the log
+        is_finite = math.isfinite(self._grad_norm)
         if self.loss_scale is not None:
             self.loss_scale.advance(found_inf=not is_finite)
         if not is_finite:
             self.optimizer.zero_grad()
-            return False, grad_norm
+            return False, self._grad_norm
         self._step()
-        return True, grad_norm
+        return True, self._grad_norm
 
     def _step(self) -> None:
         """Megatron-Core's, which prepares the gradients again, in place."""

@@ -30,7 +30,7 @@ def validated(name: str, world: int, layout: dict, needs: tuple = (), **more) ->
     } | more
 
 
-start = validated("start", 1, STEADY | {"training.train_steps": 1})
+start = validated("start", 1, STEADY | {"training.train_steps": 2})
 
 
 def beside(name: str, world: int, settings: dict) -> dict:

@@ -1,16 +1,24 @@
 """One process that does what is asked of it, on the CPU, on a pretended GPU or on a real one, and writes down the numbers.
 
-python -m tests.gpu.job cpu|gpu|real FOLDER JOB ...   writes FOLDER/JOB.json (by rank 0); "real" needs no pretending
+python -m tests.gpu.job cpu|gpu|engine|real FOLDER JOB ...   writes FOLDER/JOB.json (by rank 0); "engine": a pretended GPU
+with Transformer Engine's Python code; "real": no pretending
 """
 
 import json
 import os
+import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.gpu.models import models
+from tests.gpu.programs import programs
+
 STEPS, SAVED_AT = 3, 2
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+PATIENCE = 120  # seconds for a process that is late
 
 
 def settings(folder: Path, changes: dict) -> list[str]:
@@ -19,8 +27,9 @@ def settings(folder: Path, changes: dict) -> list[str]:
     from tests.helpers.inference_models import TOKENIZER
 
     rows = folder / "rows"
-    if not rows.exists() and int(os.environ.get("RANK", 0)) == 0:
+    if RANK == 0 and not rows.exists():
         make_set(rows, 8)
+    meet(folder, "rows")
     asked = {
         "training.precision": "fp32",
         "training.train_steps": STEPS,
@@ -49,11 +58,16 @@ def train(folder: Path, changes: dict) -> dict:
     from megatron_moellava.commands.train import main
 
     arguments = settings(folder, changes)
+    join(folder, "first")
     assert main(arguments) == 0
+    meet(folder, "trained")
     whole = numbers(folder)
-    if int(os.environ.get("RANK", 0)) == 0:
+    meet(folder, "read")
+    if RANK == 0:
         forget_after(folder / "save", SAVED_AT)
+    join(folder, "second")
     assert main(arguments) == 0
+    meet(folder, "resumed")
     return {"steps": whole, "resumed": numbers(folder)}
 
 
@@ -63,9 +77,29 @@ def numbers(folder: Path) -> list[list[float]]:
     return [[record.get(name, 0.0) for name in ("loss", "grad_norm", "load_balancing_loss")] for record in records]
 
 
-def forget_after(save: Path, iteration: int) -> None:
-    import shutil
+def join(folder: Path, name: str) -> None:
+    """Make the process group of one run; torchrun's own rendezvous serves a process once."""
+    import torch.distributed as dist
 
+    from megatron_moellava import parallel, platform
+
+    parallel.shutdown()
+    if WORLD > 1:
+        store = dist.FileStore(str(folder / f"{name}.store"), WORLD)
+        dist.init_process_group(platform.BACKEND, store=store, rank=RANK, world_size=WORLD)
+
+
+def meet(folder: Path, name: str) -> None:
+    """Wait until every process of this job is here; between runs there is no process group."""
+    (folder / f"{name}.{RANK}").touch()
+    deadline = time.monotonic() + PATIENCE
+    while not all((folder / f"{name}.{rank}").exists() for rank in range(WORLD)):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{name}: not all of {WORLD} processes came")
+        time.sleep(0.05)
+
+
+def forget_after(save: Path, iteration: int) -> None:
     for path in save.glob("iter_*"):
         if int(path.name[5:]) > iteration:
             shutil.rmtree(path)
@@ -119,7 +153,7 @@ def gates(folder: Path, changes: dict) -> dict:
 
 def moved(folder: Path, changes: dict) -> dict:
     """Load the CPU's checkpoint here and write it again: a digest of every tensor of the copy."""
-    import hashlib
+    from hashlib import sha256
 
     import torch
 
@@ -128,6 +162,7 @@ def moved(folder: Path, changes: dict) -> dict:
     from megatron_moellava.model.build import build_model
     from megatron_moellava.model.weights import load_weights
     from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
+    from megatron_moellava.verify.session import gathered
     from tests.helpers.inference_models import GATES, tiny_checkpoint, tiny_run
 
     origin, copy = folder.parent.parent / "origin", folder / "copy"
@@ -139,21 +174,21 @@ def moved(folder: Path, changes: dict) -> dict:
         run = tiny_run(GATES["megatron"])
         chunks = build_model(run)
         load_weights(next(source.glob("iter_*")), chunks)
-        state = TrainingState(iteration=1, consumed_samples=0, data=None)
-        save_checkpoint(target, run, chunks, state)
-        tensors = {name: item.detach().cpu().contiguous() for name, item in chunks[0].named_parameters()}
+        save_checkpoint(target, run, chunks, TrainingState(iteration=1, consumed_samples=0, data=None))
+        tensors = gathered(chunks, lambda item: item)
         digests.append(
-            {name: hashlib.sha256(item.view(torch.uint8).numpy()).hexdigest() for name, item in tensors.items()}
+            {key: sha256(item.contiguous().view(torch.uint8).numpy()).hexdigest() for key, item in tensors.items()}
         )
         parallel.shutdown()
     assert digests[0] == digests[1]
     return {"digests": digests[0]}
 
 
+ORIGINAL = {"data.packing": "false", "moe.router": "original", "moe.moe_expert_capacity_factor": 1.0}
 JOBS: dict[str, tuple[Callable[[Path, dict], dict], dict]] = {
     "packed": (train, {}),
     "padded": (train, {"data.packing": "false"}),
-    "original": (train, {"data.packing": "false", "moe.router": "original", "moe.moe_expert_capacity_factor": 1.0}),
+    "original": (train, ORIGINAL),
     "bf16": (train, {"training.precision": "bf16"}),
     "megatron answers": (generate, {"gate": "megatron"}),
     "original answers": (generate, {"gate": "original deterministic"}),
@@ -162,25 +197,45 @@ JOBS: dict[str, tuple[Callable[[Path, dict], dict], dict]] = {
     "background": (train, {"checkpoint.async_save": "true", "training.recompute": "full"}),
     "phi": (train, {"model.backbone": "phi-2-tiny", "data.packing": "false"}),
     "qwen3": (train, {"model.backbone": "qwen3-tiny"}),
+    "models": (models, {}),
+    "programs": (programs, {}),
     "stage 1": (train, {"training.stage": 1, "moe": "null"}),
     "stage 2": (train, {"training.stage": 2, "moe": "null"}),
     **{
-        f"{axis} 2": (train, {f"parallel.{name}_parallel_size": 2, "training.global_batch_size": 2})
+        f"{axis} 2": (
+            train,
+            {
+                f"parallel.{name}_parallel_size": 2,
+            },
+        )
         for axis, name in (("TP", "tensor_model"), ("PP", "pipeline_model"), ("EP", "expert_model"), ("CP", "context"))
     },
     "DP 2": (train, {}),
+    **{
+        recipe: (train, {"training.precision": "bf16", "training.fp8_recipe": recipe})
+        for recipe in ("tensorwise", "delayed", "blockwise")
+    },
+    "ETP 2": (train, {"parallel.tensor_model_parallel_size": 2, "parallel.expert_tensor_parallel_size": 2}),
+    "original TP 2": (train, ORIGINAL | {"parallel.tensor_model_parallel_size": 2}),
+    "original PP 2": (train, ORIGINAL | {"parallel.pipeline_model_parallel_size": 2}),
 }
 
 
 def main() -> None:
     where, folder, *names = sys.argv[1:]
-    if where == "gpu":
+    if where in ("gpu", "engine"):
         from tests.gpu.pretended import install
 
-        install(gpus=int(os.environ.get("WORLD_SIZE", 1)))
+        install(gpus=WORLD)
+    if where == "engine":
+        from tests.gpu.engine import install_engine
+
+        install_engine()
     from megatron_moellava import parallel, platform
 
     assert (where != "cpu") is platform.HAS_CUDA
+    if where != "real":
+        assert (where == "engine") is platform.HAS_TRANSFORMER_ENGINE
     for name in names:
         action, changes = JOBS[name]
         place = Path(folder) / name.replace(" ", "_")
@@ -190,19 +245,24 @@ def main() -> None:
         except Exception:
             result = {"error": traceback.format_exc()}
         parallel.shutdown()
-        if int(os.environ.get("RANK", 0)) == 0:
+        if RANK == 0:
             (Path(folder) / f"{name}.json").write_text(json.dumps(result))
 
 
 def counted(where: str) -> dict:
     """Waits of the host inside of steps since the last call, by place."""
-    if where != "gpu":
+    if where not in ("gpu", "engine"):
         return {}
     from tests.gpu.pretended import waits
 
     found = {name.removeprefix("step "): count for name, count in waits.items() if name.startswith("step ")}
     waits.clear()
-    return {"waits": found}
+    if where != "engine":
+        return {"waits": found}
+    from tests.gpu.engine_extension import accumulated
+
+    added = accumulated.pop("products", 0)
+    return {"waits": found, "accumulated": added}
 
 
 if __name__ == "__main__":

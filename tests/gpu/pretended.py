@@ -10,6 +10,7 @@ import collections
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -54,12 +55,19 @@ def _is_in(tags: dict[int, StorageWeakRef], tensor: torch.Tensor) -> bool:
     return reference is not None and not reference.expired()
 
 
+def is_shell(tensor: torch.Tensor) -> bool:
+    """A subclass without storage; those inside of it have their own tags."""
+    return type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(tensor, "is_shell_on_gpu")
+
+
 def on_gpu(tensor: torch.Tensor) -> bool:
-    return _is_in(_tags, tensor)
+    return tensor.is_shell_on_gpu if is_shell(tensor) else _is_in(_tags, tensor)
 
 
 def tag(tensor: torch.Tensor) -> torch.Tensor:
     """This tensor's storage is on the GPU."""
+    if is_shell(tensor):
+        return tensor
     storage = _storage(tensor)
     _tags[storage._cdata] = StorageWeakRef(storage)
     if len(_tags) % 20_000 == 0:
@@ -69,6 +77,7 @@ def tag(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def untag(tensor: torch.Tensor) -> torch.Tensor:
+    assert not is_shell(tensor), "a quantized tensor stays where it is"
     _tags.pop(_storage(tensor)._cdata, None)
     return tensor
 
@@ -93,7 +102,7 @@ def note(what: str) -> None:
 
 
 @contextlib.contextmanager
-def _without_notes() -> Iterator[None]:
+def without_notes() -> Iterator[None]:
     _quiet[0] += 1
     try:
         yield
@@ -127,7 +136,9 @@ class Devices(TorchDispatchMode):
         checked = tensors
         if name in INDEXING:  # an index may be on the host
             checked = [args[0], *(args[2:3] if isinstance(args[-1], torch.Tensor) else ())]
-            if any(isinstance(item, torch.Tensor) and item.dtype == torch.bool for item in args[1] or ()):
+            is_mask = any(isinstance(item, torch.Tensor) and item.dtype == torch.bool for item in args[1] or ())
+            is_filled = len(args) > 2 and args[2].numel() == 1 and not on_gpu(args[2])  # torch fills by the mask then
+            if is_mask and not is_filled:
                 note("boolean index")
         if name not in CROSSING and any(
             item.dim() and not on_gpu(item) and not _is_in(_free, item) for item in checked
@@ -146,8 +157,6 @@ def is_cuda(device) -> bool:
 
 def moved(tensor: torch.Tensor, to_gpu: bool) -> torch.Tensor:
     """A copy on the other device, in the graph."""
-    if not to_gpu:
-        note("to the host")
     return (tag if to_gpu else untag)(tensor.clone())
 
 
@@ -162,12 +171,14 @@ def _to(original: Callable, tensor: torch.Tensor, *args, **kwargs) -> torch.Tens
             target = item
             continue
         rest.append(item)
-    kwargs.pop("non_blocking", None)
+    is_waiting = not kwargs.pop("non_blocking", False)
     rest = [item for item in rest if not isinstance(item, bool)]
     output = original(tensor, *rest, **kwargs) if rest or kwargs.keys() - {"copy"} else tensor
     if kwargs.get("copy") and output is tensor:
         output = tensor.clone()
     is_elsewhere = target is not None and is_cuda(target) != on_gpu(tensor)
+    if is_elsewhere and is_waiting:  # to the device: from pageable memory, as "tensor(values, device)"
+        note("to the device" if is_cuda(target) else "to the host")
     return moved(output, is_cuda(target)) if is_elsewhere else output
 
 
@@ -181,7 +192,7 @@ def _host(name: str, original: Callable, tensor: torch.Tensor, *args, **kwargs):
     if not on_gpu(tensor):
         return original(tensor, *args, **kwargs)
     note(name.strip("_"))
-    with _without_notes():
+    with without_notes():
         return original(tensor, *args, **kwargs)
 
 
@@ -202,6 +213,24 @@ def _factory(name: str, original: Callable, *args, device=None, **kwargs) -> tor
             note("tensor(values, device)")  # from pageable memory: waits for the queue
         tag(output)
     return output
+
+
+def _in_thread(original: Callable, thread: threading.Thread) -> None:
+    with Devices():  # modes belong to a thread
+        original(thread)
+
+
+def _histc(original: Callable, tensor: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    if not on_gpu(tensor) or tensor.is_floating_point():
+        return original(tensor, *args, **kwargs)
+    return original(tensor.float(), *args, **kwargs).to(tensor.dtype)  # CUDA counts integers, too
+
+
+def _shell(original: Callable, *args, device=None, **kwargs) -> torch.Tensor:
+    """A subclass that only looks like a tensor: torch must not think of it as one of a real GPU."""
+    shell = original(*args, device=CPU if device is None or is_cuda(device) else device, **kwargs)
+    shell.is_shell_on_gpu = device is not None and is_cuda(device)
+    return shell
 
 
 def _type(original: Callable, tensor: torch.Tensor, *args, **kwargs):
@@ -248,5 +277,8 @@ def install(gpus: int = 1) -> None:
             _patch(owner, name, _like)
     for name in FACTORIES:
         _patch(torch, name, functools.partial(_factory, name))
+    _patch(torch, "histc", _histc)
+    tensor._make_wrapper_subclass = staticmethod(functools.partial(_shell, tensor._make_wrapper_subclass))
     install_groups()
+    _patch(threading.Thread, "run", _in_thread)
     Devices().__enter__()

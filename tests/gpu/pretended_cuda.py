@@ -4,6 +4,7 @@ import contextlib
 import types
 
 import torch
+import torch.profiler
 
 GIB = 2**30
 
@@ -105,6 +106,7 @@ def install_cuda(gpus: int) -> None:
         "_lazy_init",
     ):
         setattr(cuda.random, name, getattr(cuda, name))
+    torch.profiler.supported_activities = lambda: {torch.profiler.ProfilerActivity.CPU}
     cuda.nvtx.range_push = cuda.nvtx.range_pop = cuda.nvtx.mark = nothing
     for name in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):
         if hasattr(torch.optim.Optimizer, name):

@@ -63,6 +63,7 @@ def main() -> None:
             "boolean index": count(lambda: there[there > 1]),
             "values to the device": count(lambda: torch.tensor([1, 2], device="cuda")),
             "arithmetic": count(lambda: (there * 2).softmax(0).to(torch.bfloat16)),
+            "a number behind a mask": count(lambda: there.clone().__setitem__(there > 1, 0.0)),
             "the host's own": count(lambda: here.tolist()),
         },
     }
