@@ -9,13 +9,16 @@ import yaml
 from megatron_moellava.config import DataError
 from megatron_moellava.data import media
 from megatron_moellava.data.rows import HELP, read_rows
-from megatron_moellava.data.sample import BadSample, parse_record
+from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, BadSample, Sample, parse_record
 
 FIRST_ROWS = 20  # that are looked at
 
 
-def first_rows_problem(source, data) -> str | None:
-    """Why no run can begin with a source (`data`: DataConfig); None if it can, whatever later rows hold."""
+def first_rows_problem(source, data, num_features: int = 0) -> str | None:
+    """Why no run can begin with a source (`data`: DataConfig); None if it can, whatever later rows hold.
+
+    `num_features`: tokens of an image.
+    """
     path = Path(source.path).expanduser()
     try:
         if path.is_dir():
@@ -24,7 +27,7 @@ def first_rows_problem(source, data) -> str | None:
         with contextlib.closing(read_rows(path)) as rows:
             for number, record in rows:
                 count += 1
-                bad = _bad_row(record, f"{path.name} row {number}", source, data)
+                bad = _bad_row(record, f"{path.name} row {number}", source, data, num_features)
                 is_decided = bad is None if data.max_skip_share else bad is not None
                 if is_decided or count == FIRST_ROWS:
                     break
@@ -33,13 +36,20 @@ def first_rows_problem(source, data) -> str | None:
     return bad if count else f"data.sources.path={path} holds no rows; {HELP}"
 
 
-def _bad_row(record: dict | BadSample, origin: str, source, data) -> str | None:
-    """What is wrong with a row: of its text, or that its pictures are not there."""
+def _bad_row(record: dict | BadSample, origin: str, source, data, num_features: int) -> str | None:
+    """What is wrong with a row: of its text, that its pictures are not there, or that they leave no room for an answer."""
     try:
         if isinstance(record, BadSample):
             raise record
         sample = parse_record(record, origin=origin, max_images=data.max_images, ignore_keys=data.ignore_keys)
         folder = os.path.expanduser(source.image_folder) or str(Path(source.path).expanduser().parent)
+        by_text = data.length_counts == "text"
+        limit = data.seq_length if by_text else min(data.seq_length, data.max_sample_length or data.seq_length)
+        if sample.images and num_features >= limit and _answers_follow(sample):
+            return (
+                f"{origin}: an image is {num_features} tokens, which leaves nothing to learn of the {limit} of a sample; raise "
+                "data.seq_length and data.max_sample_length"
+            )
         for image in sample.images:
             found = media.source(image, folder, origin, data.trust_paths)
             if isinstance(found, str) and not os.path.exists(found):
@@ -47,6 +57,12 @@ def _bad_row(record: dict | BadSample, origin: str, source, data) -> str | None:
     except BadSample as error:
         return str(error)
     return None
+
+
+def _answers_follow(sample: Sample) -> bool:
+    """Whether there is no answer before the first picture: what follows one that is cut away goes with it."""
+    first = next(turn for turn in sample.turns if turn.role == "assistant" or IMAGE_PLACEHOLDER in turn.text)
+    return first.role == "user"
 
 
 def shard_counts(path: Path) -> dict[str, int]:

@@ -9,8 +9,11 @@ from megatron_moellava.data.first_rows import first_rows_problem
 from megatron_moellava.data.sample import KEYS
 
 
-def data_problems(run: RunConfig) -> Iterator[str]:
-    """Of `data.sources` and `validation.sources`, from their first rows: an epoch may still meet a bad one later."""
+def data_problems(run: RunConfig, num_features: int = 0) -> Iterator[str]:
+    """Of `data.sources` and `validation.sources`, from their first rows: an epoch may still meet a bad one later.
+
+    `num_features`: of an image.
+    """
     data = run.data
     if not data.sources:
         yield "data.sources is empty; pass --data FILE.json (and --image-folder DIR)"
@@ -25,15 +28,15 @@ def data_problems(run: RunConfig) -> Iterator[str]:
             yield f"data.sources[{index}].weight={source.weight} must be positive; leave a source out that is not to be read"
     for section, sources in (("data", data.sources), ("validation", run.validation.sources)):
         for index, source in enumerate(sources):
-            yield from _source_problems(f"{section}.sources[{index}]", source, data)
+            yield from _source_problems(f"{section}.sources[{index}]", source, data, num_features)
 
 
-def _source_problems(where: str, source: Source, data: DataConfig) -> Iterator[str]:
+def _source_problems(where: str, source: Source, data: DataConfig, num_features: int) -> Iterator[str]:
     if source.image_folder and not Path(source.image_folder).expanduser().is_dir():
         yield f"{where}.image_folder={source.image_folder} is not a folder; pass --image-folder DIR"
     elif not Path(source.path).expanduser().exists():
         yield f"{where}.path={source.path} does not exist; docs/reference/data.md says which files can be read"
-    elif problem := first_rows_problem(source, data):
+    elif problem := first_rows_problem(source, data, num_features):
         yield problem
 
 

@@ -128,7 +128,8 @@ def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None
     backbone = _found(lambda: get_backbone(run.model.backbone), problems)
     tower = _found(lambda: get_tower(run.model.tower), problems)
     template = _found(lambda: get_template(run.data.template or (backbone.template if backbone else "v1")), problems)
-    found = [*problems, *number_problems(run), *data_problems(run), *tokenizer_problems(run, backbone, template)]
+    found = [*problems, *number_problems(run), *data_problems(run, tower.num_features if tower else 0)]
+    found += tokenizer_problems(run, backbone, template)
     found += checkpoint_problems(run, backbone, tower)
     if backbone is None:
         return [*found, *batch_problems(run, world_size), *training_problems(run, machine)]

@@ -60,6 +60,8 @@ def training_problems(run: RunConfig, machine: Machine) -> Iterator[str]:
     optimizer = run.optimizer
     if optimizer.gradient_accumulation_fusion and not machine.has_gradient_fusion:
         yield "optimizer.gradient_accumulation_fusion=true needs Transformer Engine and apex's kernel on a GPU; leave it unset"
+    if optimizer.lr == 0 and not optimizer.projector_lr:
+        yield "optimizer.lr=0: no step would change anything; set a rate above 0, or optimizer.projector_lr"
     for name in ("lr", "projector_lr"):
         if (rate := getattr(optimizer, name)) is not None and rate < optimizer.min_lr:
             yield f"optimizer.min_lr={optimizer.min_lr} is more than optimizer.{name}={rate}; it is where the rate decays to"

@@ -189,6 +189,15 @@ MISTAKES = {
         "gradient_accumulation_fusion=true needs Transformer Engine and apex's kernel",
     ),
     "size of 0": (lambda w: w.overrides.append("parallel.tensor_model_parallel_size=0"), "must be at least 1"),
+    "a learning rate of 0": (lambda w: w.overrides.append("optimizer.lr=0"), "optimizer.lr=0: no step would change"),
+    "rows shorter than an image": (
+        lambda w: w.overrides.append("data.seq_length=36"),
+        "an image is 36 tokens, which leaves nothing to learn of the 36 of a sample",
+    ),
+    "samples shorter than an image": (
+        lambda w: w.overrides.append("data.max_sample_length=20"),
+        "leaves nothing to learn of the 20 of a sample",
+    ),
     "not a number": (lambda w: w.overrides.append("optimizer.lr=nan"), "optimizer.lr=nan must be"),
     "an override that is no YAML": (
         lambda w: w.overrides.append("data.sources=[{"),
