@@ -10,10 +10,10 @@ PYTHON ?=
 WORKERS ?= 2
 TESTS ?=
 PYTEST_ARGS ?=
-# Of the quickstart: one for each GPU, else one core each; data parallel unless ARGS say otherwise.
+# Of the quickstart, whose step has two rows: two, but one on a machine with a single GPU, or without one and a single core.
 GPUS = $(if $(CUDA_VISIBLE_DEVICES),$(words $(subst $(comma), ,$(CUDA_VISIBLE_DEVICES))),$(if $(filter undefined,$(origin CUDA_VISIBLE_DEVICES)),$(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU'),0))
 comma := ,
-PROCESSES ?= $(or $(filter-out 0,$(GPUS)),$(if $(filter 1,$(shell nproc)),1,2))
+PROCESSES ?= $(if $(filter 1,$(or $(filter-out 0,$(GPUS)),$(shell nproc))),1,2)
 ARGS ?=
 BENCH ?=
 

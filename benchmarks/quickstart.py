@@ -26,6 +26,7 @@ CAPABILITIES: dict[str, dict[str, str]] = {
 }
 QUESTIONS = 100
 WARM_UP = 2
+QUIET = ("logging.tensorboard=false", "logging.log_interval=100000")
 
 
 def milliseconds(action: Callable[[], object], rounds: int) -> float:
@@ -51,10 +52,9 @@ def trainer_of(data: Path, stage: int, precision: str):
         "training.precision": precision,
         "data.sources": [{"path": str(data / "conversations.json"), "image_folder": str(data / "images")}],
         "data.tokenizer": str(data / "tokenizer.model"),
-        "logging.tensorboard": "false",
     }
     experts = {"moe.num_moe_experts": 4} if stage == 3 else {}
-    run = settled(load_run(config=str(QUICKSTART / "quickstart.yaml"), flags=flags | experts)).run
+    run = settled(load_run(config=str(QUICKSTART / "quickstart.yaml"), flags=flags | experts, overrides=QUIET)).run
     trainer = build_trainer(run)
     for wrapped in trainer.wrapped:
         wrapped.train()

@@ -164,6 +164,34 @@ The largest operations that are no products:
 {table(["operation", "share"], others)}"""
 
 
+def quickstart(results: dict) -> str:
+    figures = {
+        "stage-2 step, one row": ("dense", "step"),
+        "stage-3 step, one row": ("moe", "step"),
+        f"{results['questions']} questions, dense": ("dense", "questions"),
+        f"{results['questions']} questions, MoE": ("moe", "questions"),
+        "step of the tower's pretraining": ("tower step",),
+    }
+    capabilities = results["capabilities"]
+    head, rows = [""], [[name] for name in figures]
+    for name, found in capabilities.items():
+        head += [f"{name} ({found['milliseconds']['precision']}), ms", "passes"]
+        for row, path in zip(rows, figures.values(), strict=True):
+            for values in (found["milliseconds"], found["passes"]):
+                for key in path:
+                    values = values[key]
+                row.append(number(values))
+    first, *others = (found["milliseconds"] for found in capabilities.values())
+    slower = ", ".join(number(other["dense"]["step"] / first["dense"]["step"]) for other in others)
+    slow = [number(found["bf16 over fp32"]) for found in (first, *others) if "bf16 over fp32" in found]
+    in_bf16 = f" A stage-2 step in bf16 takes {slow[-1]} times as long there as in fp32." if slow else ""
+    return f"""## The quickstart with and without bf16 units
+
+CPU time of one thread, the precision that `training.precision=auto` takes. The same processor held to AVX2 (`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`) takes {slower} times as long for a stage-2 step.{in_bf16} Passes are those of the probe by which the quickstart says at its start how long it will take.
+
+{table(head, rows)}"""
+
+
 def communication(results: dict) -> str:
     rows = []
     for name, entry in results["layouts"].items():
@@ -279,6 +307,7 @@ SECTIONS: dict[str, Callable[[dict], str]] = {
     "moe_layer": moe_layer,
     "train_step": train_step,
     "profile_step": profile_step,
+    "quickstart": quickstart,
     "communication": communication,
     "layouts": layouts,
     "generation": generation,

@@ -24,6 +24,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "moe_layer": ("--deepspeed", str(EINSUM)),
     "train_step": ("--deepspeed", str(EINSUM)),
     "profile_step": (),
+    "quickstart": (),
     "communication": (),
     "layouts": (),
     "generation": (),

@@ -43,7 +43,7 @@ class DataError(MoELlavaError):
 
 # Legal values that have a name, because more than one field or a command has them; `typing.get_args` lists them.
 Stage = Literal[1, 2, 3]
-Precision = Literal["auto", "bf16", "fp32"]  # auto: bf16 where the machine multiplies in it, else fp32
+Precision = Literal["auto", "bf16", "fp16", "fp32"]  # auto: bf16 where the machine multiplies in it, else fp32
 Recompute = Literal["none", "full", "selective", "moe"]
 Placement = Literal["first_half", "second_half", "sparse", "dense"]
 Role = Literal[
@@ -84,10 +84,13 @@ class MoEConfig:
     num_moe_experts: int = 4  # per MoE layer
     moe_router_topk: int = 2  # experts per token
     placement: Placement | tuple[int, ...] = "sparse"  # by name (sparse: layers 0, 2, 4, ...), or layer numbers
+    moe_ffn_hidden_size: int | None = None  # width of each expert; None: the dense FFN's
     # "megatron": dropless deterministic top-k; "original": the DeepSpeed 0.9.5 gate
     router: Literal["megatron", "original"] = "megatron"
     # of the router's logits and choices; "bf16" as a plain 16-bit model has them
     moe_router_dtype: Literal["fp32", "bf16"] = "fp32"
+    # top-1: the weight is 1, with the gradient of its log-probability; False: the probability itself (megatron router only)
+    normalize_top1: bool = False
     moe_aux_loss_coeff: float = 0.01  # per MoE layer, summed over layers
     moe_z_loss_coeff: float | None = None  # megatron router only
     # megatron router only
@@ -197,6 +200,13 @@ class OptimizerConfig:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     clip_grad: float = 1.0  # global gradient norm; 0: off, as the original in effect
+    # of the weights that Adam steps; bf16: rounded after each update, as where there is no fp32 copy (same memory)
+    main_params_dtype: Literal["fp32", "bf16"] = "fp32"
+    stochastic_rounding: bool = False  # of such weights; False: to the nearest
+    initial_loss_scale: float = 2.0**16  # fp16; Megatron-Core's own 2**32 costs the first 16 steps
+    min_loss_scale: float = 1.0  # fp16
+    loss_scale_window: int = 1000  # fp16: steps without overflow before the scale doubles
+    hysteresis: int = 2  # fp16: overflows before the scale halves; more wait for the next doubling
     overlap_grad_reduce: bool | None = None  # during the backward pass; None: on GPUs with several data-parallel ranks
     overlap_param_gather: bool | None = None  # during the forward pass; likewise, and only with overlap_grad_reduce
     gradient_accumulation_fusion: bool | None = None  # None: where Transformer Engine and apex's kernel are installed
@@ -225,6 +235,7 @@ class LoggingConfig:
 
     log_interval: int = 1  # steps per log line
     routing_interval: int = 10  # steps between router statistics
+    max_activations_interval: int = 0  # steps between records of each layer's largest activation and gradient; 0: never
     straggler_interval: int = 50  # steps between measurements of each rank's own work; 0: never
     sample_ids: bool = False  # write the ids of every step's samples to steps.jsonl
     tensorboard: bool = True

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_moellava.config import ConfigError
 
@@ -53,7 +54,7 @@ def wrong_numbers(cls: type, values: dict, fields: Mapping[str, str]) -> list[st
     keys = {field: key for key, field in fields.items()}
     problems = []
     for item in dataclasses.fields(cls):
-        value = values.get(item.name)
+        value: Any = values.get(item.name)
         whole = item.type is int and not (type(value) is int and value > 0)
         real = item.type is float and (type(value) not in (int, float) or not math.isfinite(value))
         if item.name in values and (whole or real):

@@ -20,7 +20,7 @@ DEVICE = "MOELLAVA_DEVICE"  # likewise
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 AMPERE = (8, 0)  # compute capability from which a GPU multiplies in bf16
-BEFORE_AMPERE = "fp32"  # what `auto` takes there
+BEFORE_AMPERE = "fp16"  # what `auto` takes there
 # Of /proc/cpuinfo: x86 (AVX-512's dot product, AMX's tiles), and Arm.
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 # Variables that hold torch's own kernels and oneDNN, which multiplies for torch, to older instructions -> the values that

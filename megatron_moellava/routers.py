@@ -46,7 +46,7 @@ ROUTERS = {
             allows_context_parallelism=False,
             max_topk=2,
             balancing=("aux_loss", "none"),
-            lacks=("moe_z_loss_coeff", "moe_router_enable_expert_bias"),
+            lacks=("moe_z_loss_coeff", "moe_router_enable_expert_bias", "normalize_top1"),
         ),
     )
 }

@@ -49,6 +49,7 @@ class RunDescription:
     data_parallel_size: int | None = None
     model: dict  # costs.shapes.model_from_json makes backbone, tower and experts of it
     config: dict | None = None  # the whole run; None: a conversion
+    loss_scale: dict = field(default_factory=dict)  # of a run in fp16 (training/loss_scale.py); empty: there is none
     provenance: dict = field(default_factory=dict)  # of the weights: what was done to what
     validation: dict = field(default_factory=dict)  # {loss, iteration} of the best one so far; empty: there was none
     sha256: dict = field(default_factory=dict)  # {file below the folder: digest}; empty: an older version wrote none
@@ -88,6 +89,8 @@ def read_description(checkpoint: Path) -> RunDescription:
 def write_description(checkpoint: Path, description: RunDescription) -> None:
     """Write run.json with its seal; the last act of a save, since it makes the folder a complete checkpoint."""
     content = {item.name: getattr(description, item.name) for item in fields(description) if item.name != "checksum"}
+    if not description.loss_scale:  # versions before fp16 read the checkpoints of all other runs
+        del content["loss_scale"]
     content["checksum"] = _checksum(content)
     write_durably(Path(checkpoint) / RUN_FILE, json.dumps(content, indent=1).encode())
 

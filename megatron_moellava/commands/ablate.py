@@ -179,9 +179,11 @@ def print_shell(args, grids) -> int:
     flags = {
         "--num-experts": moe.get("num_moe_experts"),
         "--topk": moe.get("moe_router_topk"),
+        "--moe-ffn-hidden-size": moe.get("moe_ffn_hidden_size"),
         "--placement": moe.get("placement"),
     }
-    flags |= {"--noise": upcycle.get("noise_std"), "--router-scale": upcycle.get("router_scale"), "--seed": seed}
+    flags |= {"--noise": upcycle.get("noise_std"), "--router-scale": upcycle.get("router_scale")}
+    flags |= {"--drop": upcycle.get("drop"), "--select": upcycle.get("select"), "--seed": seed}
     words = [part for flag, value in flags.items() if value is not None for part in (flag, str(value))]
     overrides = [
         *overrides_of({"moe": moe}),

@@ -115,8 +115,42 @@ def _add_upcycle(commands) -> None:
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="run folder to write iter_0000000 into")
-    parser.add_argument("--num-experts", type=COUNT, default=4)
+    parser.add_argument("--num-experts", type=COUNT, default=4, help="copies of the MLP (default: 4)")
     parser.add_argument("--topk", type=COUNT, help="experts per token (default: 2, or the checkpoint's)")
+    parser.add_argument(
+        "--granularity",
+        type=COUNT,
+        default=1,
+        metavar="G",
+        help="divide each copy into G experts of 1/G of its width, which are chosen together at first: num-experts x G "
+        "experts, topk x G of them per token, the same computation and the same function",
+    )
+    parser.add_argument(
+        "--moe-ffn-hidden-size",
+        type=COUNT,
+        metavar="WIDTH",
+        help="the same by the width of an expert; num-experts and topk then count experts",
+    )
+    parser.add_argument(
+        "--drop",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="draw this share of each copy's inner columns anew, from the layer's own mean and spread, so that equal copies "
+        "learn different things (Drop-Upcycling has 0.5); the function changes",
+    )
+    parser.add_argument(
+        "--select",
+        choices=("utility",),
+        default="",
+        help="more experts for a MoE checkpoint: copy those with the largest gradients (by the optimizer's second moments in "
+        "the checkpoint; where it has none, those that most tokens chose), not all in turn",
+    )
+    parser.add_argument(
+        "--normalize-top1",
+        action="store_true",
+        help="with --topk 1: the chosen expert's weight is 1 and not its probability, so that the function stays",
+    )
     parser.add_argument(
         "--placement",
         nargs="+",
@@ -247,7 +281,8 @@ def run_export(parsed: argparse.Namespace) -> int:
 
 def run_upcycle(parsed: argparse.Namespace) -> int:
     """A dense checkpoint -> one whose MLPs are copied to experts; prints the experts and their layers."""
-    from megatron_moellava.conversion.upcycle import request, upcycle_checkpoint
+    from megatron_moellava.conversion.upcycle import upcycle_checkpoint
+    from megatron_moellava.conversion.upcycle_request import request
 
     bar = Bar()
     moe = request(
@@ -258,6 +293,9 @@ def run_upcycle(parsed: argparse.Namespace) -> int:
         residual=parsed.residual,
         expert_bias=parsed.expert_bias,
         shared_expert=parsed.shared_expert,
+        granularity=parsed.granularity,
+        expert_width=parsed.moe_ffn_hidden_size,
+        normalize_top1=parsed.normalize_top1,
     )
     report = upcycle_checkpoint(
         parsed.checkpoint,
@@ -265,13 +303,22 @@ def run_upcycle(parsed: argparse.Namespace) -> int:
         moe=moe,
         noise_std=parsed.noise,
         router_scale=parsed.router_scale,
+        drop=parsed.drop,
+        select=parsed.select,
         seed=parsed.seed,
         verify=not parsed.no_verify,
         progress=bar,
         begin=bar.begin,
     )
     layers = ", ".join(map(str, report["model"].moe_layers))
-    print(f"{moe.num_moe_experts} experts, top-{moe.moe_router_topk}, in layers {layers}; {bar.finish()}")
+    width = f" of width {moe.moe_ffn_hidden_size}" if moe.moe_ffn_hidden_size else ""
+    print(f"{moe.num_moe_experts} experts{width}, top-{moe.moe_router_topk}, in layers {layers}; {bar.finish()}")
+    if moe.moe_router_topk == 1 and not moe.normalize_top1 and not parsed.expert_bias:
+        print(
+            "top-1: the chosen expert's weight is its probability, so the function changes; --normalize-top1 keeps it"
+        )
+    if parsed.select:
+        print(f"experts chosen by {report['utility']}; which one each was made of is in run.json (provenance.sources)")
     if parsed.expert_bias:
         alone = moe.moe_router_topk == 1
         print(

@@ -201,6 +201,12 @@ def _described(source: Checkpoint) -> tuple[dict, dict[str, dict]]:
 
 def _plan_original(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
     _needs_unused(source)
+    moe = source.model.moe
+    if moe and moe.moe_ffn_hidden_size:
+        raise ConfigError(
+            f"moe.moe_ffn_hidden_size={moe.moe_ffn_hidden_size}: MoE-LLaVA's own experts have the width of the dense MLP, so "
+            "its code could not load these; export --layout transformers"
+        )
     config = original.original_config(source.model, *_described(source))
     recipes, notes = _weights(source, source.model, ORIGINAL, dtype), original.notes_of(config)
     return Export(recipes, source.tensors, {"config.json": config}, ORIGINAL.title, notes)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from megatron_moellava.backbones import FAMILIES, Backbone
 from megatron_moellava.backbones.from_config import backbone_from_hf_config, hf_config_of
 from megatron_moellava.config import ConfigError, MoEConfig
-from megatron_moellava.costs.shapes import Model
+from megatron_moellava.costs.shapes import Model, expert_ffn_hidden_size
 from megatron_moellava.towers.from_config import hf_config_of as tower_config
 
 OWN_TYPE = "moe_llava"  # of modeling_moe_llava.py
@@ -54,13 +54,21 @@ def moe_config(config: dict) -> MoEConfig | None:
     layers = range(text["num_hidden_layers"])
     step, dense = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or []
     placement = tuple(i for i in layers if i not in dense and (i + 1) % step == 0)
-    normalises = text.get("norm_topk_prob", False) == (text["num_experts_per_tok"] > 1)
-    if text.get("shared_expert_intermediate_size") or text["moe_intermediate_size"] != text["intermediate_size"]:
-        raise ConfigError("experts must have the dense MLP's size and there must be no shared expert")
-    if not normalises:
-        raise ConfigError("norm_topk_prob must be true (and false for one expert per token)")
+    topk, width, normalises = (
+        text["num_experts_per_tok"],
+        text["moe_intermediate_size"],
+        text.get("norm_topk_prob", False),
+    )
+    if text.get("shared_expert_intermediate_size"):
+        raise ConfigError("there must be no shared expert: MoE-LLaVA has none of that kind")
+    if topk > 1 and not normalises:
+        raise ConfigError("norm_topk_prob must be true for several experts per token")
     return MoEConfig(
-        num_moe_experts=text["num_experts"], moe_router_topk=text["num_experts_per_tok"], placement=placement
+        num_moe_experts=text["num_experts"],
+        moe_router_topk=topk,
+        placement=placement,
+        moe_ffn_hidden_size=width if width != text["intermediate_size"] else None,
+        normalize_top1=topk == 1 and normalises,
     )
 
 
@@ -150,8 +158,8 @@ def _moe_text(model: Model) -> dict:
         "num_experts_per_tok": moe.moe_router_topk,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i in range(backbone.num_layers) if i not in model.moe_layers],
-        "norm_topk_prob": moe.moe_router_topk > 1,
-        "moe_intermediate_size": backbone.ffn_hidden_size,
+        "norm_topk_prob": moe.moe_router_topk > 1 or moe.normalize_top1,
+        "moe_intermediate_size": expert_ffn_hidden_size(moe, backbone),
         "router_aux_loss_coef": moe.moe_aux_loss_coeff,
     } | ({"shared_expert_intermediate_size": 0, "qkv_bias": True} if kind == "qwen2_moe" else {})
 
@@ -170,6 +178,8 @@ def own_config(model: Model, scales: bool) -> dict:
         "moe_layers": list(model.moe_layers),
         "num_experts": moe.num_moe_experts if moe else 0,
         "num_experts_per_tok": moe.moe_router_topk if moe else 0,
+        "moe_intermediate_size": (moe and moe.moe_ffn_hidden_size) or 0,
+        "normalize_top1": bool(moe and moe.normalize_top1),
         "use_residual": bool(moe and moe.use_residual),
         "expert_bias": bool(moe and moe.moe_router_enable_expert_bias),
         "shared_expert_intermediate_size": (moe and moe.moe_shared_expert_intermediate_size) or 0,

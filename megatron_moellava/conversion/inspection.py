@@ -21,7 +21,7 @@ from megatron_moellava.conversion.readers import open_huggingface
 from megatron_moellava.conversion.recipes import Tensors
 from megatron_moellava.conversion.tensors import Files, Tensor
 from megatron_moellava.conversion.writers import METADATA_FILES
-from megatron_moellava.costs.parameters import activated_parameters, whole_parameters
+from megatron_moellava.costs.parameters import activated_parameters, token_flops, whole_parameters
 from megatron_moellava.costs.shapes import UNUSED, Model, ModelTensor, model_tensors
 from megatron_moellava.hf_config import read_json
 from megatron_moellava.stages import LANGUAGE as LANGUAGE_ROLES
@@ -101,12 +101,19 @@ def _model_lines(model: Model) -> list[str]:
         moe = model.moe
         lines.append(
             f"  MoE          {moe.num_moe_experts} experts, top-{moe.moe_router_topk}, layers "
-            f"{', '.join(map(str, model.moe_layers))}{', residual' if moe.use_residual else ''}"
+            f"{', '.join(map(str, model.moe_layers))}"
+            + (
+                f", each {moe.moe_ffn_hidden_size} wide ({model.backbone.ffn_hidden_size})"
+                if moe.moe_ffn_hidden_size
+                else ""
+            )
+            + (", residual" if moe.use_residual else "")
         )
     lines.append(
         f"  parameters   language model {_count(counts.total)}, activated per token {_count(counts.activated)}"
         + (f"; tower {_count(counts.tower)}, projector {_count(counts.projector)}" if model.tower else "")
     )
+    lines.append(f"  computation  {token_flops(model) / 1e9:.3g} GFLOPs per token forward, attention's scores apart")
     return lines
 
 

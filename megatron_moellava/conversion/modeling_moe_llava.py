@@ -20,6 +20,8 @@ class MoELlavaConfig(LlavaConfig):
     moe_layers: list | None = None  # 0-based layers whose MLP is a mixture
     num_experts: int = 0
     num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0  # width of an expert; 0: the dense MLP's
+    normalize_top1: bool = False  # one expert per token: its weight is 1, not its probability
     use_residual: bool = False
     expert_bias: bool = False  # experts are chosen by sigmoid + bias, and weighted by the sigmoid alone
     shared_expert_intermediate_size: int = 0  # of an expert that sees every token
@@ -50,7 +52,9 @@ class Mixture(nn.Module):
         hidden = config.text_config.hidden_size
         self.top_k = config.num_experts_per_tok
         self.gate = Gate(config.num_experts, hidden, config.expert_bias)
-        self.experts = nn.ModuleList(make_mlp() for _ in range(config.num_experts))
+        self.normalizes = self.top_k > 1 or config.normalize_top1
+        width = config.moe_intermediate_size
+        self.experts = nn.ModuleList(make_mlp(width) for _ in range(config.num_experts))
         size = config.shared_expert_intermediate_size
         self.shared_expert = make_mlp(size) if size else None
         self.mlp = make_mlp() if config.use_residual else None
@@ -66,7 +70,7 @@ class Mixture(nn.Module):
             scores_TE = logits_TE.sigmoid()
             chosen_TK = (scores_TE + self.gate.expert_bias.float()).topk(self.top_k, dim=-1).indices
             weights_TK = scores_TE.gather(-1, chosen_TK)
-        if self.top_k > 1:
+        if self.normalizes:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         output_TD = torch.zeros_like(hidden_TD)
         for number, expert in enumerate(self.experts):

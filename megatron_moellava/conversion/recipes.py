@@ -18,12 +18,22 @@ Edit = Callable[[Any], Any]  # torch.Tensor (one block, flat) -> torch.Tensor of
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`count` elements of a source tensor from `start` on. An `edit` sees them block by block, in order."""
+    """`count` elements of a source tensor from `start` on. An `edit` sees them block by block, in order.
+
+    `columns` (first, end): only these columns of the rows from `start` on; every block then holds whole rows.
+    """
 
     source: str
     start: int
     count: int
     edit: Edit | None = None
+    columns: tuple[int, int] | None = None
+
+    def reach(self, tensor: Tensor) -> int:
+        """Elements of the source from `start` to the end of what the part reads."""
+        if self.columns is None:
+            return self.count
+        return self.count // (self.columns[1] - self.columns[0]) * tensor.columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +101,16 @@ def check(
     """
     problems = _missing(recipes, tensors) + _misshapen(recipes, tensors, expected or {})
     used: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    cuts: dict[str, set[tuple[int, int]]] = defaultdict(set)
     for recipe in recipes:
         for part in recipe.parts:
-            used[part.source].append((part.start, part.start + part.count))
+            if part.source in tensors:
+                used[part.source].append((part.start, part.start + part.reach(tensors[part.source])))
+            if part.columns is not None:
+                cuts[part.source].add(part.columns)
     for name, tensor in tensors.items():
         if name in used:
-            problems += _coverage(name, tensor, used[name], copies)
+            problems += _coverage(name, tensor, used[name], copies) + _columns(name, tensor, cuts.get(name, set()))
         elif name not in set(dropped):
             problems.append(f"  {name} {list(tensor.shape)}: nothing uses it")
     if problems:
@@ -136,11 +150,24 @@ def _coverage(name: str, tensor: Tensor, ranges: list[tuple[int, int]], copies: 
     return [] if position == tensor.numel else [f"  {name}: only {position} of {tensor.numel} elements are used"]
 
 
+def _columns(name: str, tensor: Tensor, cuts: set[tuple[int, int]]) -> list[str]:
+    """Parts of rows must lie end to end from the first column to the last."""
+    position = 0
+    for start, stop in sorted(cuts):
+        if start != position:
+            return [f"  {name}: columns {min(start, position)} to {max(start, position)} are used twice or not at all"]
+        position = stop
+    return [f"  {name}: only {position} of {tensor.columns} columns are used"] if 0 < position < tensor.columns else []
+
+
 def stream(recipe: Recipe, tensors: Tensors, files: Files) -> Iterator[memoryview]:
     """The target's bytes, block by block. A block is only valid until the next one."""
     for part in recipe.parts:
         source = tensors[part.source]
-        blocks = files.blocks(source, part.start, part.count)
+        if part.columns is None:
+            blocks = files.blocks(source, part.start, part.count)
+        else:
+            blocks = files.columns(source, part.start, part.reach(source), part.columns)
         if part.edit is None and source.dtype == recipe.dtype:
             yield from blocks
         else:

@@ -125,9 +125,19 @@ class Files:
         assert start % columns == 0 and count % columns == 0, "a mapping cut through a row"
         step = max(1, BLOCK // (columns * size))
         for row in range(start // columns, (start + count) // columns, step):
-            yield self._rows(tensor, row, min(row + step, (start + count) // columns))
+            yield memoryview(self._rows(tensor, row, min(row + step, (start + count) // columns))).cast("B")
 
-    def _rows(self, tensor: Tensor, first: int, last: int) -> memoryview:
+    def columns(self, tensor: Tensor, start: int, count: int, wanted: tuple[int, int]) -> Iterator[memoryview]:
+        """Columns `wanted` of the rows in `count` elements from `start` on; every block holds whole rows, as many for any
+        division of the tensor into files."""
+        size, columns, (first, end) = ITEM_SIZES[tensor.dtype], tensor.columns, wanted
+        step = max(1, BLOCK // (columns * size))
+        for row in range(start // columns, (start + count) // columns, step):
+            rows = self._rows(tensor, row, min(row + step, (start + count) // columns))
+            yield memoryview(rows.reshape(-1, columns * size)[:, first * size : end * size].copy()).cast("B")
+
+    def _rows(self, tensor: Tensor, first: int, last: int):
+        """A numpy array [rows, bytes of a row]."""
         import numpy
 
         size = ITEM_SIZES[tensor.dtype]
@@ -139,7 +149,7 @@ class Files:
                 piece = numpy.empty((bottom - top, width), dtype=numpy.uint8)
                 self.read(tile.path, tile.offset + (top - tile.rows[0]) * width, memoryview(piece).cast("B"))
                 rows[top - first : bottom - first, tile.columns[0] * size : tile.columns[1] * size] = piece
-        return memoryview(rows).cast("B")
+        return rows
 
 
 def _bytes_of(tensor) -> memoryview:

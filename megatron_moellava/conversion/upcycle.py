@@ -1,18 +1,20 @@
 """Dense -> MoE (stage 3's start), and MoE -> MoE with more experts. A Megatron checkpoint in, a Megatron checkpoint out.
 
-Dense: the MLP of each chosen layer is copied into every expert, bit by bit (or with noise), and a new router is drawn;
-residual MoE keeps the MLP beside them. With equal experts the function does not change: the weights of the chosen
-experts sum to 1. More experts: the old ones are repeated in their order, and so are their router rows.
+Dense: the MLP of each chosen layer is copied into every expert, bit by bit (or with noise, in parts, with columns drawn anew:
+`expert_parts.py`), and a new router is drawn; residual MoE keeps the MLP beside them. With equal experts the function does
+not change: the weights of the chosen experts sum to 1 (one expert alone: with `normalize_top1`). More experts: the old ones
+are repeated in their order, and so are their router rows.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from megatron_moellava.checkpoint.description import read_description, trained_with
-from megatron_moellava.checkpoint.folders import require_checkpoint
+from megatron_moellava.checkpoint.description import trained_with
 from megatron_moellava.config import ConfigError, MoEConfig
+from megatron_moellava.conversion.expert_parts import FC2, Division, expert_parts
 from megatron_moellava.conversion.initial import language_dtype, linear_default, noise, zeros
 from megatron_moellava.conversion.layout import MLP
 from megatron_moellava.conversion.megatron_checkpoint import (
@@ -23,8 +25,17 @@ from megatron_moellava.conversion.megatron_checkpoint import (
 )
 from megatron_moellava.conversion.recipes import Edit, Part, Recipe, check, identity
 from megatron_moellava.conversion.tensors import Tensor
+from megatron_moellava.conversion.upcycle_request import check_request
+from megatron_moellava.conversion.utility import sources_by_utility
 from megatron_moellava.conversion.writers import Progress
-from megatron_moellava.costs.shapes import EXPERTS, RESIDUAL, SHARED_EXPERTS, UNUSED, megatron_tensors, model_from_json
+from megatron_moellava.costs.shapes import (
+    EXPERTS,
+    RESIDUAL,
+    SHARED_EXPERTS,
+    UNUSED,
+    expert_ffn_hidden_size,
+    megatron_tensors,
+)
 from megatron_moellava.mapping import Shape
 
 CARRIED = ("hf_config", "generation_config", "trained_with")  # stand in the new provenance themselves
@@ -43,6 +54,8 @@ class Upcycling:
     noise_std: float
     router_scale: float
     seed: int
+    division: Division  # of an MLP into experts
+    sources: dict[int, list[int]]  # layer -> the old expert that each is made of; empty: all in turn
 
 
 def upcycle_checkpoint(
@@ -52,6 +65,8 @@ def upcycle_checkpoint(
     moe: MoEConfig,
     noise_std: float = 0.0,
     router_scale: float = 1.0,
+    drop: float = 0.0,
+    select: str = "",
     seed: int = 0,
     verify: bool = True,
     progress: Progress = lambda count: None,
@@ -59,21 +74,36 @@ def upcycle_checkpoint(
 ) -> dict:
     """Write the MoE model `moe` that starts from `checkpoint` to SAVE/iter_0000000.
 
+    With `moe.moe_ffn_hidden_size` a copy of an MLP becomes several experts: the MLP's width divided by it is the granularity.
+
     `noise_std`: noise on the copies of the experts, relative to the spread of the weights; expert 0 stays exact.
     `router_scale`: new router weights relative to torch's default range, which the original uses; 0 starts undecided.
-    `seed`: of the noise, the router and the coefficient. A MoE checkpoint keeps its layers and its residual MLP.
+    `drop`: share of each new expert's inner columns that is drawn anew (0.5 in arXiv 2502.19261).
+    `select`: "utility" copies the experts of a MoE checkpoint with the largest gradients (`utility.py`), not all in turn.
+    `seed`: of the noise, the columns, the router and the coefficient. A MoE checkpoint keeps its layers and its residual MLP.
     `verify`: False uses the checkpoint without comparing digests, and leaves a note of that in the provenance.
-    Raises ConfigError for a negative router_scale.
+    Raises ConfigError for a negative router_scale, a drop that is no share, and sizes that do not divide each other.
     """
     source = open_checkpoint(checkpoint, verify=verify)
     model = replace(source.model, moe=moe)
     old = source.model.moe
-    _check_request(source, moe, model.moe_layers)
+    check_request(source.model, model)
     if router_scale < 0:
         raise ConfigError(
             f"router_scale={router_scale} must not be negative; 1 is the original's, 0 makes all weights zero"
         )
+    if not 0 <= drop <= 1:
+        raise ConfigError(f"drop={drop} must lie between 0 and 1; 0.5 is Drop-Upcycling's")
     check_complete(source)
+    kind, sources = _selected(source, moe, select)
+    inner = expert_ffn_hidden_size(old, model.backbone) if old else model.backbone.ffn_hidden_size
+    division = Division(
+        inner=inner,
+        gated=model.backbone.gated_linear_unit,
+        granularity=inner // expert_ffn_hidden_size(moe, model.backbone),
+        drop=drop,
+        seed=seed,
+    )
     job = Upcycling(
         tensors=dict(source.tensors),
         hidden_size=model.backbone.hidden_size,
@@ -84,6 +114,8 @@ def upcycle_checkpoint(
         noise_std=noise_std,
         router_scale=router_scale,
         seed=seed,
+        division=division,
+        sources=sources,
     )
     recipes = [
         identity(name, source.tensors[name])
@@ -105,7 +137,12 @@ def upcycle_checkpoint(
         "generation_config": earlier.get("generation_config"),
         "trained_with": trained_with(source.run),
         "parent": {key: value for key, value in earlier.items() if key not in CARRIED},
-    } | ({} if source.verified else {"source_verified": False})
+    }
+    provenance |= {"granularity": division.granularity} if division.granularity > 1 else {}
+    provenance |= {"drop": drop} if drop else {}
+    named = {str(layer): numbers for layer, numbers in sources.items()}
+    provenance |= {"select": select, "utility": kind, "sources": named} if select else {}
+    provenance |= {} if source.verified else {"source_verified": False}
     begin(sum(recipe.nbytes for recipe in recipes))
     folder = write_checkpoint(
         save,
@@ -117,72 +154,6 @@ def upcycle_checkpoint(
         progress=progress,
     )
     return {"folder": str(folder), "model": model, "tensors": len(recipes), **provenance}
-
-
-def request(
-    checkpoint: Path,
-    *,
-    num_experts: int,
-    topk: int | None,
-    placement: list[str] | None,
-    residual: bool,
-    expert_bias: bool = False,
-    shared_expert: bool = False,
-) -> MoEConfig:
-    """The MoE that a person asked for; what was left out is the checkpoint's own, or the recipes' (top-2, sparse).
-
-    An expert bias needs Megatron-Core's router, so it takes the place of the original's.
-    Raises ConfigError for a placement that is neither.
-    """
-    model = model_from_json(read_description(require_checkpoint(checkpoint)).model)
-    old = model.moe
-    start = old or MoEConfig()
-    where: str | tuple[int, ...] = start.placement
-    if placement:
-        numbers = all(part.isdigit() for part in placement)
-        if len(placement) > 1 and not numbers:
-            raise ConfigError(f"--placement {' '.join(placement)}: one name, or layer numbers such as 0 2 4")
-        where = tuple(map(int, placement)) if numbers else placement[0]
-    if expert_bias:
-        start = replace(start, moe_router_enable_expert_bias=True, router="megatron")
-    if shared_expert and not start.moe_shared_expert_intermediate_size:
-        start = replace(start, moe_shared_expert_intermediate_size=model.backbone.ffn_hidden_size)
-    return replace(
-        start,
-        num_moe_experts=num_experts,
-        moe_router_topk=topk or start.moe_router_topk,
-        placement=where,
-        use_residual=residual or bool(old and old.use_residual),
-    )
-
-
-def _check_request(source: Checkpoint, new: MoEConfig, layers: tuple[int, ...]) -> None:
-    old = source.model.moe
-    if not 1 <= new.moe_router_topk <= new.num_moe_experts:
-        raise ConfigError(
-            f"moe_router_topk={new.moe_router_topk} must be between 1 and num_moe_experts={new.num_moe_experts}"
-        )
-    backbone, shared = source.model.backbone, new.moe_shared_expert_intermediate_size
-    if shared and backbone.add_bias_linear:
-        raise ConfigError(f"shared expert: the MLPs of {backbone.name} have biases, which Megatron-Core's cannot have")
-    if shared not in (None, old and old.moe_shared_expert_intermediate_size, backbone.ffn_hidden_size):
-        raise ConfigError(
-            f"moe_shared_expert_intermediate_size={shared}: a shared expert starts as a copy of an MLP, so its size is "
-            f"{backbone.ffn_hidden_size}"
-        )
-    if old is None:
-        return
-    if source.model.moe_layers != layers:
-        raise ConfigError(
-            f"placement={list(layers)}, but the checkpoint has experts in layers {list(source.model.moe_layers)}; "
-            "leave --placement out"
-        )
-    if new.use_residual != old.use_residual:
-        raise ConfigError(f"use_residual={new.use_residual}, but the checkpoint has {old.use_residual}")
-    if new.num_moe_experts < old.num_moe_experts:
-        raise ConfigError(
-            f"num_moe_experts={new.num_moe_experts}, but the checkpoint has {old.num_moe_experts}; experts only grow"
-        )
 
 
 def _made(name: str, shape: Shape, job: "Upcycling") -> Recipe:
@@ -202,7 +173,18 @@ def _made(name: str, shape: Shape, job: "Upcycling") -> Recipe:
         return _copies(name, shape, name, job.old_experts, job) if job.repeats_router else _longer(name, shape, job)
     dtype = "float32" if tail == ROUTER else language_dtype(job.tensors)
     scale = job.router_scale if tail == ROUTER else 1.0
+    if tail == ROUTER and job.division.granularity > 1:
+        return _repeated_rows(name, shape, job)
     return _new(name, linear_default(name, shape, job.hidden_size, dtype, job.seed, scale), job)
+
+
+def _repeated_rows(name: str, shape: Shape, job: "Upcycling") -> Recipe:
+    """A new router's rows, those of a granularity of 1, each for all parts of a copy: the parts are chosen together."""
+    copies, hidden = shape[0] // job.division.granularity, shape[1]
+    rows = f"{name} (a row for each copy)"
+    job.tensors[rows] = linear_default(name, (copies, hidden), job.hidden_size, "float32", job.seed, job.router_scale)
+    parts = (Part(rows, copy * hidden, hidden) for copy in range(copies) for _ in range(job.division.granularity))
+    return Recipe(name, shape, "float32", tuple(parts))
 
 
 def _shared(name: str, shape: Shape, mlp: str, part: str, job: "Upcycling") -> Recipe:
@@ -211,30 +193,69 @@ def _shared(name: str, shape: Shape, mlp: str, part: str, job: "Upcycling") -> R
     if job.old_experts and part.startswith("linear_fc2"):
         return _new(name, zeros(shape, job.tensors[f"{mlp}{EXPERTS}{part}"].dtype), job)
     source = f"{mlp}{EXPERTS}{part}" if job.old_experts else f"{mlp}{part}"
-    edit = _half if part.startswith("linear_fc2") else None
+    edit = partial(_times, 0.5) if part.startswith("linear_fc2") else None
     return Recipe(name, shape, job.tensors[source].dtype, (Part(source, 0, math.prod(shape), edit),))
-
-
-def _half(block):
-    return block * 0.5
 
 
 def _copies(name: str, shape: Shape, source: str, experts: int, job: "Upcycling") -> Recipe:
     """`shape[0]` slices from the `experts` slices of `source`, in turn. The first round is exact, the rest has noise."""
     tensor = job.tensors[source]
     size = tensor.numel // experts
-    parts = []
+    parts: list[Part] = []
     for number in range(shape[0]):
-        noisy = job.noise_std and number >= experts and EXPERTS in name
+        base, is_copy = _source_of(name, number, experts, job) * size, number >= experts
+        noisy = job.noise_std and is_copy and EXPERTS in name
         edit = noise(f"{name} {number}", job.noise_std, job.seed) if noisy else None
-        if job.halves and f"{EXPERTS}linear_fc2" in name:
-            edit = _then(_half, edit)
-        parts.append(Part(source, number % experts * size, size, edit))
+        scale = _output_scale(name, job)
+        if scale != 1:
+            edit = _then(partial(_times, scale), edit)
+        redraws = is_copy or not job.old_experts
+        if job.division.is_plain or EXPERTS not in name or not redraws:
+            parts.append(Part(source, base, size, edit))
+            continue
+        made = expert_parts(name, number, source, tensor, base, size, job.division)
+        parts += [replace(part, edit=_then(part.edit, edit)) for part in made]
     return Recipe(name, shape, tensor.dtype, tuple(parts))
 
 
-def _then(first: Edit, second: Edit | None) -> Edit:
-    return first if second is None else lambda block: second(first(block))
+def _source_of(name: str, number: int, experts: int, job: "Upcycling") -> int:
+    """The old expert that a new one is made of; a dense MLP is the only one."""
+    if job.sources and EXPERTS in name:
+        return job.sources[int(name.partition("decoder.layers.")[2].partition(".")[0])][number]
+    return number // job.division.granularity % experts
+
+
+def _selected(source: Checkpoint, moe: MoEConfig, select: str) -> tuple[str, dict[int, list[int]]]:
+    """What the utility is taken from, and by layer the old expert of each new one; nothing where all are copied in turn."""
+    if not select:
+        return "", {}
+    old = source.model.moe
+    if old is None:
+        raise ConfigError(f"--select {select} chooses among the experts of a MoE checkpoint, and this one is dense")
+    if moe.num_moe_experts * old.moe_router_topk == old.num_moe_experts * moe.moe_router_topk:
+        raise ConfigError(
+            f"--select {select}: with num_moe_experts={moe.num_moe_experts} and moe_router_topk={moe.moe_router_topk} every "
+            "expert is copied equally often, which keeps the function; leave --select out, or keep the checkpoint's top-k"
+        )
+    return sources_by_utility(source, moe.num_moe_experts)
+
+
+def _output_scale(name: str, job: "Upcycling") -> float:
+    """What an expert's output matrix is multiplied by, so that the experts chosen sum to the MLP. Powers of two are exact."""
+    if f"{EXPERTS}{FC2}" not in name:
+        return 1
+    parts = job.division.granularity if name.endswith("weight") else 1
+    return parts * (0.5 if job.halves else 1)
+
+
+def _times(scale: float, block):
+    return block * scale
+
+
+def _then(first: Edit | None, second: Edit | None) -> Edit | None:
+    if first is None or second is None:
+        return first or second
+    return lambda block: second(first(block))
 
 
 def _longer(name: str, shape: Shape, job: "Upcycling") -> Recipe:

@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_moellava.checkpoint.folders import UNFINISHED
@@ -216,7 +217,10 @@ def _cut(parts, start: int, stop: int):
     for part in parts:
         first, last = max(start, position), min(stop, position + part.count)
         if first < last:
-            yield type(part)(part.source, part.start + first - position, last - first, part.edit)
+            assert part.columns is None or last - first == part.count, (
+                "a part that takes columns is an expert's, and whole"
+            )
+            yield replace(part, start=part.start + first - position, count=last - first)
         position += part.count
 
 

@@ -92,8 +92,8 @@ def moe_work(sharding: Sharding, tokens: float) -> Iterator[Work]:
     moe, trains = sharding.moe, sharding.trains
     yield linear("router", tokens / sharding.sp, sharding.backbone.hidden_size, moe.num_moe_experts, "router" in trains)
     rows = routed_tokens(sharding) * tokens / sharding.tokens
-    local, inner = moe.num_moe_experts / sharding.ep, sharding.backbone.ffn_hidden_size / sharding.etp
-    yield from mlp_work(sharding, "experts", rows, inner, "experts" in trains, weights=local)
+    local = moe.num_moe_experts / sharding.ep
+    yield from mlp_work(sharding, "experts", rows, sharding.expert_inner, "experts" in trains, weights=local)
     if moe.moe_shared_expert_intermediate_size:
         inner = moe.moe_shared_expert_intermediate_size / sharding.tp
         yield from mlp_work(sharding, "shared experts", tokens, inner, "experts" in trains)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.shapes import (
+    LANGUAGE,
     Model,
     ModelTensor,
     Tensors,
@@ -58,6 +59,19 @@ def activated_parameters(model: Model) -> Counter:
             moe = model.required_moe
             count[tensor.role] -= tensor.size // moe.num_moe_experts * (moe.num_moe_experts - moe.moe_router_topk)
     return count
+
+
+def token_flops(model: Model) -> int:
+    """FLOPs of one token's forward pass through the matrices of the language model: a multiplication and an addition for each
+    activated weight. Attention's scores, which grow with the row, are not in it."""
+    tied, flops = model.backbone.share_embeddings_and_output_weights, 0
+    for name, tensor in model_tensors(model).items():
+        is_matrix = name.endswith("weight") and len(tensor.shape) - tensor.is_expert == 2
+        looked_up = name.endswith("word_embeddings.weight") and not tied
+        if name.startswith(LANGUAGE) and is_matrix and not looked_up:
+            moe = model.required_moe if tensor.is_expert else None
+            flops += 2 * (tensor.size // moe.num_moe_experts * moe.moe_router_topk if moe else tensor.size)
+    return flops
 
 
 def parameters_of(layout: Layout, pipeline_rank: int) -> Counter:

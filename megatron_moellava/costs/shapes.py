@@ -82,6 +82,11 @@ class ModelTensor:
 Tensors = dict[str, ModelTensor]
 
 
+def expert_ffn_hidden_size(moe: MoEConfig, backbone: Backbone) -> int:
+    """Width of each routed expert."""
+    return moe.moe_ffn_hidden_size or backbone.ffn_hidden_size
+
+
 def megatron_tensors(model: Model) -> dict[str, Shape]:
     """Every Megatron key of a model with its global shape, without the tensors that ride along (`UNUSED`)."""
     return {name: tensor.shape for name, tensor in model_tensors(model).items()}
@@ -172,7 +177,7 @@ def _mlp(backbone: Backbone, inner: int, role: str) -> Tensors:
 
 def _moe(model: Model) -> Tensors:
     moe, backbone = model.required_moe, model.backbone
-    experts, inner = moe.num_moe_experts, backbone.ffn_hidden_size
+    experts, inner = moe.num_moe_experts, expert_ffn_hidden_size(moe, backbone)
     tensors = {"router.weight": ModelTensor((experts, backbone.hidden_size), "router")}
     if moe.moe_router_enable_expert_bias:
         tensors["router.expert_bias"] = ModelTensor((experts,), "router", is_parameter=False)
@@ -180,7 +185,7 @@ def _moe(model: Model) -> Tensors:
         split = None if one.split is None else one.split + 1
         tensors[EXPERTS + key] = ModelTensor((experts, *one.shape), "experts", split, is_expert=True)
     if moe.use_residual:
-        tensors |= _prefixed(RESIDUAL, _mlp(backbone, inner, "language.ffn"))
+        tensors |= _prefixed(RESIDUAL, _mlp(backbone, backbone.ffn_hidden_size, "language.ffn"))
         tensors |= _prefixed("coefficient.", _linear(2, backbone.hidden_size, bias=True, role="router"))
     if moe.moe_shared_expert_intermediate_size:
         tensors |= _prefixed(SHARED_EXPERTS, _mlp(backbone, moe.moe_shared_expert_intermediate_size, "experts"))

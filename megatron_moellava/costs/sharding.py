@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoEConfig, RunConfig
-from megatron_moellava.costs.shapes import Model
+from megatron_moellava.costs.shapes import Model, expert_ffn_hidden_size
 from megatron_moellava.stages import STAGES
 from megatron_moellava.towers import Tower
 
@@ -83,6 +83,11 @@ class Sharding:
         """Of a model that has experts."""
         assert self.run.moe is not None
         return self.run.moe
+
+    @property
+    def expert_inner(self) -> float:
+        """Width of a routed expert on one rank."""
+        return expert_ffn_hidden_size(self.moe, self.backbone) / self.etp
 
     @property
     def activation_bytes(self) -> int:

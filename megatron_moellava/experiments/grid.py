@@ -19,7 +19,7 @@ from megatron_moellava.config import ConfigError, read_yaml, set_override
 KINDS = {
     "command": {"command"},
     "train": {"from", "stage", "steps", "data", "image_folder", "tokenizer", "config", "set", "ask"},
-    "upcycle": {"from", "moe", "noise_std", "router_scale"},
+    "upcycle": {"from", "moe", "noise_std", "router_scale", "drop", "select"},
     "given": {"folder"},
 }
 REFERENCES = ("from", "data", "image_folder", "tokenizer")  # "step/below/it": needs the step

@@ -98,6 +98,8 @@ def _upcycle(grid: Grid, runs: Path, node: Node, folder: Path) -> dict:
         moe=from_dict(MoEConfig, current_names(node.settings, say_renamed).get("moe") or {}),
         noise_std=float(node.settings.get("noise_std", 0.0)),
         router_scale=float(node.settings.get("router_scale", 1.0)),
+        drop=float(node.settings.get("drop", 0.0)),
+        select=str(node.settings.get("select", "")),
         seed=node.seed,
     )
     return {}

@@ -10,6 +10,7 @@ import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoEConfig, RunConfig
 from megatron_moellava.costs.pipeline_split import stage_layers
+from megatron_moellava.costs.shapes import expert_ffn_hidden_size
 from megatron_moellava.placement import moe_layer_freq
 from megatron_moellava.routers import ROUTERS
 from megatron_moellava.towers import Tower
@@ -23,7 +24,7 @@ ACTIVATIONS = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": quick_gelu,
 }
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RECOMPUTE = {  # config value -> (granularity, modules)
     "none": (None, None),
     "full": ("full", None),
@@ -113,6 +114,7 @@ def _shared_fields(run: RunConfig, **overrides) -> dict:
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
         "batch_p2p_comm": platform.HAS_CUDA,  # on gloo a batch of both directions gives silently wrong numbers
         "variable_seq_lengths": not run.data.packing,
         "gradient_accumulation_fusion": platform.HAS_GRADIENT_FUSION if fusion is None else fusion,
@@ -132,7 +134,7 @@ def _moe_fields(moe: MoEConfig, backbone: Backbone) -> dict:
     return {
         "num_moe_experts": moe.num_moe_experts,
         "moe_layer_freq": moe_layer_freq(moe.placement, backbone.num_layers),
-        "moe_ffn_hidden_size": backbone.ffn_hidden_size,
+        "moe_ffn_hidden_size": expert_ffn_hidden_size(moe, backbone),
         "moe_router_topk": moe.moe_router_topk,
         "moe_router_dtype": "fp32" if moe.moe_router_dtype == "fp32" else None,  # None: the dtype of the hidden states
         "moe_router_pre_softmax": moe.moe_router_topk == 1,  # Megatron-Core demands it for one expert

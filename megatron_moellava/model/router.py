@@ -39,12 +39,14 @@ class MegatronRouter(TopKRouter):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
+        normalizes_top1: bool = False,
     ):
         unbiased = copy.copy(config)
         unbiased.add_bias_linear = False
         unbiased.params_dtype = torch.float32
         unbiased.init_method = uniform_router_init
         super().__init__(config=unbiased, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.normalizes_top1 = normalizes_top1
         self.losses: dict[
             str, torch.Tensor
         ] = {}  # sums over the micro-batches of a step; `training/metrics.py` takes them
@@ -93,6 +95,8 @@ class MegatronRouter(TopKRouter):
             score_function=self.score_function,
             expert_bias=self.expert_bias,
         )
+        if self.normalizes_top1:
+            weights_NE = weights_NE / weights_NE.sum(dim=-1, keepdim=True).detach()
         asked_NE = map_NE if padding_N is None else map_NE & ~padding_N.unsqueeze(-1)
         if self.config.moe_expert_capacity_factor is not None:
             map_NE = within_capacity(weights_NE, asked_NE, self.topk, self.config.moe_expert_capacity_factor)
@@ -283,4 +287,6 @@ def router_builder(moe: MoEConfig) -> Callable[..., MegatronRouter]:
     """What makes the routers of a run."""
     module = MODULES[moe.router]
     builder: Callable[..., MegatronRouter] = module
-    return partial(builder, moe=moe) if issubclass(module, OriginalRouter) else builder
+    if issubclass(module, OriginalRouter):
+        return partial(builder, moe=moe)
+    return partial(builder, normalizes_top1=True) if moe.normalize_top1 else builder

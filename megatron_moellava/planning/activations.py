@@ -147,7 +147,7 @@ def tower_layer_elements(layout: Layout) -> float:
 
 def _expert_sizes(layout: Layout, imbalance: float, gated: int) -> dict[str, float]:
     backbone, moe = layout.backbone, layout.moe
-    rows, inner = routed_tokens(layout, imbalance), backbone.ffn_hidden_size / layout.etp
+    rows, inner = routed_tokens(layout, imbalance), layout.expert_inner
     shared = layout.tokens * (moe.moe_shared_expert_intermediate_size or 0) / layout.tp
     return {
         "expert_hidden": rows * backbone.hidden_size,

@@ -5,13 +5,16 @@ from dataclasses import asdict
 
 import yaml
 
-from megatron_moellava.config import read_yaml, set_override, split_override
+from megatron_moellava.config import MoEConfig, read_yaml, set_override, split_override
 from megatron_moellava.costs.gpus import GIB
+from megatron_moellava.costs.parameters import activated_parameters, token_flops, whole_parameters
+from megatron_moellava.costs.shapes import Model
 from megatron_moellava.planning.picture import label, time_parts
 from megatron_moellava.planning.search import Found, Plan, Request
+from megatron_moellava.stages import LANGUAGE as LANGUAGE_ROLES
 
 COLUMNS = ("layout", "GiB/rank", "s/step", "compute", "comm.", "bubble", "MFU", "steps", "hours", "GPU-hours")
-MEGA = 1e6
+MEGA, GIGA = 1e6, 1e9
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -60,16 +63,18 @@ def yaml_report(plan: Plan, config: str | None, given: Sequence[str]) -> str:
 def text_report(request: Request, found: Found, best: Sequence[Plan], given: Sequence[str]) -> str:
     """Table of the best plans, their settings, and where the first one's memory goes."""
     run, data = request.run, request.data
-    tokens = data.tokens_per_sample(request.tower.num_features)
+    tokens, model = data.tokens_per_sample(request.tower.num_features), language_model(request)
     lines = [
         f"Predictions for {request.backbone.name}, stage {run.training.stage} on {request.world_size} {request.gpu.name}: "
         f"{data.name}, {data.samples:,} samples of {tokens:,.0f} tokens ({data.images:.2f} images).",
         f"Rows of {run.data.seq_length:,} tokens, {'packed' if run.data.packing else 'padded'}"
         + (
-            f"; {run.moe.num_moe_experts} experts, top-{run.moe.moe_router_topk}, {run.moe.placement}."
+            f"; {run.moe.num_moe_experts} experts{_width(run.moe)}, top-{run.moe.moe_router_topk}, {run.moe.placement}."
             if run.moe
             else "; dense."
         ),
+        f"Language model: {model['total'] / MEGA:,.1f} M parameters, {model['activated'] / MEGA:,.1f} M activated per token, "
+        f"{model['token_flops'] / GIGA:,.3g} GFLOPs per token forward, attention's scores apart.",
         f"{found.tried:,} layouts tried, {len(found.plans)} valid and within {request.limit / GIB:.0f} GiB, "
         f"{len(found.too_big)} too big. Nothing here was measured on a GPU.",
         "",
@@ -88,6 +93,21 @@ def text_report(request: Request, found: Found, best: Sequence[Plan], given: Seq
     return "\n".join(lines)
 
 
+def _width(moe: MoEConfig) -> str:
+    return f" of width {moe.moe_ffn_hidden_size}" if moe.moe_ffn_hidden_size else ""
+
+
+def language_model(request: Request) -> dict[str, int]:
+    """Parameters of the language model, those that one token passes through, and what it computes there, forward."""
+    model = Model(backbone=request.backbone, tower=request.tower, moe=request.run.moe)
+    whole, activated = whole_parameters(model), activated_parameters(model)
+    return {
+        "total": sum(whole[role] for role in LANGUAGE_ROLES),
+        "activated": sum(activated[role] for role in LANGUAGE_ROLES),
+        "token_flops": token_flops(model),
+    }
+
+
 def _memory_row(plan: Plan) -> tuple[str, ...]:
     return (label(plan.layout), *(f"{value / GIB:.1f}" for value in asdict(plan.memory).values()))
 
@@ -97,6 +117,7 @@ def json_report(request: Request, best: Sequence[Plan], given: Sequence[str]) ->
     return {
         "predicted": True,
         "backbone": request.backbone.name,
+        "language_model": language_model(request),
         "stage": request.run.training.stage,
         "gpu": request.gpu.name,
         "gpus": request.world_size,

@@ -72,6 +72,7 @@ class TrainingState:
     data: dict | None  # the loader's own state, of this data-parallel rank; None where this process does not read
     provenance: dict = field(default_factory=dict)  # of the weights; run.json keeps it
     validation: dict = field(default_factory=dict)  # {loss, iteration} of the best one so far
+    loss_scale: dict = field(default_factory=dict)  # of a run in fp16
     fp8: list[torch.Tensor] = field(default_factory=list)  # amax histories of this rank, where FP8 is emulated
 
 
@@ -145,6 +146,7 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
             "tower_fields": tower_fields(model.tower),
         },
         config=to_dict(run),
+        loss_scale=state.loss_scale,
         provenance=state.provenance,
         validation=state.validation,
     )

@@ -37,6 +37,8 @@ from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.first_gradients import FirstGradients, require_trained
 from megatron_moellava.training.fp8_histories import Fp8Histories
 from megatron_moellava.training.held_out import HeldOut
+from megatron_moellava.training.loss_scale import share_loss_scale
+from megatron_moellava.training.max_activations import MaxActivations
 from megatron_moellava.training.metrics import StepLog, imbalance, load_imbalance, router_losses, routing_summary
 from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import (
@@ -82,12 +84,14 @@ class Trainer:
             self.trained |= freeze(chunk, roles)
         require_trained(self.trained, roles)
         self.routing = RoutingStatistics(self.chunks) if run.moe else None
+        self.max_activations = MaxActivations(self.chunks)
         self.fp8 = self._emulated_fp8()
         self.state = checkpoints.TrainingState(iteration=0, consumed_samples=0, data=None)
         resumed = self._load_weights()
 
         self.wrapped = wrap_data_parallel(run, self.chunks)
         self.optimizer = build_optimizer(run, self.wrapped)
+        self.loss_scale = share_loss_scale(run, self.optimizer, self.wrapped)
         self.scheduler = build_scheduler(run.optimizer, self.optimizer, train_steps)
         if resumed:
             self._resume(resumed)
@@ -95,7 +99,7 @@ class Trainer:
         self.non_finite_report = NonFiniteReport(gradients_stay=not overlaps(run)[0])
         self.watchdog: Watchdog | None = None
         self._configure_schedules()
-        self.update = Update(self.optimizer)
+        self.update = Update(self.optimizer, self.loss_scale)
         self.expert_biases = ExpertBiases(self.chunks)
         self.fp8_histories = Fp8Histories(self.chunks)
         self.first_gradients: FirstGradients | None = FirstGradients(self.chunks)
@@ -143,6 +147,8 @@ class Trainer:
         self.state.validation = description.validation
         updates = description.optimizer_steps or 0  # None is refused before
         checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, updates)
+        if self.loss_scale is not None and description.loss_scale:
+            self.loss_scale.from_json(description.loss_scale)
         self.scheduler.step(increment=updates)  # skipped steps did not move it
         self._say_schedule(description)
         loaders = checkpoints.load_rank_state(checkpoint, description, self.fp8)
@@ -227,15 +233,13 @@ class Trainer:
             numbers, applied, sample_ids = self.step()
             show = self.state.iteration % self.run.logging.log_interval == 0
             self.log.step(self.state.iteration, numbers, show, self._sample_ids(sample_ids))
-            skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
             if not applied and self.loader is not None:
                 self.loader.untrained(len(sample_ids))
             if applied and numbers["grad_norm"] == 0.0:
                 self.log.say(
                     f"step {self.state.iteration}: the gradient is exactly 0, so the step trains nothing; {NO_GRADIENT}"
                 )
-            if not applied:
-                self._report_skipped(sample_ids, skipped_in_a_row)
+            skipped_in_a_row = 0 if applied else self._report_skipped(sample_ids, skipped_in_a_row)
             if self.background is not None:
                 self._saved(self.background.poll())
             interrupted = self._any_rank_interrupted()
@@ -278,13 +282,15 @@ class Trainer:
         self.fp8_histories.keep()
         self.stragglers.begin()
         self._at("forward and backward pass")
-        loss_sums = self._forward_backward(batches, counts.loss_tokens)
+        with self.max_activations.watch() if self._records_activations() else nullcontext():
+            loss_sums = self._forward_backward(batches, counts.loss_tokens)
         if self.first_gradients is not None:
             self.first_gradients.check()
             self.first_gradients = None
         losses, by_layer = self._losses(loss_sums)
         reading = platform.ToHost(list(losses.values())) if losses else None
         self._at("updating parameters")
+        scale = {"loss_scale": float(self.loss_scale.scale)} if self.loss_scale is not None else {}
         applied, grad_norm = self.update()
         lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
         self._finish_update(applied)
@@ -297,6 +303,7 @@ class Trainer:
             "loss": read.pop("loss", 0.0) / max(counts.loss_tokens, 1),
             "lr": lr,
             "grad_norm": grad_norm,
+            **scale,
             "tokens_per_second": counts.real_tokens / seconds,
             **self.throughput.numbers(counts, seconds),
             "samples": counts.samples,
@@ -311,6 +318,9 @@ class Trainer:
             self.routing.forget()  # what routers make of numbers that are not finite is no statistics
         elif self._counts_routing(self.state.iteration):
             numbers |= self._router_numbers(by_layer)
+        if self._records_activations(self.state.iteration):
+            layers = self.max_activations.collect(scale.get("loss_scale", 1.0))
+            self.log.activations(self.state.iteration, {**scale, "layers": layers})
         numbers |= self._straggler_numbers()
         return numbers, applied, [name for batch in batches for name in batch.sample_ids]
 
@@ -401,6 +411,11 @@ class Trainer:
         """Whether the routers' state goes to the log in this step: every `logging.routing_interval` steps."""
         return self.routing is not None and iteration % self.run.logging.routing_interval == 0
 
+    def _records_activations(self, iteration: int | None = None) -> bool:
+        """Whether the step to come, or that of `iteration`, records each layer's largest activation and gradient."""
+        interval, number = self.run.logging.max_activations_interval, iteration or self.state.iteration + 1
+        return interval > 0 and number % interval == 0
+
     def _router_numbers(self, by_layer: dict[str, list[float]]) -> dict[str, float]:
         """Write the routers' state to the log, and sum it up for the step's own line."""
         assert self.routing is not None
@@ -427,8 +442,16 @@ class Trainer:
         dist.all_gather_object(gathered, sample_ids, group=parallel_state.get_data_parallel_group())
         return [name for ids in gathered for name in ids]
 
-    def _report_skipped(self, sample_ids: list[str], in_a_row: int) -> None:
+    def _report_skipped(self, sample_ids: list[str], in_a_row: int) -> int:
+        """Say whose fault it is; returns the skipped steps in a row, without those that a smaller loss scale mends."""
         whose, names = self.non_finite_report.name(float(self.loss_sum), sample_ids)
+        if self.loss_scale is not None and not whose.startswith("the loss") and not self.loss_scale.at_minimum:
+            scale = float(self.loss_scale.scale)
+            self.log.say(
+                f"step {self.state.iteration} skipped: {whose} overflows in fp16; the loss scale is now {scale:g}"
+            )
+            return in_a_row
+        in_a_row += 1
         self.log.say(f"step {self.state.iteration} skipped: {whose} is not finite; samples: {names}")
         if in_a_row >= self.run.training.non_finite_patience:
             self._finish_save()
@@ -436,6 +459,7 @@ class Trainer:
                 f"{in_a_row} steps in a row without a finite gradient, the last with samples {names}; lower optimizer.lr, "
                 f"look at these samples, or raise training.non_finite_patience={self.run.training.non_finite_patience}"
             )
+        return in_a_row
 
     def _any_rank_interrupted(self) -> bool:
         return parallel.sum_over_ranks([self.stop_signal is not None])[0] > 0
@@ -466,7 +490,8 @@ class Trainer:
         self.gather_parameters()
         if self.loader is not None and data is None:
             data = self.loader.state_dict()
-        state = replace(self.state, data=data, fp8=self.fp8.state() if self.fp8 is not None else [])
+        scale = self.loss_scale.to_json() if self.loss_scale is not None else {}
+        state = replace(self.state, data=data, loss_scale=scale, fp8=self.fp8.state() if self.fp8 is not None else [])
         # A scheduler may signal every process of a job, and processes that megatron-core's save forks would die of it.
         waiting = {signal.SIGTERM, signal.SIGUSR1}
         signal.pthread_sigmask(signal.SIG_BLOCK, waiting)

@@ -17,6 +17,7 @@ from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.routing.health import RoutingHealthMonitor
 from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.training.held_out import Score
+from megatron_moellava.training.max_activations import scalars
 
 # What the ranks of a step should have equally much of, and which of the batches' counts says it.
 COSTS = {"tokens": "real_tokens", "image_tokens": "image_rows", "attention": "attended"}
@@ -39,6 +40,7 @@ class StepLog:
         self.file: TextIO | None = None
         self.routing_file: TextIO | None = None
         self.validation_file: TextIO | None = None
+        self.activations_file: TextIO | None = None
         self.writer: SummaryWriter | None = None
         self.routing_health = RoutingHealthMonitor()
         self.clock = time.time() - time.monotonic()  # what must be added to the latter
@@ -59,6 +61,8 @@ class StepLog:
         last = rewind(steps, iteration)
         rewind(routing, iteration)
         rewind(validation, iteration)
+        self.activations_path = folder / "activations.jsonl"
+        rewind(self.activations_path, iteration)
         self.clock = max(time.time(), last) - time.monotonic()
         purge = iteration + 1 if iteration else None
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge) if tensorboard else None
@@ -67,7 +71,7 @@ class StepLog:
 
     def _without(self, error: OSError) -> None:
         """A log is not worth a run; a disk that stays full will end it at the next checkpoint, with a clear message."""
-        self.file = self.routing_file = self.validation_file = self.writer = self.folder = None
+        self.file = self.routing_file = self.validation_file = self.activations_file = self.writer = self.folder = None
         self.say(f"cannot write the log ({error}); training goes on without it")
 
     def step(self, iteration: int, numbers: dict[str, float], show: bool, sample_ids: list[str] | None = None) -> None:
@@ -123,6 +127,19 @@ class StepLog:
             self.say(f"step {iteration} warning: {warning}")
         try:
             self._write_routing(iteration, record, warnings)
+        except OSError as error:
+            self._without(error)
+
+    def activations(self, iteration: int, record: dict) -> None:
+        """Each layer's largest activations and gradients in one step (`max_activations.py`), to `activations.jsonl`, which
+        only runs that record them have."""
+        if not self.active or not self.file:
+            return
+        try:
+            if self.activations_file is None:
+                self.activations_file = self.activations_path.open("a", buffering=1)
+            self.activations_file.write(json.dumps({"iteration": iteration, **record}) + "\n")
+            self._add_scalars(iteration, scalars(record["layers"]))
         except OSError as error:
             self._without(error)
 
@@ -187,7 +204,7 @@ class StepLog:
 
     def close(self) -> None:
         """What is still to be written may not fit; the run has its exit code all the same."""
-        for item in (self.writer, self.file, self.routing_file, self.validation_file):
+        for item in (self.writer, self.file, self.routing_file, self.validation_file, self.activations_file):
             try:
                 if item:
                     item.close()
@@ -211,6 +228,7 @@ def _line(numbers: dict[str, float]) -> str:
         "routing/imbalance/rank": "busiest rank {:.2f}x",
         "lr": "lr {:.2e}",
         "grad_norm": "grad {:.3f}",
+        "loss_scale": "scale {:g}",
         "max_load": "busiest expert {:.1f}x",
         "tokens_per_second": "{:,.0f} tok/s",
         "tflops_per_device": "{:.3g} TFLOP/s",

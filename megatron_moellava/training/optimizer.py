@@ -8,6 +8,8 @@ from megatron_moellava import platform
 from megatron_moellava.config import OptimizerConfig, RunConfig
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.routing.observer import RoutingObserver
+from megatron_moellava.training.loss_scale import LossScale
+from megatron_moellava.training.main_params import round_main_params
 
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -43,7 +45,10 @@ def wrap_data_parallel(run: RunConfig, chunks: list[MoELlava]) -> list[Distribut
 
 
 def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:
-    """AdamW in fp32 main parameters. The projector may have a learning rate, the routers a warm-up of their own."""
+    """AdamW in fp32 main parameters (which `main_params.py` may round).
+
+    The projector may have a learning rate, the routers a warm-up of their own.
+    """
     if platform.HAS_CUDA and clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = l2_norm
     options = run.optimizer
@@ -57,6 +62,7 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Ch
         adam_eps=options.adam_eps,
         clip_grad=options.clip_grad,
         bf16=run.training.precision == "bf16",
+        fp16=run.training.precision == "fp16",
         params_dtype=chunks[0].module.config.params_dtype,
         use_distributed_optimizer=True,
         overlap_param_gather=overlaps(run)[1],
@@ -73,6 +79,7 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Ch
     for part in distributed_optimizers(optimizer)[:-1]:
         # The optimizers of dense and of expert parameters would each gather the parameters of both; the last one does.
         part._defer_param_sync = True
+    round_main_params(run, distributed_optimizers(optimizer))
     return optimizer
 
 
@@ -129,18 +136,30 @@ def rate_after(options: OptimizerConfig, train_steps: int, updates: int) -> floa
 class Update:
     """One optimizer step that leaves everything as it was when a gradient is not finite."""
 
-    def __init__(self, optimizer: ChainedOptimizer):
-        self.optimizer = optimizer
+    def __init__(self, optimizer: ChainedOptimizer, loss_scale: LossScale | None = None):
+        """`loss_scale`: of a run in fp16; it moves with each step, a skipped one too."""
+        self.optimizer, self.loss_scale = optimizer, loss_scale
 
     def __call__(self) -> tuple[bool, float]:
         """Returns (applied, gradient norm before clipping). The norm covers all ranks, so all of them agree."""
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm() or 0.0)
-        if not math.isfinite(grad_norm):
+        is_finite = math.isfinite(grad_norm)
+        if self.loss_scale is not None:
+            self.loss_scale.advance(found_inf=not is_finite)
+        if not is_finite:
             self.optimizer.zero_grad()
             return False, grad_norm
-        self.optimizer.step()
+        self._step()
         return True, grad_norm
+
+    def _step(self) -> None:
+        """Megatron-Core's, which prepares the gradients again, in place."""
+        if self.loss_scale is not None:
+            self.loss_scale.is_divided = True
+        self.optimizer.step()
+        if self.loss_scale is not None:
+            self.loss_scale.is_divided = False
 
 
 class ExpertBiases:

@@ -157,7 +157,7 @@ def _moe_fields(moe: dict | None, num_layers: int) -> dict:
     if moe is None:
         return {"num_moe_experts": None}
     placement = moe["placement"]
-    names = ("num_moe_experts", "use_residual", "moe_shared_expert_intermediate_size")
+    names = ("num_moe_experts", "moe_ffn_hidden_size", "use_residual", "moe_shared_expert_intermediate_size")
     return {name: moe[name] for name in names if name in moe} | {"layers": list(moe_layers(placement, num_layers))}
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoELlavaError, RunConfig
+from megatron_moellava.costs.shapes import expert_ffn_hidden_size
 from megatron_moellava.machine import Machine
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.routers import ROUTERS, RouterKind
@@ -31,6 +32,17 @@ def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Ite
         )
     if not 1 <= moe.moe_router_topk <= moe.num_moe_experts:
         yield f"moe.moe_router_topk={moe.moe_router_topk} must lie between 1 and moe.num_moe_experts={moe.num_moe_experts}"
+    split, width = parallel.expert_tensor_parallel_size or 1, expert_ffn_hidden_size(moe, backbone)
+    if width % split:
+        yield (
+            f"parallel.expert_tensor_parallel_size={split} does not divide the experts' width of {width} "
+            f"(moe.moe_ffn_hidden_size, {backbone.name}); use {divisors(width)}"
+        )
+    if moe.normalize_top1 and moe.moe_router_topk > 1:
+        yield (
+            f"moe.normalize_top1=true with moe.moe_router_topk={moe.moe_router_topk}: the weights of several experts sum to 1 "
+            "anyway; leave it unset"
+        )
     try:
         moe_layers(moe.placement, backbone.num_layers)
     except MoELlavaError as error:

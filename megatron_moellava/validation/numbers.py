@@ -14,6 +14,7 @@ BELOW_1: Rule = (lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 # A field that is None is unset, which is always right where its type allows it.
 RULES: dict[str, Rule] = {
     "moe.num_moe_experts": AT_LEAST_1,
+    "moe.moe_ffn_hidden_size": AT_LEAST_1,
     "moe.moe_aux_loss_coeff": AT_LEAST_0,
     "moe.moe_z_loss_coeff": AT_LEAST_0,
     "moe.moe_router_bias_update_rate": AT_LEAST_0,
@@ -53,6 +54,10 @@ RULES: dict[str, Rule] = {
     "optimizer.adam_beta2": BELOW_1,
     "optimizer.adam_eps": POSITIVE,
     "optimizer.clip_grad": (AT_LEAST_0[0], "must be 0 (off) or positive"),
+    "optimizer.initial_loss_scale": POSITIVE,
+    "optimizer.min_loss_scale": POSITIVE,
+    "optimizer.loss_scale_window": AT_LEAST_1,
+    "optimizer.hysteresis": AT_LEAST_1,
     "checkpoint.ckpt_step": AT_LEAST_1,
     "checkpoint.save_interval": (AT_LEAST_1[0], "must be at least 1 step"),
     "validation.interval": (AT_LEAST_1[0], "must be at least 1 step"),
@@ -60,6 +65,7 @@ RULES: dict[str, Rule] = {
     "checkpoint.keep": (AT_LEAST_1[0], "must be at least 1; the newest checkpoint is never deleted"),
     "logging.log_interval": (AT_LEAST_1[0], "must be at least 1 step"),
     "logging.routing_interval": (AT_LEAST_1[0], "must be at least 1 step"),
+    "logging.max_activations_interval": (lambda value: value >= 0, "must be 0 (never) or a number of steps"),
     "logging.straggler_interval": (lambda value: value >= 0, "must be 0 (never) or a number of steps"),
 }
 

@@ -54,6 +54,7 @@ def training_problems(run: RunConfig, machine: Machine) -> Iterator[str]:
         yield "training.trains is empty, so nothing would be trained; name roles, or leave it unset for the stage's own"
     if training.fp8_recipe is not None:
         yield from _fp8(run, machine)
+    yield from _sixteen_bits(run)
     if run.optimizer.overlap_param_gather and run.optimizer.overlap_grad_reduce is False:
         yield "optimizer.overlap_param_gather=true needs overlap_grad_reduce; set it to true as well, or leave both unset"
     optimizer = run.optimizer
@@ -64,6 +65,27 @@ def training_problems(run: RunConfig, machine: Machine) -> Iterator[str]:
             yield f"optimizer.min_lr={optimizer.min_lr} is more than optimizer.{name}={rate}; it is where the rate decays to"
     if optimizer.router_lr_warmup_fraction is not None and run.moe is None:
         yield f"optimizer.router_lr_warmup_fraction={optimizer.router_lr_warmup_fraction} needs a MoE model; leave it unset"
+
+
+def _sixteen_bits(run: RunConfig) -> Iterator[str]:
+    precision, options = run.training.precision, run.optimizer
+    if precision == "fp16" and run.training.fp8_recipe is not None:
+        yield (
+            f"training.fp8_recipe={run.training.fp8_recipe} with training.precision=fp16: FP8's scales and the loss scale "
+            "would disturb each other; use bf16"
+        )
+    if options.main_params_dtype == "bf16" and precision != "bf16":
+        yield (
+            f"optimizer.main_params_dtype=bf16 with training.precision={precision}: the weights that are stepped would have "
+            "fewer bits than those that compute; use training.precision=bf16, or leave it unset"
+        )
+    if options.stochastic_rounding and options.main_params_dtype == "fp32":
+        yield "optimizer.stochastic_rounding=true: fp32 weights are not rounded; set optimizer.main_params_dtype=bf16 as well"
+    if options.min_loss_scale > options.initial_loss_scale:
+        yield (
+            f"optimizer.min_loss_scale={options.min_loss_scale} is more than "
+            f"optimizer.initial_loss_scale={options.initial_loss_scale}"
+        )
 
 
 def _dotted(capability: tuple[int, int]) -> str:

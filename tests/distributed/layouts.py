@@ -65,6 +65,12 @@ MODELS = {
     "expert-bias": Model(moe=MOE | {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01}),
     "residual": Model(backbone="phi-2-tiny", moe=MOE | {"use_residual": True}),
     "top1": Model(moe=MOE | {"moe_router_topk": 1}),
+    "normalized-top1": Model(moe=MOE | {"moe_router_topk": 1, "normalize_top1": True}),
+    # Experts of a quarter of the dense FFN's width.
+    "granular": Model(moe=MOE | {"num_moe_experts": 8, "moe_router_topk": 4, "moe_ffn_hidden_size": 96}),
+    "granular-phi": Model(
+        backbone="phi-2-tiny", moe=MOE | {"num_moe_experts": 8, "moe_router_topk": 4, "moe_ffn_hidden_size": 128}
+    ),
     # DeepSpeed's gate: half of the slots that are needed, so that tokens are dropped; the noise is injected.
     "original": Model(moe=MOE | {"router": "original", "moe_expert_capacity_factor": 0.5}, rows="padded"),
     "original-phi": Model(
@@ -82,6 +88,16 @@ MODELS = {
         f"fp8-{recipe}": Model(moe=MOE, run={"training.fp8_recipe": recipe})
         for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8")
     },
+    "fp16": Model(moe=MOE, run={"training.precision": "fp16"}),
+    # Without fp32 main parameters; the random bits must not depend on who holds which part of a weight.
+    "bf16-params": Model(
+        moe=MOE,
+        run={
+            "training.precision": "bf16",
+            "optimizer.main_params_dtype": "bf16",
+            "optimizer.stochastic_rounding": True,
+        },
+    ),
     "bf16-phi": Model(backbone="phi-2-tiny", moe=MOE, run={"training.precision": "bf16"}),
 }
 
@@ -181,6 +197,17 @@ LAYOUTS = [
     *_layouts("router-losses sequence-aux-loss shared-experts expert-bias residual top1", "tp2", 2, tp=2),
     *_layouts("router-losses expert-bias residual shared-experts", "pp2", 2, pp=2),
     *_layouts("shared-experts", "tp2-ep2-etp1", 2, tp=2, ep=2),
+    *_layouts("granular granular-phi normalized-top1", "ep2", 2, ep=2),
+    *_layouts("granular granular-phi normalized-top1", "tp2", 2, tp=2),
+    *_layouts("granular granular-phi normalized-top1", "pp2", 2, pp=2),
+    *_layouts("granular", "tp2-etp2", 2, tp=2, etp=2),
+    *_layouts("fp16", "dp2", 2),
+    *_layouts("fp16", "tp2", 2, tp=2),
+    *_layouts("fp16", "pp2", 2, pp=2),
+    *_layouts("fp16", "ep2", 2, ep=2),
+    *_layouts("bf16-params", "dp2", 2),
+    *_layouts("bf16-params", "pp2", 2, pp=2),
+    *_layouts("granular", "dp2", 2),
     # global_aux_loss under data parallelism sees more rows at once: tests/distributed/test_balancing.py
     *_layouts("sequence-aux-loss global-aux-loss first-half", "pp2", 2, pp=2),
     *_layouts("global-aux-loss", "tp2", 2, tp=2),

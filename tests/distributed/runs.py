@@ -366,3 +366,13 @@ def run_precision(job: dict, folder: Path) -> dict:
     ranks: list[tuple] = [()] * dist.get_world_size()
     dist.all_gather_object(ranks, (own, found.run.training.precision, found.reason))
     return {"ranks": ranks}
+
+
+def run_max_activations(job: dict, folder: Path) -> dict:
+    """Each layer's largest activations and gradients of the first step."""
+    trainer, _, _ = start(BY_ID[job["layout"]], **{"logging.max_activations_interval": 1})
+    seen: list = []
+    collect = trainer.max_activations.collect
+    trainer.max_activations.collect = lambda scale: seen.append(collect(scale)) or seen[-1]
+    trainer.step()
+    return {"layers": seen[0]}

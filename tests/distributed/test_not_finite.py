@@ -15,6 +15,7 @@ LAYOUTS = (
     "expert-bias:tp2",
     "expert-bias:cp2",
     "fp8-delayed:pp2",
+    "fp16:ep2",
 )
 jobs = [
     {"id": f"not finite {layout}", "run": "run_not_finite", "layout": layout, "world": BY_ID[layout].world}

@@ -32,6 +32,8 @@ GATES = {
     "original, one choice": MoEConfig(
         router="original", moe_router_topk=1, moe_expert_capacity_factor=1.5, eval_capacity_factor=4.0
     ),
+    "one choice of weight 1": MoEConfig(moe_router_topk=1, normalize_top1=True),
+    "narrow experts": MoEConfig(num_moe_experts=8, moe_router_topk=4, moe_ffn_hidden_size=96),
     "shared experts": MoEConfig(moe_shared_expert_intermediate_size=96),
     "balanced by a bias": MoEConfig(moe_router_enable_expert_bias=True),
 }

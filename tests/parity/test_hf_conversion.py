@@ -101,6 +101,14 @@ def text_logits(model, tokens) -> torch.Tensor:
 TOKENS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
+UPCYCLED = {
+    "moe": MoEConfig(),
+    "residual": MoEConfig(use_residual=True),
+    "granular": MoEConfig(num_moe_experts=8, moe_router_topk=4, moe_ffn_hidden_size=SIZES["intermediate_size"] // 2),
+    "one of weight 1": MoEConfig(moe_router_topk=1, normalize_top1=True),
+}
+
+
 @pytest.mark.parametrize("name", TEXT_CONFIGS)
 def test_dense_model_comes_back_and_runs_as_llava(tmp_path, towers, name):
     source = language_model(name, tmp_path / "hf")
@@ -115,15 +123,15 @@ def test_dense_model_comes_back_and_runs_as_llava(tmp_path, towers, name):
 
 
 @pytest.mark.parametrize("name", TEXT_CONFIGS)
-@pytest.mark.parametrize("residual", [False, True], ids=["moe", "residual"])
-def test_upcycled_model_computes_what_the_dense_one_does(tmp_path, towers, name, residual):
+@pytest.mark.parametrize("kind", UPCYCLED)
+def test_upcycled_model_computes_what_the_dense_one_does(tmp_path, towers, name, kind):
     """Equal experts: whatever the router chooses, the weights sum to 1. Stock Qwen-MoE classes where they fit."""
     source = language_model(name, tmp_path / "hf")
     import_checkpoint(tmp_path / "hf", save=tmp_path / "run", tower=towers["clip"], keep_output_bias=name == "phi")
-    upcycle_checkpoint(tmp_path / "run", save=tmp_path / "moe", moe=MoEConfig(use_residual=residual))
+    upcycle_checkpoint(tmp_path / "run", save=tmp_path / "moe", moe=UPCYCLED[kind])
     export_checkpoint(tmp_path / "moe", save=tmp_path / "out", layout="transformers")
     model = load(tmp_path / "out")
-    stock = name not in ("phi", "stablelm") and not residual
+    stock = name not in ("phi", "stablelm") and not UPCYCLED[kind].use_residual
     assert type(model).__name__ == ("Llava" if stock else "MoELlava") + "ForConditionalGeneration"
     assert (text_logits(model, TOKENS) - text_logits(source, TOKENS)).abs().max() <= SUMMED
 

@@ -13,7 +13,8 @@ from megatron_moellava import parallel
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
-from megatron_moellava.conversion.upcycle import request, upcycle_checkpoint
+from megatron_moellava.conversion.upcycle import upcycle_checkpoint
+from megatron_moellava.conversion.upcycle_request import request
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.inference.load import load_model
 from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint

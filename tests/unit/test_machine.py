@@ -47,7 +47,7 @@ def gpu(*capability: int) -> Machine:
         (gpu(9, 0), LAPTOP, {"ATEN_CPU_CAPABILITY": "avx2"}, "bf16", "GPU"),
         (gpu(8, 0), LAPTOP, {}, "bf16", "GPU"),
         (gpu(), LAPTOP, {}, "bf16", "GPU"),  # not known before torch is there
-        (gpu(7, 5), SAPPHIRE, {}, machine.BEFORE_AMPERE, "compute capability 7.5 does not multiply in bf16"),
+        (gpu(7, 5), SAPPHIRE, {}, "fp16", "compute capability 7.5 does not multiply in bf16"),
         (machine.GPU_CLUSTER, frozenset(), {}, "bf16", "GPU"),
         (CPU, SAPPHIRE, {}, "bf16", "has bf16 units"),
         (CPU, AMD, {}, "bf16", "has bf16 units"),

@@ -1,14 +1,17 @@
 """What a checkpoint is said to hold."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_moellava.config import CheckpointError, MoEConfig
+from megatron_moellava.config import CheckpointError, ConfigError, MoEConfig
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.inspection import diff, inspect
+from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.conversion.upcycle import upcycle_checkpoint
+from megatron_moellava.costs.parameters import token_flops
 from tests.helpers.conversion_models import original_config, original_state, write_folder
 
 
@@ -28,6 +31,21 @@ def test_inspect_and_diff_say_what_is_there(dense, tmp_path):
     differences, same = diff(folder, tmp_path / "moe")
     assert {item.name.split(".layers.2.mlp.")[0] for item in differences} == {"language_model.decoder"} and same > 50
     assert diff(folder, folder)[0] == []
+
+
+def test_inspect_says_what_narrow_experts_compute(dense, tmp_path):
+    folder, _ = dense
+    model = open_checkpoint(folder).model
+    width = model.backbone.ffn_hidden_size // 4
+    moe = MoEConfig(num_moe_experts=16, moe_router_topk=8, moe_ffn_hidden_size=width)
+    upcycle_checkpoint(folder, save=tmp_path / "moe", moe=moe)
+    text = inspect(tmp_path / "moe")
+    flops = token_flops(replace(model, moe=moe))
+    assert f"16 experts, top-8, layers 0, 2, each {width} wide ({4 * width})" in text
+    assert f"{flops / 1e9:.3g} GFLOPs per token forward" in text and "granularity 4" in text
+    with pytest.raises(ConfigError, match=f"moe_ffn_hidden_size={width}: MoE-LLaVA's own experts have the width"):
+        export_checkpoint(tmp_path / "moe", save=tmp_path / "out", layout="original")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_from_outside_says_which_model_it_is(dense, tmp_path):

@@ -1,5 +1,6 @@
 """Every tensor of a conversion is accounted for."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -35,6 +36,23 @@ def test_check_names_what_is_lost_doubled_or_misshapen(spoil, message):
     spoil(recipes, tensors)
     with pytest.raises(CheckpointError, match=message):
         check(recipes, tensors, what="x", expected=dict.fromkeys("abc", (2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ([(0, 1), (1, 3)], ""),
+        ([(0, 1)], "a: only 1 of 3 columns are used"),
+        ([(0, 1), (2, 3)], "a: columns 1 to 2 are used twice or not at all"),
+        ([(1, 3)], "a: columns 0 to 1 are used twice or not at all"),
+    ],
+)
+def test_parts_of_rows_must_make_up_the_rows(columns, message):
+    tensors = {"a": Tensor((2, 3), "float32", make=lambda: torch.zeros(2, 3))}
+    parts = tuple(Part("a", 0, 2 * (end - first), columns=(first, end)) for first, end in columns)
+    recipes = [Recipe("A", (1,), "float32", parts)]
+    with pytest.raises(CheckpointError, match=message) if message else nullcontext():
+        check(recipes, tensors, what="x", copies=True)
 
 
 def test_all_problems_of_a_source_are_in_one_error(tmp_path):

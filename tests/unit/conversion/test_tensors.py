@@ -3,8 +3,17 @@
 import torch
 
 from megatron_moellava.conversion.readers import open_bin
-from megatron_moellava.conversion.tensors import BLOCK, Tensor, Tile
+from megatron_moellava.conversion.tensors import BLOCK, Files, Tensor, Tile
 from tests.helpers.conversion_models import read
+
+
+def test_columns_of_rows_are_read_in_whole_rows(tmp_path):
+    whole = torch.arange(6 * 10, dtype=torch.float32).view(6, 10)
+    (tmp_path / "whole").write_bytes(whole.numpy().tobytes())
+    tensor = Tensor((6, 10), "float32", (Tile(str(tmp_path / "whole"), 0, (0, 6), (0, 10)),))
+    with Files() as files:
+        content = b"".join(bytes(block) for block in files.columns(tensor, 20, 30, (3, 7)))
+    assert torch.equal(torch.frombuffer(bytearray(content), dtype=torch.float32).view(3, 4), whole[2:5, 3:7])
 
 
 def test_tensor_cut_by_columns_is_put_together(tmp_path):

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.exports import export_checkpoint
-from megatron_moellava.conversion.upcycle import request, upcycle_checkpoint
+from megatron_moellava.conversion.upcycle import upcycle_checkpoint
+from megatron_moellava.conversion.upcycle_request import request
 from megatron_moellava.placement import moe_layers
 
 EXPERTS = ".mlp.deepspeed_moe.experts.deepspeed_experts."

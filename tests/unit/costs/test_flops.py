@@ -10,6 +10,7 @@ from megatron_moellava.costs.flops import (
     layer_work,
     useful_flops,
 )
+from megatron_moellava.planning.activations import sizes
 from tests.helpers.planning import layout_of
 
 
@@ -47,6 +48,20 @@ def test_a_token_goes_through_its_chosen_experts():
     ffn = 2 * 2 * 5 * layout.backbone.hidden_size * layout.backbone.ffn_hidden_size
     assert by_part["experts"] == pytest.approx(layout.moe.moe_router_topk * ffn) and "ffn" not in by_part
     assert by_part["router"] == 2 * 5 * layout.backbone.hidden_size * layout.moe.num_moe_experts
+
+
+def test_narrow_experts_compute_less():
+    parts = {}
+    for width in (None, layout_of(1).backbone.ffn_hidden_size // 4):
+        layout = layout_of(1, moe__moe_ffn_hidden_size=width)
+        work = [item for item in layer_work(layout, True, tokens=5, length=5) if item.part == "experts"]
+        parts[width] = sum(item.forward for item in work), expert_bytes(layout)
+    whole, narrow = parts.values()
+    assert whole == tuple(pytest.approx(4 * value) for value in narrow)
+
+
+def expert_bytes(layout) -> float:
+    return sizes(layout)["expert_inner"]
 
 
 def test_tensor_parallel_ranks_share_the_work():

@@ -8,8 +8,15 @@ import pytest
 from megatron_moellava import parallel
 from megatron_moellava.backbones import BACKBONES, get_backbone
 from megatron_moellava.config import MoEConfig, ParallelConfig
+from megatron_moellava.costs.flops import Product, last_stage_work, layer_work
 from megatron_moellava.costs.layout import Layout
-from megatron_moellava.costs.parameters import activated_parameters, parameters_of, role_of, whole_parameters
+from megatron_moellava.costs.parameters import (
+    activated_parameters,
+    parameters_of,
+    role_of,
+    token_flops,
+    whole_parameters,
+)
 from megatron_moellava.costs.shapes import Model, model_tensors
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.roles import parameter_roles
@@ -22,6 +29,7 @@ EXPERTS = {
     "dense": None,
     "experts": MoEConfig(),
     "residual": MoEConfig(use_residual=True, moe_router_enable_expert_bias=True),
+    "granular": MoEConfig(num_moe_experts=8, moe_router_topk=4, moe_ffn_hidden_size=64, use_residual=True),
     "shared": MoEConfig(moe_shared_expert_intermediate_size=96, moe_grouped_gemm=False),
 }
 
@@ -85,6 +93,27 @@ def test_a_token_passes_through_its_own_experts_alone():
     assert all(activated[role] == whole[role] for role in ROLES if role != "experts")
     dense = Model(backbone=model.backbone, tower=model.tower)
     assert activated_parameters(dense) == whole_parameters(dense)
+
+
+def test_narrow_experts_activate_as_much_as_the_whole_ones_they_are_parts_of():
+    whole = layout_of("llama-tiny", MoEConfig(placement="dense")).model
+    parts = layout_of(
+        "llama-tiny", MoEConfig(placement="dense", num_moe_experts=16, moe_router_topk=8, moe_ffn_hidden_size=96)
+    ).model
+    assert whole_parameters(parts)["experts"] == whole_parameters(whole)["experts"]
+    assert activated_parameters(parts)["experts"] == activated_parameters(whole)["experts"]
+    added = (16 - 4) * whole.backbone.hidden_size * whole.backbone.num_layers  # rows of the routers
+    assert token_flops(parts) - token_flops(whole) == 2 * added
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "phi-2-tiny", "minicpm-tiny"])
+@pytest.mark.parametrize("kind", ["dense", "experts", "granular"])
+def test_flops_of_a_token_are_those_of_its_layers(name, kind):
+    layout = layout_of(name, EXPERTS[kind])
+    layers = [item for is_moe in layout.kinds_of(0) for item in layer_work(layout, is_moe, 1, 1)]
+    work = [item for item in [*layers, *last_stage_work(layout, 1)] if isinstance(item, Product)]
+    mixing = 2 * 2 * layout.backbone.hidden_size * len(layout.model.moe_layers) if kind == "granular" else 0
+    assert token_flops(layout.model) == pytest.approx(sum(item.forward for item in work) + mixing)
 
 
 @pytest.mark.parametrize("name", ["llama-tiny", "minicpm-tiny"])

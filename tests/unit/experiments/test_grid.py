@@ -75,7 +75,9 @@ def test_shipped_grids_hold_the_papers_tables():
         "router_init",
         "size",
         "stability",
+        "sixteen_bits",
     } <= cells.keys()
+    assert {"fp16", "bf16-params", "bf16-params-stochastic"} <= cells["sixteen_bits"]
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)

@@ -51,6 +51,23 @@ def routed(moe: MoEConfig, width: int) -> tuple[torch.Tensor, list[torch.Tensor]
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["softmax", "bias"])
+def test_the_one_expert_of_weight_1_has_the_gradient_of_its_log_probability(bias):
+    weights, gradients = {}, {}
+    for normalizes in (False, True):
+        parallel.initialize(ParallelConfig(), 1)
+        moe = MoEConfig(moe_router_topk=1, normalize_top1=normalizes, moe_router_enable_expert_bias=bias)
+        (model,) = build_model(tiny_run(moe))
+        router = next(module for module in model.modules() if isinstance(module, MegatronRouter)).eval()
+        logits = torch.randn(6, 1, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        weights[normalizes], _ = router.routing(logits)
+        weights[normalizes].sum().backward()
+        gradients[normalizes] = logits.grad
+    probability = weights[False].sum(dim=-1).detach()
+    assert probability.max() < 1 and torch.equal(weights[True].sum(dim=-1), torch.ones(6))
+    torch.testing.assert_close(gradients[True], gradients[False] / probability[:, None, None])
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["softmax", "bias"])
 @pytest.mark.parametrize("topk", [1, 2])
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
 def test_padding_takes_no_place_at_an_expert_and_makes_none(factor, topk, bias):
@@ -124,6 +141,8 @@ def test_routers_are_fp32_and_have_no_bias_where_the_mlps_have_one(world):
 
 def test_the_kind_of_a_run_chooses_the_module():
     assert router_builder(MoEConfig()) is MegatronRouter
+    normalizing = router_builder(MoEConfig(moe_router_topk=1, normalize_top1=True))
+    assert (normalizing.func, normalizing.keywords) == (MegatronRouter, {"normalizes_top1": True})
     original = router_builder(MoEConfig(router="original", moe_expert_capacity_factor=1.0))
     assert original.func is OriginalRouter and original.keywords["moe"].router == "original"
 

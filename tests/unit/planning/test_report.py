@@ -37,6 +37,9 @@ def test_text_and_json_say_the_same_and_that_nothing_was_measured():
     text = text_report(request, found, best, given)
     assert "Nothing here was measured on a GPU." in text and all(column in text for column in COLUMNS)
     data = json_report(request, best, given)
+    model = data["language_model"]
+    assert f"{model['total'] / 1e6:,.1f} M parameters, {model['activated'] / 1e6:,.1f} M activated per token" in text
+    assert model["activated"] < model["total"] and f"{model['token_flops'] / 1e9:,.3g} GFLOPs per token" in text
     assert data["predicted"] is True and len(data["plans"]) == 2
     assert data["plans"][0]["command"] in text
     assert data["plans"][0]["memory_bytes"]["total"] == best[0].memory.total

@@ -221,6 +221,14 @@ COMBINATIONS = {
         {"model.backbone": "phi-2-tiny", "moe.moe_shared_expert_intermediate_size": 64},
         "moe_shared_expert_intermediate_size=64: the MLPs of phi-2-tiny have biases",
     ),
+    "experts whose width does not divide": (
+        {"moe.num_moe_experts": 4, "moe.moe_ffn_hidden_size": 33, "parallel.expert_tensor_parallel_size": 2},
+        "parallel.expert_tensor_parallel_size=2 does not divide the experts' width of 33",
+    ),
+    "several experts of weight 1": (
+        {"moe.num_moe_experts": 4, "moe.normalize_top1": True},
+        "moe.normalize_top1=true with moe.moe_router_topk=2: the weights of several experts sum to 1",
+    ),
     "split experts with biases": (
         {"model.backbone": "phi-2-tiny", "moe.num_moe_experts": 4, "parallel.expert_tensor_parallel_size": 2},
         "the experts of phi-2-tiny have biases",

@@ -34,6 +34,7 @@ OTHER = {
     "data.seq_length": 64,
     "data.max_sample_length": 32,
     "data.ignore_keys": ["system"],
+    "validation.sources": [{"path": "elsewhere"}],
     "optimizer.projector_lr": 0.5,
 }
 # How values are shown that were unset, or are lists.

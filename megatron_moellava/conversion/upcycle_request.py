@@ -1,0 +1,126 @@
+"""What a person asks of `convert upcycle`, and whether the checkpoint can become that."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_moellava.backbones import Backbone
+from megatron_moellava.checkpoint.description import read_description
+from megatron_moellava.checkpoint.folders import require_checkpoint
+from megatron_moellava.config import ConfigError, MoEConfig
+from megatron_moellava.costs.shapes import Model, expert_ffn_hidden_size, model_from_json
+
+
+def request(
+    checkpoint: Path,
+    *,
+    num_experts: int,
+    topk: int | None,
+    placement: list[str] | None,
+    residual: bool,
+    expert_bias: bool = False,
+    shared_expert: bool = False,
+    granularity: int = 1,
+    expert_width: int | None = None,
+    normalize_top1: bool = False,
+) -> MoEConfig:
+    """The MoE that a person asked for; what was left out is the checkpoint's own, or the recipes' (top-2, sparse).
+
+    With a `granularity`, `num_experts` and `topk` count copies of the MLP, each of which is so many experts. `expert_width`
+    says the same by the width of an expert, and both then count experts.
+    An expert bias needs Megatron-Core's router, so it takes the place of the original's; so does `normalize_top1`.
+    Raises ConfigError for a placement that is neither, and a granularity that the checkpoint cannot have.
+    """
+    model = model_from_json(read_description(require_checkpoint(checkpoint)).model)
+    old = model.moe
+    start = old or MoEConfig()
+    where: str | tuple[int, ...] = start.placement
+    if placement:
+        numbers = all(part.isdigit() for part in placement)
+        if len(placement) > 1 and not numbers:
+            raise ConfigError(f"--placement {' '.join(placement)}: one name, or layer numbers such as 0 2 4")
+        where = tuple(map(int, placement)) if numbers else placement[0]
+    if expert_bias:
+        start = replace(start, moe_router_enable_expert_bias=True, router="megatron")
+    if normalize_top1:
+        start = replace(start, normalize_top1=True, router="megatron")
+    if granularity != 1 and expert_width is not None:
+        raise ConfigError("--granularity and --moe-ffn-hidden-size say the same thing; give one of them")
+    if expert_width is not None and expert_width != model.backbone.ffn_hidden_size:
+        start = replace(start, moe_ffn_hidden_size=expert_width)
+    if granularity != 1:
+        start = replace(start, moe_ffn_hidden_size=_divided(model, granularity))
+    if shared_expert and not start.moe_shared_expert_intermediate_size:
+        start = replace(start, moe_shared_expert_intermediate_size=model.backbone.ffn_hidden_size)
+    return replace(
+        start,
+        num_moe_experts=num_experts * granularity,
+        moe_router_topk=(topk or start.moe_router_topk) * granularity,
+        placement=where,  # type: ignore[arg-type]  # other names are refused where it is resolved
+        use_residual=residual or bool(old and old.use_residual),
+    )
+
+
+def _divided(model: Model, granularity: int) -> int:
+    """The width of an expert."""
+    width = model.backbone.ffn_hidden_size
+    if model.moe is not None:
+        raise ConfigError(
+            f"--granularity {granularity}: the checkpoint has experts already, whose width stays; upcycle a dense one"
+        )
+    if granularity < 1 or width % granularity:
+        raise ConfigError(
+            f"--granularity {granularity} does not divide ffn_hidden_size={width} ({model.backbone.name}); use a power of two "
+            "that does"
+        )
+    return width // granularity
+
+
+def check_request(there: Model, asked: Model) -> None:
+    """ConfigError where `asked` cannot be made of `there`."""
+    old, new, layers = there.moe, asked.required_moe, asked.moe_layers
+    if not 1 <= new.moe_router_topk <= new.num_moe_experts:
+        raise ConfigError(
+            f"moe_router_topk={new.moe_router_topk} must be between 1 and num_moe_experts={new.num_moe_experts}"
+        )
+    backbone, shared = there.backbone, new.moe_shared_expert_intermediate_size
+    if shared and backbone.add_bias_linear:
+        raise ConfigError(f"shared expert: the MLPs of {backbone.name} have biases, which Megatron-Core's cannot have")
+    if shared not in (None, old and old.moe_shared_expert_intermediate_size, backbone.ffn_hidden_size):
+        raise ConfigError(
+            f"moe_shared_expert_intermediate_size={shared}: a shared expert starts as a copy of an MLP, so its size is "
+            f"{backbone.ffn_hidden_size}"
+        )
+    _check_division(old, new, backbone)
+    if old is None:
+        return
+    if there.moe_layers != layers:
+        raise ConfigError(
+            f"placement={list(layers)}, but the checkpoint has experts in layers {list(there.moe_layers)}; "
+            "leave --placement out"
+        )
+    if new.use_residual != old.use_residual:
+        raise ConfigError(f"use_residual={new.use_residual}, but the checkpoint has {old.use_residual}")
+    if new.num_moe_experts < old.num_moe_experts:
+        raise ConfigError(
+            f"num_moe_experts={new.num_moe_experts}, but the checkpoint has {old.num_moe_experts}; experts only grow"
+        )
+
+
+def _check_division(old: MoEConfig | None, new: MoEConfig, backbone: Backbone) -> None:
+    """Whether experts of the width asked for can be cut out of what there is."""
+    width, inner = expert_ffn_hidden_size(new, backbone), backbone.ffn_hidden_size
+    if old is not None:
+        if width != (there := expert_ffn_hidden_size(old, backbone)):
+            raise ConfigError(
+                f"moe_ffn_hidden_size={width}, but the checkpoint's experts are {there} wide; leave it out"
+            )
+        return
+    if width < 1 or inner % width:
+        raise ConfigError(f"moe_ffn_hidden_size={width} does not divide ffn_hidden_size={inner} ({backbone.name})")
+    granularity = inner // width
+    for name in ("num_moe_experts", "moe_router_topk"):
+        if getattr(new, name) % granularity:
+            raise ConfigError(
+                f"{name}={getattr(new, name)} must be a multiple of {granularity}: with moe_ffn_hidden_size={width} a copy of "
+                f"the MLP ({inner}) is {granularity} experts, which are chosen together"
+            )

@@ -1,0 +1,52 @@
+"""What may be asked of an upcycling."""
+
+import pytest
+
+from megatron_moellava.config import ConfigError, MoEConfig
+from megatron_moellava.conversion.upcycle import upcycle_checkpoint
+from megatron_moellava.conversion.upcycle_request import request
+
+
+def asked(folder, **options) -> MoEConfig:
+    defaults = {"num_experts": 4, "topk": None, "placement": None, "residual": False}
+    return request(folder, **(defaults | options))
+
+
+def test_a_granularity_multiplies_experts_and_choices_and_divides_the_width(dense):
+    folder, _ = dense
+    whole, parts = asked(folder), asked(folder, granularity=4)
+    assert (whole.num_moe_experts, whole.moe_router_topk, whole.moe_ffn_hidden_size) == (4, 2, None)
+    assert (parts.num_moe_experts, parts.moe_router_topk) == (16, 8)
+    assert parts.moe_ffn_hidden_size and asked(folder, granularity=4, topk=1).moe_router_topk == 4
+    same = asked(folder, num_experts=16, topk=8, expert_width=parts.moe_ffn_hidden_size)
+    assert same == parts
+    assert asked(folder, expert_width=parts.moe_ffn_hidden_size * 4) == whole
+
+
+def test_what_cannot_be_is_refused_before_anything_is_read(dense, tmp_path):
+    folder, _ = dense
+    with pytest.raises(ConfigError, match="--granularity 1009 does not divide ffn_hidden_size"):
+        asked(folder, granularity=1009)
+    with pytest.raises(ConfigError, match="give one of them"):
+        asked(folder, granularity=2, expert_width=64)
+    upcycle_checkpoint(folder, save=tmp_path / "moe", moe=MoEConfig())
+    with pytest.raises(ConfigError, match="has experts already, whose width stays"):
+        asked(tmp_path / "moe", granularity=2)
+    width = asked(folder, granularity=4).moe_ffn_hidden_size
+    for moe, message in (
+        (MoEConfig(moe_ffn_hidden_size=width, num_moe_experts=6), "num_moe_experts=6 must be a multiple of 4"),
+        (MoEConfig(moe_ffn_hidden_size=width, num_moe_experts=8), "moe_router_topk=2 must be a multiple of 4"),
+        (MoEConfig(moe_ffn_hidden_size=width + 1), "does not divide ffn_hidden_size"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            upcycle_checkpoint(folder, save=tmp_path / "x", moe=moe)
+    with pytest.raises(ConfigError, match=f"moe_ffn_hidden_size={width}, but the checkpoint's experts are"):
+        upcycle_checkpoint(tmp_path / "moe", save=tmp_path / "x", moe=MoEConfig(moe_ffn_hidden_size=width))
+    with pytest.raises(ConfigError, match=r"drop=1.5 must lie between 0 and 1"):
+        upcycle_checkpoint(folder, save=tmp_path / "x", moe=MoEConfig(), drop=1.5)
+
+
+def test_an_expert_of_weight_1_takes_megatrons_router(dense):
+    folder, _ = dense
+    moe = asked(folder, topk=1, normalize_top1=True)
+    assert moe.normalize_top1 and moe.router == "megatron"
