@@ -10,7 +10,7 @@ THINGS = 160  # emoji, of about 1,900
 VIEWS = 10  # training pictures of each
 TURNS = 1  # languages a conversation asks for: an earlier answer would give the next one away
 QUESTIONS = 2  # held-out questions about each thing
-EXPERTS = {"num_moe_experts": 8, "moe_router_topk": 1, "placement": "dense"}
+EXPERTS = {"num_moe_experts": 8, "moe_router_topk": 1, "placement": "dense", "normalize_top1": True}
 RUNS = {
     "names": {"stage": 2, "from": "stage2", "steps": 300, "lr": 2e-3, "data": MIXTURE},
     "stage3": {"stage": 3, "from": "upcycled", "steps": 200, "lr": 2e-3, "data": MIXTURE},
