@@ -30,9 +30,10 @@ from speed import Speed, said_time
 HERE = Path(__file__).parent
 TOWER_STEPS = 1400
 QUESTIONS = 9673  # held out in easy-VQA
+BLANKED = 1500  # of them are asked once more, with blank pictures
 # Optimizer steps and peak learning rate of each run, and what it starts from.
 PLAN = {
-    "stage1": {"stage": 1, "from": "start", "steps": 50, "lr": 3e-3, "data": "captions.json"},
+    "stage1": {"stage": 1, "from": "start", "steps": 25, "lr": 3e-3, "data": "captions.json", "questions": 1000},
     "stage2": {"stage": 2, "from": "stage1", "steps": 1200, "lr": 2e-3, "data": "conversations.json"},
     "stage3": {"stage": 3, "from": "upcycled", "steps": 280, "lr": 1e-3, "data": "conversations.json"},
     "dense": {"stage": 2, "from": "stage2", "steps": 280, "lr": 1e-3, "data": "conversations.json"},
@@ -217,15 +218,17 @@ class Quickstart:
 
         started = time.perf_counter()
         rows = [json.loads(line) for line in (self.out / "data" / "test.jsonl").open()][: self.arguments.questions]
-        answers = ask_closed(trainer, run, rows, self.out / "data" / "images", blank=run.moe is not None)
+        rows = rows[: PLAN[name].get("questions", QUESTIONS)]
+        answers = ask_closed(trainer, run, rows, self.out / "data" / "images")
         result = {"score": answers.score, "answered": answers.answered}
         on_first_rank(lambda: write_jsonl(self.out / name / "predictions.jsonl", answers.answered))
         say(summary_line(answers.score, len(rows), time.perf_counter() - started))
         if answers.routing is not None:
+            blind = ask_closed(trainer, run, rows[:BLANKED], self.out / "data" / "images", blank=True)
             result |= {
                 "expert_load": answers.routing.choices_LME.tolist(),
                 "moe_layers": list(answers.routing.layers),
-                "blanked": answers.blanked,
+                "blanked": blind.blanked,
             }
         return result
 
