@@ -153,7 +153,11 @@ class Quickstart:
                     action=partial(self.train, name, plan),
                     needs=["data", plan["from"]],
                     goes_on=True,
-                    seconds=speed.training(steps, options.questions or QUESTIONS, is_moe=plan["stage"] == 3),
+                    seconds=speed.training(
+                        steps,
+                        min(plan.get("questions", QUESTIONS), options.questions or QUESTIONS),
+                        is_moe=plan["stage"] == 3,
+                    ),
                 )
             )
         return parts
