@@ -25,9 +25,11 @@ CAPTIONS = ("{}.", "the image shows {}.", "a picture of {}.", "this is {}.")
 VOCABULARY = 512  # pieces of the SentencePiece model, 256 of them bytes
 
 
-def write_quickstart(out: Path, *, preset: str = "names", turns: int = 3, text_rows: int = 400, seed: int = 0) -> dict:
+def write_quickstart(out: Path, *, preset: str = "fast", turns: int = 3, text_rows: int = 400, seed: int = 0) -> dict:
     """Write everything; returns the counts. A folder that already holds the same data is left alone."""
     wanted = {"preset": preset, "turns": turns, "text_rows": text_rows, "seed": seed, "format": 1}
+    if preset == "names":
+        wanted["names"] = [THINGS, VIEWS, TURNS, QUESTIONS]
     summary_file = out / "summary.json"
     if summary_file.exists() and (summary := json.loads(summary_file.read_text()))["wanted"] == wanted:
         print(f"{out} already holds this data")
@@ -167,7 +169,7 @@ def write_json(path: Path, value) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--preset", choices=("names", "fast", "full"), default="names")
+    parser.add_argument("--preset", choices=("names", "fast", "full"), default="fast")
     parser.add_argument("--turns", type=int, default=3, help="questions per conversation (3)")
     parser.add_argument("--text-rows", type=int, default=400, help="rows without an image (400)")
     parser.add_argument("--seed", type=int, default=0)

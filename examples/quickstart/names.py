@@ -80,7 +80,7 @@ def require_packages() -> None:
     if missing:
         raise DataError(
             f"the names benchmark needs {', '.join(missing)}, not installed here; pip install "
-            "'megatron-moellava[quickstart]' (make quickstart does it), or leave it out with --preset easy-vqa"
+            "'megatron-moellava[quickstart]' (make quickstart does it), or leave names out with --preset fast"
         )
 
 

@@ -44,14 +44,9 @@ class _Tensor:
         strides = [1]
         for size in reversed(self.shape[1:]):
             strides.insert(0, strides[0] * size)
-        arguments = (
-            _Storage(),
-            0,
-            tuple(self.shape),
-            tuple(strides[: len(self.shape)]),
-            False,
-            OrderedDict[str, object](),
-        )
+        # Annotated, not OrderedDict[str, object](): that instance would keep, and pickle, its parameters.
+        hooks: OrderedDict[str, object] = OrderedDict()
+        arguments = (_Storage(), 0, tuple(self.shape), tuple(strides[: len(self.shape)]), False, hooks)
         return torch._utils._rebuild_tensor_v2, arguments
 
 

@@ -111,3 +111,34 @@ def test_the_example_is_the_surest_english_name_that_is_right():
     ]
     assert example_of(rows)["image"] == "names/test/3-2.png"
     assert example_of(rows[:1])["prediction"] == "dog"
+
+
+def test_the_table_has_both_benchmarks_costs_and_the_picture_to_try(tmp_path, capsys):
+    from names_report import print_names_table
+    from plans import TITLES
+
+    def names(exact, bits):
+        return {"exact": exact, "bits_per_fact": bits}
+
+    cost = {"flops_per_token": 2.5e6, "activated": 1_000_000, "total": 1_000_000}
+    summary = {
+        "question_only_baseline": {"accuracy": 66.9},
+        "results": {name: {"accuracy": 99.0} for name in ("stage2", "names", "dense", "stage3")},
+        "costs": dict.fromkeys(("stage2", "names", "dense"), cost) | {"stage3": cost | {"total": 5_100_000}},
+        "names": {
+            "question_only_baseline": names(0.6, None),
+            "tower_ceiling": {"exact": 93.2},
+            "results": {"names": names(10.0, 20.0), "dense": names(12.0, 18.5), "stage3": names(21.0, 14.25)},
+            "moe_minus_dense": {"exact": 9.0, "bits_saved": 4.25, "standard_error": 0.3},
+            "example": {"image": "names/test/1F431-2.png", "question": "what is this called in english?"},
+        },
+    }
+    print_names_table(summary, TITLES, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    rows = {title: line for title in TITLES.values() for line in lines if line.startswith(title)}
+    assert rows[TITLES["stage3"]].split()[-7:] == ["99.0", "21.0", "14.25", "2.50", "1.00", "/", "5.10"]
+    assert rows[TITLES["dense"]].split()[-7:] == ["99.0", "12.0", "18.50", "2.50", "1.00", "/", "1.00"]
+    assert rows[TITLES["stage2"]].split()[-5:] == ["99.0", "2.50", "1.00", "/", "1.00"]
+    assert any(line.startswith("the tower's own retrieval") and "93.2" in line for line in lines)
+    assert any("4.25 ± 0.30 bits per fact saved" in line for line in lines)
+    assert any(f"--image {tmp_path}/data/images/names/test/1F431-2.png" in line for line in lines)
