@@ -37,6 +37,7 @@ def write_data(folder: Path, samples: int) -> None:
 
 def build(folder: Path, backbone: str, tower: str, overrides: list[str]):
     from megatron_moellava import parallel, platform
+    from megatron_moellava.model.precision import settle_and_say
     from megatron_moellava.training.run import build_trainer
     from megatron_moellava.validation.run import load_run, validate_run
 
@@ -61,7 +62,7 @@ def build(folder: Path, backbone: str, tower: str, overrides: list[str]):
     )
     validate_run(run, platform.machine())
     parallel.initialize(run.parallel, run.training.seed)
-    trainer = build_trainer(run)
+    trainer = build_trainer(settle_and_say(run))
     for wrapped in trainer.wrapped:
         wrapped.train()
     return trainer

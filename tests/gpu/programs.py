@@ -25,7 +25,7 @@ def programs(folder: Path, changes: dict) -> dict:
 
 
 def closed(rows: Path) -> list[list[str]]:
-    """Train one step, then ask with pictures and without."""
+    """Train two steps, then ask with pictures and without."""
     from megatron_moellava import parallel
     from megatron_moellava.experiments.stage import ask_closed, train_stage
     from megatron_moellava.validation.run import load_run
@@ -38,7 +38,7 @@ def closed(rows: Path) -> list[list[str]]:
         "moe.num_moe_experts": 4,
         "training.stage": 3,
         "training.precision": "fp32",
-        "training.train_steps": 1,
+        "training.train_steps": 2,
         "training.global_batch_size": 2,
         "data.sources": [{"path": str(rows / "rows.json"), "image_folder": str(rows)}],
         "data.tokenizer": str(TOKENIZER),
