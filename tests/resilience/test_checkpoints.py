@@ -27,8 +27,9 @@ def flip(path: Path) -> None:
 
 
 def exchange(ranks: Path) -> None:
-    """Each rank would draw the other's random numbers."""
-    first, second = ranks / "generators_00000.pt", ranks / "generators_00001.pt"
+    """Each rank would go on from the other's place in the data. (The generators of two data-parallel ranks are the same.)"""
+    first, second = ranks / "data_00000.pt", ranks / "data_00001.pt"
+    assert first.read_bytes() != second.read_bytes(), "else nothing would be exchanged"
     aside = first.rename(ranks / "aside")
     second.rename(first)
     aside.rename(second)
@@ -43,7 +44,7 @@ DAMAGE = {
     "truncated shard": truncate,
     "empty shard": lambda checkpoint: largest(checkpoint).write_bytes(b""),
     "flipped bit in a shard": lambda checkpoint: flip(largest(checkpoint)),
-    "exchanged generators": lambda checkpoint: exchange(checkpoint / "ranks"),
+    "exchanged data positions": lambda checkpoint: exchange(checkpoint / "ranks"),
     "flipped bit in the generators": lambda checkpoint: flip(checkpoint / "ranks/generators_00000.pt"),
     "missing shard": lambda checkpoint: largest(checkpoint).unlink(),
     "flipped bit in .metadata": lambda checkpoint: flip(checkpoint / ".metadata"),
