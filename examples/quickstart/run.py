@@ -104,7 +104,7 @@ class Quickstart:
             Part(
                 name="tower",
                 settings=[options.seed, steps],
-                action=alone(lambda: self.make_tower(steps)),
+                action=alone(partial(self.make_tower, steps)),
                 needs=["data"],
                 goes_on=True,
                 seconds=speed.tower(steps),
