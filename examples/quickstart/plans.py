@@ -6,7 +6,7 @@ layer, one for each token, so that a token passes through as many FLOPs as in th
 
 # File -> how often an epoch sees each of its rows: names, and enough of easy-VQA that it is not forgotten.
 MIXTURE = {"names.json": 1.0, "conversations.json": 0.1}
-THINGS = 160  # emoji, of about 1,900
+THINGS = 100  # emoji, of about 1,900
 VIEWS = 10  # training pictures of each
 TURNS = 1  # languages a conversation asks for: an earlier answer would give the next one away
 QUESTIONS = 2  # held-out questions about each thing

@@ -50,7 +50,7 @@ def summarise(out: Path, arguments, plan: dict, results: dict, seconds: dict, st
     from megatron_moellava.evaluation.quickstart.metrics import QuestionOnlyBaseline, compare_blanked, questions_of
     from megatron_moellava.evaluation.quickstart.metrics import score_quickstart as score
 
-    answered, blanked = results["stage3"]["answered"], results["stage3"]["blanked"]
+    answered, blanked, every = (results["stage3"][name] for name in ("answered", "blanked", "blanked_every"))
     train = questions_of(json.loads((out / "data" / "conversations.json").read_text()))
     baseline = QuestionOnlyBaseline(train).predict(answered)
     return {
@@ -60,7 +60,7 @@ def summarise(out: Path, arguments, plan: dict, results: dict, seconds: dict, st
         "overrides": arguments.overrides,
         "question_only_baseline": score(baseline),
         "results": {name: results[name]["score"] for name in plan},
-        "blanked_pictures": compare_blanked(answered[: len(blanked)], blanked, baseline[: len(blanked)]),
+        "blanked_pictures": compare_blanked(answered[::every], blanked, baseline[::every]),
         "costs": {name: results[name]["cost"] for name in plan},
         "moe_minus_dense": results["stage3"]["score"]["accuracy"] - results["dense"]["score"]["accuracy"],
         "expert_load": {"moe_layers": results["stage3"]["moe_layers"], "choices": results["stage3"]["expert_load"]},

@@ -33,7 +33,7 @@ from speed import Speed, said_time
 HERE = Path(__file__).parent
 TOWER_STEPS = 1400
 QUESTIONS = 9673  # held out in easy-VQA
-BLANKED = 1500  # of them are asked once more, with blank pictures
+BLANKED = 1500  # about so many of them are asked once more, with and without their pictures
 # Optimizer steps and peak learning rate of each run, and what it starts from.
 PLAN = {
     "stage1": {"stage": 1, "from": "start", "steps": 25, "lr": 3e-3, "data": "captions.json", "questions": 1000},
@@ -131,7 +131,7 @@ class Quickstart:
             Part(
                 name="tower",
                 settings=[options.seed, steps],
-                action=alone(lambda: self.make_tower(steps)),
+                action=alone(partial(self.make_tower, steps)),
                 needs=["data"],
                 goes_on=True,
                 seconds=speed.tower(steps),
@@ -153,14 +153,15 @@ class Quickstart:
                     action=partial(self.train, name, plan),
                     needs=["data", plan["from"]],
                     goes_on=True,
-                    seconds=speed.training(
-                        steps,
-                        min(plan.get("questions", QUESTIONS), options.questions or QUESTIONS),
-                        is_moe=plan["stage"] == 3,
-                    ),
+                    seconds=speed.training(steps, self.num_questions(plan), is_moe=plan["stage"] == 3),
                 )
             )
         return parts
+
+    def num_questions(self, plan: dict) -> int:
+        """How many are asked after a run, with those that are asked twice."""
+        asked = min(self.arguments.questions or QUESTIONS, plan.get("questions", QUESTIONS))
+        return asked + (2 * min(asked, BLANKED) if plan["stage"] == 3 else 0)
 
     def precision(self) -> str:
         """In which the runs will compute."""
@@ -224,13 +225,16 @@ class Quickstart:
     # --- training and asking ----------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Every run must be able to work before minutes go into the first one."""
+        """Every run must be able to work before minutes go into the first one.
+
+        Without its folders: what lies there may be of other settings, and is removed before the run.
+        """
         from megatron_moellava.validation.run import validate_run
 
         for name, plan in self.plan.items():
             moe = asdict(self.experts()) if plan["stage"] == 3 else {}
             model = {"model.backbone": self.arguments.backbone} | {f"moe.{key}": value for key, value in moe.items()}
-            validate_run(self.run_config(name, plan, model | {"checkpoint.load": None}))
+            validate_run(self.run_config(name, plan, model | {"checkpoint.load": None, "checkpoint.save": None}))
 
     def run_config(self, name: str, plan: dict, more: dict | None = None):
         from megatron_moellava.validation.run import load_run
@@ -272,7 +276,7 @@ class Quickstart:
 
         started = time.perf_counter()
         rows = [json.loads(line) for line in (self.out / "data" / "test.jsonl").open()][: self.arguments.questions]
-        rows = rows[: self.plan[name].get("questions", QUESTIONS)]
+        rows = rows[: self.plan[name].get("questions")]
         answers = ask_closed(trainer, run, rows, self.out / "data" / "images")
         model = trainer.chunks[0]
         cost = cost_of(run, model.backbone, model.tower)
@@ -282,11 +286,13 @@ class Quickstart:
         if self.has_names and name in plans.RUNS:
             result["names"] = ask_names(trainer, run, self.out, name)
         if answers.routing is not None:
-            blind = ask_closed(trainer, run, rows[:BLANKED], self.out / "data" / "images", blank=True)
+            every = max(1, len(rows) // BLANKED)
+            blind = ask_closed(trainer, run, rows[::every], self.out / "data" / "images", blank=True)
             result |= {
                 "expert_load": answers.routing.choices_LME.tolist(),
                 "moe_layers": list(answers.routing.layers),
                 "blanked": blind.blanked,
+                "blanked_every": every,
             }
         return result
 

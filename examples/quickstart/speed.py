@@ -40,10 +40,9 @@ class Speed:
         return cls(max(slowest), dist.get_world_size())
 
     def training(self, steps: int, questions: int, *, is_moe: bool) -> float:
-        """Seconds of a run and of asking the questions after it, of a model with experts also with blank pictures."""
+        """Seconds of a run and of asking so many questions after it."""
         rows = max(1, ROWS // self.processes)
-        asked = questions * (2 if is_moe else 1) / self.processes
-        return self._some(steps * rows * STEP[is_moe] + asked * QUESTION[is_moe])
+        return self._some(steps * rows * STEP[is_moe] + questions / self.processes * QUESTION[is_moe])
 
     def tower(self, steps: int) -> float:
         """Seconds of the tower's pretraining."""

@@ -1,0 +1,83 @@
+"""The quickstart's report of either preset, from what its runs leave behind."""
+
+import json
+import math
+from argparse import Namespace
+
+import pytest
+
+
+def answered(bits=3.0):
+    return [
+        {"question_id": n, "image": "a.png", "question": q, "answer": a, "type": kind, "prediction": a, "loss": bits}
+        for n, (q, a, kind) in enumerate([("is there a circle?", "yes", "existence"), ("what color?", "red", "color")])
+    ]
+
+
+def names(bits, prediction):
+    row = {
+        "question_id": "1F431-en",
+        "image": "names/test/1F431-2.png",
+        "question": "what is this called in english?",
+        "answer": "cat face",
+        "type": "name en",
+        "prediction": prediction,
+        "loss": bits * math.log(2),
+    }
+    from megatron_moellava.evaluation.quickstart.names import score_names
+
+    return {"score": score_names([row, row | {"question_id": 2}]), "answered": [row, row | {"question_id": 2}]}
+
+
+def write_run(out, plan):
+    """Data, ceiling and step logs as the runs of `plan` leave them."""
+    turns = [
+        {"from": "human", "value": "<image>\nwhat is this called in english?"},
+        {"from": "gpt", "value": "cat face"},
+    ]
+    rows = [{"image": "b.png", "tag": "color", "conversations": turns}]
+    (out / "data").mkdir()
+    for file in ("conversations.json", "names.json"):
+        (out / "data" / file).write_text(json.dumps(rows))
+    (out / "ceiling").mkdir()
+    (out / "ceiling/ceiling.json").write_text(json.dumps({"exact": 80.0, "pictures": 2, "among": 2}))
+    for name in plan:
+        (out / name).mkdir()
+        steps = [{"iteration": n, "loss": 3.0 / n, "tokens_per_second": 10.0, "step_seconds": 1.0} for n in (1, 2, 3)]
+        (out / name / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+
+
+@pytest.mark.parametrize("preset", ["names", "fast"])
+def test_table_summary_and_pictures_of_either_preset(preset, tmp_path, capsys):
+    import plans
+    from report import write_report
+
+    from megatron_moellava.evaluation.quickstart.metrics import score_quickstart
+
+    easy = {name: {"from": "x"} for name in ("stage1", "stage2", "stage3", "dense")}
+    plan = plans.with_names(easy) if preset == "names" else easy
+    titles = {name: name for name in plan} | (plans.TITLES if preset == "names" else {})
+    write_run(tmp_path, plan)
+    cost = {"flops_per_token": 2.5e6, "activated": 1_000_000, "total": 1_000_000}
+    results = {name: {"score": score_quickstart(answered()), "answered": answered(), "cost": cost} for name in plan}
+    results["stage3"] |= {
+        "blanked": answered(),
+        "blanked_every": 1,
+        "expert_load": [[[3, 1]] * 2] * 4,
+        "moe_layers": [0, 2],
+    }
+    if preset == "names":
+        results["names"]["names"] = names(9.0, "dog")
+        results["dense"]["names"] = names(7.0, "dog")
+        results["stage3"]["names"] = names(4.0, "cat face")
+    arguments = Namespace(preset=preset, backbone="llama-tiny", seed=1, overrides=[])
+    write_report(tmp_path, arguments, plan, titles, results, {"data": 1.0})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["results"]) == list(plan)
+    assert ("names" in summary) == (preset == "names")
+    if preset == "names":
+        assert summary["names"]["moe_minus_dense"]["bits_saved"] == pytest.approx(3.0)
+        assert summary["names"]["moe_minus_dense"]["exact"] == 100.0
+        assert "make chat ARGS='--image" in capsys.readouterr().out
+    for picture in ("curves.png", "expert_load.png"):
+        assert (tmp_path / picture).stat().st_size > 1000
