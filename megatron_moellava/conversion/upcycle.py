@@ -230,6 +230,8 @@ def _selected(source: Checkpoint, moe: MoEConfig, select: str) -> tuple[str, dic
     if not select:
         return "", {}
     old = source.model.moe
+    if select != "utility":
+        raise ConfigError(f"select={select!r} is unknown; the experts to copy are chosen by utility, or all in turn")
     if old is None:
         raise ConfigError(f"--select {select} chooses among the experts of a MoE checkpoint, and this one is dense")
     if moe.num_moe_experts * old.moe_router_topk == old.num_moe_experts * moe.moe_router_topk:

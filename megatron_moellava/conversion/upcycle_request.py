@@ -50,7 +50,7 @@ def request(
     if granularity != 1:
         start = replace(start, moe_ffn_hidden_size=_divided(model, granularity))
     if shared_expert and not start.moe_shared_expert_intermediate_size:
-        start = replace(start, moe_shared_expert_intermediate_size=model.backbone.ffn_hidden_size)
+        start = replace(start, moe_shared_expert_intermediate_size=_shared_size(old, model.backbone))
     return replace(
         start,
         num_moe_experts=num_experts * granularity,
@@ -58,6 +58,11 @@ def request(
         placement=where,  # type: ignore[arg-type]  # other names are refused where it is resolved
         use_residual=residual or bool(old and old.use_residual),
     )
+
+
+def _shared_size(old: MoEConfig | None, backbone: Backbone) -> int:
+    """Of a new shared expert: it is a copy of the dense MLP, or of the first of the experts that are there."""
+    return expert_ffn_hidden_size(old, backbone) if old else backbone.ffn_hidden_size
 
 
 def _divided(model: Model, granularity: int) -> int:
@@ -85,10 +90,10 @@ def check_request(there: Model, asked: Model) -> None:
     backbone, shared = there.backbone, new.moe_shared_expert_intermediate_size
     if shared and backbone.add_bias_linear:
         raise ConfigError(f"shared expert: the MLPs of {backbone.name} have biases, which Megatron-Core's cannot have")
-    if shared not in (None, old and old.moe_shared_expert_intermediate_size, backbone.ffn_hidden_size):
+    size = _shared_size(old, backbone)
+    if shared not in (None, old and old.moe_shared_expert_intermediate_size, size):
         raise ConfigError(
-            f"moe_shared_expert_intermediate_size={shared}: a shared expert starts as a copy of an MLP, so its size is "
-            f"{backbone.ffn_hidden_size}"
+            f"moe_shared_expert_intermediate_size={shared}: a shared expert starts as a copy of an MLP, so its size is {size}"
         )
     _check_division(old, new, backbone)
     if old is None:

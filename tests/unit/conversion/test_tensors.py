@@ -1,5 +1,8 @@
 """Tensors made of pieces of files."""
 
+import itertools
+
+import pytest
 import torch
 
 from megatron_moellava.conversion.readers import open_bin
@@ -7,10 +10,15 @@ from megatron_moellava.conversion.tensors import BLOCK, Files, Tensor, Tile
 from tests.helpers.conversion_models import read
 
 
-def test_columns_of_rows_are_read_in_whole_rows(tmp_path):
+@pytest.mark.parametrize("cuts", [(0, 10), (0, 5, 10), (0, 4, 6, 10)], ids=["one file", "two", "three"])
+def test_columns_of_rows_are_read_in_whole_rows(tmp_path, cuts):
+    """However a row-parallel weight was divided among ranks."""
     whole = torch.arange(6 * 10, dtype=torch.float32).view(6, 10)
-    (tmp_path / "whole").write_bytes(whole.numpy().tobytes())
-    tensor = Tensor((6, 10), "float32", (Tile(str(tmp_path / "whole"), 0, (0, 6), (0, 10)),))
+    tiles = []
+    for first, end in itertools.pairwise(cuts):
+        (tmp_path / str(first)).write_bytes(whole[:, first:end].contiguous().numpy().tobytes())
+        tiles.append(Tile(str(tmp_path / str(first)), 0, (0, 6), (first, end)))
+    tensor = Tensor((6, 10), "float32", tuple(tiles))
     with Files() as files:
         content = b"".join(bytes(block) for block in files.columns(tensor, 20, 30, (3, 7)))
     assert torch.equal(torch.frombuffer(bytearray(content), dtype=torch.float32).view(3, 4), whole[2:5, 3:7])

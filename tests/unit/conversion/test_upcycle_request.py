@@ -1,10 +1,13 @@
 """What may be asked of an upcycling."""
 
 import pytest
+import torch
 
 from megatron_moellava.config import ConfigError, MoEConfig
+from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.conversion.upcycle import upcycle_checkpoint
 from megatron_moellava.conversion.upcycle_request import request
+from tests.helpers.conversion_models import read
 
 
 def asked(folder, **options) -> MoEConfig:
@@ -44,6 +47,23 @@ def test_what_cannot_be_is_refused_before_anything_is_read(dense, tmp_path):
         upcycle_checkpoint(tmp_path / "moe", save=tmp_path / "x", moe=MoEConfig(moe_ffn_hidden_size=width))
     with pytest.raises(ConfigError, match=r"drop=1.5 must lie between 0 and 1"):
         upcycle_checkpoint(folder, save=tmp_path / "x", moe=MoEConfig(), drop=1.5)
+
+
+def test_a_shared_expert_beside_narrow_ones_is_a_copy_of_the_first(dense, tmp_path):
+    folder, state = dense
+    if "model.layers.0.mlp.gate_proj.weight" not in state:
+        pytest.skip("Megatron-Core's shared experts have no biases")
+    upcycle_checkpoint(folder, save=tmp_path / "narrow", moe=asked(folder, granularity=4))
+    moe = asked(tmp_path / "narrow", num_experts=16, shared_expert=True)
+    assert moe.moe_shared_expert_intermediate_size == moe.moe_ffn_hidden_size
+    upcycle_checkpoint(tmp_path / "narrow", save=tmp_path / "shared", moe=moe)
+    tensors = open_checkpoint(tmp_path / "shared").tensors
+    layer = "language_model.decoder.layers.0.mlp."
+    shared, experts = (
+        read(tensors[f"{layer}{part}linear_fc1.weight"]) for part in ("shared_experts.", "experts.experts.")
+    )
+    assert torch.equal(shared, experts[0])
+    assert not read(tensors[f"{layer}shared_experts.linear_fc2.weight"]).any()
 
 
 def test_an_expert_of_weight_1_takes_megatrons_router(dense):

@@ -78,6 +78,8 @@ def test_there_must_be_something_to_choose(trained, dense, tmp_path):
     moe = open_checkpoint(folder).model.required_moe
     with pytest.raises(ConfigError, match="and this one is dense"):
         upcycle_checkpoint(dense[0], save=tmp_path / "x", moe=MoEConfig(), select="utility")
+    with pytest.raises(ConfigError, match="select='best' is unknown"):
+        upcycle_checkpoint(folder, save=tmp_path / "x", moe=MoEConfig(num_moe_experts=6), select="best")
     with pytest.raises(ConfigError, match="every expert is copied equally often, which keeps the function"):
         grown = replace(moe, num_moe_experts=8, moe_router_topk=4)
         upcycle_checkpoint(folder, save=tmp_path / "x", moe=grown, select="utility")

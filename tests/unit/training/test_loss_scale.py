@@ -36,6 +36,12 @@ def poisoned(trainer: Trainer) -> None:
     trainer.update = spoil
 
 
+def first_moments(trainer: Trainer) -> float:
+    """The size of the gradients that Adam was given, after clipping."""
+    states = (state for part in distributed_optimizers(trainer.optimizer) for state in part.optimizer.state.values())
+    return sum(float(state["exp_avg"].abs().sum()) for state in states)
+
+
 def test_gradients_are_those_of_the_unscaled_loss():
     found = {}
     for scale in (2.0**6, 2.0**12):
@@ -43,12 +49,14 @@ def test_gradients_are_those_of_the_unscaled_loss():
         numbers, applied, _ = trainer.step()
         assert applied and numbers["loss_scale"] == scale
         assert {part.grad_scaler for part in trainer.optimizer.chained_optimizers} == {trainer.loss_scale}
-        found[scale] = numbers
-    exact = started(ROLES).step()[0]
+        found[scale] = numbers | {"moments": first_moments(trainer)}
+    plain = started(ROLES)
+    exact = plain.step()[0]
     assert "loss_scale" not in exact
     for numbers in found.values():
         assert numbers["loss"] == pytest.approx(exact["loss"], rel=2e-3)
         assert numbers["grad_norm"] == pytest.approx(exact["grad_norm"], rel=5e-3)
+        assert numbers["moments"] == pytest.approx(first_moments(plain), rel=1e-2)
         assert numbers["load_balancing_loss"] == pytest.approx(exact["load_balancing_loss"], rel=1e-2)
 
 
