@@ -20,7 +20,7 @@ from tests.helpers.paths import REPO
 TABLE = Path(__file__).with_name("host_waits.json")
 CORE = ("programs", "packed", "original", "megatron answers", "original answers", "gates", "moved")
 WHOLE = os.environ.get("PRETENDED_GPU") == "whole"
-LAYOUTS = [name for name in JOBS if name.endswith(" 2")]
+LAYOUTS = [name for name in JOBS if name.endswith(" 2") and not name.startswith("stage")]
 FP8 = ("tensorwise", "delayed", "blockwise")  # emulated on the CPU, Transformer Engine's on the other side
 WAITING = {"gpu": ("packed", "original", "megatron answers", "original answers"), "engine": ("packed",)}
 CHOSEN = {  # where: jobs
