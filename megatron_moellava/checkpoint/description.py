@@ -50,6 +50,9 @@ class RunDescription:
     model: dict  # costs.shapes.model_from_json makes backbone, tower and experts of it
     config: dict | None = None  # the whole run; None: a conversion
     provenance: dict = field(default_factory=dict)  # of the weights: what was done to what
+    adapter: dict | None = (
+        None  # {"lora": LoraConfig's fields, "base": {"folder", "seal"}}: holds what was trained, no more
+    )
     sha256: dict = field(default_factory=dict)  # {file below the folder: digest}; empty: an older version wrote none
     checksum: str | None = None  # the seal: of everything above; None: an older version wrote none
 
@@ -87,6 +90,8 @@ def read_description(checkpoint: Path) -> RunDescription:
 def write_description(checkpoint: Path, description: RunDescription) -> None:
     """Write run.json with its seal; the last act of a save, since it makes the folder a complete checkpoint."""
     content = {item.name: getattr(description, item.name) for item in fields(description) if item.name != "checksum"}
+    if description.adapter is None:  # whole models are read by versions that know no adapters
+        del content["adapter"]
     content["checksum"] = _checksum(content)
     write_durably(Path(checkpoint) / RUN_FILE, json.dumps(content, indent=1).encode())
 

@@ -42,7 +42,7 @@ from megatron_moellava.checkpoint.verification import digests_together, verify_c
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
 from megatron_moellava.model.fp8_emulation import Emulation
 from megatron_moellava.model.moe_llava import MoELlava
-from megatron_moellava.model.weights import model_state, readable
+from megatron_moellava.model.weights import kept_state, model_state, readable
 from megatron_moellava.towers import tower_fields
 from megatron_moellava.training.background import BackgroundSave, Writing
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
@@ -71,6 +71,7 @@ class TrainingState:
     consumed_samples: int
     data: dict | None  # the loader's own state, of this data-parallel rank; None where this process does not read
     provenance: dict = field(default_factory=dict)  # of the weights; run.json keeps it
+    base: dict | None = None  # of a run with adapters: checkpoint.base.name_of_base
     fp8: list[torch.Tensor] = field(default_factory=list)  # amax histories of this rank, where FP8 is emulated
 
 
@@ -112,7 +113,7 @@ def save_checkpoint(
         _remove_old(Path(folder), keep, newest=final)
 
     _together(start, unfinished, on=0)
-    tensors = {"model": model_state(chunks)}
+    tensors = {"model": kept_state(chunks)}
     steps = None
     if optimizer is not None:
         tensors["optimizer"] = _optimizer_state(optimizer, tensors["model"])
@@ -145,6 +146,7 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
         },
         config=to_dict(run),
         provenance=state.provenance,
+        adapter={"lora": to_dict(run.training.lora), "base": state.base} if run.training.lora else None,
     )
 
 
@@ -208,7 +210,7 @@ def _empty(weight: ShardedTensor | ShardedTensorFactory, key: str) -> ShardedTen
 
 
 def _unused_tower_state(model: MoELlava) -> dict:
-    carried = getattr(model, "unused_tower_tensors", {})
+    carried = getattr(model, "unused_tower_tensors", {}) if model.adapters is None else {}
     rank = dist.get_rank()
     return {name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=rank) for name, tensor in carried.items()}
 
