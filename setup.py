@@ -49,6 +49,7 @@ EXTRAS_REQUIRE = {
         "hypothesis>=6.100",
         "jsonschema>=4.20",
         "openpyxl>=3.1",  # the tests read back what `eval` writes
+        "peft>=0.19",  # the oracle of adapters
         "fastapi>=0.110",  # `demo`, and OpenAI's own client against it
         "uvicorn>=0.29",
         "prometheus-client>=0.20",

@@ -56,6 +56,7 @@ Role = Literal[
     "experts",
     "router",  # and the mixing coefficient of a residual MoE
 ]
+LoraTarget = Literal["attention", "ffn", "experts", "router", "projector", "tower"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +164,25 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA) beside frozen matrices: W x + scale * B A x, one for each projection, as `peft` makes them."""
+
+    rank: int = 16  # rows of A, columns of B
+    alpha: float = 32.0  # scale = alpha / rank
+    dropout: float = 0.0  # of what enters A
+    # which matrices, by role; None: attention, ffn and experts, as far as the model has them
+    targets: tuple[LoraTarget, ...] | None = None
+    use_rslora: bool = False  # scale = alpha / sqrt(rank)
+    # the matrices of the experts' adapters that face the hidden states (A of fc1, B of fc2) are one for all experts of a layer
+    shared_outer: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What the product B A is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
     """The stage, its steps and batches, and the numbers it computes in."""
 
@@ -179,7 +199,9 @@ class TrainingConfig:
     num_layers_at_end_in_bf16: int = 0  # likewise
     device: Device = "auto"  # "cuda": a machine without a GPU is an error
     transformer_impl: TransformerImpl = "auto"  # modules on a GPU; auto: Transformer Engine's where it is installed
-    trains: tuple[Role, ...] | None = None  # roles that receive gradients; None: the stage's own
+    # roles that receive gradients; None: the stage's own, and beside adapters the projector (stage 3: and the router)
+    trains: tuple[Role, ...] | None = None
+    lora: LoraConfig | None = None  # low-rank adapters beside frozen matrices (below); null: none
     recompute: Recompute = "none"  # selective: the attention alone
     recompute_tower: bool = False  # the vision tower's activations too
     non_finite_patience: int = 5  # consecutive skipped steps before the run stops

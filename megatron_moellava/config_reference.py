@@ -52,6 +52,8 @@ def page() -> str:
     for section, hint in typing.get_type_hints(config.RunConfig).items():
         parts += [f"## {section}", inspect.getdoc(_dataclass(hint)) or "", _table(section, _dataclass(hint), meanings)]
     parts += ["## data.sources", inspect.getdoc(config.Source) or "", _table("", config.Source, meanings)]
+    lora = _table("training.lora", config.LoraConfig, meanings)
+    parts += ["## training.lora", inspect.getdoc(config.LoraConfig) or "", lora]
     rows = [f"| `{old}` | `{new}`{_values(old)} |" for old, new in config.RENAMED.items()]
     parts += [
         "## Old spellings",
@@ -99,6 +101,7 @@ def _kind(hint) -> str:
         float: "number",
         str: "text",
         config.Source: "sources (below)",
+        config.LoraConfig: "adapters (below)",
     }
     return words[hint]
 

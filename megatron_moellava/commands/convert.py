@@ -5,6 +5,8 @@
   moellava convert import MoE-LLaVA-Phi2-2.7B-4e --tower clip-vit-large-patch14-336 --save runs/released
   moellava convert upcycle runs/stage2 --num-experts 4 --placement sparse --save runs/moe         start of stage 3
   moellava convert export runs/stage3 --layout transformers --tokenizer phi-2 --save exported
+  moellava convert merge runs/lora --save runs/merged                  an adapter (training.lora) into its base
+  moellava convert export runs/lora --adapter --save adapter           an adapter for `peft`; import --adapter reads one
   moellava convert inspect runs/moe
   moellava convert diff runs/stage2 runs/moe
   moellava convert seal runs/old                                       digests for an older version's
@@ -42,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_import(commands)
     _add_export(commands)
     _add_upcycle(commands)
+    _add_merge(commands)
     one = commands.add_parser("inspect", help="a table of what a checkpoint holds")
     one.add_argument("checkpoint", type=Path, help="a Megatron checkpoint, or a Hugging Face folder or file")
     _add_no_verify(one)
@@ -82,6 +85,12 @@ def _add_import(commands) -> None:
         "--projector", type=Path, metavar="FILE", help="mm_projector.bin of stage 1 (default: a new one)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="convert all weights (default: as they are)")
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="BASE",
+        help="SOURCE is an adapter of `peft` for the model of this Megatron checkpoint: write an adapter checkpoint beside it",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of a new projector")
     parser.add_argument(
         "--keep-output-bias", action="store_true", help="Phi-2: keep lm_head.bias, which the original drops"
@@ -99,7 +108,13 @@ def _add_export(commands) -> None:
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="new folder")
-    parser.add_argument("--layout", choices=tuple(LAYOUTS), required=True, help="see above")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--layout", choices=tuple(LAYOUTS), help="see above")
+    what.add_argument(
+        "--adapter",
+        action="store_true",
+        help="an adapter (training.lora) in the format of `peft`, for its base as --layout transformers writes it",
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder whose tokenizer files are copied along")
     parser.add_argument("--tower", type=Path, metavar="DIR", help="published tower, for layers that training drops")
     parser.add_argument("--dtype", choices=DTYPES, help="convert all weights (default: as they are)")
@@ -187,6 +202,21 @@ def _add_upcycle(commands) -> None:
     _add_no_verify(parser)
 
 
+def _add_merge(commands) -> None:
+    parser = commands.add_parser(
+        "merge",
+        help="an adapter checkpoint (training.lora) into its base: a whole model",
+        description="Adds scale * B A to every adapted matrix, in fp32, and takes over what was trained whole beside the "
+        "adapters. The base is the checkpoint that the adapter names by its digest; another one is refused.",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="ADAPTER")
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="run folder to write iter_0000000 into")
+    parser.add_argument(
+        "--base", type=Path, metavar="DIR", help="where the base lies (default: where it lay in training)"
+    )
+    _add_no_verify(parser)
+
+
 class Bar:
     """A tqdm bar over bytes; silent when the output is not a terminal, except for a last line."""
 
@@ -230,6 +260,8 @@ def run_import(parsed: argparse.Namespace) -> int:
     """Weights from outside -> a Megatron checkpoint; prints what was recognised and what was left out."""
     from megatron_moellava.conversion.imports import import_checkpoint
 
+    if parsed.adapter:
+        return run_import_adapter(parsed)
     bar = Bar()
     report = import_checkpoint(
         parsed.source,
@@ -255,10 +287,41 @@ def run_import(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse(parsed: argparse.Namespace, names: tuple[str, ...]) -> None:
+    """An option that would change nothing is refused instead of being passed over."""
+    from megatron_moellava.config import ConfigError
+
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(parsed, name)]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: an adapter has no such thing; leave it out, or convert its base so")
+
+
+def run_import_adapter(parsed: argparse.Namespace) -> int:
+    """An adapter of `peft` -> an adapter checkpoint; prints what it adapts."""
+    from megatron_moellava.conversion.adapter_imports import import_adapter
+
+    _refuse(parsed, ("tower", "projector", "dtype", "keep_output_bias", "seed"))
+    bar = Bar()
+    report = import_adapter(
+        parsed.source,
+        base=parsed.adapter,
+        save=parsed.save,
+        verify=not parsed.no_verify,
+        progress=bar,
+        begin=bar.begin,
+    )
+    lora = report["lora"]
+    print(f"{parsed.source} adapts {', '.join(lora.targets)} at rank {lora.rank}, named as in {report['layout']}")
+    print(f"wrote {report['tensors']} tensors to {report['folder']}; {bar.finish()}")
+    return 0
+
+
 def run_export(parsed: argparse.Namespace) -> int:
     """A Megatron checkpoint -> a folder for transformers or for the original; prints what to know when loading it."""
     from megatron_moellava.conversion.exports import export_checkpoint
 
+    if parsed.adapter:
+        return run_export_adapter(parsed)
     bar = Bar()
     report = export_checkpoint(
         parsed.checkpoint,
@@ -276,6 +339,35 @@ def run_export(parsed: argparse.Namespace) -> int:
         print(f"note: {note}")
     if "modeling_moe_llava.py" in report["files"]:
         print("load it with trust_remote_code=True: modeling_moe_llava.py lies beside the weights")
+    return 0
+
+
+def run_export_adapter(parsed: argparse.Namespace) -> int:
+    """An adapter checkpoint -> a folder for `peft`."""
+    from megatron_moellava.conversion.adapter_exports import export_adapter
+
+    _refuse(parsed, ("tokenizer", "tower", "dtype"))
+    report = export_adapter(parsed.checkpoint, save=parsed.save, verify=not parsed.no_verify)
+    print(f"wrote {report['tensors']} tensors to {report['folder']} for peft")
+    print("its base is what `moellava convert export BASE --layout transformers` writes")
+    return 0
+
+
+def run_merge(parsed: argparse.Namespace) -> int:
+    """An adapter checkpoint and its base -> a whole model; prints how many matrices changed."""
+    from megatron_moellava.conversion.merge import merge_adapter
+
+    bar = Bar()
+    report = merge_adapter(
+        parsed.checkpoint,
+        save=parsed.save,
+        base=parsed.base,
+        verify=not parsed.no_verify,
+        progress=bar,
+        begin=bar.begin,
+    )
+    print(f"{report['merged']} matrices of {report['base']} have their adapters merged; {bar.finish()}")
+    print(f"wrote {report['tensors']} tensors to {report['folder']}")
     return 0
 
 
@@ -364,6 +456,7 @@ COMMANDS = {
     "import": run_import,
     "export": run_export,
     "upcycle": run_upcycle,
+    "merge": run_merge,
     "inspect": run_inspect,
     "diff": run_diff,
     "seal": run_seal,

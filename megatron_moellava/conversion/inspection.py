@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_moellava.backbones import BACKBONES
 from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.checkpoint.sums import verify_sums
-from megatron_moellava.config import CheckpointError, MoELlavaError
+from megatron_moellava.config import CheckpointError, LoraConfig, MoELlavaError, from_dict
 from megatron_moellava.conversion import original
 from megatron_moellava.conversion.huggingface import moe_config as moe_of_transformers
 from megatron_moellava.conversion.huggingface import text_backbone
@@ -21,6 +21,7 @@ from megatron_moellava.conversion.readers import open_huggingface
 from megatron_moellava.conversion.recipes import Tensors
 from megatron_moellava.conversion.tensors import Files, Tensor
 from megatron_moellava.conversion.writers import METADATA_FILES
+from megatron_moellava.costs.adapters import adapter_tensors
 from megatron_moellava.costs.parameters import activated_parameters, token_flops, whole_parameters
 from megatron_moellava.costs.shapes import UNUSED, Model, ModelTensor, model_tensors
 from megatron_moellava.hf_config import read_json
@@ -57,14 +58,18 @@ def inspect(path: Path, *, verify: bool = True) -> str:
         tensors = open_huggingface(Path(path))
         head = [f"{path}: {detect(tensors).title}", *_config_lines(Path(path), detect(tensors))]
         return "\n".join([*head, "", *_table(tensors, lambda name: ""), "", _totals(tensors)])
-    source = open_checkpoint(path, verify=verify)
+    source = open_checkpoint(path, verify=verify, adapter=True)
+    shapes = model_tensors(source.model)
+    if source.run.adapter is not None:
+        shapes |= adapter_tensors(source.model, from_dict(LoraConfig, source.run.adapter["lora"]))
     lines = [
         f"{source.folder}",
         f"  stage        {STAGES.get(source.run.stage or 0, source.run.stage)}, iteration {source.run.iteration}",
         *_model_lines(source.model),
+        *_adapter_lines(source.run.adapter),
         *_provenance_lines(source.run.provenance),
         "",
-        *_table(source.tensors, partial(_parallel, tensors=model_tensors(source.model))),
+        *_table(source.tensors, partial(_parallel, tensors=shapes)),
         "",
         _totals(source.tensors),
     ]
@@ -115,6 +120,14 @@ def _model_lines(model: Model) -> list[str]:
     )
     lines.append(f"  computation  {token_flops(model) / 1e9:.3g} GFLOPs per token forward, attention's scores apart")
     return lines
+
+
+def _adapter_lines(adapter: dict | None) -> list[str]:
+    if adapter is None:
+        return []
+    lora, base = adapter["lora"], adapter["base"]
+    named = f"{base['folder']} (seal {base['seal'][:12]})"
+    return [f"  adapter      rank {lora['rank']}, alpha {lora['alpha']:g}", f"  base         {named}"]
 
 
 def _provenance_lines(provenance: dict) -> list[str]:
@@ -263,7 +276,7 @@ def _layout_name(path: Path, tensors: Tensors) -> str:
 
 def _open(path: Path, verify: bool) -> dict[str, Tensor]:
     if _is_megatron(path):
-        return open_checkpoint(path, verify=verify).tensors
+        return open_checkpoint(path, verify=verify, adapter=True).tensors
     verify_sums(path, verify=verify)
     return open_huggingface(path)
 

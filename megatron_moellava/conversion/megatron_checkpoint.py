@@ -18,6 +18,7 @@ from megatron_moellava.conversion.readers import open_megatron
 from megatron_moellava.conversion.recipes import Part, Recipe, Tensors, check
 from megatron_moellava.conversion.tensors import Tensor
 from megatron_moellava.conversion.writers import Progress, staged, write_megatron
+from megatron_moellava.costs.adapters import PREFIX as ADAPTERS
 from megatron_moellava.costs.shapes import (
     LANGUAGE,
     PROJECTOR,
@@ -40,14 +41,17 @@ class Checkpoint:
     verified: bool = True  # False: the caller did without
 
 
-def open_checkpoint(path: Path, *, verify: bool = True, verified: bool = False) -> Checkpoint:
+def open_checkpoint(path: Path, *, verify: bool = True, verified: bool = False, adapter: bool = False) -> Checkpoint:
     """Open the newest complete checkpoint of a folder, after its files have been verified; weights stay in the files.
 
-    `verify`: False when the user does without. `verified`: that has been done in this process.
+    `verify`: False when the user does without. `verified`: that has been done in this process. `adapter`: an adapter
+    checkpoint will do as well; without it that is a CheckpointError.
     """
     folder = require_checkpoint(path)
     run = read_description(folder) if verified else verify_checkpoint(folder, verify=verify)
-    prefixes = (LANGUAGE, TOWER, PROJECTOR)
+    if run.adapter is not None and not adapter:
+        raise CheckpointError(f"{folder} is an adapter and no whole model; join it to its base: moellava convert merge")
+    prefixes = (LANGUAGE, TOWER, PROJECTOR, ADAPTERS)
     tensors = {
         name: tensor
         for name, tensor in open_megatron(folder).items()
@@ -94,8 +98,10 @@ def write_checkpoint(
     stage: int,
     provenance: dict,
     progress: Progress,
+    adapter: dict | None = None,
 ) -> Path:
-    """Write SAVE/iter_0000000 and return it. `provenance` says where the weights come from.
+    """Write SAVE/iter_0000000 and return it. `provenance` says where the weights come from; `adapter`:
+    see RunDescription.
 
     Raises CheckpointError where SAVE holds a run: what reads it would take the new checkpoint for its newest.
     """
@@ -110,6 +116,7 @@ def write_checkpoint(
             stage=stage,
             model=model.to_json(),
             provenance={**provenance, "version": __version__},
+            adapter=adapter,
             sha256=write_megatron(staging, recipes, tensors, progress),
         )
         write_description(staging, description)

@@ -51,6 +51,7 @@ class Mixture(nn.Module):
         super().__init__()
         hidden = config.text_config.hidden_size
         self.top_k = config.num_experts_per_tok
+        self.has_expert_bias = config.expert_bias
         self.gate = Gate(config.num_experts, hidden, config.expert_bias)
         self.normalizes = self.top_k > 1 or config.normalize_top1
         width = config.moe_intermediate_size
@@ -64,7 +65,7 @@ class Mixture(nn.Module):
         """[B, S, D] -> [B, S, D]; every token reaches all its experts, whatever their load."""
         hidden_TD = hidden_BSD.flatten(0, -2)
         logits_TE = self.gate(hidden_TD)
-        if self.gate.expert_bias is None:
+        if not self.has_expert_bias:
             weights_TK, chosen_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
         else:
             scores_TE = logits_TE.sigmoid()

@@ -47,7 +47,7 @@ def open_huggingface(folder: Path) -> dict[str, Tensor]:
 
 # What else such folders hold, and what to do with it.
 INSTEAD = {
-    "adapter_config.json": "a LoRA adapter: merge it into its base model first (peft's merge_and_unload)",
+    "adapter_config.json": "a LoRA adapter: import its base first, and then the adapter with --adapter BASE",
     "adapter_model.safetensors": "a LoRA adapter without adapter_config.json: merge it into its base model first",
     "adapter_model.bin": "a LoRA adapter without adapter_config.json: merge it into its base model first",
     "non_lora_trainables.bin": "a LoRA run: merge its adapter into the base model first, and import the result",

@@ -152,6 +152,16 @@ class Files:
         return rows
 
 
+def loaded(tensor: Tensor, start: int = 0, count: int | None = None):
+    """`count` elements from `start` on, all by default, as a flat torch.Tensor in memory."""
+    import torch
+
+    with Files() as files:
+        blocks = files.blocks(tensor, start, tensor.numel if count is None else count)
+        content = bytearray().join(bytes(block) for block in blocks)  # a block is only valid until the next one
+    return torch.frombuffer(content, dtype=getattr(torch, tensor.dtype))
+
+
 def _bytes_of(tensor) -> memoryview:
     import torch
 

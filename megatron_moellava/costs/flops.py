@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_moellava.costs.sharding import Sharding, routed_tokens
+from megatron_moellava.stages import adapted_roles
 
 CAUSAL = 0.5  # share of the scores that a causal kernel computes
 
@@ -78,11 +79,16 @@ def layer_work(sharding: Sharding, is_moe: bool, tokens: float, length: float) -
     width, query = backbone.hidden_size, backbone.num_attention_heads * backbone.kv_channels
     qkv = query + 2 * backbone.num_query_groups * backbone.kv_channels
     attention = "language.attention" in trains
+    split = tokens / sharding.sp
     yield linear("attention", tokens, width, qkv / tp, attention)
     yield Attention(rows=tokens, length=length, width=query / tp)
     yield linear("attention", tokens, query / tp, width, attention)
+    yield from adapter_work(sharding, "attention", "language.attention", (split, width, 3), (tokens, qkv / tp))
+    yield from adapter_work(sharding, "attention", "language.attention", (tokens, query / tp, 1), (split, width))
     if not is_moe or sharding.moe.use_residual:
-        yield from mlp_work(sharding, "ffn", tokens, backbone.ffn_hidden_size / tp, "language.ffn" in trains)
+        inner = backbone.ffn_hidden_size / tp
+        yield from mlp_work(sharding, "ffn", tokens, inner, "language.ffn" in trains)
+        yield from mlp_adapter_work(sharding, "ffn", "language.ffn", (tokens, split), inner)
     if is_moe:
         yield from moe_work(sharding, tokens)
 
@@ -94,9 +100,11 @@ def moe_work(sharding: Sharding, tokens: float) -> Iterator[Work]:
     rows = routed_tokens(sharding) * tokens / sharding.tokens
     local = moe.num_moe_experts / sharding.ep
     yield from mlp_work(sharding, "experts", rows, sharding.expert_inner, "experts" in trains, weights=local)
+    yield from mlp_adapter_work(sharding, "experts", "experts", (rows, rows), sharding.expert_inner, weights=local)
     if moe.moe_shared_expert_intermediate_size:
         inner = moe.moe_shared_expert_intermediate_size / sharding.tp
         yield from mlp_work(sharding, "shared experts", tokens, inner, "experts" in trains)
+        yield from mlp_adapter_work(sharding, "shared experts", "experts", (tokens, tokens / sharding.sp), inner)
 
 
 def mlp_work(
@@ -106,6 +114,35 @@ def mlp_work(
     width, gated = sharding.backbone.hidden_size, 2 if sharding.backbone.gated_linear_unit else 1
     for shape in ((width, gated * inner), (inner, width)):
         yield Product(part=part, rows=rows, inner=shape[0], columns=shape[1], weights=weights, weight_gradient=trained)
+
+
+def mlp_adapter_work(
+    sharding: Sharding, part: str, role: str, rows: tuple[float, float], inner: float, weights: float = 1.0
+) -> Iterator[Product]:
+    """The adapters of an MLP over `rows`: inside it, and where sequence parallelism splits the positions."""
+    width, gated = sharding.backbone.hidden_size, 2 if sharding.backbone.gated_linear_unit else 1
+    inside, split = rows
+    yield from adapter_work(sharding, part, role, (split, width, gated), (inside, gated * inner), weights)
+    yield from adapter_work(sharding, part, role, (inside, inner, 1), (split, width), weights)
+
+
+def adapter_work(
+    sharding: Sharding,
+    part: str,
+    role: str,
+    a: tuple[float, float, int],
+    b: tuple[float, float],
+    weights: float = 1.0,
+) -> Iterator[Product]:
+    """A x and B A x of one matrix of the decoder, if its role is adapted. `a`: rows, inputs, projections; `b`: rows, outputs.
+
+    Those of the router, the projector and the tower are left out.
+    """
+    if sharding.lora is None or role not in adapted_roles(sharding.lora):
+        return
+    rank = sharding.lora.rank
+    for rows, inner, columns in ((a[0], a[1], a[2] * rank), (b[0], rank, b[1])):
+        yield Product(part=part, rows=rows, inner=inner, columns=columns, weights=weights, weight_gradient=True)
 
 
 def first_stage_work(sharding: Sharding, images: float) -> Iterator[Work]:
@@ -129,7 +166,7 @@ def first_stage_work(sharding: Sharding, images: float) -> Iterator[Work]:
 
 def tower_layers_work(sharding: Sharding, images: float) -> Iterator[Work]:
     """The transformer layers of the tower that features need."""
-    tower, tp, trained = sharding.tower, sharding.tp, "tower" in sharding.trains
+    tower, tp, trained = sharding.tower, sharding.tp, "tower" in sharding.backpropagates
     rows, width, inner, layers = (
         images * tower.num_positions,
         tower.hidden_size,
@@ -144,7 +181,7 @@ def tower_layers_work(sharding: Sharding, images: float) -> Iterator[Work]:
             columns=outputs,
             times=layers,
             input_gradient=trained,
-            weight_gradient=trained,
+            weight_gradient="tower" in sharding.trains,
         )
     yield from [
         Attention(

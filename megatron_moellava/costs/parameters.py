@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
+from megatron_moellava.costs.adapters import adapters_beside
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.shapes import (
     LANGUAGE,
@@ -21,8 +22,11 @@ from megatron_moellava.costs.shapes import (
     tower_layer_tensors,
     tower_stem_tensors,
 )
+from megatron_moellava.stages import ADAPTERS
 
 SHARED = "shared experts"  # of role `experts`, but whole on every expert rank and reduced like the dense layers
+EXPERT_ADAPTERS = "experts' adapters"  # of role `adapters`, reduced like the experts
+OF_EXPERTS = ("experts", EXPERT_ADAPTERS)  # divided among expert-parallel ranks
 # Sums over the parts of a rank (bytes, seconds) are made in this order, so that they do not depend on shapes.py's.
 PARTS = (
     "tower",
@@ -34,13 +38,15 @@ PARTS = (
     "router",
     "language.ffn",
     SHARED,
+    ADAPTERS,
+    EXPERT_ADAPTERS,
 )
 FP32_ROLE = "router"  # kept in fp32 whatever the run's precision
 
 
 def role_of(part: str) -> str:
     """The training role of a key of `parameters_of`."""
-    return "experts" if part == SHARED else part
+    return {SHARED: "experts", EXPERT_ADAPTERS: ADAPTERS}.get(part, part)
 
 
 def whole_parameters(model: Model) -> Counter:
@@ -79,6 +85,7 @@ def parameters_of(layout: Layout, pipeline_rank: int) -> Counter:
     count: Counter = Counter()
     for times, tensors in _held(layout, pipeline_rank):
         own: Counter = Counter()
+        tensors = tensors | adapters_beside(layout.model, layout.lora, tensors)
         for tensor in tensors.values():
             own[_part(tensor)] += elements_on_rank(layout, tensor) if tensor.is_parameter else 0
         for part in sorted(own, key=PARTS.index):
@@ -87,6 +94,8 @@ def parameters_of(layout: Layout, pipeline_rank: int) -> Counter:
 
 
 def _part(tensor: ModelTensor) -> str:
+    if tensor.role == ADAPTERS:
+        return EXPERT_ADAPTERS if tensor.is_expert else ADAPTERS
     return SHARED if tensor.role == "experts" and not tensor.is_expert else tensor.role
 
 

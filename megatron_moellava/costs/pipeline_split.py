@@ -81,7 +81,7 @@ def first_stage_cost(run: RunConfig, backbone: Backbone) -> float:
     """Of the images of a row: packed samples fill it, a padded row has one."""
     whole = _whole(run, backbone)
     images = run.data.seq_length / (whole.tower.num_features + WORDS_PER_IMAGE) if run.data.packing else 1.0
-    passes = TRAINED if "tower" in (run.training.trains or ()) else FORWARD_ONLY
+    passes = TRAINED if "tower" in whole.backpropagates else FORWARD_ONLY
     passes += passes == TRAINED and run.training.recompute_tower
     return passes * _forward(tower_layers_work(whole, images))
 

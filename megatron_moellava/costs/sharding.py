@@ -8,9 +8,9 @@ import math
 from dataclasses import dataclass
 
 from megatron_moellava.backbones import Backbone
-from megatron_moellava.config import MoEConfig, RunConfig
+from megatron_moellava.config import LoraConfig, MoEConfig, RunConfig
 from megatron_moellava.costs.shapes import Model, expert_ffn_hidden_size
-from megatron_moellava.stages import STAGES
+from megatron_moellava.stages import adapted_roles, trained_roles
 from megatron_moellava.towers import Tower
 
 
@@ -71,7 +71,17 @@ class Sharding:
     @property
     def trains(self) -> tuple[str, ...]:
         """Roles that receive gradients."""
-        return self.run.training.trains or STAGES[self.run.training.stage]
+        return trained_roles(self.run.training)
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters, if the run has some."""
+        return self.run.training.lora
+
+    @property
+    def backpropagates(self) -> frozenset[str]:
+        """Roles whose matrices pass gradients on and keep their inputs: trained ones, and those with adapters beside them."""
+        return frozenset((*self.trains, *adapted_roles(self.lora)))
 
     @property
     def vocabulary(self) -> int:

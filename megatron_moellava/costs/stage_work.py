@@ -43,7 +43,7 @@ def decoder_work(layout: Layout, pipeline_rank: int, tokens: float, length: floa
 
 def recomputed_work(layout: Layout, pipeline_rank: int, tokens: float, length: float, images: float) -> Iterator[Work]:
     """What the backward pass of one micro-batch computes again."""
-    if pipeline_rank == 0 and layout.run.training.recompute_tower and "tower" in layout.trains:
+    if pipeline_rank == 0 and layout.run.training.recompute_tower and "tower" in layout.backpropagates:
         yield from tower_layers_work(layout, images)
     parts = RECOMPUTED[layout.run.training.recompute]
     for work in decoder_work(layout, pipeline_rank, tokens, length):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_moellava import parallel
 from megatron_moellava.backbones import get_backbone
+from megatron_moellava.checkpoint.base import base_of
 from megatron_moellava.checkpoint.description import read_description, trained_with
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.checkpoint.verification import verify_checkpoint
@@ -24,9 +25,10 @@ from megatron_moellava.inference.engine import Engine
 from megatron_moellava.inference.overrides import layout_with, parse_overrides, run_with
 from megatron_moellava.inference.prompts import Prompter
 from megatron_moellava.model.build import build_model
+from megatron_moellava.model.lora import merge
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.precision import settled
-from megatron_moellava.model.weights import load_weights
+from megatron_moellava.model.weights import load_with_base
 from megatron_moellava.routers import ROUTERS
 
 from megatron.core import parallel_state
@@ -49,6 +51,7 @@ def load_for_inference(
     Empty strings mean what the checkpoint's run.json says (the backbone's own template, bf16, where it says nothing);
     a bf16 checkpoint answers in fp32 on a CPU without bf16 units unless `precision` is "bf16".
     `verify`: False does not compare the checkpoint's files with their digests. `engine_options` go to `Engine`.
+    An adapter checkpoint is merged into its base, which must lie where it lay in training.
     Raises CheckpointError, or ConfigError for a missing tokenizer.
     """
     model, prompter = load_model(
@@ -86,12 +89,17 @@ def load_model(
     if not parallel_state.model_parallel_is_initialized():
         parallel.initialize(layout, run.training.seed)
     run = _settled(run, folder)
-    verify_checkpoint(folder, verify=verify, together=True)  # before minutes go into building a large model
+    description = verify_checkpoint(folder, verify=verify, together=True)  # before minutes go into a large model
+    base = base_of(folder, description)
+    if base is not None:
+        verify_checkpoint(base, verify=verify, together=True)
     prompter_parts = load_tokenizer(run.data.tokenizer), get_template(run.data.template)
     (model,) = build_model(run)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's distributed checkpoints, about its own future
-        load_weights(folder, [model], verified=True)
+        load_with_base(folder, [model], base, verified=True, base_verified=True)
+    if model.adapters is not None:
+        merge(model)
     model.unused_tower_tensors = {}  # they ride along for exports only
     prompter = Prompter(template=prompter_parts[1], tokenizer=prompter_parts[0], tower=model.tower, data=run.data)
     return model, prompter
@@ -117,7 +125,7 @@ def inference_run(folder: Path, layout: ParallelConfig, *, tokenizer: str, templ
     names = {"backbone": str(folder), "tower": str(folder)} if model.get("backbone_fields") else model
     tree = {
         "model": trained.get("model", {}) | {"backbone": names["backbone"], "tower": names["tower"]},
-        "training": {"stage": description.stage or 2},
+        "training": {"stage": description.stage or 2, "lora": description.adapter and description.adapter["lora"]},
         "moe": dict(model["moe"]) if model.get("moe") else None,
         "data": data,
     }

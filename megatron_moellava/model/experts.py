@@ -147,7 +147,7 @@ class GroupedLinear(MegatronModule):
 
     def product(self, input_NI: torch.Tensor, weight_EOI: torch.Tensor, tokens_per_expert: list[int]) -> torch.Tensor:
         """[N, I] sorted by expert x [E, O, I] -> [N, O]. `fp8.py` puts another one in its place."""
-        return F.grouped_mm(input_NI, weight_EOI.transpose(1, 2), offs=offsets(tokens_per_expert))
+        return grouped_product(input_NI, weight_EOI, tokens_per_expert)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """One entry per expert under the key of the sequential experts, so that both read each other's checkpoints."""
@@ -168,6 +168,11 @@ class GroupedLinear(MegatronModule):
                 sharded.replica_id = (*sharded.replica_id[:2], self.pg_collection.expt_dp.rank())
                 state[f"{prefix}{name}{index}"] = sharded
         return state
+
+
+def grouped_product(input_NI: torch.Tensor, weight_EOI: torch.Tensor, tokens_per_expert: list[int]) -> torch.Tensor:
+    """[N, I] sorted by expert x [E, O, I] -> [N, O]."""
+    return F.grouped_mm(input_NI, weight_EOI.transpose(1, 2), offs=offsets(tokens_per_expert))
 
 
 class GroupedColumnLinear(GroupedLinear):

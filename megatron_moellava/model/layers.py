@@ -77,11 +77,28 @@ class OwnAttentionModules(TESpecProvider):
         return SdpaCoreAttention
 
 
-def modules(own_attention: bool = False):
-    """The module provider of this machine."""
-    if not platform.HAS_TRANSFORMER_ENGINE:
-        return LocalModules()
-    return OwnAttentionModules() if own_attention else TESpecProvider()
+class AdaptedModules(TESpecProvider):
+    """Norms of their own before Transformer Engine's linear layers: adapters need the input that these multiply."""
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return False
+
+
+class AdaptedOwnAttentionModules(AdaptedModules, OwnAttentionModules):
+    """Both."""
+
+
+ENGINE_MODULES = {  # (own attention, adapted) -> provider
+    (False, False): TESpecProvider,
+    (True, False): OwnAttentionModules,
+    (False, True): AdaptedModules,
+    (True, True): AdaptedOwnAttentionModules,
+}
+
+
+def modules(own_attention: bool = False, adapted: bool = False):
+    """The module provider of this machine. `adapted`: adapters (lora.py) will listen to the linear layers."""
+    return ENGINE_MODULES[own_attention, adapted]() if platform.HAS_TRANSFORMER_ENGINE else LocalModules()
 
 
 def needs_own_attention(config: TransformerConfig, moe: MoEConfig | None) -> bool:
@@ -90,10 +107,17 @@ def needs_own_attention(config: TransformerConfig, moe: MoEConfig | None) -> boo
 
 
 def decoder_spec(
-    backbone: Backbone, config: TransformerConfig, moe: MoEConfig | None, vp_stage: int | None = None
+    backbone: Backbone,
+    config: TransformerConfig,
+    moe: MoEConfig | None,
+    vp_stage: int | None = None,
+    adapted: bool = False,
 ) -> TransformerBlockSubmodules:
-    """Layer specs of this pipeline stage (or of one of its virtual stages)."""
-    provider = modules(needs_own_attention(config, moe))
+    """Layer specs of this pipeline stage (or of one of its virtual stages).
+
+    `adapted`: see `modules`.
+    """
+    provider = modules(needs_own_attention(config, moe), adapted)
     dense = _layer_spec(backbone, provider, _dense_mlp(provider, backbone))
     sparse = _layer_spec(backbone, provider, _moe_mlp(provider, moe), is_moe=True) if moe else dense
     freq = config.moe_layer_freq if moe else [0] * backbone.num_layers
@@ -103,9 +127,9 @@ def decoder_spec(
     return TransformerBlockSubmodules(layer_specs=[sparse if is_moe else dense for is_moe in built], layer_norm=norm)
 
 
-def tower_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Pre-norm blocks with full attention, as CLIP and SigLIP have them."""
-    provider = modules()
+def tower_spec(config: TransformerConfig, adapted: bool = False) -> TransformerBlockSubmodules:
+    """Pre-norm blocks with full attention, as CLIP and SigLIP have them. `adapted`: see `modules`."""
+    provider = modules(adapted=adapted)
     layer = _attention_layer(provider, AttnMaskType.no_mask, get_mlp_module_spec_for_backend(provider), fused=True)
     return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=None)
 

@@ -16,6 +16,7 @@ from megatron_moellava.model.configuration import projector_config, tower_config
 from megatron_moellava.model.context_parallel import encode_share, share
 from megatron_moellava.model.kv_cache import KVCache
 from megatron_moellava.model.layers import decoder_spec
+from megatron_moellava.model.lora import attach
 from megatron_moellava.model.vision import Projector, VisionTower
 from megatron_moellava.routers import ROUTERS
 from megatron_moellava.towers import Tower
@@ -49,8 +50,9 @@ class MoELlava(MegatronModule):
         self.language_model = LanguageModel(run, backbone, config, pre_process, post_process, vp_stage)
         self.share_embeddings_and_output_weights = backbone.share_embeddings_and_output_weights
         if pre_process:
-            self.vision_tower = VisionTower(tower_config(tower, run), tower)
+            self.vision_tower = VisionTower(tower_config(tower, run), tower, adapted=run.training.lora is not None)
             self.projector = Projector(projector_config(backbone, run), tower.hidden_size)
+        self.adapters = attach(self, run)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Megatron-Core's schedules hand over the hidden states of the stage before."""
@@ -119,7 +121,8 @@ class MoELlava(MegatronModule):
         return self.projector(like.new_zeros(1, 1, self.tower.hidden_size)).sum() * 0.0
 
     def _trains_tower(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        adapted = self.adapters is not None and self.adapters.has_role("tower")
+        return adapted or any(parameter.requires_grad for parameter in self.vision_tower.parameters())
 
     def forward(
         self,
@@ -178,7 +181,10 @@ class MoELlava(MegatronModule):
         return (
             self.config.recompute_granularity is not None
             and torch.is_grad_enabled()
-            and any(parameter.requires_grad for parameter in self.language_model.decoder.parameters())
+            and (
+                self.adapters is not None
+                or any(parameter.requires_grad for parameter in self.language_model.decoder.parameters())
+            )
         )
 
     def _padding_counts(self) -> bool:
@@ -218,7 +224,7 @@ class LanguageModel(GPTModel):
         split = run.parallel.tensor_model_parallel_size
         super().__init__(
             config=config,
-            transformer_layer_spec=decoder_spec(backbone, config, run.moe, vp_stage),
+            transformer_layer_spec=decoder_spec(backbone, config, run.moe, vp_stage, run.training.lora is not None),
             vocab_size=-(-backbone.vocab_size // split) * split,
             max_sequence_length=backbone.max_position_embeddings,
             pre_process=pre_process,

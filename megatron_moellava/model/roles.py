@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.stages import ADAPTERS
 
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -25,6 +26,8 @@ def parameter_roles(model: MoELlava) -> Iterator[tuple[str, str, torch.nn.Parame
         yield from _named("language.norm", "language_model.decoder.final_layernorm", decoder.final_layernorm)
     if model.post_process:
         yield from _named("language.embedding", "language_model.output_layer", model.language_model.output_layer)
+    if model.adapters is not None:
+        yield from _named(ADAPTERS, "adapters", model.adapters)
 
 
 def _layer_roles(prefix: str, layer) -> Iterator[tuple[str, str, torch.nn.Parameter]]:

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class VisionTower(MegatronModule):
     """The layers of a published vision transformer up to its feature layer; no norm after them."""
 
-    def __init__(self, config: TransformerConfig, tower: Tower, pg_collection=None):
+    def __init__(self, config: TransformerConfig, tower: Tower, pg_collection=None, adapted: bool = False):
         super().__init__(config=config)
         self.tower = tower
         dtype = config.params_dtype
@@ -36,13 +36,16 @@ class VisionTower(MegatronModule):
                 config=config, hidden_size=tower.hidden_size, eps=tower.layernorm_epsilon
             )
         self.decoder = TransformerBlock(
-            config, tower_spec(config), post_process=False, post_layer_norm=False, pg_collection=pg_collection
+            config, tower_spec(config, adapted), post_process=False, post_layer_norm=False, pg_collection=pg_collection
         )
 
     def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
         """Visual features [N, V, D] of preprocessed images: hidden_states[feature_layer], less the first row if so set."""
         hidden_NRD = self.embed(pixels_NCHW)
-        hidden_RND = self.decoder(hidden_NRD.transpose(0, 1).contiguous(), attention_mask=None)
+        hidden_RND = hidden_NRD.transpose(0, 1).contiguous()
+        if self.config.recompute_granularity is not None and torch.is_grad_enabled():
+            hidden_RND.requires_grad_()  # where only adapters are trained, see MoELlava._needs_differentiable_input
+        hidden_RND = self.decoder(hidden_RND, attention_mask=None)
         return hidden_RND.transpose(0, 1)[:, int(self.tower.drop_first_feature) :]
 
     def embed(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:

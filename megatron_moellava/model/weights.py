@@ -16,7 +16,9 @@ from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
 from megatron_moellava.checkpoint.safe_pickle import guard
 from megatron_moellava.checkpoint.verification import verify_checkpoint
 from megatron_moellava.config import CheckpointError
+from megatron_moellava.costs.adapters import PREFIX as ADAPTER_PREFIX
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.model.roles import parameter_roles
 from megatron_moellava.validation.checkpoints import differing_fields
 
 from megatron.core import dist_checkpointing, parallel_state
@@ -44,9 +46,32 @@ def model_state(chunks: list[MoELlava]) -> dict:
     return state
 
 
+def kept_state(chunks: list[MoELlava]) -> dict:
+    """The part of `model_state` that a checkpoint of a run holds: beside adapters only what is trained."""
+    state = model_state(chunks)
+    if chunks[0].adapters is None:
+        return state
+    trained = set()
+    for index, chunk in enumerate(chunks):
+        roles = {role for role, _, parameter in parameter_roles(chunk) if parameter.requires_grad}
+        trained |= {f"chunk{index}.{name}" for role, name, _ in parameter_roles(chunk) if role in roles}
+        if "router" in roles:
+            trained |= {name for name in state if name.startswith(f"chunk{index}.") and name.endswith(EXPERT_BIAS)}
+    return {name: value for name, value in state.items() if name in trained}
+
+
 def is_bookkeeping(name: str) -> bool:
     """Transformer Engine's FP8 state, rebuilt in a few steps: `_extra_state`, and of grouped experts `_extra_state1`, ..."""
     return name.rpartition(".")[2].startswith("_extra_state")
+
+
+def load_with_base(
+    checkpoint: Path, chunks: list[MoELlava], base: Path | None, verified: bool = False, base_verified: bool = False
+) -> None:
+    """Fill the model from a checkpoint, and before that from the base that an adapter checkpoint needs. Collective."""
+    if base is not None:
+        load_weights(base, chunks, base_verified)
+    load_weights(checkpoint, chunks, verified)
 
 
 def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = False) -> None:
@@ -54,25 +79,32 @@ def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = Fals
 
     `verified`: the files have been compared with their digests, or the user does without. Raises CheckpointError that
     lists every file that is damaged, or every field and tensor that differs.
+
+    An adapter checkpoint fills the adapters and what was trained whole beside them, any other all but the adapters.
     """
     description = read_description(checkpoint) if verified else verify_checkpoint(checkpoint, together=True)
     state, model = model_state(chunks), chunks[0]
     with readable(checkpoint):
         stored = _stored_tensors(checkpoint)
-    fresh = _fresh_biases(description.model, state, stored)
+    is_adapter = description.adapter is not None
+    state = {
+        name: value
+        for name, value in state.items()
+        if value.key.startswith(ADAPTER_PREFIX) == is_adapter or (is_adapter and value.key in stored)
+    }
+    fresh = set() if is_adapter else _fresh_biases(description.model, state, stored)
     _check_tensors(
         checkpoint, state, stored, differing_fields(description.model, model.backbone, model.tower, model.run.moe)
     )
     with readable(checkpoint):
-        _carry_unused_tower(checkpoint, chunks[0], stored)
+        if not is_adapter:
+            _carry_unused_tower(checkpoint, chunks[0], stored)
         loaded = dist_checkpointing.load({"model": state}, str(checkpoint))["model"]
     for index, chunk in enumerate(chunks):
         prefix = f"chunk{index}."
         own = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
         problems = chunk.load_state_dict(own, strict=False)
-        missing = [
-            name for name in problems.missing_keys if not is_bookkeeping(name) and f"{prefix}{name}" not in fresh
-        ]
+        missing = [name for name in problems.missing_keys if f"{prefix}{name}" in state.keys() - fresh]
         assert not missing and not problems.unexpected_keys, (missing, problems.unexpected_keys)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.sharding import routed_tokens
+from megatron_moellava.stages import adapted_roles
 
 FP32, MASK = 4, 1
 
@@ -42,6 +43,13 @@ COMMON = (
     Saved("fc2's input", "moe", "expert_inner", when=("experts",)),
     Saved("shared experts: fc1's output", "moe", "shared_inner_in", when=("shared",)),
     Saved("shared experts: fc2's input", "moe", "shared_inner", when=("shared", "experts")),
+    Saved("A x of the adapters of qkv and of the projection", "attention", "attention_ranks"),
+    Saved("A x of the adapters of fc1 and fc2", "ffn", "ffn_ranks"),
+    Saved("A x of the experts' adapters", "moe", "expert_ranks"),
+    Saved("A x of the shared experts' adapters", "moe", "shared_ranks"),
+    Saved("masks of the adapters' dropout", "attention", "attention_dropped", bytes=MASK),
+    Saved("masks of the adapters' dropout", "ffn", "ffn_dropped", bytes=MASK),
+    Saved("masks of the adapters' dropout", "moe", "expert_dropped", bytes=MASK),
     Saved("rotary angles for recomputed layers, once per chunk", "angles", "rotary", bytes=FP32),
     Saved("softmax of the loss", "end", "logits", bytes=FP32),
     Saved("input of the output layer", "end", "hidden", when=("language.embedding",)),
@@ -134,7 +142,8 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
         * layout.tower.num_positions
         * layout.tower.hidden_size,
     }
-    return values | (_expert_sizes(layout, imbalance, gated) if layout.run.moe else {})
+    values |= _expert_sizes(layout, imbalance, gated) if layout.run.moe else {}
+    return values | _adapter_sizes(layout, values, gated)
 
 
 def tower_layer_elements(layout: Layout) -> float:
@@ -160,6 +169,27 @@ def _expert_sizes(layout: Layout, imbalance: float, gated: int) -> dict[str, flo
     }
 
 
+def _adapter_sizes(layout: Layout, values: dict[str, float], gated: int) -> dict[str, float]:
+    """Of a role without adapters nothing. What A x is gathered from is split where positions are."""
+    if layout.lora is None:
+        return {}
+    rank, tokens, split = layout.lora.rank, layout.tokens, layout.tokens / layout.sp
+    mlp = (gated * tokens + split) * rank
+    found: dict[str, float] = {}
+    if "language.attention" in adapted_roles(layout.lora):
+        found["attention_ranks"] = (3 * tokens + split) * rank
+        found["attention_dropped"] = values["hidden"] + values["query"]
+    if "language.ffn" in adapted_roles(layout.lora):
+        found |= {"ffn_ranks": mlp, "ffn_dropped": values["hidden"] + values["inner"]}
+    if "experts" in adapted_roles(layout.lora) and layout.run.moe:
+        rows = values["expert_hidden"] / layout.backbone.hidden_size
+        found["expert_ranks"] = (gated + 1) * rows * rank
+        found["expert_dropped"] = values["expert_hidden"] + values["expert_inner"]
+        found["shared_ranks"] = mlp if layout.moe.moe_shared_expert_intermediate_size else 0.0
+    dropped = {name for name in found if name.endswith("dropped")}
+    return {name: size for name, size in found.items() if layout.lora.dropout or name not in dropped}
+
+
 def conditions(layout: Layout) -> set[str]:
     """Everything that `Saved.when` may ask for and that holds."""
     backbone, moe = layout.backbone, layout.run.moe
@@ -171,13 +201,15 @@ def conditions(layout: Layout) -> set[str]:
         "dropout": backbone.hidden_dropout > 0,
         "parallel_residual": backbone.parallel_residual,
         # One norm feeds attention and FFN alike: its output is kept once for both.
-        "qkv_input_kept": backbone.parallel_residual and "language.attention" in layout.trains,
+        "qkv_input_kept": backbone.parallel_residual
+        and "language.attention" in layout.backpropagates
+        and not (layout.lora and layout.lora.dropout),  # adapters keep what dropout has left, each its own
         "recompute_tower": layout.run.training.recompute_tower,
         "grouped": moe is not None and moe.moe_grouped_gemm,
         "shared": moe is not None and bool(moe.moe_shared_expert_intermediate_size),
     }
     recompute = f"recompute={layout.run.training.recompute}"
-    return {name for name, holds in held.items() if holds} | set(layout.trains) | {recompute}
+    return {name for name, holds in held.items() if holds} | layout.backpropagates | {recompute}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ Parts of the prediction, in bytes:
 from dataclasses import asdict, dataclass, replace
 
 from megatron_moellava.costs.layout import Layout
-from megatron_moellava.costs.parameters import FP32_ROLE, parameters_of, role_of
+from megatron_moellava.costs.parameters import FP32_ROLE, OF_EXPERTS, parameters_of, role_of
 from megatron_moellava.costs.sharding import routed_tokens
 from megatron_moellava.planning.activations import Activations, activations_of, sizes, tower_layer_elements
 from megatron_moellava.planning.hardware import CONTEXT_BYTES, FRAGMENTATION, IMBALANCE
@@ -62,7 +62,7 @@ def state_bytes(layout: Layout, pipeline_rank: int) -> tuple[float, float, float
         if role_of(part) not in layout.trains:
             continue
         gradients += count * FP32
-        shards = layout.expert_dp if part == "experts" else layout.dp
+        shards = layout.expert_dp if part in OF_EXPERTS else layout.dp
         # fp32 parameters are their own main copy.
         optimizer += count * (ADAM_MOMENTS + (0 if is_fp32 else FP32)) / shards
     return weights, gradients, optimizer

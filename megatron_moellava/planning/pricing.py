@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_moellava.costs.flops import CAUSAL, Attention, Work
 from megatron_moellava.costs.gpus import Gpu
 from megatron_moellava.costs.layout import Layout
-from megatron_moellava.costs.parameters import parameters_of, role_of
+from megatron_moellava.costs.parameters import OF_EXPERTS, parameters_of, role_of
 from megatron_moellava.costs.sharding import routed_tokens
 from megatron_moellava.costs.stage_work import Load, model_flops, recomputed_work, stage_work
 from megatron_moellava.planning.activations import layer_bytes, layer_parts, part_bytes
@@ -244,7 +244,7 @@ def _seconds_per_byte(layout: Layout, pipeline_rank: int, pricing: Pricing) -> f
     seconds = 0.0
     for part, count in parameters_of(layout, pipeline_rank).items():
         if role_of(part) in layout.trains:
-            is_expert = part == "experts"
+            is_expert = part in OF_EXPERTS
             group = layout.expert_dp if is_expert else layout.dp
             inner = layout.ep * layout.etp if is_expert else layout.tp
             seconds += count * (group - 1) / group / _ring(pricing, inner, group)

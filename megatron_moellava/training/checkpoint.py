@@ -43,7 +43,7 @@ from megatron_moellava.config import CheckpointError, RunConfig, to_dict
 from megatron_moellava.model.fp8_emulation import Emulation
 from megatron_moellava.model.fp8_engine import EngineHistories
 from megatron_moellava.model.moe_llava import MoELlava
-from megatron_moellava.model.weights import model_state, readable
+from megatron_moellava.model.weights import kept_state, model_state, readable
 from megatron_moellava.towers import tower_fields
 from megatron_moellava.training.background import BackgroundSave, Writing
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
@@ -74,6 +74,7 @@ class TrainingState:
     provenance: dict = field(default_factory=dict)  # of the weights; run.json keeps it
     validation: dict = field(default_factory=dict)  # {loss, iteration} of the best one so far
     loss_scale: dict = field(default_factory=dict)  # of a run in fp16
+    base: dict | None = None  # of a run with adapters: checkpoint.base.name_of_base
     fp8: list[torch.Tensor] = field(default_factory=list)  # what FP8 remembers on this rank
 
 
@@ -115,7 +116,7 @@ def save_checkpoint(
         _remove_old(Path(folder), keep, newest=final)
 
     _together(start, unfinished, on=0)
-    tensors = {"model": model_state(chunks)}
+    tensors = {"model": kept_state(chunks)}
     steps = None
     if optimizer is not None:
         tensors["optimizer"] = _optimizer_state(optimizer, tensors["model"])
@@ -150,6 +151,7 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
         loss_scale=state.loss_scale,
         provenance=state.provenance,
         validation=state.validation,
+        adapter={"lora": to_dict(run.training.lora), "base": state.base} if run.training.lora else None,
     )
 
 
@@ -213,7 +215,7 @@ def _empty(weight: ShardedTensor | ShardedTensorFactory, key: str) -> ShardedTen
 
 
 def _unused_tower_state(model: MoELlava) -> dict:
-    carried = getattr(model, "unused_tower_tensors", {})
+    carried = getattr(model, "unused_tower_tensors", {}) if model.adapters is None else {}
     rank = dist.get_rank()
     return {name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=rank) for name, tensor in carried.items()}
 

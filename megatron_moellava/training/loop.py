@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
+from megatron_moellava.checkpoint.base import base_of, base_to_load, name_of_base
 from megatron_moellava.checkpoint.description import RunDescription, read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import DataError, MoELlavaError, OptimizerConfig, RunConfig, from_dict
@@ -28,10 +29,10 @@ from megatron_moellava.model.fp8_emulation import Emulation, emulate_fp8
 from megatron_moellava.model.fp8_engine import EngineHistories, engine_histories
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.roles import freeze
-from megatron_moellava.model.weights import load_weights
+from megatron_moellava.model.weights import load_with_base
 from megatron_moellava.routing.records import routing_record
 from megatron_moellava.routing.statistics import RoutingStatistics
-from megatron_moellava.stages import STAGES
+from megatron_moellava.stages import trained_roles
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
@@ -79,7 +80,7 @@ class Trainer:
         """`loader` on the processes that read data (`parallel.reads_data`), None elsewhere."""
         self.run, self.loader, self.train_steps, self.held_out = run, loader, train_steps, held_out
         self.chunks = build_model(run)
-        roles = run.training.trains or STAGES[run.training.stage]
+        roles = trained_roles(run.training)
         self.trained: dict = {}
         for chunk in self.chunks:
             self.trained |= freeze(chunk, roles)
@@ -136,12 +137,20 @@ class Trainer:
                 parallel.say(f"note: goes on with another value: {text}")
         source = resumed or (require_checkpoint(options.load) if options.load else None)
         if source is not None:
-            load_weights(source, self.chunks, verified=resumed is not None)
+            base = self._base(source)
+            load_with_base(source, self.chunks, base, verified=resumed is not None)
             if resumed:
                 self.state.provenance = description.provenance
             else:
                 self.state.provenance = checkpoints.provenance_of(self.run, source)
         return resumed
+
+    def _base(self, source: Path) -> Path | None:
+        """The base of an adapter checkpoint. A run with adapters notes it, or that it starts from a whole model."""
+        base = base_of(source, read_description(source), base_to_load(self.run.checkpoint.load))
+        if self.run.training.lora is not None:
+            self.state.base = name_of_base(base or source)
+        return base
 
     def _resume(self, checkpoint: Path) -> None:
         description = read_description(checkpoint)

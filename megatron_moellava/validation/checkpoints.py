@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moellava.backbones import Backbone, backbone_fields
+from megatron_moellava.checkpoint.base import base_of, base_to_load
 from megatron_moellava.checkpoint.description import RunDescription, read_description
 from megatron_moellava.checkpoint.folders import newest_checkpoint, require_checkpoint
 from megatron_moellava.checkpoint.resume_point import newest_described
 from megatron_moellava.config import CheckpointError, ConfigError, MoEConfig, MoELlavaError, RunConfig, to_dict
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import Tower, tower_fields
+from megatron_moellava.validation.adapters import base_problems
 from megatron_moellava.validation.resume import differences, refusal
 
 # What in a folder says that it belongs to something else: it would be mixed up with a run's checkpoints.
@@ -36,11 +38,15 @@ def checkpoint_problems(run: RunConfig, backbone: Backbone | None, tower: Tower 
         if resumed is not None and backbone is not None:
             yield from _resumable(*resumed, run, backbone)[0]
         start = resumed[0] if resumed else require_checkpoint(load) if load is not None else None
+        if start is None and run.training.lora is not None:
+            yield "training.lora stands beside the weights of a trained model; give it as checkpoint.load"
         if start is None or backbone is None or tower is None:
             return
-        stored = read_description(start).model
+        description = read_description(start)
         given = f"checkpoint.{'save' if resumed else 'load'}={save if resumed else load}"
-        yield from _model(given, stored, run, backbone, tower)
+        yield from _model(given, description.model, run, backbone, tower)
+        yield from base_problems(given, description, run)
+        base_of(start, description, base_to_load(load))
     except MoELlavaError as error:
         yield str(error)
 

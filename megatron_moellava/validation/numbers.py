@@ -1,6 +1,8 @@
 """What each number of a run may be by itself, as one table."""
 
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from megatron_moellava.config import RunConfig
 
@@ -44,6 +46,9 @@ RULES: dict[str, Rule] = {
     "training.num_layers_at_start_in_bf16": AT_LEAST_0,
     "training.num_layers_at_end_in_bf16": AT_LEAST_0,
     "training.non_finite_patience": AT_LEAST_1,
+    "training.lora.rank": AT_LEAST_1,
+    "training.lora.alpha": POSITIVE,
+    "training.lora.dropout": BELOW_1,
     "optimizer.lr": AT_LEAST_0,
     "optimizer.min_lr": AT_LEAST_0,
     "optimizer.projector_lr": AT_LEAST_0,
@@ -70,10 +75,13 @@ RULES: dict[str, Rule] = {
 }
 
 
+def _field(section: Any, name: str) -> Any:
+    return getattr(section, name, None)
+
+
 def number_problems(run: RunConfig) -> Iterator[str]:
     """Numbers that are wrong whatever the others are."""
     for path, (is_legal, rule) in RULES.items():
-        section, name = path.split(".")
-        value = getattr(getattr(run, section), name, None)
+        value: Any = functools.reduce(_field, path.split("."), run)
         if value is not None and not is_legal(value):
             yield f"{path}={value} {rule}"

@@ -13,8 +13,8 @@ import json
 from dataclasses import dataclass
 
 from megatron_moellava.backbones import Backbone
-from megatron_moellava.config import RunConfig, to_dict
-from megatron_moellava.stages import STAGES
+from megatron_moellava.config import LoraConfig, RunConfig, to_dict
+from megatron_moellava.stages import usual_roles
 
 FREE = {
     "moe.moe_grouped_gemm": "",
@@ -116,6 +116,7 @@ REFUSED = {
     "training.global_batch_size": "steps count samples",
     "training.seed": "the data's order comes of it",
     "training.trains": "the optimizer holds the state of other parameters",
+    "training.lora": "the optimizer holds the state of other parameters",
 }
 CONTENT = {
     "model.backbone": "validation.checkpoints compares every field of it",
@@ -173,8 +174,9 @@ def effective(tree: dict, backbone: Backbone) -> dict[str, object]:
         if part is not None
         for name, value in part.items()
     }
-    stage, seq_length = flat["training.stage"], flat["data.seq_length"]
-    flat["training.trains"] = sorted(flat.get("training.trains") or STAGES[stage])
+    stage, seq_length, lora = flat["training.stage"], flat["data.seq_length"], flat.get("training.lora")
+    trains = flat.get("training.trains")
+    flat["training.trains"] = sorted(trains if trains is not None else usual_roles(stage, lora and LoraConfig(**lora)))
     flat["data.template"] = flat.get("data.template") or backbone.template
     context = backbone.context_length or seq_length
     flat["data.max_sample_length"] = min(seq_length, flat.get("data.max_sample_length") or context)
@@ -199,6 +201,8 @@ def default_of(path: str) -> object:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={_shown(part)}" for name, part in value.items() if part is not None)
     return ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
 
 

@@ -14,6 +14,7 @@ from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig, read
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.machine import GPU_CLUSTER, Machine, this_machine
 from megatron_moellava.towers import TOWERS, get_tower, tower_fields
+from megatron_moellava.validation.adapters import adapter_problems
 from megatron_moellava.validation.checkpoints import checkpoint_problems
 from megatron_moellava.validation.data import data_problems, length_problems
 from megatron_moellava.validation.experts import expert_problems
@@ -133,6 +134,8 @@ def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None
     found += checkpoint_problems(run, backbone, tower)
     if backbone is None:
         return [*found, *batch_problems(run, world_size), *training_problems(run, machine)]
+    if tower is not None:
+        found += adapter_problems(run, backbone, tower)
     return [*found, *_sizes(run, backbone, world_size, machine)]
 
 

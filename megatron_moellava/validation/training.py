@@ -50,7 +50,7 @@ def training_problems(run: RunConfig, machine: Machine) -> Iterator[str]:
             "training.transformer_impl=local: this process has loaded Transformer Engine already; start it with "
             f"{TRANSFORMER_IMPL}=local as well"
         )
-    if training.trains == ():
+    if training.trains == () and training.lora is None:
         yield "training.trains is empty, so nothing would be trained; name roles, or leave it unset for the stage's own"
     if training.fp8_recipe is not None:
         yield from _fp8(run, machine)

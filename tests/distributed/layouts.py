@@ -21,6 +21,13 @@ ROLES = [
 # Coefficients far above the recipes', so that the losses of the router have a say in every gradient.
 MOE = {"num_moe_experts": 4, "placement": "sparse", "moe_aux_loss_coeff": 0.1}
 
+LORA = {
+    "training.lora.rank": 3,
+    "training.lora.alpha": 6.0,
+    "training.lora.targets": ["attention", "ffn", "experts", "router", "projector", "tower"],
+}
+LORA_SHARED = {"training.lora.rank": 4, "training.lora.alpha": 4.0, "training.lora.shared_outer": True}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
@@ -81,6 +88,11 @@ MODELS = {
     ),
     # The same with the router's own noise, which must not depend on tensor and pipeline layout.
     "original-noise": Model(moe=MOE | {"router": "original", "moe_expert_capacity_factor": 1.0}, rows="padded"),
+    # Adapters everywhere, of a rank that no product is aligned to; projector and router beside them.
+    "lora": Model(moe=MOE | {"moe_shared_expert_intermediate_size": 64}, roles=["language.norm"], run=LORA),
+    "lora-phi": Model(backbone="phi-2-tiny", moe=MOE, roles=[], run=LORA, rows="padded"),
+    "lora-dense": Model(roles=None, run={"training.lora.rank": 8, "training.lora.alpha": 8.0}),
+    "lora-shared": Model(moe=MOE, roles=["router"], run=LORA_SHARED),
     "bf16": Model(moe=MOE, run={"training.precision": "bf16"}),
     # FP8 as a CPU emulates it. In blocks a pipeline stage computes what one process does, and so does a rank with its own
     # experts; a scale of a whole tensor depends on which tokens and which rows of a weight a rank has.
@@ -237,7 +249,21 @@ LAYOUTS = [
     *_layouts("fp8-tensorwise fp8-mxfp8", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("fp8-blockwise", "ep2-recompute-full", 2, ep=2, recompute="full"),
     *_layouts("fp8-delayed", "recompute-full", 1, recompute="full"),
+    *_layouts("lora", "sequential", 1, grouped=False),
+    *_layouts("lora", "recompute-full", 1, recompute="full"),
+    *_layouts("lora", "recompute-moe-tower", 1, recompute="moe", recompute_tower=True),
+    *_layouts("lora lora-phi lora-dense", "tp2", 2, tp=2),
+    *_layouts("lora lora-phi lora-dense", "pp2", 2, pp=2),
+    *_layouts("lora lora-phi lora-shared", "ep2", 2, ep=2),
+    *_layouts("lora lora-shared", "tp2-etp2", 2, tp=2, etp=2),
+    *_layouts("lora lora-shared", "tp2-ep2-etp1", 2, tp=2, ep=2),
+    *_layouts("lora lora-dense", "cp2", 2, cp=2),
+    *_layouts("lora", "pp2-vpp2", 2, pp=2, vpp=2),
+    *_layouts("lora lora-shared", "ep2-overlap", 2, ep=2, overlap_grads=True, overlap_params=True),
+    *_layouts("lora-shared", "dp2", 2),
     # four processes
+    *_layouts("lora lora-shared", "tp2-ep2-etp2", 4, tp=2, ep=2, etp=2),
+    *_layouts("lora", "cp2-tp2-ep2", 4, cp=2, tp=2, ep=2),
     *_layouts("llama", "dp4", 4),
     *_layouts("llama phi", "ep4", 4, ep=4),
     *_layouts("llama", "tp4", 4, tp=4),
@@ -300,6 +326,9 @@ CONTINUATIONS = [
     ("shared-experts:tp2", "shared-experts:ep2"),
     ("expert-bias:ep2", "expert-bias:tp2"),
     ("residual:tp2", "residual:pp2"),
+    ("lora:ep2", "lora:tp2-etp2"),
+    ("lora:tp2-etp2", "lora:pp2"),
+    ("lora-shared:tp2-ep2-etp1", "lora-shared:ep2"),
     ("llama:tp2-ep2-etp2", "llama:pp2-ep2"),
     ("llama:pp2-vpp2-tp2-ep2", "llama:ep4"),
 ]

@@ -32,8 +32,14 @@ class Shard:
     size: int
     gated: bool  # rows are [gate; up], each cut by itself
     rows: int | None  # of the unpadded vocabulary
+    experts: tuple[int, int] = (0, 1)  # (rank, size) of what divides the first axis: experts that lie in one tensor
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.experts[0], self.rank
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        whole = whole.chunk(self.experts[1], 0)[self.experts[0]]
         if self.rows is not None:  # zero rows up to a multiple of the tensor-parallel size
             padding = -whole.shape[0] % self.size
             whole = torch.cat([whole, whole.new_zeros(padding, *whole.shape[1:])])
@@ -43,8 +49,16 @@ class Shard:
         return torch.cat([half.chunk(self.size, self.axis)[self.rank] for half in halves], 0)
 
 
+def join_all(shard: Shard, pieces: dict[tuple[int, int], torch.Tensor]) -> torch.Tensor:
+    """The whole tensor from the pieces by place."""
+    by_experts: list[dict[int, torch.Tensor]] = [{} for _ in range(shard.experts[1])]
+    for (experts, rank), piece in pieces.items():
+        by_experts[experts][rank] = piece
+    return torch.cat([join(shard, part) for part in by_experts], 0)
+
+
 def join(shard: Shard, pieces: dict[int, torch.Tensor]) -> torch.Tensor:
-    """The whole tensor from the pieces by rank."""
+    """The tensor from the pieces by rank."""
     if shard.axis is None:
         return pieces[0][: shard.rows]
     ordered = [pieces[rank] for rank in range(shard.size)]
@@ -81,6 +95,8 @@ def _global_name(chunk: MoELlava, name: str) -> str:
 
 
 def _shard(chunk: MoELlava, name: str, tensor: torch.Tensor) -> Shard:
+    if name.startswith("adapters."):
+        return _shard_of_adapter(name, tensor)
     vocabulary = ".word_embeddings." in name or ".output_layer." in name
     rows = chunk.backbone.vocab_size if vocabulary else None
     if ".mlp.experts." in name:
@@ -99,12 +115,29 @@ def _shard(chunk: MoELlava, name: str, tensor: torch.Tensor) -> Shard:
     return Shard(tensor.partition_dim, rank, size, gated, rows)
 
 
+def _shard_of_adapter(name: str, tensor: torch.Tensor) -> Shard:
+    """Rows of an adapter's B and columns of its A are cut in one piece; those of experts lie behind each other."""
+    is_expert = "/mlp/experts/" in name
+    part = "expert_tensor" if is_expert else "tensor_model"
+    rank, size = (getattr(parallel_state, f"get_{part}_parallel_{what}")() for what in ("rank", "world_size"))
+    experts = (0, 1)
+    if is_expert and tensor.dim() == 3:
+        experts = (
+            parallel_state.get_expert_model_parallel_rank(),
+            parallel_state.get_expert_model_parallel_world_size(),
+        )
+    if not getattr(tensor, "tensor_model_parallel", False) or size == 1:
+        return Shard(None, 0, 1, False, None, experts)
+    return Shard(tensor.partition_dim, rank, size, False, None, experts)
+
+
 def fill(chunks: list[MoELlava]) -> None:
     """Overwrite every parameter by its share of the whole tensor that its name stands for."""
     for name, tensor, shard in named_shards(chunks):
         shape = list(tensor.shape)
         if shard.axis is not None:
             shape[shard.axis] *= shard.size
+        shape[0] *= shard.experts[1]
         if shard.rows is not None:
             shape[0] = shard.rows
         with torch.no_grad():
@@ -117,6 +150,8 @@ def draw(name: str, shape: list[int]) -> torch.Tensor:
     values = torch.randn(shape, generator=generator)
     if name.endswith("bias"):
         return 0.05 * values
+    if name.startswith("adapters.") and not name.endswith(".a"):
+        return 0.1 * values
     if "norm" in name or "ln_pre" in name:
         return 1.0 + 0.1 * values
     if "embedding" in name or "class_token" in name:
@@ -159,19 +194,19 @@ def _gather(pieces: list) -> tuple[dict[str, torch.Tensor], float]:
     dist.gather_object(pieces, everywhere)
     if everywhere is None:
         return {}, 0.0
-    local: dict[str, dict[int, torch.Tensor]] = {}
+    local: dict[str, dict[tuple[int, int], torch.Tensor]] = {}
     places: dict[str, Shard] = {}
     difference = 0.0
     for name, value, start, shard in (piece for rank in everywhere for piece in rank):
         places[name] = shard
         by_rank = local.setdefault(name, {})
         if isinstance(value, _Range):
-            whole = by_rank.setdefault(shard.rank, torch.full(value.shape, float("nan")))
+            whole = by_rank.setdefault(shard.place, torch.full(value.shape, float("nan")))
             part = whole.view(-1)[start : start + len(value.values)]
             difference = max(difference, float((part - value.values).abs().nan_to_num().max()))
             part.copy_(value.values)
-        elif shard.rank in by_rank:
-            difference = max(difference, float((by_rank[shard.rank] - value.float()).abs().max()))
+        elif shard.place in by_rank:
+            difference = max(difference, float((by_rank[shard.place] - value.float()).abs().max()))
         else:
-            by_rank[shard.rank] = value.float()
-    return {name: join(places[name], by_rank) for name, by_rank in local.items()}, difference
+            by_rank[shard.place] = value.float()
+    return {name: join_all(places[name], by_rank) for name, by_rank in local.items()}, difference

@@ -57,6 +57,15 @@ RUNS = {
         "model.backbone=qwen2-0.5b model.tower=siglip-so400m-patch14-384 training.stage=2 "
         "training.trains=[tower,projector] data.packing=false training.micro_batch_size=4",
     ),
+    "phi-2 with experts, adapters": (
+        8,
+        "model.backbone=phi-2 training.stage=3 moe.num_moe_experts=4 training.lora.rank=64 "
+        "parallel.tensor_model_parallel_size=2 parallel.expert_model_parallel_size=4",
+    ),
+    "llama-3-8b, adapters with dropout, pipeline": (
+        8,
+        "model.backbone=llama-3-8b training.stage=2 training.lora.dropout=0.05 parallel.pipeline_model_parallel_size=2",
+    ),
     "vicuna-7b, projector only, padded rows": (
         8,
         "model.backbone=vicuna-7b-v1.5 training.stage=1 data.packing=false training.micro_batch_size=4",

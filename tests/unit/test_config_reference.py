@@ -52,8 +52,9 @@ def test_number_rules_are_of_fields_that_exist():
     sections = {
         name: typing.get_args(hint) or (hint,) for name, hint in typing.get_type_hints(config.RunConfig).items()
     }
+    sections["training.lora"] = (config.LoraConfig,)
     for path in RULES:
-        section, name = path.split(".")
+        section, _, name = path.rpartition(".")
         assert any(name in getattr(cls, "__dataclass_fields__", {}) for cls in sections[section]), path
 
 

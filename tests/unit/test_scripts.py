@@ -12,12 +12,12 @@ from tests.helpers.scripts import validate_only
 HOSTILE = """it's $(touch executed) `touch executed`; touch executed & "quoted" *"""
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_hostile_paths_arrive_as_they_are_and_run_nothing(stage, tmp_path, stub):
+@pytest.mark.parametrize("script", ["train_stage1.sh", "train_stage2.sh", "train_stage3.sh", "train_lora.sh"])
+def test_hostile_paths_arrive_as_they_are_and_run_nothing(script, tmp_path, stub):
     names = {
         name: f"{name} {HOSTILE}" for name in ("LOAD", "SAVE", "TOKENIZER", "DATA", "IMAGES", "CONFIG", "BACKBONE")
     }
-    result, words = validate_only(f"train_stage{stage}.sh", tmp_path, stub, **names)
+    result, words = validate_only(script, tmp_path, stub, **names)
     assert result.returncode == 0, result.stderr
     for name, value in names.items():
         wanted = f"data.tokenizer={value}" if name == "TOKENIZER" else value

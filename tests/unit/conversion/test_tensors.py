@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_moellava.conversion.readers import open_bin
-from megatron_moellava.conversion.tensors import BLOCK, Files, Tensor, Tile
+from megatron_moellava.conversion.tensors import BLOCK, Files, Tensor, Tile, loaded
 from tests.helpers.conversion_models import read
 
 
@@ -40,4 +40,6 @@ def test_tensor_cut_by_columns_is_put_together(tmp_path):
 def test_tensors_larger_than_a_block_stream_through(tmp_path):
     state = {"big": torch.arange(BLOCK // 2 + 3, dtype=torch.int32)}
     torch.save(state, tmp_path / "big.bin")
-    assert torch.equal(read(open_bin(tmp_path / "big.bin")["big"]), state["big"])
+    opened = open_bin(tmp_path / "big.bin")["big"]
+    assert torch.equal(read(opened), state["big"])
+    assert torch.equal(loaded(opened), state["big"]) and torch.equal(loaded(opened, 3, BLOCK // 2), state["big"][3:])

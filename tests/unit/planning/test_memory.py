@@ -12,6 +12,7 @@ from megatron_moellava.backbones import BACKBONES, get_backbone
 from megatron_moellava.backbones.from_config import hf_config_of
 from megatron_moellava.config import (
     DataConfig,
+    LoraConfig,
     ModelConfig,
     MoEConfig,
     ParallelConfig,
@@ -63,18 +64,28 @@ CASES = {
     "sequential experts": ("llama-tiny", 3, MoEConfig(moe_grouped_gemm=False), "none", "fp32"),
     "parallel residual": ("phi-2-tiny", 2, None, "none", "fp32"),
     "parallel residual, experts": ("phi-2-tiny", 3, MoEConfig(), "none", "bf16"),
+    "adapters": ("llama-tiny", 2, None, "none", "bf16", LoraConfig()),
+    "adapters, experts": ("phi-2-tiny", 3, MoEConfig(), "none", "bf16", LoraConfig()),
+    "adapters with dropout, gated experts": ("llama-tiny", 3, MoEConfig(), "none", "fp32", LoraConfig(dropout=0.1)),
+    "adapters, recomputed": ("llama-tiny", 3, MoEConfig(), "full", "bf16", LoraConfig(rank=64)),
 }
 
 
 @pytest.fixture
 def layout(request, tmp_path) -> Layout:
-    name, stage, moe, recompute, precision = CASES[request.param]
+    name, stage, moe, recompute, precision, *adapters = CASES[request.param]
     sized = replace(BACKBONES[name], **SIZES[name])
     (tmp_path / "config.json").write_text(json.dumps(hf_config_of(sized)))
     run = RunConfig(
         model=ModelConfig(backbone=str(tmp_path), tower="clip-tiny"),
         moe=moe,
-        training=TrainingConfig(stage=stage, recompute=recompute, precision=precision, global_batch_size=1),
+        training=TrainingConfig(
+            stage=stage,
+            recompute=recompute,
+            precision=precision,
+            global_batch_size=1,
+            lora=adapters[0] if adapters else None,
+        ),
         data=DataConfig(seq_length=512),
     )
     backbone, tower = get_backbone(run.model.backbone), get_tower(run.model.tower)
@@ -138,7 +149,7 @@ def test_formulas_equal_real_allocations(layout, built):
     assert states == pytest.approx(optimizer_bytes(optimizer, buffers), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", ["parallel residual, experts"], indirect=True)
+@pytest.mark.parametrize("layout", ["parallel residual, experts", "adapters, experts"], indirect=True)
 def test_every_parameter_is_predicted_in_its_role(layout, built):
     counted = Counter()
     for role, _, parameter in parameter_roles(built[0]):
@@ -159,6 +170,15 @@ def test_recomputation_and_parallelism_save_memory():
     assert split.optimizer == pytest.approx(plain.optimizer), "a share of as many experts, among fewer ranks"
     tensor = worst_memory(layout_of(parallel__tensor_model_parallel_size=2))
     assert tensor.activations < 0.55 * plain.activations
+
+
+def test_adapters_make_a_stage_fit_that_full_training_does_not():
+    """Phi-2 with 4 experts on one GPU of 40 GiB: the experts alone need 12 bytes more for each parameter when trained."""
+    whole = layout_of(world_size=1, training__recompute="full")
+    adapted = replace(whole, run=replace(whole.run, training=replace(whole.run.training, lora=LoraConfig(rank=64))))
+    limit = 40 * 2**30
+    assert worst_memory(whole).total > 2 * limit > 2 * worst_memory(adapted).total
+    assert worst_memory(adapted).optimizer < worst_memory(whole).optimizer / 20
 
 
 def test_frozen_parameters_need_neither_gradient_nor_optimizer():

@@ -116,6 +116,24 @@ def sources(wanted: Wanted, **changes) -> None:
     wanted.flags["data.sources"] = [wanted.source(**changes)]
 
 
+def unsealed(wanted: Wanted) -> None:
+    load(wanted, "training.lora.rank=4")
+    (file,) = Path(str(wanted.flags["checkpoint.load"])).glob("iter_*/run.json")
+    file.write_text(
+        json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "checksum"})
+    )
+
+
+def adapter(wanted: Wanted, *overrides: str, base: str = "base", seal: str | None = None) -> None:
+    """checkpoint.load is an adapter of rank 2 beside `base`."""
+    whole = checkpoint(wanted.folder / "base")
+    seal = seal or read_description(Path(whole) / "iter_0000004").checksum
+    named = {"folder": str(wanted.folder / base), "seal": seal}
+    held = {"lora": {"rank": 2, "alpha": 4.0}, "base": named}
+    wanted.flags["checkpoint.load"] = checkpoint(wanted.folder / "start", adapter=held)
+    wanted.overrides += overrides
+
+
 MISTAKES = {
     # tokenizer
     "no tokenizer": (lambda w: tokenizer(w, ""), "data.tokenizer is empty"),
@@ -199,6 +217,51 @@ MISTAKES = {
         "leaves nothing to learn of the 20 of a sample",
     ),
     "not a number": (lambda w: w.overrides.append("optimizer.lr=nan"), "optimizer.lr=nan must be"),
+    # adapters
+    "adapters in stage 1": (
+        lambda w: load(w, "training.lora.rank=4", training__stage=1),
+        "training.lora: stage 1 trains a new projector whole",
+    ),
+    "rank 0": (lambda w: load(w, "training.lora.rank=0"), "training.lora.rank=0 must be at least 1"),
+    "dropout of everything": (
+        lambda w: load(w, "training.lora.dropout=1"),
+        "training.lora.dropout=1.0 must be at least 0 and below 1",
+    ),
+    "no targets": (lambda w: load(w, "training.lora.targets=[]"), "training.lora.targets is empty"),
+    "targets that match nothing": (
+        lambda w: load(w, "training.lora.targets=[attention,experts]"),
+        "training.lora.targets: this model has no matrices of experts (a dense model",
+    ),
+    "an unknown target": (lambda w: load(w, "training.lora.targets=[mlp]"), "'mlp' is not supported"),
+    "adapted and trained": (
+        lambda w: load(w, "training.lora.rank=4", "training.trains=[language.ffn]"),
+        "training.trains names language.ffn, whose matrices training.lora.targets adapts",
+    ),
+    "shared by no experts": (
+        lambda w: load(w, "training.lora.shared_outer=true"),
+        "training.lora.shared_outer=true is about the experts' adapters",
+    ),
+    "adapters beside nothing": (
+        lambda w: w.overrides.append("training.lora.rank=4"),
+        "training.lora stands beside the weights of a trained model",
+    ),
+    "a base without a seal": (lambda w: unsealed(w), "has no seal by which an adapter could name its base"),
+    "an adapter where a model is wanted": (
+        lambda w: adapter(w),
+        "is an adapter, and training.lora is not set; set it as there (rank=2 alpha=4.0",
+    ),
+    "another adapter": (
+        lambda w: adapter(w, "training.lora.rank=3", "training.lora.alpha=4"),
+        "is an adapter of training.lora rank=2",
+    ),
+    "an adapter whose base is gone": (
+        lambda w: adapter(w, "training.lora.rank=2", "training.lora.alpha=4", base="gone"),
+        "gone holds no checkpoint; say where it is",
+    ),
+    "an adapter whose base is another by now": (
+        lambda w: adapter(w, "training.lora.rank=2", "training.lora.alpha=4", seal="0" * 64),
+        "is another checkpoint",
+    ),
     "an override that is no YAML": (
         lambda w: w.overrides.append("data.sources=[{"),
         "data.sources=[{' is not valid YAML",

@@ -30,6 +30,7 @@ HINTS = {
 # Where a type alone does not give a value that takes effect.
 OTHER = {
     "training.trains": ["router"],
+    "training.lora": {"rank": 4},
     "data.template": "plain",
     "data.seq_length": 64,
     "data.max_sample_length": 32,
@@ -41,6 +42,7 @@ OTHER = {
 EFFECTIVE = {
     "training.trains": ("experts,language.ffn,projector,router", "router"),
     "data.template": ("v1", "plain"),
+    "training.lora": ("none", "rank=4 alpha=32.0 dropout=0.0 use_rslora=False shared_outer=False"),
     "data.max_sample_length": (128, 32),
 }
 
