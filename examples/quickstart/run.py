@@ -53,9 +53,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--preset",
-        choices=("names", "fast", "full"),
-        default="names",
-        help="easy-VQA and names (default); easy-VQA alone; easy-VQA and digits",
+        choices=("fast", "names", "full"),
+        default="fast",
+        help="easy-VQA (default); easy-VQA and names; easy-VQA and digits",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
     parser.add_argument("--backbone", default="llama-tiny", help="llama-tiny (default) or phi-2-tiny")
