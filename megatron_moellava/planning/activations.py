@@ -47,9 +47,7 @@ COMMON = (
     Saved("A x of the adapters of fc1 and fc2", "ffn", "ffn_ranks"),
     Saved("A x of the experts' adapters", "moe", "expert_ranks"),
     Saved("A x of the shared experts' adapters", "moe", "shared_ranks"),
-    Saved("masks of the adapters' dropout", "attention", "attention_dropped", bytes=MASK),
-    Saved("masks of the adapters' dropout", "ffn", "ffn_dropped", bytes=MASK),
-    Saved("masks of the adapters' dropout", "moe", "expert_dropped", bytes=MASK),
+    Saved("context before the adapter's dropout", "core attention", "context_dropped"),
     Saved("rotary angles for recomputed layers, once per chunk", "angles", "rotary", bytes=FP32),
     Saved("softmax of the loss", "end", "logits", bytes=FP32),
     Saved("input of the output layer", "end", "hidden", when=("language.embedding",)),
@@ -61,6 +59,9 @@ COMMON = (
 
 LOCAL = (
     *COMMON,
+    Saved("masks of the adapters' dropout", "attention", "attention_dropped"),
+    Saved("masks of the adapters' dropout", "ffn", "ffn_dropped"),
+    Saved("masks of the adapters' dropout", "moe", "expert_dropped"),
     Saved("input of the norm", "attention", "hidden", when=("layernorm",)),
     # A tensor rank's share is a view: whoever keeps the first layer's input keeps the embeddings of all ranks.
     Saved("embeddings of the other tensor ranks", "start", "unsplit", when=("layernorm",)),
@@ -91,6 +92,9 @@ LOCAL = (
 
 TE = (
     *COMMON,
+    Saved("masks of the adapters' dropout", "attention", "attention_dropped", bytes=MASK),
+    Saved("masks of the adapters' dropout", "ffn", "ffn_dropped", bytes=MASK),
+    Saved("masks of the adapters' dropout", "moe", "expert_dropped", bytes=MASK),
     Saved("embeddings of the other tensor ranks", "start", "unsplit"),
     Saved("input of the norm", "attention", "hidden"),
     Saved("input of qkv", "attention", "hidden", when=("language.attention",)),
@@ -179,6 +183,7 @@ def _adapter_sizes(layout: Layout, values: dict[str, float], gated: int) -> dict
     if "language.attention" in adapted_roles(layout.lora):
         found["attention_ranks"] = (3 * tokens + split) * rank
         found["attention_dropped"] = values["hidden"] + values["query"]
+        found["context_dropped"] = values["query"]
     if "language.ffn" in adapted_roles(layout.lora):
         found |= {"ffn_ranks": mlp, "ffn_dropped": values["hidden"] + values["inner"]}
     if "experts" in adapted_roles(layout.lora) and layout.run.moe:
