@@ -12,7 +12,7 @@ TOKENS, HIDDEN, FFN = 2048, 128, 384  # of a row and of llama-tiny
 PROBE_SECONDS = 1.0
 ROWS = 2  # of a step, over all processes
 # In passes of the probe: a step of one row, and a question; of a dense model and of one with experts.
-STEP = {False: 24.0, True: 37.0}
+STEP = {False: 21.0, True: 29.0}
 QUESTION = {False: 0.33, True: 0.33}
 TOWER_SECONDS = 0.06  # of a step of the tower's pretraining, in fp32 on all cores
 START_SECONDS = 6.0  # of a part, beside its steps: building and loading the model, saving
