@@ -37,9 +37,9 @@ BLANKED = 1500  # about so many of them are asked once more, with and without th
 # Optimizer steps and peak learning rate of each run, and what it starts from.
 PLAN = {
     "stage1": {"stage": 1, "from": "start", "steps": 25, "lr": 3e-3, "data": "captions.json", "questions": 1000},
-    "stage2": {"stage": 2, "from": "stage1", "steps": 1200, "lr": 2e-3, "data": "conversations.json"},
-    "stage3": {"stage": 3, "from": "upcycled", "steps": 280, "lr": 1e-3, "data": "conversations.json"},
-    "dense": {"stage": 2, "from": "stage2", "steps": 280, "lr": 1e-3, "data": "conversations.json"},
+    "stage2": {"stage": 2, "from": "stage1", "steps": 800, "lr": 2e-3, "data": "conversations.json"},
+    "stage3": {"stage": 3, "from": "upcycled", "steps": 90, "lr": 1e-3, "data": "conversations.json"},
+    "dense": {"stage": 2, "from": "stage2", "steps": 90, "lr": 1e-3, "data": "conversations.json"},
 }
 TITLES = {
     "stage1": "stage 1: projector",
@@ -115,7 +115,8 @@ class Quickstart:
         data, *parts = self.plan_parts()
         self.parts.run(data)
         self.check()
-        say(said_time(sum(part.seconds for part in self.parts.left(parts))))
+        if seconds := sum(part.seconds for part in self.parts.left(parts)):
+            say(said_time(seconds))
         for part in parts:
             self.results[part.name] = self.parts.run(part)
         if not options.prepare_only and parallel.is_main_process():
