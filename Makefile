@@ -21,6 +21,7 @@ ifeq ($(origin VENV),undefined)
 VENV := .venv
 READY := $(VENV)/.installed
 DOCS_READY := $(VENV)/.docs-installed
+TE_SOURCES := .te-sources/.installed
 endif
 BIN := $(VENV)/bin
 # A machine without a network: what is missing comes from a folder of wheels, in one command (two would overwrite each other).
@@ -52,10 +53,10 @@ docs: $(DOCS_READY)  ## this documentation and the API as a site, in build/docs
 test test-layouts test-layouts-8 test-planning fuzz test-te check test-browser test-lmms test-resilience test-cluster test-gpu-pretended: export CUDA_VISIBLE_DEVICES =
 
 # Two test processes of one thread each: oversubscribed threads make small products several times slower.
-test: $(READY) | .te-sources/.installed  ## unit and parity tests (TESTS=tests/unit for a part)
+test: $(READY) | $(TE_SOURCES)  ## unit and parity tests (TESTS=tests/unit for a part)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(TESTS)
 
-test-gpu-pretended: $(READY) | .te-sources/.installed  ## the GPU's code path of every stage, family and layout on a pretended GPU (many minutes)
+test-gpu-pretended: $(READY) | $(TE_SOURCES)  ## the GPU's code path of every stage, family and layout on a pretended GPU (many minutes)
 	PRETENDED_GPU=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/gpu
 
 test-gpu: $(READY)  ## golden folders, checkpoints and the quickstart on a real GPU, into runs/gpu/*.json (WHEELS=DIR: no network)

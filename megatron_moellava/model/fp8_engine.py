@@ -14,7 +14,7 @@ from megatron_moellava.model.configuration import FP8_RECIPES
 from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-DIRECTIONS = ("scaling_fwd", "scaling_bwd")
+DIRECTIONS = ("scaling_fwd", "scaling_bwd")  # keys of a module's `fp8_meta`
 
 
 class EngineHistories:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-DIRECTIONS = ("scaling_fwd", "scaling_bwd")  # keys of a module's `fp8_meta`
+from megatron_moellava.model.fp8_engine import DIRECTIONS
+
 PARTS = {"amax_history": 0.0, "scale": 1.0}  # what a direction has, and how Transformer Engine begins
 
 
