@@ -48,7 +48,8 @@ def start(*command: str, path: tuple[str, ...] = (str(REPO),)) -> subprocess.Com
 def results(request, tmp_path_factory):
     """(where, job) -> numbers; all jobs of one place share their imports, and all layouts one launch."""
     folder = tmp_path_factory.mktemp("pretended")
-    parameters = [getattr(getattr(item, "callspec", None), "params", {}) for item in request.session.items]
+    own = [item for item in request.session.items if item.path == request.path]
+    parameters = [getattr(getattr(item, "callspec", None), "params", {}) for item in own]
     asked = {(item["where"], item["job"]) for item in parameters if "where" in item}
     if not engine.IS_THERE:
         asked = {(where, job) for where, job in asked if where != "engine"}

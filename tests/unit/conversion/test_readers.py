@@ -60,5 +60,5 @@ def test_files_that_are_no_archive_of_torch_are_named(tmp_path):
 @pytest.mark.parametrize("name", INSTEAD)
 def test_a_folder_of_something_else_is_named_with_the_way_out(tmp_path, name):
     (tmp_path / name).write_bytes(b"{}")
-    with pytest.raises(CheckpointError, match=r"it holds .*(merge|--projector|save|convert|weights)"):
+    with pytest.raises(CheckpointError, match=r"it holds .*(merge|import|--projector|save|convert|weights)"):
         open_huggingface(tmp_path)

@@ -128,7 +128,7 @@ def test_a_changed_picture_is_in_the_shards_of_the_next_run(tmp_path):
     assert changed and {name for name in after if after[name] != before[name]} == set(changed)
 
 
-@pytest.mark.parametrize("template", ["short", "v0"])
+@pytest.mark.parametrize("template", ["phi", "v0"])
 def test_a_system_prompt_an_answer_at_the_start_and_the_order_of_pictures_survive(tmp_path, template):
     names = [f"{i}.png" for i in range(12)]
     write_images(tmp_path, names)

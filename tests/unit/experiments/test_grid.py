@@ -47,15 +47,13 @@ def test_steps_scale_shortens_every_training(tmp_path):
     assert [node.settings.get("steps") for node in chain] == [None, 5, None, 2]
 
 
-def test_shipped_grids_train_as_fast_as_the_quickstart_and_their_arms_as_long():
+def test_shipped_grids_train_at_the_quickstarts_rates_and_their_arms_as_long():
     plan = runpy.run_path(str(REPO / "examples/quickstart/run.py"))["PLAN"]
     grid = load_grid(REPO / "examples/ablations/strategy.yaml")
     chains = {cell: {node.step: node.settings for node in grid.chain(cell, 1)} for cell in grid.cells}
     staged = chains["moe-in-stage-3"]
     for stage in ("stage1", "stage2", "stage3"):
         assert staged[stage]["set"]["optimizer"]["lr"] == plan[stage]["lr"]
-    for stage in ("stage2", "stage3"):
-        assert staged[stage]["steps"] == pytest.approx(plan[stage]["steps"] / 3, rel=0.05)
     together = staged["stage2"]["steps"] + staged["stage3"]["steps"]
     assert {chains[cell]["stage3"]["steps"] for cell in ("moe-from-stage-2", "dense-one-stage")} == {together}
     assert chains["dense-continued"]["stage3"]["steps"] == staged["stage3"]["steps"]
