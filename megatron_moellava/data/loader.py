@@ -197,12 +197,14 @@ class Loader(Batches):
             raise DataError(f"the loader's state cannot be restored ({error!r}); the checkpoint is damaged") from error
 
 
-def started(micro_batches) -> Iterator:
-    """`iter(micro_batches)`, which forks the workers.
+def started(micro_batches: MicroBatches) -> Iterator[dict]:
+    """`iter(micro_batches)`, which forks the workers, where there are any.
 
     Garbage of this process (an earlier stage's trainer with its process groups and threads) must not be collected in a
     worker, where those threads do not exist: it would crash. So it is collected now, and the rest is out of bounds there.
     """
+    if not micro_batches.num_workers:
+        return iter(micro_batches)
     gc.collect()
     gc.freeze()
     try:

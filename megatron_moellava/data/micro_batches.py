@@ -30,7 +30,10 @@ class MicroBatches:
             num_workers=self.num_workers,
             multiprocessing_context="fork" if self.num_workers else None,
         )
-        for delivered in loader:
+        return self._delivered(iter(loader))  # not a generator itself: the workers are forked here, and not later
+
+    def _delivered(self, made: Iterator[dict]) -> Iterator[dict]:
+        for delivered in made:
             epoch, self.epoch, self.position = self._ahead.popleft()
             yield delivered | {"epoch": epoch}
 

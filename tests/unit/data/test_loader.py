@@ -334,6 +334,8 @@ class Garbage:
 class Forking:
     """Starts a worker that collects garbage, as any may at any time."""
 
+    num_workers = 1
+
     def __iter__(self):
         worker = os.fork()
         if not worker:

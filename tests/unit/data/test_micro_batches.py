@@ -1,10 +1,12 @@
 """Micro-batches in the order of a stream, and the position to resume at."""
 
+import gc
 import itertools
 
 import pytest
 
 from megatron_moellava.config import DataError
+from megatron_moellava.data.loader import started
 from megatron_moellava.data.micro_batches import MicroBatches
 from megatron_moellava.data.order import Stream
 
@@ -47,3 +49,18 @@ def test_the_position_is_that_of_what_was_delivered_not_of_what_is_on_its_way(nu
 def test_a_position_that_does_not_exist_is_damage(saved):
     with pytest.raises(DataError, match="cannot be restored"):
         engine().restore(saved)
+
+
+class Frozen:
+    """A pipeline that tells how many objects its process's collector leaves alone."""
+
+    def __getitem__(self, numbers):
+        return {"batch": gc.get_freeze_count(), "events": None}
+
+
+def test_workers_leave_the_garbage_of_their_parent_alone():
+    made = engine(1)
+    made.pipeline = Frozen()
+    iterator = started(made)
+    assert gc.get_freeze_count() == 0
+    assert next(iterator)["batch"] > 0
