@@ -453,6 +453,8 @@ warnings.filterwarnings("ignore", module=r"megatron\.core")
 warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated.*", category=FutureWarning)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 warnings.filterwarnings("ignore", message=".*grad attribute of a Tensor that is not a leaf.*")
+warnings.filterwarnings("ignore", message="The argument order of load has been changed")
+warnings.filterwarnings("ignore", message="Please use DTensor instead and we are deprecating ShardedTensor")
 # Its own warnings (deprecated classes, defaults it fills in) are about choices made in this package.
 for _logger in ("megatron.core", "torch.utils.cpp_extension"):
     logging.getLogger(_logger).setLevel(logging.ERROR)

@@ -102,7 +102,7 @@ def plot_curves(steps: dict, summary: dict, titles: dict, path: Path) -> None:
     left.set(
         xlabel="optimizer step", ylabel="loss per trained token", yscale="log", title="training loss (running mean)"
     )
-    left.legend()
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, fontsize="small", frameon=False)
     names = list(summary["results"])
     scores = [summary["results"][name]["accuracy"] for name in names]
     bars = right.bar([SHORT[name] for name in names], scores, color="tab:green")
@@ -110,7 +110,7 @@ def plot_curves(steps: dict, summary: dict, titles: dict, path: Path) -> None:
     right.bar_label(bars, [f"{score:.1f}" for score in scores])
     baseline = summary["question_only_baseline"]["accuracy"]
     right.axhline(baseline, color="k", linestyle="--", linewidth=1)
-    right.set(xlabel=f"dashed line: question-only baseline {baseline:.1f}", title="held-out accuracy")
+    right.set(xlabel=f"dashed line: question-only baseline {baseline:.1f}", title="held-out accuracy, easy-VQA")
     right.set(ylim=(0, 105), ylabel="held-out questions right, %")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

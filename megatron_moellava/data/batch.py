@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN, EncodedSample
 
@@ -77,7 +78,10 @@ _SMALL = ("tokens_BS", "labels_BS", "position_ids_BS", "padding_mask_BS", "cu_se
 
 def to_wire(batch: Batch) -> Batch:
     """For the way out of a worker process: torch fetches every tensor over a connection of its own, which takes longer
-    than a small one's bytes in the message. Pixels stay a tensor, in shared memory."""
+    than a small one's bytes in the message. Pixels stay a tensor, and go into shared memory here: where that is too small,
+    the thread that sends them would only print so, and the other end would wait for ever."""
+    if get_worker_info() is not None and batch.pixel_values_NCHW is not None:
+        batch.pixel_values_NCHW.share_memory_()
     small = {name: getattr(batch, name) for name in _SMALL}
     return replace(batch, **{name: value.numpy() for name, value in small.items() if value is not None})
 

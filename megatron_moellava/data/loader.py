@@ -36,13 +36,10 @@ SHARED_MEMORY_LOW = 64 * 2**20  # bytes free, as much as Docker gives a containe
 MAX_NAMED = 10  # rows named of each kind that is used all the same; further ones are only counted
 
 
-class Batches:
+class Batches(Iterator[Batch]):
     """What training asks of a loader beside batches; as it is, for batches that come from somewhere else."""
 
     num_bad = 0  # bad samples met in this epoch, on this rank
-
-    def __next__(self) -> Batch:
-        raise NotImplementedError
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps of the source; nothing by default."""
@@ -98,9 +95,6 @@ class Loader(Batches):
 
     def __del__(self):
         self.close()
-
-    def __iter__(self) -> "Loader":
-        return self
 
     def __next__(self) -> Batch:
         self.messages = []

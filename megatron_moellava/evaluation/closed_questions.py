@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from megatron_moellava import parallel
 from megatron_moellava.data import media
@@ -23,13 +22,12 @@ from megatron_moellava.data.batch import Batch, pack
 from megatron_moellava.data.encode import IGNORE_INDEX, EncodedSample
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.sample import parse_record
-from megatron_moellava.model.context_parallel import gather_positions, share
+from megatron_moellava.model.answers import token_losses
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.routing.statistics import RoutingStatistics
 from megatron_moellava.training.broadcast import broadcast_batch
-
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron_moellava.training.schedule import run_schedule
 
 ROWS_PER_STAGE = 8  # packed rows in a pipeline at a time, per stage: enough to keep it full, few enough to hold
 
@@ -74,12 +72,10 @@ def predict(
 @torch.no_grad()
 def _guesses(chunks: list[MoELlava], batches: list[tuple], encoder: Encoder) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Likeliest next token and loss of the label [S] of each batch; on the last pipeline stage, others return nothing."""
-    iterators = [iter(batches) for _ in chunks]
-    return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, encoder.tokenizer.vocab_size),
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(batches),
+    return run_schedule(
+        partial(_forward_step, encoder.tokenizer.vocab_size),
+        chunks,
+        batches,
         seq_length=encoder.max_length,
         micro_batch_size=1,
         forward_only=True,
@@ -91,16 +87,9 @@ def _forward_step(vocab_size: int, batches: Iterator[tuple[Batch, RoutingStatist
     with statistics.count(batch) if statistics else nullcontext():
         logits = model(**(model_inputs(batch) | {"labels_BS": None}))
 
-    labels_BL = share(batch.labels_BS)
-    assert labels_BL is not None
-
     def read(logits_BLV: torch.Tensor):
-        logits_LV, labels_L = logits_BLV[0], labels_BL[0]
-        answer_L = labels_L != IGNORE_INDEX  # few of the positions: their logits alone become fp32
-        losses_L = torch.zeros_like(labels_L, dtype=torch.float32)
-        losses_L[answer_L] = F.cross_entropy(logits_LV[answer_L].float(), labels_L[answer_L], reduction="none")
-        guesses_L = logits_LV[:, :vocab_size].argmax(dim=-1)  # the model may have rows that no token stands for
-        return torch.zeros(1), tuple(gather_positions(part_L).cpu() for part_L in (guesses_L, losses_L))
+        losses_BS, guesses_BS = token_losses(batch.labels_BS, logits_BLV, vocab_size)
+        return torch.zeros(1), (guesses_BS[0].cpu(), losses_BS[0].cpu())
 
     return logits, read
 

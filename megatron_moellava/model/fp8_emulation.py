@@ -217,6 +217,9 @@ class Emulation:
         for scaling, part in zip(self.scalings, parts, strict=True):
             scaling.advance(part.view_as(scaling.seen_KE))
 
+    def keep(self) -> None:
+        """Before a step: nothing is to be kept, since only `advance` moves the histories."""
+
     def forget(self) -> None:
         """After a step that was skipped: what it saw, perhaps infinities, must not reach the histories."""
         for scaling in self.scalings:

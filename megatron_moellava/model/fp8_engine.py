@@ -2,10 +2,12 @@
 
 Transformer Engine itself keeps them in a pickle beside the weights ("extra state") and refuses to read one back. Here they
 are plain tensors of the rank, as those of the emulation on a CPU are (`fp8_emulation.py`), and a resumed run rounds as it
-would have.
+would have. It moves them while a step is computed, so they are kept before each step and brought back when the step is
+skipped: an infinity in a history of 1,024 steps would set the scale of a thousand more.
 """
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 
@@ -15,6 +17,7 @@ from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 DIRECTIONS = ("scaling_fwd", "scaling_bwd")  # keys of a module's `fp8_meta`
+PARTS = {"amax_history": 0.0, "scale": 1.0}  # what a direction has, and how Transformer Engine begins
 
 
 class EngineHistories:
@@ -22,15 +25,34 @@ class EngineHistories:
 
     def __init__(self, chunks: list, config: TransformerConfig):
         self.config = config
-        self.modules = [
-            module for chunk in chunks for module in chunk.modules() if hasattr(module, "reset_fp8_meta_tensors")
-        ]
+        self.modules: list = [module for chunk in chunks for module in chunk.modules() if hasattr(module, "fp8_meta")]
+        self.kept: dict[tuple[int, str, str], torch.Tensor] = {}
+
+    def _tensors(self) -> Iterator[tuple[tuple[int, str, str], torch.Tensor]]:
+        for number, module in enumerate(self.modules):
+            for direction in DIRECTIONS:
+                state = module.fp8_meta.get(direction)
+                if hasattr(state, "amax_history"):
+                    yield from (((number, direction, part), getattr(state, part)) for part in PARTS)
+
+    def keep(self) -> None:
+        """Before a step: remember them as they are; copies on the device, without waiting for it."""
+        now = dict(self._tensors())
+        if self.kept.keys() != now.keys():  # they come into being in a module's first pass
+            self.kept = {key: torch.empty_like(tensor) for key, tensor in now.items()}
+        if now:
+            torch._foreach_copy_([self.kept[key] for key in now], list(now.values()))
 
     def advance(self) -> None:
         """After an optimizer step: nothing is left to do."""
 
     def forget(self) -> None:
-        """After a step that was skipped: training/fp8_histories.py has brought back what it moved."""
+        """Bring back what was kept last, in place: Transformer Engine holds on to its tensors. What is newer begins anew."""
+        for key, tensor in self._tensors():
+            if key in self.kept:
+                tensor.copy_(self.kept[key])
+            else:
+                tensor.fill_(PARTS[key[2]])
 
     def state(self) -> list[torch.Tensor]:
         """For a checkpoint of this rank: scales and history of both directions of each module, empty where it has none."""

@@ -19,12 +19,12 @@ from megatron_moellava.config import DataError, RunConfig
 from megatron_moellava.data.batch import Batch, from_wire
 from megatron_moellava.data.encode import IGNORE_INDEX
 from megatron_moellava.data.loader import Loader
-from megatron_moellava.model.context_parallel import gather_positions, share
+from megatron_moellava.model.answers import token_losses
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.training.broadcast import broadcast_batch
+from megatron_moellava.training.schedule import run_schedule
 
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 SHORT_ANSWER = 8  # tokens, the end of the answer among them: of a closed question, whose answer is right or wrong
@@ -57,11 +57,13 @@ class HeldOut:
         """`loaders` by the name of their source, on the processes that read data; None elsewhere. Collective."""
         self.run, self.loaders = run, loaders
         self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
-        counted = {name: loader.rows_per_epoch() for name, loader in loaders.items()} if loaders is not None else None
-        box = [counted]
+        box: list = [None]
+        if loaders is not None:
+            (vocab_size,) = {loader.micro_batches.pipeline.encoder.tokenizer.vocab_size for loader in loaders.values()}
+            box = [(vocab_size, {name: loader.rows_per_epoch() for name, loader in loaders.items()})]
         dist.broadcast_object_list(box, src=0)  # the first process reads data
-        assert box[0] is not None
-        self.steps = {name: self._steps(items) for name, items in box[0].items()}
+        self.vocab_size, rows = box[0]
+        self.steps = {name: self._steps(items) for name, items in rows.items()}
 
     def _steps(self, items: int) -> int:
         """Batches of `global_batch_size` rows that a source fills."""
@@ -78,7 +80,15 @@ class HeldOut:
         sums_4 = torch.zeros(4, dtype=torch.float64)
         for _ in range(self.steps[name]):
             batches = [broadcast_batch(batch) for batch in self._read(name, reader)]
-            for found_4 in self._forward(wrapped, batches):
+            found = run_schedule(
+                partial(_forward_step, self.vocab_size),
+                wrapped,
+                batches,
+                seq_length=self.run.data.seq_length,
+                micro_batch_size=self.run.training.micro_batch_size,
+                forward_only=True,
+            )
+            for found_4 in found:
                 sums_4 += found_4.cpu()
         if not _speaks_for_its_replicas():
             sums_4.zero_()
@@ -128,18 +138,6 @@ class HeldOut:
                 raise DataError(f"{message} ({reason}); validation reads every row, so mend it or leave it out")
             yield _counting(from_wire(delivered["batch"]), max(0, min(size, len(items) - start)))
 
-    def _forward(self, wrapped: list[torch.nn.Module], batches: list[Batch]) -> list[torch.Tensor]:
-        iterators = [iter(batches) for _ in wrapped]
-        return get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=wrapped,
-            num_microbatches=len(batches),
-            seq_length=self.run.data.seq_length,
-            micro_batch_size=self.run.training.micro_batch_size,
-            forward_only=True,
-        )
-
 
 @contextlib.contextmanager
 def _undisturbed(wrapped: list[torch.nn.Module]) -> Iterator[None]:
@@ -165,36 +163,27 @@ def _counting(batch: Batch, rows: int) -> Batch:
     return replace(batch, labels_BS=labels_BS)
 
 
-def _forward_step(batches: Iterator[Batch], model):
+def _forward_step(vocab_size: int, batches: Iterator[Batch], model):
     batch = next(batches)
-    return model(**(model_inputs(batch) | {"labels_BS": None})), partial(_read_logits, batch.labels_BS)
+
+    def read(logits_BLV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        losses_BS, guesses_BS = token_losses(batch.labels_BS, logits_BLV, vocab_size)
+        is_right_BS = guesses_BS == batch.labels_BS
+        return losses_BS.new_zeros(1), answer_sums(losses_BS, is_right_BS, batch.labels_BS != IGNORE_INDEX)
+
+    return model(**(model_inputs(batch) | {"labels_BS": None})), read
 
 
-def _read_logits(labels_BS: torch.Tensor, logits_BLV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(nothing for the schedule, `answer_sums`)"""
-    labels_BL = share(labels_BS)
-    is_answer_BL = labels_BL != IGNORE_INDEX
-    losses_BL = torch.zeros_like(labels_BL, dtype=torch.float32)
-    losses_BL[is_answer_BL] = F.cross_entropy(
-        logits_BLV[is_answer_BL].float(), labels_BL[is_answer_BL], reduction="none"
-    )
-    right_BL = (logits_BLV.argmax(dim=-1) == labels_BL).float()
-    losses_BS, right_BS = (
-        gather_positions(item_BL.transpose(0, 1)).transpose(0, 1) for item_BL in (losses_BL, right_BL)
-    )
-    return losses_BS.new_zeros(1), answer_sums(losses_BS, right_BS, labels_BS != IGNORE_INDEX)
-
-
-def answer_sums(losses_BS: torch.Tensor, right_BS: torch.Tensor, is_answer_BS: torch.Tensor) -> torch.Tensor:
+def answer_sums(losses_BS: torch.Tensor, is_right_BS: torch.Tensor, is_answer_BS: torch.Tensor) -> torch.Tensor:
     """fp64 [4]: sum of the losses, tokens, short answers all of whose tokens are right, short answers.
 
-    >>> is_answer [0 1 1 0 1], right [0 1 1 0 0] -> two short answers, of which one is right
+    >>> is_answer [0 1 1 0 1], is_right [0 1 1 0 0] -> two short answers, of which one is right
     """
     starts_BS = is_answer_BS & ~F.pad(is_answer_BS[:, :-1], (1, 0))
     answer_N = starts_BS.flatten().cumsum(0)[is_answer_BS.flatten()] - 1  # whose token it is
     most = is_answer_BS.numel()
     length_A = torch.bincount(answer_N, minlength=most)
-    right_A = torch.bincount(answer_N, weights=right_BS[is_answer_BS].double(), minlength=most)
+    right_A = torch.bincount(answer_N, weights=is_right_BS[is_answer_BS].double(), minlength=most)
     is_short_A = (length_A > 0) & (length_A <= SHORT_ANSWER)
     counts = [is_answer_BS.sum(), (is_short_A & (right_A == length_A)).sum(), is_short_A.sum()]
     return torch.stack([losses_BS.double().sum(), *(count.double() for count in counts)])

@@ -37,7 +37,6 @@ from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.first_gradients import FirstGradients, require_trained
-from megatron_moellava.training.fp8_histories import Fp8Histories
 from megatron_moellava.training.held_out import HeldOut
 from megatron_moellava.training.loss_scale import share_loss_scale
 from megatron_moellava.training.max_activations import MaxActivations
@@ -52,6 +51,7 @@ from megatron_moellava.training.optimizer import (
     rate_after,
     wrap_data_parallel,
 )
+from megatron_moellava.training.schedule import run_schedule
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.throughput import Throughput
 from megatron_moellava.training.watchdog import Watchdog
@@ -59,7 +59,6 @@ from megatron_moellava.validation.checkpoints import check_resumable
 
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 BEST = "best"  # folder below checkpoint.save
 NO_GRADIENT = (
@@ -103,7 +102,6 @@ class Trainer:
         self._configure_schedules()
         self.update = Update(self.optimizer, self.loss_scale)
         self.expert_biases = ExpertBiases(self.chunks)
-        self.fp8_histories = Fp8Histories(self.chunks)
         self.first_gradients: FirstGradients | None = FirstGradients(self.chunks)
         self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
         title = f"stage {run.training.stage}"
@@ -291,7 +289,8 @@ class Trainer:
         for wrapped in self.wrapped:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self.fp8_histories.keep()
+        if self.fp8 is not None:
+            self.fp8.keep()
         self.stragglers.begin()
         self._at("forward and backward pass")
         with self.max_activations.watch() if self._records_activations() else nullcontext():
@@ -342,7 +341,6 @@ class Trainer:
             self.scheduler.step(increment=1)
         else:
             self.expert_biases.restore()
-            self.fp8_histories.restore()
         if self.fp8 is not None:
             self.fp8.advance() if applied else self.fp8.forget()
 
@@ -401,12 +399,10 @@ class Trainer:
 
     def _forward_backward(self, batches: list[Batch], loss_tokens: int) -> list[torch.Tensor]:
         scale = self.num_microbatches * parallel.data_parallel_size() / max(loss_tokens, 1)
-        iterators = [iter(batches) for _ in self.wrapped]
-        return get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, scale=scale),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.wrapped,
-            num_microbatches=self.num_microbatches,
+        return run_schedule(
+            partial(self._forward_step, scale=scale),
+            self.wrapped,
+            batches,
             seq_length=self.run.data.seq_length,
             micro_batch_size=self.run.training.micro_batch_size,
             forward_only=False,
@@ -517,6 +513,8 @@ class Trainer:
         self._finish_save()
         self._at("validating")
         self.gather_parameters()
+        if self.fp8 is not None:
+            self.fp8.keep()
         scores = held_out(self.wrapped)
         if self.fp8 is not None:
             self.fp8.forget()

@@ -33,6 +33,10 @@ SHARED_TESTS = {
         [f"data/{name}" for name in ("byte_tokenizer", "llama_tokenizer", "tiktoken_ranks", "tokenizer_files")],
     ),
     "tests/unit/data/test_templates.py": ("the original's labels beside ours, template by template", ["data/original"]),
+    "tests/unit/training/test_loop.py": (
+        "one call of Megatron-Core's schedules, which every step of a run makes",
+        ["training/schedule"],
+    ),
     "tests/unit/experiments/test_nodes.py": ("a chain of stages, trained", ["experiments/stage"]),
     "tests/parity/test_hf_conversion.py": ("runs inside transformers", ["conversion/modeling_moe_llava"]),
     "tests/parity/test_golden.py": (

@@ -61,6 +61,17 @@ def score_existence(rows: Sequence[Row]) -> dict:
     return {"count": len(rows), "yes": counts["yes"], "no": counts["no"], "unclear": unclear, **confusion.percent()}
 
 
+def rows_by_type(predictions: Iterable[Row]) -> tuple[list[Row], dict[str, list[Row]]]:
+    """(all rows, those of each type by its name, in order). Raises DataError without rows."""
+    rows = list(predictions)
+    if not rows:
+        raise DataError("predictions is empty: nothing to score; check the question file and the run that wrote it")
+    by_type: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_type[str(row["type"])].append(row)
+    return rows, dict(sorted(by_type.items()))
+
+
 def score_quickstart(predictions: Iterable[Row]) -> dict:
     """Rows with `question`, `answer`, `type`, `prediction` -> accuracy over all and per type, and existence scores.
 
@@ -68,18 +79,13 @@ def score_quickstart(predictions: Iterable[Row]) -> dict:
     existence types}}, "existence": {"f1", "accuracy", "precision", "recall", "yes_ratio", ...}, None if none is asked}.
     Raises DataError without rows.
     """
-    rows = list(predictions)
-    if not rows:
-        raise DataError("predictions is empty: nothing to score; check the question file and the run that wrote it")
-    by_type: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_type[str(row["type"])].append(row)
+    rows, by_type = rows_by_type(predictions)
     existence = [row for row in rows if is_existence(row["type"])]
     return {
         "count": len(rows),
         "accuracy": _percent(rows),
         "standard_error": standard_error(rows),
-        "types": {name: _score_type(name, part) for name, part in sorted(by_type.items())},
+        "types": {name: _score_type(name, part) for name, part in by_type.items()},
         "existence": score_existence(existence) if existence else None,
     }
 

@@ -6,13 +6,10 @@ also count what is half known: the name of one of 1,024 equally likely things wo
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from megatron_moellava.config import DataError
-from megatron_moellava.evaluation.quickstart.metrics import normalise, standard_error
-
-Row = Mapping[str, object]
+from megatron_moellava.evaluation.quickstart.metrics import Row, normalise, rows_by_type, standard_error
 
 
 def score_names(predictions: Iterable[Row]) -> dict:
@@ -21,13 +18,8 @@ def score_names(predictions: Iterable[Row]) -> dict:
 
     Raises DataError without rows.
     """
-    rows = list(predictions)
-    if not rows:
-        raise DataError("predictions is empty: nothing to score; check the question file and the run that wrote it")
-    by_type: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_type[str(row["type"])].append(row)
-    return _score(rows) | {"types": {name: _score(part) for name, part in sorted(by_type.items())}}
+    rows, by_type = rows_by_type(predictions)
+    return _score(rows) | {"types": {name: _score(part) for name, part in by_type.items()}}
 
 
 def _score(rows: Sequence[Row]) -> dict:

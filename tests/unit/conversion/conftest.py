@@ -1,4 +1,6 @@
-"""A converted model that several tests start from."""
+"""Converted models that several tests start from."""
+
+from pathlib import Path
 
 import pytest
 
@@ -14,3 +16,12 @@ def dense(request, tmp_path_factory):
     source = write_folder(folder / "source", state, original_config(request.param, "dense"))
     import_checkpoint(source, save=folder / "dense", tower=str(TOWER))
     return folder / "dense", state
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory) -> Path:
+    """A dense Llama as released, as a Megatron checkpoint. Tests that change it copy it first."""
+    folder = tmp_path_factory.mktemp("imported")
+    source = write_folder(folder / "source", original_state("llama", "dense"), original_config("llama", "dense"))
+    import_checkpoint(source, save=folder / "run", tower=str(TOWER))
+    return folder / "run"

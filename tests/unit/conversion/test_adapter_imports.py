@@ -12,20 +12,11 @@ from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion.adapter_exports import export_adapter
 from megatron_moellava.conversion.adapter_imports import BESIDE, import_adapter
-from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.conversion.merge import merge_adapter
-from tests.helpers.conversion_models import TOWER, original_config, original_state, read, write_folder
+from tests.helpers.conversion_models import original_state, read
 
 RANK, LAYER = 2, "base_model.model.model.layers.0"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    source = write_folder(folder / "source", original_state("llama", "dense"), original_config("llama", "dense"))
-    import_checkpoint(source, save=folder / "run", tower=str(TOWER))
-    return folder / "run"
 
 
 def adapter(folder: Path, extra: dict | None = None, **config) -> Path:
@@ -50,13 +41,13 @@ def adapter(folder: Path, extra: dict | None = None, **config) -> Path:
     return folder
 
 
-def test_what_an_adapter_leaves_out_stays_as_it_is(tmp_path, base):
-    report = import_adapter(adapter(tmp_path / "in"), base=base, save=tmp_path / "run")
+def test_what_an_adapter_leaves_out_stays_as_it_is(tmp_path, imported):
+    report = import_adapter(adapter(tmp_path / "in"), base=imported, save=tmp_path / "run")
     assert report["lora"].targets == ("attention",) and report["lora"].scale == 2.0
     described = read_description(require_checkpoint(tmp_path / "run"))
-    assert described.adapter["base"]["seal"] == read_description(require_checkpoint(base)).checksum
+    assert described.adapter["base"]["seal"] == read_description(require_checkpoint(imported)).checksum
     merge_adapter(tmp_path / "run", save=tmp_path / "merged")
-    before, after = (open_checkpoint(folder).tensors for folder in (base, tmp_path / "merged"))
+    before, after = (open_checkpoint(folder).tensors for folder in (imported, tmp_path / "merged"))
     changed = {name for name, tensor in before.items() if not torch.equal(read(tensor), read(after[name]))}
     assert changed == {"language_model.decoder.layers.0.self_attention.linear_qkv.weight"}
     export_adapter(tmp_path / "run", save=tmp_path / "out")
@@ -66,16 +57,16 @@ def test_what_an_adapter_leaves_out_stays_as_it_is(tmp_path, base):
     assert not any(value.any() for name, value in there.items() if name not in given)
 
 
-def test_what_llava_trains_whole_lies_beside_its_adapter(tmp_path, base):
+def test_what_llava_trains_whole_lies_beside_its_adapter(tmp_path, imported):
     folder = adapter(tmp_path / "in")
-    before = open_checkpoint(base).tensors["projector.linear_fc1.bias"]
+    before = open_checkpoint(imported).tensors["projector.linear_fc1.bias"]
     trained = torch.arange(before.numel, dtype=torch.float)
     state = original_state("llama", "dense")
     names = [name for name in state if "mm_projector" in name]
     values = {f"base_model.model.{name}": state[name].float() for name in names}
     (bias,) = (name for name in values if name.endswith("spatial_proj.0.bias"))
     torch.save(values | {bias: trained}, folder / BESIDE)
-    import_adapter(folder, base=base, save=tmp_path / "run")
+    import_adapter(folder, base=imported, save=tmp_path / "run")
     assert torch.equal(
         read(open_checkpoint(tmp_path / "run", adapter=True).tensors["projector.linear_fc1.bias"]), trained
     )
@@ -90,9 +81,9 @@ def test_what_llava_trains_whole_lies_beside_its_adapter(tmp_path, base):
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
     ],
 )
-def test_another_kind_of_adapter_is_refused(tmp_path, base, config, message):
+def test_another_kind_of_adapter_is_refused(tmp_path, imported, config, message):
     with pytest.raises(ConfigError, match=r"adapter_config\.json") as error:
-        import_adapter(adapter(tmp_path / "in", **config), base=base, save=tmp_path / "run")
+        import_adapter(adapter(tmp_path / "in", **config), base=imported, save=tmp_path / "run")
     assert message in str(error.value) and not (tmp_path / "run").exists()
 
 
@@ -103,16 +94,16 @@ def test_another_kind_of_adapter_is_refused(tmp_path, base, config, message):
         (f"{LAYER}.mlp.up_proj.lora_A.weight", (RANK, 8), "up_proj.lora_A.weight: shape [2, 8], expected"),
     ],
 )
-def test_an_adapter_of_another_model_is_refused(tmp_path, base, name, shape, message):
+def test_an_adapter_of_another_model_is_refused(tmp_path, imported, name, shape, message):
     with pytest.raises(CheckpointError) as error:
-        import_adapter(adapter(tmp_path / "in", {name: torch.ones(shape)}), base=base, save=tmp_path / "run")
+        import_adapter(adapter(tmp_path / "in", {name: torch.ones(shape)}), base=imported, save=tmp_path / "run")
     assert message in str(error.value) and not (tmp_path / "run").exists()
 
 
-def test_a_folder_without_an_adapter_is_named(tmp_path, base):
+def test_a_folder_without_an_adapter_is_named(tmp_path, imported):
     with pytest.raises(CheckpointError, match=r"has no adapter_config\.json"):
-        import_adapter(tmp_path, base=base, save=tmp_path / "run")
+        import_adapter(tmp_path, base=imported, save=tmp_path / "run")
     folder = adapter(tmp_path / "in")
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="holds neither of"):
-        import_adapter(folder, base=base, save=tmp_path / "run")
+        import_adapter(folder, base=imported, save=tmp_path / "run")

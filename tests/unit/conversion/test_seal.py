@@ -11,18 +11,8 @@ from megatron_moellava.checkpoint.folders import RUN_FILE
 from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
 from megatron_moellava.checkpoint.verification import verify_checkpoint
 from megatron_moellava.config import CheckpointError
-from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.conversion.seal import seal_checkpoint
-from tests.helpers.conversion_models import TOWER, original_config, original_state, write_folder
 from tests.helpers.damage import TORN, flip, forget_digests, largest
-
-
-@pytest.fixture(scope="module")
-def imported(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("imported")
-    source = write_folder(folder / "source", original_state("llama", "dense"), original_config("llama", "dense"))
-    import_checkpoint(source, save=folder / "run", tower=str(TOWER))
-    return folder / "run"
 
 
 @pytest.fixture

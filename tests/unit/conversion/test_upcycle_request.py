@@ -51,9 +51,12 @@ def test_what_cannot_be_is_refused_before_anything_is_read(dense, tmp_path):
 
 def test_a_shared_expert_beside_narrow_ones_is_a_copy_of_the_first(dense, tmp_path):
     folder, state = dense
-    if "model.layers.0.mlp.gate_proj.weight" not in state:
-        pytest.skip("Megatron-Core's shared experts have no biases")
     upcycle_checkpoint(folder, save=tmp_path / "narrow", moe=asked(folder, granularity=4))
+    if "model.layers.0.mlp.fc1.bias" in state:
+        with pytest.raises(ConfigError, match=r"shared expert: the MLPs of .* have biases"):
+            moe = asked(tmp_path / "narrow", num_experts=16, shared_expert=True)
+            upcycle_checkpoint(tmp_path / "narrow", save=tmp_path / "shared", moe=moe)
+        return
     moe = asked(tmp_path / "narrow", num_experts=16, shared_expert=True)
     assert moe.moe_shared_expert_intermediate_size == moe.moe_ffn_hidden_size
     upcycle_checkpoint(tmp_path / "narrow", save=tmp_path / "shared", moe=moe)

@@ -65,12 +65,14 @@ def by_role(layout: Layout, *ranks: int) -> Counter:
     return count
 
 
-@pytest.mark.parametrize("kind", EXPERTS)
-@pytest.mark.parametrize("name", TINY)
+BUILT = [  # Megatron-Core's shared experts have no biases; validation refuses them
+    (name, kind) for name in TINY for kind in EXPERTS if kind != "shared" or not get_backbone(name).add_bias_linear
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), BUILT)
 def test_counts_are_those_of_the_built_model(name, kind):
     layout = layout_of(name, EXPERTS[kind])
-    if kind == "shared" and layout.backbone.add_bias_linear:
-        pytest.skip("Megatron-Core's shared experts have no biases")
     counted = built(layout)
     assert whole_parameters(layout.model) == counted
     assert by_role(layout, 0) == counted

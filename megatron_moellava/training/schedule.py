@@ -1,0 +1,32 @@
+"""Batches through the model by Megatron-Core's schedules, whatever the pipeline."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+
+def run_schedule(
+    step: Callable,
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence,
+    *,
+    seq_length: int,
+    micro_batch_size: int,
+    forward_only: bool,
+) -> list:
+    """What the loss function of `step(iterator, chunk)` returned second, for each batch, on the last pipeline stage.
+
+    Every rank of a pipeline calls it with equally many batches; other stages get an empty list.
+    """
+    iterators = [iter(batches) for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=list(chunks),
+        num_microbatches=len(batches),
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
