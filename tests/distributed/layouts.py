@@ -112,6 +112,7 @@ MODELS = {
     "muon": Model(moe=MOE, run=MUON),
     "muon-phi": Model(backbone="phi-2-tiny", moe=MOE, run=MUON),
     "muon-stage3": Model(moe=MOE, roles=None, run=MUON | {"training.stage": 3}),
+    "muon-stage1": Model(roles=None, run=MUON | {"training.stage": 1}),
     "muon-bf16": Model(moe=MOE, run=MUON | {"training.precision": "bf16"}),
     "average": Model(moe=MOE, run={"optimizer.ema_decay": 0.3}),
     "bf16": Model(moe=MOE, run={"training.precision": "bf16"}),
@@ -334,7 +335,7 @@ MUON_LAYOUTS = [
     *_layouts("muon", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("muon muon-bf16", "ep2", 2, ep=2),
     *_layouts("muon", "pp2-vpp2", 2, pp=2, vpp=2),
-    *_layouts("muon-stage3", "pp2", 2, pp=2),
+    *_layouts("muon-stage1 muon-stage3", "pp2", 2, pp=2),  # stage 1: the second rank trains nothing
     *_layouts("muon", "cp2-overlap-grads", 2, cp=2, overlap_grads=True),
     *_layouts("muon", "dp2-tp2-ep2", 4, tp=2, ep=2),
 ]
@@ -380,5 +381,6 @@ MUON_CONTINUATIONS = [
     ("muon:ep2", "muon:tp2-etp2"),
     ("muon:tp2-etp2", "muon:pp2-vpp2"),
     ("muon:dp2", "muon:one"),
+    ("muon-stage1:pp2", "muon-stage1:one"),
 ]
 SOURCES = {source for source, _ in [*CONTINUATIONS, *MUON_CONTINUATIONS]} | {"llama-dense:one", "llama:one"}
