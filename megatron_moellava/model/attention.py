@@ -121,9 +121,12 @@ class SdpaCoreAttention(MegatronModule):
         rows [0 1 2] and [3 4 4] of the packed row, of which position (1, 2) is thrown away.
         """
         rows_NS, places_T = segment_rows(packed.cu_seqlens_q, packed.max_seqlen_q, query_TBHD.shape[0])
-        query, key, value = (item.squeeze(1)[rows_NS].transpose(1, 2) for item in (query_TBHD, key_TBGD, value_TBGD))
+        query, key, value = (
+            _Spread.apply(item.squeeze(1), rows_NS, places_T).transpose(1, 2)
+            for item in (query_TBHD, key_TBGD, value_TBGD)
+        )
         context_NSHD = self._attend_short(query, key, value).transpose(1, 2)
-        return context_NSHD.flatten(0, 1)[places_T].flatten(1).unsqueeze(1)
+        return _Gathered.apply(context_NSHD.flatten(0, 1), places_T).flatten(1).unsqueeze(1)
 
     def _share_of_row(self, query_LBHD, key_LBGD, value_LBGD, packed: PackedRow | None) -> torch.Tensor:
         """Causal attention of this rank's positions to the whole row, sample by sample (`context_parallel.py`)."""
@@ -139,6 +142,39 @@ class SdpaCoreAttention(MegatronModule):
             mask = None if is_whole else causal_mask(query.shape[2], key.shape[2], query.device)
             parts.append(self._attend(query, key, value, mask, is_causal=is_whole).permute(2, 0, 1, 3))
         return torch.cat(parts).flatten(2)
+
+
+class _Spread(torch.autograd.Function):
+    """Packed row [T, ...] -> samples [N, S, ...]; its backward only copies, where an index would add up.
+
+    Right for causal attention alone: what pads a sample is seen by no token, so its gradient is zero.
+    """
+
+    @staticmethod
+    def forward(ctx, row_T, rows_NS, places_T):
+        ctx.save_for_backward(places_T)
+        return row_T.index_select(0, rows_NS.flatten()).unflatten(0, rows_NS.shape)
+
+    @staticmethod
+    def backward(ctx, grad_NS):
+        (places_T,) = ctx.saved_tensors
+        return grad_NS.flatten(0, 1).index_select(0, places_T), None, None
+
+
+class _Gathered(torch.autograd.Function):
+    """Padded samples [N * S, ...] -> the packed row [T, ...]; every place is read at most once."""
+
+    @staticmethod
+    def forward(ctx, padded_P, places_T):
+        ctx.save_for_backward(places_T)
+        ctx.padded = padded_P.shape[0]
+        return padded_P.index_select(0, places_T)
+
+    @staticmethod
+    def backward(ctx, grad_T):
+        (places_T,) = ctx.saved_tensors
+        padded_P = grad_T.new_zeros(ctx.padded, *grad_T.shape[1:])
+        return padded_P.index_copy_(0, places_T, grad_T), None
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:
