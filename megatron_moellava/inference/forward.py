@@ -4,7 +4,6 @@ All ranks of a model-parallel group call it with the same step. Shapes: T tokens
 rows of logits (one for each prompt and each single token), V vocabulary.
 """
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,7 +45,8 @@ class Forward:
         self.cache.begin(step)
         embeddings_T1D = None
         if parallel.is_first_stage():
-            parts = [*self._embed_prompts(prompts), *self._embed_tokens(tokens, has_images)]
+            starts = [past.length if past else 0 for _, _, past in step.prompts_with_pasts()]
+            parts = [*self._embed_prompts(prompts, starts), *self._embed_tokens(tokens, has_images)]
             embeddings_T1D = torch.cat(parts, dim=0)
         else:
             self._receive(len(step.positions_T))
@@ -60,15 +60,16 @@ class Forward:
         dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
         return None
 
-    def _embed_prompts(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
-        """Embeddings [T, 1, D] of each prompt."""
-        images = [_images(prompt) for prompt in prompts]
+    def _embed_prompts(self, prompts: Sequence[Prompt], starts: Sequence[int]) -> list[torch.Tensor]:
+        """Embeddings [T, 1, D] of each prompt from its start on."""
+        images = [prompt.images(start) for prompt, start in zip(prompts, starts, strict=True)]
         self._encode({digest: tiles_NCHW for own in images for digest, tiles_NCHW in own})
         embedded = []
-        for prompt, own in zip(prompts, images, strict=True):
-            tokens_1T = torch.tensor([prompt.tokens], device=platform.device())
+        for prompt, start, own in zip(prompts, starts, images, strict=True):
+            tokens_1T = torch.tensor([prompt.tokens[start:]], device=platform.device())
             features = [self.features[digest] for digest, _ in own]
-            embedded.append(self.model.embed(tokens_1T, None, torch.cat(features) if features else None))
+            features_NFD = torch.cat(features) if features else None
+            embedded.append(self.model.embed(tokens_1T, None, features_NFD, has_images=bool(prompt.tiles)))
         while len(self.features) > REMEMBERED_IMAGES:
             self.features.popitem(last=False)
         return embedded
@@ -102,9 +103,3 @@ class Forward:
         hidden_T1D = torch.empty(count, 1, config.hidden_size, dtype=config.params_dtype, device=platform.device())
         dist.recv(hidden_T1D, src=parallel_state.get_pipeline_model_parallel_prev_rank())
         self.model.set_input_tensor(hidden_T1D)
-
-
-def _images(prompt: Prompt) -> list[tuple[bytes, torch.Tensor]]:
-    """(digest, tiles [N, C, H, W]) of each image."""
-    parts = prompt.pixels_NCHW.split(prompt.tiles) if prompt.tiles else ()
-    return [(hashlib.sha256(tiles_NCHW.numpy().tobytes()).digest(), tiles_NCHW) for tiles_NCHW in parts]

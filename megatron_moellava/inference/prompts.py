@@ -1,6 +1,7 @@
 """A request -> tokens with room for its images, and their pixels, by the code that training uses."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,6 +25,25 @@ class Prompt:
     tokens: list[int]  # every visual token is an IMAGE_TOKEN
     pixels_NCHW: torch.Tensor  # the tiles of all images; N may be 0
     tiles: tuple[int, ...]  # of each image
+    digests: tuple[bytes, ...] = field(init=False)  # of each image's pixels
+
+    def __post_init__(self) -> None:
+        parts = self.pixels_NCHW.split(self.tiles) if self.tiles else ()
+        digests = tuple(hashlib.sha256(tiles_NCHW.numpy().tobytes()).digest() for tiles_NCHW in parts)
+        object.__setattr__(self, "digests", digests)
+
+    def images(self, start: int = 0) -> list[tuple[bytes, torch.Tensor]]:
+        """(digest, tiles [N, C, H, W]) of each image whose visual tokens do not come before position `start`."""
+        if not self.tiles:
+            return []
+        width = self.tokens.count(IMAGE_TOKEN) // sum(self.tiles)
+        before, rest = divmod(self.tokens[:start].count(IMAGE_TOKEN), width)
+        first = 0
+        while before > 0:
+            before, first = before - self.tiles[first], first + 1
+        assert before == rest == 0, "a prompt is not cut within a picture"
+        parts = self.pixels_NCHW.split(self.tiles)
+        return list(zip(self.digests, parts, strict=True))[first:]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,19 @@ from tests.helpers.inference_models import ask, mixed_requests
 
 
 def requests_of_the_test():
-    return [*mixed_requests(), ask(7, num_beams=3, max_new_tokens=5)]
+    several = ask(8, "Several?", n=3, temperature=1.3, seed=5, logprobs=3, max_new_tokens=5)
+    return [*mixed_requests(), ask(7, num_beams=3, max_new_tokens=5), several]
+
+
+def answers_of(engine, requests) -> dict:
+    """Tokens of each answer, and what is known of their probabilities."""
+    return {
+        f"{item.request_id} {item.index}": [
+            list(item.tokens),
+            [[one.logprob, *(value for _, value in one.top)] for one in item.logprobs],
+        ]
+        for item in engine.generate(requests)
+    }
 
 
 def main() -> None:
@@ -24,7 +36,7 @@ def main() -> None:
     share = requests_of_the_test()
     if not job["replicated"]:
         share = share[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
-    answers = {completion.request_id: completion.tokens for completion in engine.generate(share)}
+    answers = answers_of(engine, share)
     out.mkdir(exist_ok=True)
     (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(answers))
     dist.barrier()

@@ -114,3 +114,13 @@ def mixed_requests() -> list[Request]:
         ask(3, "Compare both.", images=2, max_new_tokens=8),
         Request(id="r4", turns=conversation, images=(picture(5), picture(9)), sampling=Sampling(max_new_tokens=7)),
     ]
+
+
+@torch.no_grad()
+def uncached(engine, request, tokens) -> torch.Tensor:
+    """Logits [T, V] for each of the answer's tokens, from one forward pass over everything."""
+    prompt = engine.prompter(request)
+    tokens_1S = torch.tensor([[*prompt.tokens, *tokens[:-1]]])
+    position_ids_1S = torch.arange(tokens_1S.shape[1])[None]
+    logits_1SV = engine.model(tokens_1S, position_ids_1S, pixels_NCHW=prompt.pixels_NCHW)
+    return logits_1SV[0, len(prompt.tokens) - 1 :, : engine.prompter.tokenizer.vocab_size]
