@@ -27,6 +27,18 @@ LORA = {
     "training.lora.targets": ["attention", "ffn", "experts", "router", "projector", "tower"],
 }
 LORA_SHARED = {"training.lora.rank": 4, "training.lora.alpha": 4.0, "training.lora.shared_outer": True}
+RATES = {
+    "optimizer.lr_decay_style": "WSD",
+    "optimizer.lr_wsd_decay_style": "linear",
+    "optimizer.lr_wsd_decay_iters": 2,
+    "optimizer.roles": {
+        "tower": {"lr": 1e-3},
+        "projector": {"lr": 2e-3, "weight_decay": 0.0},
+        "language": {"weight_decay": 0.2},
+        "experts": {"lr": 4e-3, "min_lr": 2e-3},
+        "router": {"lr": 5e-3, "weight_decay": 0.3},
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +105,8 @@ MODELS = {
     "lora-phi": Model(backbone="phi-2-tiny", moe=MOE, roles=[], run=LORA, rows="padded"),
     "lora-dense": Model(roles=None, run={"training.lora.rank": 8, "training.lora.alpha": 8.0}),
     "lora-shared": Model(moe=MOE, roles=["router"], run=LORA_SHARED),
+    # Every part of the model has a rate of its own, in the cooldown of a schedule.
+    "rates": Model(moe=MOE, run=RATES),
     "bf16": Model(moe=MOE, run={"training.precision": "bf16"}),
     # FP8 as a CPU emulates it. In blocks a pipeline stage computes what one process does, and so does a rank with its own
     # experts; a scale of a whole tensor depends on which tokens and which rows of a weight a rank has.
@@ -220,6 +234,10 @@ LAYOUTS = [
     *_layouts("bf16-params", "dp2", 2),
     *_layouts("bf16-params", "pp2", 2, pp=2),
     *_layouts("granular", "dp2", 2),
+    *_layouts("rates", "dp2", 2),
+    *_layouts("rates", "tp2-etp2", 2, tp=2, etp=2),
+    *_layouts("rates", "pp2", 2, pp=2),
+    *_layouts("rates", "ep2", 2, ep=2),
     # global_aux_loss under data parallelism sees more rows at once: tests/distributed/test_balancing.py
     *_layouts("sequence-aux-loss global-aux-loss first-half", "pp2", 2, pp=2),
     *_layouts("global-aux-loss", "tp2", 2, tp=2),
@@ -326,6 +344,7 @@ CONTINUATIONS = [
     ("shared-experts:tp2", "shared-experts:ep2"),
     ("expert-bias:ep2", "expert-bias:tp2"),
     ("residual:tp2", "residual:pp2"),
+    ("rates:ep2", "rates:pp2"),
     ("lora:ep2", "lora:tp2-etp2"),
     ("lora:tp2-etp2", "lora:pp2"),
     ("lora-shared:tp2-ep2-etp1", "lora-shared:ep2"),
