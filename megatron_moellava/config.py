@@ -123,6 +123,12 @@ class DataConfig:
     # "pad" to a square with the mean colour, or "square" (resize and crop)
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     image_grid: bool = False  # LLaVA-NeXT tiling of high-resolution images
+    # towers at native resolution: visual tokens of one picture; None: the tower's own
+    max_image_tokens: int | None = None
+    max_sample_image_tokens: int | None = None  # likewise, of all pictures of a sample; None: no limit of its own
+    enlarge_images: bool = (
+        True  # likewise: small pictures are enlarged to the budget; False: no more tokens than pixels fill
+    )
     seq_length: int = 2048  # tokens per row, image tokens included
     # of one sample; None: seq_length, or the backbone's context where that is shorter
     max_sample_length: int | None = None

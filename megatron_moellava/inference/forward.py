@@ -23,6 +23,16 @@ from megatron.core import parallel_state
 REMEMBERED_IMAGES = 64  # visual tokens kept: the turns of a conversation encode their images once
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """One image of a prompt."""
+
+    digest: bytes  # of its pixels, and of its grid
+    tiles_NCHW: torch.Tensor
+    grid: tuple[int, int] | None  # native resolution: rows and columns of patches
+    features: int  # visual tokens
+
+
 @dataclass(slots=True)
 class Forward:
     """The model with its cache, called once per step; keeps the visual tokens of recent images."""
@@ -63,25 +73,28 @@ class Forward:
     def _embed_prompts(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
         """Embeddings [T, 1, D] of each prompt."""
         images = [_images(prompt) for prompt in prompts]
-        self._encode({digest: tiles_NCHW for own in images for digest, tiles_NCHW in own})
+        self._encode({image.digest: image for own in images for image in own})
         embedded = []
         for prompt, own in zip(prompts, images, strict=True):
             tokens_1T = torch.tensor([prompt.tokens], device=platform.device())
-            features = [self.features[digest] for digest, _ in own]
+            features = [self.features[image.digest] for image in own]
             embedded.append(self.model.embed(tokens_1T, None, torch.cat(features) if features else None))
         while len(self.features) > REMEMBERED_IMAGES:
             self.features.popitem(last=False)
         return embedded
 
-    def _encode(self, images: dict[bytes, torch.Tensor]) -> None:
-        """Remember the visual tokens [N, F, D] of images by their digests; those not known yet go through the tower at once."""
-        new = {digest: tiles_NCHW for digest, tiles_NCHW in images.items() if digest not in self.features}
+    def _encode(self, images: dict[bytes, Picture]) -> None:
+        """Remember the visual tokens [N, F, D] of images by their digests (at native resolution [F, D]); those not known yet go
+        through the tower at once."""
+        new = {digest: image for digest, image in images.items() if digest not in self.features}
         if new:
-            pixels_NCHW = torch.cat(list(new.values())).to(platform.device(), self.model.config.params_dtype)
-            features_NFD = self.model.encode_images(pixels_NCHW)
-            counts = [len(tiles_NCHW) for tiles_NCHW in new.values()]
-            for digest, own_NFD in zip(new, features_NFD.split(counts), strict=True):
-                self.features[digest] = own_NFD.clone()  # not a view, which would keep all of them
+            pixels_NCHW = torch.cat([image.tiles_NCHW for image in new.values()])
+            pixels_NCHW = pixels_NCHW.to(platform.device(), self.model.config.params_dtype)
+            grids = tuple(image.grid for image in new.values() if image.grid is not None)
+            features = self.model.encode_images(pixels_NCHW, grids)
+            counts = [image.features if grids else len(image.tiles_NCHW) for image in new.values()]
+            for digest, own in zip(new, features.split(counts), strict=True):
+                self.features[digest] = own.clone()  # not a view, which would keep all of them
             self.images_encoded += len(new)
         for digest in images:
             self.features.move_to_end(digest)
@@ -104,7 +117,12 @@ class Forward:
         self.model.set_input_tensor(hidden_T1D)
 
 
-def _images(prompt: Prompt) -> list[tuple[bytes, torch.Tensor]]:
-    """(digest, tiles [N, C, H, W]) of each image."""
+def _images(prompt: Prompt) -> list[Picture]:
+    """The images of a prompt."""
     parts = prompt.pixels_NCHW.split(prompt.tiles) if prompt.tiles else ()
-    return [(hashlib.sha256(tiles_NCHW.numpy().tobytes()).digest(), tiles_NCHW) for tiles_NCHW in parts]
+    found = []
+    for number, tiles_NCHW in enumerate(parts):
+        grid = prompt.grids[number] if prompt.grids else None
+        digest = hashlib.sha256(tiles_NCHW.numpy().tobytes() + (b"" if grid is None else repr(grid).encode())).digest()
+        found.append(Picture(digest, tiles_NCHW, grid, prompt.features[number] if grid else 0))
+    return found

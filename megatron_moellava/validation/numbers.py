@@ -27,6 +27,8 @@ RULES: dict[str, Rule] = {
     "moe.min_capacity": AT_LEAST_0,
     "data.seq_length": AT_LEAST_1,
     "data.max_sample_length": AT_LEAST_1,
+    "data.max_image_tokens": AT_LEAST_1,
+    "data.max_sample_image_tokens": AT_LEAST_1,
     "data.packing_buffer": AT_LEAST_1,
     "data.num_workers": (lambda value: value >= 0, "must be at least 0 (0: in the training process itself)"),
     "data.max_images": AT_LEAST_0,
