@@ -123,6 +123,12 @@ class DataConfig:
     # "pad" to a square with the mean colour, or "square" (resize and crop)
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     image_grid: bool = False  # LLaVA-NeXT tiling of high-resolution images
+    # towers at native resolution: visual tokens of one picture; None: the tower's own
+    max_image_tokens: int | None = None
+    max_sample_image_tokens: int | None = None  # likewise, of all pictures of a sample; None: no limit of its own
+    enlarge_images: bool = (
+        True  # likewise: small pictures are enlarged to the budget; False: no more tokens than pixels fill
+    )
     seq_length: int = 2048  # tokens per row, image tokens included
     # of one sample; None: seq_length, or the backbone's context where that is shorter
     max_sample_length: int | None = None
@@ -208,13 +214,38 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RoleOptions:
+    """What the optimizer does otherwise for one part of the model; what is unset is as for all."""
+
+    lr: float | None = None  # None: optimizer.lr
+    min_lr: float | None = None  # None: optimizer.min_lr
+    weight_decay: float | None = None  # of matrices; None: optimizer.weight_decay
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolesConfig:
+    """Rates and weight decay by part of the model, e.g. `optimizer.roles.experts.lr=1e-4`; null: as for all."""
+
+    tower: RoleOptions | None = None  # the vision tower
+    projector: RoleOptions | None = None
+    language: RoleOptions | None = None  # all roles language.*
+    experts: RoleOptions | None = None
+    router: RoleOptions | None = None  # and the mixing coefficient of a residual MoE
+    adapters: RoleOptions | None = None  # of training.lora
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
     """AdamW, its learning rates, and how its communication overlaps with computation."""
 
     lr: float = 2e-5  # the highest learning rate
     min_lr: float = 0.0  # at the last step
     projector_lr: float | None = None  # None: lr
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    roles: RolesConfig | None = None  # other rates and weight decay for parts of the model (below)
+    # WSD: constant until a cooldown at the end of the run; inverse-square-root: of the steps, after the warm-up
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD", "inverse-square-root"] = "cosine"
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"  # of WSD's cooldown
+    lr_wsd_decay_iters: int | None = None  # steps of WSD's cooldown; None: a tenth of train_steps
     lr_warmup_fraction: float = 0.03  # of train_steps
     router_lr_warmup_fraction: float | None = None  # of train_steps, for the routers alone; None: lr_warmup_fraction
     weight_decay: float = 0.0  # of matrices; biases and norms have none
@@ -234,6 +265,18 @@ class OptimizerConfig:
     gradient_accumulation_fusion: bool | None = (
         None  # None: in Transformer Engine's layers; with apex's kernel everywhere
     )
+
+    def wsd_decay_steps(self, train_steps: int) -> int:
+        """Steps of WSD's cooldown in a run of so many."""
+        return math.ceil(train_steps / 10) if self.lr_wsd_decay_iters is None else self.lr_wsd_decay_iters
+
+    def of_roles(self) -> dict[str, RoleOptions]:
+        """What differs from the others, by the part of the model (a field of RolesConfig)."""
+        roles = self.roles or RolesConfig()
+        found = {item.name: getattr(roles, item.name) for item in dataclasses.fields(roles)}
+        if self.projector_lr is not None:
+            found["projector"] = dataclasses.replace(found["projector"] or RoleOptions(), lr=self.projector_lr)
+        return {name: options for name, options in found.items() if options not in (None, RoleOptions())}
 
     def overlaps(self, pays: bool) -> tuple[bool, bool]:
         """(overlap_grad_reduce, overlap_param_gather) as asked for, or where it `pays`."""

@@ -54,6 +54,8 @@ def page() -> str:
     parts += ["## data.sources", inspect.getdoc(config.Source) or "", _table("", config.Source, meanings)]
     lora = _table("training.lora", config.LoraConfig, meanings)
     parts += ["## training.lora", inspect.getdoc(config.LoraConfig) or "", lora]
+    parts += ["## optimizer.roles", inspect.getdoc(config.RolesConfig) or "", _table("", config.RolesConfig, meanings)]
+    parts += [inspect.getdoc(config.RoleOptions) or "", _table("optimizer.roles.tower", config.RoleOptions, meanings)]
     rows = [f"| `{old}` | `{new}`{_values(old)} |" for old, new in config.RENAMED.items()]
     parts += [
         "## Old spellings",
@@ -102,6 +104,8 @@ def _kind(hint) -> str:
         str: "text",
         config.Source: "sources (below)",
         config.LoraConfig: "adapters (below)",
+        config.RolesConfig: "parts of the model (below)",
+        config.RoleOptions: "rates and weight decay (below)",
     }
     return words[hint]
 

@@ -18,6 +18,7 @@ from megatron_moellava.conversion.initial import new_projector
 from megatron_moellava.conversion.layout import (
     LANGUAGE_MODEL,
     LLAVA,
+    NATIVE,
     ORIGINAL,
     TRANSFORMERS,
     Layout,
@@ -178,6 +179,7 @@ def detect(tensors: Mapping[str, Tensor]) -> Layout:
     marks = (
         (ORIGINAL, ("mm_projector.image_spatial_proj.", ".image_tower.", "deepspeed_moe.")),
         (LLAVA, ("mm_projector.", "model.vision_tower.vision_tower.")),
+        (NATIVE, ("model.multi_modal_projector.",)),
         (TRANSFORMERS, ("multi_modal_projector.",)),
     )
     for layout, parts in marks:
@@ -188,6 +190,8 @@ def detect(tensors: Mapping[str, Tensor]) -> Layout:
 
 def _renamed(tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """transformers 5 leaves "vision_model." out where version 4 and the published checkpoints have it."""
+    if layout is NATIVE:
+        return {name.replace("vision_tower.vision_model.", "vision_tower."): value for name, value in tensors.items()}
     if layout is not TRANSFORMERS:
         return tensors
     missing, full = "vision_tower.", "vision_tower.vision_model."

@@ -7,7 +7,7 @@ tensor of all experts, and the layout says how expert number k is spelt.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_moellava.config import ConfigError
 from megatron_moellava.costs.shapes import (
@@ -73,6 +73,15 @@ TRANSFORMERS = Layout(
     residual="mlp.",
     shared="shared_expert.",
     coefficient="coefficient.",
+)
+# Towers at native resolution: written as the class has its names in memory.
+NATIVE = replace(
+    TRANSFORMERS,
+    title="transformers' Lfm2VlForConditionalGeneration",
+    language="",
+    moved_decoder="model.language_model.",
+    tower="model.vision_tower.",
+    projector=("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"),
 )
 LAYOUTS = {layout.name: layout for layout in (LANGUAGE_MODEL, VISION_TOWER, LLAVA, ORIGINAL, TRANSFORMERS)}
 

@@ -160,7 +160,7 @@ def first_stage_work(sharding: Sharding, images: float) -> Iterator[Work]:
     yield from tower_layers_work(sharding, images)
     visual, projects = images * tower.num_features, "projector" in sharding.trains
     # Megatron-Core's linear layer computes the gradient of the frozen tower's features too.
-    yield linear("projector", visual, tower.hidden_size, hidden / sharding.tp, projects)
+    yield linear("projector", visual, tower.projector_input_size, hidden / sharding.tp, projects)
     yield linear("projector", visual, hidden / sharding.tp, hidden, projects)
 
 
@@ -168,7 +168,7 @@ def tower_layers_work(sharding: Sharding, images: float) -> Iterator[Work]:
     """The transformer layers of the tower that features need."""
     tower, tp, trained = sharding.tower, sharding.tp, "tower" in sharding.backpropagates
     rows, width, inner, layers = (
-        images * tower.num_positions,
+        images * tower.num_rows,
         tower.hidden_size,
         tower.ffn_hidden_size,
         tower.num_used_layers,
@@ -186,7 +186,7 @@ def tower_layers_work(sharding: Sharding, images: float) -> Iterator[Work]:
     yield from [
         Attention(
             rows=rows,
-            length=tower.num_positions,
+            length=tower.num_rows,
             width=width / tp,
             causal=False,
             with_backward=trained,

@@ -193,15 +193,19 @@ def _moe(model: Model) -> Tensors:
 
 
 def tower_stem_tensors(tower: Tower) -> Tensors:
-    """What comes before the tower's layers."""
+    """What lies around the tower's layers."""
     hidden, role = tower.hidden_size, "tower"
-    patches = (hidden, 3, tower.patch_size, tower.patch_size)
+    side = tower.patch_size
+    stem, patches = ("embedder", (hidden, 3 * side**2)) if tower.native else ("conv1", (hidden, 3, side, side))
     tensors = {"class_token": ModelTensor((1, 1, hidden), role)} if tower.class_token else {}
-    tensors["conv1.weight"] = ModelTensor(patches, role)
+    tensors[f"{stem}.weight"] = ModelTensor(patches, role)
     if tower.patch_bias:
-        tensors["conv1.bias"] = ModelTensor((hidden,), role)
+        tensors[f"{stem}.bias"] = ModelTensor((hidden,), role)
     tensors["position_embeddings.weight"] = ModelTensor((tower.num_positions, hidden), role)
-    return tensors | (_prefixed("ln_pre.", _norm_of(hidden, role, bias=True)) if tower.pre_layernorm else {})
+    norms = {"ln_pre.": tower.pre_layernorm, "ln_post.": tower.post_layernorm}
+    for name in (name for name, is_there in norms.items() if is_there):
+        tensors |= _prefixed(name, _norm_of(hidden, role, bias=True))
+    return tensors
 
 
 def tower_layer_tensors(tower: Tower) -> Tensors:
@@ -220,7 +224,7 @@ def tower_layer_tensors(tower: Tower) -> Tensors:
 
 
 def projector_tensors(model: Model) -> Tensors:
-    """LLaVA's mlp2x_gelu."""
+    """LLaVA's mlp2x_gelu, over what the projector's kind makes of the features."""
     hidden, role = model.backbone.hidden_size, "projector"
-    fc1 = _linear(hidden, model.required_tower.hidden_size, True, role, split=0)
+    fc1 = _linear(hidden, model.required_tower.projector_input_size, True, role, split=0)
     return _prefixed("linear_fc1.", fc1) | _prefixed("linear_fc2.", _linear(hidden, hidden, True, role, split=1))

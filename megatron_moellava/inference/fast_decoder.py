@@ -18,14 +18,13 @@ from megatron_moellava import platform
 from megatron_moellava.inference.packed_linear import PackedLinear, can_pack
 from megatron_moellava.model.experts import GroupedLinear
 from megatron_moellava.model.kv_cache import KVCache
-from megatron_moellava.model.moe_layer import ResidualMoELayer
+from megatron_moellava.model.moe_layer import MoELayer, ResidualMoELayer
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.router import MegatronRouter
 from megatron_moellava.routing.observer import is_observed
 
 from megatron.core import parallel_state
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.moe.moe_layer import MoELayer
 
 FEW_TOKENS = 16  # up to which the weights of all experts cost more to read than the products to compute
 

@@ -23,10 +23,9 @@ def identity(prompt: Prompt) -> np.ndarray:
     ids_S = np.array(prompt.tokens, dtype=np.int64)
     visual = ids_S == IMAGE_TOKEN
     if visual.any():
-        width = int(visual.sum()) // sum(prompt.tiles)
         parts = [
-            -(int.from_bytes(digest[:8]) >> 2) - 1 - np.arange(tiles * width)
-            for digest, tiles in zip(prompt.digests, prompt.tiles, strict=True)
+            -(int.from_bytes(digest[:8]) >> 2) - 1 - np.arange(width)
+            for digest, width in zip(prompt.digests, prompt.widths, strict=True)
         ]
         ids_S[visual] = np.concatenate(parts)
     return ids_S

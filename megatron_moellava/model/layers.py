@@ -12,7 +12,7 @@ from megatron_moellava.config import MoEConfig
 from megatron_moellava.model.attention import SdpaCoreAttention
 from megatron_moellava.model.experts import GroupedColumnLinear, GroupedMLP, GroupedRowLinear
 from megatron_moellava.model.kv_cache import CachedSelfAttention
-from megatron_moellava.model.moe_layer import ResidualMoELayer
+from megatron_moellava.model.moe_layer import MoELayer, ResidualMoELayer
 from megatron_moellava.model.norms import Norm
 from megatron_moellava.model.router import router_builder
 from megatron_moellava.routers import ROUTERS
@@ -27,7 +27,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build

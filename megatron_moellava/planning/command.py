@@ -17,7 +17,7 @@ from megatron_moellava.planning.memory import state_bytes
 from megatron_moellava.planning.picture import draw, label
 from megatron_moellava.planning.search import Found, Request, search
 from megatron_moellava.planning.workload import STAGE_DATA
-from megatron_moellava.towers import get_tower
+from megatron_moellava.towers import get_tower, tower_of_run
 
 
 def plan(arguments: argparse.Namespace) -> str:
@@ -79,7 +79,7 @@ def request_of(arguments: argparse.Namespace, given: list[str]) -> Request:
     return Request(
         run=run,
         backbone=get_backbone(run.model.backbone),
-        tower=get_tower(run.model.tower),
+        tower=tower_of_run(run),
         gpu=get_gpu(arguments.gpu),
         world_size=arguments.gpus,
         data=data,

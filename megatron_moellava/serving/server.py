@@ -125,11 +125,12 @@ def _add_page(app: FastAPI, service: Service, options: ServerOptions) -> None:
             "max_images": options.api.max_images,
             "examples": list(examples),
             # How the page lays patches over a picture: as the tower sees it.
-            "grid": tower.image_size // tower.patch_size,
-            "first_patch": int(tower.num_features < (tower.image_size // tower.patch_size) ** 2),
-            "square": data.image_aspect_ratio
-            if tower.resize != "square" or data.image_aspect_ratio == "pad"
-            else "squash",
+            # (At native resolution each answer brings the grids of its pictures.)
+            "grid": tower.position_side // tower.shuffle,
+            "first_patch": int(tower.drop_first_feature and not tower.class_token),
+            "square": "squash"
+            if tower.native or (tower.resize, data.image_aspect_ratio) == ("square", "square")
+            else data.image_aspect_ratio,
             "tiles": data.image_grid,
         }
 

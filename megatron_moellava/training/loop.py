@@ -49,6 +49,7 @@ from megatron_moellava.training.optimizer import (
     build_scheduler,
     overlaps,
     rate_after,
+    role_rates,
     wrap_data_parallel,
 )
 from megatron_moellava.training.schedule import run_schedule
@@ -304,6 +305,7 @@ class Trainer:
         scale = {"loss_scale": float(self.loss_scale.scale)} if self.loss_scale is not None else {}
         applied, grad_norm = self.update()
         lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
+        rates = role_rates(self.run.optimizer, self.optimizer)
         self._finish_update(applied)
 
         read = dict(zip(losses, reading.read(), strict=True)) if reading else {}
@@ -313,6 +315,7 @@ class Trainer:
         numbers = {
             "loss": read.pop("loss", 0.0) / max(counts.loss_tokens, 1),
             "lr": lr,
+            **rates,
             "grad_norm": grad_norm,
             **scale,
             "tokens_per_second": counts.real_tokens / seconds,

@@ -146,13 +146,14 @@ def differing_fields(stored: dict, backbone: Backbone, tower: Tower, moe: MoECon
     ]
 
 
-# A name, how long rows may be, and what regularises training are no part of what the weights mean.
+# A name, how long rows may be, how large pictures are, and what regularises training are no part of what the weights mean.
 _FREE_FIELDS = (
     "name",
     "source",
     "family",
     "template",
     "max_position_embeddings",
+    "max_num_patches",
     "attention_dropout",
     "hidden_dropout",
 )

@@ -1,10 +1,11 @@
 """What each number of a run may be by itself, as one table."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_moellava.config import RunConfig
+from megatron_moellava.config import RolesConfig, RunConfig
 
 Rule = tuple[Callable[[float], bool], str]
 AT_LEAST_0: Rule = (lambda value: 0 <= value < float("inf"), "must be 0 or more")
@@ -26,6 +27,8 @@ RULES: dict[str, Rule] = {
     "moe.min_capacity": AT_LEAST_0,
     "data.seq_length": AT_LEAST_1,
     "data.max_sample_length": AT_LEAST_1,
+    "data.max_image_tokens": AT_LEAST_1,
+    "data.max_sample_image_tokens": AT_LEAST_1,
     "data.packing_buffer": AT_LEAST_1,
     "data.num_workers": (lambda value: value >= 0, "must be at least 0 (0: in the training process itself)"),
     "data.max_images": AT_LEAST_0,
@@ -52,6 +55,12 @@ RULES: dict[str, Rule] = {
     "optimizer.lr": AT_LEAST_0,
     "optimizer.min_lr": AT_LEAST_0,
     "optimizer.projector_lr": AT_LEAST_0,
+    **{
+        f"optimizer.roles.{part.name}.{name}": AT_LEAST_0
+        for part in dataclasses.fields(RolesConfig)
+        for name in ("lr", "min_lr", "weight_decay")
+    },
+    "optimizer.lr_wsd_decay_iters": (AT_LEAST_1[0], "must be at least 1 step"),
     "optimizer.lr_warmup_fraction": SHARE,
     "optimizer.router_lr_warmup_fraction": (SHARE[0], "must lie between 0 and 1, or be left unset"),
     "optimizer.weight_decay": AT_LEAST_0,

@@ -13,13 +13,14 @@ from megatron_moellava.checkpoint.resume_point import newest_described
 from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig, read_yaml, set_override, split_override
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.machine import GPU_CLUSTER, Machine, this_machine
-from megatron_moellava.towers import TOWERS, get_tower, tower_fields
+from megatron_moellava.towers import TOWERS, tower_fields, tower_of_run
 from megatron_moellava.validation.adapters import adapter_problems
 from megatron_moellava.validation.checkpoints import checkpoint_problems
 from megatron_moellava.validation.data import data_problems, length_problems
 from megatron_moellava.validation.experts import expert_problems
 from megatron_moellava.validation.layout import parallel_problems
 from megatron_moellava.validation.numbers import number_problems
+from megatron_moellava.validation.pictures import least_features, picture_problems
 from megatron_moellava.validation.precision import decided
 from megatron_moellava.validation.tokenizer import tokenizer_problems
 from megatron_moellava.validation.training import batch_problems, training_problems
@@ -127,15 +128,15 @@ def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None
     run, _ = decided(run, machine)
     problems: list[str] = []
     backbone = _found(lambda: get_backbone(run.model.backbone), problems)
-    tower = _found(lambda: get_tower(run.model.tower), problems)
+    tower = _found(lambda: tower_of_run(run), problems)
     template = _found(lambda: get_template(run.data.template or (backbone.template if backbone else "v1")), problems)
-    found = [*problems, *number_problems(run), *data_problems(run, tower.num_features if tower else 0)]
+    found = [*problems, *number_problems(run), *data_problems(run, least_features(tower))]
     found += tokenizer_problems(run, backbone, template)
     found += checkpoint_problems(run, backbone, tower)
     if backbone is None:
         return [*found, *batch_problems(run, world_size), *training_problems(run, machine)]
     if tower is not None:
-        found += adapter_problems(run, backbone, tower)
+        found += [*picture_problems(run, tower), *adapter_problems(run, backbone, tower)]
     return [*found, *_sizes(run, backbone, world_size, machine)]
 
 

@@ -27,6 +27,18 @@ LORA = {
     "training.lora.targets": ["attention", "ffn", "experts", "router", "projector", "tower"],
 }
 LORA_SHARED = {"training.lora.rank": 4, "training.lora.alpha": 4.0, "training.lora.shared_outer": True}
+RATES = {
+    "optimizer.lr_decay_style": "WSD",
+    "optimizer.lr_wsd_decay_style": "linear",
+    "optimizer.lr_wsd_decay_iters": 2,
+    "optimizer.roles": {
+        "tower": {"lr": 1e-3},
+        "projector": {"lr": 2e-3, "weight_decay": 0.0},
+        "language": {"weight_decay": 0.2},
+        "experts": {"lr": 4e-3, "min_lr": 2e-3},
+        "router": {"lr": 5e-3, "weight_decay": 0.3},
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +49,8 @@ class Model:
     moe: dict | None = None
     roles: list | None = field(default_factory=lambda: ROLES)
     run: dict = field(default_factory=dict)
-    rows: str = "packed"  # "packed", "padded", or "text": packed without any image
+    # "packed", "padded", "text": packed without any image, or "native": packed, images at their own resolution
+    rows: str = "packed"
 
 
 MODELS = {
@@ -56,6 +69,10 @@ MODELS = {
         for name, backbone in (("llama", "llama-tiny"), ("phi", "phi-2-tiny"))
         for stage in (1, 2, 3)
     },
+    # Patches of images of different sizes as one row; with a pixel shuffle; with the tower frozen.
+    "native": Model(moe=MOE, rows="native", run={"model.tower": "naflex-tiny"}),
+    "native-shuffle": Model(moe=MOE, rows="native", run={"model.tower": "naflex-tiny@pixel_shuffle"}),
+    "native-stage3": Model(moe=MOE, rows="native", roles=None, run={"model.tower": "naflex-tiny", "training.stage": 3}),
     "text-only": Model(moe=MOE, rows="text"),
     "padded": Model(moe=MOE, rows="padded"),
     "padded-phi": Model(backbone="phi-2-tiny", moe=MOE, rows="padded"),
@@ -93,6 +110,8 @@ MODELS = {
     "lora-phi": Model(backbone="phi-2-tiny", moe=MOE, roles=[], run=LORA, rows="padded"),
     "lora-dense": Model(roles=None, run={"training.lora.rank": 8, "training.lora.alpha": 8.0}),
     "lora-shared": Model(moe=MOE, roles=["router"], run=LORA_SHARED),
+    # Every part of the model has a rate of its own, in the cooldown of a schedule.
+    "rates": Model(moe=MOE, run=RATES),
     "bf16": Model(moe=MOE, run={"training.precision": "bf16"}),
     # FP8 as a CPU emulates it. In blocks a pipeline stage computes what one process does, and so does a rank with its own
     # experts; a scale of a whole tensor depends on which tokens and which rows of a weight a rank has.
@@ -195,6 +214,12 @@ LAYOUTS = [
     *_layouts("llama-stage3 phi-stage3", "ep2", 2, ep=2),
     *_layouts("llama-stage3", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("llama-stage3", "pp2-vpp2", 2, pp=2, vpp=2),
+    *_layouts("native native-shuffle", "dp2", 2),
+    *_layouts("native native-shuffle", "tp2", 2, tp=2),
+    *_layouts("native native-shuffle native-stage3", "pp2", 2, pp=2),
+    *_layouts("native native-shuffle native-stage3", "cp2", 2, cp=2),
+    *_layouts("native native-stage3", "ep2", 2, ep=2),
+    *_layouts("native", "recompute-tower", 1, recompute_tower=True),
     *_layouts("text-only", "dp2", 2),
     *_layouts("text-only", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("text-only", "pp2", 2, pp=2),
@@ -220,6 +245,10 @@ LAYOUTS = [
     *_layouts("bf16-params", "dp2", 2),
     *_layouts("bf16-params", "pp2", 2, pp=2),
     *_layouts("granular", "dp2", 2),
+    *_layouts("rates", "dp2", 2),
+    *_layouts("rates", "tp2-etp2", 2, tp=2, etp=2),
+    *_layouts("rates", "pp2", 2, pp=2),
+    *_layouts("rates", "ep2", 2, ep=2),
     # global_aux_loss under data parallelism sees more rows at once: tests/distributed/test_balancing.py
     *_layouts("sequence-aux-loss global-aux-loss first-half", "pp2", 2, pp=2),
     *_layouts("global-aux-loss", "tp2", 2, tp=2),
@@ -326,6 +355,7 @@ CONTINUATIONS = [
     ("shared-experts:tp2", "shared-experts:ep2"),
     ("expert-bias:ep2", "expert-bias:tp2"),
     ("residual:tp2", "residual:pp2"),
+    ("rates:ep2", "rates:pp2"),
     ("lora:ep2", "lora:tp2-etp2"),
     ("lora:tp2-etp2", "lora:pp2"),
     ("lora-shared:tp2-ep2-etp1", "lora-shared:ep2"),

@@ -22,7 +22,7 @@ SHARED_TESTS = {
         "sizes and weight mappings of one shape, asserted in tables over all families",
         [f"backbones/{name}" for name in ("llama", "minicpm", "mistral", "phi2", "qwen", "qwen2", "qwen3", "stablelm2")],
     ),
-    "tests/unit/towers/test_families.py": ("the same for towers", ["towers/clip", "towers/siglip"]),
+    "tests/unit/towers/test_families.py": ("the same for towers", ["towers/clip", "towers/siglip", "towers/siglip2"]),
     "tests/unit/commands/test_main.py": (
         "a parser and one call of the function that a test of another room is about",
         ["__main__", *(f"commands/{name}" for name in ("analyze", "chat", "convert", "evaluate", "launch", "plan",

@@ -130,7 +130,7 @@ def test_images_of_a_step_go_through_the_tower_together(monkeypatch):
     alone = {request.id: next(tiny_engine().generate([request])).tokens for request in requests}
     engine, passes = tiny_engine(max_batch_size=4), []
     encode = engine.model.encode_images
-    monkeypatch.setattr(engine.model, "encode_images", lambda pixels: passes.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(engine.model, "encode_images", lambda *images: passes.append(len(images[0])) or encode(*images))
     together = {completion.request_id: completion.tokens for completion in engine.generate(requests)}
     assert passes == [2], "two different images"
     assert together == alone

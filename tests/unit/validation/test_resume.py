@@ -37,6 +37,7 @@ OTHER = {
     "data.ignore_keys": ["system"],
     "validation.sources": [{"path": "elsewhere"}],
     "optimizer.projector_lr": 0.5,
+    "optimizer.roles": {"experts": {"lr": 0.5}},
 }
 # How values are shown that were unset, or are lists.
 EFFECTIVE = {
