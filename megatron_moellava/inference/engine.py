@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -25,13 +24,13 @@ from megatron_moellava.config import DataError
 from megatron_moellava.inference.cache_memory import GIB, CacheMemory
 from megatron_moellava.inference.forward import Forward
 from megatron_moellava.inference.grammar import Grammars
-from megatron_moellava.inference.prefix_cache import Entry, PrefixCache, identity
+from megatron_moellava.inference.prefix_cache import PrefixCache
 from megatron_moellava.inference.prompts import Prompt, Prompter
 from megatron_moellava.inference.request_state import RequestState, answers_to
 from megatron_moellava.inference.requests import Completion, Event, Request, check_sampling
 from megatron_moellava.inference.sampling import Beam, Choice, likeliest_tokens
 from megatron_moellava.model.experts import GroupedLinear
-from megatron_moellava.model.kv_cache import KVCache, Past, Step
+from megatron_moellava.model.kv_cache import KVCache, Step
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.original_gate import OriginalGate
 from megatron_moellava.routing.token_weights import TokenWeights
@@ -71,7 +70,6 @@ class Engine:
         self.max_sequence_length = min(max_sequence_length or limit, limit)
         self.cache = KVCache(max_batch_size, self.max_sequence_length)
         self.memory = CacheMemory.of(model, memory_limit)
-        self.prefixes = PrefixCache(prefix_cache * GIB, self.memory.bytes_per_position)
         self.forward = Forward(model, self.cache, prompter.tokenizer.vocab_size)
         self.token_weights = TokenWeights(model)
         self.grammars = Grammars(prompter.tokenizer, prompter.stop_ids)
@@ -80,6 +78,9 @@ class Engine:
         self.steps = self.generated_tokens = self.read_tokens = self.cached_tokens = 0
         self._numbers = count()
         self._gates = [module for module in model.modules() if isinstance(module, OriginalGate)]
+        kept = 0.0 if self._prompts_go_alone() else prefix_cache * GIB  # what a gate drops depends on the whole prompt
+        depends = not model.run.model.scale_multimodal_embeddings
+        self.prefixes = PrefixCache(kept, self.memory.bytes_per_position, words_depend_on_images=depends)
         for module in model.modules():
             if isinstance(module, GroupedLinear):
                 module.fuse()
@@ -206,12 +207,13 @@ class Engine:
     ) -> torch.Tensor | None:
         """A request's prompt runs once, in the first of its rows; the others get copies."""
         prompts = [answers[0].prompt for answers in admitted]
-        pasts = tuple(self._past(answers) for answers in admitted)
+        pasts = tuple(self.prefixes.past(answers) for answers in admitted)
         places = [
             range(past.length if past else 0, len(prompt.tokens)) for prompt, past in zip(prompts, pasts, strict=True)
         ]
         positions = [position for place in places for position in place]
         self.read_tokens += len(positions)
+        self.cached_tokens += sum(past.length for past in pasts if past)
         positions += self.cache.lengths_R[: len(decoding)]
         step = Step(
             prompts=tuple((answers[0].rows[0], len(place)) for answers, place in zip(admitted, places, strict=True)),
@@ -232,29 +234,6 @@ class Engine:
             for row in others:
                 self.cache.copy_row(first, row)
         return logits_LV
-
-    def _past(self, answers: Sequence[RequestState]) -> Past | None:
-        """What earlier requests have read of this prompt. Routing is recorded, and choices are dropped, for whole prompts."""
-        if not self.prefixes.entries or answers[0].record or self._prompts_go_alone():
-            return None
-        past = self.prefixes.find(identity(answers[0].prompt), self._kind(answers[0].prompt))
-        for running in answers:
-            running.num_cached = past.length if past else 0
-        self.cached_tokens += answers[0].num_cached
-        return past
-
-    def _keep(self, running: RequestState) -> None:
-        """What is known of a conversation stays for its next turn. Of several answers to one prompt the first is kept."""
-        if not self.prefixes.limit or running.index or running.beams is not None:
-            return
-        row = running.rows[0]
-        said = self.cache.lengths_R[row] - len(running.prompt.tokens)
-        ids_S = np.concatenate([identity(running.prompt), np.array(running.stream.tokens[:said], dtype=np.int64)])
-        self.prefixes.keep(Entry(self._kind(running.prompt), ids_S, self.cache.row(row)))
-
-    def _kind(self, prompt: Prompt) -> bool:
-        """Whether its words are embedded as those of a conversation with pictures, where that makes a difference."""
-        return bool(prompt.tiles) and not self.model.run.model.scale_multimodal_embeddings
 
     def _record(
         self,
@@ -308,7 +287,7 @@ class Engine:
 
     def _release(self, running: RequestState) -> None:
         """Give its rows back; the last rows move into the gaps."""
-        self._keep(running)
+        self.prefixes.remember(running, self.cache)
         for row in sorted(running.rows, reverse=True):
             last = len(self.rows) - 1
             if row != last:

@@ -91,7 +91,8 @@ class Grammars:
             self._vocabulary = _vocabulary(self.tokenizer, self.stop_ids)
         content = {**json.loads(schema), "x-guidance": {"whitespace_pattern": WHITESPACE}}
         # A blank may come first, as in " {": text is shown without it, and many vocabularies begin every word with one.
-        text = f'start: " "? value\nvalue: %json {json.dumps(content)}'
+        # Not forcing: else the only way to say what must come would be our tokenizer's, whose texts begin with blanks.
+        text = f'%llguidance {{"no_forcing": true}}\nstart: " "? value\nvalue: %json {json.dumps(content)}'
         matcher = llguidance.LLMatcher(self._vocabulary, text, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
         if matcher.is_error():
             raise DataError(f"the JSON schema cannot be served: {_reason(matcher.get_error())}")

@@ -8,6 +8,7 @@ two parts rounds differently from a whole one (1e-6 in fp32), and evaluation rep
 Shapes: S positions, G query groups, D channels of a head.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.inference.prompts import Prompt
-from megatron_moellava.model.kv_cache import Past
+from megatron_moellava.inference.request_state import RequestState
+from megatron_moellava.model.kv_cache import KVCache, Past
 
 
 def identity(prompt: Prompt) -> np.ndarray:
@@ -46,7 +48,30 @@ class PrefixCache:
 
     limit: float  # bytes on each rank; 0: nothing is kept
     bytes_per_position: int
+    words_depend_on_images: bool = False  # words of a conversation with pictures are embedded differently
     entries: list[Entry] = field(default_factory=list)
+
+    def past(self, answers: Sequence[RequestState]) -> Past | None:
+        """What earlier requests have read of this one's prompt. Routing is recorded for whole prompts."""
+        prompt = answers[0].prompt
+        if answers[0].record or not self.entries:
+            return None
+        past = self.find(identity(prompt), self._kind(prompt))
+        for running in answers:
+            running.num_cached = past.length if past else 0
+        return past
+
+    def remember(self, running: RequestState, cache: KVCache) -> None:
+        """What is known of a conversation stays for its next turn. Of several answers to one prompt the first is kept."""
+        if not self.limit or running.index or running.beams is not None:
+            return
+        row, prompt = running.rows[0], running.prompt
+        said = running.stream.tokens[: cache.lengths_R[row] - len(prompt.tokens)]  # the last one has not been read
+        ids_S = np.concatenate([identity(prompt), np.array(said, dtype=np.int64)])
+        self.keep(Entry(self._kind(prompt), ids_S, cache.row(row)))
+
+    def _kind(self, prompt: Prompt) -> bool:
+        return bool(prompt.tiles) and self.words_depend_on_images
 
     def find(self, ids_S: np.ndarray, kind: bool) -> Past | None:
         """The longest known beginning of a prompt, at least its last token excepted, whose logits are wanted; None: unknown."""

@@ -15,13 +15,19 @@ NESTED = {
     "type": "object",
     "properties": {
         "colour": {"enum": ["red", "green", "blue"]},
-        "size": {"type": "object", "properties": {"w": {"type": "integer"}}, "required": ["w"]},
+        "size": {
+            "type": "object",
+            "properties": {"w": {"type": "integer", "minimum": 0, "maximum": 99}},
+            "required": ["w"],
+            "additionalProperties": False,
+        },
         "code": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}$"},
         "parts": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
     },
     "required": ["colour", "code", "parts"],
     "additionalProperties": False,
 }
+LONGEST = 120  # tokens
 SCHEMAS = {
     "any object": json.loads(ANY_OBJECT),
     "nested": NESTED,
@@ -53,7 +59,7 @@ def _leave_no_groups():
 
 
 def as_json(number: int, schema: dict, **sampling):
-    return ask(number, **{"json_schema": json.dumps(schema), "max_new_tokens": 60} | sampling)
+    return ask(number, **{"json_schema": json.dumps(schema), "max_new_tokens": LONGEST} | sampling)
 
 
 def test_every_finished_answer_satisfies_its_schema():
@@ -65,7 +71,7 @@ def test_every_finished_answer_satisfies_its_schema():
     for completion in engine.generate(requests):
         name = list(SCHEMAS)[int(completion.request_id[1:]) // 2]
         if completion.finish_reason == "length":
-            assert len(completion.tokens) == 60
+            assert len(completion.tokens) == LONGEST
             continue
         assert (completion.finish_reason, completion.failure) == ("stop", "")
         jsonschema.validate(json.loads(completion.text), SCHEMAS[name])

@@ -19,7 +19,7 @@ def test_logprobs_are_the_models_own_whatever_was_chosen():
     logits_V = torch.tensor([0.5, 0.3, 0.15, 0.05]).log() + 7.0
     found = token_logprobs(logits_V, token=3, count=2)
     assert (found.token, [token for token, _ in found.top]) == (3, [0, 1])
-    assert torch.tensor([found.logprob, found.top[0][1]]).exp().tolist() == torch.tensor([0.05, 0.5]).tolist()
+    assert torch.allclose(torch.tensor([found.logprob, found.top[0][1]]).exp(), torch.tensor([0.05, 0.5]), atol=1e-6)
     assert len(token_logprobs(logits_V, 0, 99).top) == 4 and token_logprobs(logits_V, 0, 0).top == ()
 
 
