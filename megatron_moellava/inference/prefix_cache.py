@@ -19,6 +19,8 @@ from megatron_moellava.inference.prompts import Prompt
 from megatron_moellava.inference.request_state import RequestState
 from megatron_moellava.model.kv_cache import KVCache, Past
 
+CONVERSATIONS = 128  # entries at most: each is compared with every new prompt, in microseconds
+
 
 def identity(prompt: Prompt) -> np.ndarray:
     """What stands at each position [S]: a token's id, or below zero a number that only this part of this picture has."""
@@ -84,18 +86,13 @@ class PrefixCache:
         return Past(length=length, layers=entry.layers)
 
     def keep(self, entry: Entry) -> None:
-        """Add an entry; those that are its beginnings go, and then the oldest, until all fit."""
-        if any(
-            other.kind == entry.kind and common(other.ids_S, entry.ids_S) == len(entry.ids_S) for other in self.entries
-        ):
+        """Add an entry that is not a known beginning; those that are its beginnings go, and then the oldest, until all fit."""
+        shared = [common(other.ids_S, entry.ids_S) if other.kind == entry.kind else -1 for other in self.entries]
+        if len(entry.ids_S) in shared:
             return
-        self.entries = [
-            other
-            for other in self.entries
-            if other.kind != entry.kind or common(other.ids_S, entry.ids_S) < len(other.ids_S)
-        ]
-        self.entries.append(entry)
-        while self.bytes > self.limit:
+        pairs = zip(self.entries, shared, strict=True)
+        self.entries = [other for other, length in pairs if length < len(other.ids_S)] + [entry]
+        while self.bytes > self.limit or len(self.entries) > CONVERSATIONS:
             self.entries.pop(0)
 
     @property

@@ -10,7 +10,7 @@ from megatron_moellava import parallel
 from megatron_moellava.config import MoEConfig
 from megatron_moellava.data.sample import Turn
 from megatron_moellava.inference.engine import Engine
-from megatron_moellava.inference.prefix_cache import Entry, PrefixCache, common, identity
+from megatron_moellava.inference.prefix_cache import CONVERSATIONS, Entry, PrefixCache, common, identity
 from megatron_moellava.inference.requests import Request
 from tests.helpers.inference_models import ask, picture, tiny_engine, uncached
 
@@ -140,6 +140,10 @@ def test_beginnings_of_a_new_entry_go_and_then_the_one_not_used_for_longest():
     assert [list(item.ids_S) for item in cache.entries] == [[1, 2, 3], [8, 8, 8]] and cache.bytes == 6
     cache.keep(entry(*range(9)))
     assert cache.bytes <= 8
+    cache.limit = 10**6
+    for number in range(CONVERSATIONS + 5):
+        cache.keep(entry(10, number))
+    assert len(cache.entries) == CONVERSATIONS
 
 
 def test_a_picture_is_its_pixels_and_not_its_place():
