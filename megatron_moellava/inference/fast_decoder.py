@@ -155,8 +155,9 @@ def choices(router: MegatronRouter, x_TH: torch.Tensor) -> tuple[torch.Tensor, t
     """(weights, experts) [T, K]. The default router in four operations; any other, and a watched one, by its module."""
     config = router.config
     simple = type(router) is MegatronRouter and config.moe_router_score_function == "softmax"
-    simple = simple and config.moe_router_dtype == "fp32"
-    if not simple or config.moe_router_topk == 1 or is_observed(router):
+    simple = simple and config.moe_router_dtype == "fp32" and not config.moe_router_topk_scaling_factor
+    # The softmax comes before the choice also where there is but one.
+    if not simple or config.moe_router_pre_softmax or is_observed(router):
         probs_TE, _ = router(x_TH.unsqueeze(1))
         return probs_TE.topk(config.moe_router_topk, dim=-1)
     logits_TK, experts_TK = F.linear(x_TH.float(), router.weight).topk(config.moe_router_topk, dim=-1)

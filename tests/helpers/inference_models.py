@@ -36,6 +36,18 @@ GATES = {
     "narrow experts": MoEConfig(num_moe_experts=8, moe_router_topk=4, moe_ffn_hidden_size=96),
     "shared experts": MoEConfig(moe_shared_expert_intermediate_size=96),
     "balanced by a bias": MoEConfig(moe_router_enable_expert_bias=True),
+    "probabilities among all": MoEConfig(num_moe_experts=8, moe_router_topk=3, moe_router_pre_softmax=True),
+    "scaled, of the best groups, a gated shared expert": MoEConfig(
+        num_moe_experts=8,
+        moe_router_topk=4,
+        moe_router_num_groups=4,
+        moe_router_group_topk=2,
+        moe_router_enable_expert_bias=True,
+        moe_router_topk_scaling_factor=2.5,
+        moe_shared_expert_intermediate_size=96,
+        moe_shared_expert_gate=True,
+    ),
+    "scaled": MoEConfig(moe_router_topk_scaling_factor=0.5),
 }
 
 
