@@ -99,7 +99,7 @@ def longest_first(costs: list[float], ranks: int) -> list[list[int]]:
     """Numbers of the items of each rank: the dearest first, each to the rank that has least so far.
 
     >>> longest_first([1.0, 4.0, 2.0, 2.0], 2)
-    [[1], [2, 3, 0]]
+    [[1, 0], [2, 3]]
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     totals = [0.0] * ranks

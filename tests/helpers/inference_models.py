@@ -51,18 +51,31 @@ GATES = {
 }
 
 
-def tiny_run(moe: MoEConfig | None = None, backbone: str = "llama-tiny", precision: str = "fp32") -> RunConfig:
+def tiny_run(
+    moe: MoEConfig | None = None, backbone: str = "llama-tiny", precision: str = "fp32", tower: str = "clip-tiny"
+) -> RunConfig:
     return RunConfig(
-        model=ModelConfig(backbone=backbone, tower="clip-tiny"),
+        model=ModelConfig(backbone=backbone, tower=tower),
         moe=moe,
         training=TrainingConfig(stage=3 if moe else 2, precision=precision),
-        data=DataConfig(tokenizer=str(TOKENIZER), template="v1", packing=False),
+        data=DataConfig(
+            tokenizer=str(TOKENIZER),
+            template="v1",
+            packing=False,
+            image_grid=tower.endswith(("@newline", "@onevision")),
+        ),
     )
 
 
-def tiny_engine(moe: MoEConfig | None = None, backbone: str = "llama-tiny", seed: int = 1, **options) -> Engine:
+def tiny_engine(
+    moe: MoEConfig | None = None,
+    backbone: str = "llama-tiny",
+    seed: int = 1,
+    tower: str = "clip-tiny",
+    **options,
+) -> Engine:
     parallel.initialize(ParallelConfig(), seed)
-    run = tiny_run(moe, backbone)
+    run = tiny_run(moe, backbone, tower=tower)
     (model,) = build_model(run)
     scatter(model)
     prompter = Prompter(

@@ -83,7 +83,7 @@ def loader_of(folder, tower=TINY, **changes):
     for number in range(0, 24, 4):
         pair = [names[number % 5], names[(number + 2) % 5]]
         rows[number] = row(number, pair, conversations=conversation("<image>\nand\n<image>\nare?", f"answer {number}"))
-    data = config(write_rows(folder, rows), seq_length=128, **changes)
+    data = config(write_rows(folder, rows), seq_length=256, **changes)
     tokenizer = load_tokenizer(ASSETS / "tok_bpe")
     share = {"seed": 1, "rank": 0, "world_size": 1, "micro_batch_size": 2, "pad_multiple": 4}
     return build_train_loader(data, tokenizer, tower, **share)

@@ -25,7 +25,7 @@ def test_pieces_end_at_the_boundaries_of_samples_and_chunks():
 
 
 def test_the_dearest_items_are_dealt_first():
-    assert longest_first([1.0, 4.0, 2.0, 2.0], 2) == [[1], [2, 3, 0]]
+    assert longest_first([1.0, 4.0, 2.0, 2.0], 2) == [[1, 0], [2, 3]]
     assert longest_first([3.0], 2) == [[0], []] and longest_first([], 2) == [[], []]
     shares = longest_first([float(cost) for cost in range(1, 30)], 4)
     totals = [sum(number + 1 for number in share) for share in shares]
