@@ -21,6 +21,7 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.16",
     "matplotlib>=3.8",
     "tqdm>=4.66",
+    "packaging>=23",  # versions that `moellava doctor` compares
     "psutil>=5.9",  # megatron.core.dist_checkpointing imports it without declaring it
 ]
 
@@ -42,6 +43,7 @@ EXTRAS_REQUIRE = {
         "emoji~=2.16",  # their names
     ],
     "parquet": ["pyarrow>=17"],  # data sources as Parquet files
+    "trackers": ["wandb>=0.20", "mlflow>=3", "swanlab>=0.10"],  # logging.trackers
     "video": ["av>=17"],  # the release that Energon 7.4 decodes with
     "docs": ["mkdocs~=1.6", "mkdocstrings[python]~=1.0"],  # `make docs`; reads the sources, imports nothing
     "dev": [

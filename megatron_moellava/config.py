@@ -56,6 +56,7 @@ Role = Literal[
     "experts",
     "router",  # and the mixing coefficient of a residual MoE
 ]
+Tracker = Literal["wandb", "mlflow", "swanlab"]
 LoraTarget = Literal["attention", "ffn", "experts", "router", "projector", "tower"]
 
 
@@ -196,6 +197,21 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DebugConfig:
+    """Switches that cost time, for a run that misbehaves."""
+
+    deterministic: bool = (
+        False  # kernels whose result is the same each time; an operation without one is named in a warning
+    )
+    detect_anomaly: bool = (
+        False  # the forward operation behind a gradient that is NaN, with its traceback; ends the run
+    )
+    find_non_finite: bool = (
+        False  # the first module whose output or gradient is not finite, named where a step is skipped
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
     """The stage, its steps and batches, and the numbers it computes in."""
 
@@ -218,6 +234,7 @@ class TrainingConfig:
     recompute: Recompute = "none"  # selective: the attention alone
     recompute_tower: bool = False  # the vision tower's activations too
     non_finite_patience: int = 5  # consecutive skipped steps before the run stops
+    debug: DebugConfig | None = None  # switches that cost time, for a run that misbehaves (below); null: none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,6 +276,8 @@ class OptimizerConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
+    # average the weights beside the training, for evaluation (EMA); at most so much of it stays with an update; None: do not
+    ema_decay: float | None = None
     clip_grad: float = 1.0  # global gradient norm; 0: off, as the original in effect
     # of the weights that Adam steps; bf16: rounded after each update, as where there is no fp32 copy (same memory)
     main_params_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -314,6 +333,10 @@ class LoggingConfig:
     sample_ids: bool = False  # write the ids of every step's samples to steps.jsonl
     tensorboard: bool = True
     directory: str | None = None  # TensorBoard and JSONL; None: inside checkpoint.save
+    trackers: tuple[Tracker, ...] = ()  # the same numbers to these, each an installed package
+    project: str = "moellava"  # of the trackers (MLflow: experiment)
+    run_name: str | None = None  # likewise; None: the name of the folder
+    offline: bool = False  # trackers write below the folder of the log alone, for their own `sync` later
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -324,6 +347,15 @@ class ValidationConfig:
     interval: int = 500  # steps between validations; the last step is always followed by one
     steps: int = 0  # batches of training.global_batch_size rows per source; 0: all of its rows
     best: bool = True  # keep the checkpoint with the lowest mean loss in checkpoint.save/best
+    ema: bool = False  # score the averaged weights of optimizer.ema_decay too, as SOURCE/ema
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """A trace of some steps by torch's profiler, with a summary, in the folder of the log; without steps there is none."""
+
+    steps: tuple[int, ...] = ()  # the first and the last one, or one alone
+    ranks: tuple[int, ...] = (0,)  # []: all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -339,6 +371,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @property
     def required_moe(self) -> MoEConfig:

@@ -27,7 +27,10 @@ import megatron_moellava
 from megatron_moellava import parallel, platform
 from megatron_moellava.checkpoint.description import RunDescription, read_description, write_description
 from megatron_moellava.checkpoint.folders import (
+    AVERAGE,
+    AVERAGES,
     DAMAGED,
+    OPTIMIZER_STATE,
     SUPERSEDED,
     UNFINISHED,
     complete_iterations,
@@ -171,7 +174,7 @@ def _optimizer_state(optimizer: ChainedOptimizer, model_state: dict) -> dict:
     return state
 
 
-def _wanted_optimizer_state(optimizer: ChainedOptimizer, model_state: dict) -> dict:
+def _wanted_optimizer_state(optimizer: ChainedOptimizer, model_state: dict, has_average: bool) -> dict:
     """Where `_optimizer_state` of a checkpoint shall go: of each parameter that this rank has any part of.
 
     Megatron-Core's own request, that of `sharded_param_state_fully_reshardable`, is of all parameters on every rank.
@@ -181,7 +184,11 @@ def _wanted_optimizer_state(optimizer: ChainedOptimizer, model_state: dict) -> d
     for index, item in enumerate(distributed_optimizers(optimizer)):
         item.init_state_fn(item.optimizer)
         state[index] = {
-            number: {key: _empty(by_parameter[parameter], key) for key in ("param", *item.optimizer_state_keys)}
+            number: {
+                key: _empty(by_parameter[parameter], key)
+                for key in ("param", *item.optimizer_state_keys)
+                if has_average or key != AVERAGE
+            }
             for number, parameter in _owned_parameters(item)
         }
     return state
@@ -201,7 +208,7 @@ def _owned_parameters(item: DistributedOptimizer) -> Iterator[tuple[int, torch.n
 def _empty(weight: ShardedTensor | ShardedTensorFactory, key: str) -> ShardedTensor | ShardedTensorFactory:
     """A request for one tensor of a parameter's state, split over the ranks as the weight is."""
     data = torch.empty(weight.data.shape, dtype=torch.float32)
-    changes: dict = {"key": f"optimizer.state.{key}.{weight.key}", "data": data}
+    changes: dict = {"key": f"{OPTIMIZER_STATE}{key}.{weight.key}", "data": data}
     if isinstance(weight, ShardedTensor):
         changes["dtype"] = data.dtype
     return replace(weight, **changes)
@@ -338,7 +345,10 @@ def _leave_only(chosen: Path, damaged: list[Path], superseded: list[Path]) -> No
 
 def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[MoELlava], steps: int) -> None:
     """Restore main parameters and Adam's moments of any layout, and the number of updates done."""
-    state = _wanted_optimizer_state(optimizer, model_state(chunks))
+    with readable(checkpoint):
+        stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    has_average = any(name.startswith(AVERAGES) for name in stored)
+    state = _wanted_optimizer_state(optimizer, model_state(chunks), has_average)
     # What is empty does not come back: the state of a stage that trains nothing, or has no experts.
     with readable(checkpoint):
         # The check would want every tensor asked for by the first rank that has a copy of the weight.
@@ -348,6 +358,9 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
         adam = item.optimizer
         for moments in adam.state.values():
             moments.pop("step", None)  # Megatron-Core looks for it in the file when torch's Adam keeps it here
+        if not has_average:  # of a run that had none: it begins with the weights
+            for tensors in loaded.get(index, {}).values():
+                tensors[AVERAGE] = tensors["param"]
         with torch.no_grad():
             item.load_parameter_state_from_fully_reshardable(loaded.get(index, {}))
         if isinstance(adam, torch.optim.AdamW):

@@ -12,6 +12,7 @@ from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.stages import part_of
 from megatron_moellava.training.loss_scale import LossScale
 from megatron_moellava.training.main_params import round_main_params
+from megatron_moellava.training.weight_average import average_weights
 
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -94,6 +95,7 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Ch
         # The optimizers of dense and of expert parameters would each gather the parameters of both; the last one does.
         part._defer_param_sync = True
     round_main_params(run, distributed_optimizers(optimizer))
+    average_weights(options, distributed_optimizers(optimizer))
     return optimizer
 
 

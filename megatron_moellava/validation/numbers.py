@@ -70,6 +70,7 @@ RULES: dict[str, Rule] = {
     "optimizer.adam_beta1": BELOW_1,
     "optimizer.adam_beta2": BELOW_1,
     "optimizer.adam_eps": POSITIVE,
+    "optimizer.ema_decay": (lambda value: 0 < value < 1, "must lie between 0 and 1, or be left unset"),
     "optimizer.clip_grad": (AT_LEAST_0[0], "must be 0 (off) or positive"),
     "optimizer.initial_loss_scale": POSITIVE,
     "optimizer.min_loss_scale": POSITIVE,

@@ -24,7 +24,12 @@ from megatron_moellava.validation.numbers import number_problems
 from megatron_moellava.validation.pictures import least_features, picture_problems
 from megatron_moellava.validation.precision import decided
 from megatron_moellava.validation.tokenizer import tokenizer_problems
-from megatron_moellava.validation.training import batch_problems, training_problems
+from megatron_moellava.validation.training import (
+    batch_problems,
+    profile_problems,
+    tracker_problems,
+    training_problems,
+)
 
 # Folders that a run writes to, or starts from: no shell has put in the home folder for `~` in a YAML file.
 FOLDERS = (("checkpoint", "save"), ("checkpoint", "load"), ("logging", "directory"))
@@ -167,6 +172,8 @@ def _sizes(run: RunConfig, backbone: Backbone, world_size: int, machine: Machine
     yield from length_problems(run, backbone)
     yield from batch_problems(run, world_size)
     yield from training_problems(run, machine)
+    yield from profile_problems(run, world_size)
+    yield from tracker_problems(run)
 
 
 def _divisors_of_the_layout(run: RunConfig) -> Iterable[int]:

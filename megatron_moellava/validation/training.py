@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from megatron_moellava.config import RunConfig
-from megatron_moellava.machine import TRANSFORMER_IMPL, Machine
+from megatron_moellava.machine import TRANSFORMER_IMPL, Machine, is_installed
 from megatron_moellava.stages import part_of, trained_roles
 
 BLACKWELL = (10, 0)  # compute capability
@@ -63,6 +63,8 @@ def training_problems(run: RunConfig, machine: Machine) -> Iterator[str]:
     if optimizer.gradient_accumulation_fusion and not machine.has_gradient_fusion:
         yield "optimizer.gradient_accumulation_fusion=true needs Transformer Engine and apex's kernel on a GPU; leave it unset"
     yield from rate_problems(run)
+    if run.validation.ema and optimizer.ema_decay is None:
+        yield "validation.ema=true: there are no averaged weights; set optimizer.ema_decay, e.g. 0.999, or leave it out"
     if optimizer.router_lr_warmup_fraction is not None and run.moe is None:
         yield f"optimizer.router_lr_warmup_fraction={optimizer.router_lr_warmup_fraction} needs a MoE model; leave it unset"
 
@@ -114,6 +116,35 @@ def cooldown_problem(run: RunConfig, train_steps: int) -> str:
         f"optimizer.lr_wsd_decay_iters={cooldown} and {warmup} steps of warm-up are more than the run's {train_steps} steps; "
         f"use at most {max(train_steps - warmup, 1)}, or a smaller optimizer.lr_warmup_fraction"
     )
+
+
+def tracker_problems(run: RunConfig) -> Iterator[str]:
+    """`logging.trackers`: packages that are not installed, and where a run keeps the trackers' ids."""
+    trackers = run.logging.trackers
+    for name in trackers:
+        if not is_installed(name):
+            yield (
+                f"logging.trackers: {name} is not installed; pip install 'megatron-moellava[trackers]' (or {name} alone), or "
+                "leave it out"
+            )
+    if trackers and not run.logging.directory and not run.checkpoint.save:
+        yield "logging.trackers needs a folder, to continue the same curves later; set logging.directory or checkpoint.save"
+
+
+def profile_problems(run: RunConfig, world_size: int) -> Iterator[str]:
+    """Steps and ranks of `profile`, and where what it finds shall go."""
+    steps, ranks = run.profile.steps, run.profile.ranks
+    if not steps:
+        return
+    shown = ",".join(map(str, steps))
+    if len(steps) > 2 or steps[0] < 1 or steps[-1] < steps[0]:
+        yield f"profile.steps=[{shown}] must be the first and the last step, from 1 on, or one step alone"
+    elif 0 < run.training.train_steps < steps[-1]:
+        yield f"profile.steps=[{shown}]: the run ends after step {run.training.train_steps}"
+    if beyond := [rank for rank in ranks if not 0 <= rank < world_size]:
+        yield f"profile.ranks names {', '.join(map(str, beyond))}, and there are ranks 0 to {world_size - 1}"
+    if not run.logging.directory and not run.checkpoint.save:
+        yield f"profile.steps=[{shown}] needs a folder to write to; set logging.directory or checkpoint.save"
 
 
 def _sixteen_bits(run: RunConfig) -> Iterator[str]:

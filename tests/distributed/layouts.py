@@ -130,6 +130,7 @@ MODELS = {
     "lora-shared": Model(moe=MOE, roles=["router"], run=LORA_SHARED),
     # Every part of the model has a rate of its own, in the cooldown of a schedule.
     "rates": Model(moe=MOE, run=RATES),
+    "average": Model(moe=MOE, run={"optimizer.ema_decay": 0.3}),
     "bf16": Model(moe=MOE, run={"training.precision": "bf16"}),
     # FP8 as a CPU emulates it. In blocks a pipeline stage computes what one process does, and so does a rank with its own
     # experts; a scale of a whole tensor depends on which tokens and which rows of a weight a rank has.
@@ -268,6 +269,10 @@ LAYOUTS = [
     *_layouts("bf16-params", "dp2", 2),
     *_layouts("bf16-params", "pp2", 2, pp=2),
     *_layouts("granular", "dp2", 2),
+    *_layouts("average", "dp2", 2),
+    *_layouts("average", "tp2-etp2", 2, tp=2, etp=2),
+    *_layouts("average", "pp2", 2, pp=2),
+    *_layouts("average", "ep2-overlap", 2, ep=2, overlap_grads=True, overlap_params=True),
     *_layouts("rates", "dp2", 2),
     *_layouts("rates", "tp2-etp2", 2, tp=2, etp=2),
     *_layouts("rates", "pp2", 2, pp=2),
@@ -381,6 +386,8 @@ CONTINUATIONS = [
     ("expert-bias:ep2", "expert-bias:tp2"),
     ("residual:tp2", "residual:pp2"),
     ("rates:ep2", "rates:pp2"),
+    ("average:ep2-overlap", "average:tp2-etp2"),
+    ("average:pp2", "average:dp2"),
     ("lora:ep2", "lora:tp2-etp2"),
     ("lora:tp2-etp2", "lora:pp2"),
     ("lora-shared:tp2-ep2-etp1", "lora-shared:ep2"),
