@@ -152,11 +152,18 @@ def _inherited(provenance: dict | None, name: str):
 
 def _check_exportable(source: Checkpoint, layout: str) -> None:
     """What Megatron-Core can train and the released layouts cannot hold."""
-    moe, tower = source.model.moe, source.model.tower
+    moe, tower, backbone = source.model.moe, source.model.tower, source.model.backbone
     if tower and layout in (ORIGINAL.name, LLAVA.name, TRANSFORMERS.name):
         _check_tower(tower, layout)
     if moe is None or layout in (TRANSFORMERS.name, VISION_TOWER.name, "projector"):
         return
+    if backbone.hf.experts is not None:
+        if layout == LANGUAGE_MODEL.name:
+            return
+        raise ConfigError(
+            f"--layout {layout}: that code has no {backbone.hf.family}, whose own models have experts; export --layout "
+            "transformers, or language-model"
+        )
     fields = ("moe_router_enable_expert_bias", "moe_shared_expert_intermediate_size")
     beyond = [f"moe.{name}={getattr(moe, name)}" for name in fields if getattr(moe, name)]
     if beyond:
@@ -319,6 +326,12 @@ def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | 
         raise ConfigError(
             f"--layout transformers: {reason}, and the modelling file does not tile pictures; export --layout "
             "language-model, tower and projector"
+        )
+    moe = source.model.moe
+    if moe and moe.moe_router_num_groups and (reason or source.model.backbone.hf.experts is None):
+        raise ConfigError(
+            f"moe.moe_router_num_groups={moe.moe_router_num_groups}: neither a class of transformers nor the modelling file of "
+            "exports chooses among groups of these experts; export --layout original, which says so in its config.json"
         )
     model = huggingface.as_transformers(source.model)
     layout = OWN if reason else TRANSFORMERS

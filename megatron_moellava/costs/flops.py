@@ -104,6 +104,9 @@ def moe_work(sharding: Sharding, tokens: float) -> Iterator[Work]:
     if moe.moe_shared_expert_intermediate_size:
         inner = moe.moe_shared_expert_intermediate_size / sharding.tp
         yield from mlp_work(sharding, "shared experts", tokens, inner, "experts" in trains)
+        if moe.moe_shared_expert_gate:
+            rows, width = tokens / sharding.sp, sharding.backbone.hidden_size
+            yield linear("shared experts", rows, width, 1, "experts" in trains)
         yield from mlp_adapter_work(sharding, "shared experts", "experts", (tokens, tokens / sharding.sp), inner)
 
 

@@ -4,7 +4,6 @@ All ranks of a model-parallel group call it with the same step. Shapes: T tokens
 rows of logits (one for each prompt and each single token), V vocabulary.
 """
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
+from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.inference.fast_decoder import FastDecoder, can_decode_fast
 from megatron_moellava.inference.prompts import Prompt
 from megatron_moellava.model.kv_cache import KVCache, Step
@@ -56,7 +56,8 @@ class Forward:
         self.cache.begin(step)
         embeddings_T1D = None
         if parallel.is_first_stage():
-            parts = [*self._embed_prompts(prompts), *self._embed_tokens(tokens, has_images)]
+            starts = [past.length if past else 0 for _, _, past in step.prompts_with_pasts()]
+            parts = [*self._embed_prompts(prompts, starts), *self._embed_tokens(tokens, has_images)]
             embeddings_T1D = torch.cat(parts, dim=0)
         else:
             self._receive(len(step.positions_T))
@@ -70,15 +71,16 @@ class Forward:
         dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
         return None
 
-    def _embed_prompts(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
-        """Embeddings [T, 1, D] of each prompt."""
-        images = [_images(prompt) for prompt in prompts]
+    def _embed_prompts(self, prompts: Sequence[Prompt], starts: Sequence[int]) -> list[torch.Tensor]:
+        """Embeddings [T, 1, D] of each prompt from its start on."""
+        images = [_images(prompt, start) for prompt, start in zip(prompts, starts, strict=True)]
         self._encode({image.digest: image for own in images for image in own})
         embedded = []
-        for prompt, own in zip(prompts, images, strict=True):
-            tokens_1T = torch.tensor([prompt.tokens], device=platform.device())
+        for prompt, start, own in zip(prompts, starts, images, strict=True):
+            tokens_1T = torch.tensor([prompt.tokens[start:]], device=platform.device())
             features = [self.features[image.digest] for image in own]
-            embedded.append(self.model.embed(tokens_1T, None, torch.cat(features) if features else None))
+            features_NFD = torch.cat(features) if features else None
+            embedded.append(self.model.embed(tokens_1T, None, features_NFD, has_images=bool(prompt.tiles)))
         while len(self.features) > REMEMBERED_IMAGES:
             self.features.popitem(last=False)
         return embedded
@@ -119,12 +121,15 @@ class Forward:
         self.model.set_input_tensor(hidden_T1D)
 
 
-def _images(prompt: Prompt) -> list[Picture]:
-    """The images of a prompt."""
+def _images(prompt: Prompt, start: int) -> list[Picture]:
+    """The images of a prompt whose visual tokens do not come before position `start`."""
     parts = prompt.pixels_NCHW.split(prompt.tiles) if prompt.tiles else ()
-    found = []
+    before, found = prompt.tokens[:start].count(IMAGE_TOKEN), []
     for number, tiles_NCHW in enumerate(parts):
+        if before > 0:
+            before -= prompt.widths[number]
+            continue
         grid = prompt.grids[number] if prompt.grids else None
-        digest = hashlib.sha256(tiles_NCHW.numpy().tobytes() + (b"" if grid is None else repr(grid).encode())).digest()
-        found.append(Picture(digest, tiles_NCHW, grid, prompt.features[number] if grid else 0))
+        found.append(Picture(prompt.digests[number], tiles_NCHW, grid, prompt.features[number] if grid else 0))
+    assert before == 0, "a prompt is not cut within a picture"
     return found

@@ -1,6 +1,7 @@
 """A request -> tokens with room for its images, and their pixels, by the code that training uses."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,6 +28,19 @@ class Prompt:
     tiles: tuple[int, ...]  # of each image; at native resolution: patches
     features: tuple[int, ...] = ()  # visual tokens of each image
     grids: tuple[tuple[int, ...], ...] = ()  # how each image's tokens lie (`Plan.grid`), of towers that have that
+    digests: tuple[bytes, ...] = field(init=False)  # of each image as the tower sees it
+
+    def __post_init__(self) -> None:
+        parts = self.pixels_NCHW.split(self.tiles) if self.tiles else ()
+        grids = [repr(grid).encode() for grid in self.grids] or [b""] * len(parts)
+        found = [hashlib.sha256(part.numpy().tobytes() + grid) for part, grid in zip(parts, grids, strict=True)]
+        object.__setattr__(self, "digests", tuple(digest.digest() for digest in found))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Visual tokens of each image; without `features` all tiles have as many."""
+        each = self.tokens.count(IMAGE_TOKEN) // max(sum(self.tiles), 1)
+        return self.features or tuple(tiles * each for tiles in self.tiles)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

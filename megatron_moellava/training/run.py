@@ -19,6 +19,7 @@ from megatron_moellava.training.lock import lock_folder
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.validation.run import validate_run
 from megatron_moellava.validation.tokenizer import too_large
+from megatron_moellava.validation.training import cooldown_problem
 
 
 def train(run: RunConfig) -> int:
@@ -124,6 +125,8 @@ def _steps_of(run: RunConfig, rows: int) -> tuple[int, str, str]:
             ),
             "",
         )
+    if problem := cooldown_problem(run, steps):
+        return steps, problem, ""
     if steps == warmup == 1:
         return (
             steps,

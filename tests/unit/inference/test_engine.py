@@ -12,7 +12,7 @@ from megatron_moellava.data.sample import Turn
 from megatron_moellava.inference.packed_linear import PackedLinear, can_pack
 from megatron_moellava.inference.request_state import RequestState
 from megatron_moellava.inference.requests import Request, Sampling
-from tests.helpers.inference_models import GATES, ask, mixed_requests, picture, tiny_engine
+from tests.helpers.inference_models import GATES, ask, mixed_requests, picture, tiny_engine, uncached
 
 TOLERANCE = 1e-5  # measured: 3e-6, logits of size 5
 
@@ -35,17 +35,6 @@ def seen(monkeypatch):
 
     monkeypatch.setattr(RequestState, "choose", record)
     return logits
-
-
-@torch.no_grad()
-def uncached(engine, request, tokens) -> torch.Tensor:
-    """Logits [T, V] for each of the answer's tokens, from one forward pass over everything."""
-    prompt = engine.prompter(request)
-    tokens_1S = torch.tensor([[*prompt.tokens, *tokens[:-1]]])
-    position_ids_1S = torch.arange(tokens_1S.shape[1])[None]
-    pixels_NCHW, grids = prompt.pixels_NCHW, prompt.grids
-    logits_1SV = engine.model(tokens_1S, position_ids_1S, pixels_NCHW=pixels_NCHW, grids=grids)
-    return logits_1SV[0, len(prompt.tokens) - 1 :, : engine.prompter.tokenizer.vocab_size]
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast decoder", "modules"])
