@@ -78,9 +78,10 @@ MODELS = {
         for name, backbone in (("llama", "llama-tiny"), ("phi", "phi-2-tiny"))
         for stage in (1, 2, 3)
     },
-    # Patches of images of different sizes as one row; with a pixel shuffle; with the tower frozen.
+    # Patches of images of different sizes as one row; with a pixel shuffle; with the tower frozen; tiles put together.
     "native": Model(moe=MOE, rows="native", run={"model.tower": "naflex-tiny"}),
     "native-shuffle": Model(moe=MOE, rows="native", run={"model.tower": "naflex-tiny@pixel_shuffle"}),
+    "newline": Model(moe=MOE, rows="native", run={"model.tower": "siglip-tiny@newline"}),
     "native-stage3": Model(moe=MOE, rows="native", roles=None, run={"model.tower": "naflex-tiny", "training.stage": 3}),
     "text-only": Model(moe=MOE, rows="text"),
     "padded": Model(moe=MOE, rows="padded"),
@@ -240,11 +241,11 @@ LAYOUTS = [
     *_layouts("llama-stage3 phi-stage3", "ep2", 2, ep=2),
     *_layouts("llama-stage3", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("llama-stage3", "pp2-vpp2", 2, pp=2, vpp=2),
-    *_layouts("native native-shuffle", "dp2", 2),
-    *_layouts("native native-shuffle", "tp2", 2, tp=2),
-    *_layouts("native native-shuffle native-stage3", "pp2", 2, pp=2),
-    *_layouts("native native-shuffle native-stage3", "cp2", 2, cp=2),
-    *_layouts("native native-stage3", "ep2", 2, ep=2),
+    *_layouts("native native-shuffle newline", "dp2", 2),
+    *_layouts("native native-shuffle newline", "tp2", 2, tp=2),
+    *_layouts("native native-shuffle native-stage3 newline", "pp2", 2, pp=2),
+    *_layouts("native native-shuffle native-stage3 newline", "cp2", 2, cp=2),
+    *_layouts("native native-stage3 newline", "ep2", 2, ep=2),
     *_layouts("native", "recompute-tower", 1, recompute_tower=True),
     *_layouts("text-only", "dp2", 2),
     *_layouts("text-only", "tp2-ep2-etp1", 2, tp=2, ep=2),
