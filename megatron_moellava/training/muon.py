@@ -79,14 +79,14 @@ def _mark_embeddings(chunks: list[DistributedDataParallel]) -> None:
     for chunk in chunks:
         for role, name, parameter in parameter_roles(chunk.module):
             if role == "tower" and "embedding" in name:
-                parameter.is_embedding_or_output_parameter = True
+                parameter.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
 
 
 def _note_heads(chunk: DistributedDataParallel) -> None:
     """The rows of query, key and value of each attention layer: Megatron-Core takes the language model's for the tower's."""
     for module in chunk.modules():
         weight = getattr(getattr(module, "linear_qkv", None), "weight", None)
-        if getattr(weight, "is_qkv", False):
+        if weight is not None and getattr(weight, "is_qkv", False):
             config = module.config
             width, groups = config.kv_channels, config.num_query_groups or config.num_attention_heads
             weight.qkv_split_shapes = [config.num_attention_heads // groups * width, width, width]
