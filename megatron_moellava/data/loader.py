@@ -377,7 +377,7 @@ def _length_key(fingerprint: dict, opened: list[OpenSource], data, tower) -> lis
     )
     pictures = data.image_grid or tower.native  # lengths depend on them
     tiles = [[entry.folder for entry in opened], tower.image_size] if pictures else []
-    tiles += [fingerprint["native"]] if tower.native else []
+    tiles += [fingerprint["native"]] if tower.has_grids else []
     return [{name: fingerprint[name] for name in fields}, [entry.fingerprint for entry in opened], tiles]
 
 
@@ -420,12 +420,12 @@ def order_fields(data, encoder: Encoder, tower, opened: list[OpenSource]) -> dic
         "num_features": tower.num_features,
         "image_grid": data.image_grid,
         "max_images": data.max_images,
-    } | _native_fields(data, tower)
+    } | _grid_fields(data, tower)
 
 
-def _native_fields(data, tower) -> dict:
-    """What decides the lengths of pictures at native resolution; nothing for other towers, as in older checkpoints."""
+def _grid_fields(data, tower) -> dict:
+    """What decides the lengths of pictures that differ in them; nothing for other towers, as in older checkpoints."""
     if not tower.native:
-        return {}
+        return {"native": f"tiles of {tower.tiling} with ends of lines"} if tower.newline else {}
     budgets = [tower.num_features, data.max_sample_image_tokens, data.enlarge_images]
     return {"native": [tower.patch_size * tower.shuffle, *budgets]}

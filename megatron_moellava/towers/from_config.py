@@ -28,6 +28,8 @@ LATER = {
     "native": False,
     "post_layernorm": False,
     "projector": "mlp2x_gelu",
+    "newline": False,
+    "tiling": "next",
     "max_num_patches": 0,
 }
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}

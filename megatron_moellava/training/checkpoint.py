@@ -30,7 +30,6 @@ from megatron_moellava.checkpoint.folders import (
     AVERAGE,
     AVERAGES,
     DAMAGED,
-    OPTIMIZER_STATE,
     SUPERSEDED,
     UNFINISHED,
     complete_iterations,
@@ -49,12 +48,13 @@ from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.weights import kept_state, model_state, readable
 from megatron_moellava.training.background import BackgroundSave, Writing
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
+from megatron_moellava.training.whole_states import Sharded, load_whole_states, of_weight, whole_states
 
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 # Memory-efficient: only the first data-parallel rank gathers the state, over gloo into host memory. Otherwise every rank
@@ -167,6 +167,8 @@ def provenance_of(run: RunConfig, source: Path) -> dict:
 
 def _optimizer_state(optimizer: ChainedOptimizer, model_state: dict) -> dict:
     """By number of the optimizer and of the parameter; empty on all data-parallel ranks but the first."""
+    if isinstance(optimizer, LayerWiseDistributedOptimizer):
+        return whole_states(optimizer, model_state)
     state = {}
     for index, item in enumerate(distributed_optimizers(optimizer)):
         item.init_state_fn(item.optimizer)  # moments exist only after the first step
@@ -205,13 +207,9 @@ def _owned_parameters(item: DistributedOptimizer) -> Iterator[tuple[int, torch.n
             before += len(buffer.param_index_map)
 
 
-def _empty(weight: ShardedTensor | ShardedTensorFactory, key: str) -> ShardedTensor | ShardedTensorFactory:
+def _empty(weight: Sharded, key: str) -> Sharded:
     """A request for one tensor of a parameter's state, split over the ranks as the weight is."""
-    data = torch.empty(weight.data.shape, dtype=torch.float32)
-    changes: dict = {"key": f"{OPTIMIZER_STATE}{key}.{weight.key}", "data": data}
-    if isinstance(weight, ShardedTensor):
-        changes["dtype"] = data.dtype
-    return replace(weight, **changes)
+    return of_weight(weight, key, torch.empty(weight.data.shape, dtype=torch.float32))
 
 
 def _unused_tower_state(model: MoELlava) -> dict:
@@ -345,6 +343,12 @@ def _leave_only(chosen: Path, damaged: list[Path], superseded: list[Path]) -> No
 
 def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[MoELlava], steps: int) -> None:
     """Restore main parameters and Adam's moments of any layout, and the number of updates done."""
+    if isinstance(optimizer, LayerWiseDistributedOptimizer):
+        wanted = whole_states(optimizer, model_state(chunks), lambda value: torch.empty(value.shape, dtype=value.dtype))
+        with readable(checkpoint):
+            loaded = dist_checkpointing.load({"optimizer": wanted}, str(checkpoint), validate_access_integrity=False)
+        load_whole_states(optimizer, loaded.get("optimizer", {}), steps)
+        return
     with readable(checkpoint):
         stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     has_average = any(name.startswith(AVERAGES) for name in stored)
