@@ -1,6 +1,7 @@
 """JSON answers of a model that knows nothing: whatever it says, a finished answer satisfies its schema."""
 
 import json
+import random
 
 import jsonschema
 import pytest
@@ -10,6 +11,7 @@ from megatron_moellava.config import DataError, MoEConfig
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.inference.grammar import ANY_OBJECT, REMEMBERED, Grammars
 from tests.helpers.inference_models import TOKENIZER, ask, tiny_engine
+from tests.helpers.tokenizer_folders import BYTES, LLAMA, byte_folder, llama_folder
 
 NESTED = {
     "type": "object",
@@ -77,6 +79,37 @@ def test_every_finished_answer_satisfies_its_schema():
         jsonschema.validate(json.loads(completion.text), SCHEMAS[name])
         finished[name] += 1
     assert all(count for name, count in finished.items() if name != "any object"), finished
+
+
+def wander(tokenizer, schema: dict, seed: int) -> str | None:
+    """The text of tokens drawn from those allowed; None: unfinished."""
+    grammar, source, tokens = Grammars(tokenizer, [tokenizer.eos_id]).start(json.dumps(schema)), random.Random(seed), []
+    while not grammar.is_complete and len(tokens) < LONGEST:
+        token = source.choice(grammar.allowed(tokenizer.vocab_size).nonzero().flatten().tolist())
+        assert not grammar.failure
+        if token == tokenizer.eos_id:
+            return tokenizer.decode(tokens).lstrip()
+        tokens.append(token)
+        grammar.advance(token)
+    return tokenizer.decode(tokens).lstrip() if grammar.is_complete else None
+
+
+@pytest.mark.parametrize("name", BYTES["folders"])
+def test_byte_level_vocabularies_are_read_as_they_are_decoded(name, tmp_path):
+    assert_wanders_well(load_tokenizer(byte_folder(tmp_path, name)))
+
+
+@pytest.mark.parametrize("vocabulary", ["model", "json"])
+def test_llama_vocabularies_are_read_as_they_are_decoded(vocabulary, tmp_path):
+    assert_wanders_well(load_tokenizer(llama_folder(tmp_path, next(iter(LLAMA["folders"])), vocabulary)))
+
+
+def assert_wanders_well(tokenizer) -> None:
+    ended = [(schema, wander(tokenizer, schema, seed)) for schema in SCHEMAS.values() for seed in range(4)]
+    for schema, text in ended:
+        if text is not None:
+            jsonschema.validate(json.loads(text), schema)
+    assert sum(text is not None for _, text in ended) > len(ended) / 3
 
 
 def test_a_json_answer_disturbs_no_neighbour_and_keeps_the_models_own_logprobs():
