@@ -48,7 +48,7 @@ from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.weights import kept_state, model_state, readable
 from megatron_moellava.training.background import BackgroundSave, Writing
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
-from megatron_moellava.training.whole_states import Sharded, load_whole_states, of_weight, whole_states
+from megatron_moellava.training.whole_states import Sharded, init_moments, load_whole_states, of_weight, whole_states
 
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -171,7 +171,7 @@ def _optimizer_state(optimizer: ChainedOptimizer, model_state: dict) -> dict:
         return whole_states(optimizer, model_state)
     state = {}
     for index, item in enumerate(distributed_optimizers(optimizer)):
-        item.init_state_fn(item.optimizer)  # moments exist only after the first step
+        init_moments(item)
         state[index] = item.sharded_param_state_fully_reshardable(model_state, metadata=_OPTIMIZER_METADATA) or {}
     return state
 
@@ -184,7 +184,7 @@ def _wanted_optimizer_state(optimizer: ChainedOptimizer, model_state: dict, has_
     by_parameter = {sharded.data: sharded for sharded in model_state.values()}
     state: dict[int, dict] = {}
     for index, item in enumerate(distributed_optimizers(optimizer)):
-        item.init_state_fn(item.optimizer)
+        init_moments(item)
         state[index] = {
             number: {
                 key: _empty(by_parameter[parameter], key)
@@ -349,9 +349,8 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
             loaded = dist_checkpointing.load({"optimizer": wanted}, str(checkpoint), validate_access_integrity=False)
         load_whole_states(optimizer, loaded.get("optimizer", {}), steps)
         return
-    with readable(checkpoint):
-        stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    has_average = any(name.startswith(AVERAGES) for name in stored)
+    keeps_average = any(AVERAGE in item.optimizer_state_keys for item in distributed_optimizers(optimizer))
+    has_average = keeps_average and _has_average(checkpoint)
     state = _wanted_optimizer_state(optimizer, model_state(chunks), has_average)
     # What is empty does not come back: the state of a stage that trains nothing, or has no experts.
     with readable(checkpoint):
@@ -362,7 +361,7 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
         adam = item.optimizer
         for moments in adam.state.values():
             moments.pop("step", None)  # Megatron-Core looks for it in the file when torch's Adam keeps it here
-        if not has_average:  # of a run that had none: it begins with the weights
+        if keeps_average and not has_average:  # of a run that had none: it begins with the weights
             for tensors in loaded.get(index, {}).values():
                 tensors[AVERAGE] = tensors["param"]
         with torch.no_grad():
@@ -373,6 +372,13 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
         else:  # Transformer Engine's and apex's FusedAdam count in the group
             for group in adam.param_groups:
                 group["step"] = steps
+
+
+def _has_average(checkpoint: Path) -> bool:
+    """Whether the run of a checkpoint averaged its weights."""
+    with readable(checkpoint):
+        stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    return any(name.startswith(AVERAGES) for name in stored)
 
 
 def load_rank_state(

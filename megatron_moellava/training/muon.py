@@ -20,6 +20,7 @@ from megatron_moellava.model.roles import parameter_roles
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -70,7 +71,8 @@ def build_muon(
                 for note in (name for name in _NOTES if hasattr(parameter, name)):
                     setattr(main, note, getattr(parameter, note))
     for item in optimizer.chained_optimizers:
-        item.optimizer.register_step_post_hook(_count)
+        if isinstance(item.optimizer, TensorParallelMuon):
+            item.optimizer.register_step_post_hook(_count)
     return optimizer
 
 
@@ -86,10 +88,11 @@ def _note_heads(chunk: DistributedDataParallel) -> None:
     """The rows of query, key and value of each attention layer: Megatron-Core takes the language model's for the tower's."""
     for module in chunk.modules():
         weight = getattr(getattr(module, "linear_qkv", None), "weight", None)
-        if weight is not None and getattr(weight, "is_qkv", False):
+        if weight is not None and weight.requires_grad:
             config = module.config
             width, groups = config.kv_channels, config.num_query_groups or config.num_attention_heads
-            weight.qkv_split_shapes = [config.num_attention_heads // groups * width, width, width]
+            shapes = [config.num_attention_heads // groups * width, width, width]
+            weight.is_qkv, weight.qkv_split_shapes = weight.shape[0] % sum(shapes) == 0, shapes
 
 
 def _count(torch_optimizer: torch.optim.Optimizer, *_) -> None:

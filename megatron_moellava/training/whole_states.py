@@ -40,6 +40,14 @@ def whole_states(
     return state
 
 
+def init_moments(item) -> None:
+    """Moments of an optimizer that has not stepped yet. Torch's AdamW takes them for those of a step, which it counts."""
+    item.init_state_fn(item.optimizer)
+    if isinstance(item.optimizer, torch.optim.AdamW):
+        for moments in item.optimizer.state.values():
+            moments.setdefault("step", torch.tensor(0.0))
+
+
 @torch.no_grad()
 def load_whole_states(optimizer: LayerWiseDistributedOptimizer, loaded: dict, steps: int) -> None:
     """Fill main parameters and moments with what a request of `whole_states` has brought, and count the updates."""
@@ -48,17 +56,18 @@ def load_whole_states(optimizer: LayerWiseDistributedOptimizer, loaded: dict, st
             for key, value in tensors.items():
                 value.copy_(loaded[index][number][key])
     for item in optimizer.chained_optimizers:
-        for group in item.optimizer.param_groups:
-            group["step"] = steps
-        for moments in item.optimizer.state.values():
-            if "exp_avg" in moments and isinstance(item.optimizer, torch.optim.AdamW):
+        if isinstance(item.optimizer, torch.optim.AdamW):
+            for moments in item.optimizer.state.values():
                 moments["step"] = torch.tensor(float(steps))
+        else:  # Muon's and FusedAdam's count is the group's
+            for group in item.optimizer.param_groups:
+                group["step"] = steps
 
 
 def _tensors(optimizer: LayerWiseDistributedOptimizer) -> Iterator[list[tuple[torch.Tensor, dict[str, torch.Tensor]]]]:
     """Of each optimizer: (weight of the model, {kind: tensor}) of every parameter that this rank steps."""
     for item in optimizer.chained_optimizers:
-        item.init_state_fn(item.optimizer)  # moments exist only after the first step
+        init_moments(item)
         weight_of = {id(main): weight for weight, main in _copies(item)}
         yield [
             (weight_of.get(id(main), main), {"param": main.detach(), **_moments(item.optimizer.state[main])})
