@@ -28,7 +28,9 @@ BIN := $(VENV)/bin
 GPU_WHEELS = $(if $(WHEELS),$(BIN)/python -m pip install --quiet --no-index --no-deps $(WHEELS)/*.whl && )
 
 .DEFAULT_GOAL := help
-.PHONY: test-trackers help quickstart names-full chat serve test test-browser test-lmms test-layouts test-layouts-8 test-gpu test-gpu-pretended bench-gpu test-planning test-te fuzz bench docs check format test-resilience test-cluster test-docker clean
+.PHONY: help quickstart names-full chat serve docs check format bench bench-gpu clean \
+	test test-browser test-cluster test-docker test-gpu test-gpu-pretended test-layouts test-layouts-8 test-lmms \
+	test-load test-planning test-resilience test-te test-trackers fuzz
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,7 +52,8 @@ docs: $(DOCS_READY)  ## this documentation and the API as a site, in build/docs
 	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 # The tests are of the CPU, and start more processes than there are GPUs; those of a GPU are test-gpu's.
-test test-layouts test-layouts-8 test-planning fuzz test-te check test-browser test-lmms test-trackers test-resilience test-cluster test-gpu-pretended: export CUDA_VISIBLE_DEVICES =
+check test test-browser test-cluster test-gpu-pretended test-layouts test-layouts-8 test-lmms test-load test-planning \
+	test-resilience test-te test-trackers fuzz: export CUDA_VISIBLE_DEVICES =
 
 # Two test processes of one thread each: oversubscribed threads make small products several times slower.
 test: $(READY) | $(TE_SOURCES)  ## unit and parity tests (TESTS=tests/unit for a part)
@@ -97,6 +100,10 @@ format: $(READY)  ## rewrite the sources in the project's format
 
 test-browser: $(READY)  ## the web page in a real Chromium (apt-get install chromium)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/browser
+
+test-load: $(READY)  ## ten minutes of 64 clients, hostile ones among them, on a server (LOAD_SECONDS=60 for less)
+	LOAD_SECONDS=$(or $(LOAD_SECONDS),600) LOAD_CLIENTS=$(or $(LOAD_CLIENTS),64) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest $(PYTEST_ARGS) -p no:xdist --capture=no tests/unit/serving/test_load.py
 
 test-lmms: .lmms-venv/.installed  ## our plugin in lmms-eval, in an environment of its own (.lmms-venv; a few minutes)
 	OMP_NUM_THREADS=1 .lmms-venv/bin/python -m pytest $(PYTEST_ARGS) tests/lmms

@@ -33,6 +33,7 @@ EXTRAS_REQUIRE = {
     # An environment of its own: it wants an older `av` than `video`, and reads filelock's private modules of before 4.
     "lmms-eval": ["lmms-eval~=0.7.3", "filelock<4"],
     "demo": ["fastapi>=0.110", "starlette", "uvicorn>=0.29", "prometheus-client>=0.20"],
+    "json": ["llguidance>=1.9,<2"],  # answers that a JSON schema allows; needs no other package
     "quickstart": [
         "easy-vqa~=1.0",
         "scikit-learn>=1.4",
@@ -56,6 +57,7 @@ EXTRAS_REQUIRE = {
         "fastapi>=0.110",  # `demo`, and OpenAI's own client against it
         "uvicorn>=0.29",
         "prometheus-client>=0.20",
+        "llguidance>=1.9,<2",  # `json`
         "openai>=2",
         "pyarrow>=17",  # `parquet`
         "scipy>=1.11",  # the linear program behind `packing_bound`

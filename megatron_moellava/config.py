@@ -93,6 +93,12 @@ class MoEConfig:
     moe_router_dtype: Literal["fp32", "bf16"] = "fp32"
     # top-1: the weight is 1, with the gradient of its log-probability; False: the probability itself (megatron router only)
     normalize_top1: bool = False
+    # softmax over all experts before the choice: the weights of several chosen experts do not sum to 1 (megatron router only)
+    moe_router_pre_softmax: bool = False
+    moe_router_topk_scaling_factor: float | None = None  # of the weights of the chosen experts (megatron router only)
+    # the experts in so many groups; only those of the best moe_router_group_topk groups are chosen among (megatron router only)
+    moe_router_num_groups: int | None = None
+    moe_router_group_topk: int | None = None  # groups by their best moe_router_topk / moe_router_group_topk experts
     moe_aux_loss_coeff: float = 0.01  # per MoE layer, summed over layers
     moe_z_loss_coeff: float | None = None  # megatron router only
     # megatron router only
@@ -100,6 +106,7 @@ class MoEConfig:
     moe_router_enable_expert_bias: bool = False  # aux-loss-free balancing (megatron router)
     moe_router_bias_update_rate: float = 1e-3  # step of the expert bias
     moe_shared_expert_intermediate_size: int | None = None  # of an expert that sees every token; None: there is none
+    moe_shared_expert_gate: bool = False  # its output is weighted by the sigmoid of a learned product with the token
     # slots per expert = ceil(tokens / experts * factor * top-k); None: dropless
     moe_expert_capacity_factor: float | None = None
     eval_capacity_factor: float = 2.0  # original router only
@@ -124,6 +131,12 @@ class DataConfig:
     # "pad" to a square with the mean colour, or "square" (resize and crop)
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     image_grid: bool = False  # LLaVA-NeXT tiling of high-resolution images
+    # towers at native resolution: visual tokens of one picture; None: the tower's own
+    max_image_tokens: int | None = None
+    max_sample_image_tokens: int | None = None  # likewise, of all pictures of a sample; None: no limit of its own
+    enlarge_images: bool = (
+        True  # likewise: small pictures are enlarged to the budget; False: no more tokens than pixels fill
+    )
     seq_length: int = 2048  # tokens per row, image tokens included
     # of one sample; None: seq_length, or the backbone's context where that is shorter
     max_sample_length: int | None = None

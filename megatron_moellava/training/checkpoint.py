@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_moellava
 from megatron_moellava import parallel, platform
-from megatron_moellava.backbones import backbone_fields
 from megatron_moellava.checkpoint.description import RunDescription, read_description, write_description
 from megatron_moellava.checkpoint.folders import (
     AVERAGE,
@@ -42,11 +41,11 @@ from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
 from megatron_moellava.checkpoint.resume_point import ResumePoint, resume_point
 from megatron_moellava.checkpoint.verification import digests_together, verify_checkpoint
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
+from megatron_moellava.costs.shapes import Model
 from megatron_moellava.model.fp8_emulation import Emulation
 from megatron_moellava.model.fp8_engine import EngineHistories
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.weights import kept_state, model_state, readable
-from megatron_moellava.towers import tower_fields
 from megatron_moellava.training.background import BackgroundSave, Writing
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
 from megatron_moellava.training.whole_states import Sharded, init_moments, load_whole_states, of_weight, whole_states
@@ -143,13 +142,7 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
         optimizer_steps=optimizer_steps,
         world_size=dist.get_world_size(),
         data_parallel_size=parallel.data_parallel_size(),
-        model={
-            "backbone": model.backbone.name,
-            "tower": model.tower.name,
-            "moe": to_dict(run.moe) if run.moe else None,
-            "backbone_fields": backbone_fields(model.backbone),
-            "tower_fields": tower_fields(model.tower),
-        },
+        model=Model(backbone=model.backbone, tower=model.tower, moe=run.moe).to_json(),
         config=to_dict(run),
         loss_scale=state.loss_scale,
         provenance=state.provenance,

@@ -81,7 +81,7 @@ def _mark_embeddings(chunks: list[DistributedDataParallel]) -> None:
     for chunk in chunks:
         for role, name, parameter in parameter_roles(chunk.module):
             if role == "tower" and "embedding" in name:
-                parameter.is_embedding_or_output_parameter = True
+                parameter.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
 
 
 def _note_heads(chunk: DistributedDataParallel) -> None:

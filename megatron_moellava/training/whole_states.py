@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
-Sharded = ShardedTensor | ShardedTensorFactory
+type Sharded = ShardedTensor | ShardedTensorFactory
 
 
 def of_weight(weight: Sharded, key: str, data: torch.Tensor) -> Sharded:

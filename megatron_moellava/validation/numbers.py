@@ -18,6 +18,9 @@ BELOW_1: Rule = (lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 RULES: dict[str, Rule] = {
     "moe.num_moe_experts": AT_LEAST_1,
     "moe.moe_ffn_hidden_size": AT_LEAST_1,
+    "moe.moe_router_topk_scaling_factor": POSITIVE,
+    "moe.moe_router_num_groups": AT_LEAST_1,
+    "moe.moe_router_group_topk": AT_LEAST_1,
     "moe.moe_aux_loss_coeff": AT_LEAST_0,
     "moe.moe_z_loss_coeff": AT_LEAST_0,
     "moe.moe_router_bias_update_rate": AT_LEAST_0,
@@ -27,6 +30,8 @@ RULES: dict[str, Rule] = {
     "moe.min_capacity": AT_LEAST_0,
     "data.seq_length": AT_LEAST_1,
     "data.max_sample_length": AT_LEAST_1,
+    "data.max_image_tokens": AT_LEAST_1,
+    "data.max_sample_image_tokens": AT_LEAST_1,
     "data.packing_buffer": AT_LEAST_1,
     "data.num_workers": (lambda value: value >= 0, "must be at least 0 (0: in the training process itself)"),
     "data.max_images": AT_LEAST_0,
