@@ -197,7 +197,7 @@ def own_config(model: Model, scales: bool) -> dict:
     """What `modeling_moe_llava.py` reads on top."""
     moe, backbone = model.moe, model.backbone
     scaling = moe and moe.moe_router_topk_scaling_factor
-    later = {"norm_topk_prob": False} if moe and moe.moe_router_pre_softmax else {}
+    later: dict = {"norm_topk_prob": False} if moe and moe.moe_router_pre_softmax else {}
     later |= {"routed_scaling_factor": scaling} if scaling else {}
     return later | {
         "architectures": ["MoELlavaForConditionalGeneration"],

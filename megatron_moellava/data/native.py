@@ -39,7 +39,8 @@ def plans(sizes: Sequence[tuple[int, int] | None], tower, data, where: str) -> t
     unit = tower.patch_size * tower.shuffle
     found = []
     for size, budget in zip(sizes, shared_budget(wanted, limit) if limit else wanted, strict=True):
-        rows, columns = grid(*(size or (unit, unit)), unit, budget)
+        width, height = size or (unit, unit)
+        rows, columns = grid(width, height, unit, budget)
         found.append(Plan(rows * columns, (rows * tower.shuffle, columns * tower.shuffle)))
     return tuple(found)
 

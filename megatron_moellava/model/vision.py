@@ -94,7 +94,7 @@ class VisionTower(MegatronModule):
         resized = {grid: self._positions(grid) for grid in dict.fromkeys(grids)}
         return self.embedder(flat_NI) + torch.cat([resized[grid] for grid in grids])
 
-    def _positions(self, grid: tuple[int, int]) -> torch.Tensor:
+    def _positions(self, grid: tuple[int, ...]) -> torch.Tensor:
         """The square table of positions resized to a grid, [rows * columns, D]; in fp32, as transformers does it."""
         side, weight = self.tower.position_side, self.position_embeddings.weight
         table_1DHW = weight.float().view(1, side, side, -1).permute(0, 3, 1, 2)

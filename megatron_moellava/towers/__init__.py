@@ -103,9 +103,10 @@ def get_tower(name: str) -> Tower:
 def tower_of_run(run: RunConfig) -> Tower:
     """The tower that a run names, with the budget that its data have for one picture."""
     tower = get_tower(run.model.tower)
-    if not tower.native or (run.data.max_image_tokens or 0) < 1:
+    budget = run.data.max_image_tokens or 0
+    if not tower.native or budget < 1:
         return tower
-    return replace(tower, max_num_patches=run.data.max_image_tokens * tower.shuffle**2)
+    return replace(tower, max_num_patches=budget * tower.shuffle**2)
 
 
 def tower_of_section(section: dict) -> Tower | None:

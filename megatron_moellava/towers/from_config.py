@@ -148,7 +148,7 @@ def _native_problems(tower: Tower, processor: dict) -> list[str]:
 
 def hf_config_of(tower: Tower) -> dict:
     """`config.json` of the tower as transformers reads it: the inverse of `tower_from_hf_config`."""
-    config = {"model_type": tower.hf.model_type, "architectures": [tower.hf.architecture], **tower.hf.constants}
+    config: dict = {"model_type": tower.hf.model_type, "architectures": [tower.hf.architecture], **tower.hf.constants}
     config.pop("dropout", None)
     config |= {key: getattr(tower, field) for key, field in FIELDS.items()}
     config["hidden_act"] = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[tower.activation]
