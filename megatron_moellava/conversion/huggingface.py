@@ -10,8 +10,13 @@ from megatron_moellava.backbones import FAMILIES, Backbone
 from megatron_moellava.backbones.from_config import backbone_from_hf_config, hf_config_of
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.costs.shapes import Model, expert_ffn_hidden_size
+from megatron_moellava.mapping import Shape
 from megatron_moellava.towers.from_config import hf_config_of as tower_config
 
+# Width of the shared expert that transformers' Qwen2-MoE always has: of zeros here. With a width of 0 transformers reports
+# its weights as missing, and vLLM refuses weights of that size.
+EMPTY_SHARED_EXPERT = 16
+NO_SHARED_EXPERT = "there must be no shared expert: MoE-LLaVA has none of that kind"
 OWN_TYPE = "moe_llava"  # of modeling_moe_llava.py
 MOE_TYPES = {"qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
 # Keys of a MoE text config that `moe_config` reads, or that have no meaning for these models.
@@ -59,8 +64,8 @@ def moe_config(config: dict) -> MoEConfig | None:
         text["moe_intermediate_size"],
         text.get("norm_topk_prob", False),
     )
-    if text.get("shared_expert_intermediate_size"):
-        raise ConfigError("there must be no shared expert: MoE-LLaVA has none of that kind")
+    if text.get("shared_expert_intermediate_size", 0) not in (0, EMPTY_SHARED_EXPERT):
+        raise ConfigError(NO_SHARED_EXPERT)
     if topk > 1 and not normalises:
         raise ConfigError("norm_topk_prob must be true for several experts per token")
     return MoEConfig(
@@ -161,7 +166,22 @@ def _moe_text(model: Model) -> dict:
         "norm_topk_prob": moe.moe_router_topk > 1 or moe.normalize_top1,
         "moe_intermediate_size": expert_ffn_hidden_size(moe, backbone),
         "router_aux_loss_coef": moe.moe_aux_loss_coeff,
-    } | ({"shared_expert_intermediate_size": 0, "qkv_bias": True} if kind == "qwen2_moe" else {})
+    } | ({"shared_expert_intermediate_size": EMPTY_SHARED_EXPERT, "qkv_bias": True} if kind == "qwen2_moe" else {})
+
+
+def empty_shared_experts(model: Model) -> dict[str, Shape]:
+    """Names, below the text model's, and shapes of the zeros that Qwen2-MoE wants; `model` as `as_transformers` gives it."""
+    if model.moe is None or needs_modelling_file(model) or model.backbone.hf.moe_model_type != "qwen2_moe":
+        return {}
+    hidden, width = model.backbone.hidden_size, EMPTY_SHARED_EXPERT
+    shapes = {
+        "shared_expert.gate_proj.weight": (width, hidden),
+        "shared_expert.up_proj.weight": (width, hidden),
+        "shared_expert.down_proj.weight": (hidden, width),
+        "shared_expert_gate.weight": (1, hidden),
+    }
+    layers = (f"{model.backbone.hf.prefix}layers.{layer}.mlp." for layer in model.moe_layers)
+    return {layer + name: shape for layer in layers for name, shape in shapes.items()}
 
 
 def own_config(model: Model, scales: bool) -> dict:

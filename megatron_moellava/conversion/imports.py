@@ -14,6 +14,7 @@ from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.checkpoint.sums import verify_sums
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion import huggingface, original
+from megatron_moellava.conversion.huggingface import NO_SHARED_EXPERT
 from megatron_moellava.conversion.initial import new_projector
 from megatron_moellava.conversion.layout import (
     LANGUAGE_MODEL,
@@ -290,9 +291,7 @@ def _drop_inert(job: Import, model: Model, layout: Layout) -> None:
     job.drop((name for name in job.tensors if name.endswith(BUFFERS)), "buffers that are computed, not learned")
     halves = tuple(TOWER_FILE + part for part in OTHER_HALF)
     job.drop((name for name in job.tensors if name.startswith(halves)), "not part of the vision tower")
-    # moe_config has made sure that it has no width; its gate then multiplies nothing.
-    empty = (name for name, tensor in job.tensors.items() if not tensor.numel or ".mlp.shared_expert_gate." in name)
-    job.drop(empty, "empty shared experts")
+    _drop_empty_shared_experts(job)
     head, embedding = (
         next(m.hf[0] for m in model.backbone.mapping if m.megatron == key)
         for key in ("output_layer.weight", "embedding.word_embeddings.weight")
@@ -304,6 +303,21 @@ def _drop_inert(job: Import, model: Model, layout: Layout) -> None:
                 f"{head} differs from {embedding}, but tie_word_embeddings is true; set it to false in config.json"
             )
         job.drop([head], "tied to the embeddings")
+
+
+def _drop_empty_shared_experts(job: Import) -> None:
+    """Of Qwen2-MoE's layout, which must have them: of no width, or zeros, so that their gate multiplies nothing.
+
+    ConfigError for weights that compute something.
+    """
+    shared = [name for name in job.tensors if ".mlp.shared_expert." in name or ".mlp.shared_expert_gate." in name]
+    with Files() as files:
+        for name in shared:
+            tensor = job.tensors[name]
+            blocks = files.blocks(tensor, 0, tensor.numel)
+            if ".mlp.shared_expert.down_proj." in name and any(any(block) for block in blocks):
+                raise ConfigError(f"{name}: {NO_SHARED_EXPERT}")
+    job.drop(shared, "empty shared experts")
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
