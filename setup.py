@@ -29,6 +29,9 @@ EXTRAS_REQUIRE = {
     # Transformer Engine compiles against the torch that is already there: install with --no-build-isolation. NVIDIA's
     # apex comes with the NGC PyTorch image only; the "apex" of PyPI is an unrelated package: never pip-install it.
     "gpu": ["transformer-engine[core_cu13,pytorch]~=2.20"],
+    "hub": ["huggingface_hub>=1.0"],  # convert export --push
+    "compressed": ["compressed-tensors>=0.15"],  # convert export --quantize
+    "gguf": ["gguf>=0.17"],  # convert export --layout gguf
     "eval": ["openpyxl>=3.1", "httpx>=0.27"],  # openpyxl: MMBench submission tables
     # An environment of its own: it wants an older `av` than `video`, and reads filelock's private modules of before 4.
     "lmms-eval": ["lmms-eval~=0.7.3", "filelock<4"],
@@ -48,6 +51,8 @@ EXTRAS_REQUIRE = {
     "video": ["av>=17"],  # the release that Energon 7.4 decodes with
     "docs": ["mkdocs~=1.6", "mkdocstrings[python]~=1.0"],  # `make docs`; reads the sources, imports nothing
     "dev": [
+        "gguf>=0.17",  # the tests read back what `gguf` writes
+        "compressed-tensors>=0.15",  # and what --quantize writes
         "pytest>=8",
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",

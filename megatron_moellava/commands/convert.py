@@ -34,7 +34,10 @@ LAYOUTS = {
     "language-model": "the language model alone",
     "tower": "the vision tower alone",
     "projector": "mm_projector.bin, as the original's stage 1 writes it",
+    "gguf": "model.gguf and mmproj.gguf for llama.cpp",
 }
+QUANTIZE = ("fp8", "int4")
+GGUF_TYPES = ("f32", "f16", "q8_0")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -120,6 +123,26 @@ def _add_export(commands) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder whose tokenizer files are copied along")
     parser.add_argument("--tower", type=Path, metavar="DIR", help="published tower, for layers that training drops")
     parser.add_argument("--dtype", choices=DTYPES, help="convert all weights (default: as they are)")
+    parser.add_argument(
+        "--gguf-type", choices=GGUF_TYPES, default="f16", help="of the matrices in --layout gguf (default: f16)"
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        default="",
+        help="the language model's matrices, in the format of compressed-tensors",
+    )
+    card = parser.add_argument_group("the model card (README.md)")
+    card.add_argument("--license", default="", metavar="ID", help="the hub's name of its licence, such as apache-2.0")
+    card.add_argument("--scores", type=Path, metavar="FILE", help="a scores.json that `moellava evaluate` wrote")
+    hub = parser.add_argument_group("the Hugging Face hub")
+    hub.add_argument(
+        "--push", metavar="USER/NAME", help="upload the folder there as well, with the token of `hf auth login`"
+    )
+    hub.add_argument("--private", action="store_true", help="a new repository is private")
+    hub.add_argument(
+        "--dry-run", action="store_true", help="with --push: say what would be uploaded, and upload nothing"
+    )
     _add_no_verify(parser)
 
 
@@ -332,8 +355,14 @@ def run_import_adapter(parsed: argparse.Namespace) -> int:
 
 def run_export(parsed: argparse.Namespace) -> int:
     """A Megatron checkpoint -> a folder for transformers or for the original; prints what to know when loading it."""
+    from megatron_moellava.config import ConfigError
     from megatron_moellava.conversion.exports import export_checkpoint
+    from megatron_moellava.conversion.push import check_repo
 
+    if parsed.push:
+        check_repo(parsed.push)
+    elif parsed.dry_run or parsed.private:
+        raise ConfigError("--dry-run and --private belong to --push USER/NAME; give it, or leave them out")
     if parsed.adapter:
         return run_export_adapter(parsed)
     bar = Bar()
@@ -344,6 +373,10 @@ def run_export(parsed: argparse.Namespace) -> int:
         tokenizer=parsed.tokenizer,
         tower=parsed.tower,
         dtype=parsed.dtype,
+        licence=parsed.license,
+        scores=parsed.scores,
+        gguf_type=parsed.gguf_type,
+        quantize=parsed.quantize,
         verify=not parsed.no_verify,
         progress=bar,
         begin=bar.begin,
@@ -353,6 +386,22 @@ def run_export(parsed: argparse.Namespace) -> int:
         print(f"note: {note}")
     if "modeling_moe_llava.py" in report["files"]:
         print("load it with trust_remote_code=True: modeling_moe_llava.py lies beside the weights")
+    return _push(parsed)
+
+
+def _push(parsed: argparse.Namespace) -> int:
+    """Upload what was written, where that is asked for; prints what, or what would be."""
+    from megatron_moellava.conversion.push import planned, push
+
+    if not parsed.push:
+        return 0
+    files = planned(parsed.save)
+    if parsed.dry_run:
+        print(f"would upload {len(files)} files to {parsed.push}:")
+        for name, size in files:
+            print(f"  {size:>14,}  {name}")
+        return 0
+    print(f"uploaded {len(files)} files to {push(parsed.save, parsed.push, private=parsed.private)}")
     return 0
 
 
@@ -360,11 +409,11 @@ def run_export_adapter(parsed: argparse.Namespace) -> int:
     """An adapter checkpoint -> a folder for `peft`."""
     from megatron_moellava.conversion.adapter_exports import export_adapter
 
-    _refuse(parsed, ("tokenizer", "tower", "dtype"))
+    _refuse(parsed, ("tokenizer", "tower", "dtype", "license", "scores"))
     report = export_adapter(parsed.checkpoint, save=parsed.save, verify=not parsed.no_verify)
     print(f"wrote {report['tensors']} tensors to {report['folder']} for peft")
     print("its base is what `moellava convert export BASE --layout transformers` writes")
-    return 0
+    return _push(parsed)
 
 
 def run_merge(parsed: argparse.Namespace) -> int:

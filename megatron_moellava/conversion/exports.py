@@ -14,6 +14,8 @@ from megatron_moellava.checkpoint.description import trained_with
 from megatron_moellava.checkpoint.sums import verify_sums, write_sums
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion import for_generation, huggingface, original
+from megatron_moellava.conversion.chat_template import chat_template
+from megatron_moellava.conversion.gguf_export import check_gguf, write_gguf
 from megatron_moellava.conversion.imports import TOWER_FILE, is_unused, tower_file
 from megatron_moellava.conversion.initial import language_dtype, zeros
 from megatron_moellava.conversion.layout import (
@@ -29,15 +31,18 @@ from megatron_moellava.conversion.layout import (
     entries,
 )
 from megatron_moellava.conversion.megatron_checkpoint import Checkpoint, check_complete, open_checkpoint
+from megatron_moellava.conversion.model_card import model_card
 from megatron_moellava.conversion.native import native_config
+from megatron_moellava.conversion.quantised import check_quantised, quantised
 from megatron_moellava.conversion.recipes import Part, Recipe, export_recipes, identity
+from megatron_moellava.conversion.served_tokenizer import ServedTokenizer, served_tokenizer
 from megatron_moellava.conversion.tensors import Files, Tensor
 from megatron_moellava.conversion.writers import Progress, staged, write_safetensors
 from megatron_moellava.costs.shapes import LANGUAGE, PROJECTOR, TOWER, UNUSED, Model, megatron_tensors
 from megatron_moellava.data.llama_tokenizer import DEFAULTS
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.hf_config import read_json
-from megatron_moellava.towers import Tower
+from megatron_moellava.towers import Tower, get_tower
 from megatron_moellava.towers.from_config import hf_config_of as tower_config_of
 from megatron_moellava.towers.from_config import processor_config_of
 
@@ -52,7 +57,8 @@ TOKENIZER_FILES = (
     "qwen.tiktoken",
     "arcade100k.tiktoken",
 )
-EXPORT_LAYOUTS = (*LAYOUTS, "projector")
+GGUF = "gguf"
+EXPORT_LAYOUTS = (*LAYOUTS, "projector", GGUF)
 MODELLING_FILE = "modeling_moe_llava.py"
 # In memory (and on disk, for a class of our own) transformers 5 has these names.
 OWN = replace(
@@ -75,6 +81,8 @@ class Export:
     files: dict[str, dict | Path | str]  # JSON content, a file to copy, or its text
     title: str
     notes: list[str] = field(default_factory=list)  # for a person: what the layout's own code computes otherwise
+    has_tokenizer: bool = False  # `files` has it; otherwise the folder's files are copied
+    use: str = "original"  # how to load it, of model_card.USES
 
 
 def export_checkpoint(
@@ -85,6 +93,10 @@ def export_checkpoint(
     tokenizer: Path | None = None,
     tower: Path | None = None,
     dtype: str | None = None,
+    licence: str = "",
+    scores: Path | None = None,
+    gguf_type: str = "f16",
+    quantize: str = "",
     verify: bool = True,
     progress: Progress = lambda count: None,
     begin: Callable[[int], object] = lambda total: None,
@@ -92,9 +104,16 @@ def export_checkpoint(
     """Write `checkpoint` in `layout` (one of EXPORT_LAYOUTS) to folder `save`, with config and tokenizer files.
 
     `tower`: a folder with the published tower, for its tensors that training does not keep (the last layer).
+    `licence`, `scores`: for the model card (a licence's name on the hub; a scores.json of `moellava evaluate`).
+    `gguf_type`: of the matrices of layout "gguf", one of gguf_metadata.FILE_TYPES.
+    `quantize`: "", or one of quantised.KINDS, for transformers and vLLM.
     `verify`: False uses what is read without comparing digests. The folder gets a SHA256SUMS of all its files.
     Raises ConfigError or CheckpointError before anything is written.
     """
+    if quantize:
+        check_quantised(quantize)
+        if layout not in (TRANSFORMERS.name, LANGUAGE_MODEL.name):
+            raise ConfigError(f"--quantize {quantize}: --layout {layout} cannot say it; export --layout transformers")
     source = open_checkpoint(checkpoint, verify=verify)
     check_complete(source)
     _check_exportable(source, layout)
@@ -103,11 +122,29 @@ def export_checkpoint(
         source = _with_unused(source, Path(tower))
     if layout == "projector":
         return _export_projector(source, Path(save))
+    if layout == GGUF:
+        check_gguf(source, tokenizer)
+        begin(sum(tensor.nbytes for tensor in source.tensors.values()))
+        with _as_folder(tokenizer) as tokenizer, staged(Path(save)) as staging:
+            digests = write_gguf(source, staging, kind=gguf_type, tokenizer=tokenizer, progress=progress)
+            write_sums(staging, digests)
+        return {"folder": str(save), "layout": f"GGUF ({gguf_type})", "tensors": len(source.tensors)} | {
+            "files": sorted(digests),
+            "notes": [],
+        }
     with _as_folder(tokenizer) as tokenizer:
         job = PLANS[layout](source, tokenizer, dtype)
         _say_where_answers_end(job, source, tokenizer)
-        if tokenizer:
+        if tokenizer and not job.has_tokenizer:
             job.files |= _tokenizer_files(tokenizer, job.files)
+        if quantize:
+            job.recipes, job.tensors, config = quantised(job.recipes, job.tensors, quantize)
+            job.files["config.json"]["quantization_config"] = config
+            job.title += f", weights in {quantize}"
+        if layout != VISION_TOWER.name:
+            model = source.model if layout != LANGUAGE_MODEL.name else replace(source.model, tower=None)
+            said = {"title": job.title, "use": job.use, "licence": licence, "scores": scores}
+            job.files["README.md"] = model_card(Path(save).name, model, source.run, **said)
         begin(sum(recipe.nbytes for recipe in job.recipes))
         with staged(Path(save)) as staging:
             digests = write_safetensors(staging, job.recipes, job.tensors, progress)
@@ -155,7 +192,7 @@ def _check_exportable(source: Checkpoint, layout: str) -> None:
     moe, tower, backbone = source.model.moe, source.model.tower, source.model.backbone
     if tower and layout in (ORIGINAL.name, LLAVA.name, TRANSFORMERS.name):
         _check_tower(tower, layout)
-    if moe is None or layout in (TRANSFORMERS.name, VISION_TOWER.name, "projector"):
+    if moe is None or layout in (TRANSFORMERS.name, VISION_TOWER.name, "projector", GGUF):
         return
     if backbone.hf.experts is not None:
         if layout == LANGUAGE_MODEL.name:
@@ -190,7 +227,20 @@ def _check_tower(tower: Tower, layout: str) -> None:
 
 
 def _with_unused(source: Checkpoint, folder: Path) -> Checkpoint:
-    """The checkpoint with the published tower's unused tensors beside it."""
+    """The checkpoint with the published tower's unused tensors beside it. ConfigError for a tower of other sizes."""
+    if source.model.tower is None:
+        raise ConfigError(f"{source.folder} has no vision tower; leave --tower out")
+    ours, theirs = source.model.tower, get_tower(str(folder))
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "image_size", "patch_size")
+    differ = [
+        f"{name}={getattr(theirs, name)} instead of {getattr(ours, name)}"
+        for name in sizes
+        if getattr(theirs, name) != getattr(ours, name)
+    ]
+    if differ:
+        raise ConfigError(
+            f"--tower {folder} is not the model's tower {ours.name}: {', '.join(differ)}; give the tower it was made with"
+        )
     found = {
         UNUSED + name.removeprefix(TOWER_FILE): tensor
         for name, tensor in tower_file(folder).items()
@@ -260,11 +310,30 @@ def _plan_llava(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -
 def _plan_language_model(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
     model = Model(backbone=source.model.backbone, moe=source.model.moe)
     config = hf_config_of(model.backbone)
+    files, notes = _to_chat(source, served_tokenizer(tokenizer, with_image=False), tokenizer) if tokenizer else ({}, [])
     recipes, tensors = _weights(source, model, LANGUAGE_MODEL, dtype), dict(source.tensors)
     for name in set(model.backbone.hf.drops) - {recipe.name for recipe in recipes}:  # transformers' Phi insists on it
         tensors[name] = zeros((model.backbone.vocab_size,), dtype or language_dtype(source.tensors))
         recipes.append(identity(name, tensors[name]))
-    return Export(recipes, tensors, {"config.json": config}, LANGUAGE_MODEL.title)
+    return Export(
+        recipes,
+        tensors,
+        {"config.json": config} | files,
+        LANGUAGE_MODEL.title,
+        notes,
+        bool(tokenizer),
+        "language model",
+    )
+
+
+def _to_chat(
+    source: Checkpoint, served: ServedTokenizer, tokenizer: Path
+) -> tuple[dict[str, dict | Path | str], list[str]]:
+    """(tokenizer and chat template, notes)"""
+    template = for_generation.template_of(source.model, trained_with(source.run))
+    different = served.different(tokenizer, template)
+    notes = [f"its tokenizer gives other ids than in training, of {different[0]!r}"] if different else []
+    return served.files | {"chat_template.jinja": chat_template(template, served)}, notes
 
 
 def _plan_tower(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
@@ -337,23 +406,29 @@ def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | 
     layout = OWN if reason else TRANSFORMERS
     tensors = source.tensors | _missing_biases(model, source)
     recipes = _weights(replace(source, tensors=tensors), model, layout, dtype)
-    vocab, image_token = _image_token(model, tokenizer)
+    served = served_tokenizer(tokenizer) if tokenizer else None
+    vocab, image_token = _image_token(model, served)
     recipes, tensors = _with_vocabulary(recipes, tensors, model, vocab)
+    kind = dtype or language_dtype(tensors)
+    empty = {
+        layout.language + name: zeros(shape, kind) for name, shape in huggingface.empty_shared_experts(model).items()
+    }
+    recipes, tensors = recipes + [identity(name, tensor) for name, tensor in empty.items()], tensors | empty
     added = list(range(model.backbone.vocab_size, vocab))
     files: dict[str, dict | Path | str] = {
         "config.json": huggingface.export_config(model, vocab, image_token, trained_with(source.run)),
         **for_generation.processor_files(model.required_tower, settings.get("image_aspect_ratio", "pad")),
         "generation_config.json": {"suppress_tokens": added} if added else {},
     }
-    if tokenizer:
-        files |= for_generation.with_image_token(Path(tokenizer), image_token)
-    written = for_generation.chat_template(for_generation.template_of(model, trained_with(source.run)))
-    if written:
-        files["chat_template.jinja"] = written
+    notes = []
+    if served and tokenizer:
+        added_files, notes = _to_chat(source, served, tokenizer)
+        files |= added_files
     if reason:
         files[MODELLING_FILE] = Path(__file__).with_name(MODELLING_FILE)
     title = f"transformers' {files['config.json']['architectures'][0]}" if newline else layout.title
-    return Export(recipes, tensors, files, f"{title}{f' ({reason})' if reason else ''}")
+    title += f" ({reason})" if reason else ""
+    return Export(recipes, tensors, files, title, notes, bool(served), "modelling file" if reason else "transformers")
 
 
 PLANS = {
@@ -375,13 +450,13 @@ def _missing_biases(model: Model, source: Checkpoint) -> dict[str, Tensor]:
     }
 
 
-def _image_token(model: Model, tokenizer: Path | None) -> tuple[int, int]:
+def _image_token(model: Model, served: ServedTokenizer | None) -> tuple[int, int]:
     """(rows of the vocabulary, id of <image>). The id needs a row of its own; it is the first that the tokenizer lacks.
 
     Rows are added, in steps of 64 as transformers' own LLaVA has them, when the published vocabulary is full.
     """
     vocab = model.backbone.vocab_size
-    token = for_generation.free_id(Path(tokenizer)) if tokenizer else vocab
+    token = served.image_token if served else vocab
     return (vocab, token) if token < vocab else (token // 64 * 64 + 64, token)
 
 

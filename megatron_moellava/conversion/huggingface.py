@@ -11,8 +11,13 @@ from megatron_moellava.backbones.experts import sums_to_one
 from megatron_moellava.backbones.from_config import backbone_from_hf_config, hf_config_of
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.costs.shapes import Model, expert_ffn_hidden_size
+from megatron_moellava.mapping import Shape
 from megatron_moellava.towers.from_config import hf_config_of as tower_config
 
+# Width of the shared expert that transformers' Qwen2-MoE always has: of zeros here. With a width of 0 transformers reports
+# its weights as missing, and vLLM refuses weights of that size.
+EMPTY_SHARED_EXPERT = 16
+NO_SHARED_EXPERT = "there must be no shared expert: MoE-LLaVA has none of that kind"
 OWN_TYPE = "moe_llava"  # of modeling_moe_llava.py
 MOE_TYPES = {"qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
 # Keys of a MoE text config that `moe_config` reads, or that have no meaning for these models.
@@ -59,7 +64,8 @@ def _is_upcycled(config: dict) -> bool:
     """Whether it is a vision-language model with experts such as this program exports on families without experts of their
     own: no shared expert, and weights that sum to 1."""
     text = config.get("text_config") or {}
-    if text.get("model_type") not in MOE_TYPES or text.get("shared_expert_intermediate_size"):
+    shared = text.get("shared_expert_intermediate_size") or 0
+    if text.get("model_type") not in MOE_TYPES or shared not in (0, EMPTY_SHARED_EXPERT):
         return False
     return text.get("num_experts_per_tok") == 1 or bool(text.get("norm_topk_prob"))
 
@@ -190,7 +196,22 @@ def _moe_text(model: Model) -> dict:
         "norm_topk_prob": sums_to_one(moe),
         "moe_intermediate_size": expert_ffn_hidden_size(moe, backbone),
         "router_aux_loss_coef": moe.moe_aux_loss_coeff,
-    } | ({"shared_expert_intermediate_size": 0, "qkv_bias": True} if kind == "qwen2_moe" else {})
+    } | ({"shared_expert_intermediate_size": EMPTY_SHARED_EXPERT, "qkv_bias": True} if kind == "qwen2_moe" else {})
+
+
+def empty_shared_experts(model: Model) -> dict[str, Shape]:
+    """Names, below the text model's, and shapes of the zeros that Qwen2-MoE wants; `model` as `as_transformers` gives it."""
+    if model.moe is None or needs_modelling_file(model) or model.backbone.hf.moe_model_type != "qwen2_moe":
+        return {}
+    hidden, width = model.backbone.hidden_size, EMPTY_SHARED_EXPERT
+    shapes = {
+        "shared_expert.gate_proj.weight": (width, hidden),
+        "shared_expert.up_proj.weight": (width, hidden),
+        "shared_expert.down_proj.weight": (hidden, width),
+        "shared_expert_gate.weight": (1, hidden),
+    }
+    layers = (f"{model.backbone.hf.prefix}layers.{layer}.mlp." for layer in model.moe_layers)
+    return {layer + name: shape for layer in layers for name, shape in shapes.items()}
 
 
 def own_config(model: Model, scales: bool) -> dict:

@@ -14,6 +14,7 @@ from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.checkpoint.sums import verify_sums
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion import huggingface, original
+from megatron_moellava.conversion.huggingface import NO_SHARED_EXPERT
 from megatron_moellava.conversion.initial import new_projector
 from megatron_moellava.conversion.layout import (
     LANGUAGE_MODEL,
@@ -296,12 +297,8 @@ def _drop_inert(job: Import, model: Model, layout: Layout) -> None:
     job.drop((name for name in job.tensors if name.endswith(BUFFERS)), "buffers that are computed, not learned")
     halves = tuple(TOWER_FILE + part for part in OTHER_HALF)
     job.drop((name for name in job.tensors if name.startswith(halves)), "not part of the vision tower")
-    gated = (
-        model.moe is not None and model.moe.moe_shared_expert_gate
-    )  # else the gate of an empty one multiplies nothing
-    gates = () if gated else (".mlp.shared_expert_gate.",)
-    empty = (n for n, tensor in job.tensors.items() if not tensor.numel or any(part in n for part in gates))
-    job.drop(empty, "empty shared experts")
+    if model.moe is not None and not model.moe.moe_shared_expert_intermediate_size:
+        _drop_empty_shared_experts(job)
     head, embedding = (
         next(m.hf[0] for m in model.backbone.mapping if m.megatron == key)
         for key in ("output_layer.weight", "embedding.word_embeddings.weight")
@@ -313,6 +310,21 @@ def _drop_inert(job: Import, model: Model, layout: Layout) -> None:
                 f"{head} differs from {embedding}, but tie_word_embeddings is true; set it to false in config.json"
             )
         job.drop([head], "tied to the embeddings")
+
+
+def _drop_empty_shared_experts(job: Import) -> None:
+    """Of Qwen2-MoE's layout, which must have them: of no width, or zeros, so that their gate multiplies nothing.
+
+    ConfigError for weights that compute something.
+    """
+    shared = [name for name in job.tensors if ".mlp.shared_expert." in name or ".mlp.shared_expert_gate." in name]
+    with Files() as files:
+        for name in shared:
+            tensor = job.tensors[name]
+            blocks = files.blocks(tensor, 0, tensor.numel)
+            if ".mlp.shared_expert.down_proj." in name and any(any(block) for block in blocks):
+                raise ConfigError(f"{name}: {NO_SHARED_EXPERT}")
+    job.drop(shared, "empty shared experts")
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

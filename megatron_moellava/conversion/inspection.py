@@ -65,7 +65,7 @@ def inspect(path: Path, *, verify: bool = True) -> str:
     lines = [
         f"{source.folder}",
         f"  stage        {STAGES.get(source.run.stage or 0, source.run.stage)}, iteration {source.run.iteration}",
-        *_model_lines(source.model),
+        *model_lines(source.model),
         *_adapter_lines(source.run.adapter),
         *_provenance_lines(source.run.provenance),
         "",
@@ -84,7 +84,7 @@ def _config_lines(path: Path, layout: Layout) -> list[str]:
         config = read_json(path)
         backbone = named(text_backbone(config, path.name), path.name)
         moe = original.moe_config(config) or moe_of_transformers(config, backbone)
-        return _model_lines(Model(backbone=backbone, tower=original.tower_of(config, layout, None), moe=moe))
+        return model_lines(Model(backbone=backbone, tower=original.tower_of(config, layout, None), moe=moe))
     except MoELlavaError as error:
         return [f"  config.json  {str(error).splitlines()[0]}"]
 
@@ -95,7 +95,8 @@ def _is_megatron(path: Path) -> bool:
     return not path.is_file() and (newest_checkpoint(path) is not None or left)
 
 
-def _model_lines(model: Model) -> list[str]:
+def model_lines(model: Model) -> list[str]:
+    """Backbone, tower, experts, parameters and computation of a model, a line each: `  name         value`."""
     counts = count_parameters(model)
     backbone, family = model.backbone, model.backbone.hf.family
     size = f"{backbone.num_layers} layers of width {backbone.hidden_size}, no published size"

@@ -23,6 +23,7 @@ SAFETENSORS_TYPES = {
     "I8": "int8",
     "U8": "uint8",
     "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
 }
 
 

@@ -28,6 +28,7 @@ ITEM_SIZES = {
     "int8": 1,
     "uint8": 1,
     "bool": 1,
+    "float8_e4m3fn": 1,
 }
 
 

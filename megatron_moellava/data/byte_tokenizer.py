@@ -10,13 +10,13 @@ from pathlib import Path
 from megatron_moellava.config import ConfigError
 from megatron_moellava.data import qwen_tokenizer, stablelm_tokenizer
 from megatron_moellava.data.tokenizer import INVENTED, UNKNOWN_TOKENS, Pieces, Tokenizer
-from megatron_moellava.data.tokenizer_files import TokenizerFiles, read_files
+from megatron_moellava.data.tokenizer_files import AS_TRAINED, TokenizerFiles, read_files
 
 
 class ByteTokenizer(Tokenizer):
-    """`model`: a fast tokenizer of transformers."""
+    """`model`: a fast tokenizer of transformers. `adds_bos`: training puts BOS first, whether it does or not."""
 
-    def __init__(self, model, folder: Path):
+    def __init__(self, model, folder: Path, *, adds_bos: bool = False):
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
         if not getattr(model, "is_fast", False):
@@ -31,12 +31,13 @@ class ByteTokenizer(Tokenizer):
         self.model = model
         reserved = model.get_added_vocab()  # in Qwen's vocabulary "<unk>" is a word like any other
         unknown = next((token for token in UNKNOWN_TOKENS if token in reserved or token == model.unk_token), None)
+        self.invented = unknown is None  # the padding token is not the folder's
         if unknown is None:
             unknown = INVENTED
             model.add_special_tokens({"unk_token": unknown})
         self.pad_id = model.convert_tokens_to_ids(unknown)
         self.eos_id = model.eos_token_id
-        self.bos_id = model.bos_token_id if self._adds_bos() else None
+        self.bos_id = model.bos_token_id if adds_bos or self._adds_bos() else None
         self.vocab_size = max(model.get_vocab().values()) + 1
         self.added = model.get_added_vocab()
         self._controls = {index for index, token in model.added_tokens_decoder.items() if token.special}
@@ -81,7 +82,9 @@ class ByteTokenizer(Tokenizer):
 def open_tokenizer(folder: Path) -> ByteTokenizer | None:
     """The tokenizer of a folder; None where it has none of the files."""
     if (folder / "tokenizer.json").exists():
-        return ByteTokenizer(_from_json(folder, read_files(folder)), folder)
+        files = read_files(folder)
+        adds_bos = bool(files.config.get(AS_TRAINED, {}).get("add_bos_token"))
+        return ByteTokenizer(_from_json(folder, files), folder, adds_bos=adds_bos)
     for kind, open_ranks in (
         (qwen_tokenizer, qwen_tokenizer.qwen_tokenizer),
         (stablelm_tokenizer, stablelm_tokenizer.stablelm_tokenizer),

@@ -125,7 +125,7 @@ class LlamaTokenizer(Tokenizer):
     def __init__(self, vocabulary: Vocabulary, files: TokenizerFiles, *, legacy: bool):
         self.vocabulary, self.legacy = vocabulary, legacy
         named = DEFAULTS | files.named
-        self._specials = {*named.values(), *files.additional}
+        self.specials = {*named.values(), *files.additional}  # none of them has a blank before it
         self.added = self._added(files, named)
         self._by_id = {token.id: token for token in self.added.values()}
         self.unk = named["unk_token"]
@@ -193,7 +193,7 @@ class LlamaTokenizer(Tokenizer):
     def _prefixed(self, chunks: list[_Chunk]) -> list[_Chunk]:
         """`legacy: false`: one blank before the stretch, but not before a special token that begins it."""
         chunks = [chunk if chunk.token else replace(chunk, text=chunk.text.replace(BLANK, " ")) for chunk in chunks]
-        if not chunks or (chunks[0].token and chunks[0].token.content in self._specials):
+        if not chunks or (chunks[0].token and chunks[0].token.content in self.specials):
             return chunks
         if chunks[0].token:
             return [_Chunk(BLANK, chunks[0].part, 0), *chunks]

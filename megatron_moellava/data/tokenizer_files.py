@@ -11,6 +11,8 @@ from pathlib import Path
 from megatron_moellava.config import ConfigError
 
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+# In tokenizer_config.json of an export: what the small files said of the tokenizer that was trained with.
+AS_TRAINED = "trained_tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +50,7 @@ class TokenizerFiles:
 def read_files(folder: Path) -> TokenizerFiles:
     """Everything of a folder but the vocabulary; missing files say nothing."""
     config = read_object(folder / "tokenizer_config.json")
+    config = config | config.get(AS_TRAINED, {})
     special_map = read_object(folder / "special_tokens_map.json")
     decoder = config.get("added_tokens_decoder")
     merged = config if decoder is not None else config | special_map

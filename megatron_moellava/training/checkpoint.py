@@ -161,7 +161,19 @@ def provenance_of(run: RunConfig, source: Path) -> dict:
         "source_seal": description.checksum,  # tells whether another folder holds the same start
         "version": megatron_moellava.__version__,
         "hf_config": earlier.get("hf_config"),
-        "parent": {key: value for key, value in earlier.items() if key != "hf_config"},
+        "parent": {key: value for key, value in earlier.items() if key != "hf_config"} | _trained_on(description),
+    }
+
+
+def _trained_on(description: RunDescription) -> dict:
+    """What a stage learned from, for the model card of what comes of it: names, not places; nothing for a conversion."""
+    sources = ((description.config or {}).get("data") or {}).get("sources") or ()
+    if not sources:
+        return {}
+    return {
+        "data": [Path(source["path"]).name for source in sources],
+        "iteration": description.iteration,
+        "consumed_samples": description.consumed_samples,
     }
 
 

@@ -1,10 +1,13 @@
 """What is written for others."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_moellava.config import CheckpointError
+from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
@@ -42,3 +45,15 @@ def test_export_without_the_towers_last_layer_says_how_to_get_it(tmp_path):
         export_checkpoint(tmp_path / "run", save=tmp_path / "out", layout="original")
     export_checkpoint(tmp_path / "run", save=tmp_path / "out", layout="original", tower=TOWER)
     assert len(load_file(tmp_path / "out/model.safetensors")) == len(original_state("llama", "dense"))
+
+
+def test_the_last_layer_of_another_tower_is_refused(tmp_path):
+    """It would be written in another width than the rest, and nothing could load it."""
+    source = write_folder(tmp_path / "source", original_state("llama", "dense"), original_config("llama", "dense"))
+    import_checkpoint(source, save=tmp_path / "run", tower=str(TOWER))
+    other = tmp_path / "wide"
+    shutil.copytree(TOWER, other)
+    config = json.loads((other / "config.json").read_text()) | {"hidden_size": 96}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="hidden_size=96 instead of 48"):
+        export_checkpoint(tmp_path / "run", save=tmp_path / "out", layout="original", tower=other)
