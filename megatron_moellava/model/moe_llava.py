@@ -75,6 +75,7 @@ class MoELlava(MegatronModule):
         features_NFD: torch.Tensor | None = None,
         has_images: bool = False,
         image_rows: int | None = None,
+        shows_M: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Word embeddings [S, B, D]; the rows of IMAGE_TOKEN are overwritten by the visual tokens, in batch order.
 
@@ -83,7 +84,8 @@ class MoELlava(MegatronModule):
         tokens [[5, -200, -200, 7]] with one image of two visual tokens -> [word 5, visual 0, visual 1, word 7].
         `features_NFD`: the result of `encode_images`, instead of pixels. `has_images`: the tokens continue a text with
         images (only MiniCPM's embeddings depend on it). `image_rows`: how many rows are placeholders, where the host knows
-        (`Batch.counts`); None: counted here, which waits for the device.
+        (`Batch.counts`); None: counted here, which waits for the device. `shows_M`: which picture each one among the
+        tokens is, where several are the same and encoded once.
         Raises ValueError when the number of placeholder rows differs from the number of visual tokens.
         """
         is_image_BS = tokens_BS == IMAGE_TOKEN
@@ -91,6 +93,7 @@ class MoELlava(MegatronModule):
         words_SBD = self.language_model.embedding(words_BS, position_ids=None)
         if features_NFD is None and pixels_NCHW is not None and len(pixels_NCHW) > 0:
             features_NFD = encode_share(self.encode_images, pixels_NCHW)
+            features_NFD = features_NFD if shows_M is None else features_NFD[shows_M]
         words_SBD = self._scale_words(words_SBD, has_images or features_NFD is not None)
         if features_NFD is None:
             return words_SBD + self._untouched() if torch.is_grad_enabled() else words_SBD
@@ -137,17 +140,18 @@ class MoELlava(MegatronModule):
         inference_context=None,
         attention_mask: torch.Tensor | None = None,
         image_rows: int | None = None,
+        shows_M: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Losses [B, S] (fp32, zero where the label is IGNORE_INDEX), or logits [B, S, V] without labels.
 
         A stage that is not the last returns its hidden states. `padding_mask_BS`: True where a token is real. Packed
         rows (B = 1) bring `cu_seqlens` [n + 1] and `max_seqlen`; `embeddings_SBD` replaces tokens and images;
-        `image_rows` is `embed`'s. Under context parallelism the arguments are of whole rows, and the result is of the
-        positions of this rank.
+        `image_rows` and `shows_M` are `embed`'s. Under context parallelism the arguments are of whole rows, and the result
+        is of the positions of this rank.
         """
         counted_BS = padding_mask_BS if self._padding_counts() else None
         if self.pre_process and embeddings_SBD is None:
-            embeddings_SBD = self.embed(tokens_BS, pixels_NCHW, image_rows=image_rows)
+            embeddings_SBD = self.embed(tokens_BS, pixels_NCHW, image_rows=image_rows, shows_M=shows_M)
             if counted_BS is not None:
                 embeddings_SBD = embeddings_SBD * counted_BS.transpose(0, 1).unsqueeze(-1)
         if embeddings_SBD is not None and self.config.sequence_parallel:

@@ -35,6 +35,7 @@ FREE = {
     "training.device": "",
     "training.transformer_impl": "the same model of other modules",
     "training.non_finite_patience": "",
+    "preference.log_probs": "their file says of which reference they are",
     "optimizer.overlap_grad_reduce": "",
     "optimizer.overlap_param_gather": "",
     "optimizer.gradient_accumulation_fusion": "",
@@ -73,6 +74,10 @@ NOTED = {
     "training.num_layers_at_end_in_bf16": "",
     "training.recompute": "rounding at most",
     "training.recompute_tower": "rounding at most",
+    "preference.beta": "",
+    "preference.loss_coeff": "",
+    "preference.quality_coeff": "",
+    "preference.sft_coeff": "",
     "optimizer.lr": "",
     "optimizer.min_lr": "",
     "optimizer.projector_lr": "",
@@ -117,6 +122,7 @@ REFUSED = {
     "training.seed": "the data's order comes of it",
     "training.trains": "the optimizer holds the state of other parameters",
     "training.lora": "the optimizer holds the state of other parameters",
+    "preference.loss": "",
 }
 CONTENT = {
     "model.backbone": "validation.checkpoints compares every field of it",
@@ -129,6 +135,7 @@ CONTENT = {
     "data.sources": "data.loader compares digests of the rows, and the weights",
     "data.tokenizer": "data.loader compares what it makes of a text",
     "checkpoint.load": "validation.checkpoints compares the seals of the start checkpoints",
+    "preference.reference": "training.reference compares the seals of the references",
 }
 
 

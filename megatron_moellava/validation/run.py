@@ -21,6 +21,7 @@ from megatron_moellava.validation.experts import expert_problems
 from megatron_moellava.validation.layout import parallel_problems
 from megatron_moellava.validation.numbers import number_problems
 from megatron_moellava.validation.precision import decided
+from megatron_moellava.validation.preferences import preference_problems
 from megatron_moellava.validation.tokenizer import tokenizer_problems
 from megatron_moellava.validation.training import batch_problems, training_problems
 
@@ -132,6 +133,7 @@ def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None
     found = [*problems, *number_problems(run), *data_problems(run, tower.num_features if tower else 0)]
     found += tokenizer_problems(run, backbone, template)
     found += checkpoint_problems(run, backbone, tower)
+    found += preference_problems(run, backbone, tower)
     if backbone is None:
         return [*found, *batch_problems(run, world_size), *training_problems(run, machine)]
     if tower is not None:
