@@ -36,13 +36,16 @@ class Batch:
     padding_mask_BS: torch.Tensor  # bool, True = real token
     cu_seqlens: torch.Tensor | None  # int32 [n + 1]: packed samples of the one row, the pad tail is the last; or None
     max_seqlen: int  # longest sample
-    pixel_values_NCHW: torch.Tensor  # float32, in the order of the image tokens; N may be 0
+    pixel_values_NCHW: (
+        torch.Tensor
+    )  # float32, in the order of the image tokens; N may be 0. At native resolution: patches
     sample_ids: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
+    grids: tuple[tuple[int, ...], ...] = ()  # how each image's tokens lie (`Plan.grid`), of towers that have that
     # Pairs of answers (data/pairs.py): segments 2p and 2p + 1 are the chosen and the rejected one of pair p.
     pairs: list[int] = field(default_factory=list)  # their numbers in the data set
     reference_P2: torch.Tensor | None = None  # fp32, log-probabilities of the answers by the reference
-    shows_M: torch.Tensor | None = None  # int64: which of the N images each one among the tokens is; None: all in turn
+    shows_R: torch.Tensor | None = None  # int64: which visual token each of the image rows is; None: all in turn
     counts: Counts = None  # type: ignore[assignment]  # taken from the tensors when the batch is made, on the host, and carried along
 
     def __post_init__(self) -> None:
@@ -89,7 +92,7 @@ def total(counts: Iterable[Counts]) -> Counts:
     return Counts(*map(sum, zip(*map(astuple, counts), strict=True)))
 
 
-_SMALL = ("tokens_BS", "labels_BS", "position_ids_BS", "padding_mask_BS", "cu_seqlens", "reference_P2", "shows_M")
+_SMALL = ("tokens_BS", "labels_BS", "position_ids_BS", "padding_mask_BS", "cu_seqlens", "reference_P2", "shows_R")
 
 
 def to_wire(batch: Batch) -> Batch:
@@ -131,6 +134,7 @@ def pack(samples: list[EncodedSample], pixels: list[np.ndarray], seq_length: int
         pixel_values_NCHW=_stack(pixels, shape),
         sample_ids=[sample.id for sample in samples],
         tags=[sample.tag for sample in samples],
+        grids=tuple(grid for sample in samples for grid in sample.grids),
     )
 
 
@@ -154,6 +158,7 @@ def pad(samples: list[EncodedSample], pixels: list[np.ndarray], multiple: int, p
         pixel_values_NCHW=_stack(pixels, shape),
         sample_ids=[sample.id for sample in samples],
         tags=[sample.tag for sample in samples],
+        grids=tuple(grid for sample in samples for grid in sample.grids),
     )
 
 

@@ -19,7 +19,7 @@ from megatron_moellava.config import DataError
 from megatron_moellava.data.batch import Batch, from_wire
 from megatron_moellava.data.encode import check_template
 from megatron_moellava.data.encoder import Encoder
-from megatron_moellava.data.lengths import measured_lengths
+from megatron_moellava.data.lengths import measured_lengths, tokens_of
 from megatron_moellava.data.micro_batches import MicroBatches
 from megatron_moellava.data.modality import check_sources, modality_plan
 from megatron_moellava.data.order import ORDER, Items, Stream, sample_order
@@ -287,13 +287,15 @@ def build_train_loader(
     accumulation_steps: int = 1,
     context_length: int | None = None,
     cache_folder: str | Path | None = None,
+    tower_weight: float = 1.0,
     pairs: bool = False,
 ) -> Loader:
     """`data` is a DataConfig; `template` stands in when data.template is empty (the backbone's own).
 
     rank and world_size are data-parallel. `accumulation_steps` (micro-batches per step and rank) matters to the
     modality sampler only. `context_length` is the backbone's: no sample is longer. `cache_folder` keeps the row indices
-    (default: beside each JSON). `pairs`: the rows are pairs of answers. DataError where there are no rows to train on.
+    (default: beside each JSON). `tower_weight`: of `costs/balance.py`, for native resolution. `pairs`: the rows are pairs
+    of answers. DataError where there are no rows to train on.
     """
     if not data.sources:
         raise DataError("data.sources is empty; name at least one LLaVA JSON or a folder of shards")
@@ -319,7 +321,7 @@ def build_train_loader(
         fingerprint |= {"micro_batch_size": micro_batch_size, "micro_batches_per_step": chunks}
     elif data.packing:
         cache = cache_folder or Path(data.sources[0].path).expanduser().parent / ".moellava_index"
-        plan = _packed(data, pipeline, order, content, cache)
+        plan = _packed(data, pipeline, order, content, cache, tower_weight)
     else:
         group = micro_batch_size
 
@@ -354,12 +356,15 @@ def _modality(data, opened: list[OpenSource], seed: int, micro_batch_size: int, 
     return plan
 
 
-def _packed(data, pipeline: Pipeline, order, key: list, cache: str | Path):
-    pipeline.measured = measured_lengths(pipeline, key, cache)
+def _packed(data, pipeline: Pipeline, order, key: list, cache: str | Path, tower_weight: float):
+    measured = measured_lengths(pipeline, key, cache)
+    lengths = pipeline.measured = tokens_of(measured)
+    costs = None if lengths is measured else lengths.astype(np.float64) ** 2 + tower_weight * measured[:, 1]
 
     def plan(epoch: int) -> Items:
         samples = order(epoch)
-        return pack_epoch(samples, pipeline.measured[samples].tolist(), data.seq_length, data.packing_buffer)
+        own = None if costs is None else costs[samples].tolist()
+        return pack_epoch(samples, lengths[samples].tolist(), data.seq_length, data.packing_buffer, own)
 
     return plan
 
@@ -376,7 +381,9 @@ def _length_key(fingerprint: dict, opened: list[OpenSource], data, tower) -> lis
         "num_features",
         "max_images",
     )
-    tiles = [[entry.folder for entry in opened], tower.image_size] if data.image_grid else []
+    pictures = data.image_grid or tower.native  # lengths depend on them
+    tiles = [[entry.folder for entry in opened], tower.image_size] if pictures else []
+    tiles += [fingerprint["native"]] if tower.has_grids else []
     return [{name: fingerprint[name] for name in fields}, [entry.fingerprint for entry in opened], tiles]
 
 
@@ -419,4 +426,12 @@ def order_fields(data, encoder: Encoder, tower, opened: list[OpenSource]) -> dic
         "num_features": tower.num_features,
         "image_grid": data.image_grid,
         "max_images": data.max_images,
-    }
+    } | _grid_fields(data, tower)
+
+
+def _grid_fields(data, tower) -> dict:
+    """What decides the lengths of pictures that differ in them; nothing for other towers, as in older checkpoints."""
+    if not tower.native:
+        return {"native": f"tiles of {tower.tiling} with ends of lines"} if tower.newline else {}
+    budgets = [tower.num_features, data.max_sample_image_tokens, data.enlarge_images]
+    return {"native": [tower.patch_size * tower.shuffle, *budgets]}

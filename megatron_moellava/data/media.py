@@ -6,14 +6,19 @@ import importlib.util
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageSequence
 
-from megatron_moellava.data import images
+from megatron_moellava.data import images, native
 from megatron_moellava.data import tiling as grid
-from megatron_moellava.data.sample import BadSample, ImageRef
+from megatron_moellava.data.encode import EncodedSample
+from megatron_moellava.data.encoder import Encoder
+from megatron_moellava.data.plan import Plan
+from megatron_moellava.data.sample import BadSample, ImageRef, Sample
 
 STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ANIMATED = (".gif", ".webp", ".apng", ".png")
@@ -72,10 +77,52 @@ def pixels(ref: ImageRef, folder: str, where: str, tower, aspect_ratio: str) -> 
     return images.preprocess(image, tower, aspect_ratio), notes
 
 
-def tiles(ref: ImageRef, folder: str, where: str, tower, data) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Normalised pixels [T, 3, H, W] and notes; T = 1 unless data.image_grid."""
+def plans(refs: Sequence[ImageRef], folder: str, where: str, tower, data) -> tuple[Plan, ...]:
+    """What becomes of a sample's pictures, of a tower that `has_grids`, from the files' headers alone. Raises BadSample."""
+    sizes = [
+        None
+        if ref.frame is not None
+        else images.image_size(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
+        for ref in refs
+    ]
+    return plans_of_sizes(sizes, tower, data, where)
+
+
+def plans_of_sizes(sizes: Sequence[tuple[int, int] | None], tower, data, where: str) -> tuple[Plan, ...]:
+    """The same of their (width, height); None: a frame of a video."""
+    if tower.native:
+        return native.plans(sizes, tower, data, where)
+    return grid.plans(sizes, tower, data.image_grid)
+
+
+def encoded(encoder: Encoder, sample: Sample, folder: str, where: str, tower, data) -> EncodedSample:
+    """Tokens and labels, with as much room for each picture as this tower needs. Raises BadSample."""
+    if not tower.has_grids:
+        counts = [num_tiles(ref, folder, where, tower, data) for ref in sample.images]
+        return encoder(sample, tuple(count * tower.num_features for count in counts))
+    made = plans(sample.images, folder, where, tower, data)
+    found = encoder(sample, tuple(plan.tokens for plan in made))
+    return replace(found, grids=tuple(plan.grid for plan in made[: len(found.images)]))
+
+
+def pixels_of(sample: EncodedSample, folder: str, where: str, tower, data) -> list[tuple[np.ndarray, tuple[str, ...]]]:
+    """`tiles` of each picture of an encoded sample. Raises BadSample."""
+    made: list = [Plan(*plan) for plan in zip(sample.features, sample.grids, strict=False)]
+    return [
+        tiles(ref, folder, where, tower, data, plan)
+        for ref, plan in zip(sample.images, made or [None] * len(sample.images), strict=True)
+    ]
+
+
+def tiles(
+    ref: ImageRef, folder: str, where: str, tower, data, plan: Plan | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Normalised pixels [T, 3, H, W] and notes; T = 1 unless data.image_grid. At native resolution patches [P, 3, H, W], by
+    their `plan`."""
     image, notes = open_ref(ref, folder, where, data.trust_paths)
-    if data.image_grid and ref.frame is None:
+    if plan is not None and tower.native:
+        return native.patches(image, tower, plan, ref.frame is not None), notes
+    if data.image_grid and ref.frame is None and (plan is None or plan.grid[0]):
         return grid.tile(image, tower), notes
     return images.preprocess(image, tower, data.image_aspect_ratio)[None], notes
 
@@ -85,7 +132,7 @@ def num_tiles(ref: ImageRef, folder: str, where: str, tower, data) -> int:
     if not data.image_grid or ref.frame is not None:
         return 1
     size = images.image_size(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
-    return grid.num_tiles(*size, tower.image_size)
+    return grid.num_tiles(*size, tower.image_size, tower.tiles)
 
 
 def _frame(

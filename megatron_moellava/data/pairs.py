@@ -11,8 +11,7 @@ import torch
 
 from megatron_moellava.data.batch import Batch, pack
 from megatron_moellava.data.encode import IGNORE_INDEX, EncodedSample
-from megatron_moellava.data.encoder import Encoder
-from megatron_moellava.data.sample import BadSample, Sample
+from megatron_moellava.data.sample import BadSample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,30 +22,26 @@ class EncodedPair:
     rejected: EncodedSample
 
     @property
-    def images(self):
-        """Of the prompt, each once."""
-        return self.chosen.images
+    def grids(self) -> tuple[tuple[int, ...], ...]:
+        """Of the pictures, which both answers share."""
+        return self.chosen.grids
 
     def __len__(self) -> int:
         return len(self.chosen) + len(self.rejected)
 
 
-def encode_pair(
-    encoder: Encoder, pair: tuple[Sample, Sample], features: tuple[int, ...], seq_length: int
-) -> EncodedPair:
-    """Raises BadSample where the two answers do not fit into a row: cut ones would be compared by what is left of them."""
-    whole = replace(encoder, long_samples="skip")
-    chosen, rejected = (_last_answer(whole(sample, features)) for sample in pair)
-    if (chosen.labels_S.shape == rejected.labels_S.shape) and (chosen.tokens_S == rejected.tokens_S).all():
+def pair_of(chosen: EncodedSample, rejected: EncodedSample, *, origin: str, seq_length: int) -> EncodedPair:
+    """Raises BadSample where the two answers are the same tokens, or do not fit into a row together."""
+    chosen, rejected = _last_answer(chosen), _last_answer(rejected)
+    if np.array_equal(chosen.tokens_S, rejected.tokens_S):
         raise BadSample(
-            "pair without a difference",
-            f"{pair[0].origin}: chosen and rejected are the same tokens; remove the row",
+            "pair without a difference", f"{origin}: chosen and rejected are the same tokens; remove the row"
         )
     encoded = EncodedPair(chosen=chosen, rejected=rejected)
     if len(encoded) > seq_length:
         raise BadSample(
             "too long",
-            f"{pair[0].origin}: {len(encoded)} tokens of both answers, each with its prompt and pictures, more than "
+            f"{origin}: {len(encoded)} tokens of both answers, each with its prompt and pictures, more than "
             f"data.seq_length={seq_length}; shorten the row, or raise data.seq_length",
         )
     return encoded
@@ -72,23 +67,24 @@ def pack_pairs(
     pad_id: int,
     shape: tuple[int, int, int],
 ) -> Batch:
-    """One row of exactly seq_length. `pixels`: [T, 3, H, W] of each picture of each pair, once; `reference_R2`: of all rows.
+    """One row of exactly seq_length. `pixels`: of each picture of each pair, once; `reference_R2`: of all rows.
 
-    >>> two pairs with one picture each -> shows_M [0 0 1 1]: their answers' segments show pictures 0, 0, 1 and 1
+    >>> two pairs with one picture of two tokens each -> shows_R [0 1 0 1 2 3 2 3]
     """
     batch = pack(
         [answer for pair in pairs for answer in (pair.chosen, pair.rejected)], pixels, seq_length, pad_id, shape
     )
-    tiles, shows, picture = [len(tile) for tile in pixels], [], 0
+    shows, first = [], 0
     for pair in pairs:
-        first = sum(tiles[:picture])
-        picture += len(pair.images)
-        shows += 2 * [*range(first, sum(tiles[:picture]))]
+        tokens = sum(pair.chosen.features)
+        shows += 2 * [*range(first, first + tokens)]
+        first += tokens
     return replace(
         batch,
         sample_ids=batch.sample_ids[::2],
+        grids=tuple(grid for pair in pairs for grid in pair.grids),
         pairs=numbers,
         reference_P2=None if reference_R2 is None else torch.from_numpy(reference_R2[numbers].astype(np.float32)),
-        shows_M=torch.tensor(shows, dtype=torch.int64),
+        shows_R=torch.tensor(shows, dtype=torch.int64),
         counts=None,  # anew, with what is known now
     )

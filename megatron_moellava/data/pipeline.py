@@ -3,7 +3,7 @@
 A bad sample is an event that travels to the main process with its batch; there it meets `data.max_skip_share`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from megatron_moellava.data.batch import Batch, pack, pad, to_wire
 from megatron_moellava.data.encode import EncodedSample
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.pair_rows import parse_pair
-from megatron_moellava.data.pairs import EncodedPair, encode_pair, pack_pairs
+from megatron_moellava.data.pairs import EncodedPair, pack_pairs, pair_of
 from megatron_moellava.data.sample import BadSample, parse_record
 from megatron_moellava.data.sources import Reader
 
@@ -60,7 +60,7 @@ class Pipeline:
         self.reader, self.encoder, self.tower, self.data = reader, encoder, tower, data
         self.pad_multiple, self.measured, self.pairs = pad_multiple, measured, pairs
         self.reference_R2: np.ndarray | None = None
-        self.pixel_shape = (3, tower.image_size, tower.image_size)
+        self.pixel_shape = tower.pixel_shape
 
     def __getitem__(self, numbers: list[int]) -> dict:
         """{"batch": Batch or None if no sample can be used, "events"}"""
@@ -73,16 +73,14 @@ class Pipeline:
     def encode(self, number: int) -> tuple[EncodedSample | EncodedPair, str, str]:
         """(tokens and labels, image folder, origin). Raises BadSample."""
         record, origin, folder, members = self.reader.read(number)
-        parse = parse_pair if self.pairs else parse_record
-        parsed = parse(record, origin=origin, max_images=self.data.max_images, ignore_keys=self.data.ignore_keys)
-        samples = [
-            self.reader.with_members(sample, members) for sample in (parsed if isinstance(parsed, tuple) else (parsed,))
-        ]
-        tiles = [media.num_tiles(ref, folder, origin, self.tower, self.data) for ref in samples[0].images]
-        features = tuple(count * self.tower.num_features for count in tiles)
+        limits = {"max_images": self.data.max_images, "ignore_keys": self.data.ignore_keys}
         if self.pairs:
-            return encode_pair(self.encoder, (samples[0], samples[1]), features, self.data.seq_length), folder, origin
-        return self.encoder(samples[0], features), folder, origin
+            pair = [self.reader.with_members(one, members) for one in parse_pair(record, origin=origin, **limits)]
+            whole = replace(self.encoder, long_samples="skip")  # cut answers would be compared by what is left of them
+            made = [media.encoded(whole, one, folder, origin, self.tower, self.data) for one in pair]
+            return pair_of(*made, origin=origin, seq_length=self.data.seq_length), folder, origin
+        parsed = self.reader.with_members(parse_record(record, origin=origin, **limits), members)
+        return media.encoded(self.encoder, parsed, folder, origin, self.tower, self.data), folder, origin
 
     def _sample(self, number: int, events: Events) -> tuple[EncodedSample | EncodedPair, list[np.ndarray]] | None:
         try:
@@ -98,14 +96,14 @@ class Pipeline:
                     "changed during the run",
                     f"{origin}: {len(encoded)} tokens, but {self.measured[number]} when the run began; start it again",
                 )
-            decoded = [media.tiles(ref, folder, origin, self.tower, self.data) for ref in encoded.images]
+            read = encoded.chosen if isinstance(encoded, EncodedPair) else encoded  # a pair shares pictures and notes
+            decoded = media.pixels_of(read, folder, origin, self.tower, self.data)
         except BadSample as error:
             events.skipped.append((error.reason, str(error), number))
             return None
-        read = encoded.chosen if isinstance(encoded, EncodedPair) else encoded  # both answers of a pair have its notes
         for note in read.notes:
             events.notes.append((note, f"{origin}: {ADVICE[note].format(cut=len(read), length=read.length)}"))
-        for ref, (_, notes) in zip(encoded.images, decoded, strict=True):
+        for ref, (_, notes) in zip(read.images, decoded, strict=True):
             events.notes += [(note, f"{origin}, image {ref.name[:80]!r}: {ADVICE[note]}") for note in notes]
         return encoded, [pixels for pixels, _ in decoded]
 

@@ -14,5 +14,6 @@ def model_inputs(batch: Batch) -> dict:
         "cu_seqlens": batch.cu_seqlens,
         "max_seqlen": batch.max_seqlen,
         "image_rows": batch.counts.image_rows,
-        "shows_M": batch.shows_M,
+        "grids": batch.grids,
+        "shows_R": batch.shows_R,
     }

@@ -12,6 +12,7 @@ _META = (
     "max_seqlen",
     "sample_ids",
     "tags",
+    "grids",
     "pairs",
     "counts",
 )  # stays on the host, which asks for lengths

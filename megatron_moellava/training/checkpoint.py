@@ -25,9 +25,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_moellava
 from megatron_moellava import parallel, platform
-from megatron_moellava.backbones import backbone_fields
 from megatron_moellava.checkpoint.description import RunDescription, read_description, write_description
 from megatron_moellava.checkpoint.folders import (
+    AVERAGE,
+    AVERAGES,
     DAMAGED,
     SUPERSEDED,
     UNFINISHED,
@@ -40,19 +41,20 @@ from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
 from megatron_moellava.checkpoint.resume_point import ResumePoint, resume_point
 from megatron_moellava.checkpoint.verification import digests_together, verify_checkpoint
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
+from megatron_moellava.costs.shapes import Model
 from megatron_moellava.model.fp8_emulation import Emulation
 from megatron_moellava.model.fp8_engine import EngineHistories
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.weights import kept_state, model_state, readable
-from megatron_moellava.towers import tower_fields
 from megatron_moellava.training.background import BackgroundSave, Writing
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
+from megatron_moellava.training.whole_states import Sharded, init_moments, load_whole_states, of_weight, whole_states
 
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 # Memory-efficient: only the first data-parallel rank gathers the state, over gloo into host memory. Otherwise every rank
@@ -141,13 +143,7 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
         optimizer_steps=optimizer_steps,
         world_size=dist.get_world_size(),
         data_parallel_size=parallel.data_parallel_size(),
-        model={
-            "backbone": model.backbone.name,
-            "tower": model.tower.name,
-            "moe": to_dict(run.moe) if run.moe else None,
-            "backbone_fields": backbone_fields(model.backbone),
-            "tower_fields": tower_fields(model.tower),
-        },
+        model=Model(backbone=model.backbone, tower=model.tower, moe=run.moe).to_json(),
         config=to_dict(run),
         loss_scale=state.loss_scale,
         provenance=state.provenance,
@@ -173,14 +169,16 @@ def provenance_of(run: RunConfig, source: Path) -> dict:
 
 def _optimizer_state(optimizer: ChainedOptimizer, model_state: dict) -> dict:
     """By number of the optimizer and of the parameter; empty on all data-parallel ranks but the first."""
+    if isinstance(optimizer, LayerWiseDistributedOptimizer):
+        return whole_states(optimizer, model_state)
     state = {}
     for index, item in enumerate(distributed_optimizers(optimizer)):
-        item.init_state_fn(item.optimizer)  # moments exist only after the first step
+        init_moments(item)
         state[index] = item.sharded_param_state_fully_reshardable(model_state, metadata=_OPTIMIZER_METADATA) or {}
     return state
 
 
-def _wanted_optimizer_state(optimizer: ChainedOptimizer, model_state: dict) -> dict:
+def _wanted_optimizer_state(optimizer: ChainedOptimizer, model_state: dict, has_average: bool) -> dict:
     """Where `_optimizer_state` of a checkpoint shall go: of each parameter that this rank has any part of.
 
     Megatron-Core's own request, that of `sharded_param_state_fully_reshardable`, is of all parameters on every rank.
@@ -188,9 +186,13 @@ def _wanted_optimizer_state(optimizer: ChainedOptimizer, model_state: dict) -> d
     by_parameter = {sharded.data: sharded for sharded in model_state.values()}
     state: dict[int, dict] = {}
     for index, item in enumerate(distributed_optimizers(optimizer)):
-        item.init_state_fn(item.optimizer)
+        init_moments(item)
         state[index] = {
-            number: {key: _empty(by_parameter[parameter], key) for key in ("param", *item.optimizer_state_keys)}
+            number: {
+                key: _empty(by_parameter[parameter], key)
+                for key in ("param", *item.optimizer_state_keys)
+                if has_average or key != AVERAGE
+            }
             for number, parameter in _owned_parameters(item)
         }
     return state
@@ -207,13 +209,9 @@ def _owned_parameters(item: DistributedOptimizer) -> Iterator[tuple[int, torch.n
             before += len(buffer.param_index_map)
 
 
-def _empty(weight: ShardedTensor | ShardedTensorFactory, key: str) -> ShardedTensor | ShardedTensorFactory:
+def _empty(weight: Sharded, key: str) -> Sharded:
     """A request for one tensor of a parameter's state, split over the ranks as the weight is."""
-    data = torch.empty(weight.data.shape, dtype=torch.float32)
-    changes: dict = {"key": f"optimizer.state.{key}.{weight.key}", "data": data}
-    if isinstance(weight, ShardedTensor):
-        changes["dtype"] = data.dtype
-    return replace(weight, **changes)
+    return of_weight(weight, key, torch.empty(weight.data.shape, dtype=torch.float32))
 
 
 def _unused_tower_state(model: MoELlava) -> dict:
@@ -347,7 +345,15 @@ def _leave_only(chosen: Path, damaged: list[Path], superseded: list[Path]) -> No
 
 def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[MoELlava], steps: int) -> None:
     """Restore main parameters and Adam's moments of any layout, and the number of updates done."""
-    state = _wanted_optimizer_state(optimizer, model_state(chunks))
+    if isinstance(optimizer, LayerWiseDistributedOptimizer):
+        wanted = whole_states(optimizer, model_state(chunks), lambda value: torch.empty(value.shape, dtype=value.dtype))
+        with readable(checkpoint):
+            loaded = dist_checkpointing.load({"optimizer": wanted}, str(checkpoint), validate_access_integrity=False)
+        load_whole_states(optimizer, loaded.get("optimizer", {}), steps)
+        return
+    keeps_average = any(AVERAGE in item.optimizer_state_keys for item in distributed_optimizers(optimizer))
+    has_average = keeps_average and _has_average(checkpoint)
+    state = _wanted_optimizer_state(optimizer, model_state(chunks), has_average)
     # What is empty does not come back: the state of a stage that trains nothing, or has no experts.
     with readable(checkpoint):
         # The check would want every tensor asked for by the first rank that has a copy of the weight.
@@ -357,6 +363,9 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
         adam = item.optimizer
         for moments in adam.state.values():
             moments.pop("step", None)  # Megatron-Core looks for it in the file when torch's Adam keeps it here
+        if keeps_average and not has_average:  # of a run that had none: it begins with the weights
+            for tensors in loaded.get(index, {}).values():
+                tensors[AVERAGE] = tensors["param"]
         with torch.no_grad():
             item.load_parameter_state_from_fully_reshardable(loaded.get(index, {}))
         if isinstance(adam, torch.optim.AdamW):
@@ -365,6 +374,13 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
         else:  # Transformer Engine's and apex's FusedAdam count in the group
             for group in adam.param_groups:
                 group["step"] = steps
+
+
+def _has_average(checkpoint: Path) -> bool:
+    """Whether the run of a checkpoint averaged its weights."""
+    with readable(checkpoint):
+        stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    return any(name.startswith(AVERAGES) for name in stored)
 
 
 def load_rank_state(

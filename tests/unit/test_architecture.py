@@ -20,9 +20,10 @@ PROGRAMS = sorted([*REPO.glob("tools/*.py"), *REPO.glob("examples/*/run.py")])
 SHARED_TESTS = {
     "tests/unit/backbones/test_families.py": (
         "sizes and weight mappings of one shape, asserted in tables over all families",
-        [f"backbones/{name}" for name in ("llama", "minicpm", "mistral", "phi2", "qwen", "qwen2", "qwen3", "stablelm2")],
+        [f"backbones/{name}" for name in ("deepseek_moe", "dots1", "llama", "minicpm", "mistral", "mixtral", "olmoe", "phi2",
+                                          "qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm2")],
     ),
-    "tests/unit/towers/test_families.py": ("the same for towers", ["towers/clip", "towers/siglip"]),
+    "tests/unit/towers/test_families.py": ("the same for towers", ["towers/clip", "towers/siglip", "towers/siglip2"]),
     "tests/unit/commands/test_main.py": (
         "a parser and one call of the function that a test of another room is about",
         ["__main__", *(f"commands/{name}" for name in ("analyze", "chat", "convert", "evaluate", "launch", "plan",
@@ -32,6 +33,7 @@ SHARED_TESTS = {
         "one table of recorded ids over all kinds of tokenizer folders",
         [f"data/{name}" for name in ("byte_tokenizer", "llama_tokenizer", "tiktoken_ranks", "tokenizer_files")],
     ),
+    "tests/unit/data/test_native.py": ("two numbers, which native.py and tiling.py make", ["data/plan"]),
     "tests/unit/data/test_templates.py": ("the original's labels beside ours, template by template", ["data/original"]),
     "tests/unit/training/test_loop.py": (
         "one call of Megatron-Core's schedules, which every step of a run makes",

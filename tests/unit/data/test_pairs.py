@@ -6,7 +6,7 @@ import torch
 
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
 from megatron_moellava.data.pair_rows import parse_pair
-from megatron_moellava.data.pairs import encode_pair
+from megatron_moellava.data.pairs import pair_of
 from megatron_moellava.data.sample import BadSample
 from megatron_moellava.data.tokenizer import load_tokenizer
 from tests.helpers import data_files
@@ -19,9 +19,8 @@ def tokenizer():
 
 
 def encoded(tokenizer, record: dict, seq_length: int = 512, **options):
-    pair = parse_pair(record, origin="x row 0")
-    features = (16,) * len(pair[0].images)
-    return encode_pair(data_files.encoder(tokenizer, **options), pair, features, seq_length)
+    encode = data_files.encoder(tokenizer, long_samples="skip", **options)
+    return pair_of(*map(encode, parse_pair(record, origin="x row 0")), origin="x row 0", seq_length=seq_length)
 
 
 def trained(tokenizer, sample) -> str:
@@ -67,10 +66,10 @@ def test_an_epoch_holds_every_pair_once_and_each_picture_once(tmp_path):
         assert len(batch.pixel_values_NCHW) == sum(pictures)
         expected, first = [], 0
         for count in pictures:
-            expected += 2 * list(range(first, first + count))
+            expected += 2 * list(range(16 * first, 16 * (first + count)))
             first += count
-        assert batch.shows_M.tolist() == expected
-        assert batch.counts.image_rows == 16 * len(expected)
+        assert batch.shows_R.tolist() == expected
+        assert batch.counts.image_rows == len(expected)
         segments = batch.cu_seqlens.diff().tolist()
         assert len(segments) in (2 * len(batch.pairs), 2 * len(batch.pairs) + 1)
 

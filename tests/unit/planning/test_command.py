@@ -1,5 +1,7 @@
 """The planner's command: report, picture, JSON and YAML."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_moellava.backbones import get_backbone
@@ -45,6 +47,24 @@ def test_moe_is_assumed_in_stage_3_only_and_is_pasted():
     assert request_of(arguments(stage=2), settings_of(arguments(stage=2))).run.moe is None
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_backbone_with_experts_of_its_own_is_planned_with_them(stage):
+    """As `moellava train` takes them over, so that nothing of them is pasted; what is asked for beside them is kept."""
+    given = arguments(backbone="olmoe-1b-7b-0924", stage=stage, overrides=["moe.moe_aux_loss_coeff=0.5"])
+    request = request_of(given, settings_of(given))
+    assert request.run.moe == replace(request.backbone.moe, moe_aux_loss_coeff=0.5)
+    assert settings_of(given) == ["moe.moe_aux_loss_coeff=0.5"]
+    assert layout_problems(request.run, request.backbone, 1) == []
+
+
 def test_context_parallelism_is_refused_rather_than_guessed():
     with pytest.raises(ConfigError, match="context_parallel_size=2 cannot be planned"):
         request_of(arguments(), ["moe.num_moe_experts=4", "parallel.context_parallel_size=2"])
+
+
+def test_tokens_per_sample_are_text_and_pictures_of_their_budget():
+    options = arguments(tokens_per_sample=400.0, tower="siglip2-base-patch16-naflex@pixel_shuffle")
+    given = ["data.max_image_tokens=100"]
+    request = request_of(options, [*settings_of(options), *given])
+    assert request.tower.num_features == 100
+    assert request.data.tokens_per_sample(request.tower.num_features) == pytest.approx(400)

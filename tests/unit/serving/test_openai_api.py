@@ -1,5 +1,7 @@
 """Bodies of OpenAI's API, and what of them cannot be served."""
 
+import json
+
 import pytest
 
 from megatron_moellava.config import DataError
@@ -26,6 +28,20 @@ def test_parts_system_and_history_become_turns():
     assert chat.request.sampling.stop == ("x",)
 
 
+def test_answers_logprobs_and_schemas_become_sampling():
+    def sampling(**fields):
+        return parse_chat(body(**fields), ApiLimits(), LIMITS).request.sampling
+
+    assert (sampling().n, sampling().logprobs, sampling().json_schema) == (1, None, "")
+    assert sampling(n=3, logprobs=True, top_logprobs=4).n == 3
+    assert [sampling(logprobs=True).logprobs, sampling(logprobs=True, top_logprobs=4).logprobs] == [0, 4]
+    assert sampling(logprobs=False).logprobs is None and sampling(response_format={"type": "text"}).json_schema == ""
+    assert json.loads(sampling(response_format={"type": "json_object"}).json_schema) == {"type": "object"}
+    schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+    given = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    assert sampling(response_format=given).json_schema == json.dumps(schema), "properties come in the schema's order"
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -43,8 +59,17 @@ def test_parts_system_and_history_become_turns():
         {"top_p": 0},
         {"max_tokens": 10**9},
         {"max_tokens": True},
-        {"n": 2},
+        {"n": 0},
+        {"n": 99},
+        {"n": 2, "routing": True},
+        {"logprobs": 5},
+        {"top_logprobs": 3},
+        {"logprobs": True, "top_logprobs": 21},
         {"stop": ["a"] * 9},
+        {"response_format": "json"},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "", "schema": {}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": "x" * 40_000}}}},
         {"tools": [{}]},
         {"seed": 0.5},
     ],
