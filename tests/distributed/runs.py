@@ -383,7 +383,7 @@ def run_max_activations(job: dict, folder: Path) -> dict:
 
 
 def run_preferences(job: dict, folder: Path) -> dict:
-    """Stage 4 on the real loader, from the weights of `load`; `goes_on`: the job whose run it continues."""
+    """Stage 4 on the real loader, from the weights of `load`; `goes_on`: the job whose first checkpoint it continues."""
     rows = folder / "pairs" / "pairs.json"
     if dist.get_rank() == 0 and not rows.exists():
         data_files.write_images(rows.parent)
@@ -397,6 +397,7 @@ def run_preferences(job: dict, folder: Path) -> dict:
     for name, value in job["settings"].items():
         set_override(tree, name, value)
     if "goes_on" in job and dist.get_rank() == 0:
-        shutil.copytree(folder / job["goes_on"], folder / job["id"])
+        first = f"iter_{SAVE_INTERVAL:07d}"
+        shutil.copytree(folder / job["goes_on"] / first, folder / job["id"] / first)
     dist.barrier()
     return {"exit": train(from_dict(RunConfig, tree))}

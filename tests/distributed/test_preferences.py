@@ -69,16 +69,14 @@ def test_every_layout_gives_the_numbers_of_one_process(job, results, result):
     assert last["rewards/margins"] > 0.05, "and learns the preferences"
 
 
-half = preferred("half", 1, MPO | {"training.train_steps": 2}, log_probs="preferred-mpo-one")
-resumed = preferred(
-    "resumed", 1, MPO, [preferred("mpo-one", 1, MPO), half], goes_on=half["id"], log_probs="preferred-mpo-one"
-)
+whole = preferred("mpo-one", 1, MPO)
+resumed = preferred("resumed", 1, MPO, [whole], goes_on=whole["id"], log_probs=whole["id"])
 continued = {
-    "id": "preferred-mpo-one and preferred-resumed",
+    "id": f"{whole['id']} and {resumed['id']}",
     "run": "run_differences",
-    "sources": ["preferred-mpo-one", "preferred-resumed"],
+    "sources": [whole["id"], resumed["id"]],
     "world": 1,
-    "needs": [preferred("mpo-one", 1, MPO), half, resumed],
+    "needs": [start, whole, resumed],
 }
 
 
