@@ -42,7 +42,7 @@ class DataError(MoELlavaError):
 
 
 # Legal values that have a name, because more than one field or a command has them; `typing.get_args` lists them.
-Stage = Literal[1, 2, 3]
+Stage = Literal[1, 2, 3, 4]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]  # auto: bf16 where the machine multiplies in it, else fp32
 Recompute = Literal["none", "full", "selective", "moe"]
 Placement = Literal["first_half", "second_half", "sparse", "dense"]
@@ -215,7 +215,7 @@ class DebugConfig:
 class TrainingConfig:
     """The stage, its steps and batches, and the numbers it computes in."""
 
-    stage: Stage  # 1 projector, 2 projector + language model, 3 MoE
+    stage: Stage  # 1 projector, 2 projector + language model, 3 MoE, 4 preferences
     train_steps: int = 0  # optimizer steps; 0: one epoch
     micro_batch_size: int = 1  # rows per forward pass and data-parallel rank; 1 when packing
     global_batch_size: int = 128  # rows per optimizer step, over all data-parallel ranks
@@ -256,6 +256,20 @@ class RolesConfig:
     experts: RoleOptions | None = None
     router: RoleOptions | None = None  # and the mixing coefficient of a residual MoE
     adapters: RoleOptions | None = None  # of training.lora
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreferenceConfig:
+    """Stage 4: what makes the chosen answer of a pair likelier than the rejected one, by how a reference has them."""
+
+    loss: Literal["dpo", "ipo", "kto"] = "dpo"  # of a pair
+    beta: float = 0.1  # how dear it is to go away from the reference (IPO: its tau)
+    loss_coeff: float = 1.0  # of `loss` (MPO: 0.8)
+    quality_coeff: float = 0.0  # of MPO's quality term, which judges each answer by itself (MPO: 0.2)
+    sft_coeff: float = 0.0  # of the mean loss of the chosen answers' tokens (MPO: 1.0)
+    reference: str | None = None  # checkpoint whose log-probabilities are compared with; None: checkpoint.load
+    # file with them: read where it is there and of this reference and these rows, written where not; None: beside the data
+    log_probs: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -378,6 +392,7 @@ class RunConfig:
     moe: MoEConfig | None = None  # None: dense
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

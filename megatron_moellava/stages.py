@@ -1,4 +1,7 @@
-"""The three stages of MoE-tuning as data: which roles of parameters each one trains (`model/roles.py` finds them)."""
+"""The three stages of MoE-tuning, and preferences after them, as data: which roles of parameters each one trains.
+
+`model/roles.py` finds the parameters of a role.
+"""
 
 import typing
 
@@ -10,11 +13,18 @@ STAGES: dict[int, tuple[Role, ...]] = {
     1: ("projector",),
     2: ("projector", *LANGUAGE),
     3: ("projector", "language.ffn", "experts", "router"),
+    4: ("projector", *LANGUAGE),
 }
+PREFERENCE = 4  # the stage that trains on pairs of answers
 
 ADAPTERS = "adapters"  # the role of what training.lora adds; trained wherever it is there
 # Trained whole beside the adapters: the projector, as LLaVA does, and the router, which stage 3 starts from random weights.
-BESIDE_ADAPTERS: dict[int, tuple[Role, ...]] = {1: ("projector",), 2: ("projector",), 3: ("projector", "router")}
+BESIDE_ADAPTERS: dict[int, tuple[Role, ...]] = {
+    1: ("projector",),
+    2: ("projector",),
+    3: ("projector", "router"),
+    4: ("projector",),
+}
 # The role of the matrices that each target stands for.
 TARGETS: dict[LoraTarget, Role] = {
     "attention": "language.attention",

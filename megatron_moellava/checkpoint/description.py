@@ -55,6 +55,7 @@ class RunDescription:
     loss_scale: dict = field(default_factory=dict)  # of a run in fp16 (training/loss_scale.py); empty: there is none
     provenance: dict = field(default_factory=dict)  # of the weights: what was done to what
     validation: dict = field(default_factory=dict)  # {loss, iteration} of the best one so far; empty: there was none
+    preference: dict = field(default_factory=dict)  # of stage 4: {"reference": its seal, "shift": mean reward so far}
     # {"lora": LoraConfig's fields, "base": {"folder", "seal"}}: the checkpoint holds what was trained, no more
     adapter: dict | None = None
     sha256: dict = field(default_factory=dict)  # {file below the folder: digest}; empty: an older version wrote none
@@ -96,6 +97,8 @@ def write_description(checkpoint: Path, description: RunDescription) -> None:
     content = {item.name: getattr(description, item.name) for item in fields(description) if item.name != "checksum"}
     if not description.loss_scale:  # versions before fp16 read the checkpoints of all other runs
         del content["loss_scale"]
+    if not description.preference:  # likewise before stage 4
+        del content["preference"]
     if description.adapter is None:  # whole models are read by versions that know no adapters
         del content["adapter"]
     content["checksum"] = _checksum(content)

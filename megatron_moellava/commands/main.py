@@ -11,7 +11,7 @@ from megatron_moellava.commands.program import COMMANDS, how_called
 def overview() -> str:
     """All commands, one a line."""
     program = how_called()
-    lines = [f"  {name:<13} {command.help}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<17} {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             f"usage: {program} COMMAND [ARGUMENTS]",

@@ -28,10 +28,13 @@ COMMANDS = {
     "convert": Command("convert", "convert.py", "import, upcycle, export, compare and inspect checkpoints"),
     "prepare-data": Command("prepare_data", "prepare_data.py", "write WebDataset shards, or describe a data set"),
     "plan": Command("plan", "plan.py", "layouts that fit, their memory, step time and GPU-hours, before the run"),
-    "train": Command("train", "train.py", "train one of the three stages"),
+    "train": Command("train", "train.py", "train one of the three stages, or on preferences after them"),
     "launch": Command("launch", "launch.py", "torchrun whose signals and exit codes pass through"),
     "watch": Command("watch", "watch_routing.py", "watch the routers of a run while it trains"),
     "evaluate": Command("evaluate", "evaluate.py", "ask a checkpoint the paper's benchmarks and score the answers"),
+    "make-preferences": Command(
+        "make_preferences", "make_preferences.py", "pairs of a checkpoint's own answers, ranked, for stage 4"
+    ),
     "analyze": Command("analyze", "analyze_routing.py", "where the tokens of a data set go in a MoE checkpoint"),
     "chat": Command("chat", "chat.py", "talk with a checkpoint in the terminal"),
     "serve": Command("serve", "serve.py", "a web page and an OpenAI-compatible API for a checkpoint"),
@@ -39,7 +42,9 @@ COMMANDS = {
     "verify": Command("verify", "verify.py", "compare with recordings of the original MoE-LLaVA"),
 }
 # An override among other words of a command line: `--data a.json b.json optimizer.lr=1e-4`.
-SETTING = re.compile(r"(model|moe|data|parallel|training|optimizer|checkpoint|logging|validation|profile)(\.\w+)+=")
+SETTING = re.compile(
+    r"(model|moe|data|parallel|training|preference|optimizer|checkpoint|logging|validation|profile)(\.\w+)+="
+)
 MENTION = re.compile(rf"\bmoellava ({'|'.join(sorted(COMMANDS, key=len, reverse=True))})\b")
 
 

@@ -1,4 +1,4 @@
-"""Train one stage of MoE-tuning: 1 projector, 2 projector + language model, 3 MoE.
+"""Train one stage of MoE-tuning: 1 projector, 2 projector + language model, 3 MoE; or, after any, 4 preferences.
 
   moellava train --stage 1 --backbone phi-2 --data pretrain.json --image-folder images --load CKPT --save OUT
   moellava launch --nproc-per-node 8 train --stage 3 --config stage3.yaml parallel.expert_model_parallel_size=4

@@ -27,7 +27,13 @@ from megatron_moellava.costs.shapes import UNUSED, Model, ModelTensor, model_ten
 from megatron_moellava.hf_config import read_json
 from megatron_moellava.stages import LANGUAGE as LANGUAGE_ROLES
 
-STAGES = {0: "start of stage 1", 1: "stage 1: projector", 2: "stage 2: projector + language model", 3: "stage 3: MoE"}
+STAGES = {
+    0: "start of stage 1",
+    1: "stage 1: projector",
+    2: "stage 2: projector + language model",
+    3: "stage 3: MoE",
+    4: "stage 4: preferences",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

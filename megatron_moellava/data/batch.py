@@ -22,6 +22,8 @@ class Counts:
     image_rows: int  # positions of visual tokens
     squared_lengths: int  # sum of length ** 2 over the samples: twice the pairs that causal attention needs
     attended: int  # the same of what is computed: pad tails are segments, padded rows are as long as the longest
+    pairs: int = 0  # of answers, chosen and rejected
+    chosen_tokens: int = 0  # positions with a label, of the chosen answers
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,6 +42,10 @@ class Batch:
     sample_ids: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     grids: tuple[tuple[int, ...], ...] = ()  # how each image's tokens lie (`Plan.grid`), of towers that have that
+    # Pairs of answers (data/pairs.py): segments 2p and 2p + 1 are the chosen and the rejected one of pair p.
+    pairs: list[int] = field(default_factory=list)  # their numbers in the data set
+    reference_P2: torch.Tensor | None = None  # fp32, log-probabilities of the answers by the reference
+    shows_R: torch.Tensor | None = None  # int64: which visual token each of the image rows is; None: all in turn
     counts: Counts = None  # type: ignore[assignment]  # taken from the tensors when the batch is made, on the host, and carried along
 
     def __post_init__(self) -> None:
@@ -68,7 +74,17 @@ def count(batch: Batch) -> Counts:
         image_rows=int((batch.tokens_BS == IMAGE_TOKEN).sum()),
         squared_lengths=int((lengths**2).sum()),
         attended=int((computed**2).sum()),
+        pairs=len(batch.pairs),
+        chosen_tokens=_chosen_tokens(batch),
     )
+
+
+def _chosen_tokens(batch: Batch) -> int:
+    if not batch.pairs:
+        return 0
+    assert batch.cu_seqlens is not None, "pairs are packed"
+    segments = (batch.labels_BS[0] != IGNORE_INDEX).tensor_split(batch.cu_seqlens[1:-1].long())
+    return int(sum(part.sum() for part in segments[: 2 * len(batch.pairs) : 2]))
 
 
 def total(counts: Iterable[Counts]) -> Counts:
@@ -76,7 +92,7 @@ def total(counts: Iterable[Counts]) -> Counts:
     return Counts(*map(sum, zip(*map(astuple, counts), strict=True)))
 
 
-_SMALL = ("tokens_BS", "labels_BS", "position_ids_BS", "padding_mask_BS", "cu_seqlens")
+_SMALL = ("tokens_BS", "labels_BS", "position_ids_BS", "padding_mask_BS", "cu_seqlens", "reference_P2", "shows_R")
 
 
 def to_wire(batch: Batch) -> Batch:

@@ -8,16 +8,17 @@ import yaml
 
 from megatron_moellava.config import DataError
 from megatron_moellava.data import media
+from megatron_moellava.data.pair_rows import parse_pair
 from megatron_moellava.data.rows import HELP, read_rows
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, BadSample, Sample, parse_record
 
 FIRST_ROWS = 20  # that are looked at
 
 
-def first_rows_problem(source, data, num_features: int = 0) -> str | None:
+def first_rows_problem(source, data, num_features: int = 0, pairs: bool = False) -> str | None:
     """Why no run can begin with a source (`data`: DataConfig); None if it can, whatever later rows hold.
 
-    `num_features`: tokens of an image.
+    `num_features`: tokens of an image. `pairs`: its rows are pairs of answers.
     """
     path = Path(source.path).expanduser()
     try:
@@ -27,7 +28,7 @@ def first_rows_problem(source, data, num_features: int = 0) -> str | None:
         with contextlib.closing(read_rows(path)) as rows:
             for number, record in rows:
                 count += 1
-                bad = _bad_row(record, f"{path.name} row {number}", source, data, num_features)
+                bad = _bad_row(record, f"{path.name} row {number}", source, data, num_features, pairs)
                 is_decided = bad is None if data.max_skip_share else bad is not None
                 if is_decided or count == FIRST_ROWS:
                     break
@@ -36,12 +37,13 @@ def first_rows_problem(source, data, num_features: int = 0) -> str | None:
     return bad if count else f"data.sources.path={path} holds no rows; {HELP}"
 
 
-def _bad_row(record: dict | BadSample, origin: str, source, data, num_features: int) -> str | None:
+def _bad_row(record: dict | BadSample, origin: str, source, data, num_features: int, pairs: bool) -> str | None:
     """What is wrong with a row: of its text, that its pictures are not there, or that they leave no room for an answer."""
     try:
         if isinstance(record, BadSample):
             raise record
-        sample = parse_record(record, origin=origin, max_images=data.max_images, ignore_keys=data.ignore_keys)
+        limits = {"origin": origin, "max_images": data.max_images, "ignore_keys": data.ignore_keys}
+        sample = parse_pair(record, **limits)[0] if pairs else parse_record(record, **limits)
         folder = os.path.expanduser(source.image_folder) or str(Path(source.path).expanduser().parent)
         by_text = data.length_counts == "text"
         limit = data.seq_length if by_text else min(data.seq_length, data.max_sample_length or data.seq_length)

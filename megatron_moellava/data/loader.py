@@ -66,12 +66,15 @@ class Loader(Batches):
         *,
         num_samples: int,
         allowed: float,
+        content: list | None = None,
     ):
-        """`num_samples`: of one epoch, over all ranks; `allowed`: bad ones of it that do not stop the run."""
+        """`num_samples`: of one epoch, over all ranks; `allowed`: bad ones of it that do not stop the run; `content`: what
+        the rows' tokens depend on, as JSON."""
         self.micro_batches, self._fingerprint = micro_batches, fingerprint
         self._iterator: Iterator[dict] | None = None
         self.duplicates = sum(entry.duplicates for entry in opened)  # rows whose id another row of their source has
         self.num_samples, self.rows = num_samples, sum(entry.rows for entry in opened)
+        self.content = content
         self.seen = 0
         self.trained = 0
         self.skipped: Counter[str] = Counter()
@@ -285,13 +288,14 @@ def build_train_loader(
     context_length: int | None = None,
     cache_folder: str | Path | None = None,
     tower_weight: float = 1.0,
+    pairs: bool = False,
 ) -> Loader:
     """`data` is a DataConfig; `template` stands in when data.template is empty (the backbone's own).
 
     rank and world_size are data-parallel. `accumulation_steps` (micro-batches per step and rank) matters to the
     modality sampler only. `context_length` is the backbone's: no sample is longer. `cache_folder` keeps the row indices
-    (default: beside each JSON). `tower_weight`: of `costs/balance.py`, for native resolution. DataError where there
-    are no rows to train on.
+    (default: beside each JSON). `tower_weight`: of `costs/balance.py`, for native resolution. `pairs`: the rows are pairs
+    of answers. DataError where there are no rows to train on.
     """
     if not data.sources:
         raise DataError("data.sources is empty; name at least one LLaVA JSON or a folder of shards")
@@ -302,9 +306,10 @@ def build_train_loader(
     notes += [f"{entry.path}: {entry.duplicates_message}" for entry in opened if entry.duplicates]
     for note in notes if rank == 0 else ():
         _LOG.warning("%s", note)
-    pipeline = Pipeline(Reader(opened), encoder, tower, data, pad_multiple=pad_multiple)
+    pipeline = Pipeline(Reader(opened), encoder, tower, data, pad_multiple=pad_multiple, pairs=pairs)
     fingerprint = order_fields(data, encoder, tower, opened)
     shares = [entry.share for entry in opened]
+    content = _length_key(fingerprint, opened, data, tower) + ["pairs"] * pairs
 
     def order(epoch: int) -> list[int]:
         return sample_order(shares, seed, epoch)
@@ -316,7 +321,7 @@ def build_train_loader(
         fingerprint |= {"micro_batch_size": micro_batch_size, "micro_batches_per_step": chunks}
     elif data.packing:
         cache = cache_folder or Path(data.sources[0].path).expanduser().parent / ".moellava_index"
-        plan = _packed(data, pipeline, order, _length_key(fingerprint, opened, data, tower), cache, tower_weight)
+        plan = _packed(data, pipeline, order, content, cache, tower_weight)
     else:
         group = micro_batch_size
 
@@ -335,6 +340,7 @@ def build_train_loader(
         opened,
         num_samples=num_samples,
         allowed=data.max_skip_share * sum(entry.rows for entry in opened) * visits,
+        content=content,
     )
 
 

@@ -3,7 +3,7 @@
 A bad sample is an event that travels to the main process with its batch; there it meets `data.max_skip_share`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from megatron_moellava.data import media
 from megatron_moellava.data.batch import Batch, pack, pad, to_wire
 from megatron_moellava.data.encode import EncodedSample
 from megatron_moellava.data.encoder import Encoder
+from megatron_moellava.data.pair_rows import parse_pair
+from megatron_moellava.data.pairs import EncodedPair, pack_pairs, pair_of
 from megatron_moellava.data.sample import BadSample, parse_record
 from megatron_moellava.data.sources import Reader
 
@@ -48,48 +50,76 @@ class Events:
 
 
 class Pipeline:
-    """A torch data set whose items are micro-batches. `measured[n]`: tokens of sample n that its row counts on, or None."""
+    """A torch data set whose items are micro-batches. `measured[n]`: tokens of sample n that its row counts on, or None.
 
-    def __init__(self, reader: Reader, encoder: Encoder, tower, data, *, pad_multiple: int, measured=None):
+    `pairs`: the rows are pairs of answers; `reference_R2[n]`: the log-probabilities of those of row n, -inf where there are
+    none, or None before they are known.
+    """
+
+    def __init__(self, reader: Reader, encoder: Encoder, tower, data, *, pad_multiple: int, measured=None, pairs=False):
         self.reader, self.encoder, self.tower, self.data = reader, encoder, tower, data
-        self.pad_multiple, self.measured = pad_multiple, measured
+        self.pad_multiple, self.measured, self.pairs = pad_multiple, measured, pairs
+        self.reference_R2: np.ndarray | None = None
         self.pixel_shape = tower.pixel_shape
 
     def __getitem__(self, numbers: list[int]) -> dict:
         """{"batch": Batch or None if no sample can be used, "events"}"""
         events = Events(seen=len(numbers))
-        made = [sample for number in numbers if (sample := self._sample(number, events)) is not None]
-        batch = self._batch([encoded for encoded, _ in made], [pixels for _, found in made for pixels in found])
+        made = [(number, *sample) for number in numbers if (sample := self._sample(number, events)) is not None]
+        encoded, pixels = [sample for _, sample, _ in made], [pixels for *_, found in made for pixels in found]
+        batch = self._batch(encoded, pixels, [number for number, *_ in made])
         return {"batch": batch and to_wire(batch), "events": events}
 
-    def encode(self, number: int) -> tuple[EncodedSample, str, str]:
+    def encode(self, number: int) -> tuple[EncodedSample | EncodedPair, str, str]:
         """(tokens and labels, image folder, origin). Raises BadSample."""
         record, origin, folder, members = self.reader.read(number)
         limits = {"max_images": self.data.max_images, "ignore_keys": self.data.ignore_keys}
+        if self.pairs:
+            pair = [self.reader.with_members(one, members) for one in parse_pair(record, origin=origin, **limits)]
+            whole = replace(self.encoder, long_samples="skip")  # cut answers would be compared by what is left of them
+            made = [media.encoded(whole, one, folder, origin, self.tower, self.data) for one in pair]
+            return pair_of(*made, origin=origin, seq_length=self.data.seq_length), folder, origin
         parsed = self.reader.with_members(parse_record(record, origin=origin, **limits), members)
         return media.encoded(self.encoder, parsed, folder, origin, self.tower, self.data), folder, origin
 
-    def _sample(self, number: int, events: Events) -> tuple[EncodedSample, list[np.ndarray]] | None:
+    def _sample(self, number: int, events: Events) -> tuple[EncodedSample | EncodedPair, list[np.ndarray]] | None:
         try:
             encoded, folder, origin = self.encode(number)
+            if self.reference_R2 is not None and not np.isfinite(self.reference_R2[number]).all():
+                raise BadSample(
+                    "no reference",
+                    f"{origin}: could not be read when the reference's log-probabilities were computed; remove their file "
+                    "(preference.log_probs) to compute them again",
+                )
             if self.measured is not None and len(encoded) != self.measured[number]:
                 raise BadSample(
                     "changed during the run",
                     f"{origin}: {len(encoded)} tokens, but {self.measured[number]} when the run began; start it again",
                 )
-            decoded = media.pixels_of(encoded, folder, origin, self.tower, self.data)
+            read = encoded.chosen if isinstance(encoded, EncodedPair) else encoded  # a pair shares pictures and notes
+            decoded = media.pixels_of(read, folder, origin, self.tower, self.data)
         except BadSample as error:
             events.skipped.append((error.reason, str(error), number))
             return None
-        for note in encoded.notes:
-            events.notes.append((note, f"{origin}: {ADVICE[note].format(cut=len(encoded), length=encoded.length)}"))
-        for ref, (_, notes) in zip(encoded.images, decoded, strict=True):
+        for note in read.notes:
+            events.notes.append((note, f"{origin}: {ADVICE[note].format(cut=len(read), length=read.length)}"))
+        for ref, (_, notes) in zip(read.images, decoded, strict=True):
             events.notes += [(note, f"{origin}, image {ref.name[:80]!r}: {ADVICE[note]}") for note in notes]
         return encoded, [pixels for pixels, _ in decoded]
 
-    def _batch(self, encoded: list[EncodedSample], pixels: list[np.ndarray]) -> Batch | None:
+    def _batch(self, encoded: list, pixels: list[np.ndarray], numbers: list[int]) -> Batch | None:
         if not encoded:
             return None
+        if self.pairs:
+            return pack_pairs(
+                encoded,
+                numbers,
+                pixels,
+                self.reference_R2,
+                seq_length=self.data.seq_length,
+                pad_id=self.encoder.tokenizer.pad_id,
+                shape=self.pixel_shape,
+            )
         if self.data.packing:
             return pack(encoded, pixels, self.data.seq_length, self.encoder.tokenizer.pad_id, self.pixel_shape)
         return pad(encoded, pixels, self.pad_multiple, self.encoder.tokenizer.pad_id, self.pixel_shape)

@@ -29,9 +29,7 @@ from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.routing.statistics import RoutingStatistics
 from megatron_moellava.towers import Tower
 from megatron_moellava.training.broadcast import broadcast_batch
-from megatron_moellava.training.schedule import run_schedule
-
-ROWS_PER_STAGE = 8  # packed rows in a pipeline at a time, per stage: enough to keep it full, few enough to hold
+from megatron_moellava.training.schedule import ROWS_PER_STAGE, run_schedule
 
 
 def predict(

@@ -85,6 +85,7 @@ class MoELlava(MegatronModule):
         has_images: bool = False,
         image_rows: int | None = None,
         grids: Grids = (),
+        shows_R: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Word embeddings [S, B, D]; the rows of IMAGE_TOKEN are overwritten by the visual tokens, in batch order.
 
@@ -94,6 +95,7 @@ class MoELlava(MegatronModule):
         `features_NFD`: the result of `encode_images`, instead of pixels. `grids`: what that needs of towers that `has_grids`.
         `has_images`: the tokens continue a text with images (only MiniCPM's embeddings depend on it). `image_rows`: how
         many rows are placeholders, where the host knows (`Batch.counts`); None: counted here, which waits for the device.
+        `shows_R`: which visual token each placeholder is, where several show the same picture, which is encoded once.
         Raises ValueError when the number of placeholder rows differs from the number of visual tokens.
         """
         is_image_BS = tokens_BS == IMAGE_TOKEN
@@ -105,6 +107,7 @@ class MoELlava(MegatronModule):
         if features_NFD is None:
             return words_SBD + self._untouched() if torch.is_grad_enabled() else words_SBD
         features_RD = features_NFD.flatten(0, -2).to(words_SBD.dtype)
+        features_RD = features_RD if shows_R is None else features_RD[shows_R]
         rows = int(is_image_BS.sum()) if image_rows is None else image_rows
         if features_RD.shape[0] != rows:
             raise ValueError(
@@ -157,17 +160,18 @@ class MoELlava(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         image_rows: int | None = None,
         grids: Grids = (),
+        shows_R: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Losses [B, S] (fp32, zero where the label is IGNORE_INDEX), or logits [B, S, V] without labels.
 
         A stage that is not the last returns its hidden states. `padding_mask_BS`: True where a token is real. Packed
         rows (B = 1) bring `cu_seqlens` [n + 1] and `max_seqlen`; `embeddings_SBD` replaces tokens and images;
-        `image_rows` and `grids` are `embed`'s. Under context parallelism the arguments are of whole rows, and the result
-        is of the positions of this rank.
+        `image_rows`, `grids` and `shows_R` are `embed`'s. Under context parallelism the arguments are of whole rows, and the
+        result is of the positions of this rank.
         """
         counted_BS = padding_mask_BS if self._padding_counts() else None
         if self.pre_process and embeddings_SBD is None:
-            embeddings_SBD = self.embed(tokens_BS, pixels_NCHW, image_rows=image_rows, grids=grids)
+            embeddings_SBD = self.embed(tokens_BS, pixels_NCHW, image_rows=image_rows, grids=grids, shows_R=shows_R)
             if counted_BS is not None:
                 embeddings_SBD = embeddings_SBD * counted_BS.transpose(0, 1).unsqueeze(-1)
         if embeddings_SBD is not None and self.config.sequence_parallel:

@@ -29,6 +29,7 @@ class StageData:
     text_tokens: float  # mean per sample, prompt included
     images: float  # mean per sample
     global_batch_size: int  # samples per step of the original's recipe
+    shows: int = 1  # samples that share a picture, which is encoded once: the two answers of a pair
 
     def tokens_per_sample(self, num_features: int) -> float:
         """Mean length with every image expanded to `num_features` tokens."""
@@ -45,6 +46,8 @@ STAGE_DATA = {
         images=_images_per_sample(),
         global_batch_size=128,
     ),
+    # Stage 4: a sample is an answer behind its prompt (docs/tutorials/preferences.md); 5,733 pairs, 32 a step.
+    4: StageData(name="RLHF-V 5.7k pairs", samples=11_466, text_tokens=170, images=1.0, global_batch_size=64, shows=2),
 }
 PACKED_FILL = 0.97  # share of a packed row's positions that hold tokens (docs/measurements/performance.md, Data)
 PADDED_FILL = 0.85  # share of a padded batch's positions, batches grouped by length
@@ -56,7 +59,7 @@ def mean_load(layout: Layout, data: StageData) -> Load:
     rows = layout.run.training.micro_batch_size
     if layout.run.data.packing:
         samples = layout.tokens * PACKED_FILL / length
-        return Load(tokens=layout.tokens, length=length, images=samples * data.images, samples=samples)
+        return Load(tokens=layout.tokens, length=length, images=samples * data.images / data.shows, samples=samples)
     padded = min(length / PADDED_FILL, layout.run.data.seq_length)
     return Load(tokens=rows * padded, length=padded, images=rows * data.images, samples=rows)
 

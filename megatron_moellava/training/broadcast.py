@@ -13,6 +13,7 @@ _META = (
     "sample_ids",
     "tags",
     "grids",
+    "pairs",
     "counts",
 )  # stays on the host, which asks for lengths
 

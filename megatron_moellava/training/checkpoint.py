@@ -76,6 +76,7 @@ class TrainingState:
     provenance: dict = field(default_factory=dict)  # of the weights; run.json keeps it
     validation: dict = field(default_factory=dict)  # {loss, iteration} of the best one so far
     loss_scale: dict = field(default_factory=dict)  # of a run in fp16
+    preference: dict = field(default_factory=dict)  # of stage 4; run.json keeps it
     base: dict | None = None  # of a run with adapters: checkpoint.base.name_of_base
     fp8: list[torch.Tensor] = field(default_factory=list)  # what FP8 remembers on this rank
 
@@ -147,6 +148,7 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
         loss_scale=state.loss_scale,
         provenance=state.provenance,
         validation=state.validation,
+        preference=state.preference,
         adapter={"lora": to_dict(run.training.lora), "base": state.base} if run.training.lora else None,
     )
 

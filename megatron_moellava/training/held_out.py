@@ -22,6 +22,7 @@ from megatron_moellava.data.loader import Loader
 from megatron_moellava.model.answers import token_losses
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.training.broadcast import broadcast_batch
+from megatron_moellava.training.one_pass import dealt_once, read_together
 from megatron_moellava.training.schedule import run_schedule
 
 from megatron.core import parallel_state
@@ -72,14 +73,15 @@ class HeldOut:
 
     def __call__(self, wrapped: list[torch.nn.Module]) -> list[Score]:
         """Scores of all sources, on every rank; collective. Raises DataError for a row that cannot be read."""
-        with _undisturbed(wrapped):
+        with undisturbed(wrapped):
             return [self._score(name, wrapped) for name in self.steps]
 
     def _score(self, name: str, wrapped: list[torch.nn.Module]) -> Score:
         reader = self._micro_batches(name) if self.loaders is not None else None
         sums_4 = torch.zeros(4, dtype=torch.float64)
         for _ in range(self.steps[name]):
-            batches = [broadcast_batch(batch) for batch in self._read(name, reader)]
+            read = read_together(reader, self.num_microbatches, f"validation source {name}")
+            batches = [broadcast_batch(batch) for batch in read]
             found = run_schedule(
                 partial(_forward_step, self.vocab_size),
                 wrapped,
@@ -95,52 +97,19 @@ class HeldOut:
         loss, tokens, right, short_answers = parallel.sum_floats_over_ranks(sums_4.tolist())
         return Score(name, loss / max(tokens, 1.0), int(tokens), int(right), int(short_answers))
 
-    def _read(self, name: str, reader: Iterator[Batch] | None) -> list[Batch] | list[None]:
-        """The micro-batches of one step, or as many Nones where nothing is read. A fault of any rank is raised on all."""
-        read: list = [None] * self.num_microbatches
-        fault = None
-        if reader is not None:
-            try:
-                read = [next(reader) for _ in range(self.num_microbatches)]
-            except DataError as error:
-                fault = f"validation source {name}: {str(error).rpartition('DataError: ')[2].strip()}"
-        if parallel.sum_over_ranks([fault is not None])[0]:
-            faults: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(faults, fault)
-            raise DataError(next(text for text in faults if text is not None))
-        return read
-
     def _micro_batches(self, name: str) -> Iterator[Batch]:
         """This data-parallel rank's; those of a step are dealt as training deals them."""
         assert self.loaders is not None
-        stream, pipeline = self.loaders[name].micro_batches.stream, self.loaders[name].micro_batches.pipeline
-        items, size = stream.plan(0), self.run.training.micro_batch_size
-        first = range(
-            parallel.data_parallel_rank(),
-            self.steps[name] * self.num_microbatches * stream.world_size,
-            stream.world_size,
-        )
-        starts = [number * size for number in first]
-        numbers = [
-            [sample for place in range(start, start + size) for sample in items[min(place, len(items) - 1)]]
-            for start in starts
-        ]
-        loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
-            pipeline,  # type: ignore[arg-type]  # a map from lists of numbers is all that a DataLoader needs
-            batch_size=None,
-            sampler=numbers,
-            num_workers=self.run.data.num_workers,
-            multiprocessing_context="fork" if self.run.data.num_workers else None,
-        )
-        for start, delivered in zip(starts, loader, strict=True):
+        count, size = self.steps[name] * self.num_microbatches, self.run.training.micro_batch_size
+        for rows, delivered in dealt_once(self.loaders[name], count, size):
             if delivered["events"].skipped:
                 reason, message, _ = delivered["events"].skipped[0]
                 raise DataError(f"{message} ({reason}); validation reads every row, so mend it or leave it out")
-            yield _counting(from_wire(delivered["batch"]), max(0, min(size, len(items) - start)))
+            yield _counting(from_wire(delivered["batch"]), rows)
 
 
 @contextlib.contextmanager
-def _undisturbed(wrapped: list[torch.nn.Module]) -> Iterator[None]:
+def undisturbed(wrapped: list[torch.nn.Module]) -> Iterator[None]:
     """Evaluation, after which every generator and mode is as it was."""
     state, tracker = platform.rng_state(), get_cuda_rng_tracker()
     streams = tracker.get_states()

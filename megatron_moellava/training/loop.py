@@ -32,7 +32,7 @@ from megatron_moellava.model.roles import freeze
 from megatron_moellava.model.weights import load_with_base
 from megatron_moellava.routing.records import routing_record
 from megatron_moellava.routing.statistics import RoutingStatistics
-from megatron_moellava.stages import trained_roles
+from megatron_moellava.stages import PREFERENCE, trained_roles
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
@@ -54,6 +54,7 @@ from megatron_moellava.training.optimizer import (
     role_rates,
     wrap_data_parallel,
 )
+from megatron_moellava.training.preference import NUMBERS, PairLoss, next_shift
 from megatron_moellava.training.profiling import Profiler, phase
 from megatron_moellava.training.run_record import run_record
 from megatron_moellava.training.schedule import run_schedule
@@ -81,8 +82,16 @@ class TrainingDiverged(MoELlavaError):
 class Trainer:
     """One stage of training on this rank. `train` runs it to the end or to an interruption."""
 
-    def __init__(self, run: RunConfig, loader: Loader | None, train_steps: int, held_out: HeldOut | None = None):
-        """`loader` on the processes that read data (`parallel.reads_data`), None elsewhere."""
+    def __init__(
+        self,
+        run: RunConfig,
+        loader: Loader | None,
+        train_steps: int,
+        held_out: HeldOut | None = None,
+        reference: str | None = None,
+    ):
+        """`loader` on the processes that read data (`parallel.reads_data`), None elsewhere. `reference`: the seal of that of
+        stage 4."""
         self.run, self.loader, self.train_steps, self.held_out = run, loader, train_steps, held_out
         self.chunks = build_model(run)
         roles = trained_roles(run.training)
@@ -94,6 +103,8 @@ class Trainer:
         self.max_activations = MaxActivations(self.chunks)
         self.fp8 = self._fp8()
         self.state = checkpoints.TrainingState(iteration=0, consumed_samples=0, data=None)
+        if run.training.stage == PREFERENCE:
+            self.state.preference = {"reference": reference, "shift": 0.0}
         resumed = self._load_weights()
 
         self.wrapped = wrap_data_parallel(run, self.chunks)
@@ -167,6 +178,7 @@ class Trainer:
         self.state.iteration = description.iteration
         self.state.consumed_samples = description.consumed_samples
         self.state.validation = description.validation
+        self.state.preference |= description.preference
         updates = description.optimizer_steps or 0  # None is refused before
         checkpoints.load_optimizer(checkpoint, self.optimizer, self.chunks, updates)
         if self.loss_scale is not None and description.loss_scale:
@@ -314,7 +326,7 @@ class Trainer:
         self._at("forward and backward pass")
         activations = self.max_activations.watch() if self._records_activations() else nullcontext()
         with activations, self.non_finite_hunt.watch() if self.non_finite_hunt else nullcontext():
-            loss_sums = self._forward_backward(batches, counts.loss_tokens)
+            loss_sums = self._forward_backward(batches, counts.loss_tokens, self._pair_loss(counts))
         if self.first_gradients is not None:
             self.first_gradients.check()
             self.first_gradients = None
@@ -329,11 +341,13 @@ class Trainer:
         self._finish_update(applied)
 
         read = dict(zip(losses, reading.read(), strict=True)) if reading else {}
+        if applied and "rewards/chosen" in read:
+            self.state.preference["shift"] = next_shift(self.state.preference["shift"], read)
         seconds = time.perf_counter() - started
         self.state.iteration += 1
         self.state.consumed_samples += counts.samples
         numbers = {
-            "loss": read.pop("loss", 0.0) / max(counts.loss_tokens, 1),
+            "loss": read.pop("loss", 0.0) / (1 if self.state.preference else max(counts.loss_tokens, 1)),
             "lr": lr,
             **rates,
             "grad_norm": grad_norm,
@@ -374,8 +388,10 @@ class Trainer:
         self.loss_sum = 0.0
         if loss_sums:
             summed = sum(loss_sums[1:], start=loss_sums[0])
-            self.loss_sum = summed
-            losses["loss"] = parallel.sum_over_data_parallel(summed)
+            everywhere = parallel.sum_over_data_parallel(summed)
+            names = NUMBERS if self.state.preference else ("loss",)
+            losses |= zip(names, everywhere.view(len(names)).unbind(), strict=True)
+            self.loss_sum = summed.view(len(names))[0]
         if not self.run.moe:
             return losses, {}
         by_layer = self._counts_routing(self.state.iteration + 1)
@@ -420,10 +436,12 @@ class Trainer:
             self._finish_save()
         raise next(error for error in found if error is not None)
 
-    def _forward_backward(self, batches: list[Batch], loss_tokens: int) -> list[torch.Tensor]:
+    def _forward_backward(
+        self, batches: list[Batch], loss_tokens: int, pair_loss: PairLoss | None = None
+    ) -> list[torch.Tensor]:
         scale = self.num_microbatches * parallel.data_parallel_size() / max(loss_tokens, 1)
         return run_schedule(
-            partial(self._forward_step, scale=scale),
+            partial(self._forward_step, scale=scale, pair_loss=pair_loss),
             self.wrapped,
             batches,
             seq_length=self.run.data.seq_length,
@@ -431,12 +449,19 @@ class Trainer:
             forward_only=False,
         )
 
-    def _forward_step(self, batches: Iterator[Batch], model, scale: float):
+    def _pair_loss(self, counts: Counts) -> PairLoss | None:
+        """The objective of a step of stage 4, whose global batch holds `counts`; None in the other stages."""
+        if not self.state.preference:
+            return None
+        scale = self.num_microbatches * parallel.data_parallel_size()
+        return PairLoss(self.run.preference, counts, scale, self.state.preference["shift"])
+
+    def _forward_step(self, batches: Iterator[Batch], model, scale: float, pair_loss: PairLoss | None = None):
         batch = next(batches)
         routing = self.routing if self._counts_routing(self.state.iteration + 1) else None
         with routing.count(batch) if routing else nullcontext():
             output = model(**model_inputs(batch))
-        return output, partial(global_token_mean, scale=scale)
+        return output, partial(pair_loss, batch=batch) if pair_loss else partial(global_token_mean, scale=scale)
 
     def _counts_routing(self, iteration: int) -> bool:
         """Whether the routers' state goes to the log in this step: every `logging.routing_interval` steps."""
@@ -523,6 +548,7 @@ class Trainer:
         if self.loader is not None and data is None:
             data = self.loader.state_dict()
         scale = self.loss_scale.to_json() if self.loss_scale is not None else {}
+        self._share_shift()
         state = replace(self.state, data=data, loss_scale=scale, fp8=self.fp8.state() if self.fp8 is not None else [])
         # A scheduler may signal every process of a job, and processes that megatron-core's save forks would die of it.
         waiting = {signal.SIGTERM, signal.SIGUSR1}
@@ -534,6 +560,12 @@ class Trainer:
                 )
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting)
+
+    def _share_shift(self) -> None:
+        """The main process's, whose pipeline stage knows it, on every rank; of stage 4. Collective."""
+        if self.state.preference:
+            own = self.state.preference["shift"] if parallel.is_main_process() else 0.0
+            (self.state.preference["shift"],) = parallel.sum_floats_over_ranks([own])
 
     def _validate(self, held_out: HeldOut) -> None:
         """Losses on held-out data, and the checkpoint with the best mean of them in a folder of its own."""

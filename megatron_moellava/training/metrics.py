@@ -240,6 +240,8 @@ def rounded(value, digits: int = 5):
 def _line(numbers: dict[str, float]) -> str:
     formats = {
         "loss": "loss {:.4f}",
+        "rewards/accuracies": "prefers {:.0%}",
+        "rewards/margins": "margin {:.3f}",
         "load_balancing_loss": "aux {:.3f}",
         "routing/imbalance/rank": "busiest rank {:.2f}x",
         "lr": "lr {:.2e}",

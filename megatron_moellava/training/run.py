@@ -13,10 +13,12 @@ from megatron_moellava.costs.balance import tower_weight
 from megatron_moellava.data.loader import Loader, WorkerTrouble, build_train_loader, worker_trouble
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.model.precision import settle_and_say
+from megatron_moellava.stages import PREFERENCE
 from megatron_moellava.towers import tower_of_run
 from megatron_moellava.training.held_out import HeldOut
 from megatron_moellava.training.lock import lock_folder
 from megatron_moellava.training.loop import Trainer
+from megatron_moellava.training.reference import give_reference
 from megatron_moellava.validation.run import validate_run
 from megatron_moellava.validation.tokenizer import too_large
 from megatron_moellava.validation.training import cooldown_problem
@@ -50,7 +52,8 @@ def train(run: RunConfig) -> int:
 def build_trainer(run: RunConfig) -> Trainer:
     """Model, optimizer, data and state of a validated run; the process groups must exist."""
     loader = build_loader(run) if parallel.reads_data() else None
-    return Trainer(run, loader, train_steps(run, loader), _held_out(run))
+    reference = give_reference(run, loader, build_loader) if run.training.stage == PREFERENCE else None
+    return Trainer(run, loader, train_steps(run, loader), _held_out(run), reference)
 
 
 def _held_out(run: RunConfig) -> HeldOut | None:
@@ -63,12 +66,13 @@ def _held_out(run: RunConfig) -> HeldOut | None:
             stem = Path(source.path).stem
             name = stem if stem not in loaders else f"{stem}-{len(loaders)}"
             data = replace(run.data, sources=(replace(source, weight=1.0),), sampler="shuffle")
-            loaders[name] = build_loader(replace(run, data=data, training=replace(run.training, seed=0)))
+            # Stage 4 as well is validated on conversations: what its pairs are about must not be all that is left.
+            loaders[name] = build_loader(replace(run, data=data, training=replace(run.training, seed=0)), pairs=False)
     return HeldOut(run, loaders)
 
 
-def build_loader(run: RunConfig) -> Loader:
-    """The training loader of this data-parallel rank.
+def build_loader(run: RunConfig, pairs: bool | None = None) -> Loader:
+    """The training loader of this data-parallel rank; of `pairs` of answers by default where the stage trains on them.
 
     Raises ConfigError for a tokenizer with more ids than the backbone's vocabulary.
     """
@@ -90,6 +94,7 @@ def build_loader(run: RunConfig) -> Loader:
         context_length=backbone.context_length,
         cache_folder=str(Path(run.checkpoint.save) / "data_index") if run.checkpoint.save else None,
         tower_weight=tower_weight(run, backbone, tower),
+        pairs=run.training.stage == PREFERENCE if pairs is None else pairs,
     )
 
 

@@ -6,6 +6,9 @@ import torch
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+# Of whoever only looks: packed rows in a pipeline at a time, per stage: enough to keep it full, few enough to hold.
+ROWS_PER_STAGE = 8
+
 
 def run_schedule(
     step: Callable,

@@ -35,7 +35,8 @@ class Throughput:
         load = Load(
             tokens=counts.real_tokens,
             length=counts.squared_lengths / max(counts.real_tokens, 1),
-            images=counts.image_rows / self.layout.tower.num_features,
+            # Both answers of a pair show its pictures, which are encoded once.
+            images=counts.image_rows / self.layout.tower.num_features / (2 if counts.pairs else 1),
             samples=counts.samples,
         )
         return model_flops(self.layout, load)

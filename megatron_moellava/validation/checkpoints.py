@@ -44,7 +44,7 @@ def checkpoint_problems(run: RunConfig, backbone: Backbone | None, tower: Tower 
             return
         description = read_description(start)
         given = f"checkpoint.{'save' if resumed else 'load'}={save if resumed else load}"
-        yield from _model(given, description.model, run, backbone, tower)
+        yield from model_problems(given, description.model, run, backbone, tower)
         yield from base_problems(given, description, run)
         base_of(start, description, base_to_load(load))
     except MoELlavaError as error:
@@ -101,7 +101,8 @@ def _another_start(where: str, description: RunDescription, load: str | None) ->
         )
 
 
-def _model(given: str, stored: dict, run: RunConfig, backbone: Backbone, tower: Tower) -> Iterator[str]:
+def model_problems(given: str, stored: dict, run: RunConfig, backbone: Backbone, tower: Tower) -> Iterator[str]:
+    """Why the run's model cannot have the weights of a checkpoint; `given`: how the user named it, `stored`: its model."""
     if run.moe is not None and not stored.get("moe"):
         yield (
             f"{given} holds a dense model ({stored.get('backbone')}), and moe.* asks for experts; make them first: "

@@ -7,6 +7,7 @@ from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import DataConfig, RunConfig, Source
 from megatron_moellava.data.first_rows import first_rows_problem
 from megatron_moellava.data.sample import KEYS
+from megatron_moellava.stages import PREFERENCE
 
 
 def data_problems(run: RunConfig, num_features: int = 0) -> Iterator[str]:
@@ -26,17 +27,18 @@ def data_problems(run: RunConfig, num_features: int = 0) -> Iterator[str]:
     for index, source in enumerate(data.sources):
         if not 0 < source.weight < float("inf"):
             yield f"data.sources[{index}].weight={source.weight} must be positive; leave a source out that is not to be read"
-    for section, sources in (("data", data.sources), ("validation", run.validation.sources)):
+    pairs = run.training.stage == PREFERENCE
+    for section, sources, are_pairs in (("data", data.sources, pairs), ("validation", run.validation.sources, False)):
         for index, source in enumerate(sources):
-            yield from _source_problems(f"{section}.sources[{index}]", source, data, num_features)
+            yield from _source_problems(f"{section}.sources[{index}]", source, data, num_features, are_pairs)
 
 
-def _source_problems(where: str, source: Source, data: DataConfig, num_features: int) -> Iterator[str]:
+def _source_problems(where: str, source: Source, data: DataConfig, num_features: int, pairs: bool) -> Iterator[str]:
     if source.image_folder and not Path(source.image_folder).expanduser().is_dir():
         yield f"{where}.image_folder={source.image_folder} is not a folder; pass --image-folder DIR"
     elif not Path(source.path).expanduser().exists():
         yield f"{where}.path={source.path} does not exist; docs/reference/data.md says which files can be read"
-    elif problem := first_rows_problem(source, data, num_features):
+    elif problem := first_rows_problem(source, data, num_features, pairs):
         yield problem
 
 

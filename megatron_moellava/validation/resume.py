@@ -36,6 +36,7 @@ FREE = {
     "training.transformer_impl": "the same model of other modules",
     "training.non_finite_patience": "",
     "training.debug": "",
+    "preference.log_probs": "their file says of which reference they are",
     "optimizer.overlap_grad_reduce": "",
     "optimizer.overlap_param_gather": "",
     "optimizer.gradient_accumulation_fusion": "",
@@ -81,6 +82,10 @@ NOTED = {
     "training.num_layers_at_end_in_bf16": "",
     "training.recompute": "rounding at most",
     "training.recompute_tower": "rounding at most",
+    "preference.beta": "",
+    "preference.loss_coeff": "",
+    "preference.quality_coeff": "",
+    "preference.sft_coeff": "",
     "optimizer.lr": "",
     "optimizer.min_lr": "",
     "optimizer.projector_lr": "",
@@ -143,6 +148,7 @@ REFUSED = {
     "training.trains": "the optimizer holds the state of other parameters",
     "training.lora": "the optimizer holds the state of other parameters",
     "optimizer.optimizer": "their states are different ones",
+    "preference.loss": "",
 }
 CONTENT = {
     "model.backbone": "validation.checkpoints compares every field of it",
@@ -156,6 +162,7 @@ CONTENT = {
     "data.sources": "data.loader compares digests of the rows, and the weights",
     "data.tokenizer": "data.loader compares what it makes of a text",
     "checkpoint.load": "validation.checkpoints compares the seals of the start checkpoints",
+    "preference.reference": "training.reference compares the seals of the references",
 }
 
 

@@ -23,6 +23,7 @@ from megatron_moellava.validation.layout import parallel_problems
 from megatron_moellava.validation.numbers import number_problems
 from megatron_moellava.validation.pictures import least_features, picture_problems
 from megatron_moellava.validation.precision import decided
+from megatron_moellava.validation.preferences import preference_problems
 from megatron_moellava.validation.tokenizer import tokenizer_problems
 from megatron_moellava.validation.training import (
     batch_problems,
@@ -151,6 +152,7 @@ def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None
     found = [*problems, *number_problems(run), *data_problems(run, least_features(tower))]
     found += tokenizer_problems(run, backbone, template)
     found += checkpoint_problems(run, backbone, tower)
+    found += preference_problems(run, backbone, tower)
     if backbone is None:
         return [*found, *batch_problems(run, world_size), *training_problems(run, machine)]
     if tower is not None:

@@ -377,3 +377,27 @@ def run_max_activations(job: dict, folder: Path) -> dict:
     trainer.max_activations.collect = lambda scale: seen.append(collect(scale)) or seen[-1]
     trainer.step()
     return {"layers": seen[0]}
+
+
+# --- preferences ------------------------------------------------------------------------------------------------------
+
+
+def run_preferences(job: dict, folder: Path) -> dict:
+    """Stage 4 on the real loader, from the weights of `load`; `goes_on`: the job whose first checkpoint it continues."""
+    rows = folder / "pairs" / "pairs.json"
+    if dist.get_rank() == 0 and not rows.exists():
+        data_files.write_images(rows.parent)
+        data_files.write_rows(rows.parent, [data_files.pair_row(number) for number in range(14)], rows.name)
+    dist.barrier()
+    tree = to_dict(_run(job, folder))
+    tree["data"] |= {"sources": [{"path": str(rows), "image_folder": str(rows.parent)}], "seq_length": 320}
+    tree["training"]["stage"] = 4
+    tree["checkpoint"]["load"] = str(folder / job["load"])
+    tree["preference"]["log_probs"] = str(folder / f"{job.get('log_probs', job['id'])}.safetensors")
+    for name, value in job["settings"].items():
+        set_override(tree, name, value)
+    if "goes_on" in job and dist.get_rank() == 0:
+        first = f"iter_{SAVE_INTERVAL:07d}"
+        shutil.copytree(folder / job["goes_on"] / first, folder / job["id"] / first)
+    dist.barrier()
+    return {"exit": train(from_dict(RunConfig, tree))}

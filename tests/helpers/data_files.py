@@ -30,6 +30,14 @@ def row(number: int, image: str | None = "a.png", **changes) -> dict:
     return base | ({"image": image} if image else {}) | changes
 
 
+def pair_row(number: int, **changes) -> dict:
+    """A good row of preferences: with one picture, with none, with two, in turn."""
+    words = " ".join(WORDS[number % 3 : number % 3 + 4])
+    images = [{"image": "a.png"}, {}, {"images": ["a.png", "b.png"]}][number % 3]
+    answers = {"chosen": f"yes, {words}", "rejected": f"no {number}"}
+    return {"id": f"id{number}", "prompt": f"{words}?"} | images | answers | changes
+
+
 def write_rows(folder: Path, rows: list, name: str = "rows.json") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name

@@ -12,7 +12,9 @@ from tests.helpers.scripts import validate_only
 HOSTILE = """it's $(touch executed) `touch executed`; touch executed & "quoted" *"""
 
 
-@pytest.mark.parametrize("script", ["train_stage1.sh", "train_stage2.sh", "train_stage3.sh", "train_lora.sh"])
+@pytest.mark.parametrize(
+    "script", ["train_stage1.sh", "train_stage2.sh", "train_stage3.sh", "train_lora.sh", "train_preferences.sh"]
+)
 def test_hostile_paths_arrive_as_they_are_and_run_nothing(script, tmp_path, stub):
     names = {
         name: f"{name} {HOSTILE}" for name in ("LOAD", "SAVE", "TOKENIZER", "DATA", "IMAGES", "CONFIG", "BACKBONE")

@@ -34,8 +34,7 @@ class Scene:
 
 def read_quickstart_pope(questions: Path, images: Path) -> list[Question]:
     """`question_id`: the number of the question; the fields hold `image`, `category` and the truth, `answer`."""
-    scenes = read_scenes(read_jsonl(questions), questions)
-    polls = [poll for category in POPE_CATEGORIES for poll in _polls(scenes, category)]
+    polls = polls_of(read_scenes(read_jsonl(questions), questions))
     return [
         Question(
             id=number,
@@ -58,6 +57,11 @@ def read_scenes(rows: Iterable[Mapping], path: Path) -> list[Scene]:
             is_there = (normalise(row["answer"]) == "yes") != bool(_NEGATED.search(row["question"].lower()))
             (scene.present if is_there else scene.absent).add(named.group(1))
     return list(scenes.values())
+
+
+def polls_of(scenes: Sequence[Scene]) -> list[tuple[Scene, str, str, str]]:
+    """(picture, object, category, "yes" or "no") of all categories; an object may be asked about in several."""
+    return [poll for category in POPE_CATEGORIES for poll in _polls(scenes, category)]
 
 
 def _polls(scenes: Sequence[Scene], category: str) -> Iterable[tuple[Scene, str, str, str]]:

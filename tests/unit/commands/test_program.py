@@ -1,5 +1,6 @@
 """Texts name the commands as the user types them."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_moellava.commands.main import main
-from megatron_moellava.commands.program import as_called, command_parser
+from megatron_moellava.commands.program import SETTING, as_called, command_parser
+from megatron_moellava.config import RunConfig
 
 
 @pytest.mark.parametrize(
@@ -117,3 +119,10 @@ def test_a_path_that_cannot_be_written_is_one_line(tmp_path, capsys):
     rows.write_text('[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]')
     assert main(["prepare-data", "--data", str(rows), "--out", str(rows)]) == 2
     assert f"FileExistsError: [Errno 17] File exists: '{rows}'" in capsys.readouterr().err
+
+
+def test_settings_of_every_section_are_no_files():
+    """`train --validation-data held.json validation.interval=5`: what follows the file is a setting."""
+    for section in dataclasses.fields(RunConfig):
+        assert SETTING.match(f"{section.name}.field=1"), section.name
+    assert not SETTING.match("validation.json")
