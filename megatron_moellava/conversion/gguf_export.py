@@ -184,7 +184,7 @@ def _write(writer, part: Part, kind: str, progress: Progress) -> None:
     import numpy as np
 
     types = gguf.GGMLQuantizationType
-    storage = {types.F32: np.dtype("float32"), types.F16: np.dtype("float16"), types.Q8_0: np.dtype("uint8")}
+    storage: dict = {types.F32: np.dtype("float32"), types.F16: np.dtype("float16"), types.Q8_0: np.dtype("uint8")}
     kinds = [_kind(name, recipe, kind) for name, recipe in part.recipes]
     for (name, recipe), own in zip(part.recipes, kinds, strict=True):
         shape = gguf.quant_shape_to_byte_shape(recipe.shape, own) if own == types.Q8_0 else recipe.shape

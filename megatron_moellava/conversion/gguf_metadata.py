@@ -95,7 +95,7 @@ def describe_vocabulary(writer, served: ServedTokenizer, folder: Path, backbone:
     writer.add_token_types(kinds)
     if is_llama:
         writer.add_token_scores(_scores(tokens, pairs))
-        writer.add_add_space_prefix(loaded.legacy)
+        writer.add_add_space_prefix(loaded.legacy)  # type: ignore[attr-defined]  # `is_llama`: a LlamaTokenizer
     else:
         writer.add_tokenizer_pre(SPLITS[backbone.hf.family])
         writer.add_token_merges([" ".join(pair) for pair in pairs])

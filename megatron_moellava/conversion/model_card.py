@@ -106,6 +106,7 @@ def _history(run: RunDescription) -> list[str]:
     steps: list[dict] = []
     step: dict | None = dict(run.provenance)
     if run.config:  # `provenance` says where the stage began; the run itself says the rest
+        assert step is not None
         step |= {"data": [Path(source["path"]).name for source in sources]}
         step |= {"iteration": run.iteration, "consumed_samples": run.consumed_samples}
     while step:

@@ -57,7 +57,9 @@ def quantised(
 
     Each is computed when it is written. ConfigError for a width that the groups do not divide.
     """
-    found, added, wrong = [], {}, []
+    found: list[Recipe] = []
+    added: dict[str, Tensor] = {}
+    wrong: list[str] = []
     for recipe in recipes:
         if not _is_quantised(recipe):
             found.append(recipe)
