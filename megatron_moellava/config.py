@@ -56,6 +56,7 @@ Role = Literal[
     "experts",
     "router",  # and the mixing coefficient of a residual MoE
 ]
+BoxFormatName = Literal["thousand", "llava", "qwen", "qwen_vl"]
 LoraTarget = Literal["attention", "ffn", "experts", "router", "projector", "tower"]
 
 
@@ -123,6 +124,11 @@ class DataConfig:
     # "pad" to a square with the mean colour, or "square" (resize and crop)
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     image_grid: bool = False  # LLaVA-NeXT tiling of high-resolution images
+    # how the text says where something is: 0 to 999 of what the tower sees, and others (docs/reference/data.md)
+    box_format: BoxFormatName = "thousand"
+    video_frames: int = 8  # shown of a video, spread evenly; with video_fps the most
+    video_fps: float = 0.0  # frames shown for each second of a video, up to video_frames; 0: video_frames of any video
+    video_times: Literal["none", "seconds"] = "none"  # whether the text says when each frame is
     seq_length: int = 2048  # tokens per row, image tokens included
     # of one sample; None: seq_length, or the backbone's context where that is shorter
     max_sample_length: int | None = None

@@ -140,6 +140,7 @@ def _question(record, folder: str, where: str, encoder, prompter: Prompter) -> Q
     if isinstance(record, BadSample):
         raise record
     sample = parse_record(as_conversation(record), origin=where)
+    sample = media.write_regions(sample, folder, prompter.tower, prompter.data)
     tiles = [media.tiles(ref, folder, where, prompter.tower, prompter.data)[0] for ref in sample.images]
     encoded = encoder(sample, tuple(len(tile) * prompter.tower.num_features for tile in tiles))
     kept = tiles[: len(encoded.images)]

@@ -4,6 +4,7 @@ A bad sample is an event that travels to the main process with its batch; there 
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from megatron_moellava.data import media
 from megatron_moellava.data.batch import Batch, pack, pad, to_wire
 from megatron_moellava.data.encode import EncodedSample
 from megatron_moellava.data.encoder import Encoder
+from megatron_moellava.data.images import FIRST_FRAME
+from megatron_moellava.data.regions import CUT
 from megatron_moellava.data.sample import BadSample, parse_record
 from megatron_moellava.data.sources import Reader
 
@@ -27,13 +30,14 @@ ADVICE = {
     "16-bit image scaled": "16-bit levels are scaled to 8 bits (divided by 256); store it with 8 bits to control how",
     "32-bit image scaled": "32-bit levels are scaled to 8 bits (divided by 2^24, signed ones by 2^23); store it with 8",
     "float levels clipped": "float levels are taken as 0 to 255 and clipped, as in Pillow; store it with 8 bits",
-    "first of several frames": "only its first frame is used; name it in `video` to use several",
+    FIRST_FRAME: "only its first frame is used; name it in `video` to use several",
     "LAB colours converted": "LAB becomes sRGB; store it as RGB to control how",
     "YCbCr colours converted": "YCbCr becomes RGB as in Pillow; store it as RGB to control how",
     "HSV colours converted": "HSV becomes RGB as in Pillow; store it as RGB to control how",
     "EXIF rotation applied": "it is turned as its EXIF data ask; the original ignores them",
     "CMYK colours converted": "CMYK becomes RGB as in Pillow; store it as RGB to control how",
     "palette colours converted": "palette colours become RGB; store it as RGB",
+    CUT: "a box reaches over the edge of what the tower sees of the picture, and is cut there; correct it",
     "image of one pixel": "an image of a single pixel is used as it is; is it a placeholder?",
 }
 
@@ -65,8 +69,10 @@ class Pipeline:
     def encode(self, number: int) -> tuple[EncodedSample, str, str]:
         """(tokens and labels, image folder, origin). Raises BadSample."""
         record, origin, folder, members = self.reader.read(number)
-        limits = {"max_images": self.data.max_images, "ignore_keys": self.data.ignore_keys}
+        limits: dict = {"max_images": self.data.max_images, "ignore_keys": self.data.ignore_keys}
+        limits["frames"] = partial(media.frame_texts, folder=folder, where=origin, data=self.data)
         parsed = self.reader.with_members(parse_record(record, origin=origin, **limits), members)
+        parsed = media.write_regions(parsed, folder, self.tower, self.data)
         tiles = [media.num_tiles(ref, folder, origin, self.tower, self.data) for ref in parsed.images]
         return self.encoder(parsed, tuple(count * self.tower.num_features for count in tiles)), folder, origin
 

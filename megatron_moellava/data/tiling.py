@@ -4,11 +4,10 @@ The grid that keeps most of the image wins, the one with less padding among equa
 overview and of each tile, one after the other (LLaVA-NeXT's patch merge "flat").
 """
 
-import math
-
 import numpy as np
 from PIL import Image
 
+from megatron_moellava.data.geometry import fitting
 from megatron_moellava.data.images import normalise, resampling
 
 GRIDS = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))  # columns x rows; among equals the first, as in transformers
@@ -45,11 +44,7 @@ def tile(image: Image.Image, tower) -> np.ndarray:
 
 def _fit(image: Image.Image, width: int, height: int, how: Image.Resampling) -> Image.Image:
     """As large as fits, aspect kept, centred on black."""
-    across, down = width / image.width, height / image.height
-    if across < down:
-        shape = (width, min(math.ceil(image.height * across), height))
-    else:
-        shape = (min(math.ceil(image.width * down), width), height)
+    shape = fitting(image.width, image.height, width, height)
     canvas = Image.new("RGB", (width, height))
     canvas.paste(image.resize(shape, how), ((width - shape[0]) // 2, (height - shape[1]) // 2))
     return canvas

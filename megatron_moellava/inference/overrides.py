@@ -39,7 +39,7 @@ HONOURED = {
         "moe_token_dispatcher_type",
     ),
     "training": ("seed", "device"),
-    "data": ("image_aspect_ratio", "image_grid"),
+    "data": ("image_aspect_ratio", "image_grid", "box_format", "video_frames", "video_fps", "video_times"),
 }
 # What `analyze` takes besides: it makes whole rows of a data set, as training does.
 OF_ROWS = (

@@ -22,6 +22,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from megatron_moellava.config import DataError
 from megatron_moellava.inference.prompts import Prompt
+from megatron_moellava.inference.regions import locate_answer
 from megatron_moellava.inference.requests import Completion, Event
 from megatron_moellava.serving import openai_api
 from megatron_moellava.serving.metrics import ServerMetrics
@@ -34,7 +35,10 @@ DISCARDED = (
     64_000_000  # bytes read of a body that is too large: a client that is still sending would not see the answer
 )
 PAGE = Path(__file__).parent / "web" / "index.html"
-PAGE_POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+PAGE_POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; media-src data: blob:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +126,7 @@ def _add_page(app: FastAPI, service: Service, options: ServerOptions) -> None:
             "needs_token": bool(options.token),
             "max_tokens": options.api.max_new_tokens,
             "max_images": options.api.max_images,
+            "max_bytes": options.pictures.max_bytes,
             "examples": list(examples),
             # How the page lays patches over a picture: as the tower sees it.
             "grid": tower.image_size // tower.patch_size,
@@ -206,9 +211,11 @@ class Answering:
         return bytes(data)
 
     async def _prepare(self, data: bytes) -> tuple[ChatRequest, Prompt]:
+        prompter = self.service.engine.prompter
+
         def work() -> tuple[ChatRequest, Prompt]:
             try:
-                chat = parse_chat(json.loads(data), self.options.api, self.options.pictures)
+                chat = parse_chat(json.loads(data), self.options.api, self.options.pictures, prompter.data)
                 request, prompt = self.service.engine.fit(chat.request)
                 return replace(chat, request=request), prompt
             except (ValueError, RecursionError) as error:
@@ -226,7 +233,14 @@ class Answering:
                 break
         if completion is None:
             raise Refused(499, "the client has gone")
-        return openai_api.completion_object(completion, self.options.model_name)
+        return openai_api.completion_object(completion, self.options.model_name, self._regions(chat, completion))
+
+    def _regions(self, chat: ChatRequest, completion: Completion) -> list[dict] | None:
+        """The places that the answer names, if they were asked for."""
+        if not chat.regions:
+            return None
+        places = locate_answer(completion.text, chat.request.images, self.service.engine.prompter)
+        return [place.data() for place in places]
 
     async def _stream(self, chat: ChatRequest, prompt: Prompt, deadline: float) -> AsyncGenerator[str]:
         name = self.options.model_name
@@ -236,7 +250,7 @@ class Answering:
                 if event.delta:
                     yield _line(openai_api.delta_chunk(chat.request.id, name, event.delta))
                 if event.completion is not None:
-                    yield _line(openai_api.last_chunk(event.completion, name))
+                    yield _line(openai_api.last_chunk(event.completion, name, self._regions(chat, event.completion)))
                     if chat.include_usage:
                         yield _line(openai_api.usage_chunk(event.completion, name))
             yield "data: [DONE]\n\n"

@@ -59,7 +59,7 @@ def test_a_leading_answer_is_dropped():
 
 def test_video_frames_take_the_place_of_their_placeholder():
     record = {"video": "v.gif", "conversations": conversation("<video>\nWhat?", "A cat.")}
-    sample = parse_record(record, origin="", video_frames=4)
+    sample = parse_record(record, origin="", frames=lambda name: ["<image>"] * 4)
     assert sample.turns[0].text == "<image>" * 4 + "\nWhat?"
     assert [ref.frame for ref in sample.images] == [(i, 4) for i in range(4)]
 
