@@ -28,7 +28,9 @@ BIN := $(VENV)/bin
 GPU_WHEELS = $(if $(WHEELS),$(BIN)/python -m pip install --quiet --no-index --no-deps $(WHEELS)/*.whl && )
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart names-full chat serve test test-browser test-lmms test-layouts test-layouts-8 test-gpu test-gpu-pretended bench-gpu test-planning test-te fuzz bench docs check format test-resilience test-cluster test-docker clean
+.PHONY: help quickstart names-full chat serve docs check format bench bench-gpu clean \
+	test test-browser test-cluster test-docker test-gpu test-gpu-pretended test-layouts test-layouts-8 test-lmms \
+	test-load test-planning test-resilience test-te test-trackers fuzz
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,7 +52,8 @@ docs: $(DOCS_READY)  ## this documentation and the API as a site, in build/docs
 	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 # The tests are of the CPU, and start more processes than there are GPUs; those of a GPU are test-gpu's.
-test test-layouts test-layouts-8 test-planning fuzz test-te check test-browser test-lmms test-resilience test-cluster test-gpu-pretended: export CUDA_VISIBLE_DEVICES =
+check test test-browser test-cluster test-gpu-pretended test-layouts test-layouts-8 test-lmms test-load test-planning \
+	test-resilience test-te test-trackers fuzz: export CUDA_VISIBLE_DEVICES =
 
 # Two test processes of one thread each: oversubscribed threads make small products several times slower.
 test: $(READY) | $(TE_SOURCES)  ## unit and parity tests (TESTS=tests/unit for a part)
@@ -98,8 +101,15 @@ format: $(READY)  ## rewrite the sources in the project's format
 test-browser: $(READY)  ## the web page in a real Chromium (apt-get install chromium)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/browser
 
+test-load: $(READY)  ## ten minutes of 64 clients, hostile ones among them, on a server (LOAD_SECONDS=60 for less)
+	LOAD_SECONDS=$(or $(LOAD_SECONDS),600) LOAD_CLIENTS=$(or $(LOAD_CLIENTS),64) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest $(PYTEST_ARGS) -p no:xdist --capture=no tests/unit/serving/test_load.py
+
 test-lmms: .lmms-venv/.installed  ## our plugin in lmms-eval, in an environment of its own (.lmms-venv; a few minutes)
 	OMP_NUM_THREADS=1 .lmms-venv/bin/python -m pytest $(PYTEST_ARGS) tests/lmms
+
+test-trackers: .trackers-venv/.installed  ## Weights & Biases, MLflow and SwanLab, offline, in an environment of their own (.trackers-venv; a minute)
+	OMP_NUM_THREADS=1 .trackers-venv/bin/python -m pytest $(PYTEST_ARGS) tests/trackers
 
 test-resilience: $(READY)  ## kills, damaged checkpoints, full disks, hung ranks, ... on real runs (root; KILLS=200 of them, half an hour)
 	OMP_NUM_THREADS=1 KILLS=$(or $(KILLS),200) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/resilience
@@ -111,7 +121,7 @@ test-cluster: $(READY)  ## submit the scripts of examples/ to a real two-node SL
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
 
 clean:  ## remove the environments, caches and runs/
-	rm -rf .venv .lmms-venv .te-venv .te-sources .bench-venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .trackers-venv .lmms-venv .te-venv .te-sources .bench-venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made once; a changed setup.py installs what is new and leaves the rest (torch above all) alone.
@@ -132,6 +142,13 @@ clean:  ## remove the environments, caches and runs/
 	if ! .lmms-venv/bin/python -c pass 2>/dev/null; then $$python -m venv --clear .lmms-venv; fi
 	@echo "Installing the package and lmms-eval into .lmms-venv (about 7 GB; torch is most of it)"
 	.lmms-venv/bin/python -m pip install --disable-pip-version-check --editable '.[lmms-eval]' 'pytest>=8'
+	@touch $@
+
+# On top of the tests' own environment, which it leaves alone: what the trackers want in other releases it has for itself.
+.trackers-venv/.installed: setup.py | $(READY)
+	$(BIN)/python -m venv --clear .trackers-venv
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(.trackers-venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
+	.trackers-venv/bin/python -m pip install --disable-pip-version-check --editable '.[trackers]' 'pytest>=8'
 	@touch $@
 
 # Transformer Engine's Python code without its library, which only tests/gpu sees: in an environment it would break

@@ -21,6 +21,7 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.16",
     "matplotlib>=3.8",
     "tqdm>=4.66",
+    "packaging>=23",  # versions that `moellava doctor` compares
     "psutil>=5.9",  # megatron.core.dist_checkpointing imports it without declaring it
 ]
 
@@ -32,6 +33,7 @@ EXTRAS_REQUIRE = {
     # An environment of its own: it wants an older `av` than `video`, and reads filelock's private modules of before 4.
     "lmms-eval": ["lmms-eval~=0.7.3", "filelock<4"],
     "demo": ["fastapi>=0.110", "starlette", "uvicorn>=0.29", "prometheus-client>=0.20"],
+    "json": ["llguidance>=1.9,<2"],  # answers that a JSON schema allows; needs no other package
     "quickstart": [
         "easy-vqa~=1.0",
         "scikit-learn>=1.4",
@@ -41,6 +43,7 @@ EXTRAS_REQUIRE = {
         "emoji~=2.16",  # their names
     ],
     "parquet": ["pyarrow>=17"],  # data sources as Parquet files
+    "trackers": ["wandb>=0.20", "mlflow>=3", "swanlab>=0.10"],  # logging.trackers
     "video": ["av>=17"],  # the release that Energon 7.4 decodes with
     "docs": ["mkdocs~=1.6", "mkdocstrings[python]~=1.0"],  # `make docs`; reads the sources, imports nothing
     "dev": [
@@ -53,6 +56,7 @@ EXTRAS_REQUIRE = {
         "fastapi>=0.110",  # `demo`, and OpenAI's own client against it
         "uvicorn>=0.29",
         "prometheus-client>=0.20",
+        "llguidance>=1.9,<2",  # `json`
         "openai>=2",
         "pyarrow>=17",  # `parquet`
         "av>=17",  # `video`

@@ -59,6 +59,12 @@ class Numbers(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
 
+    def piece(self, index: int) -> bytes:
+        return f" {index}".encode()
+
+    def is_control(self, index: int) -> bool:
+        return False
+
 
 @dataclass(frozen=True)
 class Job:

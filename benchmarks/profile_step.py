@@ -16,40 +16,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.measure import finish, say
+from megatron_moellava.training.operation_kinds import OTHER, by_kind, kind_of
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
-GPU_PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "cudnn::cnn")  # in the names of kernels
-KINDS = (  # parts of names; the first match counts
-    ("communication", ("gloo", "c10d", "nccl", "all_reduce", "all_gather", "reduce_scatter")),
-    ("attention", ("scaled_dot_product", "flash_attention", "flash_fwd", "flash_bwd", "fmha", "sdpa")),
-    ("GEMM", ("::mm", "::addmm", "::bmm", "::baddbmm", "grouped_mm", "mkldnn", "convolution", *GPU_PRODUCTS)),
-    ("optimizer", ("_foreach", "adam", "::lerp", "::addcdiv", "::addcmul", "::sqrt", "vector_norm", "multi_tensor")),
-    ("norms", ("layer_norm", "rms_norm", "rsqrt")),
-    ("softmax and loss", ("softmax", "::exp", "::log", "nll", "cross_entropy", "logsumexp")),
-    ("activation", ("silu", "gelu")),
-    ("routing", ("topk", "sort", "index", "scatter", "gather", "masked", "nonzero", "cumsum", "bincount", "embedding")),
-    ("copies", ("copy", "::cat", "stack", "clone", "contiguous", "zero", "fill", "memcpy", "memset", "catarray")),
-)
-
-
-def kind_of(name: str) -> str:
-    """Of an operation (aten::mm) or a kernel (nvjet_sm90_...)."""
-    name = name.lower()
-    return next((kind for kind, parts in KINDS if any(part in name for part in parts)), "elementwise and other")
 
 
 def kinds_of_time(step: Callable[[], object], steps: int) -> dict:
     """Milliseconds of a step by kind, of the GPU's kernels where there is one, else of the operations' own time on the host."""
     from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile, supported_activities
+    from torch.profiler import profile
 
     from megatron_moellava import platform
 
-    sees_gpu = platform.HAS_CUDA and ProfilerActivity.CUDA in supported_activities()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * sees_gpu
     platform.synchronize()
     started = time.perf_counter()
-    with profile(activities=activities) as profiler:
+    with profile(activities=platform.profiler_activities()) as profiler:
         for _ in range(steps):
             step()
         platform.synchronize()
@@ -58,14 +39,11 @@ def kinds_of_time(step: Callable[[], object], steps: int) -> dict:
     times = {item.key: item.self_device_time_total / 1000 / steps for item in of_gpu}
     if not times:
         times = {item.key: item.self_cpu_time_total / 1000 / steps for item in profiler.key_averages()}
-    kinds: dict[str, float] = {}
-    for name, value in times.items():
-        kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + value
+    kinds = by_kind(times.items())
     largest = sorted(times.items(), key=lambda item: -item[1])[:15]
-    ordered = dict(sorted(kinds.items(), key=lambda item: -item[1]))
     return {
         "profiled step": whole,
-        "milliseconds": ordered,
+        "milliseconds": kinds,
         "busy share": sum(kinds.values()) / whole,
         "largest": dict(largest),
     }
@@ -105,10 +83,8 @@ def quickstart_trainer(folder: Path, overrides: list[str]):
 def shares(profiler, steps: int, plain: float, profiled: float) -> dict:
     """Milliseconds of a step by kind, and the operations behind them."""
     times = {item.key: item.self_cpu_time_total / 1000 / steps for item in profiler.key_averages()}
-    times = {name: value for name, value in times.items() if "::" in name or kind_of(name) != "elementwise and other"}
-    kinds: dict[str, float] = {}
-    for name, value in times.items():
-        kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + value
+    times = {name: value for name, value in times.items() if "::" in name or kind_of(name) != OTHER}
+    kinds = by_kind(times.items())
     kinds["between operations"] = max(0.0, 1000 * profiled - sum(kinds.values()))
     others = sorted((item for item in times.items() if kind_of(item[0]) != "GEMM"), key=lambda item: -item[1])
     result = {

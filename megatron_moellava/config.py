@@ -56,6 +56,7 @@ Role = Literal[
     "experts",
     "router",  # and the mixing coefficient of a residual MoE
 ]
+Tracker = Literal["wandb", "mlflow", "swanlab"]
 BoxFormatName = Literal["thousand", "llava", "qwen", "qwen_vl"]
 LoraTarget = Literal["attention", "ffn", "experts", "router", "projector", "tower"]
 
@@ -93,6 +94,12 @@ class MoEConfig:
     moe_router_dtype: Literal["fp32", "bf16"] = "fp32"
     # top-1: the weight is 1, with the gradient of its log-probability; False: the probability itself (megatron router only)
     normalize_top1: bool = False
+    # softmax over all experts before the choice: the weights of several chosen experts do not sum to 1 (megatron router only)
+    moe_router_pre_softmax: bool = False
+    moe_router_topk_scaling_factor: float | None = None  # of the weights of the chosen experts (megatron router only)
+    # the experts in so many groups; only those of the best moe_router_group_topk groups are chosen among (megatron router only)
+    moe_router_num_groups: int | None = None
+    moe_router_group_topk: int | None = None  # groups by their best moe_router_topk / moe_router_group_topk experts
     moe_aux_loss_coeff: float = 0.01  # per MoE layer, summed over layers
     moe_z_loss_coeff: float | None = None  # megatron router only
     # megatron router only
@@ -100,6 +107,7 @@ class MoEConfig:
     moe_router_enable_expert_bias: bool = False  # aux-loss-free balancing (megatron router)
     moe_router_bias_update_rate: float = 1e-3  # step of the expert bias
     moe_shared_expert_intermediate_size: int | None = None  # of an expert that sees every token; None: there is none
+    moe_shared_expert_gate: bool = False  # its output is weighted by the sigmoid of a learned product with the token
     # slots per expert = ceil(tokens / experts * factor * top-k); None: dropless
     moe_expert_capacity_factor: float | None = None
     eval_capacity_factor: float = 2.0  # original router only
@@ -124,6 +132,12 @@ class DataConfig:
     # "pad" to a square with the mean colour, or "square" (resize and crop)
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     image_grid: bool = False  # LLaVA-NeXT tiling of high-resolution images
+    # towers at native resolution: visual tokens of one picture; None: the tower's own
+    max_image_tokens: int | None = None
+    max_sample_image_tokens: int | None = None  # likewise, of all pictures of a sample; None: no limit of its own
+    enlarge_images: bool = (
+        True  # likewise: small pictures are enlarged to the budget; False: no more tokens than pixels fill
+    )
     # how the text says where something is: 0 to 999 of what the tower sees, and others (docs/reference/data.md)
     box_format: BoxFormatName = "thousand"
     video_frames: int = 8  # shown of a video, spread evenly; with video_fps the most
@@ -189,6 +203,21 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DebugConfig:
+    """Switches that cost time, for a run that misbehaves."""
+
+    deterministic: bool = (
+        False  # kernels whose result is the same each time; an operation without one is named in a warning
+    )
+    detect_anomaly: bool = (
+        False  # the forward operation behind a gradient that is NaN, with its traceback; ends the run
+    )
+    find_non_finite: bool = (
+        False  # the first module whose output or gradient is not finite, named where a step is skipped
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
     """The stage, its steps and batches, and the numbers it computes in."""
 
@@ -211,6 +240,28 @@ class TrainingConfig:
     recompute: Recompute = "none"  # selective: the attention alone
     recompute_tower: bool = False  # the vision tower's activations too
     non_finite_patience: int = 5  # consecutive skipped steps before the run stops
+    debug: DebugConfig | None = None  # switches that cost time, for a run that misbehaves (below); null: none
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoleOptions:
+    """What the optimizer does otherwise for one part of the model; what is unset is as for all."""
+
+    lr: float | None = None  # None: optimizer.lr
+    min_lr: float | None = None  # None: optimizer.min_lr
+    weight_decay: float | None = None  # of matrices; None: optimizer.weight_decay
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolesConfig:
+    """Rates and weight decay by part of the model, e.g. `optimizer.roles.experts.lr=1e-4`; null: as for all."""
+
+    tower: RoleOptions | None = None  # the vision tower
+    projector: RoleOptions | None = None
+    language: RoleOptions | None = None  # all roles language.*
+    experts: RoleOptions | None = None
+    router: RoleOptions | None = None  # and the mixing coefficient of a residual MoE
+    adapters: RoleOptions | None = None  # of training.lora
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,13 +271,19 @@ class OptimizerConfig:
     lr: float = 2e-5  # the highest learning rate
     min_lr: float = 0.0  # at the last step
     projector_lr: float | None = None  # None: lr
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    roles: RolesConfig | None = None  # other rates and weight decay for parts of the model (below)
+    # WSD: constant until a cooldown at the end of the run; inverse-square-root: of the steps, after the warm-up
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD", "inverse-square-root"] = "cosine"
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"  # of WSD's cooldown
+    lr_wsd_decay_iters: int | None = None  # steps of WSD's cooldown; None: a tenth of train_steps
     lr_warmup_fraction: float = 0.03  # of train_steps
     router_lr_warmup_fraction: float | None = None  # of train_steps, for the routers alone; None: lr_warmup_fraction
     weight_decay: float = 0.0  # of matrices; biases and norms have none
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
+    # average the weights beside the training, for evaluation (EMA); at most so much of it stays with an update; None: do not
+    ema_decay: float | None = None
     clip_grad: float = 1.0  # global gradient norm; 0: off, as the original in effect
     # of the weights that Adam steps; bf16: rounded after each update, as where there is no fp32 copy (same memory)
     main_params_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -240,6 +297,18 @@ class OptimizerConfig:
     gradient_accumulation_fusion: bool | None = (
         None  # None: in Transformer Engine's layers; with apex's kernel everywhere
     )
+
+    def wsd_decay_steps(self, train_steps: int) -> int:
+        """Steps of WSD's cooldown in a run of so many."""
+        return math.ceil(train_steps / 10) if self.lr_wsd_decay_iters is None else self.lr_wsd_decay_iters
+
+    def of_roles(self) -> dict[str, RoleOptions]:
+        """What differs from the others, by the part of the model (a field of RolesConfig)."""
+        roles = self.roles or RolesConfig()
+        found = {item.name: getattr(roles, item.name) for item in dataclasses.fields(roles)}
+        if self.projector_lr is not None:
+            found["projector"] = dataclasses.replace(found["projector"] or RoleOptions(), lr=self.projector_lr)
+        return {name: options for name, options in found.items() if options not in (None, RoleOptions())}
 
     def overlaps(self, pays: bool) -> tuple[bool, bool]:
         """(overlap_grad_reduce, overlap_param_gather) as asked for, or where it `pays`."""
@@ -270,6 +339,10 @@ class LoggingConfig:
     sample_ids: bool = False  # write the ids of every step's samples to steps.jsonl
     tensorboard: bool = True
     directory: str | None = None  # TensorBoard and JSONL; None: inside checkpoint.save
+    trackers: tuple[Tracker, ...] = ()  # the same numbers to these, each an installed package
+    project: str = "moellava"  # of the trackers (MLflow: experiment)
+    run_name: str | None = None  # likewise; None: the name of the folder
+    offline: bool = False  # trackers write below the folder of the log alone, for their own `sync` later
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,6 +353,15 @@ class ValidationConfig:
     interval: int = 500  # steps between validations; the last step is always followed by one
     steps: int = 0  # batches of training.global_batch_size rows per source; 0: all of its rows
     best: bool = True  # keep the checkpoint with the lowest mean loss in checkpoint.save/best
+    ema: bool = False  # score the averaged weights of optimizer.ema_decay too, as SOURCE/ema
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """A trace of some steps by torch's profiler, with a summary, in the folder of the log; without steps there is none."""
+
+    steps: tuple[int, ...] = ()  # the first and the last one, or one alone
+    ranks: tuple[int, ...] = (0,)  # []: all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -295,6 +377,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @property
     def required_moe(self) -> MoEConfig:

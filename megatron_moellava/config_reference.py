@@ -54,6 +54,10 @@ def page() -> str:
     parts += ["## data.sources", inspect.getdoc(config.Source) or "", _table("", config.Source, meanings)]
     lora = _table("training.lora", config.LoraConfig, meanings)
     parts += ["## training.lora", inspect.getdoc(config.LoraConfig) or "", lora]
+    debug = _table("training.debug", config.DebugConfig, meanings)
+    parts += ["## training.debug", inspect.getdoc(config.DebugConfig) or "", debug]
+    parts += ["## optimizer.roles", inspect.getdoc(config.RolesConfig) or "", _table("", config.RolesConfig, meanings)]
+    parts += [inspect.getdoc(config.RoleOptions) or "", _table("optimizer.roles.tower", config.RoleOptions, meanings)]
     rows = [f"| `{old}` | `{new}`{_values(old)} |" for old, new in config.RENAMED.items()]
     parts += [
         "## Old spellings",
@@ -102,6 +106,9 @@ def _kind(hint) -> str:
         str: "text",
         config.Source: "sources (below)",
         config.LoraConfig: "adapters (below)",
+        config.DebugConfig: "switches (below)",
+        config.RolesConfig: "parts of the model (below)",
+        config.RoleOptions: "rates and weight decay (below)",
     }
     return words[hint]
 

@@ -69,7 +69,7 @@ def this_machine(device: Device = "auto", transformer_impl: TransformerImpl = "a
     """This machine as a run with these settings will find it; device "cuda" says that it will run on GPUs elsewhere."""
     if device == "cuda":
         return GPU_CLUSTER
-    has_gpu = device == "auto" and _sees_gpus()
+    has_gpu = device == "auto" and sees_gpus()
     has_engine = has_gpu and transformer_impl != "local" and engine_found() == "whole"
     return Machine(
         has_gpu=has_gpu,
@@ -79,7 +79,8 @@ def this_machine(device: Device = "auto", transformer_impl: TransformerImpl = "a
     )
 
 
-def _sees_gpus() -> bool:
+def sees_gpus() -> bool:
+    """Whether the system has a GPU for this process, whatever torch makes of it."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return False
     return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/proc/driver/nvidia/gpus").glob("*"))

@@ -20,6 +20,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import torch
@@ -163,6 +164,19 @@ def device_name() -> str | None:
     return torch.cuda.get_device_name(device()) if HAS_CUDA else None
 
 
+def gpus() -> list[tuple[str, int, tuple[int, int]]]:
+    """(name, bytes of memory, compute capability) of each GPU of this process."""
+    if not HAS_CUDA:
+        return []
+    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return [(one.name, one.total_memory, (one.major, one.minor)) for one in found]
+
+
+def nccl_version() -> str:
+    """Of the NCCL that torch was built with, on a GPU."""
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
 class ToHost:
     """Numbers of the device on their way to the host: nothing waits for them before `read`, and nothing else then."""
 
@@ -184,6 +198,50 @@ def synchronize() -> None:
     """Wait for the device, so that a wall clock means something."""
     if HAS_CUDA:
         torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def range_of(name: str) -> Iterator[None]:
+    """A named range in what records this process: torch's profiler, and Nsight Systems (NVTX) on a GPU."""
+    if HAS_CUDA:
+        torch.cuda.nvtx.range_push(name)
+    try:
+        with torch.profiler.record_function(name):
+            yield
+    finally:
+        if HAS_CUDA:
+            torch.cuda.nvtx.range_pop()
+
+
+def profiler_activities() -> list[torch.profiler.ProfilerActivity]:
+    """What torch's profiler can see here: the host, and the GPU's kernels."""
+    kinds = torch.profiler.ProfilerActivity
+    sees_gpu = HAS_CUDA and kinds.CUDA in torch.profiler.supported_activities()
+    return [kinds.CPU, kinds.CUDA] if sees_gpu else [kinds.CPU]
+
+
+def record_memory() -> None:
+    """From now on remember who allocates what on the GPU; nothing on a CPU."""
+    if HAS_CUDA:
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
+
+
+def save_memory(path: Path) -> None:
+    """Write what `record_memory` remembers, for docs.pytorch.org/memory_viz, and stop; nothing on a CPU."""
+    if HAS_CUDA:
+        torch.cuda.memory._dump_snapshot(str(path))
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def debug(deterministic: bool, detect_anomaly: bool) -> None:
+    """Switches of torch for the whole process: kernels whose result does not depend on the order in which threads end (an
+    operation without one is named in a warning), and the forward operation behind a gradient that is NaN."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # Transformer Engine's attention likewise
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    torch.autograd.set_detect_anomaly(detect_anomaly)
 
 
 def seed_everything(seed: int) -> None:

@@ -46,7 +46,14 @@ ROUTERS = {
             allows_context_parallelism=False,
             max_topk=2,
             balancing=("aux_loss", "none"),
-            lacks=("moe_z_loss_coeff", "moe_router_enable_expert_bias", "normalize_top1"),
+            lacks=(
+                "moe_z_loss_coeff",
+                "moe_router_enable_expert_bias",
+                "normalize_top1",
+                "moe_router_pre_softmax",
+                "moe_router_topk_scaling_factor",
+                "moe_router_num_groups",
+            ),
         ),
     )
 }

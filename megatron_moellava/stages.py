@@ -43,3 +43,8 @@ def trained_roles(training: TrainingConfig) -> tuple[str, ...]:
     """The roles that receive gradients: those of `training.trains` or of the stage, and the adapters."""
     whole = training.trains if training.trains is not None else usual_roles(training.stage, training.lora)
     return whole if training.lora is None else (*whole, ADAPTERS)
+
+
+def part_of(role: str) -> str:
+    """The field of `optimizer.roles` that speaks for a role: all of the language model's have one."""
+    return role.partition(".")[0]

@@ -224,7 +224,7 @@ def overlay(picture: Picture, layers: Sequence[int], experts: int) -> Figure:
     colours = ListedColormap([DROPPED, *(colour[:3] for colour in expert_colours(experts))])
     for panel, index in zip(panels[1:], shown, strict=True):
         panel.imshow(picture.pixels_HWC, alpha=0.45)
-        grid = token_grid(picture.first_LF[index])
+        grid = token_grid(picture.first_LF[index], picture.columns)
         panel.imshow(
             grid + 1,
             cmap=colours,
@@ -242,8 +242,11 @@ def overlay(picture: Picture, layers: Sequence[int], experts: int) -> Figure:
     return figure
 
 
-def token_grid(first_F: np.ndarray) -> np.ndarray:
-    """Visual tokens as a square; features that lack the first one (SigLIP as the original uses it) get an empty corner."""
+def token_grid(first_F: np.ndarray, columns: int = 0) -> np.ndarray:
+    """Visual tokens in lines of `columns`, or as a square; features that lack the first one (SigLIP as the original uses it)
+    get an empty corner."""
+    if columns:
+        return first_F.reshape(-1, columns)
     side = math.ceil(math.sqrt(len(first_F)))
     return np.concatenate([np.full(side * side - len(first_F), -1), first_F]).reshape(side, side)
 

@@ -18,6 +18,7 @@ from megatron_moellava.data import media
 from megatron_moellava.data.batch import Batch, pad
 from megatron_moellava.data.encode import IMAGE_TOKEN, EncodedSample
 from megatron_moellava.data.loader import build_encoder
+from megatron_moellava.data.native import whole
 from megatron_moellava.data.rows import read_rows
 from megatron_moellava.data.sample import BadSample, parse_record
 from megatron_moellava.inference.prompts import Prompter
@@ -39,6 +40,7 @@ class Picture:
     question: str
     pixels_HWC: np.ndarray  # uint8
     first_LF: np.ndarray  # int16, F visual tokens
+    columns: int = 0  # visual tokens in a line; 0: they are a square
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +143,9 @@ def _question(record, folder: str, where: str, encoder, prompter: Prompter) -> Q
         raise record
     sample = parse_record(as_conversation(record), origin=where)
     sample = media.write_regions(sample, folder, prompter.tower, prompter.data)
-    tiles = [media.tiles(ref, folder, where, prompter.tower, prompter.data)[0] for ref in sample.images]
-    encoded = encoder(sample, tuple(len(tile) * prompter.tower.num_features for tile in tiles))
-    kept = tiles[: len(encoded.images)]
-    size = prompter.tower.image_size
-    pixels_NCHW = np.concatenate(kept) if kept else np.zeros((0, 3, size, size), dtype=np.float32)
+    encoded = media.encoded(encoder, sample, folder, where, prompter.tower, prompter.data)
+    kept = [pixels for pixels, _ in media.pixels_of(encoded, folder, where, prompter.tower, prompter.data)]
+    pixels_NCHW = np.concatenate(kept) if kept else np.zeros((0, *prompter.tower.pixel_shape), dtype=np.float32)
     return Question(encoded, pixels_NCHW, sample.turns[0].text.replace("<image>", "").strip())
 
 
@@ -170,8 +170,7 @@ def _batch(question: Question, prompter: Prompter) -> Batch | None:
 def _nothing(prompter: Prompter) -> Batch:
     """For a rank without any sample: one token, so that it meets the others at the experts."""
     sample = EncodedSample(id="", tag="", tokens_S=np.array([prompter.tokenizer.eos_id]), labels_S=np.array([-100]))
-    size = prompter.tower.image_size
-    return broadcast_batch(pad([sample], [], 1, prompter.tokenizer.pad_id, (3, size, size)))
+    return broadcast_batch(pad([sample], [], 1, prompter.tokenizer.pad_id, prompter.tower.pixel_shape))
 
 
 @torch.no_grad()
@@ -197,14 +196,18 @@ def _picture(question: Question, model: MoELlava, choices_TLK: np.ndarray, is_im
     if not len(question.pixels_NCHW):
         return
     tower = model.tower
-    places = np.flatnonzero(is_image_T)[: tower.num_features]
+    rows, columns = question.encoded.grids[0] if tower.native else (0, 0)
+    count = rows * columns // tower.shuffle**2 if tower.native else tower.num_features
+    places = np.flatnonzero(is_image_T)[:count]
     scale, shift = (np.array(values)[:, None, None] for values in (tower.image_std, tower.image_mean))
-    pixels_CHW = (question.pixels_NCHW[0] * scale + shift).clip(0, 1)
+    first_CHW = whole(question.pixels_NCHW, (rows, columns)) if tower.native else question.pixels_NCHW[0]
+    pixels_CHW = (first_CHW * scale + shift).clip(0, 1)
     yield Picture(
         name=question.encoded.id,
         question=question.text,
         pixels_HWC=(pixels_CHW * 255).round().astype(np.uint8).transpose(1, 2, 0),
         first_LF=choices_TLK[places, :, 0].T,
+        columns=columns // tower.shuffle,
     )
 
 

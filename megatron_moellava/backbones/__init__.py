@@ -3,7 +3,22 @@
 import difflib
 from pathlib import Path
 
-from megatron_moellava.backbones import llama, minicpm, mistral, phi2, qwen, qwen2, qwen3, stablelm2
+from megatron_moellava.backbones import (
+    deepseek_moe,
+    dots1,
+    llama,
+    minicpm,
+    mistral,
+    mixtral,
+    olmoe,
+    phi2,
+    qwen,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    stablelm2,
+)
 from megatron_moellava.backbones.backbone import Backbone, HuggingFace, RopeScaling
 from megatron_moellava.backbones.from_config import (
     backbone_fields,
@@ -27,7 +42,23 @@ __all__ = [
     "get_backbone",
 ]
 
-FAMILIES = (llama, mistral, phi2, stablelm2, qwen, qwen2, qwen3, minicpm)
+FAMILIES = (
+    llama,
+    mistral,
+    phi2,
+    stablelm2,
+    qwen,
+    qwen2,
+    qwen3,
+    minicpm,
+    # with experts of their own
+    mixtral,
+    qwen2_moe,
+    qwen3_moe,
+    olmoe,
+    deepseek_moe,
+    dots1,
+)
 BACKBONES: dict[str, Backbone] = {size.name: size for family in FAMILIES for size in family.SIZES}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field
 
+from megatron_moellava.config import MoEConfig
 from megatron_moellava.mapping import Heads, Mapping
 
 
@@ -34,6 +35,40 @@ class Original:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MoELayers:
+    """How a family's config says which layers have experts. `keys`: what `read` looks at and `write` gives."""
+
+    keys: tuple[str, ...] = ()
+    read: Callable[[dict], tuple[int, ...]]  # config -> the layers
+    write: Callable[[tuple[int, ...], int], dict] = lambda layers, num_layers: {}  # the inverse
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experts:
+    """The experts of a family whose published models have some, as transformers configures and spells them."""
+
+    fields: Dict[str, str]  # config key -> MoEConfig field
+    defaults: Dict[str, object]  # what an absent key means (the config class's default)
+    layers: MoELayers
+    constants: Dict[str, object] = field(default_factory=dict)  # MoEConfig fields that all models of the family share
+    norm_topk_prob: bool | None = None  # what an absent key means; None: there is no such key, and weights sum to 1
+    shared_count: str = ""  # config key: the shared expert is so many times as wide as a routed one
+    module: str = "mlp."  # stands in the place of "mlp." where there are experts
+    expert: str = "experts.{k}."  # `{k}`: the number of the expert
+    router: str = "gate."
+    expert_bias: str = "e_score_correction_bias"
+    shared: str = "shared_experts."
+    shared_gate: str = "shared_expert_gate.weight"
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Every config key that says something of the experts."""
+        others = {"norm_topk_prob"} if self.norm_topk_prob is not None else set()
+        others |= {self.shared_count} if self.shared_count else set()
+        return frozenset({*self.fields, *self.layers.keys, *others})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HuggingFace:
     """The `config.json` side of a family."""
 
@@ -48,6 +83,7 @@ class HuggingFace:
     inert: tuple[str, ...] = ()  # keys of this family's configs that change no number here; each says why in its file
     prefix: str = "model."  # where the decoder lives in the state dict; the projector and the tower live beside it
     moe_model_type: str = ""  # transformers' model type that computes the same with experts; empty: there is none
+    experts: Experts | None = None  # of a family whose own models have experts
     export_as: str = ""  # family whose names transformers knows this architecture by; empty: its own
     read: Callable[[dict], dict] = lambda config: {}  # Backbone fields that are not one config key each
     write: Callable[["Backbone"], dict] = lambda backbone: {}  # the inverse of `read`
@@ -75,6 +111,7 @@ class Backbone:
     add_bias_linear: bool = False  # biases of the attention output and the MLP
     add_qkv_bias: bool = False
     qk_layernorm: bool = False  # RMSNorm over each head of q and k (Qwen3)
+    qk_layernorm_spans_heads: bool = False  # over all heads of q, and of k, together (OLMoE)
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0  # share of a head's channels that is rotated
     rope_scaling: RopeScaling | None = None
@@ -88,6 +125,7 @@ class Backbone:
     logits_divisor: float = 1.0  # MiniCPM's hidden_size / dim_model_base
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0  # on each residual branch, not on the embeddings
+    moe: MoEConfig | None = None  # the experts that its own weights have, which a run takes over; None: it is dense
     template: str  # conversation version used when the run names none
     hf: HuggingFace
     mapping: tuple[Mapping, ...]

@@ -9,7 +9,8 @@ import dataclasses
 from dataclasses import replace
 
 from megatron_moellava.backbones.backbone import Backbone, HuggingFace, RopeScaling
-from megatron_moellava.config import ConfigError
+from megatron_moellava.backbones.experts import hf_experts_of, read_experts
+from megatron_moellava.config import ConfigError, MoEConfig, from_dict
 from megatron_moellava.hf_config import INERT, MULTIMODAL, wrong_numbers
 
 # Sizes that no family can guess.
@@ -50,6 +51,8 @@ def backbone_from_hf_config(config: dict, families, *, name: str) -> Backbone:
     for optional in ("rope_scaling", "sliding_window"):
         values.setdefault(optional, None)
     values |= hf.read(settings)
+    if hf.experts is not None:
+        values["moe"] = read_experts(settings, hf.experts, values, name)
     return replace(family.SIZES[0], name=name, source=name, **values)
 
 
@@ -93,6 +96,7 @@ def normalised(config: dict) -> dict:
 
 def _unsupported(settings: dict, hf: HuggingFace) -> list[str]:
     known = INERT | MULTIMODAL | hf.fields.keys() | hf.constants.keys() | set(hf.inert)
+    known |= hf.experts.keys if hf.experts is not None else set()
     problems = [
         f"  {key}={settings[key]!r}: only {value!r} is supported"
         for key, value in hf.constants.items()
@@ -125,7 +129,10 @@ def hf_config_of(backbone: Backbone) -> dict:
     scaling = config.get("rope_scaling")
     if isinstance(scaling, RopeScaling):
         config["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(scaling)}
-    return config | hf.write(backbone)
+    return config | hf.write(backbone) | hf_experts_of(backbone)
+
+
+LATER = ("moe", "qk_layernorm_spans_heads")  # fields that dense families do without
 
 
 def backbone_fields(backbone: Backbone) -> dict:
@@ -135,6 +142,11 @@ def backbone_fields(backbone: Backbone) -> dict:
         for item in dataclasses.fields(Backbone)
         if item.name not in ("hf", "mapping")
     }
+    for later in LATER:  # earlier versions read the models of all families that they know
+        if not fields[later]:
+            del fields[later]
+    if backbone.moe:
+        fields["moe"] = dataclasses.asdict(backbone.moe)
     if backbone.rope_scaling:
         fields["rope_scaling"] = dataclasses.asdict(backbone.rope_scaling)
     return {"family": backbone.hf.family, **fields}
@@ -149,4 +161,7 @@ def backbone_from_fields(fields: dict, families) -> Backbone:
         raise ConfigError(f"family={name!r} is not known to this version; upgrade megatron-moellava")
     if values.get("rope_scaling"):
         values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+    values = dict.fromkeys(LATER) | {"qk_layernorm_spans_heads": False} | values
+    if values["moe"]:
+        values["moe"] = from_dict(MoEConfig, values["moe"])
     return replace(family.SIZES[0], **values)

@@ -12,20 +12,30 @@ from megatron_moellava.mapping import QKV, Concat, Mapping, copy, weight
 LAYER, HF_LAYER = "decoder.layers.{i}.", "model.layers.{i}."
 
 
-def decoder_mapping(*, qkv: tuple[Mapping, ...], norms: tuple[Mapping, ...]) -> tuple[Mapping, ...]:
-    """The table of a Llama-like decoder; the families differ in the biases of qkv and in their norms."""
+def decoder_mapping(
+    *,
+    qkv: tuple[Mapping, ...],
+    norms: tuple[Mapping, ...],
+    ffn: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> tuple[Mapping, ...]:
+    """The table of a Llama-like decoder; the families differ in the biases of qkv, in their norms, and in what they call
+    the matrices of the FFN."""
+    gate, up, down = (f"{HF_LAYER}mlp.{name}" for name in ffn)
     return (
         copy("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
         *qkv,
         copy(f"{LAYER}self_attention.linear_proj.weight", f"{HF_LAYER}self_attn.o_proj.weight"),
         *norms,
-        *weight(Concat, f"{LAYER}mlp.linear_fc1", f"{HF_LAYER}mlp.gate_proj", f"{HF_LAYER}mlp.up_proj"),
-        copy(f"{LAYER}mlp.linear_fc2.weight", f"{HF_LAYER}mlp.down_proj.weight"),
+        *weight(Concat, f"{LAYER}mlp.linear_fc1", gate, up),
+        copy(f"{LAYER}mlp.linear_fc2.weight", f"{down}.weight"),
         copy("output_layer.weight", "lm_head.weight"),
     )
 
 
 SPLIT_QKV = (f"{LAYER}self_attention.linear_qkv", *(f"{HF_LAYER}self_attn.{name}_proj" for name in "qkv"))
+QK_NORMS = tuple(
+    copy(f"{LAYER}self_attention.{name}_layernorm.weight", f"{HF_LAYER}self_attn.{name}_norm.weight") for name in "qk"
+)
 RMS_NORMS = (
     copy(f"{LAYER}input_layernorm.weight", f"{HF_LAYER}input_layernorm.weight"),
     copy(f"{LAYER}pre_mlp_layernorm.weight", f"{HF_LAYER}post_attention_layernorm.weight"),

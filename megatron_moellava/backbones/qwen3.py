@@ -4,16 +4,9 @@ from dataclasses import replace
 
 from megatron_moellava.backbones import llama
 from megatron_moellava.backbones.backbone import Backbone, HuggingFace, Original
-from megatron_moellava.mapping import QKV, copy, weight
+from megatron_moellava.mapping import QKV, weight
 
-MAPPING = llama.decoder_mapping(
-    qkv=(
-        *weight(QKV, *llama.SPLIT_QKV),
-        copy(f"{llama.LAYER}self_attention.q_layernorm.weight", f"{llama.HF_LAYER}self_attn.q_norm.weight"),
-        copy(f"{llama.LAYER}self_attention.k_layernorm.weight", f"{llama.HF_LAYER}self_attn.k_norm.weight"),
-    ),
-    norms=llama.RMS_NORMS,
-)
+MAPPING = llama.decoder_mapping(qkv=(*weight(QKV, *llama.SPLIT_QKV), *llama.QK_NORMS), norms=llama.RMS_NORMS)
 
 HF = HuggingFace(
     family="qwen3",

@@ -16,6 +16,9 @@ from megatron_moellava.config import CheckpointError
 
 RUN_FILE = "run.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+OPTIMIZER_STATE = "optimizer.state."  # + kind of state + "." + name of the weight: a tensor of the optimizer
+AVERAGE = "ema"  # kind: the averaged weights (optimizer.ema_decay)
+AVERAGES = f"{OPTIMIZER_STATE}{AVERAGE}."
 UNFINISHED, DAMAGED, SUPERSEDED = ".tmp", ".damaged", ".superseded"
 
 

@@ -7,6 +7,7 @@
   moellava convert export runs/stage3 --layout transformers --tokenizer phi-2 --save exported
   moellava convert merge runs/lora --save runs/merged                  an adapter (training.lora) into its base
   moellava convert export runs/lora --adapter --save adapter           an adapter for `peft`; import --adapter reads one
+  moellava convert average runs/stage3 --save runs/averaged            the averaged weights (optimizer.ema_decay) as the model
   moellava convert inspect runs/moe
   moellava convert diff runs/stage2 runs/moe
   moellava convert seal runs/old                                       digests for an older version's
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_upcycle(commands)
     _add_merge(commands)
+    _add_average(commands)
     one = commands.add_parser("inspect", help="a table of what a checkpoint holds")
     one.add_argument("checkpoint", type=Path, help="a Megatron checkpoint, or a Hugging Face folder or file")
     _add_no_verify(one)
@@ -217,6 +219,18 @@ def _add_merge(commands) -> None:
     _add_no_verify(parser)
 
 
+def _add_average(commands) -> None:
+    parser = commands.add_parser(
+        "average",
+        help="the averaged weights of a run with optimizer.ema_decay as a checkpoint of its own",
+        description="Every trained tensor is replaced by its average, rounded to the tensor's own type; the others stay. The "
+        "result is evaluated, served and exported like any checkpoint.",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="its newest checkpoint, or one iteration folder")
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="run folder to write iter_0000000 into")
+    _add_no_verify(parser)
+
+
 class Bar:
     """A tqdm bar over bytes; silent when the output is not a terminal, except for a last line."""
 
@@ -371,6 +385,19 @@ def run_merge(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def run_average(parsed: argparse.Namespace) -> int:
+    """A run's checkpoint -> one with the averaged weights; prints how many tensors are averages."""
+    from megatron_moellava.conversion.average import take_average
+
+    bar = Bar()
+    report = take_average(
+        parsed.checkpoint, save=parsed.save, verify=not parsed.no_verify, progress=bar, begin=bar.begin
+    )
+    print(f"{report['averaged']} of {report['tensors']} tensors are averages; {bar.finish()}")
+    print(f"wrote {report['folder']}")
+    return 0
+
+
 def run_upcycle(parsed: argparse.Namespace) -> int:
     """A dense checkpoint -> one whose MLPs are copied to experts; prints the experts and their layers."""
     from megatron_moellava.conversion.upcycle import upcycle_checkpoint
@@ -457,6 +484,7 @@ COMMANDS = {
     "export": run_export,
     "upcycle": run_upcycle,
     "merge": run_merge,
+    "average": run_average,
     "inspect": run_inspect,
     "diff": run_diff,
     "seal": run_seal,

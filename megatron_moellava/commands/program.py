@@ -24,6 +24,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "doctor": Command("doctor", "doctor.py", "look at this machine: what it has, and whether runs work here"),
     "convert": Command("convert", "convert.py", "import, upcycle, export, compare and inspect checkpoints"),
     "prepare-data": Command("prepare_data", "prepare_data.py", "write WebDataset shards, or describe a data set"),
     "plan": Command("plan", "plan.py", "layouts that fit, their memory, step time and GPU-hours, before the run"),
@@ -38,7 +39,7 @@ COMMANDS = {
     "verify": Command("verify", "verify.py", "compare with recordings of the original MoE-LLaVA"),
 }
 # An override among other words of a command line: `--data a.json b.json optimizer.lr=1e-4`.
-SETTING = re.compile(r"(model|moe|data|parallel|training|optimizer|checkpoint|logging)(\.\w+)+=")
+SETTING = re.compile(r"(model|moe|data|parallel|training|optimizer|checkpoint|logging|validation|profile)(\.\w+)+=")
 MENTION = re.compile(rf"\bmoellava ({'|'.join(sorted(COMMANDS, key=len, reverse=True))})\b")
 
 

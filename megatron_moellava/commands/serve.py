@@ -44,6 +44,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--request-seconds", type=number(float, above=0), default=300.0, help="of one answer (300)")
     parser.add_argument("--allow-remote-images", action="store_true", help="fetch http(s) image URLs of public hosts")
     add_memory_options(parser)
+    parser.add_argument(
+        "--prefix-cache",
+        type=number(float, least=0),
+        default=1.0,
+        metavar="GIB",
+        help="beside it, for conversations whose next turn then reads only what is new; 0: none (1)",
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
     add_machine_options(parser)
     parser.add_argument(

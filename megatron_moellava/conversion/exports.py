@@ -20,6 +20,7 @@ from megatron_moellava.conversion.layout import (
     LANGUAGE_MODEL,
     LAYOUTS,
     LLAVA,
+    NATIVE,
     ORIGINAL,
     TRANSFORMERS,
     VISION_TOWER,
@@ -27,6 +28,7 @@ from megatron_moellava.conversion.layout import (
     entries,
 )
 from megatron_moellava.conversion.megatron_checkpoint import Checkpoint, check_complete, open_checkpoint
+from megatron_moellava.conversion.native import native_config
 from megatron_moellava.conversion.recipes import Part, Recipe, export_recipes, identity
 from megatron_moellava.conversion.tensors import Files, Tensor
 from megatron_moellava.conversion.writers import Progress, staged, write_safetensors
@@ -34,6 +36,7 @@ from megatron_moellava.costs.shapes import LANGUAGE, PROJECTOR, TOWER, UNUSED, M
 from megatron_moellava.data.llama_tokenizer import DEFAULTS
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.hf_config import read_json
+from megatron_moellava.towers import Tower
 from megatron_moellava.towers.from_config import hf_config_of as tower_config_of
 from megatron_moellava.towers.from_config import processor_config_of
 
@@ -148,13 +151,35 @@ def _inherited(provenance: dict | None, name: str):
 
 def _check_exportable(source: Checkpoint, layout: str) -> None:
     """What Megatron-Core can train and the released layouts cannot hold."""
-    moe = source.model.moe
+    moe, tower, backbone = source.model.moe, source.model.tower, source.model.backbone
+    if tower and layout in (ORIGINAL.name, LLAVA.name, TRANSFORMERS.name):
+        _check_tower(tower, layout)
     if moe is None or layout in (TRANSFORMERS.name, VISION_TOWER.name, "projector"):
         return
+    if backbone.hf.experts is not None:
+        if layout == LANGUAGE_MODEL.name:
+            return
+        raise ConfigError(
+            f"--layout {layout}: that code has no {backbone.hf.family}, whose own models have experts; export --layout "
+            "transformers, or language-model"
+        )
     fields = ("moe_router_enable_expert_bias", "moe_shared_expert_intermediate_size")
     beyond = [f"moe.{name}={getattr(moe, name)}" for name in fields if getattr(moe, name)]
     if beyond:
         raise ConfigError(f"{', '.join(beyond)}: --layout {layout} cannot say it; export --layout transformers")
+
+
+def _check_tower(tower: Tower, layout: str) -> None:
+    """Native resolution is LFM2-VL's alone, and a pixel shuffle without it nobody's."""
+    if tower.native and layout != TRANSFORMERS.name:
+        raise ConfigError(
+            f"model.tower={tower.name}: --layout {layout} has no native resolution; export --layout transformers"
+        )
+    if tower.shuffle > 1 and not tower.native:
+        raise ConfigError(
+            f"model.tower={tower.name}: --layout {layout} has no projector {tower.projector!r}; export --layout "
+            "language-model, tower and projector"
+        )
 
 
 def _with_unused(source: Checkpoint, folder: Path) -> Checkpoint:
@@ -188,6 +213,8 @@ def _cast(recipe: Recipe, dtype: str | None) -> Recipe:
 def _needs_unused(source: Checkpoint) -> None:
     if source.model.tower is None:
         raise ConfigError(f"{source.folder} has no vision tower; export it with --layout language-model")
+    if source.model.tower.native:  # its features need every layer, and a pooling head may be missing
+        return
     if not any(name.startswith(UNUSED) for name in source.tensors):
         raise CheckpointError(
             f"{source.folder} lacks the tower's last layer, which training does not need; give --tower the tower's folder"
@@ -238,13 +265,43 @@ def _plan_tower(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -
     tower = source.model.required_tower
     recipes = _weights(source, source.model, replace(ORIGINAL, tower=VISION_TOWER.tower), dtype)
     recipes = [recipe for recipe in recipes if recipe.name.startswith(VISION_TOWER.tower)]
-    files = {"config.json": tower_config_of(tower), "preprocessor_config.json": processor_config_of(tower)}
+    config = tower_config_of(tower) | ({"vision_use_head": _has_head(source)} if tower.native else {})
+    files = {"config.json": config, "preprocessor_config.json": processor_config_of(tower)}
     return Export(recipes, source.tensors, files, VISION_TOWER.title)
+
+
+def _has_head(source: Checkpoint) -> bool:
+    return any(name.startswith(f"{UNUSED}head.") for name in source.tensors)
+
+
+def _plan_native(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
+    """Lfm2VlForConditionalGeneration over the language model's own class."""
+    model, tower = huggingface.as_transformers(source.model), source.model.required_tower
+    vocab, image_token = _image_token(model, tokenizer)
+    config = native_config(model, vocab, image_token, trained_with(source.run), _has_head(source))
+    tensors = source.tensors | _missing_biases(model, source)
+    recipes = _weights(replace(source, tensors=tensors), model, NATIVE, dtype)
+    recipes, tensors = _with_vocabulary(recipes, tensors, model, vocab)
+    added = list(range(model.backbone.vocab_size, vocab))
+    files: dict[str, dict | Path | str] = {
+        "config.json": config,
+        "preprocessor_config.json": processor_config_of(tower),
+        "generation_config.json": {"suppress_tokens": added} if added else {},
+    }
+    if tokenizer:
+        files |= for_generation.with_image_token(Path(tokenizer), image_token)
+    notes = [
+        "transformers' LFM2-VL resizes pictures by another rule; preprocessor_config.json is SigLIP 2's own"
+        + (", in units of one patch instead of two" if tower.shuffle > 1 else "")
+    ]
+    return Export(recipes, tensors, files, NATIVE.title, notes)
 
 
 def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
     """LlavaForConditionalGeneration, stock where it computes the same, else with a modelling file beside the weights."""
     _needs_unused(source)
+    if source.model.required_tower.native:
+        return _plan_native(source, tokenizer, dtype)
     settings = trained_with(source.run).get("data", {})
     if settings.get("image_grid"):
         raise ConfigError(
@@ -252,6 +309,12 @@ def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | 
             "this model was trained with; export --layout original, which says so in its config.json"
         )
     reason = huggingface.needs_modelling_file(source.model)
+    moe = source.model.moe
+    if moe and moe.moe_router_num_groups and (reason or source.model.backbone.hf.experts is None):
+        raise ConfigError(
+            f"moe.moe_router_num_groups={moe.moe_router_num_groups}: neither a class of transformers nor the modelling file of "
+            "exports chooses among groups of these experts; export --layout original, which says so in its config.json"
+        )
     model = huggingface.as_transformers(source.model)
     layout = OWN if reason else TRANSFORMERS
     tensors = source.tensors | _missing_biases(model, source)

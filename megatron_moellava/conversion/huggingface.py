@@ -7,6 +7,7 @@ deterministic MoE-LLaVA computes on RMSNorm + SwiGLU backbones. Everything else 
 from dataclasses import replace
 
 from megatron_moellava.backbones import FAMILIES, Backbone
+from megatron_moellava.backbones.experts import sums_to_one
 from megatron_moellava.backbones.from_config import backbone_from_hf_config, hf_config_of
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.costs.shapes import Model, expert_ffn_hidden_size
@@ -35,7 +36,7 @@ def text_backbone(config: dict, name: str) -> Backbone:
     text = dict(config.get("text_config") or config)
     if not isinstance(text.get("model_type"), str | None):
         raise ConfigError(f"model_type={text['model_type']!r} of {name} must be a name such as 'llama'")
-    if text.get("model_type") in MOE_TYPES:
+    if _is_upcycled(config):
         text["model_type"] = MOE_TYPES[text["model_type"]]
         text = {key: value for key, value in text.items() if key not in MOE_KEYS}
     if "tie_word_embeddings" not in text and "text_config" in config:
@@ -43,32 +44,30 @@ def text_backbone(config: dict, name: str) -> Backbone:
     return backbone_from_hf_config(text, FAMILIES, name=name)
 
 
-def moe_config(config: dict) -> MoEConfig | None:
-    """The MoE section of a Qwen2-MoE or Qwen3-MoE text config that this program could have exported.
+def _is_upcycled(config: dict) -> bool:
+    """Whether it is a vision-language model with experts such as this program exports on families without experts of their
+    own: no shared expert, and weights that sum to 1."""
+    text = config.get("text_config") or {}
+    if text.get("model_type") not in MOE_TYPES or text.get("shared_expert_intermediate_size"):
+        return False
+    return text.get("num_experts_per_tok") == 1 or bool(text.get("norm_topk_prob"))
 
-    Raises ConfigError for experts that MoE-LLaVA cannot have.
-    """
-    text = config.get("text_config") or config
-    if text.get("model_type") not in MOE_TYPES:
-        return None
+
+def moe_config(config: dict, backbone: Backbone) -> MoEConfig | None:
+    """The experts of a model whose config is transformers': of a family that has some, or upcycled ones."""
+    if not _is_upcycled(config):
+        return backbone.moe
+    text = config["text_config"]
     layers = range(text["num_hidden_layers"])
     step, dense = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or []
     placement = tuple(i for i in layers if i not in dense and (i + 1) % step == 0)
-    topk, width, normalises = (
-        text["num_experts_per_tok"],
-        text["moe_intermediate_size"],
-        text.get("norm_topk_prob", False),
-    )
-    if text.get("shared_expert_intermediate_size"):
-        raise ConfigError("there must be no shared expert: MoE-LLaVA has none of that kind")
-    if topk > 1 and not normalises:
-        raise ConfigError("norm_topk_prob must be true for several experts per token")
+    topk, width = text["num_experts_per_tok"], text["moe_intermediate_size"]
     return MoEConfig(
         num_moe_experts=text["num_experts"],
         moe_router_topk=topk,
         placement=placement,
         moe_ffn_hidden_size=width if width != text["intermediate_size"] else None,
-        normalize_top1=topk == 1 and normalises,
+        normalize_top1=topk == 1 and text.get("norm_topk_prob", False),
     )
 
 
@@ -79,12 +78,16 @@ def needs_modelling_file(model: Model) -> str:
         return f"{backbone.hf.family} scales embeddings, residual branches and logits"
     if backbone.output_layer_bias:
         return "the output layer has a bias"
+    if backbone.hf.experts is not None:
+        return needs_modelling_file(_renamed(model)) if backbone.hf.export_as else ""
     if moe and not backbone.hf.moe_model_type:
         return f"transformers has no {backbone.hf.family} with experts"
     if moe and moe.use_residual:
         return "transformers has no residual MoE"
     if moe and moe.moe_shared_expert_intermediate_size:
         return "transformers has no such shared expert"
+    if moe and moe.moe_router_topk_scaling_factor:
+        return "transformers has no such model whose experts' weights are scaled"
     if moe and moe.moe_router_enable_expert_bias:
         return "transformers has no such model whose router has expert biases"
     return ""
@@ -93,16 +96,29 @@ def needs_modelling_file(model: Model) -> str:
 def as_transformers(model: Model) -> Model:
     """The same model under the family whose names transformers knows, with the biases that it insists on.
 
-    Qwen v1 becomes Qwen2; a MoE on Llama or Mistral becomes Qwen2-MoE, with zero q, k and v biases.
+    Qwen v1 becomes Qwen2, DeepSeekMoE Llama with experts; a MoE on Llama or Mistral becomes Qwen2-MoE, with zero q, k and v
+    biases.
     """
     backbone = model.backbone
+    if backbone.hf.experts is not None:
+        return as_transformers(_renamed(model)) if backbone.hf.export_as else model
     stock_moe = model.moe and not needs_modelling_file(model)
     family = MOE_TYPES[backbone.hf.moe_model_type] if stock_moe else backbone.hf.export_as
     if not family:
         return model
-    target = next(item.SIZES[0] for item in FAMILIES if item.SIZES[0].hf.family == family)
+    target = _size_of(family)
     bias = target.add_qkv_bias if stock_moe else backbone.add_qkv_bias
     return replace(model, backbone=replace(backbone, hf=target.hf, mapping=target.mapping, add_qkv_bias=bias))
+
+
+def _renamed(model: Model) -> Model:
+    """A model with experts of its own as one of the dense family that its layers are, with these experts."""
+    target = _size_of(model.backbone.hf.export_as)
+    return replace(model, backbone=replace(model.backbone, hf=target.hf, mapping=target.mapping, moe=None))
+
+
+def _size_of(family: str) -> Backbone:
+    return next(item.SIZES[0] for item in FAMILIES if item.SIZES[0].hf.family == family)
 
 
 def export_config(model: Model, vocab_size: int, image_token: int, trained: dict[str, dict]) -> dict:
@@ -142,7 +158,7 @@ def text_config(model: Model, vocab_size: int, scales: bool) -> dict:
             "embedding_multiplier": model.backbone.embedding_multiplier if scales else 1.0,
             "logits_scaling": 1.0,  # the wrapper divides
         }
-    if model.moe and not needs_modelling_file(model):
+    if model.moe and model.backbone.hf.experts is None and not needs_modelling_file(model):
         text |= _moe_text(model)
     return text
 
@@ -158,7 +174,7 @@ def _moe_text(model: Model) -> dict:
         "num_experts_per_tok": moe.moe_router_topk,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i in range(backbone.num_layers) if i not in model.moe_layers],
-        "norm_topk_prob": moe.moe_router_topk > 1 or moe.normalize_top1,
+        "norm_topk_prob": sums_to_one(moe),
         "moe_intermediate_size": expert_ffn_hidden_size(moe, backbone),
         "router_aux_loss_coef": moe.moe_aux_loss_coeff,
     } | ({"shared_expert_intermediate_size": 0, "qkv_bias": True} if kind == "qwen2_moe" else {})
@@ -167,7 +183,10 @@ def _moe_text(model: Model) -> dict:
 def own_config(model: Model, scales: bool) -> dict:
     """What `modeling_moe_llava.py` reads on top."""
     moe, backbone = model.moe, model.backbone
-    return {
+    scaling = moe and moe.moe_router_topk_scaling_factor
+    later = {"norm_topk_prob": False} if moe and moe.moe_router_pre_softmax else {}
+    later |= {"routed_scaling_factor": scaling} if scaling else {}
+    return later | {
         "architectures": ["MoELlavaForConditionalGeneration"],
         "model_type": OWN_TYPE,
         "auto_map": {

@@ -18,6 +18,7 @@ from megatron_moellava.conversion.initial import new_projector
 from megatron_moellava.conversion.layout import (
     LANGUAGE_MODEL,
     LLAVA,
+    NATIVE,
     ORIGINAL,
     TRANSFORMERS,
     Layout,
@@ -93,7 +94,7 @@ def import_checkpoint(
         config | {"trained_with": plan.said}, job.layout, model, plan.by_the_original
     )
     begin(sum(recipe.nbytes for recipe in recipes))
-    stage = 3 if model.moe else plan.stage
+    stage = 3 if model.moe and model.backbone.moe is None else plan.stage
     folder = write_checkpoint(save, model, recipes, job.tensors, stage=stage, provenance=provenance, progress=progress)
     return {"folder": str(folder), "stage": stage, "model": model, "tensors": len(recipes), **provenance}
 
@@ -137,7 +138,7 @@ def _plan(
     job = Import(detect(tensors := open_huggingface(source)), tensors)
     job.tensors = _renamed(job.tensors, job.layout)
     backbone = _backbone(config, source, job, keep_output_bias)
-    moe = original.moe_config(config) or huggingface.moe_config(config)
+    moe = original.moe_config(config) or huggingface.moe_config(config, backbone)
     seen = original.tower_of(config, job.layout, tower)
     by_the_original, said = _training_of(job, projector, config)
     if seen and by_the_original and not said.get("tower"):
@@ -178,6 +179,7 @@ def detect(tensors: Mapping[str, Tensor]) -> Layout:
     marks = (
         (ORIGINAL, ("mm_projector.image_spatial_proj.", ".image_tower.", "deepspeed_moe.")),
         (LLAVA, ("mm_projector.", "model.vision_tower.vision_tower.")),
+        (NATIVE, ("model.multi_modal_projector.",)),
         (TRANSFORMERS, ("multi_modal_projector.",)),
     )
     for layout, parts in marks:
@@ -188,6 +190,8 @@ def detect(tensors: Mapping[str, Tensor]) -> Layout:
 
 def _renamed(tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """transformers 5 leaves "vision_model." out where version 4 and the published checkpoints have it."""
+    if layout is NATIVE:
+        return {name.replace("vision_tower.vision_model.", "vision_tower."): value for name, value in tensors.items()}
     if layout is not TRANSFORMERS:
         return tensors
     missing, full = "vision_tower.", "vision_tower.vision_model."
@@ -290,8 +294,11 @@ def _drop_inert(job: Import, model: Model, layout: Layout) -> None:
     job.drop((name for name in job.tensors if name.endswith(BUFFERS)), "buffers that are computed, not learned")
     halves = tuple(TOWER_FILE + part for part in OTHER_HALF)
     job.drop((name for name in job.tensors if name.startswith(halves)), "not part of the vision tower")
-    # moe_config has made sure that it has no width; its gate then multiplies nothing.
-    empty = (name for name, tensor in job.tensors.items() if not tensor.numel or ".mlp.shared_expert_gate." in name)
+    gated = (
+        model.moe is not None and model.moe.moe_shared_expert_gate
+    )  # else the gate of an empty one multiplies nothing
+    gates = () if gated else (".mlp.shared_expert_gate.",)
+    empty = (n for n, tensor in job.tensors.items() if not tensor.numel or any(part in n for part in gates))
     job.drop(empty, "empty shared experts")
     head, embedding = (
         next(m.hf[0] for m in model.backbone.mapping if m.megatron == key)

@@ -83,7 +83,7 @@ def _config_lines(path: Path, layout: Layout) -> list[str]:
     try:
         config = read_json(path)
         backbone = named(text_backbone(config, path.name), path.name)
-        moe = original.moe_config(config) or moe_of_transformers(config)
+        moe = original.moe_config(config) or moe_of_transformers(config, backbone)
         return _model_lines(Model(backbone=backbone, tower=original.tower_of(config, layout, None), moe=moe))
     except MoELlavaError as error:
         return [f"  config.json  {str(error).splitlines()[0]}"]

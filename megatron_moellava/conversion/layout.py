@@ -7,7 +7,7 @@ tensor of all experts, and the layout says how expert number k is spelt.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_moellava.config import ConfigError
 from megatron_moellava.costs.shapes import (
@@ -16,6 +16,7 @@ from megatron_moellava.costs.shapes import (
     PROJECTOR,
     RESIDUAL,
     SHARED_EXPERTS,
+    SHARED_GATE,
     TOWER,
     Model,
     megatron_tensors,
@@ -40,6 +41,10 @@ class Layout:
     residual: str = ""
     shared: str = ""
     coefficient: str = ""
+    module: str = MLP  # stands in the place of ".mlp." where there are experts
+    expert_bias: str = "expert_bias"  # behind the router's
+    shared_gate: str = "shared_expert_gate.weight"
+    by_family: bool = True  # a family with experts of its own spells them in its own way
 
 
 LANGUAGE_MODEL = Layout(name="language-model", title="Hugging Face language model")
@@ -60,6 +65,7 @@ ORIGINAL = Layout(
     residual="mlp.",
     shared="shared_expert.",
     coefficient="coefficient.",
+    by_family=False,
 )
 # On disk transformers keeps the names of its version 4, also when version 5 writes.
 TRANSFORMERS = Layout(
@@ -73,6 +79,15 @@ TRANSFORMERS = Layout(
     residual="mlp.",
     shared="shared_expert.",
     coefficient="coefficient.",
+)
+# Towers at native resolution: written as the class has its names in memory.
+NATIVE = replace(
+    TRANSFORMERS,
+    title="transformers' Lfm2VlForConditionalGeneration",
+    language="",
+    moved_decoder="model.language_model.",
+    tower="model.vision_tower.",
+    projector=("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"),
 )
 LAYOUTS = {layout.name: layout for layout in (LANGUAGE_MODEL, VISION_TOWER, LLAVA, ORIGINAL, TRANSFORMERS)}
 
@@ -99,7 +114,10 @@ class Entry:
 
 def entries(model: Model, layout: Layout) -> list[Entry]:
     """The whole correspondence. A Megatron tensor without a line in a table is our own bug, hence the assertion."""
-    wanted = megatron_tensors(model)
+    wanted, own = megatron_tensors(model), model.backbone.hf.experts
+    if own is not None and layout.by_family:
+        names = ("expert", "router", "expert_bias", "shared", "shared_gate")
+        layout = replace(layout, module=f".{own.module}", **{name: getattr(own, name) for name in names})
     found = [*_language_entries(model, layout, wanted), *_tower_entries(model, layout, wanted)]
     found += _projector_entries(model, layout, wanted)
     missing = wanted.keys() - {entry.megatron for entry in found}
@@ -125,7 +143,7 @@ def _lifted(mapping: Mapping, layout: Layout, model: Model) -> Iterator[tuple[Ma
         raise ConfigError(f"layout {layout.name} has no experts; a MoE model needs one of: original, transformers")
 
     def renamed(megatron: str, *hf: str) -> Mapping:
-        names = tuple(name.replace(MLP, MLP + part, 1) for part in hf for name in mapping.hf)
+        names = tuple(name.replace(MLP, layout.module + part, 1) for part in hf for name in mapping.hf)
         return type(mapping)(mapping.megatron.replace(MLP, MLP + megatron, 1), names)
 
     experts = model.required_moe.num_moe_experts
@@ -138,10 +156,12 @@ def _lifted(mapping: Mapping, layout: Layout, model: Model) -> Iterator[tuple[Ma
 
 def _router_entries(model: Model, layer: int, layout: Layout, wanted: dict[str, Shape]) -> Iterator[Entry]:
     mlp = next(mapping for mapping in model.backbone.mapping if MLP in mapping.megatron)
-    ours, theirs = (name.split(MLP)[0] + MLP for name in (mlp.megatron, mlp.hf[0]))
+    ours, theirs = mlp.megatron.split(MLP)[0] + MLP, mlp.hf[0].split(MLP)[0] + layout.module
     tensors = [("router.weight", f"{layout.router}weight")]
     if model.required_moe.moe_router_enable_expert_bias:
-        tensors.append(("router.expert_bias", f"{layout.router}expert_bias"))
+        tensors.append(("router.expert_bias", f"{layout.router}{layout.expert_bias}"))
+    if model.required_moe.moe_shared_expert_gate:
+        tensors.append((f"{SHARED_EXPERTS}{SHARED_GATE}", layout.shared_gate))
     if model.required_moe.use_residual:
         tensors += [(f"coefficient.{part}", f"{layout.coefficient}{part}") for part in ("weight", "bias")]
     for megatron, hf in tensors:

@@ -41,11 +41,14 @@ class Checkpoint:
     verified: bool = True  # False: the caller did without
 
 
-def open_checkpoint(path: Path, *, verify: bool = True, verified: bool = False, adapter: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, verify: bool = True, verified: bool = False, adapter: bool = False, stored_as: str = ""
+) -> Checkpoint:
     """Open the newest complete checkpoint of a folder, after its files have been verified; weights stay in the files.
 
     `verify`: False when the user does without. `verified`: that has been done in this process. `adapter`: an adapter
-    checkpoint will do as well; without it that is a CheckpointError.
+    checkpoint will do as well; without it that is a CheckpointError. `stored_as`: a prefix under which the checkpoint has
+    other tensors of the same names, which are opened instead of the weights.
     """
     folder = require_checkpoint(path)
     run = read_description(folder) if verified else verify_checkpoint(folder, verify=verify)
@@ -54,8 +57,9 @@ def open_checkpoint(path: Path, *, verify: bool = True, verified: bool = False, 
     prefixes = (LANGUAGE, TOWER, PROJECTOR, ADAPTERS)
     tensors = {
         name: tensor
-        for name, tensor in open_megatron(folder).items()
-        if name.startswith(prefixes) and "_extra_state" not in name
+        for stored, tensor in open_megatron(folder).items()
+        if stored.startswith(stored_as) and (name := stored.removeprefix(stored_as)).startswith(prefixes)
+        if "_extra_state" not in name
     }
     model = model_from_json(run.model)
     return Checkpoint(folder=folder, model=model, tensors=_unpadded(tensors, model), run=run, verified=verify)

@@ -1,8 +1,8 @@
 """MoE-LLaVA for transformers (version 5): LlavaForConditionalGeneration with some MLPs replaced by experts.
 
 This file lies beside an export and is loaded with `trust_remote_code=True`. It is for models that transformers cannot
-run alone: Phi-2 or StableLM with experts, residual MoE, MiniCPM's scalings. Routing is deterministic: softmax over
-the chosen experts' logits in fp32, no capacity limit.
+run alone: Phi-2 or StableLM with experts, residual MoE, DeepSeekMoE, MiniCPM's scalings. Routing is deterministic: softmax
+in fp32, no capacity limit.
 """
 
 import copy
@@ -22,6 +22,8 @@ class MoELlavaConfig(LlavaConfig):
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0  # width of an expert; 0: the dense MLP's
     normalize_top1: bool = False  # one expert per token: its weight is 1, not its probability
+    norm_topk_prob: bool = True  # False: several experts have their probabilities among all, which do not sum to 1
+    routed_scaling_factor: float = 1.0  # of the weights of the chosen experts
     use_residual: bool = False
     expert_bias: bool = False  # experts are chosen by sigmoid + bias, and weighted by the sigmoid alone
     shared_expert_intermediate_size: int = 0  # of an expert that sees every token
@@ -53,7 +55,8 @@ class Mixture(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.has_expert_bias = config.expert_bias
         self.gate = Gate(config.num_experts, hidden, config.expert_bias)
-        self.normalizes = self.top_k > 1 or config.normalize_top1
+        self.normalizes = config.norm_topk_prob if self.top_k > 1 else config.normalize_top1
+        self.scale = config.routed_scaling_factor
         width = config.moe_intermediate_size
         self.experts = nn.ModuleList(make_mlp(width) for _ in range(config.num_experts))
         size = config.shared_expert_intermediate_size
@@ -73,6 +76,7 @@ class Mixture(nn.Module):
             weights_TK = scores_TE.gather(-1, chosen_TK)
         if self.normalizes:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        weights_TK = weights_TK * self.scale
         output_TD = torch.zeros_like(hidden_TD)
         for number, expert in enumerate(self.experts):
             tokens, slots = (chosen_TK == number).nonzero(as_tuple=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 from megatron_moellava.backbones.from_config import hf_config_of
 from megatron_moellava.checkpoint.description import TRAINED_WITH
 from megatron_moellava.config import ConfigError, MoEConfig, from_dict
-from megatron_moellava.conversion.layout import LANGUAGE_MODEL, LLAVA, ORIGINAL, Layout
+from megatron_moellava.conversion.layout import LANGUAGE_MODEL, LLAVA, NATIVE, ORIGINAL, Layout
+from megatron_moellava.conversion.native import tower_with_projector
 from megatron_moellava.costs.shapes import Model
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.placement import moe_layers
@@ -105,6 +106,8 @@ def tower_of(config: dict, layout: Layout, given: str | None) -> Tower | None:
             tower = as_the_original(tower)
         return _with_layer(tower, config.get("mm_vision_select_layer", -2))
     tower = get_tower(given) if given else _inside(config)
+    if layout is NATIVE:
+        return tower_with_projector(tower, config)
     drops = config.get("vision_feature_select_strategy", "default") == "default"
     return _with_layer(replace(tower, drop_first_feature=drops), config.get("vision_feature_layer", -2))
 

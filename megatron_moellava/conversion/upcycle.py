@@ -168,7 +168,7 @@ def _made(name: str, shape: Shape, job: "Upcycling") -> Recipe:
     if tail.startswith(SHARED_EXPERTS):
         return _shared(name, shape, f"{layer}{MLP}", tail.removeprefix(SHARED_EXPERTS), job)
     if tail == EXPERT_BIAS:
-        return _new(name, zeros(shape, "float32"), job)
+        return _biases(name, shape, job)
     if tail == ROUTER and job.old_experts:
         return _copies(name, shape, name, job.old_experts, job) if job.repeats_router else _longer(name, shape, job)
     dtype = "float32" if tail == ROUTER else language_dtype(job.tensors)
@@ -176,6 +176,18 @@ def _made(name: str, shape: Shape, job: "Upcycling") -> Recipe:
     if tail == ROUTER and job.division.granularity > 1:
         return _repeated_rows(name, shape, job)
     return _new(name, linear_default(name, shape, job.hidden_size, dtype, job.seed, scale), job)
+
+
+def _biases(name: str, shape: Shape, job: "Upcycling") -> Recipe:
+    """Those of old experts go on; new ones start with none, or with those of the experts whose router rows they repeat."""
+    if name not in job.tensors:
+        return _new(name, zeros(shape, "float32"), job)
+    old = job.tensors[name]
+    if job.repeats_router:
+        return _copies(name, shape, name, job.old_experts, job)
+    extra = f"{name} (of new experts)"
+    job.tensors[extra] = zeros((shape[0] - old.numel,), old.dtype)
+    return Recipe(name, shape, old.dtype, (Part(name, 0, old.numel), Part(extra, 0, shape[0] - old.numel)))
 
 
 def _repeated_rows(name: str, shape: Shape, job: "Upcycling") -> Recipe:

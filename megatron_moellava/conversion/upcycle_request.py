@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_moellava.backbones import Backbone
+from megatron_moellava.backbones.experts import mixture_of
 from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import ConfigError, MoEConfig
@@ -98,6 +99,7 @@ def check_request(there: Model, asked: Model) -> None:
     _check_division(old, new, backbone)
     if old is None:
         return
+    _check_own(there, asked)
     if there.moe_layers != layers:
         raise ConfigError(
             f"placement={list(layers)}, but the checkpoint has experts in layers {list(there.moe_layers)}; "
@@ -108,6 +110,24 @@ def check_request(there: Model, asked: Model) -> None:
     if new.num_moe_experts < old.num_moe_experts:
         raise ConfigError(
             f"num_moe_experts={new.num_moe_experts}, but the checkpoint has {old.num_moe_experts}; experts only grow"
+        )
+
+
+def _check_own(there: Model, asked: Model) -> None:
+    """Experts that the backbone's family has may grow in number, and stay what they are otherwise."""
+    if there.backbone.moe is None:
+        return
+    own, new = (mixture_of(model.required_moe, there.backbone) for model in (there, asked))
+    grows = own["num_moe_experts"] != new["num_moe_experts"]
+    for name, value in own.items():
+        if new[name] != value and name not in ("num_moe_experts", "moe_router_topk"):
+            raise ConfigError(
+                f"{name}={new[name]}: {there.backbone.name} has experts of its own, with {value}; leave it out"
+            )
+    if grows and own["moe_router_num_groups"]:
+        raise ConfigError(
+            f"{there.backbone.name} chooses among {own['moe_router_num_groups']} groups of its experts, which more experts "
+            "would mix up; it cannot grow"
         )
 
 

@@ -104,6 +104,9 @@ def moe_work(sharding: Sharding, tokens: float) -> Iterator[Work]:
     if moe.moe_shared_expert_intermediate_size:
         inner = moe.moe_shared_expert_intermediate_size / sharding.tp
         yield from mlp_work(sharding, "shared experts", tokens, inner, "experts" in trains)
+        if moe.moe_shared_expert_gate:
+            rows, width = tokens / sharding.sp, sharding.backbone.hidden_size
+            yield linear("shared experts", rows, width, 1, "experts" in trains)
         yield from mlp_adapter_work(sharding, "shared experts", "experts", (tokens, tokens / sharding.sp), inner)
 
 
@@ -160,7 +163,7 @@ def first_stage_work(sharding: Sharding, images: float) -> Iterator[Work]:
     yield from tower_layers_work(sharding, images)
     visual, projects = images * tower.num_features, "projector" in sharding.trains
     # Megatron-Core's linear layer computes the gradient of the frozen tower's features too.
-    yield linear("projector", visual, tower.hidden_size, hidden / sharding.tp, projects)
+    yield linear("projector", visual, tower.projector_input_size, hidden / sharding.tp, projects)
     yield linear("projector", visual, hidden / sharding.tp, hidden, projects)
 
 
@@ -168,7 +171,7 @@ def tower_layers_work(sharding: Sharding, images: float) -> Iterator[Work]:
     """The transformer layers of the tower that features need."""
     tower, tp, trained = sharding.tower, sharding.tp, "tower" in sharding.backpropagates
     rows, width, inner, layers = (
-        images * tower.num_positions,
+        images * tower.num_rows,
         tower.hidden_size,
         tower.ffn_hidden_size,
         tower.num_used_layers,
@@ -186,7 +189,7 @@ def tower_layers_work(sharding: Sharding, images: float) -> Iterator[Work]:
     yield from [
         Attention(
             rows=rows,
-            length=tower.num_positions,
+            length=tower.num_rows,
             width=width / tp,
             causal=False,
             with_backward=trained,

@@ -15,7 +15,7 @@ from megatron_moellava.config import ParallelConfig, RunConfig
 from megatron_moellava.costs.flops import Work, forward_flops, last_stage_work, layer_work, tower_layers_work
 from megatron_moellava.costs.sharding import Sharding
 from megatron_moellava.placement import moe_layer_freq
-from megatron_moellava.towers import get_tower
+from megatron_moellava.towers import tower_of_run
 
 WORDS_PER_IMAGE = 200  # text tokens beside an image: LLaVA-665k has 30 to 400, by the set
 FORWARD_ONLY, TO_INPUT, TRAINED = 1, 2, 3  # a product costs once more for its input's gradient, and for its weight's
@@ -96,7 +96,7 @@ def _whole(run: RunConfig, backbone: Backbone) -> Sharding:
     """One row on one process."""
     training = replace(run.training, micro_batch_size=1)
     alone = replace(run, parallel=ParallelConfig(), training=training)
-    return Sharding(run=alone, backbone=backbone, tower=get_tower(run.model.tower))
+    return Sharding(run=alone, backbone=backbone, tower=tower_of_run(run))
 
 
 def _forward(works: Iterable[Work]) -> float:

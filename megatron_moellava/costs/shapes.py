@@ -6,7 +6,7 @@ as a tensor that nobody produces.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from megatron_moellava.backbones import Backbone, backbone_fields, backbone_of_section
 from megatron_moellava.config import MoEConfig, current_names, from_dict
@@ -19,6 +19,7 @@ UNUSED = f"{TOWER}unused."  # tensors that ride along so that an export is compl
 EXPERTS = "experts.experts."  # Megatron-Core's key for SequentialMLP and the grouped MLP alike
 RESIDUAL = "residual_mlp."
 SHARED_EXPERTS = "shared_experts."
+SHARED_GATE = "gate_weight"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,11 +49,14 @@ class Model:
 
     def to_json(self) -> dict:
         """The `model` section of run.json."""
+        backbone = self.backbone
+        if backbone.moe is not None:  # its experts may have grown
+            backbone = replace(backbone, moe=self.moe)
         return {
-            "backbone": self.backbone.name,
+            "backbone": backbone.name,
             "tower": self.tower.name if self.tower else None,
             "moe": asdict(self.moe) if self.moe else None,
-            "backbone_fields": backbone_fields(self.backbone),
+            "backbone_fields": backbone_fields(backbone),
             "tower_fields": tower_fields(self.tower) if self.tower else None,
         }
 
@@ -162,8 +166,10 @@ def _attention(backbone: Backbone) -> Tensors:
     tensors |= _prefixed("self_attention.linear_proj.", _linear(hidden, query, backbone.add_bias_linear, role, split=1))
     if backbone.qk_layernorm:
         has_bias = backbone.normalization == "LayerNorm"
+        sizes = {"q": query, "k": heads.num_query_groups * head} if backbone.qk_layernorm_spans_heads else {}
         for name in "qk":
-            tensors |= _prefixed(f"self_attention.{name}_layernorm.", _norm_of(head, role, has_bias))
+            norm = _norm_of(sizes.get(name, head), role, has_bias)
+            tensors |= _prefixed(f"self_attention.{name}_layernorm.", norm)
     if not backbone.parallel_residual:
         tensors |= _prefixed("pre_mlp_layernorm.", _norm(backbone))
     return tensors
@@ -189,19 +195,25 @@ def _moe(model: Model) -> Tensors:
         tensors |= _prefixed("coefficient.", _linear(2, backbone.hidden_size, bias=True, role="router"))
     if moe.moe_shared_expert_intermediate_size:
         tensors |= _prefixed(SHARED_EXPERTS, _mlp(backbone, moe.moe_shared_expert_intermediate_size, "experts"))
+    if moe.moe_shared_expert_gate:
+        tensors[SHARED_EXPERTS + SHARED_GATE] = ModelTensor((1, backbone.hidden_size), "experts")
     return tensors
 
 
 def tower_stem_tensors(tower: Tower) -> Tensors:
-    """What comes before the tower's layers."""
+    """What lies around the tower's layers."""
     hidden, role = tower.hidden_size, "tower"
-    patches = (hidden, 3, tower.patch_size, tower.patch_size)
+    side = tower.patch_size
+    stem, patches = ("embedder", (hidden, 3 * side**2)) if tower.native else ("conv1", (hidden, 3, side, side))
     tensors = {"class_token": ModelTensor((1, 1, hidden), role)} if tower.class_token else {}
-    tensors["conv1.weight"] = ModelTensor(patches, role)
+    tensors[f"{stem}.weight"] = ModelTensor(patches, role)
     if tower.patch_bias:
-        tensors["conv1.bias"] = ModelTensor((hidden,), role)
+        tensors[f"{stem}.bias"] = ModelTensor((hidden,), role)
     tensors["position_embeddings.weight"] = ModelTensor((tower.num_positions, hidden), role)
-    return tensors | (_prefixed("ln_pre.", _norm_of(hidden, role, bias=True)) if tower.pre_layernorm else {})
+    norms = {"ln_pre.": tower.pre_layernorm, "ln_post.": tower.post_layernorm}
+    for name in (name for name, is_there in norms.items() if is_there):
+        tensors |= _prefixed(name, _norm_of(hidden, role, bias=True))
+    return tensors
 
 
 def tower_layer_tensors(tower: Tower) -> Tensors:
@@ -220,7 +232,7 @@ def tower_layer_tensors(tower: Tower) -> Tensors:
 
 
 def projector_tensors(model: Model) -> Tensors:
-    """LLaVA's mlp2x_gelu."""
+    """LLaVA's mlp2x_gelu, over what the projector's kind makes of the features."""
     hidden, role = model.backbone.hidden_size, "projector"
-    fc1 = _linear(hidden, model.required_tower.hidden_size, True, role, split=0)
+    fc1 = _linear(hidden, model.required_tower.projector_input_size, True, role, split=0)
     return _prefixed("linear_fc1.", fc1) | _prefixed("linear_fc2.", _linear(hidden, hidden, True, role, split=1))

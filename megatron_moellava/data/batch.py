@@ -34,9 +34,12 @@ class Batch:
     padding_mask_BS: torch.Tensor  # bool, True = real token
     cu_seqlens: torch.Tensor | None  # int32 [n + 1]: packed samples of the one row, the pad tail is the last; or None
     max_seqlen: int  # longest sample
-    pixel_values_NCHW: torch.Tensor  # float32, in the order of the image tokens; N may be 0
+    pixel_values_NCHW: (
+        torch.Tensor
+    )  # float32, in the order of the image tokens; N may be 0. At native resolution: patches
     sample_ids: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
+    grids: tuple[tuple[int, int], ...] = ()  # native resolution: rows and columns of patches of each image
     counts: Counts = None  # type: ignore[assignment]  # taken from the tensors when the batch is made, on the host, and carried along
 
     def __post_init__(self) -> None:
@@ -115,6 +118,7 @@ def pack(samples: list[EncodedSample], pixels: list[np.ndarray], seq_length: int
         pixel_values_NCHW=_stack(pixels, shape),
         sample_ids=[sample.id for sample in samples],
         tags=[sample.tag for sample in samples],
+        grids=tuple(grid for sample in samples for grid in sample.grids),
     )
 
 
@@ -138,6 +142,7 @@ def pad(samples: list[EncodedSample], pixels: list[np.ndarray], multiple: int, p
         pixel_values_NCHW=_stack(pixels, shape),
         sample_ids=[sample.id for sample in samples],
         tags=[sample.tag for sample in samples],
+        grids=tuple(grid for sample in samples for grid in sample.grids),
     )
 
 

@@ -17,6 +17,8 @@ class ByteTokenizer(Tokenizer):
     """`model`: a fast tokenizer of transformers."""
 
     def __init__(self, model, folder: Path):
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
         if not getattr(model, "is_fast", False):
             raise ConfigError(
                 f"data.tokenizer={folder}: {type(model).__name__} has no character offsets; save it as tokenizer.json"
@@ -37,6 +39,10 @@ class ByteTokenizer(Tokenizer):
         self.bos_id = model.bos_token_id if self._adds_bos() else None
         self.vocab_size = max(model.get_vocab().values()) + 1
         self.added = model.get_added_vocab()
+        self._controls = {index for index, token in model.added_tokens_decoder.items() if token.special}
+        self._bytes = {
+            letter: byte for byte, letter in bytes_to_unicode().items()
+        }  # how such a vocabulary spells bytes
 
     def _adds_bos(self) -> bool:
         ids = self.model("a").input_ids
@@ -61,6 +67,15 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, skip_special_tokens=True)
+
+    def piece(self, index: int) -> bytes:
+        token = self.model.convert_ids_to_tokens(index) or ""
+        if token in self.added or not set(token) <= self._bytes.keys():
+            return token.encode()
+        return bytes(self._bytes[letter] for letter in token)
+
+    def is_control(self, index: int) -> bool:
+        return index in self._controls or self.model.convert_ids_to_tokens(index) is None
 
 
 def open_tokenizer(folder: Path) -> ByteTokenizer | None:

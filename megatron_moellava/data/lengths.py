@@ -28,6 +28,9 @@ FEW = 4 * CHUNK  # are measured without further processes
 def measured_lengths(pipeline: Pipeline, key: list, folder: str | Path) -> np.ndarray:
     """int32 [number of samples], 0 for one that cannot be used. `key`: what else they depend on, as JSON.
 
+    With a tower at native resolution int64 [number of samples, 2]: beside the tokens the tower's work (`Tower.work`) with
+    the sample's pictures.
+
     Raises DataError where the lengths cannot be written.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -47,9 +50,14 @@ def measured_lengths(pipeline: Pipeline, key: list, folder: str | Path) -> np.nd
             f"cannot write the samples' lengths into {path.parent} ({error}); set checkpoint.save to a folder that can be "
             "written, or copy the data to one"
         ) from None
-    unusable = np.flatnonzero(lengths == 0)
+    unusable = np.flatnonzero(tokens_of(lengths) == 0)
     lengths[unusable] = _measure(pipeline, unusable)
     return lengths
+
+
+def tokens_of(lengths: np.ndarray) -> np.ndarray:
+    """The tokens of what `measured_lengths` gives."""
+    return lengths if lengths.ndim == 1 else lengths[:, 0]
 
 
 @contextlib.contextmanager
@@ -67,10 +75,10 @@ def _known(path: Path, pipeline: Pipeline) -> np.ndarray | None:
         lengths = np.load(path)
     except (OSError, ValueError, EOFError):
         return None
-    if lengths.shape != (count,):
+    if lengths.shape != ((count, 2) if pipeline.tower.native else (count,)):
         return None
     probes = np.unique(np.linspace(0, count - 1, min(count, PROBES)).astype(np.int64))
-    probes = probes[lengths[probes] > 0]
+    probes = probes[tokens_of(lengths)[probes] > 0]
     return lengths if (_measure(pipeline, probes) == lengths[probes]).all() else None
 
 
@@ -80,7 +88,7 @@ _PIPELINE: Pipeline | None = None  # of the forked processes
 def _measure(pipeline: Pipeline, numbers: np.ndarray) -> np.ndarray:
     global _PIPELINE
     if len(numbers) <= FEW:
-        return np.array([_length(pipeline, int(number)) for number in numbers], dtype=np.int32)
+        return _measured(pipeline, numbers)
     from tqdm import tqdm
 
     _PIPELINE = pipeline
@@ -101,11 +109,20 @@ def _measure(pipeline: Pipeline, numbers: np.ndarray) -> np.ndarray:
 
 def _lengths(numbers: np.ndarray) -> np.ndarray:
     assert _PIPELINE is not None
-    return np.array([_length(_PIPELINE, int(number)) for number in numbers], dtype=np.int32)
+    return _measured(_PIPELINE, numbers)
 
 
-def _length(pipeline: Pipeline, number: int) -> int:
+def _measured(pipeline: Pipeline, numbers: np.ndarray) -> np.ndarray:
+    found = [_length(pipeline, int(number)) for number in numbers]
+    if pipeline.tower.native:
+        return np.array(found, dtype=np.int64).reshape(-1, 2)
+    return np.array([tokens for tokens, _ in found], dtype=np.int32)
+
+
+def _length(pipeline: Pipeline, number: int) -> tuple[int, int]:
+    """(tokens, the tower's work with pictures at native resolution)"""
     try:
-        return len(pipeline.encode(number)[0])
+        encoded, *_ = pipeline.encode(number)
     except BadSample:
-        return 0
+        return 0, 0
+    return len(encoded), int(sum(pipeline.tower.work(rows * columns) for rows, columns in encoded.grids))

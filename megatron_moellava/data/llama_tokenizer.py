@@ -20,6 +20,7 @@ from megatron_moellava.data.tokenizer_files import AddedToken, TokenizerFiles, r
 
 FAMILY = ("Llama", "CodeLlama", "Mistral", "Gemma")  # tokenizer classes: they also put BOS first by default
 BLANK = "\u2581"  # SentencePiece's blank
+BYTE = re.compile("<0x([0-9A-F]{2})>")  # the name of a token that is one byte of a character without a token
 # Appended to a serialised model it is merged into it: ModelProto.normalizer_spec (3) .add_dummy_prefix (3) = false.
 NO_PREFIX = b"\x1a\x02\x18\x00"
 DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -33,6 +34,7 @@ class Vocabulary(Protocol):
     def encode(self, text: str) -> Pieces: ...
     def decode(self, ids: list[int]) -> str: ...  # without the blank that `encode` puts first, if it does
     def id_of(self, piece: str) -> int | None: ...
+    def piece(self, index: int) -> str: ...  # as the vocabulary writes it: BLANK, <0x0A>; "" for an id without one
     def controls(self) -> list[str]: ...
 
 
@@ -68,6 +70,9 @@ class SentencePieceModel:
         index = self.model.piece_to_id(piece)
         return index if self.model.id_to_piece(index) == piece else None
 
+    def piece(self, index: int) -> str:
+        return self.model.id_to_piece(index) if index < self.size else ""
+
     def controls(self) -> list[str]:
         ids = range(self.size)
         return [self.model.id_to_piece(i) for i in ids if self.model.is_control(i) or self.model.is_unknown(i)]
@@ -98,6 +103,9 @@ class JsonModel:
 
     def id_of(self, piece: str) -> int | None:
         return self.backend.token_to_id(piece)
+
+    def piece(self, index: int) -> str:
+        return self.backend.id_to_token(index) or ""
 
     def controls(self) -> list[str]:
         return [token for token in self._special if self.id_of(token) is not None]
@@ -213,6 +221,16 @@ class LlamaTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self.vocabulary.decode(ids) if ids else ""
+
+    def piece(self, index: int) -> bytes:
+        if index in self._by_id:
+            return self._by_id[index].content.encode()
+        piece = self.vocabulary.piece(index)
+        byte = BYTE.fullmatch(piece)
+        return bytes([int(byte[1], 16)]) if byte else piece.replace(BLANK, " ").encode()
+
+    def is_control(self, index: int) -> bool:
+        return self._by_id[index].special if index in self._by_id else not self.vocabulary.piece(index)
 
 
 def _pattern(tokens: Iterable[str]) -> re.Pattern | None:

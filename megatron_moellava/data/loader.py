@@ -19,7 +19,7 @@ from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.data.batch import Batch, from_wire
 from megatron_moellava.data.encode import check_template
 from megatron_moellava.data.encoder import Encoder
-from megatron_moellava.data.lengths import measured_lengths
+from megatron_moellava.data.lengths import measured_lengths, tokens_of
 from megatron_moellava.data.micro_batches import MicroBatches
 from megatron_moellava.data.modality import check_sources, modality_plan
 from megatron_moellava.data.order import ORDER, Items, Stream, sample_order
@@ -283,12 +283,14 @@ def build_train_loader(
     accumulation_steps: int = 1,
     context_length: int | None = None,
     cache_folder: str | Path | None = None,
+    tower_weight: float = 1.0,
 ) -> Loader:
     """`data` is a DataConfig; `template` stands in when data.template is empty (the backbone's own).
 
     rank and world_size are data-parallel. `accumulation_steps` (micro-batches per step and rank) matters to the
     modality sampler only. `context_length` is the backbone's: no sample is longer. `cache_folder` keeps the row indices
-    (default: beside each JSON). DataError where there are no rows to train on.
+    (default: beside each JSON). `tower_weight`: of `costs/balance.py`, for native resolution. DataError where there
+    are no rows to train on.
     """
     if not data.sources:
         raise DataError("data.sources is empty; name at least one LLaVA JSON or a folder of shards")
@@ -313,7 +315,7 @@ def build_train_loader(
         fingerprint |= {"micro_batch_size": micro_batch_size, "micro_batches_per_step": chunks}
     elif data.packing:
         cache = cache_folder or Path(data.sources[0].path).expanduser().parent / ".moellava_index"
-        plan = _packed(data, pipeline, order, _length_key(fingerprint, opened, data, tower), cache)
+        plan = _packed(data, pipeline, order, _length_key(fingerprint, opened, data, tower), cache, tower_weight)
     else:
         group = micro_batch_size
 
@@ -347,12 +349,15 @@ def _modality(data, opened: list[OpenSource], seed: int, micro_batch_size: int, 
     return plan
 
 
-def _packed(data, pipeline: Pipeline, order, key: list, cache: str | Path):
-    pipeline.measured = measured_lengths(pipeline, key, cache)
+def _packed(data, pipeline: Pipeline, order, key: list, cache: str | Path, tower_weight: float):
+    measured = measured_lengths(pipeline, key, cache)
+    lengths = pipeline.measured = tokens_of(measured)
+    costs = None if lengths is measured else lengths.astype(np.float64) ** 2 + tower_weight * measured[:, 1]
 
     def plan(epoch: int) -> Items:
         samples = order(epoch)
-        return pack_epoch(samples, pipeline.measured[samples].tolist(), data.seq_length, data.packing_buffer)
+        own = None if costs is None else costs[samples].tolist()
+        return pack_epoch(samples, lengths[samples].tolist(), data.seq_length, data.packing_buffer, own)
 
     return plan
 
@@ -369,8 +374,9 @@ def _length_key(fingerprint: dict, opened: list[OpenSource], data, tower) -> lis
         "num_features",
         "max_images",
     )
-    # Tiles, and the numbers of boxes, depend on the pictures and on how they are shown.
+    # Tiles, native resolution and the numbers of boxes depend on the pictures and on how they are shown.
     tiles = [[entry.folder for entry in opened], tower.image_size, data.image_aspect_ratio, data.image_grid]
+    tiles += [fingerprint["native"]] if tower.native else []
     seen = {name: fingerprint[name] for name in LATER if name in fingerprint}
     return [{name: fingerprint[name] for name in fields} | seen, [entry.fingerprint for entry in opened], tiles]
 
@@ -403,19 +409,37 @@ LATER = ("box_format", "video_frames", "video_fps", "video_times")
 def order_fields(data, encoder: Encoder, tower, opened: list[OpenSource]) -> dict:
     """What decides which sample lands in which batch; a resumed run must have the same."""
     tokens = encoder.tokenizer.encode_text("The quick brown fox; <image> 12345")[0]
-    return {
-        "order": ORDER,
-        "sources": [f"{entry.fingerprint} x {entry.weight}" for entry in opened],
-        "sampler": data.sampler,
-        "packing": data.packing,
-        "packing_buffer": data.packing_buffer if data.packing else None,
-        "seq_length": data.seq_length,
-        "max_sample_length": encoder.max_length if encoder.text_length is None else f"{encoder.text_length} of text",
-        "long_samples": data.long_samples,
-        "template": encoder.template.version,
-        "label_mode": data.label_mode,
-        "tokenizer": hashlib.sha256(str((encoder.tokenizer.vocab_size, tokens)).encode()).hexdigest()[:16],
-        "num_features": tower.num_features,
-        "image_grid": data.image_grid,
-        "max_images": data.max_images,
-    } | {name: getattr(data, name) for name in LATER if getattr(data, name) != getattr(DataConfig(), name)}
+    return (
+        {
+            "order": ORDER,
+            "sources": [f"{entry.fingerprint} x {entry.weight}" for entry in opened],
+            "sampler": data.sampler,
+            "packing": data.packing,
+            "packing_buffer": data.packing_buffer if data.packing else None,
+            "seq_length": data.seq_length,
+            "max_sample_length": encoder.max_length
+            if encoder.text_length is None
+            else f"{encoder.text_length} of text",
+            "long_samples": data.long_samples,
+            "template": encoder.template.version,
+            "label_mode": data.label_mode,
+            "tokenizer": hashlib.sha256(str((encoder.tokenizer.vocab_size, tokens)).encode()).hexdigest()[:16],
+            "num_features": tower.num_features,
+            "image_grid": data.image_grid,
+            "max_images": data.max_images,
+        }
+        | _native_fields(data, tower)
+        | _later_fields(data)
+    )
+
+
+def _native_fields(data, tower) -> dict:
+    """What decides the lengths of pictures at native resolution; nothing for other towers, as in older checkpoints."""
+    if not tower.native:
+        return {}
+    budgets = [tower.num_features, data.max_sample_image_tokens, data.enlarge_images]
+    return {"native": [tower.patch_size * tower.shuffle, *budgets]}
+
+
+def _later_fields(data) -> dict:
+    return {name: getattr(data, name) for name in LATER if getattr(data, name) != getattr(DataConfig(), name)}

@@ -8,8 +8,10 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from megatron_moellava.data import geometry, images
+from megatron_moellava.data import geometry, images, native
 from megatron_moellava.data import tiling as grid
+from megatron_moellava.data.encode import EncodedSample
+from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.paths import locate
 from megatron_moellava.data.regions import View, rewrite
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, BadSample, ImageRef, Sample
@@ -42,9 +44,43 @@ def pixels(ref: ImageRef, folder: str, where: str, tower, aspect_ratio: str) -> 
     return images.preprocess(image, tower, aspect_ratio), notes
 
 
-def tiles(ref: ImageRef, folder: str, where: str, tower, data) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Normalised pixels [T, 3, H, W] and notes; T = 1 unless data.image_grid."""
+def plans(refs: Sequence[ImageRef], folder: str, where: str, tower, data) -> tuple[native.Plan, ...]:
+    """What becomes of a sample's pictures at native resolution, from the files' headers alone. Raises BadSample."""
+    sizes = [
+        None
+        if ref.frame is not None
+        else images.image_size(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
+        for ref in refs
+    ]
+    return native.plans(sizes, tower, data, where)
+
+
+def encoded(encoder: Encoder, sample: Sample, folder: str, where: str, tower, data) -> EncodedSample:
+    """Tokens and labels, with as much room for each picture as this tower needs. Raises BadSample."""
+    if not tower.native:
+        counts = [num_tiles(ref, folder, where, tower, data) for ref in sample.images]
+        return encoder(sample, tuple(count * tower.num_features for count in counts))
+    made = plans(sample.images, folder, where, tower, data)
+    found = encoder(sample, tuple(plan.tokens for plan in made))
+    return replace(found, grids=tuple(plan.grid for plan in made[: len(found.images)]))
+
+
+def pixels_of(sample: EncodedSample, folder: str, where: str, tower, data) -> list[tuple[np.ndarray, tuple[str, ...]]]:
+    """`tiles` of each picture of an encoded sample. Raises BadSample."""
+    made: list = [native.Plan(*plan) for plan in zip(sample.features, sample.grids, strict=False)]
+    return [
+        tiles(ref, folder, where, tower, data, plan)
+        for ref, plan in zip(sample.images, made or [None] * len(sample.images), strict=True)
+    ]
+
+
+def tiles(
+    ref: ImageRef, folder: str, where: str, tower, data, plan: native.Plan | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Normalised pixels [T, 3, H, W] and notes; T = 1 unless data.image_grid. With a `plan`, patches [P, 3, H, W]."""
     image, notes = open_ref(ref, folder, where, data.trust_paths)
+    if plan is not None:
+        return native.patches(image, tower, plan, ref.frame is not None), notes
     if data.image_grid and ref.frame is None:
         return grid.tile(image, tower), notes
     return images.preprocess(image, tower, data.image_aspect_ratio)[None], notes
@@ -80,11 +116,14 @@ def show_video(
     return "".join(texts), frames
 
 
-def view(origin: bytes | str, where: str, tower, data) -> View:
-    """How a picture lies in its file and in what the tower sees, from the header alone. BadSample for what is none."""
-    stored = images.upright(origin, where)
+def view(stored: geometry.Map, tower, data, plan: native.Plan | None = None) -> View:
+    """How a picture lies in its file and in what the tower sees; `plan`: at native resolution."""
     width, height = map(int, stored.size)
-    seen = geometry.seen(width, height, tower, aspect_ratio=data.image_aspect_ratio, grid=data.image_grid)
+    if plan is not None:
+        rows, columns = plan.grid
+        seen = geometry.scaled((width, height), (columns * tower.patch_size, rows * tower.patch_size))
+    else:
+        seen = geometry.seen(width, height, tower, aspect_ratio=data.image_aspect_ratio, grid=data.image_grid)
     return View(stored=stored, seen=seen)
 
 
@@ -92,15 +131,13 @@ def write_regions(sample: Sample, folder: str, tower, data) -> Sample:
     """The sample with its boxes, points and polygons as text in `data.box_format`. Raises BadSample."""
     if not sample.regions:
         return sample
-    views = [
-        view(
-            source(ref, folder, sample.origin, data.trust_paths),
-            f"{sample.origin}, image {ref.name[:80]!r}",
-            tower,
-            data,
-        )
+    where = sample.origin
+    stored = [
+        images.upright(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
         for ref in sample.images
     ]
+    made: tuple = plans(sample.images, folder, where, tower, data) if tower.native else (None,) * len(stored)
+    views = [view(turn, tower, data, plan) for turn, plan in zip(stored, made, strict=True)]
     texts = [turn.text for turn in sample.turns]
     texts, notes = rewrite(texts, sample.regions, sample.box_format, data.box_format, views, sample.origin)
     turns = tuple(replace(turn, text=text) for turn, text in zip(sample.turns, texts, strict=True))

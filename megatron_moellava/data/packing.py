@@ -5,7 +5,7 @@ from many candidates; what is left waits for the next samples, and the last rows
 sample is left out.
 
 Data-parallel ranks wait for each other, so their rows of one step should cost the same: rows that follow each other are
-sorted by attention cost, and ranks take them in turn.
+sorted by cost (attention; at native resolution the tower's work with their pictures, too), and ranks take them in turn.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,22 @@ RESERVE = 2  # rows' worth of tokens that must wait beside a row, so that there 
 SORTED = 128  # rows that are sorted by cost among themselves
 
 
-def pack_epoch(samples: Sequence[int], lengths: Sequence[int], capacity: int, buffer: int) -> list[list[int]]:
+def pack_epoch(
+    samples: Sequence[int],
+    lengths: Sequence[int],
+    capacity: int,
+    buffer: int,
+    costs: Sequence[float] | None = None,
+) -> list[list[int]]:
     """Rows of sample numbers. `lengths[i]`: tokens of samples[i], at most `capacity`; 0: unusable, in any row.
+
+    `costs[i]`: what samples[i] costs a rank; None: its attention, the square of its length.
 
     >>> pack_epoch([7, 8, 9], [5, 3, 6], 8, buffer=4)
     [[7, 8], [9]]
     """
-    rows: list[tuple[int, list[int]]] = []  # (attention cost, samples)
+    costs = [length**2 for length in lengths] if costs is None else costs
+    rows: list[tuple[float, list[int]]] = []  # (cost, samples)
     waiting: list[int] = []
     unusable: list[int] = []  # to be met, and counted, in their turn
     arriving = iter(range(len(samples)))
@@ -34,7 +43,7 @@ def pack_epoch(samples: Sequence[int], lengths: Sequence[int], capacity: int, bu
         made = [[waiting[place] for place in row] for row in chosen]
         made[-1] += unusable
         unusable = []
-        rows += [(sum(lengths[index] ** 2 for index in row), [samples[index] for index in row]) for row in made]
+        rows += [(sum(costs[index] for index in row), [samples[index] for index in row]) for row in made]
         waiting = [waiting[place] for place in rest]
     groups = (rows[start : start + SORTED] for start in range(0, len(rows), SORTED))
     packed = [row for group in groups for _, row in sorted(group, key=lambda row: row[0])]

@@ -57,7 +57,7 @@ class Pipeline:
     def __init__(self, reader: Reader, encoder: Encoder, tower, data, *, pad_multiple: int, measured=None):
         self.reader, self.encoder, self.tower, self.data = reader, encoder, tower, data
         self.pad_multiple, self.measured = pad_multiple, measured
-        self.pixel_shape = (3, tower.image_size, tower.image_size)
+        self.pixel_shape = tower.pixel_shape
 
     def __getitem__(self, numbers: list[int]) -> dict:
         """{"batch": Batch or None if no sample can be used, "events"}"""
@@ -73,8 +73,7 @@ class Pipeline:
         limits["frames"] = partial(media.frame_texts, folder=folder, where=origin, data=self.data)
         parsed = self.reader.with_members(parse_record(record, origin=origin, **limits), members)
         parsed = media.write_regions(parsed, folder, self.tower, self.data)
-        tiles = [media.num_tiles(ref, folder, origin, self.tower, self.data) for ref in parsed.images]
-        return self.encoder(parsed, tuple(count * self.tower.num_features for count in tiles)), folder, origin
+        return media.encoded(self.encoder, parsed, folder, origin, self.tower, self.data), folder, origin
 
     def _sample(self, number: int, events: Events) -> tuple[EncodedSample, list[np.ndarray]] | None:
         try:
@@ -84,7 +83,7 @@ class Pipeline:
                     "changed during the run",
                     f"{origin}: {len(encoded)} tokens, but {self.measured[number]} when the run began; start it again",
                 )
-            decoded = [media.tiles(ref, folder, origin, self.tower, self.data) for ref in encoded.images]
+            decoded = media.pixels_of(encoded, folder, origin, self.tower, self.data)
         except BadSample as error:
             events.skipped.append((error.reason, str(error), number))
             return None

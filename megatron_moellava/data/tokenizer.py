@@ -49,6 +49,14 @@ class Tokenizer(ABC):
     def decode(self, ids: list[int]) -> str:
         """Text, without special tokens."""
 
+    @abstractmethod
+    def piece(self, index: int) -> bytes:
+        """What one token adds to a text, in UTF-8, be it a part of a character; a control token's name; b"": no token."""
+
+    @abstractmethod
+    def is_control(self, index: int) -> bool:
+        """Whether an id adds nothing to a text: a control token, or no token at all."""
+
     def encode_text(self, text: str) -> Pieces:
         """(ids, start character of each) of a stretch that is one text."""
         return self.encode_parts([text])[0]

@@ -17,15 +17,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel
+from megatron_moellava.config import DataConfig
 from megatron_moellava.data import media
 from megatron_moellava.data.batch import Batch, pack
 from megatron_moellava.data.encode import IGNORE_INDEX, EncodedSample
 from megatron_moellava.data.encoder import Encoder
-from megatron_moellava.data.sample import parse_record
+from megatron_moellava.data.sample import Sample, parse_record
 from megatron_moellava.model.answers import token_losses
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.routing.statistics import RoutingStatistics
+from megatron_moellava.towers import Tower
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.schedule import run_schedule
 
@@ -47,9 +49,9 @@ def predict(
     every picture is replaced by the mean colour, to see what the words alone give away. `statistics`: counts which
     experts the tokens go to.
     """
-    plan = Plan(encoder, rows, Path(image_folder), blank)
+    plan = Plan(encoder, rows, Path(image_folder), blank, chunks[0].tower, chunks[0].run.data)
     mine, counted = plan.of_rank(parallel.data_parallel_rank(), parallel.data_parallel_size())
-    source = plan.batches(mine, chunks[0].tower) if parallel.reads_data() else None
+    source = plan.batches(mine) if parallel.reads_data() else None
     found: dict[int, dict] = {}
     for chunk in chunks:
         chunk.eval()
@@ -102,6 +104,8 @@ class Plan:
     rows: Sequence[dict]
     image_folder: Path
     blank: bool
+    tower: Tower
+    data: DataConfig
 
     def of_rank(self, rank: int, size: int) -> tuple[list[list[tuple[int, EncodedSample]]], int]:
         """(packed rows of one data-parallel rank, how many of them are its own).
@@ -112,7 +116,7 @@ class Plan:
         packed: list[list[tuple[int, EncodedSample]]] = [[]]
         space = self.encoder.max_length
         for index, row in enumerate(self.rows):
-            sample = self.encoder(parse_record(_record(index, row), origin=f"question {index}"))
+            sample = self._encoded(parse_record(_record(index, row), origin=f"question {index}"))
             if len(sample) > space:
                 packed.append([])
                 space = self.encoder.max_length
@@ -122,19 +126,27 @@ class Plan:
         own = len(packed[rank::size])
         return [packed[number % len(packed)] for number in range(rank, total, size)], own
 
-    def batches(self, packed: list[list[tuple[int, EncodedSample]]], tower) -> Iterator[Batch]:
+    def _encoded(self, sample: Sample) -> EncodedSample:
+        if not self.tower.native:
+            return self.encoder(sample)
+        return media.encoded(self.encoder, sample, str(self.image_folder), sample.origin, self.tower, self.data)
+
+    def batches(self, packed: list[list[tuple[int, EncodedSample]]]) -> Iterator[Batch]:
         """One packed batch for each row of `packed`, its pictures read or blank."""
-        shape = (3, tower.image_size, tower.image_size)
+        shape = self.tower.pixel_shape
         for row in packed:
             samples = [sample for _, sample in row]
-            images = [ref for sample in samples for ref in sample.images]
-            if self.blank:
-                pixels = [np.zeros((1, *shape), dtype=np.float32) for _ in images]
-            else:
-                pixels = [
-                    media.pixels(ref, str(self.image_folder), "question", tower, "pad")[0][None] for ref in images
-                ]
+            pixels = [part for sample in samples for part in self._pixels(sample)]
             yield pack(samples, pixels, self.encoder.max_length, self.encoder.tokenizer.pad_id, shape)
+
+    def _pixels(self, sample: EncodedSample) -> list[np.ndarray]:
+        folder = str(self.image_folder)
+        if self.blank:
+            counts = [rows * columns for rows, columns in sample.grids] or [1] * len(sample.images)
+            return [np.zeros((count, *self.tower.pixel_shape), dtype=np.float32) for count in counts]
+        if self.tower.native:
+            return [found for found, _ in media.pixels_of(sample, folder, "question", self.tower, self.data)]
+        return [media.pixels(ref, folder, "question", self.tower, "pad")[0][None] for ref in sample.images]
 
     def read(self, packed: list[tuple[int, EncodedSample]], guess_S: np.ndarray, loss_S: np.ndarray) -> dict[int, dict]:
         """Predictions and losses of the questions in one packed row."""

@@ -21,14 +21,14 @@ import torch.distributed as dist
 
 from megatron_moellava import platform
 from megatron_moellava.config import DataError
-from megatron_moellava.inference.cache_memory import CacheMemory
+from megatron_moellava.inference.cache_memory import GIB, CacheMemory
 from megatron_moellava.inference.forward import Forward
+from megatron_moellava.inference.grammar import Grammars
+from megatron_moellava.inference.prefix_cache import PrefixCache
 from megatron_moellava.inference.prompts import Prompt, Prompter
-from megatron_moellava.inference.request_state import RequestState
-from megatron_moellava.inference.requests import Completion, Event, Request
-from megatron_moellava.inference.routing_record import RoutingRecord
-from megatron_moellava.inference.sampling import Beam, likeliest_tokens
-from megatron_moellava.inference.text import TextStream
+from megatron_moellava.inference.request_state import RequestState, answers_to
+from megatron_moellava.inference.requests import Completion, Event, Request, check_sampling
+from megatron_moellava.inference.sampling import Beam, Choice, likeliest_tokens
 from megatron_moellava.model.experts import GroupedLinear
 from megatron_moellava.model.kv_cache import KVCache, Step
 from megatron_moellava.model.moe_llava import MoELlava
@@ -50,13 +50,15 @@ class Engine:
         max_sequence_length: int = 0,
         max_prompt_tokens: int = 8192,
         memory_limit: float | None = None,
+        prefix_cache: float = 0.0,
         replicated: bool = False,
         seed: int = 0,
     ):
         """`max_sequence_length`: prompt and answer of one request, 0: all positions of the model. `max_prompt_tokens`: new
         prompts of one step together (a longer single prompt gets a step of its own). `memory_limit`: GiB that keys and
         values of all running requests may take on each rank; None: on a GPU most of what is free beside the weights, else
-        no limit. Requests that do not fit beside the running ones wait. Collective."""
+        no limit. Requests that do not fit beside the running ones wait. `prefix_cache`: GiB beside it for those of answered
+        conversations, whose next turn then reads only what is new. Collective."""
         limit = model.backbone.max_position_embeddings
         self.model, self.prompter, self.replicated, self.seed = (
             model.eval().requires_grad_(False),
@@ -70,11 +72,15 @@ class Engine:
         self.memory = CacheMemory.of(model, memory_limit)
         self.forward = Forward(model, self.cache, prompter.tokenizer.vocab_size)
         self.token_weights = TokenWeights(model)
-        self.waiting: deque[RequestState] = deque()
+        self.grammars = Grammars(prompter.tokenizer, prompter.stop_ids)
+        self.waiting: deque[tuple[RequestState, ...]] = deque()  # the answers of each request
         self.rows: list[RequestState] = []  # owner of each cache row in use
-        self.steps = self.generated_tokens = 0
+        self.steps = self.generated_tokens = self.read_tokens = self.cached_tokens = 0
         self._numbers = count()
         self._gates = [module for module in model.modules() if isinstance(module, OriginalGate)]
+        kept = 0.0 if self._prompts_go_alone() else prefix_cache * GIB  # what a gate drops depends on the whole prompt
+        depends = not model.run.model.scale_multimodal_embeddings
+        self.prefixes = PrefixCache(kept, self.memory.bytes_per_position, words_depend_on_images=depends)
         for module in model.modules():
             if isinstance(module, GroupedLinear):
                 module.fuse()
@@ -82,7 +88,7 @@ class Engine:
     # --- what callers use -------------------------------------------------------------------------------------------
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """One completion per request, each as soon as it is finished."""
+        """The completions of each request, one per answer that it asks for, each as soon as it is finished."""
         for request in requests:
             self.submit(request)
         while self.anyone_busy():
@@ -97,18 +103,8 @@ class Engine:
     def submit(self, request: Request, prompt: Prompt | None = None) -> None:
         """Queue a request. `prompt`: what `prepare` made of it. Raises DataError when it cannot be answered."""
         prompt = prompt or self.prepare(request)
-        seed = request.sampling.seed
-        number = next(self._numbers)
-        self.waiting.append(
-            RequestState(
-                request=request,
-                prompt=prompt,
-                stop_ids=self.prompter.stop_ids,
-                stream=TextStream(self.prompter.tokenizer, (*request.sampling.stop, *self.prompter.stop_strings)),
-                random=torch.Generator().manual_seed(self.seed + 7919 * number if seed is None else seed),
-                record=RoutingRecord() if request.record_routing else None,
-            )
-        )
+        seed = self.seed + 7919 * next(self._numbers)
+        self.waiting.append(answers_to(request, prompt, self.prompter, self.grammars, seed))
 
     def fit(self, request: Request) -> tuple[Request, Prompt]:
         """`prepare`, with an answer no longer than the room that the prompt leaves. Raises DataError when it leaves none."""
@@ -126,10 +122,7 @@ class Engine:
     def prepare(self, request: Request, prompt: Prompt | None = None) -> Prompt:
         """Tokens and pixels; may run in another thread than the engine. Raises DataError when it does not fit."""
         sampling = request.sampling
-        if not 1 <= sampling.num_beams <= self.max_batch_size:
-            raise DataError(f"num_beams={sampling.num_beams} must lie between 1 and {self.max_batch_size}")
-        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.max_new_tokens < 1:
-            raise DataError("temperature must be at least 0, top_p in (0, 1], max_new_tokens at least 1")
+        check_sampling(sampling, self.max_batch_size)
         prompt = prompt or self.prompter(request)
         needed = len(prompt.tokens) + sampling.max_new_tokens
         if needed > self.max_sequence_length:
@@ -137,12 +130,14 @@ class Engine:
                 f"prompt of {len(prompt.tokens)} tokens and max_new_tokens={sampling.max_new_tokens} exceed the "
                 f"{self.max_sequence_length} positions of this model; ask for fewer tokens or send a shorter prompt"
             )
-        self.memory.check(sampling.num_beams, needed)
+        self.memory.check(sampling.num_beams * sampling.n, needed)
+        if sampling.json_schema:
+            self.grammars.start(sampling.json_schema)
         return prompt
 
     def cancel(self, request_id: str) -> None:
         """Forget a request; it gives no more events."""
-        self.waiting = deque(item for item in self.waiting if item.request.id != request_id)
+        self.waiting = deque(item for item in self.waiting if item[0].request.id != request_id)
         for running in self._running():
             if running.request.id == request_id:
                 self._release(running)
@@ -171,29 +166,34 @@ class Engine:
             return []
         logits_LV = self._run(admitted, decoding)
         self.steps += 1
-        for running in admitted:
+        begun = [running for answers in admitted for running in answers]
+        for running in begun:
             self.rows += [running] * running.width
-        order = admitted + list({id(running): running for running in decoding}.values())
+        order = begun + list({id(running): running for running in decoding}.values())
         choices = self._agree(self._choose(logits_LV, admitted, decoding) if logits_LV is not None else None)
         events = [self._advance(running, choice) for running, choice in zip(order, choices, strict=True)]
         return [event for event in events if event is not None]
 
-    def _admit(self) -> list[RequestState]:
-        """Requests whose prompts join this step, with their cache rows."""
-        admitted: list[RequestState] = []
+    def _admit(self) -> list[tuple[RequestState, ...]]:
+        """Requests whose prompts join this step, with the cache rows of their answers."""
+        admitted: list[tuple[RequestState, ...]] = []
         tokens, used = 0, len(self.rows)
         longest = max((running.most_tokens for running in self.rows), default=0)
-        while self.waiting and used + self.waiting[0].width <= self.max_batch_size:
-            longest = max(longest, self.waiting[0].most_tokens)
-            if used and not self.memory.fits(used + self.waiting[0].width, longest):
+        while self.waiting:
+            answers = self.waiting[0]
+            width = sum(running.width for running in answers)
+            if used + width > self.max_batch_size:
                 break
-            tokens += len(self.waiting[0].prompt.tokens)
+            longest = max(longest, answers[0].most_tokens)
+            if used and not self.memory.fits(used + width, longest):
+                break
+            tokens += len(answers[0].prompt.tokens)
             if admitted and (tokens > self.max_prompt_tokens or self._prompts_go_alone()):
                 break
-            running = self.waiting.popleft()
-            running.rows = list(range(used, used + running.width))
-            used += running.width
-            admitted.append(running)
+            for running in answers:
+                running.rows = list(range(used, used + running.width))
+                used += running.width
+            admitted.append(self.waiting.popleft())
         return admitted
 
     def _prompts_go_alone(self) -> bool:
@@ -202,42 +202,66 @@ class Engine:
             for gate in self._gates[:1]
         )
 
-    def _run(self, admitted: Sequence[RequestState], decoding: Sequence[RequestState]) -> torch.Tensor | None:
-        positions = [position for running in admitted for position in range(len(running.prompt.tokens))]
+    def _run(
+        self, admitted: Sequence[tuple[RequestState, ...]], decoding: Sequence[RequestState]
+    ) -> torch.Tensor | None:
+        """A request's prompt runs once, in the first of its rows; the others get copies."""
+        prompts = [answers[0].prompt for answers in admitted]
+        pasts = tuple(self.prefixes.past(answers) for answers in admitted)
+        places = [
+            range(past.length if past else 0, len(prompt.tokens)) for prompt, past in zip(prompts, pasts, strict=True)
+        ]
+        positions = [position for place in places for position in place]
+        self.read_tokens += len(positions)
+        self.cached_tokens += sum(past.length for past in pasts if past)
         positions += self.cache.lengths_R[: len(decoding)]
         step = Step(
-            prompts=tuple((running.rows[0], len(running.prompt.tokens)) for running in admitted),
+            prompts=tuple((answers[0].rows[0], len(place)) for answers, place in zip(admitted, places, strict=True)),
+            pasts=pasts,
             decoding=len(decoding),
             positions_T=torch.tensor(positions, device=platform.device()),
         )
         tokens = [running.next_tokens()[running.rows.index(row)] for row, running in enumerate(decoding)]
         for gate in self._gates:
             gate.drops = bool(admitted) and self._prompts_go_alone()
-        recorded = any(running.record for running in (*admitted, *decoding))
+        recorded = any(running.record for running in (*(answers[0] for answers in admitted), *decoding))
         with self.token_weights.recording() if recorded else nullcontext():
-            logits_LV = self.forward(
-                step, [running.prompt for running in admitted], tokens, [running.has_images for running in decoding]
-            )
+            logits_LV = self.forward(step, prompts, tokens, [running.has_images for running in decoding])
         if recorded:
-            self._record(admitted, decoding)
-        for running in admitted:
-            for row in running.rows[1:]:
-                self.cache.copy_row(running.rows[0], row)
+            self._record(admitted, [len(place) for place in places], decoding)
+        for answers in admitted:
+            first, *others = [row for running in answers for row in running.rows]
+            for row in others:
+                self.cache.copy_row(first, row)
         return logits_LV
 
-    def _record(self, admitted: Sequence[RequestState], decoding: Sequence[RequestState]) -> None:
+    def _record(
+        self,
+        admitted: Sequence[tuple[RequestState, ...]],
+        lengths: Sequence[int],
+        decoding: Sequence[RequestState],
+    ) -> None:
         start = 0
-        for running, length in [(r, len(r.prompt.tokens)) for r in admitted] + [(r, 1) for r in decoding]:
-            if running.record and running.beams is None:
-                running.record.add(self.token_weights.weights_TE, slice(start, start + length))
+        parts = [*zip(admitted, lengths, strict=True), *(((running,), 1) for running in decoding)]
+        for answers, length in parts:
+            for running in answers:
+                if running.record and running.beams is None:
+                    running.record.add(self.token_weights.weights_TE, slice(start, start + length))
             start += length
 
     def _choose(
-        self, logits_LV: torch.Tensor, admitted: Sequence[RequestState], decoding: Sequence[RequestState]
+        self,
+        logits_LV: torch.Tensor,
+        admitted: Sequence[tuple[RequestState, ...]],
+        decoding: Sequence[RequestState],
     ) -> list:
-        """A choice for each request: those admitted, then the others by their first row."""
+        """A choice for each answer: those of requests admitted, then the others by their first row."""
         likeliest = likeliest_tokens(logits_LV)
-        choices = [running.choose(logits_LV[i : i + 1], likeliest[i]) for i, running in enumerate(admitted)]
+        choices = [
+            running.choose(logits_LV[line : line + 1], likeliest[line])
+            for line, answers in enumerate(admitted)
+            for running in answers
+        ]
         first = len(admitted)
         for running in {id(running): running for running in decoding}.values():
             line = first + running.rows[0]
@@ -247,19 +271,23 @@ class Engine:
             choices.append(running.choose(logits_KV, likeliest[line]))
         return choices
 
-    def _advance(self, running: RequestState, choice: int | list[Beam]) -> Event | None:
+    def _advance(self, running: RequestState, choice: Choice | list[Beam]) -> Event | None:
         delta, sources = running.accept(choice)
         self.generated_tokens += 1
         if running.finish_reason:
             self._release(running)
             event = running.complete()
-            return Event(request_id=event.request_id, delta=delta + event.delta, completion=event.completion)
+            return replace(event, delta=delta + event.delta)
         if sources:
             self.cache.reorder(running.rows, [running.rows[source] for source in sources])
-        return Event(request_id=running.request.id, delta=delta) if delta else None
+        if not delta:
+            return None
+        logprobs = running.certain_logprobs()
+        return Event(request_id=running.request.id, index=running.index, delta=delta, logprobs=logprobs)
 
     def _release(self, running: RequestState) -> None:
         """Give its rows back; the last rows move into the gaps."""
+        self.prefixes.remember(running, self.cache)
         for row in sorted(running.rows, reverse=True):
             last = len(self.rows) - 1
             if row != last:

@@ -18,14 +18,13 @@ from megatron_moellava import platform
 from megatron_moellava.inference.packed_linear import PackedLinear, can_pack
 from megatron_moellava.model.experts import GroupedLinear
 from megatron_moellava.model.kv_cache import KVCache
-from megatron_moellava.model.moe_layer import ResidualMoELayer
+from megatron_moellava.model.moe_layer import MoELayer, ResidualMoELayer
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.router import MegatronRouter
 from megatron_moellava.routing.observer import is_observed
 
 from megatron.core import parallel_state
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.moe.moe_layer import MoELayer
 
 FEW_TOKENS = 16  # up to which the weights of all experts cost more to read than the products to compute
 
@@ -156,8 +155,9 @@ def choices(router: MegatronRouter, x_TH: torch.Tensor) -> tuple[torch.Tensor, t
     """(weights, experts) [T, K]. The default router in four operations; any other, and a watched one, by its module."""
     config = router.config
     simple = type(router) is MegatronRouter and config.moe_router_score_function == "softmax"
-    simple = simple and config.moe_router_dtype == "fp32"
-    if not simple or config.moe_router_topk == 1 or is_observed(router):
+    simple = simple and config.moe_router_dtype == "fp32" and not config.moe_router_topk_scaling_factor
+    # The softmax comes before the choice also where there is but one.
+    if not simple or config.moe_router_pre_softmax or is_observed(router):
         probs_TE, _ = router(x_TH.unsqueeze(1))
         return probs_TE.topk(config.moe_router_topk, dim=-1)
     logits_TK, experts_TK = F.linear(x_TH.float(), router.weight).topk(config.moe_router_topk, dim=-1)

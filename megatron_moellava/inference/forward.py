@@ -4,7 +4,6 @@ All ranks of a model-parallel group call it with the same step. Shapes: T tokens
 rows of logits (one for each prompt and each single token), V vocabulary.
 """
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
+from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.inference.fast_decoder import FastDecoder, can_decode_fast
 from megatron_moellava.inference.prompts import Prompt
 from megatron_moellava.model.kv_cache import KVCache, Step
@@ -21,6 +21,16 @@ from megatron_moellava.model.moe_llava import MoELlava
 from megatron.core import parallel_state
 
 REMEMBERED_IMAGES = 64  # visual tokens kept: the turns of a conversation encode their images once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """One image of a prompt."""
+
+    digest: bytes  # of its pixels, and of its grid
+    tiles_NCHW: torch.Tensor
+    grid: tuple[int, int] | None  # native resolution: rows and columns of patches
+    features: int  # visual tokens
 
 
 @dataclass(slots=True)
@@ -46,7 +56,8 @@ class Forward:
         self.cache.begin(step)
         embeddings_T1D = None
         if parallel.is_first_stage():
-            parts = [*self._embed_prompts(prompts), *self._embed_tokens(tokens, has_images)]
+            starts = [past.length if past else 0 for _, _, past in step.prompts_with_pasts()]
+            parts = [*self._embed_prompts(prompts, starts), *self._embed_tokens(tokens, has_images)]
             embeddings_T1D = torch.cat(parts, dim=0)
         else:
             self._receive(len(step.positions_T))
@@ -60,28 +71,32 @@ class Forward:
         dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
         return None
 
-    def _embed_prompts(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
-        """Embeddings [T, 1, D] of each prompt."""
-        images = [_images(prompt) for prompt in prompts]
-        self._encode({digest: tiles_NCHW for own in images for digest, tiles_NCHW in own})
+    def _embed_prompts(self, prompts: Sequence[Prompt], starts: Sequence[int]) -> list[torch.Tensor]:
+        """Embeddings [T, 1, D] of each prompt from its start on."""
+        images = [_images(prompt, start) for prompt, start in zip(prompts, starts, strict=True)]
+        self._encode({image.digest: image for own in images for image in own})
         embedded = []
-        for prompt, own in zip(prompts, images, strict=True):
-            tokens_1T = torch.tensor([prompt.tokens], device=platform.device())
-            features = [self.features[digest] for digest, _ in own]
-            embedded.append(self.model.embed(tokens_1T, None, torch.cat(features) if features else None))
+        for prompt, start, own in zip(prompts, starts, images, strict=True):
+            tokens_1T = torch.tensor([prompt.tokens[start:]], device=platform.device())
+            features = [self.features[image.digest] for image in own]
+            features_NFD = torch.cat(features) if features else None
+            embedded.append(self.model.embed(tokens_1T, None, features_NFD, has_images=bool(prompt.tiles)))
         while len(self.features) > REMEMBERED_IMAGES:
             self.features.popitem(last=False)
         return embedded
 
-    def _encode(self, images: dict[bytes, torch.Tensor]) -> None:
-        """Remember the visual tokens [N, F, D] of images by their digests; those not known yet go through the tower at once."""
-        new = {digest: tiles_NCHW for digest, tiles_NCHW in images.items() if digest not in self.features}
+    def _encode(self, images: dict[bytes, Picture]) -> None:
+        """Remember the visual tokens [N, F, D] of images by their digests (at native resolution [F, D]); those not known yet go
+        through the tower at once."""
+        new = {digest: image for digest, image in images.items() if digest not in self.features}
         if new:
-            pixels_NCHW = torch.cat(list(new.values())).to(platform.device(), self.model.config.params_dtype)
-            features_NFD = self.model.encode_images(pixels_NCHW)
-            counts = [len(tiles_NCHW) for tiles_NCHW in new.values()]
-            for digest, own_NFD in zip(new, features_NFD.split(counts), strict=True):
-                self.features[digest] = own_NFD.clone()  # not a view, which would keep all of them
+            pixels_NCHW = torch.cat([image.tiles_NCHW for image in new.values()])
+            pixels_NCHW = pixels_NCHW.to(platform.device(), self.model.config.params_dtype)
+            grids = tuple(image.grid for image in new.values() if image.grid is not None)
+            features = self.model.encode_images(pixels_NCHW, grids)
+            counts = [image.features if grids else len(image.tiles_NCHW) for image in new.values()]
+            for digest, own in zip(new, features.split(counts), strict=True):
+                self.features[digest] = own.clone()  # not a view, which would keep all of them
             self.images_encoded += len(new)
         for digest in images:
             self.features.move_to_end(digest)
@@ -104,7 +119,15 @@ class Forward:
         self.model.set_input_tensor(hidden_T1D)
 
 
-def _images(prompt: Prompt) -> list[tuple[bytes, torch.Tensor]]:
-    """(digest, tiles [N, C, H, W]) of each image."""
+def _images(prompt: Prompt, start: int) -> list[Picture]:
+    """The images of a prompt whose visual tokens do not come before position `start`."""
     parts = prompt.pixels_NCHW.split(prompt.tiles) if prompt.tiles else ()
-    return [(hashlib.sha256(tiles_NCHW.numpy().tobytes()).digest(), tiles_NCHW) for tiles_NCHW in parts]
+    before, found = prompt.tokens[:start].count(IMAGE_TOKEN), []
+    for number, tiles_NCHW in enumerate(parts):
+        if before > 0:
+            before -= prompt.widths[number]
+            continue
+        grid = prompt.grids[number] if prompt.grids else None
+        found.append(Picture(prompt.digests[number], tiles_NCHW, grid, prompt.features[number] if grid else 0))
+    assert before == 0, "a prompt is not cut within a picture"
+    return found

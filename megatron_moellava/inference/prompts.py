@@ -1,13 +1,14 @@
 """A request -> tokens with room for its images, and their pixels, by the code that training uses."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
 
 from megatron_moellava.config import DataConfig, DataError
-from megatron_moellava.data import images
+from megatron_moellava.data import images, native
 from megatron_moellava.data import tiling as grid
 from megatron_moellava.data.encode import IMAGE_TOKEN, answer_ends, check_template, encode
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
@@ -22,8 +23,23 @@ class Prompt:
     """A request as the model reads it."""
 
     tokens: list[int]  # every visual token is an IMAGE_TOKEN
-    pixels_NCHW: torch.Tensor  # the tiles of all images; N may be 0
-    tiles: tuple[int, ...]  # of each image
+    pixels_NCHW: torch.Tensor  # the tiles of all images; N may be 0. At native resolution: their patches
+    tiles: tuple[int, ...]  # of each image; at native resolution: patches
+    features: tuple[int, ...] = ()  # visual tokens of each image
+    grids: tuple[tuple[int, int], ...] = ()  # native resolution: rows and columns of patches of each image
+    digests: tuple[bytes, ...] = field(init=False)  # of each image as the tower sees it
+
+    def __post_init__(self) -> None:
+        parts = self.pixels_NCHW.split(self.tiles) if self.tiles else ()
+        grids = [repr(grid).encode() for grid in self.grids] or [b""] * len(parts)
+        found = [hashlib.sha256(part.numpy().tobytes() + grid) for part, grid in zip(parts, grids, strict=True)]
+        object.__setattr__(self, "digests", tuple(digest.digest() for digest in found))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Visual tokens of each image; without `features` all tiles have as many."""
+        each = self.tokens.count(IMAGE_TOKEN) // max(sum(self.tiles), 1)
+        return self.features or tuple(tiles * each for tiles in self.tiles)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,17 +64,32 @@ class Prompter:
         placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
         if request.images and placeholders != len(request.images):
             raise DataError(f"request {request.id}: {placeholders} `<image>` for {len(request.images)} images")
-        pixels = [self._pixels(image, request.image_aspect_ratio) for image in request.images]
+        plans = self._plans(request)
+        if plans:
+            pixels = [
+                native.patches(image, self.tower, plan) for image, plan in zip(request.images, plans, strict=True)
+            ]
+            features = tuple(plan.tokens for plan in plans)
+        else:
+            pixels = [self._pixels(image, request.image_aspect_ratio) for image in request.images]
+            features = tuple(len(part) * self.tower.num_features for part in pixels)
         names = tuple(ImageRef(name=str(number)) for number in range(len(pixels)))
         ids, _ = encode(
             Sample(id=request.id, origin=request.id, turns=turns, images=names), self.template, self.tokenizer
         )
-        size = self.tower.image_size
         return Prompt(
-            tokens=expand(ids, [len(part) * self.tower.num_features for part in pixels]),
-            pixels_NCHW=torch.from_numpy(np.concatenate(pixels)) if pixels else torch.zeros(0, 3, size, size),
+            tokens=expand(ids, list(features)),
+            pixels_NCHW=torch.from_numpy(np.concatenate(pixels)) if pixels else torch.zeros(0, *self.tower.pixel_shape),
             tiles=tuple(len(part) for part in pixels),
+            features=features,
+            grids=tuple(plan.grid for plan in plans),
         )
+
+    def _plans(self, request: Request) -> tuple[native.Plan, ...]:
+        """At native resolution: what becomes of the images. DataError for more than fit into a sample's budget."""
+        if not self.tower.native:
+            return ()
+        return native.plans([image.size for image in request.images], self.tower, self.data, f"request {request.id}")
 
     def _pixels(self, image: Image.Image, aspect_ratio: str) -> np.ndarray:
         if self.data.image_grid:

@@ -1,11 +1,12 @@
 """The boxes, points and polygons of an answer, in pixels of the pictures that it is about."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from PIL import Image
 
-from megatron_moellava.data import geometry
-from megatron_moellava.data.regions import Located, View, locate
+from megatron_moellava.data import geometry, media, native
+from megatron_moellava.data.regions import Located, locate
 from megatron_moellava.inference.prompts import Prompter
 
 
@@ -13,13 +14,9 @@ def locate_answer(
     text: str, images: Sequence[Image.Image], prompter: Prompter, image_aspect_ratio: str = "model"
 ) -> list[Located]:
     """What `text` names in the last of `images`, read as the checkpoint was trained (`data.box_format`)."""
-    data = prompter.data
-    aspect_ratio = data.image_aspect_ratio if image_aspect_ratio == "model" else image_aspect_ratio
-    views = [
-        View(
-            stored=geometry.Map(size=image.size),
-            seen=geometry.seen(*image.size, prompter.tower, aspect_ratio=aspect_ratio, grid=data.image_grid),
-        )
-        for image in images
-    ]
+    data, tower = prompter.data, prompter.tower
+    data = data if image_aspect_ratio == "model" else replace(data, image_aspect_ratio=image_aspect_ratio)
+    sizes = [image.size for image in images]
+    made: tuple = native.plans(sizes, tower, data, "the answer") if tower.native else (None,) * len(sizes)
+    views = [media.view(geometry.Map(size=size), tower, data, plan) for size, plan in zip(sizes, made, strict=True)]
     return locate(text, data.box_format, views)

@@ -3,6 +3,7 @@
 `routing/token_weights.py` keeps what the routers say. Shapes: T tokens of a step, E experts, K choices of a token.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,8 @@ class RoutingRecord:
 
     def table(self, prompt: Prompt, stream: TextStream) -> dict | None:
         """JSON-able. `tokens`: text of each token, or the number of its image; `layers`: per token its experts, best
-        first, with their weights. None for a dense model."""
+        first, with their weights. At native resolution `grids`: rows and columns of visual tokens of each image. None for
+        a dense model."""
         if not self.parts:
             return None
         layers = [
@@ -35,7 +37,8 @@ class RoutingRecord:
         ]
         count = len(layers[0]["experts"])
         num_experts = next(iter(self.parts.values()))[0].shape[-1]
-        return {"num_experts": num_experts, "tokens": _names(prompt, stream)[:count], "layers": layers}
+        grids = {"grids": _grids(prompt)} if prompt.grids else {}
+        return {"num_experts": num_experts, "tokens": _names(prompt, stream)[:count], "layers": layers} | grids
 
 
 def _most_choices(parts: Sequence[torch.Tensor]) -> int:
@@ -49,7 +52,7 @@ def _choices(weights_TE: torch.Tensor, count: int) -> dict:
 
 def _names(prompt: Prompt, stream: TextStream) -> list[dict]:
     """{"text": piece} or {"image": i, "patch": j} of every token; the tiles of an image count on."""
-    widths = [tiles * _features(prompt) for tiles in prompt.tiles]
+    widths = prompt.features if prompt.grids else [tiles * _features(prompt) for tiles in prompt.tiles]
     places = iter([(image, patch) for image, width in enumerate(widths) for patch in range(width)])
     names: list[dict] = []
     for token in prompt.tokens:
@@ -59,6 +62,14 @@ def _names(prompt: Prompt, stream: TextStream) -> list[dict]:
         else:
             names.append({"text": stream.tokenizer.decode([token])})
     return names + [{"text": stream.tokenizer.decode([token]), "answer": True} for token in stream.tokens]
+
+
+def _grids(prompt: Prompt) -> list[list[int]]:
+    sides = [
+        math.isqrt(rows * columns // features)
+        for (rows, columns), features in zip(prompt.grids, prompt.features, strict=True)
+    ]
+    return [[rows // side, columns // side] for (rows, columns), side in zip(prompt.grids, sides, strict=True)]
 
 
 def _features(prompt: Prompt) -> int:

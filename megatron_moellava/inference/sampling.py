@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatron_moellava import platform
-from megatron_moellava.inference.requests import Sampling
+from megatron_moellava.inference.requests import Sampling, TokenLogprobs
 
 
 def likeliest_tokens(logits_LV: torch.Tensor) -> list[int]:
@@ -24,6 +24,28 @@ def draw(logits_V: torch.Tensor, sampling: Sampling, random: torch.Generator) ->
         before_V = sorted_V.cumsum(dim=0) - sorted_V
         probs_V[order_V[before_V >= sampling.top_p]] = 0.0
     return int(torch.multinomial(probs_V, 1, generator=random))
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of a request's answer number `index`, far from those of neighbouring seeds; the first one's is `seed`."""
+    return (seed + index * 0x9E3779B97F4A7C15) % 2**63 if index else seed
+
+
+def token_logprobs(logits_V: torch.Tensor, token: int, count: int) -> TokenLogprobs:
+    """The log-probabilities of a chosen token and of the `count` likeliest ones."""
+    logprobs_V = logits_V.float().log_softmax(dim=-1)
+    values, tokens = (item.tolist() for item in logprobs_V.topk(min(count, len(logprobs_V))))
+    top = tuple(zip(tokens, values, strict=True))
+    return TokenLogprobs(token=token, logprob=float(logprobs_V[token]), top=top)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the last stage chose for one answer, and the other ranks hear."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None  # where they were asked for
+    failure: str = ""  # there is no token, and this is why
 
 
 SPELLINGS = 16  # tokens that may complete a stop string, beside the stop tokens: "\n", "\n\n", ".\n", ...

@@ -21,6 +21,8 @@ class TextStream:
     tokens: list[int] = field(default_factory=list)
     text: str = ""  # certain so far
     stopped: bool = False
+    length: int = 0  # characters of all tokens so far, an unfinished character and what is held back included
+    certain: int = 0  # of them, those that are certain or, after a stop string, those before it
 
     def add(self, token: int) -> str:
         """The text that one more token makes certain."""
@@ -42,12 +44,14 @@ class TextStream:
         decoded = self.tokenizer.decode(self.tokens) if self.tokens else ""
         found = [position for mark in self.stop if (position := decoded.find(mark)) >= 0]
         # An answer may end at once, also with a line break: so the blanks before it go last.
-        whole = decoded[: min(found, default=len(decoded))].lstrip()
+        end = min(found, default=len(decoded))
+        whole = possible = decoded[:end].lstrip()
         if found:
             self.stopped = True
         elif not final:
             whole = whole.rstrip(HALF)
             whole = whole[: len(whole) - max((_overlap(whole, mark) for mark in self.stop), default=0)]
+        self.length, self.certain = len(decoded.rstrip(HALF)), end - (len(possible) - len(whole))
         new = whole[len(self.text) :]
         self.text += new
         return new

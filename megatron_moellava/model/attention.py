@@ -7,7 +7,9 @@ head.
 """
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +71,8 @@ class SdpaCoreAttention(MegatronModule):
         if self.cp_group is not None:
             assert attention_mask is None, "context parallelism knows causal rows, packed or not"
             return self._share_of_row(query_SBHD, key_SBGD, value_SBGD, packed_seq_params)
+        if packed_seq_params is not None and self.attn_mask_type == AttnMaskType.no_mask:
+            return self._packed_whole(query_SBHD, key_SBGD, value_SBGD, packed_seq_params)
         if packed_seq_params is not None:
             return self._packed(query_SBHD, key_SBGD, value_SBGD, packed_seq_params)
         query, key, value = (item.permute(1, 2, 0, 3) for item in (query_SBHD, key_SBGD, value_SBGD))
@@ -109,6 +113,24 @@ class SdpaCoreAttention(MegatronModule):
         context_BHTD = torch.cat([self._attend_sample(*sample) for sample in zip(*samples, strict=True)], dim=2)
         return context_BHTD.permute(2, 0, 1, 3).flatten(2)
 
+    def _packed_whole(self, query_TBHD, key_TBGD, value_TBGD, packed: PackedRow) -> torch.Tensor:
+        """Block-diagonal attention without a mask, as a tower's images have it: images of one size are a batch."""
+        offsets = [0, *accumulate(packed.lengths)]
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for number, length in enumerate(packed.lengths):
+            by_length[length].append(number)
+        parts: list[torch.Tensor] = [query_TBHD] * len(packed.lengths)
+        for length, numbers in by_length.items():
+            own = [
+                [item[offsets[i] : offsets[i] + length, 0] for i in numbers]
+                for item in (query_TBHD, key_TBGD, value_TBGD)
+            ]
+            query, key, value = (torch.stack(items).transpose(1, 2) for items in own)
+            context_NSHD = self._attend(query, key, value, None, is_causal=False).transpose(1, 2)
+            for number, context_SHD in zip(numbers, context_NSHD, strict=True):
+                parts[number] = context_SHD
+        return torch.cat(parts).flatten(1).unsqueeze(1)
+
     def _attend_sample(self, query_BHSD, key_BGSD, value_BGSD) -> torch.Tensor:
         if query_BHSD.shape[2] <= SHORT:
             return self._attend_short(query_BHSD, key_BGSD, value_BGSD)
@@ -121,9 +143,12 @@ class SdpaCoreAttention(MegatronModule):
         rows [0 1 2] and [3 4 4] of the packed row, of which position (1, 2) is thrown away.
         """
         rows_NS, places_T = segment_rows(packed.cu_seqlens_q, packed.max_seqlen_q, query_TBHD.shape[0])
-        query, key, value = (item.squeeze(1)[rows_NS].transpose(1, 2) for item in (query_TBHD, key_TBGD, value_TBGD))
+        query, key, value = (
+            _Spread.apply(item.squeeze(1), rows_NS, places_T).transpose(1, 2)
+            for item in (query_TBHD, key_TBGD, value_TBGD)
+        )
         context_NSHD = self._attend_short(query, key, value).transpose(1, 2)
-        return context_NSHD.flatten(0, 1)[places_T].flatten(1).unsqueeze(1)
+        return _Gathered.apply(context_NSHD.flatten(0, 1), places_T).flatten(1).unsqueeze(1)
 
     def _share_of_row(self, query_LBHD, key_LBGD, value_LBGD, packed: PackedRow | None) -> torch.Tensor:
         """Causal attention of this rank's positions to the whole row, sample by sample (`context_parallel.py`)."""
@@ -139,6 +164,39 @@ class SdpaCoreAttention(MegatronModule):
             mask = None if is_whole else causal_mask(query.shape[2], key.shape[2], query.device)
             parts.append(self._attend(query, key, value, mask, is_causal=is_whole).permute(2, 0, 1, 3))
         return torch.cat(parts).flatten(2)
+
+
+class _Spread(torch.autograd.Function):
+    """Packed row [T, ...] -> samples [N, S, ...]; its backward only copies, where an index would add up.
+
+    Right for causal attention alone: what pads a sample is seen by no token, so its gradient is zero.
+    """
+
+    @staticmethod
+    def forward(ctx, row_T, rows_NS, places_T):
+        ctx.save_for_backward(places_T)
+        return row_T.index_select(0, rows_NS.flatten()).unflatten(0, rows_NS.shape)
+
+    @staticmethod
+    def backward(ctx, grad_NS):
+        (places_T,) = ctx.saved_tensors
+        return grad_NS.flatten(0, 1).index_select(0, places_T), None, None
+
+
+class _Gathered(torch.autograd.Function):
+    """Padded samples [N * S, ...] -> the packed row [T, ...]; every place is read at most once."""
+
+    @staticmethod
+    def forward(ctx, padded_P, places_T):
+        ctx.save_for_backward(places_T)
+        ctx.padded = padded_P.shape[0]
+        return padded_P.index_select(0, places_T)
+
+    @staticmethod
+    def backward(ctx, grad_T):
+        (places_T,) = ctx.saved_tensors
+        padded_P = grad_T.new_zeros(ctx.padded, *grad_T.shape[1:])
+        return padded_P.index_copy_(0, places_T, grad_T), None
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:
@@ -157,3 +215,23 @@ def segment_rows(cu_seqlens: torch.Tensor, max_seqlen: int, num_tokens: int) -> 
     tokens_T = torch.arange(num_tokens, device=cu_seqlens.device)
     sample_T = torch.searchsorted(cu_seqlens[1:].long(), tokens_T, right=True)
     return rows_NS.clamp(max=num_tokens - 1), sample_T * max_seqlen + tokens_T - starts_N[sample_T]
+
+
+def packed_seq_params(
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
+    is_shared: bool = False,
+    lengths: list[int] | None = None,
+) -> PackedSeqParams | None:
+    """Megatron-Core's description of a packed row; the last entry of `cu_seqlens` is the length of the row.
+
+    `cu_seqlens` comes on the host; on the device it is right, too, and read from there once. `is_shared`: the row is spread
+    over context-parallel ranks; only our own attention reads it, on the host. `lengths`: of the samples, where they are known.
+    """
+    if cu_seqlens is None:
+        return None
+    there = cu_seqlens.cpu() if is_shared else platform.on_device(cu_seqlens)
+    fields = {"cu_seqlens_q": there, "cu_seqlens_kv": there, "max_seqlen_q": max_seqlen, "max_seqlen_kv": max_seqlen}
+    if platform.HAS_TRANSFORMER_ENGINE and not is_shared:
+        return PackedSeqParams(qkv_format="thd", **fields)
+    return PackedRow(qkv_format=SEGMENTED, lengths=lengths or cu_seqlens.diff().tolist(), **fields)

@@ -137,7 +137,11 @@ def _moe_fields(moe: MoEConfig, backbone: Backbone) -> dict:
         "moe_ffn_hidden_size": expert_ffn_hidden_size(moe, backbone),
         "moe_router_topk": moe.moe_router_topk,
         "moe_router_dtype": "fp32" if moe.moe_router_dtype == "fp32" else None,  # None: the dtype of the hidden states
-        "moe_router_pre_softmax": moe.moe_router_topk == 1,  # Megatron-Core demands it for one expert
+        # Megatron-Core demands it for one expert.
+        "moe_router_pre_softmax": moe.moe_router_pre_softmax or moe.moe_router_topk == 1,
+        "moe_router_topk_scaling_factor": moe.moe_router_topk_scaling_factor,
+        "moe_router_num_groups": moe.moe_router_num_groups,
+        "moe_router_group_topk": moe.moe_router_group_topk,
         "moe_router_load_balancing_type": balancing,
         "moe_aux_loss_coeff": moe.moe_aux_loss_coeff if balancing != "none" and moe.aux_loss_gradient else 0.0,
         "moe_z_loss_coeff": moe.moe_z_loss_coeff,
@@ -145,6 +149,7 @@ def _moe_fields(moe: MoEConfig, backbone: Backbone) -> dict:
         "moe_router_bias_update_rate": moe.moe_router_bias_update_rate,
         "moe_router_score_function": "sigmoid" if moe.moe_router_enable_expert_bias else "softmax",
         "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": moe.moe_shared_expert_gate,
         # The dispatcher counts tokens instead of assuming top-k of each whenever a capacity is set.
         "moe_expert_capacity_factor": 1.0
         if ROUTERS[moe.router].always_has_capacity

@@ -16,6 +16,7 @@ from typing import overload
 import torch
 
 from megatron_moellava import parallel
+from megatron_moellava.towers import Tower
 
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -61,6 +62,52 @@ def encode_share(encode, images_N: torch.Tensor) -> torch.Tensor:
     images_N = torch.cat([images_N, images_N.new_zeros(missing, *images_N.shape[1:])])
     mine = encode(images_N.chunk(size)[parallel.context_parallel_rank()])
     return gather_from_sequence_parallel_region(mine, group=parallel_state.get_context_parallel_group())[:count]
+
+
+def encode_share_of_grids(encode, patches_NCHW: torch.Tensor, grids, tower: Tower) -> torch.Tensor:
+    """`encode` [V, D] of images of different sizes, dealt to the ranks by their cost, the dearest first.
+
+    `grids`: (rows, columns) of each image's patches; the tower's `shuffle` x `shuffle` of them are one visual token. A
+    rank without an image encodes the smallest one, so that no rank waits for its gradients; what fills up is dropped.
+    """
+    size = parallel.context_parallel_size()
+    if size == 1:
+        return encode(patches_NCHW, grids)
+    patches = [rows * columns for rows, columns in grids]
+    shares, shuffle = longest_first([tower.work(count) for count in patches], size), tower.shuffle
+    mine = shares[parallel.context_parallel_rank()]
+    parts = patches_NCHW.split(patches)
+    if mine:
+        features_VD = encode(torch.cat([parts[number] for number in mine]), tuple(grids[number] for number in mine))
+    else:
+        smallest = patches_NCHW.new_zeros(shuffle**2, *patches_NCHW.shape[1:])
+        features_VD = encode(smallest, ((shuffle, shuffle),))
+    tokens = [count // shuffle**2 for count in patches]
+    longest = max(1, *(sum(tokens[number] for number in share) for share in shares))
+    filled_VD = torch.cat([features_VD, features_VD.new_zeros(longest - len(features_VD), features_VD.shape[1])])
+    gathered = gather_from_sequence_parallel_region(filled_VD, group=parallel_state.get_context_parallel_group())
+    found = [gathered[:0]] * len(tokens)
+    for rank, share_of_rank in enumerate(shares):
+        start = rank * longest
+        for number in share_of_rank:
+            found[number] = gathered[start : start + tokens[number]]
+            start += tokens[number]
+    return torch.cat(found)
+
+
+def longest_first(costs: list[float], ranks: int) -> list[list[int]]:
+    """Numbers of the items of each rank: the dearest first, each to the rank that has least so far.
+
+    >>> longest_first([1.0, 4.0, 2.0, 2.0], 2)
+    [[1, 0], [2, 3]]
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    totals = [0.0] * ranks
+    for number in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
+        rank = totals.index(min(totals))
+        shares[rank].append(number)
+        totals[rank] += costs[number]
+    return shares
 
 
 @dataclass(frozen=True, slots=True)

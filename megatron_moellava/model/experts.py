@@ -1,7 +1,8 @@
 """Where a token meets an expert: grouped-GEMM linear layers over torch's grouped_mm.
 
 Megatron-core's TEGroupedMLP accepts any pair of builders with the interface of Transformer Engine's GroupedLinear.
-Shapes: N tokens sorted by expert, E local experts, I input and O output features of this shard.
+Shapes: N tokens sorted by expert, E local experts, I input and O output features of this shard. Counts of tokens may lie on
+the device: nothing here waits for them.
 """
 
 import math
@@ -24,9 +25,14 @@ from megatron.core.utils import divide
 BLOCK = 256  # rows whose activations stay in a core's cache
 
 
-def offsets(tokens_per_expert: list[int]) -> torch.Tensor:
-    """[E] int32, where each expert's rows end."""
-    return platform.to_device(tokens_per_expert).cumsum(0, dtype=torch.int32)
+def offsets(tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
+    """[E] int32 on the device, where each expert's rows end."""
+    return platform.on_device(tokens_per_expert_E).cumsum(0, dtype=torch.int32)
+
+
+def for_each_row(values_E: torch.Tensor, tokens_per_expert_E: torch.Tensor, rows: int) -> torch.Tensor:
+    """[E, ...] -> [N, ...] in fp32, in which the gradient adds up: to each row what belongs to its expert."""
+    return values_E.float().repeat_interleave(platform.on_device(tokens_per_expert_E), dim=0, output_size=rows)
 
 
 class ProductOfSeparate(torch.autograd.Function):
@@ -131,23 +137,25 @@ class GroupedLinear(MegatronModule):
             return self.fused[name]
         return torch.stack([getattr(self, f"{name}{index}") for index in range(self.num_experts)])
 
-    def forward(self, input_NI: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, list | None]:
-        """[N, I] sorted by expert -> [N, O], and the biases if the caller adds them (weighted by the router)."""
+    def forward(
+        self, input_NI: torch.Tensor, tokens_per_expert_E: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[N, I] sorted by expert -> [N, O], and the biases [E, O] if the caller adds them (weighted by the router)."""
         if self.keeps_no_copy and "weight" not in self.fused:
             weights_OI = [getattr(self, f"weight{index}") for index in range(self.num_experts)]
-            output_NO = ProductOfSeparate.apply(input_NI, offsets(tokens_per_expert), *weights_OI)
+            output_NO = ProductOfSeparate.apply(input_NI, offsets(tokens_per_expert_E), *weights_OI)
         else:
-            output_NO = self.product(input_NI, self._stacked("weight"), tokens_per_expert)
+            output_NO = self.product(input_NI, self._stacked("weight"), tokens_per_expert_E)
         if not self.use_bias:
             return output_NO, None
         if self.skip_bias_add:
-            return output_NO, [getattr(self, f"bias{index}") for index in range(self.num_experts)]
-        counts_E = platform.to_device(tokens_per_expert)
-        return output_NO + self._stacked("bias").repeat_interleave(counts_E, dim=0, output_size=input_NI.shape[0]), None
+            return output_NO, self._stacked("bias")
+        bias_NO = for_each_row(self._stacked("bias"), tokens_per_expert_E, len(input_NI))
+        return (output_NO + bias_NO).to(output_NO.dtype), None
 
-    def product(self, input_NI: torch.Tensor, weight_EOI: torch.Tensor, tokens_per_expert: list[int]) -> torch.Tensor:
-        """[N, I] sorted by expert x [E, O, I] -> [N, O]. `fp8.py` puts another one in its place."""
-        return grouped_product(input_NI, weight_EOI, tokens_per_expert)
+    def product(self, input_NI: torch.Tensor, weight_EOI: torch.Tensor, tokens_per_expert_E) -> torch.Tensor:
+        """[N, I] sorted by expert x [E, O, I] -> [N, O]. `fp8_emulation.py` puts another one in its place."""
+        return grouped_product(input_NI, weight_EOI, tokens_per_expert_E)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """One entry per expert under the key of the sequential experts, so that both read each other's checkpoints."""
@@ -170,9 +178,11 @@ class GroupedLinear(MegatronModule):
         return state
 
 
-def grouped_product(input_NI: torch.Tensor, weight_EOI: torch.Tensor, tokens_per_expert: list[int]) -> torch.Tensor:
+def grouped_product(
+    input_NI: torch.Tensor, weight_EOI: torch.Tensor, tokens_per_expert_E: torch.Tensor
+) -> torch.Tensor:
     """[N, I] sorted by expert x [E, O, I] -> [N, O]."""
-    return F.grouped_mm(input_NI, weight_EOI.transpose(1, 2), offs=offsets(tokens_per_expert))
+    return F.grouped_mm(input_NI, weight_EOI.transpose(1, 2), offs=offsets(tokens_per_expert_E))
 
 
 class GroupedColumnLinear(GroupedLinear):
@@ -190,20 +200,24 @@ class GroupedRowLinear(GroupedLinear):
 class GroupedMLP(TEGroupedMLP):
     """fc1, activation times routing weight and fc2 of every local expert.
 
-    Megatron-core's own forward, but for the activation: it works on all rows at once, and its fused one knows SwiGLU alone.
+    Megatron-core's own forward, but for the activation, which works on all rows at once and whose fused form knows SwiGLU
+    alone, and for the counts, which it wants on the host.
     """
 
     def forward(
         self, hidden_NH: torch.Tensor, tokens_per_expert: torch.Tensor, weights_N: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """[N, H] sorted by expert -> [N, H], each row times its weight in fp32."""
-        counts, weights_N1 = tokens_per_expert.tolist(), weights_N.unsqueeze(-1)
-        inner_NO, _ = self.linear_fc1(hidden_NH, counts)
+        counts_E, weights_N1 = torch.as_tensor(tokens_per_expert), weights_N.unsqueeze(-1)
+        inner_NO, _ = self.linear_fc1(hidden_NH, counts_E)
         inner_NI = WeightedActivation.apply(
             inner_NO, weights_N1, self.config.activation_func, self.config.gated_linear_unit
         )
-        output_NH, biases = self.linear_fc2(inner_NI, counts)
-        return self._apply_bias(output_NH, biases, counts, weights_N1), None
+        output_NH, bias_EH = self.linear_fc2(inner_NI, counts_E)
+        if bias_EH is not None:
+            bias_NH = for_each_row(bias_EH, counts_E, len(hidden_NH))
+            output_NH = (output_NH + bias_NH * weights_N1).to(output_NH.dtype)
+        return output_NH, None
 
 
 class WeightedActivation(torch.autograd.Function):

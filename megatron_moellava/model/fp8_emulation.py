@@ -170,8 +170,9 @@ def padded_offsets(tokens_per_expert: list[int], multiple: int) -> tuple[int, ..
     return tuple(offsets)
 
 
-def grouped_product(scaling: Scaling, input_NI: torch.Tensor, weight_EOI, tokens_per_expert: list[int]) -> torch.Tensor:
+def grouped_product(scaling: Scaling, input_NI: torch.Tensor, weight_EOI, tokens_per_expert_E) -> torch.Tensor:
     """The product of `GroupedLinear`, over rows that are padded per expert."""
+    tokens_per_expert = tokens_per_expert_E.tolist()
     offsets = padded_offsets(tokens_per_expert, scaling.recipe.multiple)
     if offsets[-1] == len(input_NI):
         return Product.apply(input_NI, weight_EOI, offsets, scaling)
@@ -190,8 +191,8 @@ def linear_product(
     elif allreduce_dgrad:
         input = copy_to_tensor_model_parallel_region(input, group=tp_group)
     rows_NI = input.flatten(0, -2)
-    counts = [rows_NI.shape[0]]
-    output = grouped_product(scaling, rows_NI, weight[None], counts).view(*input.shape[:-1], weight.shape[0])
+    count_1 = torch.tensor([rows_NI.shape[0]])
+    output = grouped_product(scaling, rows_NI, weight[None], count_1).view(*input.shape[:-1], weight.shape[0])
     return output if bias is None else output + bias
 
 

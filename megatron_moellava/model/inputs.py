@@ -14,4 +14,5 @@ def model_inputs(batch: Batch) -> dict:
         "cu_seqlens": batch.cu_seqlens,
         "max_seqlen": batch.max_seqlen,
         "image_rows": batch.counts.image_rows,
+        "grids": batch.grids,
     }

@@ -16,17 +16,26 @@ import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Past:
+    """What is known of a prompt's beginning: the keys (rotated) and values of its first `length` positions."""
+
+    length: int
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]]  # [G, S, D] each, of at least so many positions
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """The tokens of one forward pass: first the prompts, one after the other, then one token for each of rows 0 .. N-1.
 
     Rows 1 and 2 get prompts of 3 and 2 tokens while row 0 continues at position 7: prompts ((1, 3), (2, 2)),
-    decoding 1, positions [0 1 2 0 1 7].
+    decoding 1, positions [0 1 2 0 1 7]. Of a prompt with a past only the other tokens are in the step.
     """
 
     prompts: tuple[tuple[int, int], ...]  # (cache row, tokens)
     decoding: int  # N
     positions_T: torch.Tensor
+    pasts: tuple[Past | None, ...] = ()  # of each prompt; empty: none has one
 
     def last_tokens(self) -> list[int]:
         """Indices of the tokens whose logits are wanted: the end of each prompt, and every single token."""
@@ -35,6 +44,11 @@ class Step:
             end += length
             ends.append(end - 1)
         return ends + list(range(end, end + self.decoding))
+
+    def prompts_with_pasts(self) -> list[tuple[int, int, Past | None]]:
+        """(cache row, tokens, what came before them) of each prompt."""
+        pasts = self.pasts or (None,) * len(self.prompts)
+        return [(row, length, past) for (row, length), past in zip(self.prompts, pasts, strict=True)]
 
 
 GROWTH = 256  # positions by which the rows grow
@@ -81,8 +95,8 @@ class KVCache:
     def begin(self, step: Step) -> None:
         """Announce the tokens of the next forward pass."""
         self.step, self._rotation = step, None
-        for row, length in step.prompts:
-            self.lengths_R[row] = length
+        for row, length, past in step.prompts_with_pasts():
+            self.lengths_R[row] = length + (past.length if past else 0)
         for row in range(step.decoding):
             self.lengths_R[row] += 1
         self._hold(step)
@@ -103,6 +117,11 @@ class KVCache:
         positions = max(self.lengths_R[:rows])
         if rows > self.held[0] or positions > self.held[1]:  # now both become what is needed, also where that is less
             self.held = rows, min(-(-positions // GROWTH) * GROWTH, self.max_sequence_length)
+
+    def row(self, row: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Copies of a row's keys and values by layer, [G, S, D] each."""
+        part = row, slice(None), slice(0, self.lengths_R[row])
+        return {layer: (keys[part].clone(), values[part].clone()) for layer, (keys, values) in self._layers.items()}
 
     def copy_row(self, source: int, target: int) -> None:
         """Make a row equal to another one."""
@@ -143,11 +162,14 @@ class KVCache:
         """`attend`, of queries and keys that are rotated already."""
         keys_RGSD, values_RGSD = self._memory(layer, key_TGD)
         scale, step, start, parts = query_THD.shape[-1] ** -0.5, self.current_step, 0, []
-        for row, length in step.prompts:
+        for row, length, past in step.prompts_with_pasts():
             new = slice(start, start + length)
-            key_GPD, value_GPD = key_TGD[new].transpose(0, 1), value_TGD[new].transpose(0, 1)
-            keys_RGSD[row, :, :length], values_RGSD[row, :, :length] = key_GPD, value_GPD
-            parts.append(_attend_prompt(query_THD[new], key_GPD, value_GPD, scale))
+            key_GSD, value_GSD = key_TGD[new].transpose(0, 1), value_TGD[new].transpose(0, 1)
+            if past is not None:
+                before_keys, before_values = (stored_GSD[:, : past.length] for stored_GSD in past.layers[layer])
+                key_GSD, value_GSD = torch.cat([before_keys, key_GSD], 1), torch.cat([before_values, value_GSD], 1)
+            keys_RGSD[row, :, : key_GSD.shape[1]], values_RGSD[row, :, : key_GSD.shape[1]] = key_GSD, value_GSD
+            parts.append(_attend_prompt(query_THD[new], key_GSD, value_GSD, scale))
             start += length
         if step.decoding:
             keys_RGSD[self._rows_N, :, step.positions_T[start:]] = key_TGD[start:]
@@ -204,14 +226,20 @@ def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.T
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
-def _attend_prompt(query_PHD, key_GPD, value_GPD, scale: float) -> torch.Tensor:
+def _attend_prompt(query_PHD, key_GSD, value_GSD, scale: float) -> torch.Tensor:
+    """The queries are those of the last P of S positions."""
+    count, size = len(query_PHD), key_GSD.shape[1]
+    visible_PS = None  # PyTorch's own causal mask would let the first query see only the first key
+    if count < size:
+        visible_PS = torch.ones(count, size, dtype=torch.bool, device=query_PHD.device).tril(size - count)
     context_HPD = F.scaled_dot_product_attention(
         query_PHD.transpose(0, 1)[None],
-        key_GPD[None],
-        value_GPD[None],
-        is_causal=True,
+        key_GSD[None],
+        value_GSD[None],
+        attn_mask=visible_PS,
+        is_causal=visible_PS is None,
         scale=scale,
-        enable_gqa=query_PHD.shape[1] != key_GPD.shape[0],
+        enable_gqa=query_PHD.shape[1] != key_GSD.shape[0],
     )[0]
     return context_HPD.transpose(0, 1).flatten(1)
 

@@ -12,8 +12,8 @@ from megatron_moellava.config import MoEConfig
 from megatron_moellava.model.attention import SdpaCoreAttention
 from megatron_moellava.model.experts import GroupedColumnLinear, GroupedMLP, GroupedRowLinear
 from megatron_moellava.model.kv_cache import CachedSelfAttention
-from megatron_moellava.model.moe_layer import ResidualMoELayer
-from megatron_moellava.model.norms import Norm
+from megatron_moellava.model.moe_layer import MoELayer, ResidualMoELayer
+from megatron_moellava.model.norms import HeadsNorm, Norm
 from megatron_moellava.model.router import router_builder
 from megatron_moellava.routers import ROUTERS
 
@@ -27,7 +27,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -181,14 +181,14 @@ def _attention_layer(
     fused = fused and provider.fuse_layernorm_and_linear()
     rms = backbone is not None and backbone.normalization == "RMSNorm"
     norm = provider.layer_norm(rms_norm=rms)
-    qk_norm = provider.layer_norm(rms_norm=rms, for_qk=True) if backbone and backbone.qk_layernorm else IdentityOp
+    q_norm, k_norm = _qk_norms(provider, backbone) if backbone and backbone.qk_layernorm else (IdentityOp, IdentityOp)
     qkv = provider.column_parallel_layer_norm_linear() if fused else provider.column_parallel_linear()
     attention = SelfAttentionSubmodules(
         linear_qkv=qkv,
         core_attention=provider.core_attention(),
         linear_proj=provider.row_parallel_linear(),
-        q_layernorm=qk_norm,
-        k_layernorm=qk_norm,
+        q_layernorm=q_norm,
+        k_layernorm=k_norm,
     )
     submodules = TransformerLayerSubmodules(
         input_layernorm=IdentityOp if fused else norm,
@@ -205,6 +205,12 @@ def _attention_layer(
         else {},
     )
     return ModuleSpec(TransformerLayer, submodules=submodules)
+
+
+def _qk_norms(provider, backbone: Backbone) -> tuple:
+    if backbone.qk_layernorm_spans_heads:
+        return tuple(partial(HeadsNorm, heads) for heads in (backbone.num_attention_heads, backbone.num_query_groups))
+    return (provider.layer_norm(rms_norm=backbone.normalization == "RMSNorm", for_qk=True),) * 2
 
 
 def _scaled_add(multiplier: float):

@@ -96,7 +96,7 @@ class Adapter(MegatronModule):
         if tensor.split is not None:
             yield tensor.split, self.group.rank(), self.group.size()
 
-    def forward(self, input: torch.Tensor, tokens_per_expert: list[int] | None = None) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor:
         """[..., I] of this rank -> what is added to the layer's output [..., O]; of experts with their counts of rows."""
         input = self._dropped(input)
         if self.is_expert:
@@ -113,8 +113,10 @@ class Adapter(MegatronModule):
         """The B of each projection."""
         return [getattr(self, b_name(part)) for part, _ in self.adapted.parts]
 
-    def _of_experts(self, input_NI: torch.Tensor, tokens_per_expert: list[int]) -> torch.Tensor:
-        product = partial(_expert_product, tokens_per_expert=tokens_per_expert)
+    def _of_experts(self, input_NI: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
+        product = partial(
+            _expert_product, tokens_per_expert=torch.as_tensor(tokens_per_expert)
+        )  # a list beside Transformer Engine
         a = self._whole_gradient("a").unflatten(-2, (len(self.adapted.parts), self.lora.rank))
         a = F.pad(a, (0, 0, 0, -self.lora.rank % ALIGNMENT)).flatten(-3, -2)
         parts = product(input_NI, a).chunk(len(self.adapted.parts), dim=-1)
@@ -176,7 +178,7 @@ def fused(adapted: Adapted, outputs: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([output.unflatten(-1, (groups, -1)) for output in outputs], dim=-1).flatten(-2)
 
 
-def _expert_product(input_NI: torch.Tensor, weight: torch.Tensor, tokens_per_expert: list[int]) -> torch.Tensor:
+def _expert_product(input_NI: torch.Tensor, weight: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
     """With the weights [E, O, I] of each expert, or the one [O, I] of all."""
     return F.linear(input_NI, weight) if weight.dim() == 2 else grouped_product(input_NI, weight, tokens_per_expert)
 
@@ -261,7 +263,7 @@ def _add(adapter: Adapter, module, inputs: tuple, output: tuple):
 
 def _add_of_one_expert(adapter: Adapter, number: int, experts: int, module, inputs: tuple, output: tuple):
     value, *rest = output
-    counts = [len(inputs[0]) if index == number else 0 for index in range(experts)]
+    counts = torch.tensor([len(inputs[0]) if index == number else 0 for index in range(experts)])
     return (value + adapter(inputs[0], counts), *rest)
 
 

@@ -1,9 +1,48 @@
-"""MoE layers beyond Megatron-Core's: the residual MoE, whose dense FFN stays beside the experts."""
+"""MoE layers beyond Megatron-Core's: experts that are all on this rank, and the residual MoE."""
 
 import torch
 
+from megatron_moellava.model.experts import GroupedMLP
+
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe import moe_layer
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+
+class MoELayer(moe_layer.MoELayer):
+    """Megatron-Core's; where every expert is on this rank, no token travels and the host waits for no count."""
+
+    def __init__(self, config, submodules: MoESubmodules, **kwargs):
+        super().__init__(config=config, submodules=submodules, **kwargs)
+        dispatcher = self.token_dispatcher
+        takes_counts_of_the_device = isinstance(self.experts, GroupedMLP)
+        is_all_to_all = isinstance(dispatcher, MoEAlltoAllTokenDispatcher)
+        if takes_counts_of_the_device and is_all_to_all and dispatcher.ep_size == dispatcher.tp_size == 1:
+            dispatcher.__class__ = HereDispatcher  # the same state; Megatron-Core chooses the class by name
+
+
+class HereDispatcher(MoEAlltoAllTokenDispatcher):
+    """Megatron-Core's dispatcher without expert and expert tensor parallelism.
+
+    Its first permutation has sorted the tokens by expert; it would sort them again, chunk by chunk, for which the host has to
+    know the counts. Only where a capacity cuts rows, or padding adds some, does the host have to ask how many there are.
+    """
+
+    def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: torch.Tensor | None = None):
+        config = self.config
+        is_known = config.moe_expert_capacity_factor is None and not config.moe_router_padding_for_quantization
+        if is_known:  # top-k rows of each token
+            return tokens_per_expert
+        return super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
+
+    def dispatch_postprocess(self, hidden_NH: torch.Tensor, weights_N: torch.Tensor):
+        """(tokens sorted by expert, counts [E] where they were made, routing weights)"""
+        return hidden_NH, self.tokens_per_expert, weights_N
+
+    def combine_preprocess(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """The experts' outputs, in the order of the first permutation."""
+        return hidden_NH
 
 
 class ResidualMoELayer(MoELayer):

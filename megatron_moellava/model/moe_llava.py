@@ -11,13 +11,13 @@ import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import RunConfig
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
-from megatron_moellava.model.attention import SEGMENTED, PackedRow
+from megatron_moellava.model.attention import packed_seq_params
 from megatron_moellava.model.configuration import projector_config, tower_config, transformer_config
-from megatron_moellava.model.context_parallel import encode_share, share
+from megatron_moellava.model.context_parallel import encode_share, encode_share_of_grids, share
 from megatron_moellava.model.kv_cache import KVCache
 from megatron_moellava.model.layers import decoder_spec
 from megatron_moellava.model.lora import attach
-from megatron_moellava.model.vision import Projector, VisionTower
+from megatron_moellava.model.vision import Grids, Projector, VisionTower, merged
 from megatron_moellava.routers import ROUTERS
 from megatron_moellava.towers import Tower
 
@@ -25,7 +25,6 @@ from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
@@ -51,7 +50,7 @@ class MoELlava(MegatronModule):
         self.share_embeddings_and_output_weights = backbone.share_embeddings_and_output_weights
         if pre_process:
             self.vision_tower = VisionTower(tower_config(tower, run), tower, adapted=run.training.lora is not None)
-            self.projector = Projector(projector_config(backbone, run), tower.hidden_size)
+            self.projector = Projector(projector_config(backbone, run), tower.projector_input_size)
         self.adapters = attach(self, run)
 
     def set_input_tensor(self, input_tensor) -> None:
@@ -62,11 +61,15 @@ class MoELlava(MegatronModule):
         """Megatron-Core keeps the two copies of a tied embedding equal through this."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def encode_images(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """Projected visual tokens [N, F, D]. The tower runs without a graph unless it is trained."""
+    def encode_images(self, pixels_NCHW: torch.Tensor, grids: Grids = ()) -> torch.Tensor:
+        """Projected visual tokens [N, F, D]. The tower runs without a graph unless it is trained.
+
+        At native resolution N are patches, `grids` says how many rows and columns of them each image has, and the result is
+        [V, D]: the visual tokens of all images, one after the other.
+        """
         with torch.set_grad_enabled(self._trains_tower() and torch.is_grad_enabled()):
-            features_NFT = self.vision_tower(pixels_NCHW)
-        return self.projector(features_NFT)
+            features = self.vision_tower(pixels_NCHW, grids)
+        return self.projector(merged(features, grids, self.tower))
 
     def embed(
         self,
@@ -75,30 +78,31 @@ class MoELlava(MegatronModule):
         features_NFD: torch.Tensor | None = None,
         has_images: bool = False,
         image_rows: int | None = None,
+        grids: Grids = (),
     ) -> torch.Tensor:
         """Word embeddings [S, B, D]; the rows of IMAGE_TOKEN are overwritten by the visual tokens, in batch order.
 
         Under context parallelism S are the positions of this rank, and each rank encodes its part of the images.
 
         tokens [[5, -200, -200, 7]] with one image of two visual tokens -> [word 5, visual 0, visual 1, word 7].
-        `features_NFD`: the result of `encode_images`, instead of pixels. `has_images`: the tokens continue a text with
-        images (only MiniCPM's embeddings depend on it). `image_rows`: how many rows are placeholders, where the host knows
-        (`Batch.counts`); None: counted here, which waits for the device.
+        `features_NFD`: the result of `encode_images`, instead of pixels. `grids`: what that needs at native resolution.
+        `has_images`: the tokens continue a text with images (only MiniCPM's embeddings depend on it). `image_rows`: how
+        many rows are placeholders, where the host knows (`Batch.counts`); None: counted here, which waits for the device.
         Raises ValueError when the number of placeholder rows differs from the number of visual tokens.
         """
         is_image_BS = tokens_BS == IMAGE_TOKEN
         words_BS = share(tokens_BS.masked_fill(is_image_BS, 0))
         words_SBD = self.language_model.embedding(words_BS, position_ids=None)
         if features_NFD is None and pixels_NCHW is not None and len(pixels_NCHW) > 0:
-            features_NFD = encode_share(self.encode_images, pixels_NCHW)
+            features_NFD = self._encode_together(pixels_NCHW, grids)
         words_SBD = self._scale_words(words_SBD, has_images or features_NFD is not None)
         if features_NFD is None:
             return words_SBD + self._untouched() if torch.is_grad_enabled() else words_SBD
-        features_RD = features_NFD.flatten(0, 1).to(words_SBD.dtype)
+        features_RD = features_NFD.flatten(0, -2).to(words_SBD.dtype)
         rows = int(is_image_BS.sum()) if image_rows is None else image_rows
         if features_RD.shape[0] != rows:
             raise ValueError(
-                f"{rows} placeholder rows for {features_RD.shape[0]} visual tokens of {len(features_NFD)} images"
+                f"{rows} placeholder rows for {features_RD.shape[0]} visual tokens of {len(grids or features_NFD)} images"
             )
         if self.config.context_parallel_size > 1:
             order_BS = is_image_BS.flatten().cumsum(0).view_as(is_image_BS) - 1  # which visual token each image row is
@@ -106,6 +110,12 @@ class MoELlava(MegatronModule):
             features_RD = features_RD[order_BS[is_image_BS]]
         words_BSD = words_SBD.transpose(0, 1)
         return words_BSD.masked_scatter(is_image_BS.unsqueeze(-1), features_RD).transpose(0, 1).contiguous()
+
+    def _encode_together(self, pixels_NCHW: torch.Tensor, grids: Grids) -> torch.Tensor:
+        """`encode_images`; under context parallelism each rank does its part of the images."""
+        if self.tower.native:
+            return encode_share_of_grids(self.encode_images, pixels_NCHW, grids, self.tower)
+        return encode_share(self.encode_images, pixels_NCHW)
 
     def _scale_words(self, words_SBD: torch.Tensor, has_images: bool) -> torch.Tensor:
         multiplier = self.backbone.embedding_multiplier
@@ -117,8 +127,10 @@ class MoELlava(MegatronModule):
         """Zero, with what is trained in its graph: a micro-batch without images must not leave a rank waiting for gradients."""
         like = self.projector.linear_fc1.weight
         if self._trains_tower():
-            return self.encode_images(like.new_zeros(1, 3, self.tower.image_size, self.tower.image_size)).sum() * 0.0
-        return self.projector(like.new_zeros(1, 1, self.tower.hidden_size)).sum() * 0.0
+            side = self.tower.shuffle  # at native resolution: the smallest picture
+            count, grids = (side**2, ((side, side),)) if self.tower.native else (1, ())
+            return self.encode_images(like.new_zeros(count, *self.tower.pixel_shape), grids).sum() * 0.0
+        return self.projector(like.new_zeros(1, 1, self.tower.projector_input_size)).sum() * 0.0
 
     def _trains_tower(self) -> bool:
         adapted = self.adapters is not None and self.adapters.has_role("tower")
@@ -137,17 +149,18 @@ class MoELlava(MegatronModule):
         inference_context=None,
         attention_mask: torch.Tensor | None = None,
         image_rows: int | None = None,
+        grids: Grids = (),
     ) -> torch.Tensor:
         """Losses [B, S] (fp32, zero where the label is IGNORE_INDEX), or logits [B, S, V] without labels.
 
         A stage that is not the last returns its hidden states. `padding_mask_BS`: True where a token is real. Packed
         rows (B = 1) bring `cu_seqlens` [n + 1] and `max_seqlen`; `embeddings_SBD` replaces tokens and images;
-        `image_rows` is `embed`'s. Under context parallelism the arguments are of whole rows, and the result is of the
-        positions of this rank.
+        `image_rows` and `grids` are `embed`'s. Under context parallelism the arguments are of whole rows, and the result
+        is of the positions of this rank.
         """
         counted_BS = padding_mask_BS if self._padding_counts() else None
         if self.pre_process and embeddings_SBD is None:
-            embeddings_SBD = self.embed(tokens_BS, pixels_NCHW, image_rows=image_rows)
+            embeddings_SBD = self.embed(tokens_BS, pixels_NCHW, image_rows=image_rows, grids=grids)
             if counted_BS is not None:
                 embeddings_SBD = embeddings_SBD * counted_BS.transpose(0, 1).unsqueeze(-1)
         if embeddings_SBD is not None and self.config.sequence_parallel:
@@ -317,23 +330,6 @@ class PositionedRotary(RotaryEmbedding):
         arguments["packed_seq"] = True  # never cut by Megatron-Core: the positions say what this rank holds
         angles = super().forward(max_seq_len, **arguments)
         return angles if self._positions_S is None else angles[self._positions_S]
-
-
-def packed_seq_params(
-    cu_seqlens: torch.Tensor | None, max_seqlen: int | None, is_shared: bool = False
-) -> PackedSeqParams | None:
-    """Megatron-Core's description of a packed row; the last entry of `cu_seqlens` is the length of the row.
-
-    `cu_seqlens` comes on the host; on the device it is right, too, and read from there once. `is_shared`: the row is spread
-    over context-parallel ranks; only our own attention reads it, on the host.
-    """
-    if cu_seqlens is None:
-        return None
-    there = cu_seqlens.cpu() if is_shared else platform.on_device(cu_seqlens)
-    fields = {"cu_seqlens_q": there, "cu_seqlens_kv": there, "max_seqlen_q": max_seqlen, "max_seqlen_kv": max_seqlen}
-    if platform.HAS_TRANSFORMER_ENGINE and not is_shared:
-        return PackedSeqParams(qkv_format="thd", **fields)
-    return PackedRow(qkv_format=SEGMENTED, lengths=cu_seqlens.diff().tolist(), **fields)
 
 
 def causal_padding_mask(padding_mask_BS: torch.Tensor) -> torch.Tensor:

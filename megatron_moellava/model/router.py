@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     compute_routing_scores_for_aux_loss,
+    group_limited_topk,
     topk_routing_with_score_function,
 )
 from megatron.core.transformer.moe.router import TopKRouter
@@ -74,6 +75,16 @@ class MegatronRouter(TopKRouter):
         scores_NE = logits_NE
         if self.expert_bias is not None:
             scores_NE = logits_NE.float().sigmoid() + self.expert_bias
+        elif self.config.moe_router_group_topk:  # groups are compared by sums of scores
+            scores_NE = logits_NE.float().softmax(dim=-1)
+        if self.config.moe_router_group_topk:
+            return group_limited_topk(
+                scores_NE,
+                self.topk,
+                *scores_NE.shape,
+                num_groups=self.config.moe_router_num_groups,
+                group_topk=self.config.moe_router_group_topk,
+            )[1]
         return scores_NE.topk(self.topk, dim=-1).indices
 
     def routing(self, logits_SBE: torch.Tensor, padding_mask: torch.Tensor | None = None):
@@ -92,6 +103,9 @@ class MegatronRouter(TopKRouter):
             logits_NE,
             self.topk,
             use_pre_softmax=self.config.moe_router_pre_softmax,
+            num_groups=self.config.moe_router_num_groups,
+            group_topk=self.config.moe_router_group_topk,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
             score_function=self.score_function,
             expert_bias=self.expert_bias,
         )

@@ -1,11 +1,18 @@
-"""Where an image becomes tokens: the vision tower (CLIP, SigLIP) and the projector.
+"""Where an image becomes tokens: the vision tower (CLIP, SigLIP, SigLIP 2 NaFlex) and the projector.
 
-Shapes: N images, C channels, H and W pixels, P patches, R rows of the tower's sequence (patches and class token),
-V visual tokens, D width of the tower, L width of the language model.
+A tower of fixed resolution gets N images and is one batch of sequences of one length. A tower at native resolution gets the
+patches of all images as one packed row, which attends image by image; each image has a grid of patches of its own.
+
+Shapes: N images (at native resolution patches), C channels, H and W pixels, P patches, R rows of the tower's sequence (patches
+and class token), V visual tokens, D width of the tower, L width of the language model.
 """
 
-import torch
+from itertools import accumulate
 
+import torch
+import torch.nn.functional as F
+
+from megatron_moellava.model.attention import packed_seq_params
 from megatron_moellava.model.layers import mlp_submodules, modules, tower_spec
 from megatron_moellava.towers import Tower
 
@@ -14,17 +21,22 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+Grids = tuple[tuple[int, int], ...]  # rows and columns of patches of each image; empty: a tower of fixed resolution
+
 
 class VisionTower(MegatronModule):
-    """The layers of a published vision transformer up to its feature layer; no norm after them."""
+    """The layers of a published vision transformer up to its feature layer; a norm after them only if features have it."""
 
     def __init__(self, config: TransformerConfig, tower: Tower, pg_collection=None, adapted: bool = False):
         super().__init__(config=config)
         self.tower = tower
         dtype = config.params_dtype
-        self.conv1 = torch.nn.Conv2d(
-            3, tower.hidden_size, tower.patch_size, stride=tower.patch_size, bias=tower.patch_bias, dtype=dtype
-        )
+        if tower.native:
+            self.embedder = torch.nn.Linear(3 * tower.patch_size**2, tower.hidden_size, tower.patch_bias, dtype=dtype)
+        else:
+            self.conv1 = torch.nn.Conv2d(
+                3, tower.hidden_size, tower.patch_size, stride=tower.patch_size, bias=tower.patch_bias, dtype=dtype
+            )
         self.position_embeddings = torch.nn.Embedding(tower.num_positions, tower.hidden_size, dtype=dtype)
         torch.nn.init.normal_(self.position_embeddings.weight, std=config.init_method_std)
         if tower.class_token:
@@ -32,20 +44,38 @@ class VisionTower(MegatronModule):
                 torch.randn(1, 1, tower.hidden_size, dtype=dtype) * config.init_method_std
             )
         if tower.pre_layernorm:
-            self.ln_pre = modules().layer_norm()(
-                config=config, hidden_size=tower.hidden_size, eps=tower.layernorm_epsilon
-            )
+            self.ln_pre = self._norm()
         self.decoder = TransformerBlock(
             config, tower_spec(config, adapted), post_process=False, post_layer_norm=False, pg_collection=pg_collection
         )
+        if tower.post_layernorm:
+            self.ln_post = self._norm()
 
-    def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
-        """Visual features [N, V, D] of preprocessed images: hidden_states[feature_layer], less the first row if so set."""
-        hidden_NRD = self.embed(pixels_NCHW)
-        hidden_RND = hidden_NRD.transpose(0, 1).contiguous()
+    def _norm(self):
+        return modules().layer_norm()(
+            config=self.config, hidden_size=self.tower.hidden_size, eps=self.tower.layernorm_epsilon
+        )
+
+    def forward(self, pixels_NCHW: torch.Tensor, grids: Grids = ()) -> torch.Tensor:
+        """Visual features [N, V, D] of preprocessed images: hidden_states[feature_layer], less the first row if so set.
+
+        At native resolution [N, D], one for each patch.
+        """
+        packed = None
+        if self.tower.native:
+            lengths = [rows * columns for rows, columns in grids]
+            cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+            packed = packed_seq_params(cu_seqlens, max(lengths), lengths=lengths)
+            hidden_RND = self.embed_patches(pixels_NCHW, grids).unsqueeze(1)
+        else:
+            hidden_RND = self.embed(pixels_NCHW).transpose(0, 1).contiguous()
         if self.config.recompute_granularity is not None and torch.is_grad_enabled():
             hidden_RND.requires_grad_()  # where only adapters are trained, see MoELlava._needs_differentiable_input
-        hidden_RND = self.decoder(hidden_RND, attention_mask=None)
+        hidden_RND = self.decoder(hidden_RND, attention_mask=None, packed_seq_params=packed)
+        if self.tower.post_layernorm:
+            hidden_RND = self.ln_post(hidden_RND)
+        if self.tower.native:
+            return hidden_RND.squeeze(1)
         return hidden_RND.transpose(0, 1)[:, int(self.tower.drop_first_feature) :]
 
     def embed(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:
@@ -56,14 +86,53 @@ class VisionTower(MegatronModule):
         rows_NRD = patches_NPD + self.position_embeddings.weight
         return self.ln_pre(rows_NRD) if self.tower.pre_layernorm else rows_NRD
 
+    def embed_patches(self, patches_NCHW: torch.Tensor, grids: Grids) -> torch.Tensor:
+        """Rows [N, D] before the first layer: each patch flattened (pixel by pixel, colours innermost) and embedded, and its
+        position."""
+        flat_NI = patches_NCHW.permute(0, 2, 3, 1).flatten(1).to(self.embedder.weight.dtype)
+        resized = {grid: self._positions(grid) for grid in dict.fromkeys(grids)}
+        return self.embedder(flat_NI) + torch.cat([resized[grid] for grid in grids])
+
+    def _positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The square table of positions resized to a grid, [rows * columns, D]; in fp32, as transformers does it."""
+        side, weight = self.tower.position_side, self.position_embeddings.weight
+        table_1DHW = weight.float().view(1, side, side, -1).permute(0, 3, 1, 2)
+        resized_1DHW = F.interpolate(table_1DHW, size=grid, mode="bilinear", align_corners=False, antialias=True)
+        return resized_1DHW.flatten(2)[0].T.to(weight.dtype)
+
+
+def merged(features: torch.Tensor, grids: Grids, tower: Tower) -> torch.Tensor:
+    """Features as the projector takes them: those of `tower.shuffle` x `tower.shuffle` neighbouring patches behind each other,
+    row by row. [N, V, D] -> [N, V / 4, 4 D], at native resolution [V, D] -> [V / 4, 4 D]; as they are without a shuffle.
+
+    A grid of 2 x 4 patches 0 .. 7 -> [[0, 1, 4, 5], [2, 3, 6, 7]].
+    """
+    side = tower.shuffle
+    if side == 1:
+        return features
+    if not tower.native:
+        width = tower.position_side
+        blocks = features.unflatten(1, (width // side, side, width // side, side)).transpose(2, 3)
+        return blocks.flatten(3, 5).flatten(1, 2)
+    images = features.split([rows * columns for rows, columns in grids])
+    return torch.cat(
+        [
+            image_VD.unflatten(0, (rows // side, side, columns // side, side))
+            .transpose(1, 2)
+            .flatten(2, 4)
+            .flatten(0, 1)
+            for image_VD, (rows, columns) in zip(images, grids, strict=True)
+        ]
+    )
+
 
 class Projector(MLP):
     """Linear, exact GELU, Linear: visual features -> word embeddings (LLaVA-1.5's `mlp2x_gelu`)."""
 
-    def __init__(self, config: TransformerConfig, tower_width: int):
-        super().__init__(config, mlp_submodules(), input_size=tower_width, ffn_hidden_size=config.ffn_hidden_size)
+    def __init__(self, config: TransformerConfig, input_size: int):
+        super().__init__(config, mlp_submodules(), input_size=input_size, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(self, features_NVD: torch.Tensor) -> torch.Tensor:
-        """[N, V, D] -> [N, V, L]."""
+        """[N, V, D] -> [N, V, L], or [V, D] -> [V, L]."""
         output_NVL, bias_L = super().forward(features_NVD)
         return output_NVL + bias_L

@@ -138,13 +138,10 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
         "inner": tokens * backbone.ffn_hidden_size / tp,
         "inner_in": gated * tokens * backbone.ffn_hidden_size / tp,
         "logits": tokens * layout.vocabulary / tp,
-        "features": layout.images * layout.tower.num_features * layout.tower.hidden_size,
+        "features": layout.images * layout.tower.num_features * layout.tower.projector_input_size,
         "projected": layout.images * layout.tower.num_features * backbone.hidden_size / tp,
         "tower_layers": layout.tower.num_used_layers * tower_layer_elements(layout),
-        "tower_inputs": layout.tower.num_used_layers
-        * layout.images
-        * layout.tower.num_positions
-        * layout.tower.hidden_size,
+        "tower_inputs": layout.tower.num_used_layers * layout.images * layout.tower.num_rows * layout.tower.hidden_size,
     }
     values |= _expert_sizes(layout, imbalance, gated) if layout.run.moe else {}
     return values | _adapter_sizes(layout, values, gated)
@@ -155,7 +152,7 @@ def tower_layer_elements(layout: Layout) -> float:
     tower = layout.tower
     inner = 3 if tower.activation == "quick_gelu" else 2  # x * sigmoid(1.7 x) keeps one more than a fused GELU
     whole, split = 4 * tower.hidden_size, 4 * tower.hidden_size + inner * tower.ffn_hidden_size
-    return layout.images * tower.num_positions * (whole + split / layout.tp)
+    return layout.images * tower.num_rows * (whole + split / layout.tp)
 
 
 def _expert_sizes(layout: Layout, imbalance: float, gated: int) -> dict[str, float]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_moellava.backbones import get_backbone
-from megatron_moellava.config import ConfigError, MoEConfig, load_config
+from megatron_moellava.config import ConfigError, MoEConfig, load_config, read_yaml
 from megatron_moellava.costs.gpus import GIB, get_gpu
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.parameters import parameters_of
@@ -17,7 +17,8 @@ from megatron_moellava.planning.memory import state_bytes
 from megatron_moellava.planning.picture import draw, label
 from megatron_moellava.planning.search import Found, Request, search
 from megatron_moellava.planning.workload import STAGE_DATA
-from megatron_moellava.towers import get_tower
+from megatron_moellava.towers import get_tower, tower_of_run
+from megatron_moellava.validation.run import experts_of_backbone
 
 
 def plan(arguments: argparse.Namespace) -> str:
@@ -42,13 +43,21 @@ def plan(arguments: argparse.Namespace) -> str:
 
 def settings_of(arguments: argparse.Namespace) -> list[str]:
     """The command line as settings of the run: flags first, so that an override wins. Stage 3 has experts anyhow."""
-    assumed = MoEConfig().num_moe_experts if arguments.stage == 3 and arguments.config is None else None
+    upcycles = arguments.stage == 3 and arguments.config is None and not experts_of(arguments)
+    assumed = MoEConfig().num_moe_experts if upcycles else None
     flags = {
         "moe.num_moe_experts": arguments.num_experts or assumed,
         "data.seq_length": arguments.seq_length,
         "training.global_batch_size": arguments.global_batch_size,
     }
     return [f"{name}={value}" for name, value in flags.items() if value] + arguments.overrides
+
+
+def experts_of(arguments: argparse.Namespace) -> list[str]:
+    """The experts of a backbone that has some, as settings: `moellava train` takes them over by itself."""
+    said = (read_yaml(arguments.config).get("moe") or {}) if arguments.config else {}
+    own = experts_of_backbone({"backbone": arguments.backbone}).get("moe", {})
+    return [f"moe.{name}={json.dumps(value)}" for name, value in own.items() if name not in said]
 
 
 def request_of(arguments: argparse.Namespace, given: list[str]) -> Request:
@@ -69,7 +78,8 @@ def request_of(arguments: argparse.Namespace, given: list[str]) -> Request:
         f"training.stage={arguments.stage}",
         f"training.global_batch_size={data.global_batch_size}",
     ]
-    run = load_config(arguments.config, [*named, *given] if arguments.config is None else [*named[:3], *given])
+    named = [*(named if arguments.config is None else named[:3]), *experts_of(arguments)]
+    run = load_config(arguments.config, [*named, *given])
     if run.parallel.context_parallel_size > 1:
         raise ConfigError(
             f"parallel.context_parallel_size={run.parallel.context_parallel_size} cannot be planned yet: its memory and its "
@@ -79,7 +89,7 @@ def request_of(arguments: argparse.Namespace, given: list[str]) -> Request:
     return Request(
         run=run,
         backbone=get_backbone(run.model.backbone),
-        tower=get_tower(run.model.tower),
+        tower=tower_of_run(run),
         gpu=get_gpu(arguments.gpu),
         world_size=arguments.gpus,
         data=data,

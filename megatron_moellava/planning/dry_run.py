@@ -8,6 +8,7 @@ compared with the planner's `local` table, not with the GPU's.
 """
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from megatron_moellava.machine import GPU_CLUSTER
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.roles import freeze, parameter_roles
+from megatron_moellava.model.vision import Grids
 from megatron_moellava.planning.counting import SavedTensors, flop_counter, storage_bytes
 from megatron_moellava.training.optimizer import build_optimizer, distributed_optimizers, wrap_data_parallel
 from megatron_moellava.validation.precision import decided
@@ -237,10 +239,25 @@ def _forward(layout: Layout, chunk: MoELlava, model) -> torch.Tensor:
 
 def _embed(layout: Layout, chunk: MoELlava, tokens_BS: torch.Tensor) -> torch.Tensor:
     """`MoELlava.embed` for the fullest micro-batch, without its count of placeholder rows."""
-    side = layout.tower.image_size
-    pixels_NCHW = torch.zeros(layout.images, 3, side, side, device=platform.device())
-    features_NFD = chunk.encode_images(pixels_NCHW)
+    count, grids = fullest_pictures(layout)
+    pixels_NCHW = torch.zeros(count, *layout.tower.pixel_shape, device=platform.device())
+    features_NFD = chunk.encode_images(pixels_NCHW, grids)
     words_BSD = chunk.language_model.embedding(tokens_BS, position_ids=None).transpose(0, 1)
     is_image_BS1 = (tokens_BS == 1).unsqueeze(-1)
-    placed_BSD = words_BSD.masked_scatter(is_image_BS1, features_NFD.flatten(0, 1).to(words_BSD.dtype))
+    placed_BSD = words_BSD.masked_scatter(is_image_BS1, features_NFD.flatten(0, -2).to(words_BSD.dtype))
     return placed_BSD.transpose(0, 1).contiguous()
+
+
+def fullest_pictures(layout: Layout) -> tuple[int, Grids]:
+    """(images, no grids), or at native resolution (patches, their grids) of the fullest micro-batch: all at their budget."""
+    tower = layout.tower
+    if not tower.native:
+        return layout.images, ()
+    rows = largest_side(tower.num_features)
+    grid = (rows * tower.shuffle, tower.num_features // rows * tower.shuffle)
+    return layout.images * tower.num_patches, (grid,) * layout.images
+
+
+def largest_side(tokens: int) -> int:
+    """The larger a side that divides `tokens`, the closer the picture is to a square."""
+    return max(side for side in range(1, math.isqrt(tokens) + 1) if tokens % side == 0)

@@ -3,7 +3,8 @@
 Parts of the prediction, in bytes:
   weights      in the run's precision, frozen ones included; the router in fp32
   gradients    fp32 buffers of what is trained
-  optimizer    fp32 copy and two moments, shared among the data-parallel ranks (of experts: their own, fewer)
+  optimizer    fp32 copy, two moments, and an average of the weights where the run keeps one, shared among the data-parallel
+               ranks (of experts: their own, fewer)
   activations  what autograd keeps for all micro-batches in flight
   working      the largest of: one layer's backward pass with what it recomputes, the logits, the vision tower
   dispatch     send and receive buffers of the experts' tokens
@@ -64,7 +65,8 @@ def state_bytes(layout: Layout, pipeline_rank: int) -> tuple[float, float, float
         gradients += count * FP32
         shards = layout.expert_dp if part in OF_EXPERTS else layout.dp
         # fp32 parameters are their own main copy.
-        optimizer += count * (ADAM_MOMENTS + (0 if is_fp32 else FP32)) / shards
+        average = 0 if layout.run.optimizer.ema_decay is None else FP32
+        optimizer += count * (ADAM_MOMENTS + average + (0 if is_fp32 else FP32)) / shards
     return weights, gradients, optimizer
 
 

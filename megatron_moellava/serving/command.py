@@ -103,7 +103,7 @@ def serve(args: argparse.Namespace) -> None:
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'megatron-moellava[demo]'")
-    engine = open_engine(args, max_batch_size=args.batch_size)
+    engine = open_engine(args, max_batch_size=args.batch_size, prefix_cache=args.prefix_cache)
     service = Service(engine)
     try:
         if dist.get_rank() == 0:

@@ -1,5 +1,7 @@
 """What Prometheus scrapes."""
 
+from collections.abc import Sequence
+
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from megatron_moellava.inference.requests import Completion, Request
@@ -29,15 +31,16 @@ class ServerMetrics:
             ("moellava_waiting_requests", "Requests without a cache row", lambda: len(engine.waiting)),
             ("moellava_rows", "Cache rows in use", lambda: len(engine.rows)),
             ("moellava_steps", "Forward passes so far", lambda: engine.steps),
+            ("moellava_cached_prompt_tokens", "Not read again, so far", lambda: engine.cached_tokens),
             ("moellava_healthy", "0 when the engine has failed", lambda: int(not service.failure)),
         ):
             Gauge(name, text, registry=registry).set_function(read)
 
-    def answered(self, request: Request, completion: Completion, seconds: float, first: float) -> None:
+    def answered(self, request: Request, completions: Sequence[Completion], seconds: float, first: float) -> None:
         """Count an answered request. `seconds`: until its end; `first`: until its first token."""
         self.requests.labels("200").inc()
-        self.prompt_tokens.inc(completion.num_prompt_tokens)
-        self.answer_tokens.inc(len(completion.tokens))
+        self.prompt_tokens.inc(completions[0].num_prompt_tokens)
+        self.answer_tokens.inc(sum(len(completion.tokens) for completion in completions))
         self.images.inc(len(request.images))
         self.seconds.observe(seconds)
         self.first.observe(first)

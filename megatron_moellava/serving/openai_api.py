@@ -1,24 +1,26 @@
-"""OpenAI's chat completions as data: a body becomes a request, events become chunks.
+"""OpenAI's chat completions as data: a body becomes a request (the way back is openai_answers.py).
 
-Supported: text, image_url and video_url parts, max_tokens or max_completion_tokens, temperature, top_p, stop, seed, stream,
-stream_options.include_usage. Two are ours: with `routing: true` the answer carries which experts every token went to, with
-`regions: true` the boxes, points and polygons that it names, in pixels of the last picture as it was sent. A system message is
-put before the first user message, since the template has a system prompt of its own. What would change the answer and is not
-supported is refused; other unknown fields are ignored.
+Supported: text, image_url and video_url parts, max_tokens or max_completion_tokens, temperature, top_p, stop, seed, n,
+logprobs, top_logprobs, response_format, stream, stream_options.include_usage.
+Two are ours: with `routing: true` the answer carries which experts every token went to, with `regions: true` the boxes, points
+and polygons that it names, in pixels of the last picture as it was sent. A system message is put before the first user
+message, since the template has a system prompt of its own. What would change the answer and is not supported is refused;
+other unknown fields are ignored.
 """
 
+import json
 import math
 import re
-import time
 import uuid
 from dataclasses import dataclass
 
 from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Turn
-from megatron_moellava.inference.requests import Completion, Request, Sampling
+from megatron_moellava.inference.grammar import ANY_OBJECT
+from megatron_moellava.inference.requests import Request, Sampling
 from megatron_moellava.serving.pictures import PictureLimits, open_url, open_video_url
 
-REFUSED = ("tools", "tool_choice", "functions", "logprobs", "top_logprobs", "logit_bias", "response_format", "audio")
+REFUSED = ("tools", "tool_choice", "functions", "logit_bias", "audio")
 ROLES = ("system", "developer", "user", "assistant")
 MEDIUM = "\0"  # stands for a picture or a video until it has been opened; no text holds it
 DEFAULT_DATA = DataConfig()
@@ -40,6 +42,9 @@ class ApiLimits:
     max_images: int = 8  # pictures and videos of one request
     max_characters: int = 60_000  # of all texts of one request
     max_messages: int = 200
+    max_answers: int = 16  # `n`; no more than the engine's rows either
+    max_top_logprobs: int = 20
+    max_schema_characters: int = 30_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,17 +65,18 @@ def parse_chat(
         raise DataError("the body must be a JSON object")
     if refused := [name for name in REFUSED if body.get(name)]:
         raise DataError(f"{refused[0]} is not supported by this server")
-    if body.get("n") not in (None, 1):
-        raise DataError("n must be 1")
     turns, media = _turns(body.get("messages"), limits)
+    options, sampling = body.get("stream_options"), _sampling(body, limits)
+    routing = bool(body.get("routing", False))
+    if routing and sampling.n > 1:
+        raise DataError("routing is that of one answer; ask for n=1, or without it")
     opened = [_OPENERS[kind](url, pictures, data) for kind, url in media]
-    options = body.get("stream_options")
     request = Request(
         id=f"chatcmpl-{uuid.uuid4().hex}",
         turns=_filled(turns, [text for text, _ in opened]),
         images=tuple(image for _, images in opened for image in images),
-        sampling=_sampling(body, limits),
-        record_routing=bool(body.get("routing", False)),
+        sampling=sampling,
+        record_routing=routing,
     )
     usage = isinstance(options, dict) and bool(options.get("include_usage"))
     return ChatRequest(
@@ -100,7 +106,41 @@ def _sampling(body: dict, limits: ApiLimits) -> Sampling:
         top_p=_number(body, "top_p", 1.0, 1e-6, 1.0),
         stop=tuple(stop),
         seed=None if seed is None else seed % 2**63,
+        n=_number(body, "n", 1, 1, limits.max_answers, whole=True),
+        logprobs=_logprobs(body, limits),
+        json_schema=_json_schema(body.get("response_format"), limits),
     )
+
+
+def _json_schema(given: object, limits: ApiLimits) -> str:
+    """The schema of `response_format` as JSON text; "" where any answer is welcome. `strict` is not asked: it always holds."""
+    kind = given.get("type") if isinstance(given, dict) else given
+    if kind is None or kind == "text":
+        return ""
+    if kind == "json_object":
+        return ANY_OBJECT
+    if not isinstance(given, dict) or kind != "json_schema":
+        raise DataError("response_format.type must be text, json_object or json_schema")
+    holder = given.get("json_schema")
+    if not isinstance(holder, dict) or not isinstance(holder.get("schema"), dict):
+        raise DataError("response_format.json_schema must be an object with a name and a schema, itself an object")
+    if not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", str(holder.get("name"))):
+        raise DataError("response_format.json_schema.name must have 1 to 64 letters, digits, underscores or dashes")
+    schema = json.dumps(holder["schema"])
+    if len(schema) > limits.max_schema_characters:
+        raise DataError(f"the JSON schema has {len(schema):,} characters, more than {limits.max_schema_characters:,}")
+    return schema
+
+
+def _logprobs(body: dict, limits: ApiLimits) -> int | None:
+    """How many likeliest tokens are wanted at each place; None: not even the log-probability of the answer's own."""
+    wanted = body.get("logprobs") or False
+    if not isinstance(wanted, bool):
+        raise DataError("logprobs must be true or false; top_logprobs says how many tokens")
+    top = _number(body, "top_logprobs", None, 0, limits.max_top_logprobs, whole=True)
+    if top is not None and not wanted:
+        raise DataError("top_logprobs needs logprobs: true")
+    return (top or 0) if wanted else None
 
 
 def _number(body: dict, name: str, default, low: float, high: float, whole: bool = False):
@@ -184,66 +224,3 @@ def _plain(text: str, number: int) -> str:
     except UnicodeEncodeError:
         raise DataError(f"messages[{number}] is not valid Unicode") from None
     return text.replace(IMAGE_PLACEHOLDER, "< image >").replace(MEDIUM, "")
-
-
-# --- answers ----------------------------------------------------------------------------------------------------------
-
-
-def completion_object(completion: Completion, model: str, regions: list[dict] | None = None) -> dict:
-    """The answer to a request without streaming. `regions`: the places that it names, where they were asked for."""
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": completion.text},
-        "finish_reason": completion.finish_reason,
-        "logprobs": None,
-    }
-    return {
-        **_envelope(completion.request_id, model, "chat.completion"),
-        "choices": [choice],
-        **_extras(completion, True, regions),
-    }
-
-
-def first_chunk(request_id: str, model: str) -> dict:
-    """The chunk that opens a stream: the role, no text."""
-    return _chunk(request_id, model, {"role": "assistant", "content": ""}, None)
-
-
-def delta_chunk(request_id: str, model: str, text: str) -> dict:
-    """A chunk with the next piece of text."""
-    return _chunk(request_id, model, {"content": text}, None)
-
-
-def last_chunk(completion: Completion, model: str, regions: list[dict] | None = None) -> dict:
-    """The chunk that says why the answer ended. `regions`: as in `completion_object`."""
-    return {**_chunk(completion.request_id, model, {}, completion.finish_reason), **_extras(completion, False, regions)}
-
-
-def usage_chunk(completion: Completion, model: str) -> dict:
-    """The chunk with the token counts, for `stream_options.include_usage`."""
-    return {
-        **_envelope(completion.request_id, model, "chat.completion.chunk"),
-        "choices": [],
-        "usage": usage(completion),
-    }
-
-
-def usage(completion: Completion) -> dict:
-    """Token counts as OpenAI names them; visual tokens count as prompt tokens."""
-    prompt, answer = completion.num_prompt_tokens, len(completion.tokens)
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
-
-
-def _extras(completion: Completion, with_usage: bool, regions: list[dict] | None) -> dict:
-    extras: dict = {"usage": usage(completion)} if with_usage else {}
-    extras |= {} if regions is None else {"regions": regions}
-    return extras | ({"routing": completion.routing} if completion.routing else {})
-
-
-def _chunk(request_id: str, model: str, delta: dict, finish_reason: str | None) -> dict:
-    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-    return {**_envelope(request_id, model, "chat.completion.chunk"), "choices": [choice]}
-
-
-def _envelope(request_id: str, model: str, kind: str) -> dict:
-    return {"id": request_id, "object": kind, "created": int(time.time()), "model": model}

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,10 +21,11 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from megatron_moellava.config import DataError
+from megatron_moellava.data.tokenizer import Tokenizer
 from megatron_moellava.inference.prompts import Prompt
 from megatron_moellava.inference.regions import locate_answer
 from megatron_moellava.inference.requests import Completion, Event
-from megatron_moellava.serving import openai_api
+from megatron_moellava.serving import openai_answers
 from megatron_moellava.serving.metrics import ServerMetrics
 from megatron_moellava.serving.openai_api import ApiLimits, ChatRequest, parse_chat
 from megatron_moellava.serving.pictures import PictureLimits
@@ -129,11 +130,12 @@ def _add_page(app: FastAPI, service: Service, options: ServerOptions) -> None:
             "max_bytes": options.pictures.max_bytes,
             "examples": list(examples),
             # How the page lays patches over a picture: as the tower sees it.
-            "grid": tower.image_size // tower.patch_size,
-            "first_patch": int(tower.num_features < (tower.image_size // tower.patch_size) ** 2),
-            "square": data.image_aspect_ratio
-            if tower.resize != "square" or data.image_aspect_ratio == "pad"
-            else "squash",
+            # (At native resolution each answer brings the grids of its pictures.)
+            "grid": tower.position_side // tower.shuffle,
+            "first_patch": int(tower.drop_first_feature and not tower.class_token),
+            "square": "squash"
+            if tower.native or (tower.resize, data.image_aspect_ratio) == ("square", "square")
+            else data.image_aspect_ratio,
             "tiles": data.image_grid,
         }
 
@@ -226,47 +228,58 @@ class Answering:
         return await asyncio.get_running_loop().run_in_executor(self.preparing, work)
 
     async def _whole(self, request: Request, chat: ChatRequest, prompt: Prompt, deadline: float) -> dict:
-        completion = None
-        async for event in self._events(chat, prompt, deadline):
-            completion = event.completion
-            if await request.is_disconnected():
-                break
-        if completion is None:
+        completions: list[Completion] = []
+        async with aclosing(self._events(chat, prompt, deadline)) as events:
+            async for event in events:
+                completions += [event.completion] if event.completion is not None else []
+                if await request.is_disconnected():
+                    break
+        if len(completions) < chat.request.sampling.n:
             raise Refused(499, "the client has gone")
-        return openai_api.completion_object(completion, self.options.model_name, self._regions(chat, completion))
+        _check_complete(completions)
+        wanted = chat.request.sampling.logprobs is not None
+        return openai_answers.completion_object(
+            completions, self.options.model_name, self._tokenizer, wanted, self._places(chat)
+        )
 
-    def _regions(self, chat: ChatRequest, completion: Completion) -> list[dict] | None:
-        """The places that the answer names, if they were asked for."""
+    def _places(self, chat: ChatRequest) -> Callable[[Completion], list[dict]] | None:
+        """What finds the places that an answer names, if they were asked for."""
         if not chat.regions:
             return None
-        places = locate_answer(completion.text, chat.request.images, self.service.engine.prompter)
-        return [place.data() for place in places]
+        prompter, images = self.service.engine.prompter, chat.request.images
+        return lambda completion: [place.data() for place in locate_answer(completion.text, images, prompter)]
 
     async def _stream(self, chat: ChatRequest, prompt: Prompt, deadline: float) -> AsyncGenerator[str]:
         name = self.options.model_name
+        completions: list[Completion] = []
         try:
-            yield _line(openai_api.first_chunk(chat.request.id, name))
-            async for event in self._events(chat, prompt, deadline):
-                if event.delta:
-                    yield _line(openai_api.delta_chunk(chat.request.id, name, event.delta))
-                if event.completion is not None:
-                    yield _line(openai_api.last_chunk(event.completion, name, self._regions(chat, event.completion)))
-                    if chat.include_usage:
-                        yield _line(openai_api.usage_chunk(event.completion, name))
+            for index in range(chat.request.sampling.n):
+                yield _line(openai_answers.first_chunk(chat.request.id, name, index))
+            async with aclosing(self._events(chat, prompt, deadline)) as events:
+                async for event in events:
+                    if event.delta or event.logprobs:
+                        yield _line(openai_answers.delta_chunk(event, name, self._tokenizer))
+                    if event.completion is not None:
+                        completions.append(event.completion)
+                        _check_complete(completions)
+                        yield _line(openai_answers.last_chunk(event.completion, name, self._places(chat)))
+            if chat.include_usage:
+                yield _line(openai_answers.usage_chunk(completions, name))
             yield "data: [DONE]\n\n"
         except Refused as error:
             yield _line(error_object(str(error), error.kind))
 
     async def _events(self, chat: ChatRequest, prompt: Prompt, deadline: float) -> AsyncGenerator[Event]:
         """The engine's events, timed. Raises Refused when it fails or takes too long."""
-        started, first, completion = time.monotonic(), None, None
+        started, first = time.monotonic(), None
+        completions: list[Completion] = []
         events = self.service.events(chat.request, prompt)
         try:
-            while completion is None:
+            while len(completions) < chat.request.sampling.n:
                 async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
                     event: Event = await anext(events)
                 first = first or time.monotonic()
-                completion = event.completion
+                completions += [event.completion] if event.completion is not None else []
                 yield event
         except TimeoutError:
             raise Refused(
@@ -276,12 +289,22 @@ class Answering:
             raise Refused(503, f"the engine has failed: {error}", "server_error") from None
         finally:
             await events.aclose()
-            self._count(chat, completion, started, first)
+            self._count(chat, completions, started, first)
 
-    def _count(self, chat: ChatRequest, completion: Completion | None, started: float, first: float | None) -> None:
+    def _count(self, chat: ChatRequest, completions: list[Completion], started: float, first: float | None) -> None:
         now = time.monotonic()
-        if completion is not None:
-            self.metrics.answered(chat.request, completion, now - started, (first or now) - started)
+        if len(completions) == chat.request.sampling.n:
+            self.metrics.answered(chat.request, completions, now - started, (first or now) - started)
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return self.service.engine.prompter.tokenizer
+
+
+def _check_complete(completions: list[Completion]) -> None:
+    """Raise Refused when one of the answers has failed by itself, as a schema too complex for its grammar makes it."""
+    for failure in {item.failure for item in completions} - {""}:
+        raise Refused(400, f"the JSON answer cannot be continued: {failure}")
 
 
 class EventStream(StreamingResponse):

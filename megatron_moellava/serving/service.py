@@ -64,24 +64,24 @@ class Service:
         return len(self._callers)
 
     async def events(self, request: Request, prompt: Prompt) -> AsyncGenerator[Event]:
-        """The events of a prepared request. Leaving the iteration early cancels it. Raises EngineFailed."""
+        """The events of a prepared request, until all its answers have ended. Leaving early cancels it. Raises EngineFailed."""
         caller = _PendingCaller(asyncio.get_running_loop(), asyncio.Queue())
         with self._lock:
             if self.failure:
                 raise EngineFailed(self.failure)
             self._callers[request.id] = caller
         self._commands.put(("submit", replace(request, images=()), prompt))
-        finished = False
+        running = request.sampling.n
         try:
-            while not finished:
+            while running:
                 event = await caller.events.get()
                 if event is None:
                     raise EngineFailed(self.failure)
-                finished = event.completion is not None
+                running -= event.completion is not None
                 yield event
         finally:
             self._callers.pop(request.id, None)
-            if not finished:
+            if running:
                 self._commands.put(("cancel", request.id))
 
     def follow(self) -> None:

@@ -1,45 +1,75 @@
 """Vision towers as data: one file per family, `TOWERS` by name, or any size of a family from its `config.json`.
 
-`NAME@original` is a tower with MoE-LLaVA's feature rule (the first feature is always dropped), for folders too.
+`NAME@RULE` is a tower with another rule of what becomes of its features, for folders too: `RULES` has them.
 """
 
 import difflib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_moellava.checkpoint.description import described_model
-from megatron_moellava.config import CheckpointError, ConfigError
-from megatron_moellava.towers import clip, siglip
+from megatron_moellava.config import CheckpointError, ConfigError, RunConfig
+from megatron_moellava.towers import clip, siglip, siglip2
 from megatron_moellava.towers.from_config import tower_fields, tower_from_fields, tower_from_hf_folder
+from megatron_moellava.towers.projector import PROJECTORS, ProjectorKind
 from megatron_moellava.towers.tower import Tower, TowerHuggingFace
 
 __all__ = [
     "FAMILIES",
+    "PROJECTORS",
     "TOWERS",
+    "ProjectorKind",
     "Tower",
     "TowerHuggingFace",
     "get_tower",
     "tower_fields",
     "tower_from_fields",
     "tower_from_hf_folder",
+    "tower_of_run",
     "tower_of_section",
     "without_rule",
 ]
 
-FAMILIES = (clip, siglip)
+FAMILIES = (clip, siglip, siglip2)
 TOWERS: dict[str, Tower] = {size.name: size for family in FAMILIES for size in family.SIZES}
 ORIGINAL = "@original"
+RULES: dict[str, dict[str, Any]] = {
+    ORIGINAL: {"drop_first_feature": True},  # MoE-LLaVA's: the first feature is always dropped
+    "@pixel_shuffle": {"projector": "pixel_shuffle"},  # the features of 2 x 2 patches are one visual token
+}
 
 
 def without_rule(name: str) -> str:
-    """`NAME` of `NAME@original`; other names as they are."""
-    return name.removesuffix(ORIGINAL)
+    """`NAME` of `NAME@original@pixel_shuffle`; other names as they are."""
+    while rule := next((suffix for suffix in RULES if name.endswith(suffix)), ""):
+        name = name.removesuffix(rule)
+    return name
+
+
+def checked(tower: Tower) -> Tower:
+    """The tower itself. ConfigError where a rule and the tower do not belong together."""
+    odd = tower.position_side % tower.shuffle if not tower.native else 0
+    if odd or (tower.shuffle > 1 and tower.drop_first_feature != tower.class_token):
+        side = tower.position_side
+        raise ConfigError(
+            f"model.tower={tower.name}: the projector {tower.projector!r} needs features in a grid whose sides are "
+            f"multiples of {tower.shuffle}, and this tower has {side} x {side} patches"
+            f"{' less the first' if tower.drop_first_feature and not tower.class_token else ''}; use another tower, such as "
+            "siglip2-so400m-patch16-512@pixel_shuffle, or none of this rule"
+        )
+    if tower.native and tower.drop_first_feature:
+        raise ConfigError(
+            f"model.tower={tower.name}: a tower at native resolution keeps all of its features; drop {ORIGINAL}"
+        )
+    return tower
 
 
 def get_tower(name: str) -> Tower:
     """A tower by name, of a folder's `config.json`, or of a Megatron checkpoint. ConfigError lists nearest names."""
-    if name.endswith(ORIGINAL):
-        return replace(get_tower(without_rule(name)), name=name, drop_first_feature=True)
+    for suffix, fields in RULES.items():
+        if name.endswith(suffix):
+            return checked(replace(get_tower(name.removesuffix(suffix)), name=name, **fields))
     if name in TOWERS:
         return TOWERS[name]
     path = Path(name).expanduser()
@@ -56,6 +86,14 @@ def get_tower(name: str) -> Tower:
         f"model.tower={name!r} is neither a known tower nor a folder with a config.json; "
         f"nearest names: {', '.join(near)}"
     )
+
+
+def tower_of_run(run: RunConfig) -> Tower:
+    """The tower that a run names, with the budget that its data have for one picture."""
+    tower = get_tower(run.model.tower)
+    if not tower.native or (run.data.max_image_tokens or 0) < 1:
+        return tower
+    return replace(tower, max_num_patches=run.data.max_image_tokens * tower.shuffle**2)
 
 
 def tower_of_section(section: dict) -> Tower | None:

@@ -1,6 +1,7 @@
 """Tower <-> `config.json` and `preprocessor_config.json`, as strict as for backbones: an unknown key is an error."""
 
 import dataclasses
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,14 @@ FIELDS = {
 RESAMPLING = {3: "bicubic", 2: "bilinear"}  # Pillow's numbers
 # What is done to every picture. (Some published files say `do_convert_rgb: null`, and pictures become RGB all the same.)
 ALWAYS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
+# Fields that older checkpoints do not have, and what they stand for there.
+LATER = {
+    "resample": RESAMPLING[3],
+    "native": False,
+    "post_layernorm": False,
+    "projector": "mlp2x_gelu",
+    "max_num_patches": 0,
+}
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
@@ -42,6 +51,8 @@ def tower_from_hf_config(config: dict, families, *, name: str) -> Tower:
         config = {"model_type": hf.model_type, **config.get("vision_config", {})}
     settings = {**hf.defaults, **{key: value for key, value in config.items() if value is not None}}
     problems = _unsupported(settings, hf)
+    if hf.counts_patches and not problems:
+        problems = _with_image_size(settings)
     if problems:
         raise ConfigError(f"{name} (model_type {config['model_type']}) is not supported:\n" + "\n".join(problems))
     values = {field: settings[key] for key, field in FIELDS.items() if key in settings}
@@ -49,6 +60,16 @@ def tower_from_hf_config(config: dict, families, *, name: str) -> Tower:
         raise ConfigError(f"{name}: config.json cannot be read:\n" + "\n".join(wrong))
     values["activation"] = ACTIVATIONS[values["activation"]]
     return replace(family.SIZES[0], name=name, source=name, **values)
+
+
+def _with_image_size(settings: dict) -> list[str]:
+    """Put `image_size` in place of `num_patches`: the square picture that has so many. Problems, if there are some."""
+    patches, size = settings.pop("num_patches"), settings["patch_size"]
+    side = math.isqrt(patches) if type(patches) is int and patches > 0 else 0
+    if side == 0 or side**2 != patches:
+        return [f"  num_patches={patches!r}: must be a square above 0, since positions are a square table"]
+    settings["image_size"] = side * size if type(size) is int else size
+    return []
 
 
 def _family(model_type: str | None, families):
@@ -60,7 +81,8 @@ def _family(model_type: str | None, families):
 
 
 def _unsupported(settings: dict, hf) -> list[str]:
-    known = INERT | FIELDS.keys() | hf.constants.keys() | set(hf.inert)
+    known = (INERT | FIELDS.keys() | hf.constants.keys() | set(hf.inert)) - {"image_size" if hf.counts_patches else ""}
+    known |= {"num_patches"} if hf.counts_patches else set()
     problems = [
         f"  {key}={settings[key]!r}: only {value!r} is supported"
         for key, value in hf.constants.items()
@@ -85,9 +107,13 @@ def _with_processor(tower: Tower, processor: dict, name: str) -> Tower:
         for key, value in ALWAYS.items()
         if processor.get(key) not in (None, value)
     ]
+    own = {kind: number for number, kind in RESAMPLING.items()}[tower.resample] if tower.native else 3
     problems += [f"  resample={processor['resample']!r}: supported are 2 (bilinear) and 3 (bicubic)"] * (
-        processor.get("resample", 3) not in RESAMPLING
+        processor.get("resample", own) not in RESAMPLING
     )
+    if tower.native:
+        problems += _native_problems(tower, processor)
+        found = set()
     problems += [
         f"  size, crop_size: {', '.join(map(str, sorted(found)))} instead of image_size={tower.image_size}"
     ] * (bool(found - {tower.image_size}))
@@ -97,9 +123,25 @@ def _with_processor(tower: Tower, processor: dict, name: str) -> Tower:
         tower,
         image_mean=tuple(processor.get("image_mean", tower.image_mean)),
         image_std=tuple(processor.get("image_std", tower.image_std)),
-        resize="shortest_edge_crop" if crops else "square",
-        resample=RESAMPLING[processor.get("resample", 3)],
+        resize=tower.resize if tower.native else "shortest_edge_crop" if crops else "square",
+        resample=RESAMPLING[processor.get("resample", own)],
+        max_num_patches=_budget(tower, processor) if tower.native else 0,
     )
+
+
+def _budget(tower: Tower, processor: dict) -> int:
+    patches = processor.get("max_num_patches", 0)
+    return 0 if patches == tower.num_positions else patches
+
+
+def _native_problems(tower: Tower, processor: dict) -> list[str]:
+    """What a processor at native resolution must not say."""
+    patches = processor.get("max_num_patches", 1)
+    problems = [f"  max_num_patches={patches!r}: must be a whole number above 0"] * (
+        type(patches) is not int or patches < 1
+    )
+    size = processor.get("patch_size", tower.patch_size)
+    return problems + [f"  patch_size={size!r} instead of {tower.patch_size}"] * (size != tower.patch_size)
 
 
 def hf_config_of(tower: Tower) -> dict:
@@ -108,6 +150,8 @@ def hf_config_of(tower: Tower) -> dict:
     config.pop("dropout", None)
     config |= {key: getattr(tower, field) for key, field in FIELDS.items()}
     config["hidden_act"] = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[tower.activation]
+    if tower.hf.counts_patches:
+        config["num_patches"] = (config.pop("image_size") // tower.patch_size) ** 2
     return config
 
 
@@ -127,14 +171,19 @@ def processor_config_of(tower: Tower) -> dict:
         "image_std": list(tower.image_std),
         "size": square,
     }
+    if tower.native:
+        del config["size"]
+        config |= {"patch_size": tower.patch_size, "max_num_patches": tower.num_patches}
     if tower.resize == "shortest_edge_crop":
         config |= {"do_center_crop": True, "crop_size": square, "size": {"shortest_edge": size}}
     return config
 
 
 def tower_fields(tower: Tower) -> dict:
-    """JSON-able fields, for run.json; `resample` where it is not what it was when it was no field."""
-    skipped = ("hf", "mapping", "unused", *(["resample"] if tower.resample == RESAMPLING[3] else []))
+    """JSON-able fields, for run.json; the later ones where they are not what they were when they were no fields."""
+    skipped = {"hf", "mapping", "unused"}
+    if not tower.native:
+        skipped |= {name for name, before in LATER.items() if getattr(tower, name) == before}
     fields = {item.name: getattr(tower, item.name) for item in dataclasses.fields(Tower) if item.name not in skipped}
     return {
         "family": tower.hf.family,

@@ -4,6 +4,7 @@ from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field
 
 from megatron_moellava.mapping import Heads, Mapping
+from megatron_moellava.towers.projector import PROJECTORS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +19,7 @@ class TowerHuggingFace:
     constants: Dict[str, object]  # config key -> the only supported value
     inert: tuple[str, ...] = ()
     defaults: Dict[str, object] = field(default_factory=dict)  # what an absent key means
+    counts_patches: bool = False  # the config has `num_patches`, those of the position table, instead of `image_size`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +32,7 @@ class Tower:
     hidden_size: int
     ffn_hidden_size: int
     num_attention_heads: int
-    image_size: int
+    image_size: int  # native resolution: the square picture that the table of positions is made for
     patch_size: int
     activation: str  # "quick_gelu", "gelu_tanh", "gelu"
     layernorm_epsilon: float
@@ -43,6 +45,11 @@ class Tower:
     image_std: tuple[float, float, float]
     resize: str  # "shortest_edge_crop" or "square"
     resample: str = "bicubic"  # or "bilinear": how pixels are interpolated
+    # Each picture keeps its shape and has a grid of patches of its own; the table of positions is resized to it.
+    native: bool = False
+    post_layernorm: bool = False  # features are those after the published model's last norm
+    projector: str = "mlp2x_gelu"  # a name in PROJECTORS
+    max_num_patches: int = 0  # native resolution: of one picture; 0: as many as the table has positions
     hf: TowerHuggingFace
     mapping: tuple[Mapping, ...]
     unused: tuple[str, ...]  # tensors (below `vision_model.`) that no feature needs; `{i}`: every layer not used
@@ -55,18 +62,52 @@ class Tower:
 
     @property
     def num_patches(self) -> int:
-        """Patches of one image."""
-        return (self.image_size // self.patch_size) ** 2
+        """Patches of one image; at native resolution of the largest."""
+        return self.max_num_patches or (self.image_size // self.patch_size) ** 2
+
+    @property
+    def position_side(self) -> int:
+        """Patches along one side of the square that the table of positions is made for."""
+        return self.image_size // self.patch_size
 
     @property
     def num_positions(self) -> int:
         """Rows of the position embedding: the patches, and the class token if there is one."""
+        return self.position_side**2 + self.class_token
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the tower's sequence for one image (at native resolution the largest): patches, and the class token."""
         return self.num_patches + self.class_token
 
     @property
+    def shuffle(self) -> int:
+        """Neighbouring patches along one side that become one visual token."""
+        return PROJECTORS[self.projector].shuffle
+
+    @property
     def num_features(self) -> int:
-        """Visual tokens per image: 576 for CLIP-L/14-336, 729 for SigLIP-so400m-384 (728 with the first dropped)."""
-        return self.num_positions - self.drop_first_feature
+        """Visual tokens per image: 576 for CLIP-L/14-336, 729 for SigLIP-so400m-384 (728 with the first dropped).
+
+        At native resolution those of the largest picture: its budget.
+        """
+        return (self.num_rows - self.drop_first_feature) // self.shuffle**2
+
+    @property
+    def projector_input_size(self) -> int:
+        """Width of what enters the projector."""
+        return self.hidden_size * self.shuffle**2
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """Of what a batch counts as one: an image (or a tile) of three channels; at native resolution a patch."""
+        side = self.patch_size if self.native else self.image_size
+        return 3, side, side
+
+    def work(self, patches: int) -> float:
+        """What an image costs in one layer, in units of 4 * hidden_size FLOPs: products of each patch, and attention between
+        all of them."""
+        return float(patches * (2 * self.hidden_size + self.ffn_hidden_size + patches))
 
     @property
     def num_used_layers(self) -> int:

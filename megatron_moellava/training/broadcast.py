@@ -7,7 +7,14 @@ from megatron_moellava import parallel
 from megatron_moellava.data.batch import Batch
 
 _PIXELS = "pixel_values_NCHW"  # only the first pipeline stage looks at images
-_META = ("cu_seqlens", "max_seqlen", "sample_ids", "tags", "counts")  # stays on the host, which asks for lengths
+_META = (
+    "cu_seqlens",
+    "max_seqlen",
+    "sample_ids",
+    "tags",
+    "grids",
+    "counts",
+)  # stays on the host, which asks for lengths
 
 
 def broadcast_batch(batch: Batch | None) -> Batch:

@@ -25,10 +25,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_moellava
 from megatron_moellava import parallel, platform
-from megatron_moellava.backbones import backbone_fields
 from megatron_moellava.checkpoint.description import RunDescription, read_description, write_description
 from megatron_moellava.checkpoint.folders import (
+    AVERAGE,
+    AVERAGES,
     DAMAGED,
+    OPTIMIZER_STATE,
     SUPERSEDED,
     UNFINISHED,
     complete_iterations,
@@ -40,11 +42,11 @@ from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
 from megatron_moellava.checkpoint.resume_point import ResumePoint, resume_point
 from megatron_moellava.checkpoint.verification import digests_together, verify_checkpoint
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
+from megatron_moellava.costs.shapes import Model
 from megatron_moellava.model.fp8_emulation import Emulation
 from megatron_moellava.model.fp8_engine import EngineHistories
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.weights import kept_state, model_state, readable
-from megatron_moellava.towers import tower_fields
 from megatron_moellava.training.background import BackgroundSave, Writing
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
 
@@ -140,13 +142,7 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
         optimizer_steps=optimizer_steps,
         world_size=dist.get_world_size(),
         data_parallel_size=parallel.data_parallel_size(),
-        model={
-            "backbone": model.backbone.name,
-            "tower": model.tower.name,
-            "moe": to_dict(run.moe) if run.moe else None,
-            "backbone_fields": backbone_fields(model.backbone),
-            "tower_fields": tower_fields(model.tower),
-        },
+        model=Model(backbone=model.backbone, tower=model.tower, moe=run.moe).to_json(),
         config=to_dict(run),
         loss_scale=state.loss_scale,
         provenance=state.provenance,
@@ -178,7 +174,7 @@ def _optimizer_state(optimizer: ChainedOptimizer, model_state: dict) -> dict:
     return state
 
 
-def _wanted_optimizer_state(optimizer: ChainedOptimizer, model_state: dict) -> dict:
+def _wanted_optimizer_state(optimizer: ChainedOptimizer, model_state: dict, has_average: bool) -> dict:
     """Where `_optimizer_state` of a checkpoint shall go: of each parameter that this rank has any part of.
 
     Megatron-Core's own request, that of `sharded_param_state_fully_reshardable`, is of all parameters on every rank.
@@ -188,7 +184,11 @@ def _wanted_optimizer_state(optimizer: ChainedOptimizer, model_state: dict) -> d
     for index, item in enumerate(distributed_optimizers(optimizer)):
         item.init_state_fn(item.optimizer)
         state[index] = {
-            number: {key: _empty(by_parameter[parameter], key) for key in ("param", *item.optimizer_state_keys)}
+            number: {
+                key: _empty(by_parameter[parameter], key)
+                for key in ("param", *item.optimizer_state_keys)
+                if has_average or key != AVERAGE
+            }
             for number, parameter in _owned_parameters(item)
         }
     return state
@@ -208,7 +208,7 @@ def _owned_parameters(item: DistributedOptimizer) -> Iterator[tuple[int, torch.n
 def _empty(weight: ShardedTensor | ShardedTensorFactory, key: str) -> ShardedTensor | ShardedTensorFactory:
     """A request for one tensor of a parameter's state, split over the ranks as the weight is."""
     data = torch.empty(weight.data.shape, dtype=torch.float32)
-    changes: dict = {"key": f"optimizer.state.{key}.{weight.key}", "data": data}
+    changes: dict = {"key": f"{OPTIMIZER_STATE}{key}.{weight.key}", "data": data}
     if isinstance(weight, ShardedTensor):
         changes["dtype"] = data.dtype
     return replace(weight, **changes)
@@ -345,7 +345,10 @@ def _leave_only(chosen: Path, damaged: list[Path], superseded: list[Path]) -> No
 
 def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[MoELlava], steps: int) -> None:
     """Restore main parameters and Adam's moments of any layout, and the number of updates done."""
-    state = _wanted_optimizer_state(optimizer, model_state(chunks))
+    with readable(checkpoint):
+        stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    has_average = any(name.startswith(AVERAGES) for name in stored)
+    state = _wanted_optimizer_state(optimizer, model_state(chunks), has_average)
     # What is empty does not come back: the state of a stage that trains nothing, or has no experts.
     with readable(checkpoint):
         # The check would want every tensor asked for by the first rank that has a copy of the weight.
@@ -355,6 +358,9 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
         adam = item.optimizer
         for moments in adam.state.values():
             moments.pop("step", None)  # Megatron-Core looks for it in the file when torch's Adam keeps it here
+        if not has_average:  # of a run that had none: it begins with the weights
+            for tensors in loaded.get(index, {}).values():
+                tensors[AVERAGE] = tensors["param"]
         with torch.no_grad():
             item.load_parameter_state_from_fully_reshardable(loaded.get(index, {}))
         if isinstance(adam, torch.optim.AdamW):

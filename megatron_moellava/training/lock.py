@@ -20,7 +20,7 @@ from megatron_moellava.config import CheckpointError
 
 NAME = "in_use.json"
 PATIENCE_SECONDS = 10.0  # a process that was killed a moment ago may not be gone yet
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def lock_folder(folder: str | Path | None, say: Callable[[str], None] = print) -> TextIO | None:
@@ -47,7 +47,7 @@ def _lock(folder: Path, say: Callable[[str], None]) -> TextIO | None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as error:
-            if error.errno in _NO_LOCKS:
+            if error.errno in NO_LOCKS:
                 say(f"{folder} is on a file system without locks: nothing keeps a second job from writing there too")
                 break
             if time.monotonic() > deadline:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_moellava import parallel, platform
 from megatron_moellava.checkpoint.base import base_of, base_to_load, name_of_base
 from megatron_moellava.checkpoint.description import RunDescription, read_description
-from megatron_moellava.checkpoint.folders import require_checkpoint
+from megatron_moellava.checkpoint.folders import AVERAGE, require_checkpoint
 from megatron_moellava.config import DataError, MoELlavaError, OptimizerConfig, RunConfig, from_dict
 from megatron_moellava.data.batch import Batch, Counts, total
 from megatron_moellava.data.loader import Loader
@@ -41,20 +41,26 @@ from megatron_moellava.training.held_out import HeldOut
 from megatron_moellava.training.loss_scale import share_loss_scale
 from megatron_moellava.training.max_activations import MaxActivations
 from megatron_moellava.training.metrics import StepLog, imbalance, load_imbalance, router_losses, routing_summary
+from megatron_moellava.training.non_finite_hunt import NonFiniteHunt
 from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import (
     ExpertBiases,
     Update,
     build_optimizer,
     build_scheduler,
+    distributed_optimizers,
     overlaps,
     rate_after,
+    role_rates,
     wrap_data_parallel,
 )
+from megatron_moellava.training.profiling import Profiler, phase
+from megatron_moellava.training.run_record import run_record
 from megatron_moellava.training.schedule import run_schedule
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.throughput import Throughput
 from megatron_moellava.training.watchdog import Watchdog
+from megatron_moellava.training.weight_average import averages_in_place
 from megatron_moellava.validation.checkpoints import check_resumable
 
 from megatron.core import parallel_state
@@ -98,6 +104,10 @@ class Trainer:
             self._resume(resumed)
         self.stragglers = Stragglers(run.logging.straggler_interval)
         self.non_finite_report = NonFiniteReport(gradients_stay=not overlaps(run)[0])
+        debug = run.training.debug
+        self.non_finite_hunt = NonFiniteHunt(self.chunks) if debug and debug.find_non_finite else None
+        if debug is not None:
+            platform.debug(debug.deterministic, debug.detect_anomaly)
         self.watchdog: Watchdog | None = None
         self._configure_schedules()
         self.update = Update(self.optimizer, self.loss_scale)
@@ -106,11 +116,13 @@ class Trainer:
         self.num_microbatches = run.num_microbatches(parallel.data_parallel_size())
         title = f"stage {run.training.stage}"
         self.log = StepLog(self._log_folder(), run.logging.tensorboard, title, train_steps, self.state.iteration)
+        self.log.track(run.logging, lambda: run_record(run, self.chunks[0].backbone, self.chunks[0].tower))
         self.stop_signal = None
         self._ready: list[Batch] = []  # read, and not yet trained on
         self._bad_rows = 0  # of all ranks, in this epoch
         self.throughput = Throughput(run, self.chunks[0].backbone, self.chunks[0].tower, dist.get_world_size())
         self.loss_sum: torch.Tensor | float = 0.0  # of this rank's last step, before anything is summed over ranks
+        self.profiler = Profiler(run.profile, self._log_folder(), self.chunks)
         self.background = BackgroundSave() if run.checkpoint.async_save else None
 
     # --- start ------------------------------------------------------------------------------------------------------
@@ -218,9 +230,11 @@ class Trainer:
             return self._train()
         finally:
             self.watchdog.stop()
+            if profile := self.profiler.finish(self.state.iteration):
+                self.log.say(profile)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            self.log.close()
+            self.log.close(finished=self.state.iteration >= self.train_steps)
 
     def _on_signal(self, number, frame) -> None:
         self.stop_signal = number
@@ -240,6 +254,7 @@ class Trainer:
         for chunk in self.wrapped:
             chunk.train()
         while self.state.iteration < self.train_steps:
+            self.profiler.before(self.state.iteration + 1)
             numbers, applied, sample_ids = self.step()
             show = self.state.iteration % self.run.logging.log_interval == 0
             self.log.step(self.state.iteration, numbers, show, self._sample_ids(sample_ids))
@@ -261,6 +276,8 @@ class Trainer:
                 interrupted = self._any_rank_interrupted()  # a save may take long enough to be interrupted itself
             if done or interrupted:
                 self._finish_save()
+            if profile := self.profiler.after(self.state.iteration):
+                self.log.say(profile)
             if interrupted and not done:
                 self._report_data()
                 self.log.say(f"interrupted at step {self.state.iteration}; the same command continues it")
@@ -278,8 +295,9 @@ class Trainer:
         started = time.perf_counter()
         self.stragglers.begin()
         self._at("reading data")
-        self._read_ahead()
-        batches = [self._next_batch() for _ in range(self.num_microbatches)]
+        with phase("data"):
+            self._read_ahead()
+            batches = [self._next_batch() for _ in range(self.num_microbatches)]
         waited = time.perf_counter() - started
         self.stragglers.pause(self.state.iteration + 1)
         own = total(batch.counts for batch in batches)
@@ -293,7 +311,8 @@ class Trainer:
             self.fp8.keep()
         self.stragglers.begin()
         self._at("forward and backward pass")
-        with self.max_activations.watch() if self._records_activations() else nullcontext():
+        activations = self.max_activations.watch() if self._records_activations() else nullcontext()
+        with activations, self.non_finite_hunt.watch() if self.non_finite_hunt else nullcontext():
             loss_sums = self._forward_backward(batches, counts.loss_tokens)
         if self.first_gradients is not None:
             self.first_gradients.check()
@@ -302,8 +321,10 @@ class Trainer:
         reading = platform.ToHost(list(losses.values())) if losses else None
         self._at("updating parameters")
         scale = {"loss_scale": float(self.loss_scale.scale)} if self.loss_scale is not None else {}
-        applied, grad_norm = self.update()
+        with phase("optimizer"):
+            applied, grad_norm = self.update()
         lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
+        rates = role_rates(self.run.optimizer, self.optimizer)
         self._finish_update(applied)
 
         read = dict(zip(losses, reading.read(), strict=True)) if reading else {}
@@ -313,6 +334,7 @@ class Trainer:
         numbers = {
             "loss": read.pop("loss", 0.0) / max(counts.loss_tokens, 1),
             "lr": lr,
+            **rates,
             "grad_norm": grad_norm,
             **scale,
             "tokens_per_second": counts.real_tokens / seconds,
@@ -460,7 +482,8 @@ class Trainer:
             )
             return in_a_row
         in_a_row += 1
-        self.log.say(f"step {self.state.iteration} skipped: {whose} is not finite; samples: {names}")
+        first = self.non_finite_hunt.found() if self.non_finite_hunt else ""
+        self.log.say(f"step {self.state.iteration} skipped: {whose} is not finite; samples: {names}{first}")
         if in_a_row >= self.run.training.non_finite_patience:
             self._finish_save()
             raise TrainingDiverged(
@@ -504,7 +527,10 @@ class Trainer:
         waiting = {signal.SIGTERM, signal.SIGUSR1}
         signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
         try:
-            return checkpoints.save_checkpoint(folder, self.run, self.chunks, state, self.optimizer, keep, background)
+            with phase("save"):
+                return checkpoints.save_checkpoint(
+                    folder, self.run, self.chunks, state, self.optimizer, keep, background
+                )
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting)
 
@@ -515,7 +541,10 @@ class Trainer:
         self.gather_parameters()
         if self.fp8 is not None:
             self.fp8.keep()
-        scores = held_out(self.wrapped)
+        scores, averaged = held_out(self.wrapped), []
+        if self.run.validation.ema:
+            with averages_in_place(distributed_optimizers(self.optimizer), self.wrapped):
+                averaged = [replace(score, name=f"{score.name}/{AVERAGE}") for score in held_out(self.wrapped)]
         if self.fp8 is not None:
             self.fp8.forget()
         loss = sum(score.loss for score in scores) / len(scores)
@@ -523,7 +552,7 @@ class Trainer:
         if loss < before:
             self.state.validation = {"loss": loss, "iteration": self.state.iteration}
         options, is_best = self.run.checkpoint, loss < before
-        self.log.validation(self.state.iteration, scores, " | the best so far" if is_best else "")
+        self.log.validation(self.state.iteration, scores + averaged, " | the best so far" if is_best else "")
         if is_best and options.save is not None and self.run.validation.best:
             path = self._write(Path(options.save) / BEST, keep=1, background=None)
             checkpoints.keep_only(path)

@@ -28,7 +28,7 @@ def round_main_params(run: RunConfig, optimizers: list[DistributedOptimizer]) ->
 
 
 def _after_step(item: DistributedOptimizer, run: RunConfig, *_) -> None:
-    key = run.training.seed * 1_000_003 + _steps_done(item)
+    key = run.training.seed * 1_000_003 + steps_done(item)
     for models, mains in zip(item.model_float16_groups, item.shard_fp32_from_float16_groups, strict=True):
         for model, main in zip(models, mains, strict=True):
             if run.optimizer.stochastic_rounding:
@@ -38,7 +38,7 @@ def _after_step(item: DistributedOptimizer, run: RunConfig, *_) -> None:
                 main.copy_(main.to(torch.bfloat16))
 
 
-def _steps_done(item: DistributedOptimizer) -> int:
+def steps_done(item: DistributedOptimizer) -> int:
     """Updates so far: torch's Adam counts them for each parameter, Transformer Engine's for each group."""
     adam = item.optimizer
     counts = [int(state["step"]) for state in list(adam.state.values())[:1] if "step" in state]

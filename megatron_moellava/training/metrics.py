@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_moellava import parallel, platform
+from megatron_moellava.config import LoggingConfig
 from megatron_moellava.data.batch import Counts
 from megatron_moellava.data.loader import summary
 from megatron_moellava.model.moe_llava import MoELlava
@@ -18,6 +19,7 @@ from megatron_moellava.routing.health import RoutingHealthMonitor
 from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.training.held_out import Score
 from megatron_moellava.training.max_activations import scalars
+from megatron_moellava.training.trackers import Trackers
 
 # What the ranks of a step should have equally much of, and which of the batches' counts says it.
 COSTS = {"tokens": "real_tokens", "image_tokens": "image_rows", "attention": "attended"}
@@ -42,6 +44,7 @@ class StepLog:
         self.validation_file: TextIO | None = None
         self.activations_file: TextIO | None = None
         self.writer: SummaryWriter | None = None
+        self.trackers: Trackers | None = None
         self.routing_health = RoutingHealthMonitor()
         self.clock = time.time() - time.monotonic()  # what must be added to the latter
         self.folder = folder
@@ -157,10 +160,17 @@ class StepLog:
         self._add_scalars(iteration, routing_scalars(record))
 
     def _add_scalars(self, iteration: int, values: dict[str, float]) -> None:
+        if self.trackers is not None:
+            self.trackers.scalars(iteration, values)
         if self.writer is None:
             return
         for name, value in values.items():
             self.writer.add_scalar(name, value, iteration, walltime=self.clock + time.monotonic())
+
+    def track(self, options: LoggingConfig, record: Callable[[], dict]) -> None:
+        """Write to the trackers that a run asks for, too; `record`: what they are told of it."""
+        if self.active and self.folder is not None and options.trackers:
+            self.trackers = Trackers(options, self.folder, record(), self.say)
 
     def _left(self, iteration: int) -> str:
         if self.first_iteration is None:  # the first step pays for warming up, and says nothing about the others
@@ -202,8 +212,10 @@ class StepLog:
         even = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
         self.say(f"data: {summary(counters)}{wait}; busiest rank over the mean: {even}")
 
-    def close(self) -> None:
+    def close(self, finished: bool = True) -> None:
         """What is still to be written may not fit; the run has its exit code all the same."""
+        if self.trackers is not None:
+            self.trackers.close(finished)
         for item in (self.writer, self.file, self.routing_file, self.validation_file, self.activations_file):
             try:
                 if item:

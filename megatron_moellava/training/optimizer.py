@@ -7,20 +7,24 @@ import torch
 from megatron_moellava import platform
 from megatron_moellava.config import OptimizerConfig, RunConfig
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.model.roles import parameter_roles
 from megatron_moellava.routing.observer import RoutingObserver
+from megatron_moellava.stages import part_of
 from megatron_moellava.training.loss_scale import LossScale
 from megatron_moellava.training.main_params import round_main_params
+from megatron_moellava.training.weight_average import average_weights
 
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import clip_grads, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import ChainedOptimizer
-from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.utils import local_multi_tensor_l2_norm
 
 ROUTER_GROUP = "is_router"  # key of the parameter group of the routers
+ROLE_GROUP = "role"  # key of the parameter groups that `optimizer.roles` is about
 
 
 def overlaps(run: RunConfig) -> tuple[bool, bool]:
@@ -61,7 +65,7 @@ def accumulate_in_products(chunks: list[MoELlava]) -> None:
 def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:
     """AdamW in fp32 main parameters (which `main_params.py` may round).
 
-    The projector may have a learning rate, the routers a warm-up of their own.
+    Parts of the model may have rates and weight decay of their own (`optimizer.roles`), the routers a warm-up.
     """
     if platform.HAS_CUDA and clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = l2_norm
@@ -82,10 +86,7 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Ch
         overlap_param_gather=overlaps(run)[1],
     )
     overrides = get_standard_config_overrides(config)
-    if options.projector_lr is not None:
-        overrides[ParamKey(name="*projector.*")] = ParamGroupOverride(
-            max_lr=options.projector_lr, min_lr=options.min_lr
-        )
+    overrides |= role_overrides(options, chunks)
     # Routers are fp32 in a bf16 model. In one group with bf16 parameters Megatron-Core would save the Adam states of one
     # parameter as another's: it numbers a group's parameters by buffer, and orders them by dtype.
     overrides[ParamKey(name="*.mlp.router.*")] = ParamGroupOverride(**{ROUTER_GROUP: True})
@@ -94,7 +95,39 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Ch
         # The optimizers of dense and of expert parameters would each gather the parameters of both; the last one does.
         part._defer_param_sync = True
     round_main_params(run, distributed_optimizers(optimizer))
+    average_weights(options, distributed_optimizers(optimizer))
     return optimizer
+
+
+def role_overrides(
+    options: OptimizerConfig, chunks: list[DistributedDataParallel]
+) -> dict[ParamKey, ParamGroupOverride]:
+    """For Megatron-Core's parameter groups: what `optimizer.roles` and `projector_lr` say, by parameter."""
+    part_of_parameter = {
+        parameter: part_of(role) for chunk in chunks for role, _, parameter in parameter_roles(chunk.module)
+    }
+
+    overrides = {}
+    for part, own in options.of_roles().items():
+        override: dict = {ROLE_GROUP: part}
+        if own.lr is not None or own.min_lr is not None:
+            override["max_lr"] = options.lr if own.lr is None else own.lr
+            override["min_lr"] = options.min_lr if own.min_lr is None else own.min_lr
+        if own.weight_decay is not None:
+            override["start_wd"] = override["end_wd"] = own.weight_decay
+        is_of_part = ParamWithNamePredicate(part, lambda parameter, _, part=part: part_of_parameter[parameter] == part)
+        overrides[ParamKey(with_name_predicate=is_of_part)] = ParamGroupOverride(**override)
+    return overrides
+
+
+def role_rates(options: OptimizerConfig, optimizer: ChainedOptimizer) -> dict[str, float]:
+    """The present learning rates of the parts that `optimizer.roles` gives one of their own, as a log names them."""
+    if options.roles is None:
+        return {}
+    parts = {part for part, own in options.of_roles().items() if own.lr is not None or own.min_lr is not None}
+    return {
+        f"lr/{group[ROLE_GROUP]}": group["lr"] for group in optimizer.param_groups if group.get(ROLE_GROUP) in parts
+    }
 
 
 def l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor, *unused) -> tuple[torch.Tensor, None]:
@@ -133,6 +166,8 @@ def build_scheduler(options: OptimizerConfig, optimizer: ChainedOptimizer, train
         lr_warmup_steps=warmup_steps,
         lr_decay_steps=max(train_steps, warmup_steps + 1),
         lr_decay_style=options.lr_decay_style,
+        lr_wsd_decay_style=options.lr_wsd_decay_style,
+        wsd_decay_steps=options.wsd_decay_steps(train_steps),
         start_wd=options.weight_decay,
         end_wd=options.weight_decay,
         wd_incr_steps=train_steps,

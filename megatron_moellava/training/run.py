@@ -9,15 +9,17 @@ import torch.distributed as dist
 from megatron_moellava import parallel, platform
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, RunConfig
+from megatron_moellava.costs.balance import tower_weight
 from megatron_moellava.data.loader import Loader, WorkerTrouble, build_train_loader, worker_trouble
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.model.precision import settle_and_say
-from megatron_moellava.towers import get_tower
+from megatron_moellava.towers import tower_of_run
 from megatron_moellava.training.held_out import HeldOut
 from megatron_moellava.training.lock import lock_folder
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.validation.run import validate_run
 from megatron_moellava.validation.tokenizer import too_large
+from megatron_moellava.validation.training import cooldown_problem
 
 
 def train(run: RunConfig) -> int:
@@ -71,13 +73,13 @@ def build_loader(run: RunConfig) -> Loader:
     Raises ConfigError for a tokenizer with more ids than the backbone's vocabulary.
     """
     backbone = get_backbone(run.model.backbone)
-    tokenizer = load_tokenizer(run.data.tokenizer)
+    tower, tokenizer = tower_of_run(run), load_tokenizer(run.data.tokenizer)
     if tokenizer.vocab_size > backbone.vocab_size:
         raise ConfigError(too_large(run.data.tokenizer, tokenizer.vocab_size, backbone))
     return build_train_loader(
         run.data,
         tokenizer,
-        get_tower(run.model.tower),
+        tower,
         seed=run.training.seed,
         rank=parallel.data_parallel_rank(),
         world_size=parallel.data_parallel_size(),
@@ -87,6 +89,7 @@ def build_loader(run: RunConfig) -> Loader:
         template=run.data.template or backbone.template,
         context_length=backbone.context_length,
         cache_folder=str(Path(run.checkpoint.save) / "data_index") if run.checkpoint.save else None,
+        tower_weight=tower_weight(run, backbone, tower),
     )
 
 
@@ -122,6 +125,8 @@ def _steps_of(run: RunConfig, rows: int) -> tuple[int, str, str]:
             ),
             "",
         )
+    if problem := cooldown_problem(run, steps):
+        return steps, problem, ""
     if steps == warmup == 1:
         return (
             steps,

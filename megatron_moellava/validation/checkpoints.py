@@ -146,15 +146,17 @@ def differing_fields(stored: dict, backbone: Backbone, tower: Tower, moe: MoECon
     ]
 
 
-# A name, how long rows may be, and what regularises training are no part of what the weights mean.
+# A name, how long rows may be, how large pictures are, and what regularises training are no part of what the weights mean.
 _FREE_FIELDS = (
     "name",
     "source",
     "family",
     "template",
     "max_position_embeddings",
+    "max_num_patches",
     "attention_dropout",
     "hidden_dropout",
+    "moe",  # compared as the run's
 )
 
 
@@ -163,7 +165,13 @@ def _moe_fields(moe: dict | None, num_layers: int) -> dict:
     if moe is None:
         return {"num_moe_experts": None}
     placement = moe["placement"]
-    names = ("num_moe_experts", "moe_ffn_hidden_size", "use_residual", "moe_shared_expert_intermediate_size")
+    names = (
+        "num_moe_experts",
+        "moe_ffn_hidden_size",
+        "use_residual",
+        "moe_shared_expert_intermediate_size",
+        "moe_shared_expert_gate",
+    )
     return {name: moe[name] for name in names if name in moe} | {"layers": list(moe_layers(placement, num_layers))}
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from megatron_moellava.backbones import Backbone
-from megatron_moellava.config import MoELlavaError, RunConfig
+from megatron_moellava.backbones.experts import mixture_of
+from megatron_moellava.config import MoEConfig, MoELlavaError, RunConfig
 from megatron_moellava.costs.shapes import expert_ffn_hidden_size
 from megatron_moellava.machine import Machine
 from megatron_moellava.placement import moe_layers
@@ -14,6 +15,9 @@ from megatron_moellava.validation.layout import divisors
 def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Iterator[str]:
     """What the experts need of the layout, of the backbone and of the kind of router."""
     moe, parallel = run.moe, run.parallel
+    if moe is None and backbone.moe is not None:
+        yield f"moe is null, and {backbone.name} has experts of its own; leave moe out, and the run takes them over"
+        return
     if moe is None:
         if run.training.stage == 3 and run.training.trains is None:
             yield (
@@ -45,8 +49,10 @@ def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Ite
         )
     try:
         moe_layers(moe.placement, backbone.num_layers)
+        yield from _of_the_backbone(moe, backbone)
     except MoELlavaError as error:
         yield str(error)
+    yield from _weights(moe)
     if moe.moe_router_dtype == "bf16" and run.training.precision != "bf16":
         yield (
             f"moe.moe_router_dtype=bf16 with training.precision={run.training.precision}: the router takes the dtype of the "
@@ -62,6 +68,12 @@ def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Ite
             f"moe.moe_shared_expert_intermediate_size={moe.moe_shared_expert_intermediate_size}: the MLPs of {backbone.name} "
             "have biases, which Megatron-Core's shared experts cannot; leave it unset"
         )
+    shared, tensor = moe.moe_shared_expert_intermediate_size, parallel.tensor_model_parallel_size
+    if shared and shared % tensor:
+        yield (
+            f"parallel.tensor_model_parallel_size={tensor} does not divide moe.moe_shared_expert_intermediate_size={shared}; "
+            f"use {divisors(shared)}"
+        )
     if moe.moe_token_dispatcher_type == "flex" and not machine.has_gpu:
         yield (
             "moe.moe_token_dispatcher_type=flex (DeepEP) needs GPUs; use alltoall, or training.device=cuda where the run will "
@@ -72,6 +84,53 @@ def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Ite
     if moe.moe_token_dispatcher_type == "allgather" and not run.data.packing:
         yield "moe.moe_token_dispatcher_type=allgather needs rows of one length (data.packing=true); use alltoall"
     yield from _router(run, ROUTERS[moe.router])
+
+
+def _of_the_backbone(moe: MoEConfig, backbone: Backbone) -> Iterator[str]:
+    """What contradicts the experts that the backbone's own weights have."""
+    if backbone.moe is None:
+        return
+    own, asked = mixture_of(backbone.moe, backbone), mixture_of(moe, backbone)
+    for name, value in own.items():
+        if asked[name] != value:
+            yield (
+                f"moe.{name}={asked[name]}: {backbone.name} has experts of its own, with {value}; leave it out, and the run "
+                "takes it over"
+            )
+
+
+def _weights(moe: MoEConfig) -> Iterator[str]:
+    """Choices and weights of Megatron-Core's router that exclude each other."""
+    if moe.moe_router_pre_softmax and moe.moe_router_enable_expert_bias:
+        yield (
+            "moe.moe_router_pre_softmax=true with moe.moe_router_enable_expert_bias=true: a router with biases has sigmoids in "
+            "place of the softmax; leave one of them unset"
+        )
+    if moe.moe_shared_expert_gate and not moe.moe_shared_expert_intermediate_size:
+        yield "moe.moe_shared_expert_gate=true: there is no shared expert; set moe.moe_shared_expert_intermediate_size as well"
+    groups, chosen = moe.moe_router_num_groups, moe.moe_router_group_topk
+    if (groups is None) != (chosen is None):
+        yield (
+            f"moe.moe_router_num_groups={groups} and moe.moe_router_group_topk={chosen} belong together; set both, or neither"
+        )
+        return
+    if groups is None or chosen is None:
+        return
+    if moe.num_moe_experts % groups or not 1 <= chosen <= groups or moe.moe_router_topk < chosen:
+        yield (
+            f"moe.moe_router_num_groups={groups} must divide moe.num_moe_experts={moe.num_moe_experts}, and "
+            f"moe.moe_router_group_topk={chosen} must lie between 1 and the smaller of it and moe.moe_router_topk="
+            f"{moe.moe_router_topk}"
+        )
+    elif moe.moe_router_topk > chosen * (moe.num_moe_experts // groups):
+        yield (
+            f"moe.moe_router_topk={moe.moe_router_topk}: {chosen} groups of {moe.num_moe_experts // groups} experts have fewer"
+        )
+    if not moe.moe_router_pre_softmax and not moe.moe_router_enable_expert_bias:
+        yield (
+            f"moe.moe_router_num_groups={groups} compares sums of scores, which logits are not; set moe.moe_router_pre_softmax "
+            "or moe.moe_router_enable_expert_bias"
+        )
 
 
 def _deep_ep(run: RunConfig, machine: Machine) -> Iterator[str]:

@@ -1,10 +1,11 @@
 """What each number of a run may be by itself, as one table."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_moellava.config import RunConfig
+from megatron_moellava.config import RolesConfig, RunConfig
 
 Rule = tuple[Callable[[float], bool], str]
 AT_LEAST_0: Rule = (lambda value: 0 <= value < float("inf"), "must be 0 or more")
@@ -17,6 +18,9 @@ BELOW_1: Rule = (lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 RULES: dict[str, Rule] = {
     "moe.num_moe_experts": AT_LEAST_1,
     "moe.moe_ffn_hidden_size": AT_LEAST_1,
+    "moe.moe_router_topk_scaling_factor": POSITIVE,
+    "moe.moe_router_num_groups": AT_LEAST_1,
+    "moe.moe_router_group_topk": AT_LEAST_1,
     "moe.moe_aux_loss_coeff": AT_LEAST_0,
     "moe.moe_z_loss_coeff": AT_LEAST_0,
     "moe.moe_router_bias_update_rate": AT_LEAST_0,
@@ -26,6 +30,8 @@ RULES: dict[str, Rule] = {
     "moe.min_capacity": AT_LEAST_0,
     "data.seq_length": AT_LEAST_1,
     "data.max_sample_length": AT_LEAST_1,
+    "data.max_image_tokens": AT_LEAST_1,
+    "data.max_sample_image_tokens": AT_LEAST_1,
     "data.packing_buffer": AT_LEAST_1,
     "data.num_workers": (lambda value: value >= 0, "must be at least 0 (0: in the training process itself)"),
     "data.max_images": AT_LEAST_0,
@@ -54,12 +60,19 @@ RULES: dict[str, Rule] = {
     "optimizer.lr": AT_LEAST_0,
     "optimizer.min_lr": AT_LEAST_0,
     "optimizer.projector_lr": AT_LEAST_0,
+    **{
+        f"optimizer.roles.{part.name}.{name}": AT_LEAST_0
+        for part in dataclasses.fields(RolesConfig)
+        for name in ("lr", "min_lr", "weight_decay")
+    },
+    "optimizer.lr_wsd_decay_iters": (AT_LEAST_1[0], "must be at least 1 step"),
     "optimizer.lr_warmup_fraction": SHARE,
     "optimizer.router_lr_warmup_fraction": (SHARE[0], "must lie between 0 and 1, or be left unset"),
     "optimizer.weight_decay": AT_LEAST_0,
     "optimizer.adam_beta1": BELOW_1,
     "optimizer.adam_beta2": BELOW_1,
     "optimizer.adam_eps": POSITIVE,
+    "optimizer.ema_decay": (lambda value: 0 < value < 1, "must lie between 0 and 1, or be left unset"),
     "optimizer.clip_grad": (AT_LEAST_0[0], "must be 0 (off) or positive"),
     "optimizer.initial_loss_scale": POSITIVE,
     "optimizer.min_loss_scale": POSITIVE,

@@ -1,5 +1,6 @@
 """From a command line to a run that can work, or to one error that lists everything that is wrong with it."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,16 +14,22 @@ from megatron_moellava.checkpoint.resume_point import newest_described
 from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig, read_yaml, set_override, split_override
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.machine import GPU_CLUSTER, Machine, this_machine
-from megatron_moellava.towers import TOWERS, get_tower, tower_fields
+from megatron_moellava.towers import TOWERS, tower_fields, tower_of_run
 from megatron_moellava.validation.adapters import adapter_problems
 from megatron_moellava.validation.checkpoints import checkpoint_problems
 from megatron_moellava.validation.data import data_problems, length_problems
 from megatron_moellava.validation.experts import expert_problems
 from megatron_moellava.validation.layout import parallel_problems
 from megatron_moellava.validation.numbers import number_problems
+from megatron_moellava.validation.pictures import least_features, picture_problems
 from megatron_moellava.validation.precision import decided
 from megatron_moellava.validation.tokenizer import tokenizer_problems
-from megatron_moellava.validation.training import batch_problems, training_problems
+from megatron_moellava.validation.training import (
+    batch_problems,
+    profile_problems,
+    tracker_problems,
+    training_problems,
+)
 
 # Folders that a run writes to, or starts from: no shell has put in the home folder for `~` in a YAML file.
 FOLDERS = (("checkpoint", "save"), ("checkpoint", "load"), ("logging", "directory"))
@@ -47,6 +54,8 @@ def load_run(*, config: str | None = None, flags: dict[str, object], overrides: 
     tree = _model_of_checkpoint(given.get("checkpoint"))
     if isinstance(given.get("model"), dict):
         given["model"] = {part: value for part, value in given["model"].items() if not _is_gone(part, value, tree)}
+    if "moe" not in tree:
+        tree |= experts_of_backbone(given.get("model"))
     for section, fields in given.items():
         tree[section] = {**tree[section], **fields} if section in tree and isinstance(fields, dict) else fields
     run, problems = typed_tree.build(RunConfig, tree)
@@ -73,6 +82,16 @@ def _model_of_checkpoint(options: object) -> dict:
     moe = description.model.get("moe")
     model = trained_with(description).get("model", {}) | model_names(found)
     return {"model": model} | ({"moe": dict(moe)} if moe else {})
+
+
+def experts_of_backbone(model: object) -> dict:
+    """Section `moe` of a run whose backbone has experts of its own: what is not said is the backbone's."""
+    name = model.get("backbone") if isinstance(model, dict) else None
+    try:
+        moe = get_backbone(name).moe if isinstance(name, str) else None
+    except MoELlavaError:  # run_problems says it
+        return {}
+    return {"moe": dataclasses.asdict(moe)} if moe else {}
 
 
 def _is_gone(part: str, value: object, stored: dict) -> bool:
@@ -127,15 +146,15 @@ def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None
     run, _ = decided(run, machine)
     problems: list[str] = []
     backbone = _found(lambda: get_backbone(run.model.backbone), problems)
-    tower = _found(lambda: get_tower(run.model.tower), problems)
+    tower = _found(lambda: tower_of_run(run), problems)
     template = _found(lambda: get_template(run.data.template or (backbone.template if backbone else "v1")), problems)
-    found = [*problems, *number_problems(run), *data_problems(run, tower.num_features if tower else 0)]
+    found = [*problems, *number_problems(run), *data_problems(run, least_features(tower))]
     found += tokenizer_problems(run, backbone, template)
     found += checkpoint_problems(run, backbone, tower)
     if backbone is None:
         return [*found, *batch_problems(run, world_size), *training_problems(run, machine)]
     if tower is not None:
-        found += adapter_problems(run, backbone, tower)
+        found += [*picture_problems(run, tower), *adapter_problems(run, backbone, tower)]
     return [*found, *_sizes(run, backbone, world_size, machine)]
 
 
@@ -153,6 +172,8 @@ def _sizes(run: RunConfig, backbone: Backbone, world_size: int, machine: Machine
     yield from length_problems(run, backbone)
     yield from batch_problems(run, world_size)
     yield from training_problems(run, machine)
+    yield from profile_problems(run, world_size)
+    yield from tracker_problems(run)
 
 
 def _divisors_of_the_layout(run: RunConfig) -> Iterable[int]:

@@ -1,9 +1,11 @@
 """Batches, schedules and precision."""
 
+import math
 from collections.abc import Iterator
 
 from megatron_moellava.config import RunConfig
-from megatron_moellava.machine import TRANSFORMER_IMPL, Machine
+from megatron_moellava.machine import TRANSFORMER_IMPL, Machine, is_installed
+from megatron_moellava.stages import part_of, trained_roles
 
 BLACKWELL = (10, 0)  # compute capability
 
@@ -60,13 +62,89 @@ def training_problems(run: RunConfig, machine: Machine) -> Iterator[str]:
     optimizer = run.optimizer
     if optimizer.gradient_accumulation_fusion and not machine.has_gradient_fusion:
         yield "optimizer.gradient_accumulation_fusion=true needs Transformer Engine and apex's kernel on a GPU; leave it unset"
-    if optimizer.lr == 0 and not optimizer.projector_lr:
-        yield "optimizer.lr=0: no step would change anything; set a rate above 0, or optimizer.projector_lr"
-    for name in ("lr", "projector_lr"):
-        if (rate := getattr(optimizer, name)) is not None and rate < optimizer.min_lr:
-            yield f"optimizer.min_lr={optimizer.min_lr} is more than optimizer.{name}={rate}; it is where the rate decays to"
+    yield from rate_problems(run)
+    if run.validation.ema and optimizer.ema_decay is None:
+        yield "validation.ema=true: there are no averaged weights; set optimizer.ema_decay, e.g. 0.999, or leave it out"
     if optimizer.router_lr_warmup_fraction is not None and run.moe is None:
         yield f"optimizer.router_lr_warmup_fraction={optimizer.router_lr_warmup_fraction} needs a MoE model; leave it unset"
+
+
+def rate_problems(run: RunConfig) -> Iterator[str]:
+    """Learning rates and their schedule; those of parts of the model must be about something that is trained."""
+    optimizer, parts = run.optimizer, run.optimizer.of_roles()
+    if optimizer.lr == 0 and not any(own.lr for own in parts.values()):
+        yield "optimizer.lr=0: no step would change anything; set a rate above 0, or one of a part (optimizer.roles)"
+    rates = {"lr": (optimizer.lr, optimizer.min_lr), "projector_lr": (optimizer.projector_lr, optimizer.min_lr)}
+    for part, own in parts.items():
+        if own.lr is not None or own.min_lr is not None:
+            lowest = optimizer.min_lr if own.min_lr is None else own.min_lr
+            rates[f"roles.{part}.lr"] = optimizer.lr if own.lr is None else own.lr, lowest
+    if optimizer.projector_lr is not None:
+        del rates["roles.projector.lr"]
+    for name, (rate, lowest) in rates.items():
+        if rate is not None and rate < lowest:
+            yield f"optimizer.min_lr={lowest} is more than optimizer.{name}={rate}; it is where the rate decays to"
+    roles = optimizer.roles
+    if optimizer.projector_lr is not None and roles and roles.projector and roles.projector.lr is not None:
+        yield (
+            f"optimizer.projector_lr={optimizer.projector_lr} and optimizer.roles.projector.lr={roles.projector.lr} are the "
+            "same rate; drop one"
+        )
+    trained = {part_of(role) for role in trained_roles(run.training)}
+    for part in parts:
+        if part not in trained and not (part == "projector" and roles is None):
+            yield (
+                f"optimizer.roles.{part}: this run does not train it (training.trains, training.lora); it trains "
+                f"{', '.join(sorted(trained))}; leave it out"
+            )
+    if optimizer.lr_wsd_decay_iters is not None and optimizer.lr_decay_style != "WSD":
+        yield (
+            f"optimizer.lr_wsd_decay_iters={optimizer.lr_wsd_decay_iters} is the cooldown of optimizer.lr_decay_style=WSD, "
+            f"and this run has {optimizer.lr_decay_style}; leave it unset"
+        )
+    if run.training.train_steps > 0 and (problem := cooldown_problem(run, run.training.train_steps)):
+        yield problem
+
+
+def cooldown_problem(run: RunConfig, train_steps: int) -> str:
+    """Why WSD's warm-up and cooldown do not fit into a run of so many steps; empty where they do."""
+    options = run.optimizer
+    cooldown, warmup = options.wsd_decay_steps(train_steps), math.ceil(options.lr_warmup_fraction * train_steps)
+    if options.lr_decay_style != "WSD" or cooldown + warmup <= train_steps:
+        return ""
+    return (
+        f"optimizer.lr_wsd_decay_iters={cooldown} and {warmup} steps of warm-up are more than the run's {train_steps} steps; "
+        f"use at most {max(train_steps - warmup, 1)}, or a smaller optimizer.lr_warmup_fraction"
+    )
+
+
+def tracker_problems(run: RunConfig) -> Iterator[str]:
+    """`logging.trackers`: packages that are not installed, and where a run keeps the trackers' ids."""
+    trackers = run.logging.trackers
+    for name in trackers:
+        if not is_installed(name):
+            yield (
+                f"logging.trackers: {name} is not installed; pip install 'megatron-moellava[trackers]' (or {name} alone), or "
+                "leave it out"
+            )
+    if trackers and not run.logging.directory and not run.checkpoint.save:
+        yield "logging.trackers needs a folder, to continue the same curves later; set logging.directory or checkpoint.save"
+
+
+def profile_problems(run: RunConfig, world_size: int) -> Iterator[str]:
+    """Steps and ranks of `profile`, and where what it finds shall go."""
+    steps, ranks = run.profile.steps, run.profile.ranks
+    if not steps:
+        return
+    shown = ",".join(map(str, steps))
+    if len(steps) > 2 or steps[0] < 1 or steps[-1] < steps[0]:
+        yield f"profile.steps=[{shown}] must be the first and the last step, from 1 on, or one step alone"
+    elif 0 < run.training.train_steps < steps[-1]:
+        yield f"profile.steps=[{shown}]: the run ends after step {run.training.train_steps}"
+    if beyond := [rank for rank in ranks if not 0 <= rank < world_size]:
+        yield f"profile.ranks names {', '.join(map(str, beyond))}, and there are ranks 0 to {world_size - 1}"
+    if not run.logging.directory and not run.checkpoint.save:
+        yield f"profile.steps=[{shown}] needs a folder to write to; set logging.directory or checkpoint.save"
 
 
 def _sixteen_bits(run: RunConfig) -> Iterator[str]:

@@ -19,6 +19,8 @@ from megatron_moellava.model.router import OriginalRouter
 from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.loop import Trainer
+from megatron_moellava.training.optimizer import distributed_optimizers
+from megatron_moellava.training.weight_average import averages_in_place
 from tests.distributed.layouts import BY_ID, MODELS, MOE, REFERENCES, SAVED_AT, SOURCES, STEPS, Layout
 from tests.distributed.rows import MICRO_BATCH, NUM_ROWS, SEQ_LENGTH, Rows
 from tests.distributed.shards import draw, fill, gather_gradients, gather_parameters
@@ -134,6 +136,7 @@ def run_layout(job: dict, folder: Path) -> dict:
             trainer.save()
     trainer.gather_parameters()
     final, difference = gather_parameters(trainer.chunks)
+    averages = gather_averages(trainer)
     result = {
         "loss": everywhere([step["loss"] for step in steps]),
         "grad_norm": [step["grad_norm"] for step in steps],
@@ -142,6 +145,7 @@ def run_layout(job: dict, folder: Path) -> dict:
         "gradients": recorder.gradients,
         "initial": initial,
         "final": final,
+        "averages": averages,
         "routed": torch.stack([sums.sums_GLC for sums in routed]) if routed else None,
         "groups": list(routed[0].groups) if routed else None,
         "copies": max(difference, recorder.difference),
@@ -149,6 +153,14 @@ def run_layout(job: dict, folder: Path) -> dict:
     if torch.distributed.get_rank():
         return {}
     return finish(result, layout, folder)
+
+
+def gather_averages(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The averaged weights of a run that has some (optimizer.ema_decay)."""
+    if trainer.run.optimizer.ema_decay is None:
+        return {}
+    with averages_in_place(distributed_optimizers(trainer.optimizer), trainer.wrapped):
+        return gather_parameters(trainer.chunks)[0]
 
 
 def everywhere(values: list[float]) -> list[float]:
@@ -194,6 +206,7 @@ def compare(result: dict, reference: dict) -> dict:
         },
         "gradients": worst(pairs(result["gradients"], reference["gradients"])),
         "parameters": worst(pairs(result["final"], reference["final"])),
+        "averages": worst(pairs(result["averages"], reference["averages"])),
         "updates": worst(pairs(updates(result), updates(reference))),
         "copies": result["copies"],
         "same_routing": same_routing,
@@ -254,6 +267,7 @@ def run_continuation(job: dict, folder: Path) -> dict:
     numbers, _, _ = trainer.step()
     trainer.gather_parameters()
     final, difference = gather_parameters(trainer.chunks)
+    averages = gather_averages(trainer)
     loss = everywhere([numbers["loss"]])
     if torch.distributed.get_rank():
         return {}
@@ -261,5 +275,6 @@ def run_continuation(job: dict, folder: Path) -> dict:
     return {
         "loss": worst({"": (loss[0], reference["loss"][-1])}),
         "parameters": worst(pairs(final, reference["final"])),
+        "averages": worst(pairs(averages, reference["averages"])),
         "copies": difference,
     }

@@ -12,7 +12,7 @@ from tests.helpers.paths import REPO
 HERE = Path(__file__).parent
 
 
-def launch(jobs: list[dict], folder: Path, patience_seconds: float = 1800) -> None:
+def launch(jobs: list[dict], folder: Path, patience_seconds: float = 5400) -> None:
     """Run `jobs` (dicts with id, run, world and what the function takes); their results are JSON files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     jobs_file = folder / "jobs.json"

@@ -4,7 +4,9 @@ Every layout is compared with one process that computes the same model on the sa
 runs it and `test_layouts.py` asserts it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+
+from megatron_moellava.backbones import BACKBONES
 
 STEPS = 3  # optimizer steps of every run
 SAVED_AT = 2  # the step after which a source of CONTINUATIONS writes its checkpoint
@@ -21,12 +23,30 @@ ROLES = [
 # Coefficients far above the recipes', so that the losses of the router have a say in every gradient.
 MOE = {"num_moe_experts": 4, "placement": "sparse", "moe_aux_loss_coeff": 0.1}
 
+
+def own_experts(backbone: str) -> dict:
+    """Those of a backbone that has some."""
+    return asdict(BACKBONES[backbone].moe) | {"moe_aux_loss_coeff": 0.1}
+
+
 LORA = {
     "training.lora.rank": 3,
     "training.lora.alpha": 6.0,
     "training.lora.targets": ["attention", "ffn", "experts", "router", "projector", "tower"],
 }
 LORA_SHARED = {"training.lora.rank": 4, "training.lora.alpha": 4.0, "training.lora.shared_outer": True}
+RATES = {
+    "optimizer.lr_decay_style": "WSD",
+    "optimizer.lr_wsd_decay_style": "linear",
+    "optimizer.lr_wsd_decay_iters": 2,
+    "optimizer.roles": {
+        "tower": {"lr": 1e-3},
+        "projector": {"lr": 2e-3, "weight_decay": 0.0},
+        "language": {"weight_decay": 0.2},
+        "experts": {"lr": 4e-3, "min_lr": 2e-3},
+        "router": {"lr": 5e-3, "weight_decay": 0.3},
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +57,8 @@ class Model:
     moe: dict | None = None
     roles: list | None = field(default_factory=lambda: ROLES)
     run: dict = field(default_factory=dict)
-    rows: str = "packed"  # "packed", "padded", or "text": packed without any image
+    # "packed", "padded", "text": packed without any image, or "native": packed, images at their own resolution
+    rows: str = "packed"
 
 
 MODELS = {
@@ -56,6 +77,10 @@ MODELS = {
         for name, backbone in (("llama", "llama-tiny"), ("phi", "phi-2-tiny"))
         for stage in (1, 2, 3)
     },
+    # Patches of images of different sizes as one row; with a pixel shuffle; with the tower frozen.
+    "native": Model(moe=MOE, rows="native", run={"model.tower": "naflex-tiny"}),
+    "native-shuffle": Model(moe=MOE, rows="native", run={"model.tower": "naflex-tiny@pixel_shuffle"}),
+    "native-stage3": Model(moe=MOE, rows="native", roles=None, run={"model.tower": "naflex-tiny", "training.stage": 3}),
     "text-only": Model(moe=MOE, rows="text"),
     "padded": Model(moe=MOE, rows="padded"),
     "padded-phi": Model(backbone="phi-2-tiny", moe=MOE, rows="padded"),
@@ -73,6 +98,16 @@ MODELS = {
     "residual": Model(backbone="phi-2-tiny", moe=MOE | {"use_residual": True}),
     "top1": Model(moe=MOE | {"moe_router_topk": 1}),
     "normalized-top1": Model(moe=MOE | {"moe_router_topk": 1, "normalize_top1": True}),
+    # Language models with experts of their own: other routers, a gated shared expert, a norm over all heads.
+    "mixtral": Model(backbone="mixtral-tiny", moe=own_experts("mixtral-tiny")),
+    "qwen2-moe": Model(backbone="qwen2-moe-tiny", moe=own_experts("qwen2-moe-tiny")),
+    "olmoe": Model(backbone="olmoe-tiny", moe=own_experts("olmoe-tiny")),
+    "dots1": Model(backbone="dots1-tiny", moe=own_experts("dots1-tiny") | {"moe_router_bias_update_rate": 0.01}),
+    "deepseek-moe": Model(backbone="deepseek-moe-tiny", moe=own_experts("deepseek-moe-tiny")),
+    "olmoe-padded": Model(backbone="olmoe-tiny", moe=own_experts("olmoe-tiny"), rows="padded"),
+    "qwen2-moe-stage1": Model(
+        backbone="qwen2-moe-tiny", moe=own_experts("qwen2-moe-tiny"), roles=None, run={"training.stage": 1}
+    ),
     # Experts of a quarter of the dense FFN's width.
     "granular": Model(moe=MOE | {"num_moe_experts": 8, "moe_router_topk": 4, "moe_ffn_hidden_size": 96}),
     "granular-phi": Model(
@@ -93,6 +128,9 @@ MODELS = {
     "lora-phi": Model(backbone="phi-2-tiny", moe=MOE, roles=[], run=LORA, rows="padded"),
     "lora-dense": Model(roles=None, run={"training.lora.rank": 8, "training.lora.alpha": 8.0}),
     "lora-shared": Model(moe=MOE, roles=["router"], run=LORA_SHARED),
+    # Every part of the model has a rate of its own, in the cooldown of a schedule.
+    "rates": Model(moe=MOE, run=RATES),
+    "average": Model(moe=MOE, run={"optimizer.ema_decay": 0.3}),
     "bf16": Model(moe=MOE, run={"training.precision": "bf16"}),
     # FP8 as a CPU emulates it. In blocks a pipeline stage computes what one process does, and so does a rank with its own
     # experts; a scale of a whole tensor depends on which tokens and which rows of a weight a rank has.
@@ -195,6 +233,12 @@ LAYOUTS = [
     *_layouts("llama-stage3 phi-stage3", "ep2", 2, ep=2),
     *_layouts("llama-stage3", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("llama-stage3", "pp2-vpp2", 2, pp=2, vpp=2),
+    *_layouts("native native-shuffle", "dp2", 2),
+    *_layouts("native native-shuffle", "tp2", 2, tp=2),
+    *_layouts("native native-shuffle native-stage3", "pp2", 2, pp=2),
+    *_layouts("native native-shuffle native-stage3", "cp2", 2, cp=2),
+    *_layouts("native native-stage3", "ep2", 2, ep=2),
+    *_layouts("native", "recompute-tower", 1, recompute_tower=True),
     *_layouts("text-only", "dp2", 2),
     *_layouts("text-only", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("text-only", "pp2", 2, pp=2),
@@ -213,6 +257,11 @@ LAYOUTS = [
     *_layouts("granular granular-phi normalized-top1", "tp2", 2, tp=2),
     *_layouts("granular granular-phi normalized-top1", "pp2", 2, pp=2),
     *_layouts("granular", "tp2-etp2", 2, tp=2, etp=2),
+    *_layouts("mixtral qwen2-moe olmoe dots1 qwen2-moe-stage1", "ep2", 2, ep=2),
+    *_layouts("qwen2-moe olmoe olmoe-padded dots1 deepseek-moe", "tp2", 2, tp=2),
+    *_layouts("qwen2-moe olmoe dots1 qwen2-moe-stage1", "pp2", 2, pp=2),
+    *_layouts("mixtral qwen2-moe olmoe deepseek-moe", "tp2-etp2", 2, tp=2, etp=2),
+    *_layouts("qwen2-moe olmoe dots1", "cp2", 2, cp=2),
     *_layouts("fp16", "dp2", 2),
     *_layouts("fp16", "tp2", 2, tp=2),
     *_layouts("fp16", "pp2", 2, pp=2),
@@ -220,6 +269,14 @@ LAYOUTS = [
     *_layouts("bf16-params", "dp2", 2),
     *_layouts("bf16-params", "pp2", 2, pp=2),
     *_layouts("granular", "dp2", 2),
+    *_layouts("average", "dp2", 2),
+    *_layouts("average", "tp2-etp2", 2, tp=2, etp=2),
+    *_layouts("average", "pp2", 2, pp=2),
+    *_layouts("average", "ep2-overlap", 2, ep=2, overlap_grads=True, overlap_params=True),
+    *_layouts("rates", "dp2", 2),
+    *_layouts("rates", "tp2-etp2", 2, tp=2, etp=2),
+    *_layouts("rates", "pp2", 2, pp=2),
+    *_layouts("rates", "ep2", 2, ep=2),
     # global_aux_loss under data parallelism sees more rows at once: tests/distributed/test_balancing.py
     *_layouts("sequence-aux-loss global-aux-loss first-half", "pp2", 2, pp=2),
     *_layouts("global-aux-loss", "tp2", 2, tp=2),
@@ -324,8 +381,13 @@ CONTINUATIONS = [
     ("llama-stage1:tp2", "llama-stage1:pp2"),
     ("llama-stage3:ep2", "llama-stage3:pp2-vpp2"),
     ("shared-experts:tp2", "shared-experts:ep2"),
+    ("qwen2-moe:tp2", "qwen2-moe:pp2"),
+    ("olmoe:tp2", "olmoe:ep2"),
     ("expert-bias:ep2", "expert-bias:tp2"),
     ("residual:tp2", "residual:pp2"),
+    ("rates:ep2", "rates:pp2"),
+    ("average:ep2-overlap", "average:tp2-etp2"),
+    ("average:pp2", "average:dp2"),
     ("lora:ep2", "lora:tp2-etp2"),
     ("lora:tp2-etp2", "lora:pp2"),
     ("lora-shared:tp2-ep2-etp1", "lora-shared:ep2"),

@@ -14,8 +14,9 @@ from megatron_moellava.data.loader import Batches
 from megatron_moellava.towers import Tower
 
 SEQ_LENGTH = 128
-NUM_ROWS = {"packed": 4, "text": 4, "padded": 8}  # of the global batch
-MICRO_BATCH = {"packed": 1, "text": 1, "padded": 2}
+NUM_ROWS = {"packed": 4, "text": 4, "padded": 8, "native": 4}  # of the global batch
+MICRO_BATCH = {"packed": 1, "text": 1, "padded": 2, "native": 1}
+GRIDS = ((2, 6), (4, 2), (2, 2), (4, 4))  # native resolution: rows and columns of patches, even for a pixel shuffle
 TAGS = ("color", "color+shape", "", "existence")  # question types; some ranks never meet one
 IMAGES = (2, 0, 1, 0)  # of each micro-batch
 
@@ -48,25 +49,31 @@ class Rows(Batches):
 def _micro_batch(kind: str, vocab_size: int, tower: Tower, seed: int, images: int) -> Batch:
     images = 0 if kind == "text" else images
     draw = np.random.default_rng(seed)
-    shape = (3, tower.image_size, tower.image_size)
-    pixels = [draw.standard_normal((1, *shape), dtype=np.float32) for _ in range(images)]  # one tile each
+    shape, grids = tower.pixel_shape, [GRIDS[(seed + number) % len(GRIDS)] for number in range(images)]
+    counts = [rows * columns if tower.native else 1 for rows, columns in grids]  # patches, or one tile
+    pixels = [draw.standard_normal((count, *shape), dtype=np.float32) for count in counts]
     if kind == "padded":
         per_sample = {0: (0, 0), 1: (0, 1), 2: (1, 1)}[images]
         samples = [_sample(draw, f"{seed}.{i}", vocab_size, tower, n, 30 + 10 * i) for i, n in enumerate(per_sample)]
         return pad(
             samples, pixels, 1, 0, shape
         )  # the longest row is a multiple of 4, so that every layout has this width
-    samples = [_sample(draw, f"{seed}.{i}", vocab_size, tower, 1, 11 + i) for i in range(images)]
+    samples = [_sample(draw, f"{seed}.{i}", vocab_size, tower, 1, 11 + i, grid) for i, grid in enumerate(grids)]
     samples += [_sample(draw, f"{seed}.{i}", vocab_size, tower, 0, 13 + i) for i in range(images, 3)]
     return pack(samples, pixels, SEQ_LENGTH, 0, shape)
 
 
-def _sample(draw, name: str, vocab_size: int, tower: Tower, images: int, words: int) -> EncodedSample:
+def _sample(draw, name: str, vocab_size: int, tower: Tower, images: int, words: int, grid=()) -> EncodedSample:
     """`words` random words after the images; the later two thirds are trained on."""
     text = draw.integers(3, vocab_size, words)
-    tokens = np.concatenate([np.full(images * tower.num_features, IMAGE_TOKEN), text])
+    features = grid[0] * grid[1] // tower.shuffle**2 if tower.native and images else tower.num_features
+    tokens = np.concatenate([np.full(images * features, IMAGE_TOKEN), text])
     labels = np.append(tokens[1:], IGNORE_INDEX)
     labels[: len(tokens) - 2 * words // 3] = IGNORE_INDEX
     return EncodedSample(
-        id=name, tag=TAGS[len(text) % len(TAGS)], tokens_S=tokens.astype(np.int64), labels_S=labels.astype(np.int64)
+        id=name,
+        tag=TAGS[len(text) % len(TAGS)],
+        tokens_S=tokens.astype(np.int64),
+        labels_S=labels.astype(np.int64),
+        grids=(grid,) if tower.native and images else (),
     )

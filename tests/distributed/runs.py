@@ -154,10 +154,11 @@ def run_closed_questions(job: dict, folder: Path) -> dict:
 @torch.no_grad()
 def losses_of_training(trainer, encoder, rows: list[dict], images: Path) -> list[float]:
     """The loss of each answer as a training step computes it, in one process."""
-    (model,), plan = trainer.chunks, Plan(encoder, rows, images, blank=False)
+    (model,) = trainer.chunks
+    plan = Plan(encoder, rows, images, blank=False, tower=model.tower, data=model.run.data)
     packed, _ = plan.of_rank(0, 1)
     losses = []
-    for row, batch in zip(packed, plan.batches(packed, model.tower), strict=True):
+    for row, batch in zip(packed, plan.batches(packed), strict=True):
         loss_S = model(**model_inputs(batch))[0]
         parts = loss_S[: sum(len(sample) for _, sample in row)].split([len(sample) for _, sample in row])
         losses += [float(part_S.sum()) for part_S in parts]

@@ -27,7 +27,7 @@ in_background = {"id": "in background", "run": "run_async", "layout": "expert-bi
 
 @each("job", jobs, ids=[job["id"] for job in jobs])
 def test_checkpoint_continues_in_another_layout(job, result):
-    for name in ("loss", "parameters"):
+    for name in ("loss", "parameters", "averages"):
         error, where = result[name]
         assert error <= TOLERANCE, f"{name}: {error:.1e} at {where}"
     assert result["copies"] == 0.0

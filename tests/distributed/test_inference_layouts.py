@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_moellava import parallel
 from megatron_moellava.inference.load import load_for_inference
-from tests.distributed.generation_worker import requests_of_the_test
+from tests.distributed.generation_worker import answers_of, requests_of_the_test
 from tests.helpers.inference_models import tiny_checkpoint
 from tests.helpers.paths import REPO
 
@@ -39,10 +40,14 @@ def checkpoints(tmp_path_factory) -> dict[str, tuple[Path, dict]]:
     for gate in {gate for gate, *_ in CASES}:
         folder = tiny_checkpoint(tmp_path_factory.mktemp("generation"), gate)
         engine = load_for_inference(folder, max_batch_size=4)
-        answers = {item.request_id: list(item.tokens) for item in engine.generate(requests_of_the_test())}
+        answers = answers_of(engine, requests_of_the_test())
         parallel.shutdown()
         found[gate] = folder, answers
     return found
+
+
+def tokens_of(answers: dict) -> dict:
+    return {name: tokens for name, (tokens, _) in answers.items()}
 
 
 def free_port() -> int:
@@ -77,7 +82,12 @@ def answers_under(checkpoint: Path, out: Path, layout: dict, replicated: bool) -
 @pytest.mark.parametrize(("gate", "layout", "replicated"), CASES)
 def test_every_layout_says_what_one_process_says(checkpoints, tmp_path, gate, layout, replicated):
     checkpoint, expected = checkpoints[gate]
-    first, second = answers_under(checkpoint, tmp_path / "out", LAYOUTS[layout], replicated)
-    assert first | second == expected
+    told = answers_under(checkpoint, tmp_path / "out", LAYOUTS[layout], replicated)
+    first, second = (rank["answers"] for rank in told)
+    assert gate != "megatron" or all(rank["cached"] for rank in told), "the second turn was read whole"
+    assert tokens_of(first | second) == tokens_of(expected)
+    for name, (_, logprobs) in (first | second).items():
+        torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(expected[name][1]), atol=1e-4, rtol=0)
+    assert any(logprobs for _, logprobs in expected.values())
     shared = layout in ("ep2", "dp2") and not replicated
     assert (not first.keys() & second.keys()) if shared else first == second

@@ -34,7 +34,7 @@ def each(jobs: list[dict]):
 
 @each(fp32)
 def test_layout_equals_one_process(job, result):
-    for name in ("loss", "grad_norm", "aux_loss", "z_loss", "gradients", "parameters", "routing_sums"):
+    for name in ("loss", "grad_norm", "aux_loss", "z_loss", "gradients", "parameters", "averages", "routing_sums"):
         error, where = result[name]
         assert error <= TOLERANCE, f"{name}: {error:.1e} at {where}"
     assert result["same_routing"], "RoutingStatistics counted other tokens"

@@ -36,21 +36,46 @@ GATES = {
     "narrow experts": MoEConfig(num_moe_experts=8, moe_router_topk=4, moe_ffn_hidden_size=96),
     "shared experts": MoEConfig(moe_shared_expert_intermediate_size=96),
     "balanced by a bias": MoEConfig(moe_router_enable_expert_bias=True),
+    "probabilities among all": MoEConfig(num_moe_experts=8, moe_router_topk=3, moe_router_pre_softmax=True),
+    "scaled, of the best groups, a gated shared expert": MoEConfig(
+        num_moe_experts=8,
+        moe_router_topk=4,
+        moe_router_num_groups=4,
+        moe_router_group_topk=2,
+        moe_router_enable_expert_bias=True,
+        moe_router_topk_scaling_factor=2.5,
+        moe_shared_expert_intermediate_size=96,
+        moe_shared_expert_gate=True,
+    ),
+    "scaled": MoEConfig(moe_router_topk_scaling_factor=0.5),
 }
 
 
-def tiny_run(moe: MoEConfig | None = None, backbone: str = "llama-tiny", precision: str = "fp32") -> RunConfig:
+def tiny_run(
+    moe: MoEConfig | None = None, backbone: str = "llama-tiny", precision: str = "fp32", tower: str = "clip-tiny"
+) -> RunConfig:
     return RunConfig(
-        model=ModelConfig(backbone=backbone, tower="clip-tiny"),
+        model=ModelConfig(backbone=backbone, tower=tower),
         moe=moe,
         training=TrainingConfig(stage=3 if moe else 2, precision=precision),
-        data=DataConfig(tokenizer=str(TOKENIZER), template="v1", packing=False),
+        data=DataConfig(
+            tokenizer=str(TOKENIZER),
+            template="v1",
+            packing=False,
+            image_grid=tower.endswith(("@newline", "@onevision")),
+        ),
     )
 
 
-def tiny_engine(moe: MoEConfig | None = None, backbone: str = "llama-tiny", seed: int = 1, **options) -> Engine:
+def tiny_engine(
+    moe: MoEConfig | None = None,
+    backbone: str = "llama-tiny",
+    seed: int = 1,
+    tower: str = "clip-tiny",
+    **options,
+) -> Engine:
     parallel.initialize(ParallelConfig(), seed)
-    run = tiny_run(moe, backbone)
+    run = tiny_run(moe, backbone, tower=tower)
     (model,) = build_model(run)
     scatter(model)
     prompter = Prompter(
@@ -114,3 +139,13 @@ def mixed_requests() -> list[Request]:
         ask(3, "Compare both.", images=2, max_new_tokens=8),
         Request(id="r4", turns=conversation, images=(picture(5), picture(9)), sampling=Sampling(max_new_tokens=7)),
     ]
+
+
+@torch.no_grad()
+def uncached(engine, request, tokens) -> torch.Tensor:
+    """Logits [T, V] for each of the answer's tokens, from one forward pass over everything."""
+    prompt = engine.prompter(request)
+    tokens_1S = torch.tensor([[*prompt.tokens, *tokens[:-1]]])
+    position_ids_1S = torch.arange(tokens_1S.shape[1])[None]
+    logits_1SV = engine.model(tokens_1S, position_ids_1S, pixels_NCHW=prompt.pixels_NCHW)
+    return logits_1SV[0, len(prompt.tokens) - 1 :, : engine.prompter.tokenizer.vocab_size]

@@ -19,7 +19,7 @@ FLOORS = (
     ("model", "config_reference"),
     ("conversion", "routing"),
     ("training", "inference"),
-    ("evaluation", "analysis", "planning", "serving"),
+    ("evaluation", "analysis", "planning", "serving", "doctor"),
     ("experiments", "verify"),
     ("commands",),
     ("__main__",),

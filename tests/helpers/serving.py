@@ -25,16 +25,17 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(checkpoint: str | None = None, **changes) -> Iterator[Running]:
+def serving(checkpoint: str | None = None, engine_options: dict | None = None, **changes) -> Iterator[Running]:
     """`checkpoint`: serve this one instead; `changes`: of the server's options."""
     import uvicorn  # with fastapi, behind the server, a second that collecting the tests does not need
 
     from megatron_moellava.serving.server import ServerOptions, build_app
 
+    engine_options = {"max_batch_size": 4} | (engine_options or {})
     if checkpoint:
-        engine = load_for_inference(checkpoint, max_batch_size=4)
+        engine = load_for_inference(checkpoint, **engine_options)
     else:
-        engine = tiny_engine(MoEConfig(), max_batch_size=4)
+        engine = tiny_engine(MoEConfig(), **engine_options)
     service = Service(engine)
     options = {
         "model_name": "tiny",

@@ -63,7 +63,9 @@ def compare(source: Path, save: Path, run: RunConfig) -> dict[str, float]:
         "logits": largest_difference(session.logits(batch), expected["logits"]),
         "loss": abs(session.backward(batch) - expected["loss"]),
     }
-    gradients = session.gradients(TRANSFORMERS if model.moe else ORIGINAL)
+    native = model.backbone.moe is not None  # recorded of a language model alone, whose names have no prefix
+    layout = replace(TRANSFORMERS, language="") if native else TRANSFORMERS if model.moe else ORIGINAL
+    gradients = session.gradients(layout)
     worst = relative_errors(gradients, expected["gradients"], floor=1e-3)
     name = max(worst, key=worst.get)
     return errors | {"gradients": worst[name], "worst gradient": name, "compared": len(worst)}

@@ -16,6 +16,7 @@ from megatron_moellava.config import MoEConfig
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.conversion.upcycle import upcycle_checkpoint
+from tests.helpers import hf_moe_models
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -307,5 +308,5 @@ def test_minicpm_runs_with_its_scalings(tmp_path, towers):
 
 def test_every_family_is_compared_here():
     """A new family needs a comparison with transformers, or a reason here."""
-    compared = {name.split("-")[0] for name in TEXT_CONFIGS} | {"qwen", "minicpm"}
+    compared = {name.split("-")[0] for name in TEXT_CONFIGS} | {"qwen", "minicpm"} | hf_moe_models.MODELS.keys()
     assert {backbone.hf.family for backbone in BACKBONES.values()} == compared

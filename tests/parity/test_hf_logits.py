@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.hf_models import BUILDERS
+from tests.helpers import hf_models, hf_moe_models
 from tests.helpers.paths import REPO
 
+BUILDERS = hf_models.BUILDERS | hf_moe_models.BUILDERS
 TOWER = REPO / "tests/golden/assets/openai/clip-tiny"
 LAYOUTS = {
     "one": [],
     "tp2": ["parallel.tensor_model_parallel_size=2"],
     "pp2": ["parallel.pipeline_model_parallel_size=2"],
     "ep2": ["parallel.expert_model_parallel_size=2"],
+    "etp2": ["parallel.tensor_model_parallel_size=2", "parallel.expert_tensor_parallel_size=2"],
 }
 LOGITS = 1e-4  # absolute, logits of size 4; measured 6e-6
 LOSS = 1e-5

@@ -53,6 +53,8 @@ def test_number_rules_are_of_fields_that_exist():
         name: typing.get_args(hint) or (hint,) for name, hint in typing.get_type_hints(config.RunConfig).items()
     }
     sections["training.lora"] = (config.LoraConfig,)
+    parts = typing.get_type_hints(config.RolesConfig)
+    sections |= {f"optimizer.roles.{part}": typing.get_args(hint) for part, hint in parts.items()}
     for path in RULES:
         section, _, name = path.rpartition(".")
         assert any(name in getattr(cls, "__dataclass_fields__", {}) for cls in sections[section]), path

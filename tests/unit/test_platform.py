@@ -2,6 +2,8 @@
 
 import ctypes
 import importlib
+import inspect
+import os
 import re
 import subprocess
 import sys
@@ -86,3 +88,30 @@ def _threads(monkeypatch, variables: dict[str, str]) -> list[int]:
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     platform.claim_device(0)
     return found
+
+
+def test_memory_is_recorded_by_functions_that_are_there(tmp_path):
+    """Nothing happens on a CPU; on a GPU these are called with these arguments."""
+    record, dump = torch.cuda.memory._record_memory_history, torch.cuda.memory._dump_snapshot
+    for arguments in ({"max_entries": 100_000}, {"enabled": None}):
+        assert inspect.signature(record).bind(**arguments)
+    assert inspect.signature(dump).bind("file")
+    platform.record_memory()
+    platform.save_memory(tmp_path / "memory.pickle")
+    assert not list(tmp_path.iterdir())
+
+
+def test_switches_for_a_run_that_misbehaves(monkeypatch):
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NVTE_ALLOW_NONDETERMINISTIC_ALGO"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    try:
+        platform.debug(deterministic=True, detect_anomaly=True)
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_anomaly_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.autograd.set_detect_anomaly(False)
+    platform.debug(deterministic=False, detect_anomaly=False)
+    assert not torch.are_deterministic_algorithms_enabled() and not torch.is_anomaly_enabled()

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_moellava.backbones import get_backbone
-from megatron_moellava.config import ConfigError, MoEConfig
+from megatron_moellava.config import MoEConfig
 from megatron_moellava.conversion.huggingface import (
     as_transformers,
     export_config,
@@ -56,7 +56,7 @@ def test_an_exported_config_is_read_as_the_same_model(backbone, moe):
     read = text_backbone(config, name="export")
     for field in ("hidden_size", "num_layers", "ffn_hidden_size", "rotary_base", "qk_layernorm", "add_qkv_bias"):
         assert getattr(read, field) == getattr(given.backbone, field), field
-    again = moe_config(config)
+    again = moe_config(config, read)
     if moe is None:
         assert again is None
     else:
@@ -78,13 +78,29 @@ def test_experts_on_llama_become_qwen2_moe_with_biases_of_zero():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "means"),
     [
-        ({"norm_topk_prob": False}, "norm_topk_prob must be true"),
-        ({"shared_expert_intermediate_size": 8}, "no shared expert"),
+        ({"norm_topk_prob": False}, {"moe_router_pre_softmax": True}),
+        (
+            {"shared_expert_intermediate_size": 8},
+            {"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_gate": True},
+        ),
     ],
 )
-def test_experts_that_compute_otherwise_are_refused(change, message):
+def test_experts_that_no_upcycling_makes_are_the_familys_own(change, means):
     config = export_config(as_transformers(model("qwen2-tiny", MoEConfig())), vocab_size=512, image_token=7, trained={})
-    with pytest.raises(ConfigError, match=message):
-        moe_config(config | {"text_config": config["text_config"] | change})
+    assert text_backbone(config, name="export").moe is None
+    config["text_config"] |= change
+    own = text_backbone(config, name="export")
+    assert own.hf.family == "qwen2_moe" and moe_config(config, own) == own.moe
+    assert {name: getattr(own.moe, name) for name in means} == means
+
+
+@pytest.mark.parametrize("name", ["mixtral-tiny", "qwen2-moe-tiny", "qwen3-moe-tiny", "olmoe-tiny", "dots1-tiny"])
+def test_a_family_with_experts_of_its_own_stays_what_it_is(name):
+    given = model(name, get_backbone(name).moe)
+    assert needs_modelling_file(given) == "" and as_transformers(given) == given
+    text = export_config(given, vocab_size=512, image_token=7, trained={})["text_config"]
+    assert text["architectures"] == [given.backbone.hf.architecture]
+    read = text_backbone(text, name="export")
+    assert read.moe == given.moe and read.hf == given.backbone.hf

@@ -30,7 +30,16 @@ def test_names_and_sizes_are_those_of_a_built_model(world, backbone):
     assert sum(tensor.size for tensor in listed.values()) == sum(p.numel() for p in built.parameters())
 
 
-@pytest.mark.parametrize("gate", ["megatron", "residual", "shared experts", "balanced by a bias"])
+@pytest.mark.parametrize(
+    "gate",
+    [
+        "megatron",
+        "residual",
+        "shared experts",
+        "balanced by a bias",
+        "scaled, of the best groups, a gated shared expert",
+    ],
+)
 def test_experts_are_listed_with_their_role(world, gate):
     (built,) = build_model(tiny_run(GATES[gate]))
     listed = model_tensors(described("llama-tiny", GATES[gate]))

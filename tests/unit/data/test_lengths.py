@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from megatron_moellava.config import DataError, Source
-from megatron_moellava.data.lengths import measured_lengths
+from megatron_moellava.data.lengths import measured_lengths, tokens_of
 from megatron_moellava.data.pipeline import Pipeline
 from megatron_moellava.data.sources import Reader, open_sources
 from megatron_moellava.data.tokenizer import load_tokenizer
+from megatron_moellava.towers import get_tower
 from tests.helpers.data_files import TOWER, config, encoder, row, write_images, write_rows
 from tests.helpers.paths import ASSETS
 
@@ -59,3 +60,17 @@ def test_a_folder_that_cannot_be_written_says_what_to_do(tmp_path, tokenizer):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"set checkpoint\.save to a folder that can be written"):
         measured_lengths(made, ["key"], tmp_path / "file")
+
+
+def test_pictures_at_native_resolution_are_measured_with_their_work(tmp_path, tokenizer):
+    write_images(tmp_path)
+    path = write_rows(tmp_path, [row(0), {"id": "bad"}, row(2, None)])
+    reader = Reader(open_sources([Source(path=str(path))], tmp_path / "cache")[0])
+    tower = get_tower("naflex-tiny")
+    made = Pipeline(reader, encoder(tokenizer), tower, config(path), pad_multiple=4)
+    measured = measured_lengths(made, ["key"], tmp_path)
+    encoded, *_ = made.encode(0)
+    ((rows, columns),) = encoded.grids
+    assert measured.tolist() == [[len(encoded), tower.work(rows * columns)], [0, 0], [len(made.encode(2)[0]), 0]]
+    assert tokens_of(measured).tolist() == measured[:, 0].tolist()
+    assert (measured_lengths(made, ["key"], tmp_path) == measured).all()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_moellava.data.length_distribution import SOURCES, sample_lengths
-from megatron_moellava.data.packing import fullest_subset, select_rows
+from megatron_moellava.data.packing import SORTED, fullest_subset, pack_epoch, select_rows
 from megatron_moellava.data.statistics import packing
 
 
@@ -67,3 +67,16 @@ def test_ranks_get_rows_of_equal_cost():
     costs = [float((tokens[row].astype(float) ** 2).sum()) for row in packing(tokens, 4096, 128)]
     table = np.array(costs[: len(costs) // 8 * 8]).reshape(-1, 8)
     assert (table.max(1) / table.mean(1)).mean() < 1.1
+
+
+def test_rows_are_sorted_by_the_costs_that_are_given():
+    """Pictures at native resolution: two samples of a row's length may cost a rank very different work."""
+    rng = random.Random(0)
+    lengths = [rng.randint(20, 60) for _ in range(800)]
+    costs = [rng.uniform(0, 10000) for _ in lengths]
+    rows = pack_epoch(range(800), lengths, 100, 64, costs)
+    assert sorted(itertools.chain(*rows)) == list(range(800))
+    totals = [sum(costs[index] for index in row) for row in rows]
+    for start in range(0, len(rows), SORTED):
+        assert totals[start : start + SORTED] == sorted(totals[start : start + SORTED])
+    assert rows != pack_epoch(range(800), lengths, 100, 64), "without costs by attention"

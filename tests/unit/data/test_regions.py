@@ -2,7 +2,6 @@
 
 import io
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from megatron_moellava.data import geometry, media
+from megatron_moellava.data import geometry, images, media
 from megatron_moellava.data.box_formats import FORMATS
+from megatron_moellava.data.native import Plan
 from megatron_moellava.data.regions import (
     CUT,
     Region,
@@ -197,8 +197,11 @@ def test_the_format_is_part_of_the_order_that_a_resume_compares(tmp_path):
         make_loader(config(path)).load_state_dict(saved)
 
 
-def test_views_come_from_the_header(tmp_path):
+def test_views_come_from_the_header_and_the_towers_way(tmp_path):
     turned_picture(tmp_path / "a.png")
-    data = replace(config(tmp_path / "x.json"), image_grid=True)
-    view = media.view(str(tmp_path / "a.png"), "row 1", TOWER, data)
+    stored = images.upright(str(tmp_path / "a.png"), "row 1")
+    view = media.view(stored, TOWER, config(tmp_path / "x.json", image_grid=True))
     assert view.stored.size == (30, 40) and view.seen.size == (28, 28) and view.seen.scale == (28 / 30, 28 / 40)
+    native = SimpleNamespace(patch_size=14)
+    wide = media.view(stored, native, config(tmp_path / "x.json"), Plan(tokens=12, grid=(4, 3)))
+    assert wide.seen.size == (42, 56) and np.allclose(wide.seen(np.array([[30.0, 40.0]])), [[42, 56]])

@@ -45,6 +45,29 @@ def test_the_same_tokenizer_as_tokenizer_json_gives_the_same_ids(name, tmp_path)
     assert [load_tokenizer(fast).encode_parsed(text) for text in BYTES["probes"]] == ids_of(BYTES, name)
 
 
+def assert_pieces_join(tokenizer, texts) -> None:
+    """What tokens add one by one is what they say together, whatever the characters; control tokens say nothing."""
+    for text in texts:
+        ids = tokenizer.encode_text(text)[0]
+        joined = b"".join(tokenizer.piece(index) for index in ids if not tokenizer.is_control(index))
+        assert joined.decode().strip() == tokenizer.decode(ids).strip()
+    assert tokenizer.is_control(tokenizer.eos_id) and not tokenizer.is_control(tokenizer.encode_text("a")[0][-1])
+    assert tokenizer.is_control(tokenizer.vocab_size + 5) and tokenizer.piece(tokenizer.vocab_size + 5) == b""
+
+
+@pytest.mark.parametrize("vocabulary", ["model", "json"])
+def test_the_pieces_of_a_llama_vocabulary_join_to_the_text(vocabulary, tmp_path):
+    folder = llama_folder(tmp_path, next(iter(LLAMA["folders"])), vocabulary)
+    tokenizer = load_tokenizer(folder)
+    assert_pieces_join(tokenizer, ["naïve ☃ é", "two  blanks\n", *LLAMA["probes"][:20]])
+    assert tokenizer.piece(tokenizer.eos_id) == b"</s>"
+
+
+@pytest.mark.parametrize("name", BYTES["folders"])
+def test_the_pieces_of_a_byte_level_vocabulary_join_to_the_text(name, tmp_path):
+    assert_pieces_join(load_tokenizer(byte_folder(tmp_path, name)), ["naïve ☃ é", " two  blanks\n", "3.5 <b>"])
+
+
 def rows(count: int):
     """Conversations with images in every place, blanks at both ends of texts, several turns."""
     rng = random.Random(0)

@@ -18,10 +18,10 @@ ROWS = [
 ]
 
 
-@pytest.fixture
-def asked(tmp_path):
+@pytest.fixture(params=["clip-tiny", "naflex-tiny"])
+def asked(tmp_path, request):
     """(engine, encoder, image folder)"""
-    engine = tiny_engine()
+    engine = tiny_engine(tower=request.param)
     prompter = engine.prompter
     encoder = Encoder(
         template=prompter.template,
@@ -59,8 +59,8 @@ def test_blank_pictures_tell_what_the_words_alone_give_away(asked):
 
 
 def test_questions_share_rows_and_ranks_get_equally_many(asked):
-    _, encoder, folder = asked
-    plan = Plan(encoder, ROWS, folder, False)
+    engine, encoder, folder = asked
+    plan = Plan(encoder, ROWS, folder, False, engine.model.tower, engine.prompter.data)
     whole, own = plan.of_rank(0, 1)
     assert sorted(index for row in whole for index, _ in row) == list(range(len(ROWS))) and own == len(whole)
     assert all(sum(len(sample) for _, sample in row) <= encoder.max_length for row in whole)

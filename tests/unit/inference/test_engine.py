@@ -12,7 +12,7 @@ from megatron_moellava.data.sample import Turn
 from megatron_moellava.inference.packed_linear import PackedLinear, can_pack
 from megatron_moellava.inference.request_state import RequestState
 from megatron_moellava.inference.requests import Request, Sampling
-from tests.helpers.inference_models import GATES, ask, mixed_requests, tiny_engine
+from tests.helpers.inference_models import GATES, ask, mixed_requests, tiny_engine, uncached
 
 TOLERANCE = 1e-5  # measured: 3e-6, logits of size 5
 
@@ -35,16 +35,6 @@ def seen(monkeypatch):
 
     monkeypatch.setattr(RequestState, "choose", record)
     return logits
-
-
-@torch.no_grad()
-def uncached(engine, request, tokens) -> torch.Tensor:
-    """Logits [T, V] for each of the answer's tokens, from one forward pass over everything."""
-    prompt = engine.prompter(request)
-    tokens_1S = torch.tensor([[*prompt.tokens, *tokens[:-1]]])
-    position_ids_1S = torch.arange(tokens_1S.shape[1])[None]
-    logits_1SV = engine.model(tokens_1S, position_ids_1S, pixels_NCHW=prompt.pixels_NCHW)
-    return logits_1SV[0, len(prompt.tokens) - 1 :, : engine.prompter.tokenizer.vocab_size]
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast decoder", "modules"])
@@ -140,7 +130,7 @@ def test_images_of_a_step_go_through_the_tower_together(monkeypatch):
     alone = {request.id: next(tiny_engine().generate([request])).tokens for request in requests}
     engine, passes = tiny_engine(max_batch_size=4), []
     encode = engine.model.encode_images
-    monkeypatch.setattr(engine.model, "encode_images", lambda pixels: passes.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(engine.model, "encode_images", lambda *images: passes.append(len(images[0])) or encode(*images))
     together = {completion.request_id: completion.tokens for completion in engine.generate(requests)}
     assert passes == [2], "two different images"
     assert together == alone

@@ -5,6 +5,7 @@ import torch
 from megatron_moellava.inference.prompts import Prompt
 from megatron_moellava.inference.request_state import RequestState
 from megatron_moellava.inference.requests import Request, Sampling
+from megatron_moellava.inference.sampling import Choice
 from megatron_moellava.inference.text import TextStream
 
 END = 0
@@ -28,13 +29,13 @@ def state(stop: tuple[str, ...] = (), **sampling) -> RequestState:
 
 
 def say(running: RequestState, text: str) -> str:
-    return "".join(running.accept(ord(letter))[0] for letter in text)
+    return "".join(running.accept(Choice(ord(letter)))[0] for letter in text)
 
 
 def test_the_end_token_ends_an_answer_and_is_no_part_of_its_text():
     running = state()
     assert say(running, "ab") == "ab" and running.finish_reason == ""
-    assert running.accept(END) == ("", []) and running.finish_reason == "stop"
+    assert running.accept(Choice(END)) == ("", []) and running.finish_reason == "stop"
     completion = running.complete().completion
     assert (completion.text, completion.tokens, completion.num_prompt_tokens) == ("ab", (97, 98, END), 3)
     assert completion.routing is None
@@ -57,8 +58,8 @@ def test_a_stop_string_ends_an_answer_and_what_was_held_back_comes_with_the_end(
 
 def test_the_likeliest_token_is_taken_unless_a_temperature_is_set():
     logits_1V = torch.tensor([[0.0, 0.0, 9.0]])
-    assert state().choose(logits_1V, likeliest=1) == 1  # the engine has looked already
-    assert state(temperature=0.5).choose(logits_1V, likeliest=1) == 2
+    assert state().choose(logits_1V, likeliest=1) == Choice(1)  # the engine has looked already
+    assert state(temperature=0.5).choose(logits_1V, likeliest=1) == Choice(2)
 
 
 def test_beams_read_their_own_last_tokens_and_need_a_row_each():

@@ -14,7 +14,7 @@ class Letters:
 
 
 def prompt(*tokens: int, tiles: tuple[int, ...] = ()) -> Prompt:
-    return Prompt(tokens=list(tokens), pixels_NCHW=torch.zeros(0), tiles=tiles)
+    return Prompt(tokens=list(tokens), pixels_NCHW=torch.zeros(sum(tiles), 1), tiles=tiles)
 
 
 def test_a_dense_model_has_no_table():

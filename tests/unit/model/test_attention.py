@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import megatron_moellava.platform  # noqa: F401 -- before megatron.core
-from megatron_moellava.model.attention import SHORT, SdpaCoreAttention
-from megatron_moellava.model.moe_llava import packed_seq_params
+from megatron_moellava.model.attention import SHORT, SdpaCoreAttention, packed_seq_params
 
 from megatron.core.transformer.enums import AttnMaskType
 

@@ -1,6 +1,6 @@
 """Which positions a rank of context parallelism has."""
 
-from megatron_moellava.model.context_parallel import Piece, attention_pieces, chunks_of_rank
+from megatron_moellava.model.context_parallel import Piece, attention_pieces, chunks_of_rank, longest_first
 
 
 def test_every_rank_has_early_and_late_positions_and_nobody_shares_one():
@@ -22,3 +22,12 @@ def test_pieces_end_at_the_boundaries_of_samples_and_chunks():
             queries = mine[piece.queries]
             assert queries[-1] == piece.keys.stop - 1
             assert all(max(start for start in (0, 5, 6) if start <= q) == piece.keys.start for q in queries)
+
+
+def test_the_dearest_items_are_dealt_first():
+    assert longest_first([1.0, 4.0, 2.0, 2.0], 2) == [[1, 0], [2, 3]]
+    assert longest_first([3.0], 2) == [[0], []] and longest_first([], 2) == [[], []]
+    shares = longest_first([float(cost) for cost in range(1, 30)], 4)
+    totals = [sum(number + 1 for number in share) for share in shares]
+    assert sorted(number for share in shares for number in share) == list(range(29))
+    assert max(totals) <= 1.1 * sum(totals) / 4

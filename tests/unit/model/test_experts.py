@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import megatron_moellava.platform  # noqa: F401 -- before megatron.core
-from megatron_moellava.model.experts import BLOCK, ProductOfSeparate, WeightedActivation, offsets
+from megatron_moellava.model.experts import BLOCK, ProductOfSeparate, WeightedActivation, for_each_row, offsets
 from megatron_moellava.planning.counting import SavedTensors
 
 
@@ -40,7 +40,7 @@ def test_weighted_activation_of_bf16_is_rounded_once():
 def test_separate_experts_have_the_products_of_stacked_ones_bit_by_bit(trained):
     """One expert has no rows; frozen experts get no gradient."""
     torch.manual_seed(1)
-    input_NI, ends_E = torch.randn(48, 32).bfloat16().requires_grad_(), offsets([5, 0, 25, 18])
+    input_NI, ends_E = torch.randn(48, 32).bfloat16().requires_grad_(), offsets(torch.tensor([5, 0, 25, 18]))
     weights = [torch.randn(64, 32).bfloat16().requires_grad_(is_trained) for is_trained in trained]
     grad_NO = torch.randn(48, 64).bfloat16()
     wanted = [input_NI, *(weight for weight in weights if weight.requires_grad)]
@@ -55,5 +55,12 @@ def test_separate_experts_are_not_kept_twice():
     input_NI, weights = torch.randn(8, 32).requires_grad_(), [torch.randn(64, 32).requires_grad_() for _ in range(4)]
     kept = SavedTensors(weights)
     with kept:
-        ProductOfSeparate.apply(input_NI, offsets([2, 2, 2, 2]), *weights)
+        ProductOfSeparate.apply(input_NI, offsets(torch.tensor([2, 2, 2, 2])), *weights)
     assert kept.bytes <= input_NI.nbytes + 4 * 4
+
+
+def test_gradients_of_biases_add_up_in_fp32():
+    """4,096 rows of 1: in bf16 the sum would stay at 256."""
+    biases = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    for_each_row(biases, torch.tensor([4096, 1]), 4097).sum().backward()
+    assert biases.grad[:, 0].tolist() == [4096, 1]

@@ -117,7 +117,7 @@ def test_padding_of_expert_rows_changes_nothing(recipe):
     x, weight = draw(24, 64).requires_grad_(), draw(3, 48, 64, seed=1).requires_grad_()
     offsets = padded_offsets(counts, recipe.multiple)
     assert offsets[1] == recipe.multiple and offsets[3] % recipe.multiple == 0
-    output = grouped_product(Scaling(recipe, 3), x, weight, counts)
+    output = grouped_product(Scaling(recipe, 3), x, weight, torch.tensor(counts))
     gradient = draw(24, 48, seed=2)
     output.backward(gradient)
     padded = [x.grad.clone(), weight.grad.clone()]

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from megatron_moellava.model.kv_cache import KVCache, Step, rotate, rotation
+from megatron_moellava.model.kv_cache import KVCache, Past, Step, rotate, rotation
 
 HEADS, GROUPS, CHANNELS = 4, 2, 8
 
@@ -62,6 +62,20 @@ def test_prompts_and_single_tokens_side_by_side_see_their_own_past_only():
     assert cache.is_decode_only() and cache.lengths_R == [6, 4, 3]
     seen = cache.look(1, *parts([(0, 5, 6), (1, 3, 4), (2, 2, 3)]))
     assert torch.allclose(seen, torch.stack([expected[0][5], expected[1][3], expected[2][2]]), atol=1e-5)
+
+
+def test_a_prompt_with_a_past_sees_it_and_the_row_holds_both():
+    torch.manual_seed(0)
+    query, key, value = draw(9, HEADS, CHANNELS), draw(9, GROUPS, CHANNELS), draw(9, GROUPS, CHANNELS)
+    expected = whole(query, key, value)
+    cache = KVCache(max_batch_size=2, max_sequence_length=16)
+    cache.begin(step(((0, 6),), 0, range(6)))
+    cache.look(1, query[:6], key[:6], value[:6])
+    past = Past(length=4, layers=cache.row(0))
+    cache.begin(Step(prompts=((1, 5),), pasts=(past,), decoding=1, positions_T=torch.tensor([4, 5, 6, 7, 8, 6])))
+    seen = cache.look(1, *(torch.cat([item[4:], item[6:7]]) for item in (query, key, value)))
+    assert torch.allclose(seen, torch.cat([expected[4:], expected[6:7]]), atol=1e-5)
+    assert cache.lengths_R[:2] == [7, 9] and torch.equal(cache.row(1)[1][0], key.transpose(0, 1))
 
 
 def test_rows_are_copied_and_change_places_all_at_once():

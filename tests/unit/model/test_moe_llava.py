@@ -7,9 +7,10 @@ import torch
 
 from megatron_moellava.config import MoEConfig
 from megatron_moellava.data.encode import IMAGE_TOKEN
+from megatron_moellava.model.attention import packed_seq_params
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.inputs import model_inputs
-from megatron_moellava.model.moe_llava import PositionedRotary, causal_padding_mask, packed_seq_params
+from megatron_moellava.model.moe_llava import PositionedRotary, causal_padding_mask
 from tests.helpers.batches import X, padded, words
 from tests.helpers.inference_models import tiny_run
 

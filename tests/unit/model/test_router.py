@@ -163,6 +163,37 @@ def test_an_expert_bias_changes_who_is_asked_and_not_the_probabilities(world):
     assert router.choices(logits_NE).tolist() == [[3, 0]]
 
 
+def group_limited(bias: bool) -> MoEConfig:
+    scores = {"moe_router_enable_expert_bias": True} if bias else {"moe_router_pre_softmax": True}
+    return MoEConfig(num_moe_experts=8, moe_router_topk=4, moe_router_num_groups=4, moe_router_group_topk=2, **scores)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["softmax", "sigmoids with a bias"])
+def test_only_experts_of_the_groups_with_the_best_pairs_are_chosen(world, bias):
+    """Groups (0 1), (2 3), (4 5), (6 7); what the observers ask and what is routed are the same."""
+    router = first_router(group_limited(bias)).eval()
+    if bias:
+        router.expert_bias.copy_(torch.linspace(-0.2, 0.2, 8))
+    logits_NE = 2 * torch.randn(50, 8, generator=torch.Generator().manual_seed(2))
+    scores_NE = logits_NE.sigmoid() + router.expert_bias if bias else logits_NE.softmax(-1)
+    best_N2 = scores_NE.view(50, 4, 2).sum(-1).topk(2).indices
+    wanted_NK = torch.cat([2 * best_N2, 2 * best_N2 + 1], dim=-1).sort().values
+    assert torch.equal(router.choices(logits_NE).sort().values, wanted_NK)
+    _, map_NE = router.routing(logits_NE.unsqueeze(1))
+    assert torch.equal(torch.zeros_like(map_NE).scatter(1, wanted_NK, True), map_NE)
+
+
+def test_weights_are_what_the_model_says_of_them(world):
+    logits_SBE = 2 * torch.randn(20, 1, 8, generator=torch.Generator().manual_seed(2))
+    settings = {"num_moe_experts": 8, "moe_router_topk": 3}
+    sums = first_router(MoEConfig(**settings)).eval().routing(logits_SBE)[0].sum(-1)
+    assert torch.allclose(sums, torch.ones(20))
+    weights_NE, map_NE = first_router(MoEConfig(**settings, moe_router_pre_softmax=True)).eval().routing(logits_SBE)
+    assert torch.allclose(weights_NE[map_NE], logits_SBE.view(20, 8).softmax(-1)[map_NE])
+    scaled = first_router(MoEConfig(**settings, moe_router_topk_scaling_factor=2.5)).eval().routing(logits_SBE)[0]
+    assert torch.allclose(scaled.sum(-1), torch.full((20,), 2.5))
+
+
 def test_the_original_counts_places_batch_first(world):
     """Two rows of three tokens that all want expert 0, with two places: both are of the first row."""
     moe = MoEConfig(router="original", moe_router_topk=1, moe_expert_capacity_factor=1.0, min_capacity=0)

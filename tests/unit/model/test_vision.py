@@ -5,7 +5,8 @@ import torch
 
 from megatron_moellava.config import RunConfig, from_dict, set_override
 from megatron_moellava.model.build import build_model
-from megatron_moellava.towers import TOWERS
+from megatron_moellava.model.vision import merged
+from megatron_moellava.towers import TOWERS, get_tower
 
 
 def model_of(tower: str):
@@ -15,7 +16,7 @@ def model_of(tower: str):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tower", [name for name in TOWERS if "tiny" in name])
+@pytest.mark.parametrize("tower", [name for name in TOWERS if "tiny" in name and not TOWERS[name].native])
 def test_an_image_becomes_as_many_tokens_as_the_tower_promises(world, tower):
     model = model_of(tower)
     size = model.tower.image_size
@@ -47,3 +48,23 @@ def test_the_projector_is_linear_gelu_linear(world):
         torch.nn.functional.gelu(inner), projector.linear_fc2.weight, projector.linear_fc2.bias
     )
     assert torch.allclose(projector(features_NVD), expected, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", ["naflex-tiny", "naflex-tiny@pixel_shuffle", "siglip-tiny@pixel_shuffle"])
+def test_projected_tokens_are_as_many_as_the_pictures_have(world, tower):
+    model = model_of(tower)
+    grids = ((2, 4), (4, 4), (2, 2)) if model.tower.native else ()
+    count = sum(rows * columns for rows, columns in grids) if grids else 2
+    features = model.encode_images(torch.randn(count, *model.tower.pixel_shape), grids)
+    tokens = count // model.tower.shuffle**2 if grids else 2 * model.tower.num_features
+    assert features.flatten(0, -2).shape == (tokens, model.backbone.hidden_size)
+
+
+def test_a_pixel_shuffle_joins_neighbours():
+    """Features 0 .. 7 of 2 x 4 patches, and a square of them."""
+    native, square = get_tower("naflex-tiny@pixel_shuffle"), get_tower("siglip-tiny@pixel_shuffle")
+    assert merged(torch.arange(8.0)[:, None], ((2, 4),), native).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert merged(torch.arange(16.0).view(1, 16, 1), (), square)[0].tolist() == [
+        [0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]
+    ]  # fmt: skip

@@ -1,5 +1,7 @@
 """The planner's command: report, picture, JSON and YAML."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_moellava.backbones import get_backbone
@@ -43,6 +45,16 @@ def test_moe_is_assumed_in_stage_3_only_and_is_pasted():
     assert request_of(arguments(), settings_of(arguments())).run.moe == MoEConfig()
     assert settings_of(arguments()) == ["moe.num_moe_experts=4"]
     assert request_of(arguments(stage=2), settings_of(arguments(stage=2))).run.moe is None
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_backbone_with_experts_of_its_own_is_planned_with_them(stage):
+    """As `moellava train` takes them over, so that nothing of them is pasted; what is asked for beside them is kept."""
+    given = arguments(backbone="olmoe-1b-7b-0924", stage=stage, overrides=["moe.moe_aux_loss_coeff=0.5"])
+    request = request_of(given, settings_of(given))
+    assert request.run.moe == replace(request.backbone.moe, moe_aux_loss_coeff=0.5)
+    assert settings_of(given) == ["moe.moe_aux_loss_coeff=0.5"]
+    assert layout_problems(request.run, request.backbone, 1) == []
 
 
 def test_context_parallelism_is_refused_rather_than_guessed():

@@ -6,8 +6,10 @@ from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import load_config
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.data.batch import Counts
+from megatron_moellava.planning.command import predicted_counts
+from megatron_moellava.planning.dry_run import count_rank
 from megatron_moellava.planning.search import with_settings
-from megatron_moellava.towers import get_tower
+from megatron_moellava.towers import get_tower, tower_of_run
 from megatron_moellava.training.throughput import Throughput
 
 
@@ -51,3 +53,14 @@ def test_dry_run_counts_little_more_than_a_training_log(planned):
     logged = Throughput(run, backbone, tower, world_size=8).flops(counts)
     counted = sum(stage[kind]["counted"] for stage in data["dry_run"] for kind in ("forward_flops", "backward_flops"))
     assert 1.0 < counted / logged < COUNTED_OVER_LOGGED
+
+
+@pytest.mark.parametrize("tower", ["siglip2-base-patch16-naflex", "siglip2-base-patch16-naflex@pixel_shuffle"])
+def test_pictures_at_native_resolution_are_counted_as_the_formulas_say(tower):
+    settings = ["model.backbone=llama-tiny", f"model.tower={tower}", "training.stage=2", "data.seq_length=512"]
+    run = load_config(None, [*settings, "data.max_image_tokens=60"])
+    layout = Layout(run=run, backbone=get_backbone("llama-tiny"), tower=tower_of_run(run), world_size=1)
+    counted, predicted = count_rank(layout, 0), predicted_counts(layout, 0)
+    for kind in ("num_parameters", "forward_flops", "backward_flops"):
+        assert getattr(counted, kind) == predicted[kind], kind
+    assert predicted["activations"] == pytest.approx(counted.activations, rel=0.02)

@@ -8,7 +8,7 @@ from tests.helpers.inference_models import ask
 
 
 def service(**changes) -> SimpleNamespace:
-    engine = SimpleNamespace(waiting=[1, 2], rows=[1], steps=7)
+    engine = SimpleNamespace(waiting=[1, 2], rows=[1], steps=7, cached_tokens=11)
     return SimpleNamespace(**{"engine": engine, "open_requests": 3, "failure": ""} | changes)
 
 
@@ -23,6 +23,7 @@ def test_gauges_are_read_when_they_are_scraped():
     found = numbers(metrics)
     assert (found["moellava_open_requests"], found["moellava_waiting_requests"], found["moellava_rows"]) == (3, 2, 1)
     assert (found["moellava_steps"], found["moellava_healthy"]) == (7, 1)
+    assert found["moellava_cached_prompt_tokens"] == 11
     state.failure, state.open_requests = "RuntimeError", 0
     found = numbers(metrics)
     assert (found["moellava_healthy"], found["moellava_open_requests"]) == (0, 0)
@@ -31,7 +32,7 @@ def test_gauges_are_read_when_they_are_scraped():
 def test_answers_and_refusals_are_counted():
     metrics = ServerMetrics(service())
     completion = Completion(request_id="r", text="x", tokens=(1, 2, 3), finish_reason="stop", num_prompt_tokens=40)
-    metrics.answered(ask(0, images=2), completion, seconds=0.2, first=0.07)
+    metrics.answered(ask(0, images=2), [completion], seconds=0.2, first=0.07)
     metrics.refused(429)
     found = numbers(metrics)
     assert found['moellava_requests_total{status="200"}'] == found['moellava_requests_total{status="429"}'] == 1

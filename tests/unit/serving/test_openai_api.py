@@ -1,12 +1,12 @@
 """Bodies of OpenAI's API, and what of them cannot be served."""
 
 import base64
+import json
 
 import pytest
 
 from megatron_moellava.config import DataConfig, DataError
-from megatron_moellava.inference.requests import Completion
-from megatron_moellava.serving.openai_api import ApiLimits, completion_object, last_chunk, parse_chat
+from megatron_moellava.serving.openai_api import ApiLimits, parse_chat
 from tests.helpers.pictures import LIMITS, body, data_url, png
 from tests.helpers.videos import video_bytes
 
@@ -30,6 +30,20 @@ def test_parts_system_and_history_become_turns():
     assert chat.request.sampling.stop == ("x",)
 
 
+def test_answers_logprobs_and_schemas_become_sampling():
+    def sampling(**fields):
+        return parse_chat(body(**fields), ApiLimits(), LIMITS).request.sampling
+
+    assert (sampling().n, sampling().logprobs, sampling().json_schema) == (1, None, "")
+    assert sampling(n=3, logprobs=True, top_logprobs=4).n == 3
+    assert [sampling(logprobs=True).logprobs, sampling(logprobs=True, top_logprobs=4).logprobs] == [0, 4]
+    assert sampling(logprobs=False).logprobs is None and sampling(response_format={"type": "text"}).json_schema == ""
+    assert json.loads(sampling(response_format={"type": "json_object"}).json_schema) == {"type": "object"}
+    schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+    given = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    assert sampling(response_format=given).json_schema == json.dumps(schema), "properties come in the schema's order"
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -47,8 +61,17 @@ def test_parts_system_and_history_become_turns():
         {"top_p": 0},
         {"max_tokens": 10**9},
         {"max_tokens": True},
-        {"n": 2},
+        {"n": 0},
+        {"n": 99},
+        {"n": 2, "routing": True},
+        {"logprobs": 5},
+        {"top_logprobs": 3},
+        {"logprobs": True, "top_logprobs": 21},
         {"stop": ["a"] * 9},
+        {"response_format": "json"},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "", "schema": {}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": "x" * 40_000}}}},
         {"tools": [{}]},
         {"seed": 0.5},
     ],
@@ -58,12 +81,7 @@ def test_bodies_that_cannot_be_served_are_refused(fields):
         parse_chat(body(**fields), ApiLimits(), LIMITS)
 
 
-def test_places_are_data_of_the_answer_where_they_are_asked_for():
-    completion = Completion(request_id="1", text="[1, 2]", tokens=(3,), finish_reason="stop", num_prompt_tokens=1)
-    place = {"kind": "point", "points": [[1.0, 2.0]], "image": 0, "start": 0, "end": 6}
-    for write in (completion_object, last_chunk):
-        assert write(completion, "m", [place])["regions"] == [place]
-        assert write(completion, "m", [])["regions"] == [] and "regions" not in write(completion, "m")
+def test_places_are_asked_for_by_name():
     assert parse_chat(body(regions=True), ApiLimits(), LIMITS).regions
     assert not parse_chat(body(), ApiLimits(), LIMITS).regions
 

@@ -43,6 +43,31 @@ def test_the_interpolation_travels_with_the_tower(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("config", "processor", "message"),
+    [
+        ({"num_patches": 15}, {}, "num_patches=15: must be a square"),
+        ({"image_size": 64}, {}, "image_size=64: unknown key"),
+        ({}, {"max_num_patches": 0}, "max_num_patches=0: must be a whole number above 0"),
+        ({}, {"patch_size": 14}, "patch_size=14 instead of 16"),
+        ({}, {"resample": 1}, "resample=1: supported are"),
+    ],
+)
+def test_a_folder_at_native_resolution_says_what_is_wrong_with_it(config, processor, message, tmp_path):
+    folder = folder_of(TOWERS["naflex-tiny"], tmp_path, **processor)
+    (tmp_path / "config.json").write_text(json.dumps(tower_config_of(TOWERS["naflex-tiny"]) | config))
+    with pytest.raises(ConfigError, match=message):
+        get_tower(folder)
+
+
+def test_the_budget_of_a_processor_is_the_towers(tmp_path):
+    tower = get_tower(folder_of(TOWERS["naflex-tiny"], tmp_path, max_num_patches=1024))
+    assert tower.num_features == 1024 and tower.num_positions == 16
+    assert processor_config_of(tower)["max_num_patches"] == 1024
+    assert get_tower(f"{tmp_path}@pixel_shuffle").num_features == 256
+    assert tower_from_fields(json.loads(json.dumps(tower_fields(tower))), TOWER_FAMILIES).num_features == 1024
+
+
+@pytest.mark.parametrize(
     "form", [{"size": 72, "crop_size": 72}, {"size": {"shortest_edge": 72}, "do_convert_rgb": None}]
 )
 def test_sizes_are_read_in_the_forms_of_older_files(form, tmp_path):

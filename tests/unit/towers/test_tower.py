@@ -27,5 +27,5 @@ def test_padding_has_the_mean_colour_rounded_down():
 @pytest.mark.parametrize("name", TOWERS)
 def test_patches_tile_the_picture_and_heads_the_width(name):
     tower = TOWERS[name]
-    assert tower.image_size // tower.patch_size >= 1
+    assert tower.image_size // tower.patch_size >= 1 and tower.pixel_shape[0] == 3
     assert tower.heads.kv_channels * tower.num_attention_heads == tower.hidden_size

@@ -11,9 +11,12 @@ from megatron_moellava.config import (
     MoEConfig,
     OptimizerConfig,
     ParallelConfig,
+    RoleOptions,
+    RolesConfig,
 )
+from megatron_moellava.model.roles import parameter_roles
 from megatron_moellava.training.loop import Trainer
-from megatron_moellava.training.optimizer import distributed_optimizers, overlaps
+from megatron_moellava.training.optimizer import distributed_optimizers, overlaps, rate_after
 from tests.helpers.batches import Repeated, words
 from tests.helpers.inference_models import scatter, tiny_run
 from tests.helpers.runs import problems, tiny
@@ -122,3 +125,72 @@ def test_overlap_is_on_by_itself_on_gpus_only():
     parallel.shutdown()
     message = problems(1, optimizer__overlap_grad_reduce=False, optimizer__overlap_param_gather=True)
     assert "needs overlap_grad_reduce" in message
+
+
+WSD = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4}
+# Rates of 12 steps of optimizer.lr=1.0 with 2 of warm-up, by hand from the formulas (arXiv 2404.06395 has WSD).
+SCHEDULES = {
+    "linear cooldown": (WSD | {"lr_wsd_decay_style": "linear"}, [0, 0.5, *[1.0] * 7, 0.75, 0.5, 0.25, 0.0]),
+    "exponential": (WSD, [0, 0.5, *[1.0] * 7, *(2 * 0.5 ** (k / 4) - 1 for k in (1, 2, 3, 4))]),
+    "minus_sqrt": (
+        WSD | {"lr_wsd_decay_style": "minus_sqrt"},
+        [0, 0.5, *[1.0] * 7, *(1 - (k / 4) ** 0.5 for k in (1, 2, 3, 4))],
+    ),
+    "a tenth by itself": (
+        {"lr_decay_style": "WSD", "lr_wsd_decay_style": "linear", "min_lr": 0.2},
+        [0, 0.5, *[1.0] * 9, 0.6, 0.2],
+    ),
+    "constant with cooldown": (
+        WSD | {"lr_wsd_decay_style": "linear", "lr_warmup_fraction": 0.0},
+        [*[1.0] * 9, 0.75, 0.5, 0.25, 0.0],
+    ),
+    "inverse square root": (
+        {"lr_decay_style": "inverse-square-root"},
+        [0, 0.5, 1.0, *((2 / k) ** 0.5 for k in range(3, 13))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_have_the_rates_of_their_formulas(name):
+    fields, expected = SCHEDULES[name]
+    options = OptimizerConfig(**{"lr": 1.0, "lr_warmup_fraction": 2 / 12} | fields)
+    assert [rate_after(options, 12, updates) for updates in range(13)] == pytest.approx(expected)
+
+
+def test_parts_of_the_model_have_rates_and_weight_decay_of_their_own():
+    roles = RolesConfig(
+        experts=RoleOptions(lr=4e-3, min_lr=2e-3),
+        router=RoleOptions(weight_decay=0.5),
+        projector=RoleOptions(lr=1e-4, weight_decay=0.25),
+    )
+    started = trainer(MoEConfig(), "fp32", roles=roles, weight_decay=0.1, router_lr_warmup_fraction=0.5)
+    model, found = started.chunks[0], {}
+    role_of = {parameter: (role, parameter.dim()) for role, _, parameter in parameter_roles(model)}
+    for part in distributed_optimizers(started.optimizer):
+        for parameter, (group, _) in part.model_param_group_index_map.items():
+            options = part.optimizer.param_groups[group]
+            found.setdefault(role_of[parameter], set()).add((options["lr"], options["min_lr"], options["weight_decay"]))
+    assert found == {
+        ("projector", 2): {(1e-4, 0.0, 0.25)},
+        ("projector", 1): {(1e-4, 0.0, 0.0)},  # biases have no weight decay
+        ("language.ffn", 2): {(1e-3, 0.0, 0.1)},
+        ("experts", 2): {(4e-3, 2e-3, 0.1)},
+        ("router", 2): {(0.0, 0.0, 0.5)},  # warms up
+    }
+    numbers, applied, _ = started.step()
+    assert applied
+    assert {name: value for name, value in numbers.items() if name.startswith("lr")} == {
+        "lr": 1e-3,
+        "lr/experts": 4e-3,
+        "lr/projector": 1e-4,
+    }
+
+
+def test_projector_lr_is_the_rate_of_its_role():
+    moved = []
+    for fields in ({"projector_lr": 3e-3}, {"roles": RolesConfig(projector=RoleOptions(lr=3e-3))}):
+        started = trainer(MoEConfig(), "fp32", **fields)
+        started.step()
+        moved.append([parameter.detach().clone() for parameter in started.chunks[0].parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*moved, strict=True))

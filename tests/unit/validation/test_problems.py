@@ -301,6 +301,48 @@ COMBINATIONS = {
         {"moe.num_moe_experts": 4, "moe.normalize_top1": True},
         "moe.normalize_top1=true with moe.moe_router_topk=2: the weights of several experts sum to 1",
     ),
+    "a shared expert that tensor parallelism cannot divide": (
+        {"moe.moe_shared_expert_intermediate_size": 63, "parallel.tensor_model_parallel_size": 2},
+        "does not divide moe.moe_shared_expert_intermediate_size=63; use 1, 3, 7, 9, 21 or 63",
+    ),
+    "the gate of no shared expert": ({"moe.moe_shared_expert_gate": True}, "there is no shared expert"),
+    "a softmax before the choice of sigmoids": (
+        {"moe.moe_router_pre_softmax": True, "moe.moe_router_enable_expert_bias": True},
+        "has sigmoids in place of the softmax",
+    ),
+    "groups of experts without a number to choose": (
+        {"moe.moe_router_num_groups": 2},
+        "moe.moe_router_num_groups=2 and moe.moe_router_group_topk=None belong together",
+    ),
+    "groups that do not divide the experts": (
+        {"moe.moe_router_num_groups": 3, "moe.moe_router_group_topk": 1, "moe.moe_router_pre_softmax": True},
+        "moe.moe_router_num_groups=3 must divide moe.num_moe_experts=4",
+    ),
+    "more experts of a token than the groups have": (
+        {
+            "moe.moe_router_num_groups": 4,
+            "moe.moe_router_group_topk": 1,
+            "moe.moe_router_topk": 2,
+            "moe.moe_router_pre_softmax": True,
+        },
+        "moe.moe_router_topk=2: 1 groups of 1 experts have fewer",
+    ),
+    "groups of logits": (
+        {"moe.moe_router_num_groups": 2, "moe.moe_router_group_topk": 1},
+        "compares sums of scores, which logits are not",
+    ),
+    "the original's router with a softmax before the choice": (
+        {"moe.moe_router_pre_softmax": True, "moe.router": "original", "data.packing": False},
+        "moe.moe_router_pre_softmax=True: the original router has no such thing",
+    ),
+    "a dense run of a backbone with experts": (
+        {"model.backbone": "olmoe-tiny"},
+        "moe is null, and olmoe-tiny has experts",
+    ),
+    "other experts than the backbone's": (
+        {"model.backbone": "olmoe-tiny", "moe.num_moe_experts": 8, "moe.moe_router_topk": 3, "moe.placement": "dense"},
+        "moe.moe_router_pre_softmax=False: olmoe-tiny has experts of its own, with True; leave it out",
+    ),
     "split experts with biases": (
         {"model.backbone": "phi-2-tiny", "moe.num_moe_experts": 4, "parallel.expert_tensor_parallel_size": 2},
         "the experts of phi-2-tiny have biases",
@@ -404,6 +446,24 @@ def test_a_checkpoint_that_the_yaml_file_names_brings_its_model(wanted):
     run = load_run(config=str(file), flags=flags, overrides=wanted.overrides)
     validate(run, 1)
     assert run.model.backbone == "llama-tiny" and run.moe == replace(MoEConfig())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_backbone_with_experts_of_its_own_brings_them(wanted, stage):
+    """Without a checkpoint, beside settings of the training alone, and of a checkpoint whose experts have grown."""
+    own = get_backbone("qwen2-moe-tiny").moe
+    wanted.flags |= {"model.backbone": "qwen2-moe-tiny", "training.stage": stage}
+    wanted.overrides += ["moe.moe_aux_loss_coeff=0.5", "parallel.expert_model_parallel_size=2"]
+    run = wanted.load()
+    validate(run, 2, CPU)
+    assert run.moe == replace(own, moe_aux_loss_coeff=0.5)
+    grown = replace(own, num_moe_experts=16, moe_router_topk=6)
+    load(wanted, moe=grown, backbone="qwen2-moe-tiny")
+    del wanted.flags["model.backbone"]
+    assert wanted.load().moe == replace(grown, moe_aux_loss_coeff=0.5)
+    validate(wanted.load(), 2, CPU)
+    wanted.overrides.append("moe.moe_router_topk=3")
+    assert "moe.moe_router_topk=3:" in wanted.message(2)
 
 
 def test_a_home_folder_is_meant_in_a_yaml_file(wanted, monkeypatch):

@@ -37,6 +37,10 @@ OTHER = {
     "data.ignore_keys": ["system"],
     "validation.sources": [{"path": "elsewhere"}],
     "optimizer.projector_lr": 0.5,
+    "training.debug": {"detect_anomaly": True},
+    "profile.steps": [3],
+    "profile.ranks": [1],
+    "optimizer.roles": {"experts": {"lr": 0.5}},
 }
 # How values are shown that were unset, or are lists.
 EFFECTIVE = {

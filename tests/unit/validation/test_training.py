@@ -12,8 +12,9 @@ from megatron_moellava.config import (
     ParallelConfig,
 )
 from megatron_moellava.validation.run import validate
+from megatron_moellava.validation.training import rate_problems
 from tests.helpers.inference_models import tiny_run
-from tests.helpers.runs import problems
+from tests.helpers.runs import problems, tiny
 
 
 def test_runs_in_fp8_that_cannot_work_are_refused():
@@ -38,3 +39,31 @@ def test_validation_says_what_is_wrong(changes, message):
     with pytest.raises(ConfigError) as error:
         validate(replace(tiny_run(MoEConfig()), **changes), 1)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"optimizer__lr": 0.0}, "optimizer.lr=0: no step would change anything"),
+    ({"optimizer__roles__experts__lr": 1e-6, "optimizer__min_lr": 1e-5},
+     "optimizer.min_lr=1e-05 is more than optimizer.roles.experts.lr=1e-06"),
+    ({"optimizer__roles__router__min_lr": 1e-3}, "optimizer.min_lr=0.001 is more than optimizer.roles.router.lr=2e-05"),
+    ({"optimizer__projector_lr": 1e-6, "optimizer__min_lr": 1e-5}, "more than optimizer.projector_lr=1e-06"),
+    ({"optimizer__projector_lr": 1e-3, "optimizer__roles__projector__lr": 1e-4}, "are the same rate; drop one"),
+    ({"optimizer__roles__tower__lr": 1e-4}, "optimizer.roles.tower: this run does not train it"),
+    ({"optimizer__roles__adapters__weight_decay": 0.1}, "it trains experts, language, projector, router; leave it out"),
+    ({"optimizer__roles__experts__weight_decay": -1.0}, "optimizer.roles.experts.weight_decay=-1.0 must be 0 or more"),
+    ({"optimizer__lr_wsd_decay_iters": 5}, "is the cooldown of optimizer.lr_decay_style=WSD, and this run has cosine"),
+    ({"optimizer__lr_decay_style": "WSD", "optimizer__lr_wsd_decay_iters": 0}, "lr_wsd_decay_iters=0 must be at least 1"),
+    ({"optimizer__lr_decay_style": "WSD", "optimizer__lr_wsd_decay_iters": 98, "training__train_steps": 100},
+     "lr_wsd_decay_iters=98 and 3 steps of warm-up are more than the run's 100 steps; use at most 97"),
+])  # fmt: skip
+def test_rates_that_cannot_be_meant_are_refused(fields, message):
+    assert message in problems(1, **fields)
+
+
+def test_rates_of_parts_are_no_problem_where_the_parts_are_trained():
+    for fields in (
+        {"optimizer__lr": 0.0, "optimizer__roles__router__lr": 1e-3},
+        {"optimizer__lr_decay_style": "WSD", "optimizer__lr_wsd_decay_iters": 97, "training__train_steps": 100},
+        {"training__stage": 2, "optimizer__projector_lr": 1e-3, "training__trains": ["experts"]},
+    ):
+        assert not list(rate_problems(tiny(**fields)))

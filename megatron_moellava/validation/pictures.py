@@ -1,0 +1,40 @@
+"""What a run says of its pictures, and whether its tower can see them so."""
+
+from collections.abc import Iterator
+
+from megatron_moellava.config import DataConfig, RunConfig
+from megatron_moellava.towers import Tower
+
+NATIVE_ONLY = ("max_image_tokens", "max_sample_image_tokens", "enlarge_images")
+
+
+def picture_problems(run: RunConfig, tower: Tower) -> Iterator[str]:
+    """Of the settings of `data` that belong to another kind of tower, and of budgets that contradict each other."""
+    data, usual = run.data, DataConfig()
+    if not tower.native:
+        for name in NATIVE_ONLY:
+            if getattr(data, name) != getattr(usual, name):
+                yield (
+                    f"data.{name}={getattr(data, name)} is for towers at native resolution, and every picture of "
+                    f"{tower.name} is {tower.num_features} tokens; leave it unset, or use a tower such as "
+                    "siglip2-so400m-patch16-naflex"
+                )
+        return
+    if data.image_grid:
+        yield (
+            f"data.image_grid=true cuts pictures into tiles of one size, and {tower.name} takes them at native resolution; set "
+            "data.image_grid=false, and raise data.max_image_tokens for more detail"
+        )
+    if data.max_sample_image_tokens and tower.num_features > data.max_sample_image_tokens:
+        yield (
+            f"data.max_image_tokens={tower.num_features} of one picture is more than "
+            f"data.max_sample_image_tokens={data.max_sample_image_tokens} of all pictures of a sample; lower the one or raise "
+            "the other"
+        )
+
+
+def least_features(tower: Tower | None) -> int:
+    """Visual tokens that the smallest picture has for certain."""
+    if tower is None:
+        return 0
+    return 1 if tower.native else tower.num_features
