@@ -143,6 +143,8 @@ class DataConfig:
     video_frames: int = 8  # shown of a video, spread evenly; with video_fps the most
     video_fps: float = 0.0  # frames shown for each second of a video, up to video_frames; 0: video_frames of any video
     video_times: Literal["none", "seconds"] = "none"  # whether the text says when each frame is
+    # visual tokens of a video's frames averaged in blocks: 2 x 2 neighbours, and of two frames
+    video_pooling: Literal["none", "2x2", "2x2x2"] = "none"
     seq_length: int = 2048  # tokens per row, image tokens included
     # of one sample; None: seq_length, or the backbone's context where that is shorter
     max_sample_length: int | None = None

@@ -35,6 +35,7 @@ TRAINED_WITH = {
         "video_frames",
         "video_fps",
         "video_times",
+        "video_pooling",
         "seq_length",
         "max_sample_length",
         "length_counts",

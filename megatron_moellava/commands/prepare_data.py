@@ -39,6 +39,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="frames kept of a second, up to --video-frames (0: off)",
     )
     parser.add_argument(
+        "--video-pooling",
+        choices=("none", "2x2", "2x2x2"),
+        default="none",
+        help="that of the training: frames pooled together share a time (none)",
+    )
+    parser.add_argument(
         "--video-times",
         choices=("none", "seconds"),
         default="none",
@@ -98,6 +104,7 @@ def _shards(parsed: argparse.Namespace) -> dict:
         video_frames=parsed.video_frames,
         video_fps=parsed.video_fps,
         video_times=parsed.video_times,
+        video_pooling=parsed.video_pooling,
         max_skip_share=parsed.max_skip_share,
         ignore_keys=tuple(parsed.ignore_keys),
         trust_paths=parsed.trust_paths,

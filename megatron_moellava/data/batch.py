@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN, EncodedSample
+from megatron_moellava.data.pooling import Pools
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Batch:
     sample_ids: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     grids: tuple[tuple[int, int], ...] = ()  # native resolution: rows and columns of patches of each image
+    pools: Pools = ()  # images that become one set of visual tokens, and which neighbours one token; empty: each its own
     counts: Counts = None  # type: ignore[assignment]  # taken from the tensors when the batch is made, on the host, and carried along
 
     def __post_init__(self) -> None:
@@ -119,6 +121,7 @@ def pack(samples: list[EncodedSample], pixels: list[np.ndarray], seq_length: int
         sample_ids=[sample.id for sample in samples],
         tags=[sample.tag for sample in samples],
         grids=tuple(grid for sample in samples for grid in sample.grids),
+        pools=tuple(pool for sample in samples for pool in sample.pools),
     )
 
 
@@ -143,6 +146,7 @@ def pad(samples: list[EncodedSample], pixels: list[np.ndarray], multiple: int, p
         sample_ids=[sample.id for sample in samples],
         tags=[sample.tag for sample in samples],
         grids=tuple(grid for sample in samples for grid in sample.grids),
+        pools=tuple(pool for sample in samples for pool in sample.pools),
     )
 
 

@@ -403,7 +403,7 @@ def build_encoder(data, tokenizer: Tokenizer, tower, template: str = "", context
 
 
 # Fields that older checkpoints do not know: in the fingerprint only where they are not the default, which was the only way.
-LATER = ("box_format", "video_frames", "video_fps", "video_times")
+LATER = ("box_format", "video_frames", "video_fps", "video_times", "video_pooling")
 
 
 def order_fields(data, encoder: Encoder, tower, opened: list[OpenSource]) -> dict:

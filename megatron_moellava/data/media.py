@@ -13,9 +13,10 @@ from megatron_moellava.data import tiling as grid
 from megatron_moellava.data.encode import EncodedSample
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.paths import locate
+from megatron_moellava.data.pooling import POOLINGS, pools, widths
 from megatron_moellava.data.regions import View, rewrite
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, BadSample, ImageRef, Sample
-from megatron_moellava.data.video import last_video, open_video
+from megatron_moellava.data.video import FRAME, last_video, open_video
 
 
 def source(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> bytes | str:
@@ -32,7 +33,7 @@ def source(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> byt
 
 def open_ref(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> tuple[Image.Image, tuple[str, ...]]:
     """RGB image and notes."""
-    if ref.frame is not None:
+    if ref.frame is not None and not ref.is_still:
         video = last_video(source(ref, folder, where, trusted), f"{where}, video {ref.name[:80]!r}", trusted)
         return video.frame(video.clip.pick(*ref.frame))
     return images.open_image(source(ref, folder, where, trusted), f"{where}, image {ref.name[:80]!r}")
@@ -59,7 +60,10 @@ def encoded(encoder: Encoder, sample: Sample, folder: str, where: str, tower, da
     """Tokens and labels, with as much room for each picture as this tower needs. Raises BadSample."""
     if not tower.native:
         counts = [num_tiles(ref, folder, where, tower, data) for ref in sample.images]
-        return encoder(sample, tuple(count * tower.num_features for count in counts))
+        frames, pooling = [ref.frame for ref in sample.images], POOLINGS[data.video_pooling]
+        found = encoder(sample, widths(frames, counts, tower.num_features, pooling))
+        kept = len(found.images)
+        return replace(found, pools=pools(frames[:kept], counts[:kept], pooling))
     made = plans(sample.images, folder, where, tower, data)
     found = encoder(sample, tuple(plan.tokens for plan in made))
     return replace(found, grids=tuple(plan.grid for plan in made[: len(found.images)]))
@@ -113,6 +117,8 @@ def show_video(
     clip = video.clip.cut(*span) if span else video.clip
     texts = clip.texts(data)
     frames = [video.frame(clip.pick(index, len(texts)))[0] for index in range(len(texts))]
+    for index, frame in enumerate(frames):
+        frame.info[FRAME] = (index, len(frames))
     return "".join(texts), frames
 
 

@@ -18,7 +18,7 @@ from megatron_moellava.data.regions import REGION_KEYS, Region, parse_regions
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-KEYS = ("id", "conversations", "messages", "system", "image", "images", "video", "tag", *REGION_KEYS)
+KEYS = ("id", "conversations", "messages", "system", "image", "images", "video", "frames", "tag", *REGION_KEYS)
 # About the row, not of it: LLaVA's mixes, ShareGPT and InternVL have them. They change nothing that is trained.
 INERT = frozenset(
     (
@@ -53,6 +53,7 @@ class ImageRef:
     name: str  # path below the image folder, or a data: URI
     data: bytes | None = None  # the file itself, when it came from a tar
     frame: tuple[int, int] | None = None  # (i, n): the i-th of n frames spread evenly over a video
+    is_still: bool = False  # of a frame: `name` and `data` are the picture itself, taken from the video before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,6 +249,7 @@ def _parse_images(record: dict, turns: tuple[Turn, ...], inline: list[ImageRef],
     if field == "video":
         return _parse_video(given["video"], turns, origin, frames)
     images = tuple(inline) or tuple(ImageRef(name=name) for name in (*given["image"], *given["images"]))
+    images = _as_frames(record.get("frames"), images, origin)
     placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
     if field is not None and placeholders != len(images):
         raise BadSample(
@@ -257,6 +259,22 @@ def _parse_images(record: dict, turns: tuple[Turn, ...], inline: list[ImageRef],
             + ("" if images else f", or remove `{field}` from a row whose text speaks of `<image>`"),
         )
     return images, turns
+
+
+def _as_frames(counts, images: tuple[ImageRef, ...], origin: str) -> tuple[ImageRef, ...]:
+    """`frames` of a row of shards: how many pictures, one after the other, are the frames of each video; 0 for a picture."""
+    if _empty(counts):
+        return images
+    good = isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts)
+    if not good or sum(n or 1 for n in counts) != len(images):
+        raise BadSample(
+            "image count",
+            f"{origin}: `frames` is {counts!r:.80} for {len(images)} pictures; give the frames of each video",
+        )
+    places = [(i, n) if n else None for n in counts for i in range(n or 1)]
+    return tuple(
+        replace(image, frame=place, is_still=place is not None) for image, place in zip(images, places, strict=True)
+    )
 
 
 def _parse_video(names: list[str], turns: tuple[Turn, ...], origin: str, frames: Callable[[str], Sequence[str]]):

@@ -42,6 +42,7 @@ class Plan:
     video_frames: int
     video_fps: float
     video_times: Literal["none", "seconds"]
+    video_pooling: Literal["none", "2x2", "2x2x2"]
     max_skip_share: float
     ignore_keys: tuple[str, ...]
     trust_paths: bool
@@ -50,8 +51,13 @@ class Plan:
     @property
     def data(self) -> DataConfig:
         """What decides which frames of a video are kept, and what the text says of them."""
-        frames = {"video_frames": self.video_frames, "video_fps": self.video_fps, "video_times": self.video_times}
-        return DataConfig(trust_paths=self.trust_paths, **frames)  # type: ignore[arg-type]
+        return DataConfig(
+            video_frames=self.video_frames,
+            video_fps=self.video_fps,
+            video_times=self.video_times,
+            video_pooling=self.video_pooling,
+            trust_paths=self.trust_paths,
+        )
 
     def shard(self, number: int) -> Path:
         """The file of shard `number`."""
@@ -73,6 +79,7 @@ def make_shards(
     video_frames: int = 8,
     video_fps: float = 0.0,
     video_times: Literal["none", "seconds"] = "none",
+    video_pooling: Literal["none", "2x2", "2x2x2"] = "none",
     max_skip_share: float = 0.0,
     ignore_keys: tuple[str, ...] = (),
     trust_paths: bool = False,
@@ -93,6 +100,7 @@ def make_shards(
         video_frames=video_frames,
         video_fps=video_fps,
         video_times=video_times,
+        video_pooling=video_pooling,
         max_skip_share=max_skip_share,
         ignore_keys=ignore_keys,
         trust_paths=trust_paths,
@@ -112,7 +120,8 @@ def _claim(plan: Plan) -> None:
     """One folder, one source and layout; else shards of two runs would mix."""
     values: tuple = (plan.fingerprint, plan.rows_per_shard, plan.max_images, plan.video_frames)
     values += (plan.image_folder, plan.ignore_keys, plan.trust_paths)
-    values += () if (plan.video_fps, plan.video_times) == (0, "none") else (plan.video_fps, plan.video_times)
+    shown = (plan.video_fps, plan.video_times, plan.video_pooling)
+    values += () if shown == (0, "none", "none") else shown
     claim, wanted = Path(plan.out) / "reports" / "plan", hashlib.sha256(repr(values).encode()).hexdigest()
     claim.parent.mkdir(exist_ok=True)
     if claim.exists() and claim.read_text() != wanted:
@@ -236,6 +245,8 @@ def _record(sample: Sample, names: list[str]) -> dict:
     turns += [{"from": ROLES[turn.role], "value": turn.text} for turn in sample.turns]
     record = {"id": sample.id, "conversations": turns} | region_fields(sample.regions, sample.box_format)
     record |= {"system": sample.system} if sample.system else {}
+    frames = [ref.frame[1] for ref in sample.images if ref.frame is not None and ref.frame[0] == 0]
+    record |= {"frames": frames} if frames else {}
     return record | ({"image": names} if names else {}) | ({"tag": sample.tag} if sample.tag else {})
 
 

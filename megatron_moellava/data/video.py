@@ -21,6 +21,7 @@ from PIL import Image, ImageSequence
 from megatron_moellava.data import images
 from megatron_moellava.data.bad_sample import BadSample
 from megatron_moellava.data.paths import locate, natural
+from megatron_moellava.data.pooling import POOLINGS
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER
 
 STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -45,10 +46,11 @@ PICTURES = (
     b"\x89PNG",
     b"RIFF",
 )  # of animations, which Pillow reads; AVI is a RIFF file, too, and found before
-STAMPS = {  # data.video_times -> what the text says of a frame, {} its seconds
-    "none": IMAGE_PLACEHOLDER,
-    "seconds": f"{{:.1f}} s: {IMAGE_PLACEHOLDER}\n",
+STAMPS = {  # data.video_times -> what stands before a frame (or those pooled with it), {} its seconds; what behind it
+    "none": ("", ""),
+    "seconds": ("{:.1f} s: ", "\n"),
 }
+FRAME = "moellava_frame"  # in the `info` of a picture: (i, n), the i-th of n frames of a video
 Origin = bytes | str  # a file's content, or its path
 
 
@@ -81,8 +83,14 @@ class Clip:
 
     def texts(self, data) -> list[str]:
         """What a text says for each frame: `<image>`, and when it is if `data.video_times` asks for it."""
-        count = self.num_frames(data)
-        return [STAMPS[data.video_times].format(self.time(index, count)) for index in range(count)]
+        count, together = self.num_frames(data), POOLINGS[data.video_pooling].temporal
+        before, behind = STAMPS[data.video_times]
+        texts = []
+        for index in range(count):
+            first, last = index % together == 0, (index + 1) % together == 0 or index + 1 == count
+            stamp = before.format(self.time(index, count)) if first else ""
+            texts.append(f"{stamp}{IMAGE_PLACEHOLDER}{behind if last else ''}")
+        return texts
 
     def cut(self, start: float, end: float) -> "Clip":
         """The part between two times in seconds; numbers stay those of the whole."""

@@ -55,8 +55,9 @@ class Picture:
         if not self.video:
             return IMAGE_PLACEHOLDER, (self.open(),)
         text, frames = show_video(str(self.path), str(self.path), data, self.span)
-        grey = [Image.new("RGB", frame.size, GREY) for frame in frames] if self.blank else frames
-        return text, tuple(grey)
+        for frame in frames if self.blank else ():
+            frame.paste(GREY, (0, 0, *frame.size))
+        return text, tuple(frames)
 
     def open(self) -> Image.Image:
         """An RGB picture. Raises DataError when it is missing or does not decode."""

@@ -46,6 +46,7 @@ HONOURED = {
         "video_frames",
         "video_fps",
         "video_times",
+        "video_pooling",
         "max_image_tokens",
         "max_sample_image_tokens",
         "enlarge_images",

@@ -1,7 +1,8 @@
 """A request -> tokens with room for its images, and their pixels, by the code that training uses."""
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,9 +12,11 @@ from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.data import images, native
 from megatron_moellava.data import tiling as grid
 from megatron_moellava.data.encode import IMAGE_TOKEN, answer_ends, check_template, encode
+from megatron_moellava.data.pooling import POOLINGS, Frame, Pooling, widths
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from megatron_moellava.data.templates import Template
 from megatron_moellava.data.tokenizer import Tokenizer
+from megatron_moellava.data.video import FRAME
 from megatron_moellava.inference.requests import Request
 from megatron_moellava.towers import Tower
 
@@ -27,11 +30,19 @@ class Prompt:
     tiles: tuple[int, ...]  # of each image; at native resolution: patches
     features: tuple[int, ...] = ()  # visual tokens of each image
     grids: tuple[tuple[int, int], ...] = ()  # native resolution: rows and columns of patches of each image
+    blocks: tuple[
+        int, ...
+    ] = ()  # frames pooled together count as one image; its side of the blocks in space; empty: all 1
     digests: tuple[bytes, ...] = field(init=False)  # of each image as the tower sees it
 
     def __post_init__(self) -> None:
         parts = self.pixels_NCHW.split(self.tiles) if self.tiles else ()
         grids = [repr(grid).encode() for grid in self.grids] or [b""] * len(parts)
+        if self.blocks:
+            grids = [
+                repr((side, len(part))).encode() if side > 1 else b""
+                for part, side in zip(parts, self.blocks, strict=True)
+            ]
         found = [hashlib.sha256(part.numpy().tobytes() + grid) for part, grid in zip(parts, grids, strict=True)]
         object.__setattr__(self, "digests", tuple(digest.digest() for digest in found))
 
@@ -67,32 +78,37 @@ class Prompter:
         plans = self._plans(request)
         if plans:
             pixels = [
-                native.patches(image, self.tower, plan) for image, plan in zip(request.images, plans, strict=True)
+                native.patches(image, self.tower, plan, FRAME in image.info)
+                for image, plan in zip(request.images, plans, strict=True)
             ]
             features = tuple(plan.tokens for plan in plans)
         else:
             pixels = [self._pixels(image, request.image_aspect_ratio) for image in request.images]
-            features = tuple(len(part) * self.tower.num_features for part in pixels)
+            frames, counts = [image.info.get(FRAME) for image in request.images], [len(part) for part in pixels]
+            pooling = POOLINGS[self.data.video_pooling]
+            features = widths(frames, counts, self.tower.num_features, pooling)
         names = tuple(ImageRef(name=str(number)) for number in range(len(pixels)))
         ids, _ = encode(
             Sample(id=request.id, origin=request.id, turns=turns, images=names), self.template, self.tokenizer
         )
-        return Prompt(
+        found = Prompt(
             tokens=expand(ids, list(features)),
             pixels_NCHW=torch.from_numpy(np.concatenate(pixels)) if pixels else torch.zeros(0, *self.tower.pixel_shape),
             tiles=tuple(len(part) for part in pixels),
             features=features,
             grids=tuple(plan.grid for plan in plans),
         )
+        return found if plans or pooling == POOLINGS["none"] else _together(found, frames, pooling)
 
     def _plans(self, request: Request) -> tuple[native.Plan, ...]:
         """At native resolution: what becomes of the images. DataError for more than fit into a sample's budget."""
         if not self.tower.native:
             return ()
-        return native.plans([image.size for image in request.images], self.tower, self.data, f"request {request.id}")
+        sizes = [None if FRAME in image.info else image.size for image in request.images]
+        return native.plans(sizes, self.tower, self.data, f"request {request.id}")
 
     def _pixels(self, image: Image.Image, aspect_ratio: str) -> np.ndarray:
-        if self.data.image_grid:
+        if self.data.image_grid and FRAME not in image.info:
             return grid.tile(image, self.tower)
         shape = self.data.image_aspect_ratio if aspect_ratio == "model" else aspect_ratio
         return images.preprocess(image, self.tower, shape)[None]
@@ -106,6 +122,18 @@ class Prompter:
     def stop_strings(self) -> tuple[str, ...]:
         """The template's end as text, where it has no token."""
         return answer_ends(self.template, self.tokenizer)[1]
+
+
+def _together(prompt: Prompt, frames: Sequence[Frame], pooling: Pooling) -> Prompt:
+    """Frames that are pooled together as one image of the prompt."""
+    starts = [number for number, frame in enumerate(frames) if frame is None or frame[0] % pooling.temporal == 0]
+    ends = [*starts[1:], len(frames)]
+    return replace(
+        prompt,
+        tiles=tuple(sum(prompt.tiles[start:end]) for start, end in zip(starts, ends, strict=True)),
+        features=tuple(prompt.features[start] for start in starts),
+        blocks=tuple(1 if frames[start] is None else pooling.spatial for start in starts),
+    )
 
 
 def expand(ids: list[int], features: list[int]) -> list[int]:

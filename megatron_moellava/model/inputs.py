@@ -15,4 +15,5 @@ def model_inputs(batch: Batch) -> dict:
         "max_seqlen": batch.max_seqlen,
         "image_rows": batch.counts.image_rows,
         "grids": batch.grids,
+        "pools": batch.pools,
     }

@@ -13,6 +13,7 @@ _META = (
     "sample_ids",
     "tags",
     "grids",
+    "pools",
     "counts",
 )  # stays on the host, which asks for lengths
 

@@ -127,6 +127,7 @@ REFUSED = {
     "data.video_frames": "",
     "data.video_fps": "",
     "data.video_times": "",
+    "data.video_pooling": "",
     "data.seq_length": "",
     "data.max_sample_length": "",
     "data.length_counts": "",

@@ -102,6 +102,23 @@ def test_videos_are_trained_on_and_a_broken_one_is_a_named_bad_sample(tmp_path, 
     assert (from_shards.pixel_values_NCHW == batch.pixel_values_NCHW).all()
 
 
+def test_pooled_frames_are_the_same_from_shards(tmp_path):
+    """Five frames in pairs: 4 visual tokens for each of three groups, which share a time."""
+    write_video(tmp_path / "v.mp4")
+    row = {"id": "v", "video": "v.mp4", "conversations": conversation("<video>\nWhat?", "grey")}
+    path = write_rows(tmp_path, [row])
+    settings = {"video_frames": 5, "video_times": "seconds", "video_pooling": "2x2x2"}
+    make_shards(path, tmp_path, tmp_path / "shards", **settings)
+    for source_ in (path, tmp_path / "shards"):
+        loader = make_loader(config(source_, packing=False, **settings), micro_batch_size=1)
+        (batch,) = take(loader, 1)
+        assert batch.pools == ((2, 2), (2, 2), (1, 2)) and batch.counts.image_rows == 12, source_
+        decode = loader.micro_batches.pipeline.encoder.tokenizer.decode
+        assert "0.4 s: \n2.0 s: \n3.6 s: \n\nWhat?" in decode(
+            [int(token) for token in batch.tokens_BS[0] if token >= 0]
+        )
+
+
 def test_the_seconds_are_what_the_model_reads(tmp_path):
     write_video(tmp_path / "v.mp4")
     row = {"id": "v", "video": "v.mp4", "conversations": conversation("<video>\nWhat?", "grey")}
