@@ -44,6 +44,7 @@ EXTRAS_REQUIRE = {
     ],
     "parquet": ["pyarrow>=17"],  # data sources as Parquet files
     "trackers": ["wandb>=0.20", "mlflow>=3", "swanlab>=0.10"],  # logging.trackers
+    "muon": ["emerging-optimizers~=0.3.0"],  # optimizer.optimizer=muon; Megatron-Core finds it by itself
     "video": ["av>=17"],  # the release that Energon 7.4 decodes with
     "docs": ["mkdocs~=1.6", "mkdocstrings[python]~=1.0"],  # `make docs`; reads the sources, imports nothing
     "dev": [

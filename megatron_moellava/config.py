@@ -268,8 +268,10 @@ class RolesConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW, its learning rates, and how its communication overlaps with computation."""
+    """AdamW or Muon, learning rates, and how their communication overlaps with computation."""
 
+    # muon: of matrices (arXiv 2502.16982), AdamW of the rest; needs the package emerging-optimizers
+    optimizer: Literal["adam", "muon"] = "adam"
     lr: float = 2e-5  # the highest learning rate
     min_lr: float = 0.0  # at the last step
     projector_lr: float | None = None  # None: lr
@@ -284,6 +286,14 @@ class OptimizerConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
+    muon_momentum: float = 0.95
+    muon_nesterov: bool = False
+    # of an update, from the matrix's shape: spectral sqrt(max(rows, columns)), unit_rms_norm sqrt(rows / columns),
+    # shape_scaling sqrt(max(1, rows / columns))
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    muon_extra_scale_factor: float = 1.0  # 0.2 gives updates the size of AdamW's, so that AdamW's rates fit
+    muon_num_ns_steps: int = 5  # Newton-Schulz steps of an orthogonalization
+    muon_fp32_matmul_prec: Literal["medium", "high", "highest"] = "medium"  # of their products; medium: bf16
     # average the weights beside the training, for evaluation (EMA); at most so much of it stays with an update; None: do not
     ema_decay: float | None = None
     clip_grad: float = 1.0  # global gradient norm; 0: off, as the original in effect
@@ -315,6 +325,7 @@ class OptimizerConfig:
     def overlaps(self, pays: bool) -> tuple[bool, bool]:
         """(overlap_grad_reduce, overlap_param_gather) as asked for, or where it `pays`."""
         grads = pays if self.overlap_grad_reduce is None else self.overlap_grad_reduce
+        pays = pays and self.optimizer == "adam"  # Muon's ranks exchange parameters after each update
         return grads, (pays and grads) if self.overlap_param_gather is None else self.overlap_param_gather
 
 

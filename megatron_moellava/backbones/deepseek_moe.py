@@ -49,6 +49,16 @@ HF = HuggingFace(
     ),
 )
 
+DEEPSEEK_MOE_16B_EXPERTS = MoEConfig(
+    num_moe_experts=64,
+    moe_router_topk=6,
+    placement=tuple(range(1, 28)),
+    moe_ffn_hidden_size=1408,
+    moe_router_pre_softmax=True,
+    moe_aux_loss_coeff=0.001,
+    moe_router_load_balancing_type="seq_aux_loss",
+    moe_shared_expert_intermediate_size=2816,
+)
 DEEPSEEK_MOE_16B = Backbone(
     name="deepseek-moe-16b",
     source="https://huggingface.co/deepseek-ai/deepseek-moe-16b-base/blob/main/config.json",
@@ -61,16 +71,7 @@ DEEPSEEK_MOE_16B = Backbone(
     vocab_size=102400,
     max_position_embeddings=4096,
     layernorm_epsilon=1e-6,
-    moe=MoEConfig(
-        num_moe_experts=64,
-        moe_router_topk=6,
-        placement=tuple(range(1, 28)),
-        moe_ffn_hidden_size=1408,
-        moe_router_pre_softmax=True,
-        moe_aux_loss_coeff=0.001,
-        moe_router_load_balancing_type="seq_aux_loss",
-        moe_shared_expert_intermediate_size=2816,
-    ),
+    moe=DEEPSEEK_MOE_16B_EXPERTS,
     template="v1",
     hf=HF,
     mapping=llama.MAPPING,
@@ -88,7 +89,7 @@ DEEPSEEK_MOE_TINY = replace(
     vocab_size=512,
     max_position_embeddings=2048,
     moe=replace(
-        DEEPSEEK_MOE_16B.moe,
+        DEEPSEEK_MOE_16B_EXPERTS,
         num_moe_experts=8,
         moe_router_topk=3,
         placement=(1, 2, 3),

@@ -48,7 +48,7 @@ def read_experts(settings: dict, experts: Experts, values: Mapping, name: str) -
     ]
     if wrong:
         raise ConfigError(f"{name}: config.json cannot be read:\n" + "\n".join(wrong))
-    said = experts.defaults | {key: settings[key] for key in experts.fields if settings.get(key) is not None}
+    said = dict(experts.defaults) | {key: settings[key] for key in experts.fields if settings.get(key) is not None}
     fields = dict(experts.constants) | {experts.fields[key]: value for key, value in said.items()}
     sizes = ("num_moe_experts", "moe_router_topk")
     missing = [key for key, field in experts.fields.items() if field in sizes and field not in fields]

@@ -41,6 +41,13 @@ HF = HuggingFace(
     ),
 )
 
+OLMOE_1B_7B_EXPERTS = MoEConfig(
+    num_moe_experts=64,
+    moe_router_topk=8,
+    placement="dense",
+    moe_router_pre_softmax=True,
+    moe_aux_loss_coeff=0.01,
+)
 OLMOE_1B_7B = Backbone(
     name="olmoe-1b-7b-0924",
     source="https://huggingface.co/allenai/OLMoE-1B-7B-0924/blob/main/config.json",
@@ -54,13 +61,7 @@ OLMOE_1B_7B = Backbone(
     max_position_embeddings=4096,
     qk_layernorm=True,
     qk_layernorm_spans_heads=True,
-    moe=MoEConfig(
-        num_moe_experts=64,
-        moe_router_topk=8,
-        placement="dense",
-        moe_router_pre_softmax=True,
-        moe_aux_loss_coeff=0.01,
-    ),
+    moe=OLMOE_1B_7B_EXPERTS,
     template="v1",
     hf=HF,
     mapping=MAPPING,
@@ -77,6 +78,6 @@ OLMOE_TINY = replace(
     kv_channels=32,
     vocab_size=512,
     max_position_embeddings=2048,
-    moe=replace(OLMOE_1B_7B.moe, num_moe_experts=8, moe_router_topk=3),
+    moe=replace(OLMOE_1B_7B_EXPERTS, num_moe_experts=8, moe_router_topk=3),
 )
 SIZES = (OLMOE_1B_7B, OLMOE_TINY)

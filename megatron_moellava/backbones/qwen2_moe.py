@@ -49,6 +49,16 @@ HF = HuggingFace(
     ),
 )
 
+QWEN1_5_MOE_A2_7B_EXPERTS = MoEConfig(
+    num_moe_experts=60,
+    moe_router_topk=4,
+    placement="dense",
+    moe_ffn_hidden_size=1408,
+    moe_router_pre_softmax=True,
+    moe_aux_loss_coeff=0.001,
+    moe_shared_expert_intermediate_size=5632,
+    moe_shared_expert_gate=True,
+)
 QWEN1_5_MOE_A2_7B = Backbone(
     name="qwen1.5-moe-a2.7b",
     source="https://huggingface.co/Qwen/Qwen1.5-MoE-A2.7B/blob/main/config.json",
@@ -63,16 +73,7 @@ QWEN1_5_MOE_A2_7B = Backbone(
     layernorm_epsilon=1e-6,
     add_qkv_bias=True,
     rotary_base=1e6,
-    moe=MoEConfig(
-        num_moe_experts=60,
-        moe_router_topk=4,
-        placement="dense",
-        moe_ffn_hidden_size=1408,
-        moe_router_pre_softmax=True,
-        moe_aux_loss_coeff=0.001,
-        moe_shared_expert_intermediate_size=5632,
-        moe_shared_expert_gate=True,
-    ),
+    moe=QWEN1_5_MOE_A2_7B_EXPERTS,
     template="qwen",
     hf=HF,
     mapping=qwen2.MAPPING,
@@ -90,7 +91,7 @@ QWEN2_MOE_TINY = replace(
     vocab_size=512,
     max_position_embeddings=2048,
     moe=replace(
-        QWEN1_5_MOE_A2_7B.moe,
+        QWEN1_5_MOE_A2_7B_EXPERTS,
         num_moe_experts=8,
         moe_router_topk=3,
         placement=(0, 2, 3),

@@ -39,6 +39,13 @@ HF = HuggingFace(
     ),
 )
 
+QWEN3_30B_A3B_EXPERTS = MoEConfig(
+    num_moe_experts=128,
+    moe_router_topk=8,
+    placement="dense",
+    moe_ffn_hidden_size=768,
+    moe_aux_loss_coeff=0.001,
+)
 QWEN3_30B_A3B = replace(
     qwen3.QWEN3_4B,
     name="qwen3-30b-a3b",
@@ -48,13 +55,7 @@ QWEN3_30B_A3B = replace(
     ffn_hidden_size=6144,
     num_query_groups=4,
     share_embeddings_and_output_weights=False,
-    moe=MoEConfig(
-        num_moe_experts=128,
-        moe_router_topk=8,
-        placement="dense",
-        moe_ffn_hidden_size=768,
-        moe_aux_loss_coeff=0.001,
-    ),
+    moe=QWEN3_30B_A3B_EXPERTS,
     hf=HF,
 )
 QWEN3_MOE_TINY: Backbone = replace(
@@ -69,6 +70,6 @@ QWEN3_MOE_TINY: Backbone = replace(
     kv_channels=48,
     vocab_size=512,
     max_position_embeddings=2048,
-    moe=replace(QWEN3_30B_A3B.moe, num_moe_experts=8, moe_router_topk=3, moe_ffn_hidden_size=96),
+    moe=replace(QWEN3_30B_A3B_EXPERTS, num_moe_experts=8, moe_router_topk=3, moe_ffn_hidden_size=96),
 )
 SIZES = (QWEN3_30B_A3B, QWEN3_MOE_TINY)

@@ -21,6 +21,7 @@ from megatron_moellava.conversion.layout import (
     LAYOUTS,
     LLAVA,
     NATIVE,
+    NEWLINE,
     ORIGINAL,
     TRANSFORMERS,
     VISION_TOWER,
@@ -171,6 +172,12 @@ def _check_exportable(source: Checkpoint, layout: str) -> None:
 
 def _check_tower(tower: Tower, layout: str) -> None:
     """Native resolution is LFM2-VL's alone, and a pixel shuffle without it nobody's."""
+    if tower.tiles.single_only and layout == LLAVA.name:
+        raise ConfigError(f"model.tower={tower.name}: --layout llava is LLaVA-NeXT's; export --layout transformers")
+    if tower.newline and layout == ORIGINAL.name:
+        raise ConfigError(
+            f"model.tower={tower.name}: MoE-LLaVA's code puts no tiles together; export --layout transformers"
+        )
     if tower.native and layout != TRANSFORMERS.name:
         raise ConfigError(
             f"model.tower={tower.name}: --layout {layout} has no native resolution; export --layout transformers"
@@ -303,12 +310,23 @@ def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | 
     if source.model.required_tower.native:
         return _plan_native(source, tokenizer, dtype)
     settings = trained_with(source.run).get("data", {})
-    if settings.get("image_grid"):
+    newline = source.model.required_tower.newline
+    if newline and not settings.get("image_grid"):
+        raise ConfigError(
+            "data.image_grid=false: transformers' classes with ends of lines tile every picture, so they would see other ones "
+            "than this model was trained with; train with data.image_grid=true, or with a tower without @newline"
+        )
+    if settings.get("image_grid") and not newline:
         raise ConfigError(
             "data.image_grid=true: LlavaForConditionalGeneration does not tile pictures, so it would see other ones than "
             "this model was trained with; export --layout original, which says so in its config.json"
         )
     reason = huggingface.needs_modelling_file(source.model)
+    if reason and newline:
+        raise ConfigError(
+            f"--layout transformers: {reason}, and the modelling file does not tile pictures; export --layout "
+            "language-model, tower and projector"
+        )
     moe = source.model.moe
     if moe and moe.moe_router_num_groups and (reason or source.model.backbone.hf.experts is None):
         raise ConfigError(
@@ -334,7 +352,8 @@ def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | 
         files["chat_template.jinja"] = written
     if reason:
         files[MODELLING_FILE] = Path(__file__).with_name(MODELLING_FILE)
-    return Export(recipes, tensors, files, f"{layout.title}{f' ({reason})' if reason else ''}")
+    title = f"transformers' {files['config.json']['architectures'][0]}" if newline else layout.title
+    return Export(recipes, tensors, files, f"{title}{f' ({reason})' if reason else ''}")
 
 
 PLANS = {
@@ -428,7 +447,11 @@ def _export_projector(source: Checkpoint, save: Path) -> dict:
     """`mm_projector.bin`, what stage 1 leaves and the original's stage 2 begins with; config.json beside it."""
     import torch
 
-    lines = [line for line in entries(source.model, ORIGINAL) if line.megatron.startswith(PROJECTOR)]
+    lines = [
+        line
+        for line in entries(source.model, replace(ORIGINAL, newline=NEWLINE))
+        if line.megatron.startswith(PROJECTOR)
+    ]
     if not lines:
         raise ConfigError(f"{source.folder} has no projector")
     state = {}

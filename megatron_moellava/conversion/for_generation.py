@@ -83,10 +83,14 @@ def processor_files(tower: Tower, image_aspect_ratio: str) -> dict[str, dict]:
     `image_aspect_ratio`: data.image_aspect_ratio of the training; "pad" is that processor's `do_pad`.
     """
     pictures = {"do_center_crop": False} | processor_config_of(tower) | {"processor_class": "LlavaProcessor"}
-    if image_aspect_ratio == "pad":
+    if tower.newline:
+        name = {"next": "LlavaNext", "onevision": "LlavaOnevision"}[tower.tiling]
+        pictures |= {"image_processor_type": f"{name}ImageProcessor", "processor_class": f"{name}Processor"}
+        pictures["image_grid_pinpoints"] = tower.tiles.pinpoints(tower.image_size)
+    elif image_aspect_ratio == "pad":
         pictures |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
     processor = {
-        "processor_class": "LlavaProcessor",
+        "processor_class": pictures["processor_class"],
         "image_token": IMAGE_PLACEHOLDER,
         "patch_size": tower.patch_size,
         "num_additional_image_tokens": int(tower.class_token),

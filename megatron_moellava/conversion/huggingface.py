@@ -31,6 +31,17 @@ MOE_KEYS = (
 )
 
 
+# The classes that put tiles together, by Tower.tiling.
+NEWLINE_CLASSES: dict[str, dict[str, object]] = {
+    "next": {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next"},
+    "onevision": {
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "model_type": "llava_onevision",
+        "vision_aspect_ratio": "anyres_max_9",
+    },
+}
+
+
 def text_backbone(config: dict, name: str) -> Backbone:
     """The backbone of a language model's config, or of the text part of a vision-language model's."""
     text = dict(config.get("text_config") or config)
@@ -143,6 +154,8 @@ def export_config(model: Model, vocab_size: int, image_token: int, trained: dict
         "vision_feature_select_strategy": "default" if tower.drop_first_feature else "full",
         "tie_word_embeddings": backbone.share_embeddings_and_output_weights,
     }
+    if tower.newline:
+        config |= NEWLINE_CLASSES[tower.tiling] | {"image_grid_pinpoints": tower.tiles.pinpoints(tower.image_size)}
     return config | own_config(model, scales) if reason else config
 
 
@@ -184,7 +197,7 @@ def own_config(model: Model, scales: bool) -> dict:
     """What `modeling_moe_llava.py` reads on top."""
     moe, backbone = model.moe, model.backbone
     scaling = moe and moe.moe_router_topk_scaling_factor
-    later = {"norm_topk_prob": False} if moe and moe.moe_router_pre_softmax else {}
+    later: dict = {"norm_topk_prob": False} if moe and moe.moe_router_pre_softmax else {}
     later |= {"routed_scaling_factor": scaling} if scaling else {}
     return later | {
         "architectures": ["MoELlavaForConditionalGeneration"],

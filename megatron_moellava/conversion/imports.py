@@ -19,6 +19,7 @@ from megatron_moellava.conversion.layout import (
     LANGUAGE_MODEL,
     LLAVA,
     NATIVE,
+    NEWLINE,
     ORIGINAL,
     TRANSFORMERS,
     Layout,
@@ -243,6 +244,7 @@ def _add_tower_and_projector(
     if projector:
         job.tensors = job.tensors | _projector_file(projector)
         layout = replace(layout, projector=(f"{PROJECTOR_FILE}0", f"{PROJECTOR_FILE}2"))
+        layout = replace(layout, newline=PROJECTOR_FILE + NEWLINE)
         return layout, 1
     if layout.projector:
         return layout, 2

@@ -35,10 +35,10 @@ def linear_default(name: str, shape: Shape, fan_in: int, dtype: str, seed: int, 
 
 
 def new_projector(model: Model, tensors: Tensors, seed: int) -> dict[str, Tensor]:
-    """The four tensors of a fresh projector, in the language model's dtype."""
+    """The tensors of a fresh projector, in the language model's dtype. An end of line is drawn like a bias."""
     dtype = next(tensor.dtype for name, tensor in tensors.items() if name.endswith((".mlp.fc1.weight", "norm.weight")))
     shapes = {name: shape for name, shape in megatron_tensors(model).items() if name.startswith(PROJECTOR)}
-    fans = {name: shapes[name.rsplit(".", 1)[0] + ".weight"][1] for name in shapes}
+    fans = {name: shapes[name.rsplit(".", 1)[0] + ".weight"][-1] for name in shapes}
     return {name: linear_default(name, shape, fans[name], dtype, seed) for name, shape in shapes.items()}
 
 

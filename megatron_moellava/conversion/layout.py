@@ -23,6 +23,7 @@ from megatron_moellava.costs.shapes import (
 )
 from megatron_moellava.mapping import Heads, Mapping, Shape
 
+NEWLINE = "model.image_newline"  # in a mm_projector.bin
 MLP = ".mlp."  # in every family, on both sides, what stands before this is the layer and what follows is the MLP
 
 
@@ -36,6 +37,7 @@ class Layout:
     moved_decoder: str = ""  # stands in the place of `{decoder}`, and `language` is not put in front
     tower: str = ""  # stands in the place of "vision_model."; empty: the layout has no tower
     projector: tuple[str, str] | None = None  # names of the two linear layers
+    newline: str = ""  # of the learned end of a line; empty: the layout puts no tiles together
     expert: str = ""  # put between ".mlp." and the MLP's own names
     router: str = ""
     residual: str = ""
@@ -54,6 +56,7 @@ LLAVA = Layout(
     title="LLaVA-1.5, as released",
     tower="{decoder}vision_tower.vision_tower.vision_model.",
     projector=("{decoder}mm_projector.0", "{decoder}mm_projector.2"),
+    newline="{decoder}image_newline",
 )
 ORIGINAL = Layout(
     name="original",
@@ -74,6 +77,7 @@ TRANSFORMERS = Layout(
     language="language_model.",
     tower="vision_tower.vision_model.",
     projector=("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
+    newline="image_newline",
     expert="experts.{k}.",
     router="gate.",
     residual="mlp.",
@@ -184,6 +188,9 @@ def _projector_entries(model: Model, layout: Layout, wanted: dict[str, Shape]) -
         for part in ("weight", "bias"):
             mapping = Mapping(f"linear_fc{number}.{part}", (f"{name}.{part}",))
             yield _required_entry(mapping, None, PROJECTOR, layout, model, wanted)
+    if model.tower.newline:
+        mapping = Mapping("image_newline.weight", (layout.newline or f"{PROJECTOR}image_newline.weight",))
+        yield _required_entry(mapping, None, PROJECTOR, layout, model, wanted)
 
 
 def _required_entry(

@@ -16,9 +16,11 @@ from megatron_moellava.conversion.native import tower_with_projector
 from megatron_moellava.costs.shapes import Model
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.placement import moe_layers
-from megatron_moellava.towers import FAMILIES, TOWERS, Tower, get_tower
+from megatron_moellava.towers import FAMILIES, TILINGS, TOWERS, Tower, checked, get_tower
 from megatron_moellava.towers.from_config import tower_from_hf_config
 
+MERGES = {"llava_next": "next", "llava_onevision": "onevision"}  # transformers' model_type -> Tower.tiling
+UNPAD = "spatial_unpad"  # LLaVA's own name of that merge of tiles
 # Multimodal settings that this program supports in one way only.
 SUPPORTED = {
     "image_projector_type": ("mlp2x_gelu",),
@@ -26,7 +28,7 @@ SUPPORTED = {
     "mm_vision_select_feature": ("patch",),
     "mm_use_im_start_end": (False,),
     "mm_video_tower": (None,),
-    "mm_patch_merge_type": ("flat",),
+    "mm_patch_merge_type": ("flat", UNPAD),
     "vision_feature_select_strategy": ("default", "full"),
     "projector_hidden_act": ("gelu",),
     "multimodal_projector_bias": (True,),
@@ -100,7 +102,7 @@ def tower_of(config: dict, layout: Layout, given: str | None) -> Tower | None:
     if layout is LANGUAGE_MODEL:
         return get_tower(given) if given else None
     if layout in (ORIGINAL, LLAVA):
-        tower = get_tower(given) if given else _published(config)
+        tower = _with_newline(get_tower(given) if given else _published(config), config, layout)
         said = said_of(config).get("tower") or {}
         if layout is ORIGINAL and not said:
             tower = as_the_original(tower)
@@ -109,7 +111,26 @@ def tower_of(config: dict, layout: Layout, given: str | None) -> Tower | None:
     if layout is NATIVE:
         return tower_with_projector(tower, config)
     drops = config.get("vision_feature_select_strategy", "default") == "default"
-    return _with_layer(replace(tower, drop_first_feature=drops), config.get("vision_feature_layer", -2))
+    tower = _with_newline(replace(tower, drop_first_feature=drops), config, layout)
+    return _with_layer(tower, config.get("vision_feature_layer", -2))
+
+
+def _with_newline(tower: Tower, config: dict, layout: Layout) -> Tower:
+    """The tower of LLaVA-NeXT, if the config is of that. ConfigError for other grids of tiles than this program's."""
+    kind = MERGES.get(config.get("model_type") or "", "next" if config.get("mm_patch_merge_type") == UNPAD else "")
+    if not kind:
+        return tower
+    if layout is ORIGINAL:
+        raise ConfigError(
+            f"mm_patch_merge_type={UNPAD!r}: MoE-LLaVA's code does not tile pictures; only 'flat' is supported"
+        )
+    tiling, found = TILINGS[kind], config.get("image_grid_pinpoints")
+    own, ratio = tiling.pinpoints(tower.image_size), config.get("vision_aspect_ratio", "anyres_max_9")
+    if not isinstance(found, list) or sorted(map(list, found)) != sorted(own):
+        raise ConfigError(f"image_grid_pinpoints={found!r}: only {own} is supported")
+    if tiling.max_tiles and ratio != f"anyres_max_{tiling.max_tiles}":
+        raise ConfigError(f"vision_aspect_ratio={ratio!r}: only 'anyres_max_{tiling.max_tiles}' is supported")
+    return checked(replace(tower, newline=True, tiling=kind))
 
 
 def as_the_original(tower: Tower) -> Tower:
@@ -133,6 +154,8 @@ def trained_with(config: dict, layout: Layout, model: Model, by_the_original: bo
             found["data"] |= _shape_of_pictures(config["image_aspect_ratio"])
         if config.get("tokenizer_model_max_length"):
             found["data"] |= {"max_sample_length": config["tokenizer_model_max_length"], "length_counts": "text"}
+    if config.get("model_type") in MERGES:
+        found["data"] = {"image_grid": True}
     for section, fields in said_of(config).items():
         if section in TRAINED_WITH:
             found[section] = found.get(section, {}) | fields
@@ -213,7 +236,11 @@ def _with_settings(config: dict, model: Model, trained: dict[str, dict]) -> dict
     if "image_aspect_ratio" in data:
         config["image_aspect_ratio"] = data["image_aspect_ratio"]
     otherwise: dict[str, dict] = {}
-    if data.get("image_grid"):
+    if model.required_tower.newline:
+        size = model.required_tower.image_size
+        config |= {"mm_patch_merge_type": UNPAD, "image_aspect_ratio": "anyres"}
+        config["image_grid_pinpoints"] = model.required_tower.tiles.pinpoints(size, wide_first=True)
+    elif data.get("image_grid"):
         otherwise["data"] = {"image_grid": True}
     if model.backbone.embedding_multiplier != 1.0 and trained.get("model", {}).get("scale_multimodal_embeddings", True):
         otherwise["model"] = {"scale_multimodal_embeddings": True}

@@ -235,4 +235,6 @@ def projector_tensors(model: Model) -> Tensors:
     """LLaVA's mlp2x_gelu, over what the projector's kind makes of the features."""
     hidden, role = model.backbone.hidden_size, "projector"
     fc1 = _linear(hidden, model.required_tower.projector_input_size, True, role, split=0)
-    return _prefixed("linear_fc1.", fc1) | _prefixed("linear_fc2.", _linear(hidden, hidden, True, role, split=1))
+    newline = {"image_newline.weight": ModelTensor((hidden,), role)} if model.required_tower.newline else {}
+    fc2 = _linear(hidden, hidden, True, role, split=1)
+    return _prefixed("linear_fc1.", fc1) | _prefixed("linear_fc2.", fc2) | newline

@@ -40,7 +40,7 @@ class Batch:
     )  # float32, in the order of the image tokens; N may be 0. At native resolution: patches
     sample_ids: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
-    grids: tuple[tuple[int, int], ...] = ()  # native resolution: rows and columns of patches of each image
+    grids: tuple[tuple[int, ...], ...] = ()  # how each image's tokens lie (`Plan.grid`), of towers that have that
     pools: Pools = ()  # images that become one set of visual tokens, and which neighbours one token; empty: each its own
     counts: Counts = None  # type: ignore[assignment]  # taken from the tensors when the batch is made, on the host, and carried along
 

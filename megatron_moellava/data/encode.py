@@ -33,7 +33,7 @@ class EncodedSample:
     labels_S: np.ndarray  # int64, shifted; IGNORE_INDEX = no loss
     images: tuple[ImageRef, ...] = ()
     features: tuple[int, ...] = ()  # tokens of each image
-    grids: tuple[tuple[int, int], ...] = ()  # native resolution: rows and columns of patches of each image
+    grids: tuple[tuple[int, ...], ...] = ()  # how each image's tokens lie (`Plan.grid`), of towers that have that
     pools: Pools = ()  # how many of its images become one set of visual tokens, and which neighbours one token
     notes: tuple[str, ...] = ()  # what was done to the sample, for the counters
     length: int = 0  # before the cut

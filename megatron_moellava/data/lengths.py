@@ -125,4 +125,5 @@ def _length(pipeline: Pipeline, number: int) -> tuple[int, int]:
         encoded, *_ = pipeline.encode(number)
     except BadSample:
         return 0, 0
-    return len(encoded), int(sum(pipeline.tower.work(rows * columns) for rows, columns in encoded.grids))
+    patches = [rows * columns for rows, columns in encoded.grids] if pipeline.tower.native else []
+    return len(encoded), int(sum(pipeline.tower.work(count) for count in patches))

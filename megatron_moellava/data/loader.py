@@ -376,7 +376,7 @@ def _length_key(fingerprint: dict, opened: list[OpenSource], data, tower) -> lis
     )
     # Tiles, native resolution and the numbers of boxes depend on the pictures and on how they are shown.
     tiles = [[entry.folder for entry in opened], tower.image_size, data.image_aspect_ratio, data.image_grid]
-    tiles += [fingerprint["native"]] if tower.native else []
+    tiles += [fingerprint["native"]] if tower.has_grids else []
     seen = {name: fingerprint[name] for name in LATER if name in fingerprint}
     return [{name: fingerprint[name] for name in fields} | seen, [entry.fingerprint for entry in opened], tiles]
 
@@ -428,15 +428,15 @@ def order_fields(data, encoder: Encoder, tower, opened: list[OpenSource]) -> dic
             "image_grid": data.image_grid,
             "max_images": data.max_images,
         }
-        | _native_fields(data, tower)
+        | _grid_fields(data, tower)
         | _later_fields(data)
     )
 
 
-def _native_fields(data, tower) -> dict:
-    """What decides the lengths of pictures at native resolution; nothing for other towers, as in older checkpoints."""
+def _grid_fields(data, tower) -> dict:
+    """What decides the lengths of pictures that differ in them; nothing for other towers, as in older checkpoints."""
     if not tower.native:
-        return {}
+        return {"native": f"tiles of {tower.tiling} with ends of lines"} if tower.newline else {}
     budgets = [tower.num_features, data.max_sample_image_tokens, data.enlarge_images]
     return {"native": [tower.patch_size * tower.shuffle, *budgets]}
 

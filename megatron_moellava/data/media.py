@@ -13,6 +13,7 @@ from megatron_moellava.data import tiling as grid
 from megatron_moellava.data.encode import EncodedSample
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.paths import locate
+from megatron_moellava.data.plan import Plan
 from megatron_moellava.data.pooling import POOLINGS, pools, widths
 from megatron_moellava.data.regions import View, rewrite
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, BadSample, ImageRef, Sample
@@ -45,20 +46,27 @@ def pixels(ref: ImageRef, folder: str, where: str, tower, aspect_ratio: str) -> 
     return images.preprocess(image, tower, aspect_ratio), notes
 
 
-def plans(refs: Sequence[ImageRef], folder: str, where: str, tower, data) -> tuple[native.Plan, ...]:
-    """What becomes of a sample's pictures at native resolution, from the files' headers alone. Raises BadSample."""
+def plans(refs: Sequence[ImageRef], folder: str, where: str, tower, data) -> tuple[Plan, ...]:
+    """What becomes of a sample's pictures, of a tower that `has_grids`, from the files' headers alone. Raises BadSample."""
     sizes = [
         None
         if ref.frame is not None
         else images.image_size(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
         for ref in refs
     ]
-    return native.plans(sizes, tower, data, where)
+    return plans_of_sizes(sizes, tower, data, where)
+
+
+def plans_of_sizes(sizes: Sequence[tuple[int, int] | None], tower, data, where: str) -> tuple[Plan, ...]:
+    """The same of their (width, height); None: a frame of a video."""
+    if tower.native:
+        return native.plans(sizes, tower, data, where)
+    return grid.plans(sizes, tower, data.image_grid)
 
 
 def encoded(encoder: Encoder, sample: Sample, folder: str, where: str, tower, data) -> EncodedSample:
     """Tokens and labels, with as much room for each picture as this tower needs. Raises BadSample."""
-    if not tower.native:
+    if not tower.has_grids:
         counts = [num_tiles(ref, folder, where, tower, data) for ref in sample.images]
         frames, pooling = [ref.frame for ref in sample.images], POOLINGS[data.video_pooling]
         found = encoder(sample, widths(frames, counts, tower.num_features, pooling))
@@ -71,7 +79,7 @@ def encoded(encoder: Encoder, sample: Sample, folder: str, where: str, tower, da
 
 def pixels_of(sample: EncodedSample, folder: str, where: str, tower, data) -> list[tuple[np.ndarray, tuple[str, ...]]]:
     """`tiles` of each picture of an encoded sample. Raises BadSample."""
-    made: list = [native.Plan(*plan) for plan in zip(sample.features, sample.grids, strict=False)]
+    made: list = [Plan(*plan) for plan in zip(sample.features, sample.grids, strict=False)]
     return [
         tiles(ref, folder, where, tower, data, plan)
         for ref, plan in zip(sample.images, made or [None] * len(sample.images), strict=True)
@@ -79,13 +87,14 @@ def pixels_of(sample: EncodedSample, folder: str, where: str, tower, data) -> li
 
 
 def tiles(
-    ref: ImageRef, folder: str, where: str, tower, data, plan: native.Plan | None = None
+    ref: ImageRef, folder: str, where: str, tower, data, plan: Plan | None = None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Normalised pixels [T, 3, H, W] and notes; T = 1 unless data.image_grid. With a `plan`, patches [P, 3, H, W]."""
+    """Normalised pixels [T, 3, H, W] and notes; T = 1 unless data.image_grid. At native resolution patches [P, 3, H, W], by
+    their `plan`."""
     image, notes = open_ref(ref, folder, where, data.trust_paths)
-    if plan is not None:
+    if plan is not None and tower.native:
         return native.patches(image, tower, plan, ref.frame is not None), notes
-    if data.image_grid and ref.frame is None:
+    if data.image_grid and ref.frame is None and (plan is None or plan.grid[0]):
         return grid.tile(image, tower), notes
     return images.preprocess(image, tower, data.image_aspect_ratio)[None], notes
 
@@ -95,7 +104,7 @@ def num_tiles(ref: ImageRef, folder: str, where: str, tower, data) -> int:
     if not data.image_grid or ref.frame is not None:
         return 1
     size = images.image_size(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
-    return grid.num_tiles(*size, tower.image_size)
+    return grid.num_tiles(*size, tower.image_size, tower.tiles)
 
 
 def frame_texts(name: str, folder: str, where: str, data) -> Sequence[str]:
@@ -122,14 +131,15 @@ def show_video(
     return "".join(texts), frames
 
 
-def view(stored: geometry.Map, tower, data, plan: native.Plan | None = None) -> View:
-    """How a picture lies in its file and in what the tower sees; `plan`: at native resolution."""
+def view(stored: geometry.Map, tower, data, plan: Plan | None = None) -> View:
+    """How a picture lies in its file and in what the tower sees; `plan`: of towers that have grids."""
     width, height = map(int, stored.size)
-    if plan is not None:
+    if tower.native and plan is not None:
         rows, columns = plan.grid
         seen = geometry.scaled((width, height), (columns * tower.patch_size, rows * tower.patch_size))
     else:
-        seen = geometry.seen(width, height, tower, aspect_ratio=data.image_aspect_ratio, grid=data.image_grid)
+        tiled = data.image_grid if plan is None else bool(plan.grid[0])
+        seen = geometry.seen(width, height, tower, aspect_ratio=data.image_aspect_ratio, grid=tiled)
     return View(stored=stored, seen=seen)
 
 
@@ -142,7 +152,7 @@ def write_regions(sample: Sample, folder: str, tower, data) -> Sample:
         images.upright(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
         for ref in sample.images
     ]
-    made: tuple = plans(sample.images, folder, where, tower, data) if tower.native else (None,) * len(stored)
+    made: tuple = plans(sample.images, folder, where, tower, data) if tower.has_grids else (None,) * len(stored)
     views = [view(turn, tower, data, plan) for turn, plan in zip(stored, made, strict=True)]
     texts = [turn.text for turn in sample.turns]
     texts, notes = rewrite(texts, sample.regions, sample.box_format, data.box_format, views, sample.origin)

@@ -11,24 +11,16 @@ Budgets count visual tokens: `data.max_image_tokens` of one picture (`towers.tow
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from megatron_moellava.data.images import normalise, pad_to_square, resampling
+from megatron_moellava.data.plan import Plan
 from megatron_moellava.data.sample import BadSample
 
 PRECISION = 1e-5  # of the scale that the processor searches, between a millionth and LARGEST
 LARGEST = 100.0
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What becomes of one picture."""
-
-    tokens: int  # visual ones
-    grid: tuple[int, int]  # rows and columns of patches
 
 
 def plans(sizes: Sequence[tuple[int, int] | None], tower, data, where: str) -> tuple[Plan, ...]:
@@ -47,7 +39,8 @@ def plans(sizes: Sequence[tuple[int, int] | None], tower, data, where: str) -> t
     unit = tower.patch_size * tower.shuffle
     found = []
     for size, budget in zip(sizes, shared_budget(wanted, limit) if limit else wanted, strict=True):
-        rows, columns = grid(*(size or (unit, unit)), unit, budget)
+        width, height = size or (unit, unit)
+        rows, columns = grid(width, height, unit, budget)
         found.append(Plan(rows * columns, (rows * tower.shuffle, columns * tower.shuffle)))
     return tuple(found)
 

@@ -127,7 +127,7 @@ class Plan:
         return [packed[number % len(packed)] for number in range(rank, total, size)], own
 
     def _encoded(self, sample: Sample) -> EncodedSample:
-        if not self.tower.native:
+        if not self.tower.has_grids:
             return self.encoder(sample)
         return media.encoded(self.encoder, sample, str(self.image_folder), sample.origin, self.tower, self.data)
 
@@ -142,11 +142,15 @@ class Plan:
     def _pixels(self, sample: EncodedSample) -> list[np.ndarray]:
         folder = str(self.image_folder)
         if self.blank:
-            counts = [rows * columns for rows, columns in sample.grids] or [1] * len(sample.images)
+            counts = [self._count(grid) for grid in sample.grids] or [1] * len(sample.images)
             return [np.zeros((count, *self.tower.pixel_shape), dtype=np.float32) for count in counts]
-        if self.tower.native:
+        if self.tower.has_grids:
             return [found for found, _ in media.pixels_of(sample, folder, "question", self.tower, self.data)]
         return [media.pixels(ref, folder, "question", self.tower, "pad")[0][None] for ref in sample.images]
+
+    def _count(self, grid: tuple[int, ...]) -> int:
+        """Patches at native resolution; else tiles, overview included."""
+        return grid[0] * grid[1] if self.tower.native else 1 + grid[0] * grid[1]
 
     def read(self, packed: list[tuple[int, EncodedSample]], guess_S: np.ndarray, loss_S: np.ndarray) -> dict[int, dict]:
         """Predictions and losses of the questions in one packed row."""

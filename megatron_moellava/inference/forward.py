@@ -30,7 +30,7 @@ class Picture:
 
     digest: bytes  # of its pixels, and of its grid
     tiles_NCHW: torch.Tensor
-    grid: tuple[int, int] | None  # native resolution: rows and columns of patches
+    grid: tuple[int, ...] | None  # how its tokens lie (`Plan.grid`), of towers that have that
     features: int  # visual tokens
     block: int = 1  # of pooled frames: side of the blocks of visual tokens that become one
 
@@ -88,8 +88,10 @@ class Forward:
         return embedded
 
     def _encode(self, images: dict[bytes, Picture]) -> None:
-        """Remember the visual tokens [N, F, D] of images by their digests (at native resolution [F, D]); those not known yet go
-        through the tower at once."""
+        """Remember the visual tokens [N, F, D] of images by their digests (of towers that `has_grids`: [F, D]).
+
+        Those not known yet go through the tower at once.
+        """
         new = {digest: image for digest, image in images.items() if digest not in self.features}
         if new:
             pixels_NCHW = torch.cat([image.tiles_NCHW for image in new.values()])

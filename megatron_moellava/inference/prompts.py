@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from megatron_moellava.config import DataConfig, DataError
-from megatron_moellava.data import images, native
+from megatron_moellava.data import images, media, native
 from megatron_moellava.data import tiling as grid
 from megatron_moellava.data.encode import IMAGE_TOKEN, answer_ends, check_template, encode
+from megatron_moellava.data.plan import Plan
 from megatron_moellava.data.pooling import POOLINGS, Frame, Pooling, widths
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from megatron_moellava.data.templates import Template
@@ -29,10 +30,8 @@ class Prompt:
     pixels_NCHW: torch.Tensor  # the tiles of all images; N may be 0. At native resolution: their patches
     tiles: tuple[int, ...]  # of each image; at native resolution: patches
     features: tuple[int, ...] = ()  # visual tokens of each image
-    grids: tuple[tuple[int, int], ...] = ()  # native resolution: rows and columns of patches of each image
-    blocks: tuple[
-        int, ...
-    ] = ()  # frames pooled together count as one image; its side of the blocks in space; empty: all 1
+    grids: tuple[tuple[int, ...], ...] = ()  # how each image's tokens lie (`Plan.grid`), of towers that have that
+    blocks: tuple[int, ...] = ()  # of images that are frames pooled together: side of the blocks in space; empty: all 1
     digests: tuple[bytes, ...] = field(init=False)  # of each image as the tower sees it
 
     def __post_init__(self) -> None:
@@ -76,17 +75,23 @@ class Prompter:
         if request.images and placeholders != len(request.images):
             raise DataError(f"request {request.id}: {placeholders} `<image>` for {len(request.images)} images")
         plans = self._plans(request)
-        if plans:
+        if self.tower.native:
             pixels = [
                 native.patches(image, self.tower, plan, FRAME in image.info)
                 for image, plan in zip(request.images, plans, strict=True)
             ]
-            features = tuple(plan.tokens for plan in plans)
         else:
-            pixels = [self._pixels(image, request.image_aspect_ratio) for image in request.images]
-            frames, counts = [image.info.get(FRAME) for image in request.images], [len(part) for part in pixels]
-            pooling = POOLINGS[self.data.video_pooling]
-            features = widths(frames, counts, self.tower.num_features, pooling)
+            whole = [not plan.grid[0] for plan in plans] or [
+                not self.data.image_grid or FRAME in image.info for image in request.images
+            ]
+            pixels = [
+                self._pixels(image, request.image_aspect_ratio, alone)
+                for image, alone in zip(request.images, whole, strict=True)
+            ]
+        frames, pooling = [image.info.get(FRAME) for image in request.images], POOLINGS[self.data.video_pooling]
+        features = tuple(plan.tokens for plan in plans)
+        if not plans:
+            features = widths(frames, [len(part) for part in pixels], self.tower.num_features, pooling)
         names = tuple(ImageRef(name=str(number)) for number in range(len(pixels)))
         ids, _ = encode(
             Sample(id=request.id, origin=request.id, turns=turns, images=names), self.template, self.tokenizer
@@ -100,15 +105,16 @@ class Prompter:
         )
         return found if plans or pooling == POOLINGS["none"] else _together(found, frames, pooling)
 
-    def _plans(self, request: Request) -> tuple[native.Plan, ...]:
-        """At native resolution: what becomes of the images. DataError for more than fit into a sample's budget."""
-        if not self.tower.native:
+    def _plans(self, request: Request) -> tuple[Plan, ...]:
+        """What becomes of the images, where their sizes decide that. DataError for more than fit into a sample's budget."""
+        if not self.tower.has_grids:
             return ()
         sizes = [None if FRAME in image.info else image.size for image in request.images]
-        return native.plans(sizes, self.tower, self.data, f"request {request.id}")
+        return media.plans_of_sizes(sizes, self.tower, self.data, f"request {request.id}")
 
-    def _pixels(self, image: Image.Image, aspect_ratio: str) -> np.ndarray:
-        if self.data.image_grid and FRAME not in image.info:
+    def _pixels(self, image: Image.Image, aspect_ratio: str, whole: bool) -> np.ndarray:
+        """`whole`: not cut into tiles."""
+        if not whole:
             return grid.tile(image, self.tower)
         shape = self.data.image_aspect_ratio if aspect_ratio == "model" else aspect_ratio
         return images.preprocess(image, self.tower, shape)[None]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from PIL import Image
 
-from megatron_moellava.data import geometry, media, native
+from megatron_moellava.data import geometry, media
 from megatron_moellava.data.regions import Located, locate
 from megatron_moellava.inference.prompts import Prompter
 
@@ -17,6 +17,8 @@ def locate_answer(
     data, tower = prompter.data, prompter.tower
     data = data if image_aspect_ratio == "model" else replace(data, image_aspect_ratio=image_aspect_ratio)
     sizes = [image.size for image in images]
-    made: tuple = native.plans(sizes, tower, data, "the answer") if tower.native else (None,) * len(sizes)
+    made: tuple = (None,) * len(sizes)
+    if tower.has_grids:
+        made = media.plans_of_sizes(sizes, tower, data, "the answer")
     views = [media.view(geometry.Map(size=size), tower, data, plan) for size, plan in zip(sizes, made, strict=True)]
     return locate(text, data.box_format, views)

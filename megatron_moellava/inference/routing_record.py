@@ -37,7 +37,8 @@ class RoutingRecord:
         ]
         count = len(layers[0]["experts"])
         num_experts = next(iter(self.parts.values()))[0].shape[-1]
-        grids = {"grids": _grids(prompt)} if prompt.grids else {}
+        is_native = any(len(grid) == 2 for grid in prompt.grids)
+        grids = {"grids": _grids(prompt)} if is_native else {}
         return {"num_experts": num_experts, "tokens": _names(prompt, stream)[:count], "layers": layers} | grids
 
 

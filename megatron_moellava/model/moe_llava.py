@@ -19,7 +19,7 @@ from megatron_moellava.model.kv_cache import KVCache
 from megatron_moellava.model.layers import decoder_spec
 from megatron_moellava.model.lora import attach
 from megatron_moellava.model.pooling import pooled
-from megatron_moellava.model.vision import Grids, Projector, VisionTower, merged
+from megatron_moellava.model.vision import Grids, Projector, VisionTower, lines_of, merged
 from megatron_moellava.routers import ROUTERS
 from megatron_moellava.towers import Tower
 
@@ -52,7 +52,7 @@ class MoELlava(MegatronModule):
         self.share_embeddings_and_output_weights = backbone.share_embeddings_and_output_weights
         if pre_process:
             self.vision_tower = VisionTower(tower_config(tower, run), tower, adapted=run.training.lora is not None)
-            self.projector = Projector(projector_config(backbone, run), tower.projector_input_size)
+            self.projector = Projector(projector_config(backbone, run), tower)
         self.adapters = attach(self, run)
 
     def set_input_tensor(self, input_tensor) -> None:
@@ -66,12 +66,18 @@ class MoELlava(MegatronModule):
     def encode_images(self, pixels_NCHW: torch.Tensor, grids: Grids = ()) -> torch.Tensor:
         """Projected visual tokens [N, F, D]. The tower runs without a graph unless it is trained.
 
-        At native resolution N are patches, `grids` says how many rows and columns of them each image has, and the result is
-        [V, D]: the visual tokens of all images, one after the other.
+        `grids`: how each image's tokens lie, of towers that `has_grids`; the result then is [V, D], the visual tokens of all
+        images, one after the other. At native resolution N are patches.
         """
+        return self._laid_out(self._encode(pixels_NCHW, grids), grids)
+
+    def _encode(self, pixels_NCHW: torch.Tensor, grids: Grids = ()) -> torch.Tensor:
         with torch.set_grad_enabled(self._trains_tower() and torch.is_grad_enabled()):
             features = self.vision_tower(pixels_NCHW, grids)
         return self.projector(merged(features, grids, self.tower))
+
+    def _laid_out(self, features: torch.Tensor, grids: Grids) -> torch.Tensor:
+        return lines_of(features, grids, self.projector.image_newline.weight) if self.tower.newline else features
 
     def embed(
         self,
@@ -88,7 +94,7 @@ class MoELlava(MegatronModule):
         Under context parallelism S are the positions of this rank, and each rank encodes its part of the images.
 
         tokens [[5, -200, -200, 7]] with one image of two visual tokens -> [word 5, visual 0, visual 1, word 7].
-        `features_NFD`: the result of `encode_images`, instead of pixels. `grids`: what that needs at native resolution.
+        `features_NFD`: the result of `encode_images`, instead of pixels. `grids`: what that needs of towers that `has_grids`.
         `pools`: frames of videos whose visual tokens are averaged (`model/pooling.py`).
         `has_images`: the tokens continue a text with images (only MiniCPM's embeddings depend on it). `image_rows`: how
         many rows are placeholders, where the host knows (`Batch.counts`); None: counted here, which waits for the device.
@@ -118,8 +124,8 @@ class MoELlava(MegatronModule):
     def _encode_together(self, pixels_NCHW: torch.Tensor, grids: Grids) -> torch.Tensor:
         """`encode_images`; under context parallelism each rank does its part of the images."""
         if self.tower.native:
-            return encode_share_of_grids(self.encode_images, pixels_NCHW, grids, self.tower)
-        return encode_share(self.encode_images, pixels_NCHW)
+            return encode_share_of_grids(self._encode, pixels_NCHW, grids, self.tower)
+        return self._laid_out(encode_share(self._encode, pixels_NCHW), grids)
 
     def _scale_words(self, words_SBD: torch.Tensor, has_images: bool) -> torch.Tensor:
         multiplier = self.backbone.embedding_multiplier
@@ -130,11 +136,12 @@ class MoELlava(MegatronModule):
     def _untouched(self) -> torch.Tensor:
         """Zero, with what is trained in its graph: a micro-batch without images must not leave a rank waiting for gradients."""
         like = self.projector.linear_fc1.weight
+        newline = self.projector.image_newline.weight.sum() * 0.0 if self.tower.newline else 0.0
         if self._trains_tower():
             side = self.tower.shuffle  # at native resolution: the smallest picture
             count, grids = (side**2, ((side, side),)) if self.tower.native else (1, ())
-            return self.encode_images(like.new_zeros(count, *self.tower.pixel_shape), grids).sum() * 0.0
-        return self.projector(like.new_zeros(1, 1, self.tower.projector_input_size)).sum() * 0.0
+            return self._encode(like.new_zeros(count, *self.tower.pixel_shape), grids).sum() * 0.0 + newline
+        return self.projector(like.new_zeros(1, 1, self.tower.projector_input_size)).sum() * 0.0 + newline
 
     def _trains_tower(self) -> bool:
         adapted = self.adapters is not None and self.adapters.has_role("tower")

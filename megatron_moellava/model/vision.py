@@ -7,6 +7,7 @@ Shapes: N images (at native resolution patches), C channels, H and W pixels, P p
 and class token), V visual tokens, D width of the tower, L width of the language model.
 """
 
+import math
 from itertools import accumulate
 
 import torch
@@ -21,7 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-Grids = tuple[tuple[int, int], ...]  # rows and columns of patches of each image; empty: a tower of fixed resolution
+Grids = tuple[tuple[int, ...], ...]  # `Plan.grid` of each image; empty: the tower has none
 
 
 class VisionTower(MegatronModule):
@@ -93,7 +94,7 @@ class VisionTower(MegatronModule):
         resized = {grid: self._positions(grid) for grid in dict.fromkeys(grids)}
         return self.embedder(flat_NI) + torch.cat([resized[grid] for grid in grids])
 
-    def _positions(self, grid: tuple[int, int]) -> torch.Tensor:
+    def _positions(self, grid: tuple[int, ...]) -> torch.Tensor:
         """The square table of positions resized to a grid, [rows * columns, D]; in fp32, as transformers does it."""
         side, weight = self.tower.position_side, self.position_embeddings.weight
         table_1DHW = weight.float().view(1, side, side, -1).permute(0, 3, 1, 2)
@@ -126,11 +127,51 @@ def merged(features: torch.Tensor, grids: Grids, tower: Tower) -> torch.Tensor:
     )
 
 
+class ImageNewline(torch.nn.Module):
+    """The learned row [L] that ends each line of a picture's features."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.weight = torch.nn.Parameter(torch.randn(width, dtype=config.params_dtype) / math.sqrt(width))
+
+
+def lines_of(features_NVL: torch.Tensor, grids: Grids, newline_L: torch.Tensor) -> torch.Tensor:
+    """LLaVA-NeXT's merge of tiles: of each image the overview's tokens, then all lines of the picture, each ended by the
+    newline. [N, V, L] of N tiles -> [tokens of all images, L].
+
+    `grids`: tiles down and across, the lines and columns of features that show something, and those that they are reduced
+    to, if they are; 0 tiles: the overview alone, ended by one newline.
+    """
+    side = math.isqrt(features_NVL.shape[1])
+    parts, start = [], 0
+    for down, across, rows, columns, *reduced in grids:
+        parts.append(features_NVL[start])
+        tiles = features_NVL[start + 1 : start + 1 + down * across]
+        start += 1 + down * across
+        if not down:
+            parts.append(newline_L[None])
+            continue
+        whole = (
+            tiles.unflatten(1, (side, side)).unflatten(0, (down, across)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        )
+        top, left = (down * side - rows) // 2, (across * side - columns) // 2
+        shown_RCL = whole[top : top + rows, left : left + columns]
+        if reduced:
+            shown_1LRC = F.interpolate(shown_RCL.permute(2, 0, 1)[None], size=reduced, mode="bilinear")
+            shown_RCL = shown_1LRC[0].permute(1, 2, 0)
+        parts.append(torch.cat([shown_RCL, newline_L.expand(len(shown_RCL), 1, -1)], dim=1).flatten(0, 1))
+    return torch.cat(parts)
+
+
 class Projector(MLP):
     """Linear, exact GELU, Linear: visual features -> word embeddings (LLaVA-1.5's `mlp2x_gelu`)."""
 
-    def __init__(self, config: TransformerConfig, input_size: int):
-        super().__init__(config, mlp_submodules(), input_size=input_size, ffn_hidden_size=config.ffn_hidden_size)
+    def __init__(self, config: TransformerConfig, tower: Tower):
+        size = tower.projector_input_size
+        super().__init__(config, mlp_submodules(), input_size=size, ffn_hidden_size=config.ffn_hidden_size)
+        if tower.newline:
+            self.image_newline = ImageNewline(config)
 
     def forward(self, features_NVD: torch.Tensor) -> torch.Tensor:
         """[N, V, D] -> [N, V, L], or [V, D] -> [V, L]."""

@@ -17,7 +17,7 @@ from megatron_moellava.planning.memory import state_bytes
 from megatron_moellava.planning.picture import draw, label
 from megatron_moellava.planning.search import Found, Request, search
 from megatron_moellava.planning.workload import STAGE_DATA
-from megatron_moellava.towers import get_tower, tower_of_run
+from megatron_moellava.towers import tower_of_run
 from megatron_moellava.validation.run import experts_of_backbone
 
 
@@ -68,10 +68,6 @@ def request_of(arguments: argparse.Namespace, given: list[str]) -> Request:
     data = STAGE_DATA[arguments.stage]
     if arguments.samples:
         data = replace(data, name="given", samples=arguments.samples)
-    if arguments.tokens_per_sample:
-        tower = get_tower(arguments.tower)
-        text = max(arguments.tokens_per_sample - data.images * tower.num_features, 0.0)
-        data = replace(data, text_tokens=text)
     named = [
         f"model.backbone={arguments.backbone}",
         f"model.tower={arguments.tower}",
@@ -85,11 +81,15 @@ def request_of(arguments: argparse.Namespace, given: list[str]) -> Request:
             f"parallel.context_parallel_size={run.parallel.context_parallel_size} cannot be planned yet: its memory and its "
             "time are in no formula; use 1 here"
         )
+    tower = tower_of_run(run)
+    if arguments.tokens_per_sample:
+        text = max(arguments.tokens_per_sample - data.images * tower.num_features, 0.0)
+        data = replace(data, text_tokens=text)
     fixed = frozenset(item.partition("=")[0] for item in given)
     return Request(
         run=run,
         backbone=get_backbone(run.model.backbone),
-        tower=tower_of_run(run),
+        tower=tower,
         gpu=get_gpu(arguments.gpu),
         world_size=arguments.gpus,
         data=data,

@@ -249,10 +249,11 @@ def _embed(layout: Layout, chunk: MoELlava, tokens_BS: torch.Tensor) -> torch.Te
 
 
 def fullest_pictures(layout: Layout) -> tuple[int, Grids]:
-    """(images, no grids), or at native resolution (patches, their grids) of the fullest micro-batch: all at their budget."""
+    """(images, their grids, if there are some) of the fullest micro-batch; at native resolution (patches, their grids), all
+    at their budget."""
     tower = layout.tower
     if not tower.native:
-        return layout.images, ()
+        return layout.images, ((0, 0, 0, 0),) * layout.images if tower.newline else ()
     rows = largest_side(tower.num_features)
     grid = (rows * tower.shuffle, tower.num_features // rows * tower.shuffle)
     return layout.images * tower.num_patches, (grid,) * layout.images

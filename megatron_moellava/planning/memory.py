@@ -65,8 +65,9 @@ def state_bytes(layout: Layout, pipeline_rank: int) -> tuple[float, float, float
         gradients += count * FP32
         shards = layout.expert_dp if part in OF_EXPERTS else layout.dp
         # fp32 parameters are their own main copy.
+        moments = ADAM_MOMENTS if layout.run.optimizer.optimizer == "adam" else FP32  # Muon: the momentum
         average = 0 if layout.run.optimizer.ema_decay is None else FP32
-        optimizer += count * (ADAM_MOMENTS + average + (0 if is_fp32 else FP32)) / shards
+        optimizer += count * (moments + average + (0 if is_fp32 else FP32)) / shards
     return weights, gradients, optimizer
 
 

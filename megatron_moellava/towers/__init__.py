@@ -13,13 +13,17 @@ from megatron_moellava.config import CheckpointError, ConfigError, RunConfig
 from megatron_moellava.towers import clip, siglip, siglip2
 from megatron_moellava.towers.from_config import tower_fields, tower_from_fields, tower_from_hf_folder
 from megatron_moellava.towers.projector import PROJECTORS, ProjectorKind
+from megatron_moellava.towers.tiling import TILINGS, Tiling
 from megatron_moellava.towers.tower import Tower, TowerHuggingFace
 
 __all__ = [
     "FAMILIES",
     "PROJECTORS",
+    "RULES",
+    "TILINGS",
     "TOWERS",
     "ProjectorKind",
+    "Tiling",
     "Tower",
     "TowerHuggingFace",
     "get_tower",
@@ -36,6 +40,8 @@ TOWERS: dict[str, Tower] = {size.name: size for family in FAMILIES for size in f
 ORIGINAL = "@original"
 RULES: dict[str, dict[str, Any]] = {
     ORIGINAL: {"drop_first_feature": True},  # MoE-LLaVA's: the first feature is always dropped
+    "@newline": {"newline": True},  # LLaVA-NeXT's merge of tiles, "spatial_unpad" with a learned end of line
+    "@onevision": {"newline": True, "tiling": "onevision"},  # LLaVA-OneVision's: more grids, "anyres_max_9"
     "@pixel_shuffle": {"projector": "pixel_shuffle"},  # the features of 2 x 2 patches are one visual token
 }
 
@@ -57,6 +63,12 @@ def checked(tower: Tower) -> Tower:
             f"multiples of {tower.shuffle}, and this tower has {side} x {side} patches"
             f"{' less the first' if tower.drop_first_feature and not tower.class_token else ''}; use another tower, such as "
             "siglip2-so400m-patch16-512@pixel_shuffle, or none of this rule"
+        )
+    if tower.newline and (tower.native or tower.num_features != tower.feature_side**2):
+        raise ConfigError(
+            f"model.tower={tower.name}: @newline and @onevision put tiles together line by line, and this tower has "
+            f"{'no tiles' if tower.native else 'features that are no square'}; use it with a tower such as "
+            "clip-vit-large-patch14-336 or siglip2-so400m-patch16-512"
         )
     if tower.native and tower.drop_first_feature:
         raise ConfigError(
@@ -91,9 +103,10 @@ def get_tower(name: str) -> Tower:
 def tower_of_run(run: RunConfig) -> Tower:
     """The tower that a run names, with the budget that its data have for one picture."""
     tower = get_tower(run.model.tower)
-    if not tower.native or (run.data.max_image_tokens or 0) < 1:
+    budget = run.data.max_image_tokens or 0
+    if not tower.native or budget < 1:
         return tower
-    return replace(tower, max_num_patches=run.data.max_image_tokens * tower.shuffle**2)
+    return replace(tower, max_num_patches=budget * tower.shuffle**2)
 
 
 def tower_of_section(section: dict) -> Tower | None:

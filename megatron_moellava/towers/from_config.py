@@ -28,6 +28,8 @@ LATER = {
     "native": False,
     "post_layernorm": False,
     "projector": "mlp2x_gelu",
+    "newline": False,
+    "tiling": "next",
     "max_num_patches": 0,
 }
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -146,7 +148,7 @@ def _native_problems(tower: Tower, processor: dict) -> list[str]:
 
 def hf_config_of(tower: Tower) -> dict:
     """`config.json` of the tower as transformers reads it: the inverse of `tower_from_hf_config`."""
-    config = {"model_type": tower.hf.model_type, "architectures": [tower.hf.architecture], **tower.hf.constants}
+    config: dict = {"model_type": tower.hf.model_type, "architectures": [tower.hf.architecture], **tower.hf.constants}
     config.pop("dropout", None)
     config |= {key: getattr(tower, field) for key, field in FIELDS.items()}
     config["hidden_act"] = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[tower.activation]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from megatron_moellava.mapping import Heads, Mapping
 from megatron_moellava.towers.projector import PROJECTORS
+from megatron_moellava.towers.tiling import TILINGS, Tiling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +50,8 @@ class Tower:
     native: bool = False
     post_layernorm: bool = False  # features are those after the published model's last norm
     projector: str = "mlp2x_gelu"  # a name in PROJECTORS
+    tiling: str = "next"  # a name in TILINGS: how data.image_grid cuts large pictures
+    newline: bool = False  # tiles are put together without their padding, and a learned row ends each line of features
     max_num_patches: int = 0  # native resolution: of one picture; 0: as many as the table has positions
     hf: TowerHuggingFace
     mapping: tuple[Mapping, ...]
@@ -63,7 +66,8 @@ class Tower:
     @property
     def num_patches(self) -> int:
         """Patches of one image; at native resolution of the largest."""
-        return self.max_num_patches or (self.image_size // self.patch_size) ** 2
+        patches = self.max_num_patches or (self.image_size // self.patch_size) ** 2
+        return patches - patches % self.shuffle**2 if self.native else patches
 
     @property
     def position_side(self) -> int:
@@ -92,6 +96,21 @@ class Tower:
         At native resolution those of the largest picture: its budget.
         """
         return (self.num_rows - self.drop_first_feature) // self.shuffle**2
+
+    @property
+    def feature_side(self) -> int:
+        """Visual tokens along one side of an image (of a tile)."""
+        return self.position_side // self.shuffle
+
+    @property
+    def tiles(self) -> Tiling:
+        """How large pictures are cut."""
+        return TILINGS[self.tiling]
+
+    @property
+    def has_grids(self) -> bool:
+        """Whether a picture's size decides how its visual tokens lie: batches then bring `grids`."""
+        return self.native or self.newline
 
     @property
     def projector_input_size(self) -> int:

@@ -30,7 +30,6 @@ from megatron_moellava.checkpoint.folders import (
     AVERAGE,
     AVERAGES,
     DAMAGED,
-    OPTIMIZER_STATE,
     SUPERSEDED,
     UNFINISHED,
     complete_iterations,
@@ -49,12 +48,13 @@ from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.weights import kept_state, model_state, readable
 from megatron_moellava.training.background import BackgroundSave, Writing
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
+from megatron_moellava.training.whole_states import Sharded, init_moments, load_whole_states, of_weight, whole_states
 
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 # Memory-efficient: only the first data-parallel rank gathers the state, over gloo into host memory. Otherwise every rank
@@ -167,9 +167,11 @@ def provenance_of(run: RunConfig, source: Path) -> dict:
 
 def _optimizer_state(optimizer: ChainedOptimizer, model_state: dict) -> dict:
     """By number of the optimizer and of the parameter; empty on all data-parallel ranks but the first."""
+    if isinstance(optimizer, LayerWiseDistributedOptimizer):
+        return whole_states(optimizer, model_state)
     state = {}
     for index, item in enumerate(distributed_optimizers(optimizer)):
-        item.init_state_fn(item.optimizer)  # moments exist only after the first step
+        init_moments(item)
         state[index] = item.sharded_param_state_fully_reshardable(model_state, metadata=_OPTIMIZER_METADATA) or {}
     return state
 
@@ -182,7 +184,7 @@ def _wanted_optimizer_state(optimizer: ChainedOptimizer, model_state: dict, has_
     by_parameter = {sharded.data: sharded for sharded in model_state.values()}
     state: dict[int, dict] = {}
     for index, item in enumerate(distributed_optimizers(optimizer)):
-        item.init_state_fn(item.optimizer)
+        init_moments(item)
         state[index] = {
             number: {
                 key: _empty(by_parameter[parameter], key)
@@ -205,13 +207,9 @@ def _owned_parameters(item: DistributedOptimizer) -> Iterator[tuple[int, torch.n
             before += len(buffer.param_index_map)
 
 
-def _empty(weight: ShardedTensor | ShardedTensorFactory, key: str) -> ShardedTensor | ShardedTensorFactory:
+def _empty(weight: Sharded, key: str) -> Sharded:
     """A request for one tensor of a parameter's state, split over the ranks as the weight is."""
-    data = torch.empty(weight.data.shape, dtype=torch.float32)
-    changes: dict = {"key": f"{OPTIMIZER_STATE}{key}.{weight.key}", "data": data}
-    if isinstance(weight, ShardedTensor):
-        changes["dtype"] = data.dtype
-    return replace(weight, **changes)
+    return of_weight(weight, key, torch.empty(weight.data.shape, dtype=torch.float32))
 
 
 def _unused_tower_state(model: MoELlava) -> dict:
@@ -345,9 +343,14 @@ def _leave_only(chosen: Path, damaged: list[Path], superseded: list[Path]) -> No
 
 def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[MoELlava], steps: int) -> None:
     """Restore main parameters and Adam's moments of any layout, and the number of updates done."""
-    with readable(checkpoint):
-        stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    has_average = any(name.startswith(AVERAGES) for name in stored)
+    if isinstance(optimizer, LayerWiseDistributedOptimizer):
+        wanted = whole_states(optimizer, model_state(chunks), lambda value: torch.empty(value.shape, dtype=value.dtype))
+        with readable(checkpoint):
+            loaded = dist_checkpointing.load({"optimizer": wanted}, str(checkpoint), validate_access_integrity=False)
+        load_whole_states(optimizer, loaded.get("optimizer", {}), steps)
+        return
+    keeps_average = any(AVERAGE in item.optimizer_state_keys for item in distributed_optimizers(optimizer))
+    has_average = keeps_average and _has_average(checkpoint)
     state = _wanted_optimizer_state(optimizer, model_state(chunks), has_average)
     # What is empty does not come back: the state of a stage that trains nothing, or has no experts.
     with readable(checkpoint):
@@ -358,7 +361,7 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
         adam = item.optimizer
         for moments in adam.state.values():
             moments.pop("step", None)  # Megatron-Core looks for it in the file when torch's Adam keeps it here
-        if not has_average:  # of a run that had none: it begins with the weights
+        if keeps_average and not has_average:  # of a run that had none: it begins with the weights
             for tensors in loaded.get(index, {}).values():
                 tensors[AVERAGE] = tensors["param"]
         with torch.no_grad():
@@ -369,6 +372,13 @@ def load_optimizer(checkpoint: Path, optimizer: ChainedOptimizer, chunks: list[M
         else:  # Transformer Engine's and apex's FusedAdam count in the group
             for group in adam.param_groups:
                 group["step"] = steps
+
+
+def _has_average(checkpoint: Path) -> bool:
+    """Whether the run of a checkpoint averaged its weights."""
+    with readable(checkpoint):
+        stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    return any(name.startswith(AVERAGES) for name in stored)
 
 
 def load_rank_state(

@@ -227,11 +227,12 @@ class Trainer:
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
         self.watchdog = Watchdog(self.run.parallel.distributed_timeout_minutes * 60)
         try:
-            return self._train()
-        finally:
-            self.watchdog.stop()
+            code = self._train()
             if profile := self.profiler.finish(self.state.iteration):
                 self.log.say(profile)
+            return code
+        finally:
+            self.watchdog.stop()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.log.close(finished=self.state.iteration >= self.train_steps)

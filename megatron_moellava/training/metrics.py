@@ -169,8 +169,12 @@ class StepLog:
 
     def track(self, options: LoggingConfig, record: Callable[[], dict]) -> None:
         """Write to the trackers that a run asks for, too; `record`: what they are told of it."""
-        if self.active and self.folder is not None and options.trackers:
+        if not self.active or self.folder is None or not options.trackers:
+            return
+        try:
             self.trackers = Trackers(options, self.folder, record(), self.say)
+        except OSError as error:
+            self._without(error)
 
     def _left(self, iteration: int) -> str:
         if self.first_iteration is None:  # the first step pays for warming up, and says nothing about the others

@@ -12,6 +12,7 @@ from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.stages import part_of
 from megatron_moellava.training.loss_scale import LossScale
 from megatron_moellava.training.main_params import round_main_params
+from megatron_moellava.training.muon import build_muon
 from megatron_moellava.training.weight_average import average_weights
 
 from megatron.core import parallel_state
@@ -37,13 +38,14 @@ def overlaps(run: RunConfig) -> tuple[bool, bool]:
 
 
 def wrap_data_parallel(run: RunConfig, chunks: list[MoELlava]) -> list[DistributedDataParallel]:
-    """Gradients in contiguous fp32 buffers, reduced over the data-parallel ranks, sharded for the optimizer."""
+    """Gradients in contiguous fp32 buffers, reduced over the data-parallel ranks, sharded for the optimizer (Muon, which
+    steps whole matrices: reduced for all)."""
     overlap_grad_reduce, overlap_param_gather = overlaps(run)
     if run.optimizer.gradient_accumulation_fusion is not False:
         accumulate_in_products(chunks)
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=run.optimizer.optimizer == "adam",
         overlap_grad_reduce=overlap_grad_reduce,
         overlap_param_gather=overlap_param_gather,
     )
@@ -90,6 +92,8 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Ch
     # Routers are fp32 in a bf16 model. In one group with bf16 parameters Megatron-Core would save the Adam states of one
     # parameter as another's: it numbers a group's parameters by buffer, and orders them by dtype.
     overrides[ParamKey(name="*.mlp.router.*")] = ParamGroupOverride(**{ROUTER_GROUP: True})
+    if options.optimizer == "muon":
+        return build_muon(run, config, chunks, overrides)
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
     for part in distributed_optimizers(optimizer)[:-1]:
         # The optimizers of dense and of expert parameters would each gather the parameters of both; the last one does.

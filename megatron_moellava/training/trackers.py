@@ -129,7 +129,8 @@ class Trackers:
     """Those that the run asks for, on the process that logs."""
 
     def __init__(self, options: LoggingConfig, folder: Path, record: dict, say: Callable[[str], None]):
-        self.say, self.writers = say, {}
+        self.say = say
+        self.writers: dict = {}
         ids, name = _read(folder / IDS), options.run_name or folder.absolute().name
         for kind in options.trackers:
             writer = self._guarded(kind, lambda kind=kind: TRACKERS[kind](options, folder, name, ids.get(kind), record))

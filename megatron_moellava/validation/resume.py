@@ -95,6 +95,12 @@ NOTED = {
     "optimizer.adam_beta2": "",
     "optimizer.adam_eps": "",
     "optimizer.clip_grad": "",
+    "optimizer.muon_momentum": "",
+    "optimizer.muon_nesterov": "",
+    "optimizer.muon_scale_mode": "",
+    "optimizer.muon_extra_scale_factor": "",
+    "optimizer.muon_num_ns_steps": "",
+    "optimizer.muon_fp32_matmul_prec": "",
     "optimizer.ema_decay": "a new average begins with the weights of then",
     "optimizer.main_params_dtype": "",
     "optimizer.stochastic_rounding": "",
@@ -141,6 +147,7 @@ REFUSED = {
     "training.seed": "the data's order comes of it",
     "training.trains": "the optimizer holds the state of other parameters",
     "training.lora": "the optimizer holds the state of other parameters",
+    "optimizer.optimizer": "their states are different ones",
 }
 CONTENT = {
     "model.backbone": "validation.checkpoints compares every field of it",

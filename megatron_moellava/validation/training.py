@@ -63,6 +63,8 @@ def training_problems(run: RunConfig, machine: Machine) -> Iterator[str]:
     if optimizer.gradient_accumulation_fusion and not machine.has_gradient_fusion:
         yield "optimizer.gradient_accumulation_fusion=true needs Transformer Engine and apex's kernel on a GPU; leave it unset"
     yield from rate_problems(run)
+    if optimizer.optimizer == "muon":
+        yield from _muon(run)
     if run.validation.ema and optimizer.ema_decay is None:
         yield "validation.ema=true: there are no averaged weights; set optimizer.ema_decay, e.g. 0.999, or leave it out"
     if optimizer.router_lr_warmup_fraction is not None and run.moe is None:
@@ -104,6 +106,28 @@ def rate_problems(run: RunConfig) -> Iterator[str]:
         )
     if run.training.train_steps > 0 and (problem := cooldown_problem(run, run.training.train_steps)):
         yield problem
+
+
+def _muon(run: RunConfig) -> Iterator[str]:
+    """What Muon needs, and what it does not go together with."""
+    if not is_installed("emerging_optimizers"):
+        yield (
+            "optimizer.optimizer=muon needs the package emerging-optimizers; pip install 'megatron-moellava[muon]', or use adam"
+        )
+    options, training = run.optimizer, run.training
+    refused = {
+        "training.precision=fp16": (training.precision == "fp16", "Megatron-Core's Muon has no loss scale; use bf16"),
+        "training.lora": (training.lora is not None, "Muon steps whole matrices, and adapters are factors; use adam"),
+        "optimizer.main_params_dtype=bf16": (options.main_params_dtype == "bf16", "Muon's weights are not rounded"),
+        "optimizer.ema_decay": (options.ema_decay is not None, "averages lie among AdamW's moments; use adam"),
+        "optimizer.overlap_param_gather=true": (
+            bool(options.overlap_param_gather),
+            "Muon's ranks exchange parameters after each update; leave it unset",
+        ),
+    }
+    for name, (is_so, why) in refused.items():
+        if is_so:
+            yield f"{name} does not go with optimizer.optimizer=muon: {why}"
 
 
 def cooldown_problem(run: RunConfig, train_steps: int) -> str:

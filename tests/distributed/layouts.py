@@ -35,6 +35,7 @@ LORA = {
     "training.lora.targets": ["attention", "ffn", "experts", "router", "projector", "tower"],
 }
 LORA_SHARED = {"training.lora.rank": 4, "training.lora.alpha": 4.0, "training.lora.shared_outer": True}
+MUON = {"optimizer.optimizer": "muon", "optimizer.muon_fp32_matmul_prec": "highest", "optimizer.lr": 1e-3}
 RATES = {
     "optimizer.lr_decay_style": "WSD",
     "optimizer.lr_wsd_decay_style": "linear",
@@ -77,9 +78,10 @@ MODELS = {
         for name, backbone in (("llama", "llama-tiny"), ("phi", "phi-2-tiny"))
         for stage in (1, 2, 3)
     },
-    # Patches of images of different sizes as one row; with a pixel shuffle; with the tower frozen.
+    # Patches of images of different sizes as one row; with a pixel shuffle; with the tower frozen; tiles put together.
     "native": Model(moe=MOE, rows="native", run={"model.tower": "naflex-tiny"}),
     "native-shuffle": Model(moe=MOE, rows="native", run={"model.tower": "naflex-tiny@pixel_shuffle"}),
+    "newline": Model(moe=MOE, rows="native", run={"model.tower": "siglip-tiny@newline"}),
     "native-stage3": Model(moe=MOE, rows="native", roles=None, run={"model.tower": "naflex-tiny", "training.stage": 3}),
     "text-only": Model(moe=MOE, rows="text"),
     "padded": Model(moe=MOE, rows="padded"),
@@ -130,6 +132,12 @@ MODELS = {
     "lora-shared": Model(moe=MOE, roles=["router"], run=LORA_SHARED),
     # Every part of the model has a rate of its own, in the cooldown of a schedule.
     "rates": Model(moe=MOE, run=RATES),
+    # Orthogonalized in fp32: in bf16, Megatron-Core's default, what two layouts sum up differently would be seen.
+    "muon": Model(moe=MOE, run=MUON),
+    "muon-phi": Model(backbone="phi-2-tiny", moe=MOE, run=MUON),
+    "muon-stage3": Model(moe=MOE, roles=None, run=MUON | {"training.stage": 3}),
+    "muon-stage1": Model(roles=None, run=MUON | {"training.stage": 1}),
+    "muon-bf16": Model(moe=MOE, run=MUON | {"training.precision": "bf16"}),
     "average": Model(moe=MOE, run={"optimizer.ema_decay": 0.3}),
     "bf16": Model(moe=MOE, run={"training.precision": "bf16"}),
     # FP8 as a CPU emulates it. In blocks a pipeline stage computes what one process does, and so does a rank with its own
@@ -233,11 +241,11 @@ LAYOUTS = [
     *_layouts("llama-stage3 phi-stage3", "ep2", 2, ep=2),
     *_layouts("llama-stage3", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("llama-stage3", "pp2-vpp2", 2, pp=2, vpp=2),
-    *_layouts("native native-shuffle", "dp2", 2),
-    *_layouts("native native-shuffle", "tp2", 2, tp=2),
-    *_layouts("native native-shuffle native-stage3", "pp2", 2, pp=2),
-    *_layouts("native native-shuffle native-stage3", "cp2", 2, cp=2),
-    *_layouts("native native-stage3", "ep2", 2, ep=2),
+    *_layouts("native native-shuffle newline", "dp2", 2),
+    *_layouts("native native-shuffle newline", "tp2", 2, tp=2),
+    *_layouts("native native-shuffle native-stage3 newline", "pp2", 2, pp=2),
+    *_layouts("native native-shuffle native-stage3 newline", "cp2", 2, cp=2),
+    *_layouts("native native-stage3 newline", "ep2", 2, ep=2),
     *_layouts("native", "recompute-tower", 1, recompute_tower=True),
     *_layouts("text-only", "dp2", 2),
     *_layouts("text-only", "tp2-ep2-etp1", 2, tp=2, ep=2),
@@ -355,7 +363,18 @@ SLOW_LAYOUTS = [
     *_layouts("original", "pp2-tp2-ep2", 8, pp=2, tp=2, ep=2),
     *_layouts("bf16", "pp2-tp2-ep2", 8, pp=2, tp=2, ep=2),
 ]
-BY_ID = {layout.id: layout for layout in [*REFERENCES.values(), *LAYOUTS, *SLOW_LAYOUTS]}
+# With the package emerging-optimizers: test_muon.py.
+MUON_LAYOUTS = [
+    *_layouts("muon muon-phi muon-bf16", "dp2", 2),
+    *_layouts("muon muon-phi", "tp2-etp2", 2, tp=2, etp=2),
+    *_layouts("muon", "tp2-ep2-etp1", 2, tp=2, ep=2),
+    *_layouts("muon muon-bf16", "ep2", 2, ep=2),
+    *_layouts("muon", "pp2-vpp2", 2, pp=2, vpp=2),
+    *_layouts("muon-stage1 muon-stage3", "pp2", 2, pp=2),  # stage 1: the second rank trains nothing
+    *_layouts("muon", "cp2-overlap-grads", 2, cp=2, overlap_grads=True),
+    *_layouts("muon", "dp2-tp2-ep2", 4, tp=2, ep=2),
+]
+BY_ID = {layout.id: layout for layout in [*REFERENCES.values(), *LAYOUTS, *SLOW_LAYOUTS, *MUON_LAYOUTS]}
 
 # (checkpoint of, continued as): weights and Adam's state must arrive whatever both layouts are.
 CONTINUATIONS = [
@@ -394,4 +413,11 @@ CONTINUATIONS = [
     ("llama:tp2-ep2-etp2", "llama:pp2-ep2"),
     ("llama:pp2-vpp2-tp2-ep2", "llama:ep4"),
 ]
-SOURCES = {source for source, _ in CONTINUATIONS} | {"llama-dense:one", "llama:one"}
+MUON_CONTINUATIONS = [
+    ("muon:one", "muon:dp2"),
+    ("muon:ep2", "muon:tp2-etp2"),
+    ("muon:tp2-etp2", "muon:pp2-vpp2"),
+    ("muon:dp2", "muon:one"),
+    ("muon-stage1:pp2", "muon-stage1:one"),
+]
+SOURCES = {source for source, _ in [*CONTINUATIONS, *MUON_CONTINUATIONS]} | {"llama-dense:one", "llama:one"}

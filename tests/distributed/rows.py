@@ -17,6 +17,8 @@ SEQ_LENGTH = 128
 NUM_ROWS = {"packed": 4, "text": 4, "padded": 8, "native": 4}  # of the global batch
 MICRO_BATCH = {"packed": 1, "text": 1, "padded": 2, "native": 1}
 GRIDS = ((2, 6), (4, 2), (2, 2), (4, 4))  # native resolution: rows and columns of patches, even for a pixel shuffle
+# Tiles with ends of lines: tiles down and across, and lines and columns of features that show something.
+TILES = ((1, 2, 2, 8), (0, 0, 0, 0), (2, 1, 6, 4))
 TAGS = ("color", "color+shape", "", "existence")  # question types; some ranks never meet one
 IMAGES = (2, 0, 1, 0)  # of each micro-batch
 
@@ -49,8 +51,10 @@ class Rows(Batches):
 def _micro_batch(kind: str, vocab_size: int, tower: Tower, seed: int, images: int) -> Batch:
     images = 0 if kind == "text" else images
     draw = np.random.default_rng(seed)
-    shape, grids = tower.pixel_shape, [GRIDS[(seed + number) % len(GRIDS)] for number in range(images)]
-    counts = [rows * columns if tower.native else 1 for rows, columns in grids]  # patches, or one tile
+    known = GRIDS if tower.native else TILES if tower.newline else ((),)
+    shape, grids = tower.pixel_shape, [known[(seed + number) % len(known)] for number in range(images)]
+    # Patches, tiles with their overview, or one tile.
+    counts = [grid[0] * grid[1] + tower.newline if grid else 1 for grid in grids]
     pixels = [draw.standard_normal((count, *shape), dtype=np.float32) for count in counts]
     if kind == "padded":
         per_sample = {0: (0, 0), 1: (0, 1), 2: (1, 1)}[images]
@@ -66,7 +70,9 @@ def _micro_batch(kind: str, vocab_size: int, tower: Tower, seed: int, images: in
 def _sample(draw, name: str, vocab_size: int, tower: Tower, images: int, words: int, grid=()) -> EncodedSample:
     """`words` random words after the images; the later two thirds are trained on."""
     text = draw.integers(3, vocab_size, words)
-    features = grid[0] * grid[1] // tower.shuffle**2 if tower.native and images else tower.num_features
+    features = tower.num_features
+    if grid:
+        features = grid[0] * grid[1] // tower.shuffle**2 if tower.native else features + (grid[2] * (grid[3] + 1) or 1)
     tokens = np.concatenate([np.full(images * features, IMAGE_TOKEN), text])
     labels = np.append(tokens[1:], IGNORE_INDEX)
     labels[: len(tokens) - 2 * words // 3] = IGNORE_INDEX
@@ -75,5 +81,5 @@ def _sample(draw, name: str, vocab_size: int, tower: Tower, images: int, words: 
         tag=TAGS[len(text) % len(TAGS)],
         tokens_S=tokens.astype(np.int64),
         labels_S=labels.astype(np.int64),
-        grids=(grid,) if tower.native and images else (),
+        grids=(grid,) if grid else (),
     )

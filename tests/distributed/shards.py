@@ -16,6 +16,7 @@ from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.training.optimizer import distributed_optimizers
 
 from megatron.core import parallel_state
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
 LOCAL_EXPERT = (
     re.compile(r"\.mlp\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weight|bias)$"),  # sequential
@@ -169,6 +170,14 @@ def gather_parameters(chunks: list[MoELlava]) -> tuple[dict[str, torch.Tensor], 
 
 def gather_gradients(chunks: list[MoELlava], optimizer) -> tuple[dict[str, torch.Tensor], float]:
     """The same for the reduced gradients of every trained parameter, from the ranges that each rank's optimizer owns."""
+    if isinstance(optimizer, LayerWiseDistributedOptimizer):  # every rank has all of them
+        return _gather(
+            [
+                (name, tensor.main_grad.detach().clone(), 0, shard)
+                for name, tensor, shard in named_shards(chunks)
+                if tensor.requires_grad
+            ]
+        )
     places = {id(tensor): (name, shard) for name, tensor, shard in named_shards(chunks)}
     pieces = []
     for item in distributed_optimizers(optimizer):

@@ -147,5 +147,5 @@ def uncached(engine, request, tokens) -> torch.Tensor:
     prompt = engine.prompter(request)
     tokens_1S = torch.tensor([[*prompt.tokens, *tokens[:-1]]])
     position_ids_1S = torch.arange(tokens_1S.shape[1])[None]
-    logits_1SV = engine.model(tokens_1S, position_ids_1S, pixels_NCHW=prompt.pixels_NCHW)
+    logits_1SV = engine.model(tokens_1S, position_ids_1S, pixels_NCHW=prompt.pixels_NCHW, grids=prompt.grids)
     return logits_1SV[0, len(prompt.tokens) - 1 :, : engine.prompter.tokenizer.vocab_size]

@@ -147,8 +147,12 @@ def test_the_vision_language_model_is_imported_again(imported, tmp_path):
         assert torch.equal(value, second[key][: len(value)]), key
 
 
-def test_the_originals_layout_is_refused(imported, tmp_path):
+def test_the_originals_layout_is_refused_but_for_the_projector(imported, tmp_path):
     _, folder = imported
+    export_checkpoint(folder / "run", save=tmp_path / "projector", layout="projector")
+    file = tmp_path / "projector/mm_projector.bin"
+    import_checkpoint(folder / "hf", save=tmp_path / "again", tower=str(TOWER), projector=file)
+    assert read_description(require_checkpoint(tmp_path / "again")).stage == 1
     with pytest.raises(ConfigError, match="whose own models have experts; export --layout transformers"):
         export_checkpoint(folder / "run", save=tmp_path / "out", layout="original")
 

@@ -33,6 +33,7 @@ SHARED_TESTS = {
         "one table of recorded ids over all kinds of tokenizer folders",
         [f"data/{name}" for name in ("byte_tokenizer", "llama_tokenizer", "tiktoken_ranks", "tokenizer_files")],
     ),
+    "tests/unit/data/test_native.py": ("two numbers, which native.py and tiling.py make", ["data/plan"]),
     "tests/unit/data/test_templates.py": ("the original's labels beside ours, template by template", ["data/original"]),
     "tests/unit/training/test_loop.py": (
         "one call of Megatron-Core's schedules, which every step of a run makes",

@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_moellava.data import geometry, images, media
 from megatron_moellava.data.box_formats import FORMATS
-from megatron_moellava.data.native import Plan
+from megatron_moellava.data.plan import Plan
 from megatron_moellava.data.regions import (
     CUT,
     Region,
@@ -202,6 +202,6 @@ def test_views_come_from_the_header_and_the_towers_way(tmp_path):
     stored = images.upright(str(tmp_path / "a.png"), "row 1")
     view = media.view(stored, TOWER, config(tmp_path / "x.json", image_grid=True))
     assert view.stored.size == (30, 40) and view.seen.size == (28, 28) and view.seen.scale == (28 / 30, 28 / 40)
-    native = SimpleNamespace(patch_size=14)
+    native = SimpleNamespace(patch_size=14, native=True)
     wide = media.view(stored, native, config(tmp_path / "x.json"), Plan(tokens=12, grid=(4, 3)))
     assert wide.seen.size == (42, 56) and np.allclose(wide.seen(np.array([[30.0, 40.0]])), [[42, 56]])

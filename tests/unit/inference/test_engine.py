@@ -12,7 +12,7 @@ from megatron_moellava.data.sample import Turn
 from megatron_moellava.inference.packed_linear import PackedLinear, can_pack
 from megatron_moellava.inference.request_state import RequestState
 from megatron_moellava.inference.requests import Request, Sampling
-from tests.helpers.inference_models import GATES, ask, mixed_requests, tiny_engine, uncached
+from tests.helpers.inference_models import GATES, ask, mixed_requests, picture, tiny_engine, uncached
 
 TOLERANCE = 1e-5  # measured: 3e-6, logits of size 5
 
@@ -64,6 +64,27 @@ def test_every_kind_of_block_is_cached_right(backbone, seen):
         expected_TV = uncached(engine, request, completion.tokens)
         assert torch.stack(seen[request.id]).sub(expected_TV).abs().max() < TOLERANCE
         assert expected_TV.argmax(dim=-1).tolist() == list(completion.tokens)
+
+
+@pytest.mark.parametrize(
+    "tower", ["naflex-tiny", "naflex-tiny@pixel_shuffle", "siglip-tiny@newline", "siglip-tiny@onevision"]
+)
+def test_pictures_of_different_lengths_are_answered_as_in_one_pass(tower, seen):
+    engine = tiny_engine(MoEConfig(), tower=tower, max_batch_size=3)
+    sizes = [(40, 30), (30, 90), (120, 20)]
+    wide = replace(ask(7, "Wide.", images=3), images=tuple(picture(n, size) for n, size in enumerate(sizes)))
+    requests = [*mixed_requests(), wide, replace(ask(8, record_routing=True), images=(picture(8, (60, 20)),))]
+    completions = {completion.request_id: completion for completion in engine.generate(requests)}
+    for request in requests:
+        completion = completions[request.id]
+        expected_TV = uncached(engine, request, completion.tokens)
+        assert torch.stack(seen[request.id]).sub(expected_TV).abs().max() < TOLERANCE
+        assert expected_TV.argmax(dim=-1).tolist() == list(completion.tokens)
+    said, prompt = completions["r8"].routing, engine.prompter(requests[-1])
+    assert sum("image" in token for token in said["tokens"]) == prompt.features[0]
+    if engine.model.tower.native:
+        ((rows, columns),) = said["grids"]
+        assert rows * columns == prompt.features[0] and columns > rows
 
 
 def test_minicpm_without_multimodal_scale_is_cached_right(seen):

@@ -5,7 +5,7 @@ import torch
 
 from megatron_moellava.config import RunConfig, from_dict, set_override
 from megatron_moellava.model.build import build_model
-from megatron_moellava.model.vision import merged
+from megatron_moellava.model.vision import lines_of, merged
 from megatron_moellava.towers import TOWERS, get_tower
 
 
@@ -68,3 +68,16 @@ def test_a_pixel_shuffle_joins_neighbours():
     assert merged(torch.arange(16.0).view(1, 16, 1), (), square)[0].tolist() == [
         [0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]
     ]  # fmt: skip
+
+
+def test_lines_of_tiles_are_the_picture_without_its_padding():
+    """Two tiles beside each other of 2 x 2 features, of which the upper and lower line only pad."""
+    names = torch.arange(12.0).view(3, 4, 1)  # overview 0 .. 3, left 4 .. 7, right 8 .. 11
+    end = torch.tensor([-1.0])
+    whole = lines_of(names, ((1, 2, 2, 4),), end).flatten().tolist()
+    assert whole == [0, 1, 2, 3, 4, 5, 8, 9, -1, 6, 7, 10, 11, -1]
+    four = torch.arange(20.0).view(5, 4, 1)
+    kept = lines_of(four, ((2, 2, 2, 4),), end).flatten().tolist()
+    assert kept == [0, 1, 2, 3, 6, 7, 10, 11, -1, 12, 13, 16, 17, -1]
+    alone = lines_of(names, ((0, 0, 0, 0),) * 3, end).flatten().tolist()
+    assert alone == [0, 1, 2, 3, -1, 4, 5, 6, 7, -1, 8, 9, 10, 11, -1]

@@ -60,3 +60,11 @@ def test_a_backbone_with_experts_of_its_own_is_planned_with_them(stage):
 def test_context_parallelism_is_refused_rather_than_guessed():
     with pytest.raises(ConfigError, match="context_parallel_size=2 cannot be planned"):
         request_of(arguments(), ["moe.num_moe_experts=4", "parallel.context_parallel_size=2"])
+
+
+def test_tokens_per_sample_are_text_and_pictures_of_their_budget():
+    options = arguments(tokens_per_sample=400.0, tower="siglip2-base-patch16-naflex@pixel_shuffle")
+    given = ["data.max_image_tokens=100"]
+    request = request_of(options, [*settings_of(options), *given])
+    assert request.tower.num_features == 100
+    assert request.data.tokens_per_sample(request.tower.num_features) == pytest.approx(400)

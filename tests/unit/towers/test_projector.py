@@ -1,6 +1,7 @@
 """Kinds of projectors, and the towers that they fit."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,11 @@ def test_a_pixel_shuffle_makes_a_quarter_of_the_tokens_four_times_as_wide():
         assert shuffled.num_features == plain.num_features / 4
         assert shuffled.projector_input_size == 4 * plain.hidden_size
         assert shuffled.num_rows == plain.num_rows, "the tower itself does what it did"
+
+
+def test_a_budget_is_whole_visual_tokens():
+    tower = replace(get_tower("naflex-tiny@pixel_shuffle"), max_num_patches=250)
+    assert (tower.num_features, tower.num_patches, tower.num_rows) == (62, 248, 248)
 
 
 def test_a_name_without_its_rules():

@@ -11,7 +11,7 @@ from megatron_moellava.stages import ROLES
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
 from tests.distributed.rows import Rows
-from tests.helpers.trainers import one_layout, started
+from tests.helpers.trainers import one_layout, started, state
 
 RUNS = {
     "dense": {"moe": None},
@@ -129,3 +129,16 @@ def test_a_gradient_alone_that_is_not_finite_skips_the_step(name):
     hook.remove()
     assert not applied
     assert differing(everything(trainer), before) == set()
+
+
+@pytest.mark.parametrize("more", [{}, {"optimizer.ema_decay": 0.5}], ids=["adam", "averaged"])
+def test_a_run_whose_first_steps_were_skipped_goes_on_after_a_checkpoint(tmp_path, more):
+    """Moments are made for the checkpoint, and the first update must not take them for those of an earlier one."""
+    roles, options = ("projector", "experts", "router"), {"optimizer.lr": 1e-2, **more}
+    saved, plain = started(roles, **options, **{"checkpoint.save": str(tmp_path)}), started(roles, **options)
+    saved.state.iteration = 1
+    saved.save()
+    for trainer in (saved, plain):
+        assert trainer.step()[1]
+    one, other = state(saved), state(plain)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())

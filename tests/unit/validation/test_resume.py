@@ -38,6 +38,7 @@ OTHER = {
     "validation.sources": [{"path": "elsewhere"}],
     "optimizer.projector_lr": 0.5,
     "training.debug": {"detect_anomaly": True},
+    "logging.trackers": ["mlflow"],
     "profile.steps": [3],
     "profile.ranks": [1],
     "optimizer.roles": {"experts": {"lr": 0.5}},
