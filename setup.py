@@ -65,6 +65,7 @@ EXTRAS_REQUIRE = {
         "llguidance>=1.9,<2",  # `json`
         "openai>=2",
         "pyarrow>=17",  # `parquet`
+        "av>=17",  # `video`
         "scipy>=1.11",  # the linear program behind `packing_bound`
         "playwright>=1.45",  # drives the system's Chromium; only `make test-browser` uses it
         "ruff~=0.17.6",  # another minor may format differently

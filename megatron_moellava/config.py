@@ -57,6 +57,7 @@ Role = Literal[
     "router",  # and the mixing coefficient of a residual MoE
 ]
 Tracker = Literal["wandb", "mlflow", "swanlab"]
+BoxFormatName = Literal["thousand", "llava", "qwen", "qwen_vl"]
 LoraTarget = Literal["attention", "ffn", "experts", "router", "projector", "tower"]
 
 
@@ -137,6 +138,13 @@ class DataConfig:
     enlarge_images: bool = (
         True  # likewise: small pictures are enlarged to the budget; False: no more tokens than pixels fill
     )
+    # how the text says where something is: 0 to 999 of what the tower sees, and others (docs/reference/data.md)
+    box_format: BoxFormatName = "thousand"
+    video_frames: int = 8  # shown of a video, spread evenly; with video_fps the most
+    video_fps: float = 0.0  # frames shown for each second of a video, up to video_frames; 0: video_frames of any video
+    video_times: Literal["none", "seconds"] = "none"  # whether the text says when each frame is
+    # visual tokens of a video's frames averaged in blocks: 2 x 2 neighbours, and of two frames
+    video_pooling: Literal["none", "2x2", "2x2x2"] = "none"
     seq_length: int = 2048  # tokens per row, image tokens included
     # of one sample; None: seq_length, or the backbone's context where that is shorter
     max_sample_length: int | None = None

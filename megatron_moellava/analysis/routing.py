@@ -142,6 +142,7 @@ def _question(record, folder: str, where: str, encoder, prompter: Prompter) -> Q
     if isinstance(record, BadSample):
         raise record
     sample = parse_record(as_conversation(record), origin=where)
+    sample = media.write_regions(sample, folder, prompter.tower, prompter.data)
     encoded = media.encoded(encoder, sample, folder, where, prompter.tower, prompter.data)
     kept = [pixels for pixels, _ in media.pixels_of(encoded, folder, where, prompter.tower, prompter.data)]
     pixels_NCHW = np.concatenate(kept) if kept else np.zeros((0, *prompter.tower.pixel_shape), dtype=np.float32)

@@ -4,7 +4,7 @@
   moellava chat --load runs/stage3 --image photo.jpg       more pictures later with /image FILE
   moellava launch --nproc-per-node 2 chat --load runs/stage3 parallel.tensor_model_parallel_size=2
 
-Commands in the conversation: /image FILE, /clear, /save FILE, /help, /quit. Ctrl-C stops an answer.
+Commands in the conversation: /image FILE, /video FILE, /boxes, /clear, /save FILE, /help, /quit. Ctrl-C stops an answer.
 """
 
 import argparse

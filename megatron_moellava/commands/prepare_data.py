@@ -33,6 +33,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-images", type=COUNT, default=16, help="per row (16)")
     parser.add_argument("--video-frames", type=COUNT, default=8, help="frames kept of each video (8)")
     parser.add_argument(
+        "--video-fps",
+        type=number(float, least=0),
+        default=0.0,
+        help="frames kept of a second, up to --video-frames (0: off)",
+    )
+    parser.add_argument(
+        "--video-pooling",
+        choices=("none", "2x2", "2x2x2"),
+        default="none",
+        help="that of the training: frames pooled together share a time (none)",
+    )
+    parser.add_argument(
+        "--video-times",
+        choices=("none", "seconds"),
+        default="none",
+        help="what the text says of each frame's time (none)",
+    )
+    parser.add_argument(
         "--max-skip-share", type=number(float, least=0, most=1), default=0.0, help="bad rows tolerated, e.g. 0.01 (0)"
     )
     parser.add_argument("--ignore-keys", nargs="*", default=[], metavar="KEY", help="keys of rows to pass over (none)")
@@ -84,6 +102,9 @@ def _shards(parsed: argparse.Namespace) -> dict:
         workers=parsed.workers,
         max_images=parsed.max_images,
         video_frames=parsed.video_frames,
+        video_fps=parsed.video_fps,
+        video_times=parsed.video_times,
+        video_pooling=parsed.video_pooling,
         max_skip_share=parsed.max_skip_share,
         ignore_keys=tuple(parsed.ignore_keys),
         trust_paths=parsed.trust_paths,

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN, EncodedSample
+from megatron_moellava.data.pooling import Pools
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Batch:
     pairs: list[int] = field(default_factory=list)  # their numbers in the data set
     reference_P2: torch.Tensor | None = None  # fp32, log-probabilities of the answers by the reference
     shows_R: torch.Tensor | None = None  # int64: which visual token each of the image rows is; None: all in turn
+    pools: Pools = ()  # images that become one set of visual tokens, and which neighbours one token; empty: each its own
     counts: Counts = None  # type: ignore[assignment]  # taken from the tensors when the batch is made, on the host, and carried along
 
     def __post_init__(self) -> None:
@@ -135,6 +137,7 @@ def pack(samples: list[EncodedSample], pixels: list[np.ndarray], seq_length: int
         sample_ids=[sample.id for sample in samples],
         tags=[sample.tag for sample in samples],
         grids=tuple(grid for sample in samples for grid in sample.grids),
+        pools=tuple(pool for sample in samples for pool in sample.pools),
     )
 
 
@@ -159,6 +162,7 @@ def pad(samples: list[EncodedSample], pixels: list[np.ndarray], multiple: int, p
         sample_ids=[sample.id for sample in samples],
         tags=[sample.tag for sample in samples],
         grids=tuple(grid for sample in samples for grid in sample.grids),
+        pools=tuple(pool for sample in samples for pool in sample.pools),
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_moellava.config import ConfigError
+from megatron_moellava.data.pooling import Pools
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from megatron_moellava.data.templates import CONTROL, TEMPLATES, Piece, Template, render, turns_of
 from megatron_moellava.data.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ class EncodedSample:
     images: tuple[ImageRef, ...] = ()
     features: tuple[int, ...] = ()  # tokens of each image
     grids: tuple[tuple[int, ...], ...] = ()  # how each image's tokens lie (`Plan.grid`), of towers that have that
+    pools: Pools = ()  # how many of its images become one set of visual tokens, and which neighbours one token
     notes: tuple[str, ...] = ()  # what was done to the sample, for the counters
     length: int = 0  # before the cut
 

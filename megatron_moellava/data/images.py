@@ -14,10 +14,10 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from megatron_moellava.data import geometry
 from megatron_moellava.data.sample import BadSample
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error; more is taken for a decompression bomb
-MAX_ASPECT = 64  # a longer image would make the shortest-edge resize explode; its middle is used
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF; a format of 2 is signed
 _CONVERTED = {  # mode -> note
     "CMYK": "CMYK colours converted",
@@ -28,6 +28,7 @@ _CONVERTED = {  # mode -> note
     "HSV": "HSV colours converted",
 }
 _ORIENTATION = 0x0112
+FIRST_FRAME = "first of several frames"
 _SEQUENCES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # formats whose further frames a picture would lose
 
 Image.MAX_IMAGE_PIXELS = None  # checked below, before decoding, with a message that names the row
@@ -61,10 +62,18 @@ def open_image(data: bytes | str, where: str) -> tuple[Image.Image, tuple[str, .
 
 def image_size(data: bytes | str, where: str) -> tuple[int, int]:
     """(width, height) as open_image would give it, from the header alone. BadSample for what is no picture."""
+    width, height = upright(data, where).size
+    return int(width), int(height)
+
+
+def upright(data: bytes | str, where: str) -> geometry.Map:
+    """From the picture as stored to the one that open_image gives, from the header alone.
+
+    BadSample for what is no picture.
+    """
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            return (image.height, image.width) if turned else image.size
+            return geometry.upright(image.size, image.getexif().get(_ORIENTATION, 1))
     except FileNotFoundError:
         raise BadSample("missing image", f"{where}: no such file; check image_folder and the row's `image`") from None
     except UnidentifiedImageError:
@@ -82,7 +91,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     layout = str(tiles[0][3]) if tiles else ""  # as in the file; gone once anything has been decoded
     rotated = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
     if getattr(image, "n_frames", 1) > 1 and image.tell() == 0 and image.format in _SEQUENCES:
-        notes.append("first of several frames")
+        notes.append(FIRST_FRAME)
     image, deep = _to_8_bits(image, layout)
     notes += deep
     if image.mode in _CONVERTED:
@@ -155,12 +164,11 @@ def preprocess(image: Image.Image, tower, aspect_ratio: str) -> np.ndarray:
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
     """Centred on a square canvas; the odd pixel goes to the right or below."""
-    width, height = image.size
-    side = max(width, height)
-    if width == height:
+    if image.width == image.height:
         return image
-    canvas = Image.new("RGB", (side, side), color)
-    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+    square = geometry.padded(image.width, image.height)
+    canvas = Image.new("RGB", (int(square.size[0]), int(square.size[1])), color)
+    canvas.paste(image, (int(square.shift[0]), int(square.shift[1])))
     return canvas
 
 
@@ -169,12 +177,9 @@ def resize(image: Image.Image, tower) -> Image.Image:
     size = tower.image_size
     if tower.resize == "square" or image.width == image.height:
         return image.resize((size, size), resampling(tower))
-    short, long = sorted(image.size)
-    if long > MAX_ASPECT * short:
-        image = _middle(image, min(image.width, MAX_ASPECT * short), min(image.height, MAX_ASPECT * short))
-        short, long = sorted(image.size)
-    long = int(size * long / short)
-    shape = (size, long) if image.width < image.height else (long, size)
+    kept, shape = geometry.shortest_edge(image.width, image.height, size)
+    if kept != image.size:
+        image = _middle(image, *kept)
     return _middle(image.resize(shape, resampling(tower)), size, size)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_moellava.config import DataError
+from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.data.batch import Batch, from_wire
 from megatron_moellava.data.encode import check_template
 from megatron_moellava.data.encoder import Encoder
@@ -251,9 +251,8 @@ def check_fingerprint(saved: dict | None, now: dict, ignore: tuple[str, ...] = (
     """Raise DataError, naming the differences, unless `saved` describes the same data order as `now`."""
     if not saved:
         raise DataError("the checkpoint holds no loader state; start from its weights alone, with a new data order")
-    changed = [
-        _difference(key, saved.get(key), now[key]) for key in now if key not in ignore and saved.get(key) != now[key]
-    ]
+    keys = [key for key in (*now, *({*LATER} & saved.keys() - now.keys())) if key not in ignore]
+    changed = [_difference(key, saved.get(key), now.get(key)) for key in keys if saved.get(key) != now.get(key)]
     if changed:
         raise DataError(
             "the data order cannot be continued, since these differ from the run that was saved: "
@@ -381,10 +380,11 @@ def _length_key(fingerprint: dict, opened: list[OpenSource], data, tower) -> lis
         "num_features",
         "max_images",
     )
-    pictures = data.image_grid or tower.native  # lengths depend on them
-    tiles = [[entry.folder for entry in opened], tower.image_size] if pictures else []
+    # Tiles, native resolution and the numbers of boxes depend on the pictures and on how they are shown.
+    tiles = [[entry.folder for entry in opened], tower.image_size, data.image_aspect_ratio, data.image_grid]
     tiles += [fingerprint["native"]] if tower.has_grids else []
-    return [{name: fingerprint[name] for name in fields}, [entry.fingerprint for entry in opened], tiles]
+    seen = {name: fingerprint[name] for name in LATER if name in fingerprint}
+    return [{name: fingerprint[name] for name in fields} | seen, [entry.fingerprint for entry in opened], tiles]
 
 
 def build_encoder(data, tokenizer: Tokenizer, tower, template: str = "", context_length: int | None = None) -> Encoder:
@@ -408,25 +408,35 @@ def build_encoder(data, tokenizer: Tokenizer, tower, template: str = "", context
     )
 
 
+# Fields that older checkpoints do not know: in the fingerprint only where they are not the default, which was the only way.
+LATER = ("box_format", "video_frames", "video_fps", "video_times", "video_pooling")
+
+
 def order_fields(data, encoder: Encoder, tower, opened: list[OpenSource]) -> dict:
     """What decides which sample lands in which batch; a resumed run must have the same."""
     tokens = encoder.tokenizer.encode_text("The quick brown fox; <image> 12345")[0]
-    return {
-        "order": ORDER,
-        "sources": [f"{entry.fingerprint} x {entry.weight}" for entry in opened],
-        "sampler": data.sampler,
-        "packing": data.packing,
-        "packing_buffer": data.packing_buffer if data.packing else None,
-        "seq_length": data.seq_length,
-        "max_sample_length": encoder.max_length if encoder.text_length is None else f"{encoder.text_length} of text",
-        "long_samples": data.long_samples,
-        "template": encoder.template.version,
-        "label_mode": data.label_mode,
-        "tokenizer": hashlib.sha256(str((encoder.tokenizer.vocab_size, tokens)).encode()).hexdigest()[:16],
-        "num_features": tower.num_features,
-        "image_grid": data.image_grid,
-        "max_images": data.max_images,
-    } | _grid_fields(data, tower)
+    return (
+        {
+            "order": ORDER,
+            "sources": [f"{entry.fingerprint} x {entry.weight}" for entry in opened],
+            "sampler": data.sampler,
+            "packing": data.packing,
+            "packing_buffer": data.packing_buffer if data.packing else None,
+            "seq_length": data.seq_length,
+            "max_sample_length": encoder.max_length
+            if encoder.text_length is None
+            else f"{encoder.text_length} of text",
+            "long_samples": data.long_samples,
+            "template": encoder.template.version,
+            "label_mode": data.label_mode,
+            "tokenizer": hashlib.sha256(str((encoder.tokenizer.vocab_size, tokens)).encode()).hexdigest()[:16],
+            "num_features": tower.num_features,
+            "image_grid": data.image_grid,
+            "max_images": data.max_images,
+        }
+        | _grid_fields(data, tower)
+        | _later_fields(data)
+    )
 
 
 def _grid_fields(data, tower) -> dict:
@@ -435,3 +445,7 @@ def _grid_fields(data, tower) -> dict:
         return {"native": f"tiles of {tower.tiling} with ends of lines"} if tower.newline else {}
     budgets = [tower.num_features, data.max_sample_image_tokens, data.enlarge_images]
     return {"native": [tower.patch_size * tower.shuffle, *budgets]}
+
+
+def _later_fields(data) -> dict:
+    return {name: getattr(data, name) for name in LATER if getattr(data, name) != getattr(DataConfig(), name)}

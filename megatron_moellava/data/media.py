@@ -2,54 +2,22 @@
 
 import base64
 import binascii
-import importlib.util
-import os
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageSequence
+from PIL import Image
 
-from megatron_moellava.data import images, native
+from megatron_moellava.data import geometry, images, native
 from megatron_moellava.data import tiling as grid
 from megatron_moellava.data.encode import EncodedSample
 from megatron_moellava.data.encoder import Encoder
+from megatron_moellava.data.paths import locate
 from megatron_moellava.data.plan import Plan
-from megatron_moellava.data.sample import BadSample, ImageRef, Sample
-
-STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-ANIMATED = (".gif", ".webp", ".apng", ".png")
-
-
-def locate(folder: str, name: str, where: str, trusted: bool = False) -> str:
-    """The file of an image name: below the folder, also after following symlinks, unless paths are `trusted`.
-
-    A name may be absolute. Raises BadSample.
-    """
-    if "\0" in name:
-        raise BadSample("missing image", f"{where}: image name {name!r} holds a zero byte; correct it")
-    if name.startswith(("http://", "https://")):
-        raise BadSample(
-            "missing image", f"{where}: image {name[:80]!r} is a web address; download it and name the file"
-        )
-    root = os.path.realpath(os.path.expanduser(folder or "."))
-    path = _existing(os.path.realpath(os.path.join(root, name.removeprefix("file://"))))
-    if not trusted and not path.startswith(root.rstrip(os.sep) + os.sep):
-        raise BadSample(
-            "outside image folder",
-            f"{where}: image {name!r} leads outside image_folder={folder!r}, to {path}; if you trust the data, set "
-            "data.trust_paths=true (--trust-paths of prepare-data)",
-        )
-    return path
-
-
-def _existing(path: str) -> str:
-    """The path, or its other spelling in Unicode: archives from a Mac have `é` as two characters."""
-    forms = [path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]
-    return next((os.path.realpath(form) for form in forms if os.path.exists(form)), path)
+from megatron_moellava.data.pooling import POOLINGS, pools, widths
+from megatron_moellava.data.regions import View, rewrite
+from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, BadSample, ImageRef, Sample
+from megatron_moellava.data.video import FRAME, last_video, open_video
 
 
 def source(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> bytes | str:
@@ -66,8 +34,9 @@ def source(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> byt
 
 def open_ref(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> tuple[Image.Image, tuple[str, ...]]:
     """RGB image and notes."""
-    if ref.frame is not None:
-        return _frame(source(ref, folder, where, trusted), *ref.frame, where, trusted)
+    if ref.frame is not None and not ref.is_still:
+        video = last_video(source(ref, folder, where, trusted), f"{where}, video {ref.name[:80]!r}", trusted)
+        return video.frame(video.clip.pick(*ref.frame))
     return images.open_image(source(ref, folder, where, trusted), f"{where}, image {ref.name[:80]!r}")
 
 
@@ -99,7 +68,10 @@ def encoded(encoder: Encoder, sample: Sample, folder: str, where: str, tower, da
     """Tokens and labels, with as much room for each picture as this tower needs. Raises BadSample."""
     if not tower.has_grids:
         counts = [num_tiles(ref, folder, where, tower, data) for ref in sample.images]
-        return encoder(sample, tuple(count * tower.num_features for count in counts))
+        frames, pooling = [ref.frame for ref in sample.images], POOLINGS[data.video_pooling]
+        found = encoder(sample, widths(frames, counts, tower.num_features, pooling))
+        kept = len(found.images)
+        return replace(found, pools=pools(frames[:kept], counts[:kept], pooling))
     made = plans(sample.images, folder, where, tower, data)
     found = encoder(sample, tuple(plan.tokens for plan in made))
     return replace(found, grids=tuple(plan.grid for plan in made[: len(found.images)]))
@@ -135,52 +107,54 @@ def num_tiles(ref: ImageRef, folder: str, where: str, tower, data) -> int:
     return grid.num_tiles(*size, tower.image_size, tower.tiles)
 
 
-def _frame(
-    origin: bytes | str, index: int, count: int, where: str, trusted: bool
-) -> tuple[Image.Image, tuple[str, ...]]:
-    """The index-th of `count` frames, each from the middle of its share of the video."""
-    if isinstance(origin, str) and Path(origin).is_dir():
-        files = [file for file in Path(origin).iterdir() if file.suffix.lower() in STILLS]
-        files.sort(key=lambda file: natural(file.name))
-        if not files:
-            raise BadSample("unreadable video", f"{where}: folder {origin} holds no frames; add images or name a file")
-        chosen = files[_pick(index, count, len(files))]
-        return images.open_image(locate(origin, chosen.name, where, trusted), f"{where}, frame {chosen.name!r}")
-    if isinstance(origin, str) and not Path(origin).exists():
-        raise BadSample("missing image", f"{where}: no such video; check image_folder and the row's `video`")
-    if isinstance(origin, str) and not origin.lower().endswith(ANIMATED):
-        return _decode_video(origin, index, count, where), ()
-    try:
-        with Image.open(origin) as video:
-            total = getattr(video, "n_frames", 1)
-            return images.to_rgb(ImageSequence.Iterator(video)[_pick(index, count, total)])
-    except Exception as error:
-        raise BadSample("unreadable video", f"{where}: cannot be decoded ({error}); replace the file") from None
+def frame_texts(name: str, folder: str, where: str, data) -> Sequence[str]:
+    """What the text says for each frame that is shown of a video. Raises BadSample where that depends on the video."""
+    if not data.video_fps and data.video_times == "none":
+        return [IMAGE_PLACEHOLDER] * data.video_frames
+    origin = source(ImageRef(name=name), folder, where, data.trust_paths)
+    return last_video(origin, f"{where}, video {name[:80]!r}", data.trust_paths).clip.texts(data)
 
 
-def _decode_video(path: str, index: int, count: int, where: str) -> Image.Image:
-    if importlib.util.find_spec("av") is None:  # only for containers such as mp4
-        raise BadSample("unreadable video", f"{where}: decoding {path} needs `pip install av`")
-    import av
+def show_video(
+    origin: bytes | str, where: str, data, span: tuple[float, float] | None = None
+) -> tuple[str, list[Image.Image]]:
+    """(text with an `<image>` for each frame, frames) as training shows a video; `span`: from and to, in seconds.
 
-    try:
-        with av.open(path) as container:
-            stream = container.streams.video[0]
-            total = stream.frames or sum(1 for _ in container.decode(stream))
-            container.seek(0)
-            wanted = _pick(index, count, total)
-            for number, frame in enumerate(container.decode(stream)):
-                if number == wanted:
-                    return frame.to_image()
-    except Exception as error:
-        raise BadSample("unreadable video", f"{where}: cannot be decoded ({error}); replace the file") from None
-    raise BadSample("unreadable video", f"{where}: {path} ends before frame {wanted}; replace the file")
+    Raises BadSample for what is no video.
+    """
+    video = open_video(origin, where)
+    clip = video.clip.cut(*span) if span else video.clip
+    texts = clip.texts(data)
+    frames = [video.frame(clip.pick(index, len(texts)))[0] for index in range(len(texts))]
+    for index, frame in enumerate(frames):
+        frame.info[FRAME] = (index, len(frames))
+    return "".join(texts), frames
 
 
-def natural(name: str) -> list:
-    """Sorts `frame_2` before `frame_10`."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+def view(stored: geometry.Map, tower, data, plan: Plan | None = None) -> View:
+    """How a picture lies in its file and in what the tower sees; `plan`: of towers that have grids."""
+    width, height = map(int, stored.size)
+    if tower.native and plan is not None:
+        rows, columns = plan.grid
+        seen = geometry.scaled((width, height), (columns * tower.patch_size, rows * tower.patch_size))
+    else:
+        tiled = data.image_grid if plan is None else bool(plan.grid[0])
+        seen = geometry.seen(width, height, tower, aspect_ratio=data.image_aspect_ratio, grid=tiled)
+    return View(stored=stored, seen=seen)
 
 
-def _pick(index: int, count: int, total: int) -> int:
-    return min((2 * index + 1) * total // (2 * count), total - 1)
+def write_regions(sample: Sample, folder: str, tower, data) -> Sample:
+    """The sample with its boxes, points and polygons as text in `data.box_format`. Raises BadSample."""
+    if not sample.regions:
+        return sample
+    where = sample.origin
+    stored = [
+        images.upright(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
+        for ref in sample.images
+    ]
+    made: tuple = plans(sample.images, folder, where, tower, data) if tower.has_grids else (None,) * len(stored)
+    views = [view(turn, tower, data, plan) for turn, plan in zip(stored, made, strict=True)]
+    texts = [turn.text for turn in sample.turns]
+    texts, notes = rewrite(texts, sample.regions, sample.box_format, data.box_format, views, sample.origin)
+    turns = tuple(replace(turn, text=text) for turn, text in zip(sample.turns, texts, strict=True))
+    return replace(sample, turns=turns, regions=(), notes=(*sample.notes, *notes))

@@ -52,10 +52,11 @@ LAYOUTS: dict[tuple[str, ...], Callable[[dict, str], Content]] = {
 }
 
 
-def parse_pair(
-    record: dict, *, origin: str, max_images: int = 16, ignore_keys: tuple[str, ...] = ()
-) -> tuple[Sample, Sample]:
-    """(chosen, rejected) of one record: the same conversation, with either answer as its last turn. Raises BadSample."""
+def parse_pair(record: dict, *, origin: str, **limits) -> tuple[Sample, Sample]:
+    """(chosen, rejected) of one record: the same conversation, with either answer as its last turn. Raises BadSample.
+
+    `limits`: as `parse_record` has them.
+    """
     if not isinstance(record, dict):
         raise BadSample("not a record", f"{origin}: a row must be a JSON object, found {type(record).__name__}")
     keys = next((keys for keys in LAYOUTS if all(record.get(key) is not None for key in keys)), None)
@@ -79,8 +80,7 @@ def parse_pair(
         parse_record(
             {**rest, "conversations": [*turns, {"from": "gpt", "value": answer}]},
             origin=origin,
-            max_images=max_images,
-            ignore_keys=ignore_keys,
+            **limits,
         )
         for answer in (chosen, rejected)
     )

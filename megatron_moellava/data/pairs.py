@@ -83,8 +83,9 @@ def pack_pairs(
         batch,
         sample_ids=batch.sample_ids[::2],
         grids=tuple(grid for pair in pairs for grid in pair.grids),
+        pools=tuple(pool for pair in pairs for pool in pair.chosen.pools),
         pairs=numbers,
         reference_P2=None if reference_R2 is None else torch.from_numpy(reference_R2[numbers].astype(np.float32)),
         shows_R=torch.tensor(shows, dtype=torch.int64),
-        counts=None,  # anew, with what is known now
+        counts=None,  # type: ignore[arg-type]  # anew, with what is known now
     )

@@ -4,6 +4,7 @@ A bad sample is an event that travels to the main process with its batch; there 
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -11,8 +12,10 @@ from megatron_moellava.data import media
 from megatron_moellava.data.batch import Batch, pack, pad, to_wire
 from megatron_moellava.data.encode import EncodedSample
 from megatron_moellava.data.encoder import Encoder
+from megatron_moellava.data.images import FIRST_FRAME
 from megatron_moellava.data.pair_rows import parse_pair
 from megatron_moellava.data.pairs import EncodedPair, pack_pairs, pair_of
+from megatron_moellava.data.regions import CUT
 from megatron_moellava.data.sample import BadSample, parse_record
 from megatron_moellava.data.sources import Reader
 
@@ -29,13 +32,14 @@ ADVICE = {
     "16-bit image scaled": "16-bit levels are scaled to 8 bits (divided by 256); store it with 8 bits to control how",
     "32-bit image scaled": "32-bit levels are scaled to 8 bits (divided by 2^24, signed ones by 2^23); store it with 8",
     "float levels clipped": "float levels are taken as 0 to 255 and clipped, as in Pillow; store it with 8 bits",
-    "first of several frames": "only its first frame is used; name it in `video` to use several",
+    FIRST_FRAME: "only its first frame is used; name it in `video` to use several",
     "LAB colours converted": "LAB becomes sRGB; store it as RGB to control how",
     "YCbCr colours converted": "YCbCr becomes RGB as in Pillow; store it as RGB to control how",
     "HSV colours converted": "HSV becomes RGB as in Pillow; store it as RGB to control how",
     "EXIF rotation applied": "it is turned as its EXIF data ask; the original ignores them",
     "CMYK colours converted": "CMYK becomes RGB as in Pillow; store it as RGB to control how",
     "palette colours converted": "palette colours become RGB; store it as RGB",
+    CUT: "a box reaches over the edge of what the tower sees of the picture, and is cut there; correct it",
     "image of one pixel": "an image of a single pixel is used as it is; is it a placeholder?",
 }
 
@@ -73,13 +77,16 @@ class Pipeline:
     def encode(self, number: int) -> tuple[EncodedSample | EncodedPair, str, str]:
         """(tokens and labels, image folder, origin). Raises BadSample."""
         record, origin, folder, members = self.reader.read(number)
-        limits = {"max_images": self.data.max_images, "ignore_keys": self.data.ignore_keys}
+        limits: dict = {"max_images": self.data.max_images, "ignore_keys": self.data.ignore_keys}
+        limits["frames"] = partial(media.frame_texts, folder=folder, where=origin, data=self.data)
         if self.pairs:
             pair = [self.reader.with_members(one, members) for one in parse_pair(record, origin=origin, **limits)]
+            pair = [media.write_regions(one, folder, self.tower, self.data) for one in pair]
             whole = replace(self.encoder, long_samples="skip")  # cut answers would be compared by what is left of them
             made = [media.encoded(whole, one, folder, origin, self.tower, self.data) for one in pair]
             return pair_of(*made, origin=origin, seq_length=self.data.seq_length), folder, origin
         parsed = self.reader.with_members(parse_record(record, origin=origin, **limits), members)
+        parsed = media.write_regions(parsed, folder, self.tower, self.data)
         return media.encoded(self.encoder, parsed, folder, origin, self.tower, self.data), folder, origin
 
     def _sample(self, number: int, events: Events) -> tuple[EncodedSample | EncodedPair, list[np.ndarray]] | None:

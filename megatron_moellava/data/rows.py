@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moellava.config import DataError
-from megatron_moellava.data.sample import BadSample
+from megatron_moellava.data.annotations import rows_of
+from megatron_moellava.data.bad_sample import BadSample
 
 CHUNK = 1 << 24  # characters held while walking a JSON list; a single row must fit in MAX_ROW
 MAX_ROW = 1 << 27
@@ -37,7 +38,16 @@ FOREIGN = {  # (offset, bytes) -> what it is and what to do
 HELP = "give a JSON, JSON Lines (also .gz, .bz2, .xz) or Parquet file; docs/reference/data.md lists the formats"
 
 
-def read_rows(path: str | Path) -> Generator[tuple[int, dict | BadSample]]:
+def read_rows(path: str | Path) -> Generator[tuple[int, Any]]:
+    """`stored_rows`, with annotations of boxes as the conversations that annotations.py makes of them."""
+    row = 0
+    for number, record in stored_rows(path):
+        for part in rows_of(record, f"{Path(path).name} row {number}"):
+            yield row, part
+            row += 1
+
+
+def stored_rows(path: str | Path) -> Generator[tuple[int, dict | BadSample]]:
     """Rows of a file as (row number from 0, record or what is wrong with the row). Raises DataError.
 
     Memory stays small whatever the file's size. A broken line of JSON Lines costs that row; inside a JSON list nothing

@@ -8,14 +8,17 @@ nothing is repaired in silence, no row is understood by half, and no other sampl
 replaces a broken sample by a random one).
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from megatron_moellava.config import DataError
+from megatron_moellava.data.bad_sample import BadSample
+from megatron_moellava.data.regions import REGION_KEYS, Region, parse_regions
 
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-KEYS = ("id", "conversations", "messages", "system", "image", "images", "video", "tag")
+KEYS = ("id", "conversations", "messages", "system", "image", "images", "video", "frames", "tag", *REGION_KEYS)
 # About the row, not of it: LLaVA's mixes, ShareGPT and InternVL have them. They change nothing that is trained.
 INERT = frozenset(
     (
@@ -35,17 +38,6 @@ NEAR = {  # what another key probably means -> what to do
 }
 
 
-class BadSample(DataError):
-    """One unusable sample. `reason` is the counter it goes to."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-    def __reduce__(self):  # crosses process boundaries with its reason
-        return type(self), (self.reason, str(self))
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
     """One message of a conversation."""
@@ -61,6 +53,7 @@ class ImageRef:
     name: str  # path below the image folder, or a data: URI
     data: bytes | None = None  # the file itself, when it came from a tar
     frame: tuple[int, int] | None = None  # (i, n): the i-th of n frames spread evenly over a video
+    is_still: bool = False  # of a frame: `name` and `data` are the picture itself, taken from the video before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,21 +65,34 @@ class Sample:
     turns: tuple[Turn, ...]  # user and assistant alternate, user first
     images: tuple[ImageRef, ...] = ()  # one per `<image>` in the turns, in that order; if none, `<image>` is text
     system: str = ""  # in place of the template's own system prompt
+    regions: tuple[Region, ...] = ()  # one per `<box>`, `<point>`, `<polygon>` in the turns, in that order
+    box_format: str = "pixels"  # what their numbers mean: a name in box_formats.FORMATS
     leading: str = ""  # an answer before the first question: of the original's templates only `v0` keeps it
     tag: str = ""
     notes: tuple[str, ...] = ()  # what is odd about it, for the counters
 
 
+def eight_frames(name: str) -> Sequence[str]:
+    """Of any video, and nothing about them but their pictures."""
+    return [IMAGE_PLACEHOLDER] * 8
+
+
 def parse_record(
-    record: dict, *, origin: str, max_images: int = 16, video_frames: int = 8, ignore_keys: tuple[str, ...] = ()
+    record: dict,
+    *,
+    origin: str,
+    max_images: int = 16,
+    ignore_keys: tuple[str, ...] = (),
+    frames: Callable[[str], Sequence[str]] = eight_frames,
 ) -> Sample:
-    """Check one record; raises BadSample."""
+    """Check one record; raises BadSample. `frames`: the text of each frame of a video by name, one `<image>` in each."""
     if not isinstance(record, dict):
         raise BadSample("not a record", f"{origin}: a row must be a JSON object, found {type(record).__name__}")
     record = {key: value for key, value in record.items() if key not in ignore_keys}
     system, leading, turns, inline, notes = _parse_turns(*_conversation(record, origin), origin)
     _refuse_unknown(record, {*KEYS, *INERT}, origin, "data.ignore_keys=[{}] passes over it")
-    images, turns = _parse_images(record, turns, inline, origin, video_frames)
+    images, turns = _parse_images(record, turns, inline, origin, frames)
+    regions, turns = _parse_regions(record, turns, images, origin)
     if len(images) > max_images:
         raise BadSample(
             "too many images", f"{origin}: {len(images)} images, more than data.max_images={max_images}; raise it"
@@ -98,6 +104,8 @@ def parse_record(
         origin=origin,
         turns=turns,
         images=images,
+        regions=regions,
+        box_format=record.get("box_format") or "pixels",
         system=_system(record, system, origin),
         leading=leading,
         tag=_utf8(str(record.get("tag", "")), origin),
@@ -228,7 +236,7 @@ def _system(record: dict, turn: str, origin: str) -> str:
     return _utf8(field or turn, origin)
 
 
-def _parse_images(record: dict, turns: tuple[Turn, ...], inline: list[ImageRef], origin: str, video_frames: int):
+def _parse_images(record: dict, turns: tuple[Turn, ...], inline: list[ImageRef], origin: str, frames: Callable):
     """(one ImageRef per `<image>`, turns). Without any picture `<image>` is text."""
     given = {key: _names(record.get(key), key, origin) for key in ("image", "images", "video")}
     used = [key for key, names in given.items() if names] + ["content of the turns"] * bool(inline)
@@ -239,8 +247,9 @@ def _parse_images(record: dict, turns: tuple[Turn, ...], inline: list[ImageRef],
         )
     field = used[0] if used else next((key for key in given if record.get(key) is not None), None)
     if field == "video":
-        return _parse_video(given["video"], turns, origin, video_frames)
+        return _parse_video(given["video"], turns, origin, frames)
     images = tuple(inline) or tuple(ImageRef(name=name) for name in (*given["image"], *given["images"]))
+    images = _as_frames(record.get("frames"), images, origin)
     placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
     if field is not None and placeholders != len(images):
         raise BadSample(
@@ -252,7 +261,23 @@ def _parse_images(record: dict, turns: tuple[Turn, ...], inline: list[ImageRef],
     return images, turns
 
 
-def _parse_video(names: list[str], turns: tuple[Turn, ...], origin: str, frames: int):
+def _as_frames(counts, images: tuple[ImageRef, ...], origin: str) -> tuple[ImageRef, ...]:
+    """`frames` of a row of shards: how many pictures, one after the other, are the frames of each video; 0 for a picture."""
+    if _empty(counts):
+        return images
+    good = isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts)
+    if not good or sum(n or 1 for n in counts) != len(images):
+        raise BadSample(
+            "image count",
+            f"{origin}: `frames` is {counts!r:.80} for {len(images)} pictures; give the frames of each video",
+        )
+    places = [(i, n) if n else None for n in counts for i in range(n or 1)]
+    return tuple(
+        replace(image, frame=place, is_still=place is not None) for image, place in zip(images, places, strict=True)
+    )
+
+
+def _parse_video(names: list[str], turns: tuple[Turn, ...], origin: str, frames: Callable[[str], Sequence[str]]):
     found = sum(turn.text.count(VIDEO_PLACEHOLDER) for turn in turns)
     stills = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
     if stills or found != len(names):
@@ -261,9 +286,22 @@ def _parse_video(names: list[str], turns: tuple[Turn, ...], origin: str, frames:
             f"{origin}: {found} `<video>` and {stills} `<image>` in the conversation but {len(names)} in `video`; "
             "write one `<video>` per video, in order, and no `<image>`",
         )
-    text = [turn.text.replace(VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER * frames) for turn in turns]
-    turns = tuple(Turn(role=turn.role, text=new) for turn, new in zip(turns, text, strict=True))
-    return tuple(ImageRef(name=name, frame=(i, frames)) for name in names for i in range(frames)), turns
+    shown = [(name, frames(name)) for name in names]
+    waiting = ("".join(texts) for _, texts in shown)
+    turns = tuple(
+        Turn(role=turn.role, text=re.sub(VIDEO_PLACEHOLDER, lambda _: next(waiting), turn.text)) for turn in turns
+    )
+    return tuple(ImageRef(name=name, frame=(i, len(texts))) for name, texts in shown for i in range(len(texts))), turns
+
+
+def _parse_regions(record: dict, turns: tuple[Turn, ...], images: tuple[ImageRef, ...], origin: str):
+    """(regions, turns). A frame of a video has no boxes: which frame it would be no row says."""
+    if all(_empty(record.get(key)) for key in REGION_KEYS):
+        return (), turns
+    if any(ref.frame is not None for ref in images):
+        raise BadSample("malformed box", f"{origin}: boxes in a video are not supported; name a frame in `image`")
+    regions, texts = parse_regions(record, [turn.text for turn in turns], len(images), origin)
+    return regions, tuple(replace(turn, text=text) for turn, text in zip(turns, texts, strict=True))
 
 
 def _names(value, key: str, origin: str) -> list[str]:

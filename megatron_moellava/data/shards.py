@@ -16,11 +16,14 @@ import tarfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from megatron_moellava.config import DataError
+from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.data import images, media
 from megatron_moellava.data.index import Index, index_json
+from megatron_moellava.data.regions import region_fields
 from megatron_moellava.data.sample import BadSample, ImageRef, Sample, parse_record
 
 TYPES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
@@ -37,10 +40,24 @@ class Plan:
     rows_per_shard: int
     max_images: int
     video_frames: int
+    video_fps: float
+    video_times: Literal["none", "seconds"]
+    video_pooling: Literal["none", "2x2", "2x2x2"]
     max_skip_share: float
     ignore_keys: tuple[str, ...]
     trust_paths: bool
     fingerprint: str
+
+    @property
+    def data(self) -> DataConfig:
+        """What decides which frames of a video are kept, and what the text says of them."""
+        return DataConfig(
+            video_frames=self.video_frames,
+            video_fps=self.video_fps,
+            video_times=self.video_times,
+            video_pooling=self.video_pooling,
+            trust_paths=self.trust_paths,
+        )
 
     def shard(self, number: int) -> Path:
         """The file of shard `number`."""
@@ -60,6 +77,9 @@ def make_shards(
     workers: int = 1,
     max_images: int = 16,
     video_frames: int = 8,
+    video_fps: float = 0.0,
+    video_times: Literal["none", "seconds"] = "none",
+    video_pooling: Literal["none", "2x2", "2x2x2"] = "none",
     max_skip_share: float = 0.0,
     ignore_keys: tuple[str, ...] = (),
     trust_paths: bool = False,
@@ -78,6 +98,9 @@ def make_shards(
         rows_per_shard=rows_per_shard,
         max_images=max_images,
         video_frames=video_frames,
+        video_fps=video_fps,
+        video_times=video_times,
+        video_pooling=video_pooling,
         max_skip_share=max_skip_share,
         ignore_keys=ignore_keys,
         trust_paths=trust_paths,
@@ -97,6 +120,8 @@ def _claim(plan: Plan) -> None:
     """One folder, one source and layout; else shards of two runs would mix."""
     values: tuple = (plan.fingerprint, plan.rows_per_shard, plan.max_images, plan.video_frames)
     values += (plan.image_folder, plan.ignore_keys, plan.trust_paths)
+    shown = (plan.video_fps, plan.video_times, plan.video_pooling)
+    values += () if shown == (0, "none", "none") else shown
     claim, wanted = Path(plan.out) / "reports" / "plan", hashlib.sha256(repr(values).encode()).hexdigest()
     claim.parent.mkdir(exist_ok=True)
     if claim.exists() and claim.read_text() != wanted:
@@ -187,7 +212,8 @@ def _members(plan: Plan, line: dict) -> tuple[dict, dict[str, bytes], list[str],
     if "bad" in line:
         raise BadSample(*line["bad"])
     origin = f"{line['file']} row {line['row']}"
-    limits: dict = {"max_images": plan.max_images, "video_frames": plan.video_frames, "ignore_keys": plan.ignore_keys}
+    limits: dict = {"max_images": plan.max_images, "ignore_keys": plan.ignore_keys}
+    limits["frames"] = partial(media.frame_texts, folder=plan.image_folder, where=origin, data=plan.data)
     sample = parse_record(line["record"], origin=origin, **limits)
     files, notes, sources = {}, list(sample.notes), []
     for number, ref in enumerate(sample.images):
@@ -217,7 +243,10 @@ def _image_file(ref: ImageRef, plan: Plan, found: bytes | str, origin: str) -> t
 def _record(sample: Sample, names: list[str]) -> dict:
     turns = [{"from": "gpt", "value": sample.leading}] if sample.leading else []  # `v0` trains it
     turns += [{"from": ROLES[turn.role], "value": turn.text} for turn in sample.turns]
-    record = {"id": sample.id, "conversations": turns} | ({"system": sample.system} if sample.system else {})
+    record = {"id": sample.id, "conversations": turns} | region_fields(sample.regions, sample.box_format)
+    record |= {"system": sample.system} if sample.system else {}
+    frames = [ref.frame[1] for ref in sample.images if ref.frame is not None and ref.frame[0] == 0]
+    record |= {"frames": frames} if frames else {}
     return record | ({"image": names} if names else {}) | ({"tag": sample.tag} if sample.tag else {})
 
 

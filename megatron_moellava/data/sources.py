@@ -13,8 +13,8 @@ import numpy as np
 from megatron_moellava.config import DataError
 from megatron_moellava.data.first_rows import shard_counts
 from megatron_moellava.data.index import Index, index_json
-from megatron_moellava.data.media import natural
 from megatron_moellava.data.order import SHARD_RUN, Share
+from megatron_moellava.data.paths import natural
 from megatron_moellava.data.sample import BadSample, Sample
 
 from megatron.energon.epathlib import EPath

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from megatron_moellava.config import DataError
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.index import Index
 from megatron_moellava.data.packing import pack_epoch
-from megatron_moellava.data.sample import BadSample, parse_record
+from megatron_moellava.data.regions import stand_in
+from megatron_moellava.data.sample import BadSample, Sample, parse_record
 
 LIMIT = 20_000  # rows that are tokenised
 
@@ -34,9 +36,8 @@ def token_lengths(
                 if "bad" in content:
                     raise BadSample(*content["bad"])
                 where = f"{content['file']} row {content['row']}"
-                encoded = encoder(
-                    parse_record(content["record"], origin=where, max_images=10**6, ignore_keys=ignore_keys)
-                )
+                sample = parse_record(content["record"], origin=where, max_images=10**6, ignore_keys=ignore_keys)
+                encoded = encoder(with_stand_ins(sample))
             except BadSample as error:
                 example = example or str(error)
                 unusable[error.reason] += 1
@@ -46,6 +47,12 @@ def token_lengths(
     if not tokens:
         raise DataError(f"no row of {index.path.parent.name} can be used; the first: {example}")
     return np.array(tokens), np.array(images), dict(unusable)
+
+
+def with_stand_ins(sample: Sample) -> Sample:
+    """The sample with numbers of the usual length for its boxes: no picture is opened here."""
+    turns = tuple(replace(turn, text=stand_in(turn.text, sample.regions)) for turn in sample.turns)
+    return replace(sample, turns=turns, regions=())
 
 
 def packing(lengths: np.ndarray, seq_length: int, buffer: int) -> list[list[int]]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from megatron_moellava.data.geometry import fitting
 from megatron_moellava.data.images import normalise, resampling
 from megatron_moellava.data.plan import Plan
 from megatron_moellava.towers.tiling import TILINGS, Tiling
@@ -86,11 +87,7 @@ def tile(image: Image.Image, tower) -> np.ndarray:
 
 def _fit(image: Image.Image, width: int, height: int, how: Image.Resampling) -> Image.Image:
     """As large as fits, aspect kept, centred on black."""
-    across, down = width / image.width, height / image.height
-    if across < down:
-        shape = (width, min(math.ceil(image.height * across), height))
-    else:
-        shape = (min(math.ceil(image.width * down), width), height)
+    shape = fitting(image.width, image.height, width, height)
     canvas = Image.new("RGB", (width, height))
     canvas.paste(image.resize(shape, how), ((width - shape[0]) // 2, (height - shape[1]) // 2))
     return canvas

@@ -17,6 +17,7 @@ class Answered:
     name: str  # of the model, as it appears in submission files
     questions: Sequence[Question]
     texts: Sequence[str]  # one per question, stripped
+    metadata: Sequence[dict] = ()  # one per question, where the predictions have any: {"regions": ...}
     judge: Judge | None = None
 
     def __iter__(self) -> Iterator[tuple[Question, str]]:

@@ -7,7 +7,8 @@ from megatron_moellava.evaluation.judge import Judge
 from megatron_moellava.evaluation.own import OwnQuestions
 from megatron_moellava.evaluation.report import write_summary
 from megatron_moellava.evaluation.runner import Options, score_file
-from megatron_moellava.evaluation.tasks import TASKS, Task, get_task
+from megatron_moellava.evaluation.task import Task
+from megatron_moellava.evaluation.tasks import TASKS, get_task
 
 
 def list_tasks() -> str:

@@ -1,12 +1,18 @@
 """The benchmark runner's engine over a checkpoint: its requests become those of inference/."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
+from megatron_moellava.config import DataConfig
+from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from megatron_moellava.evaluation.runner import Answer, Request
 from megatron_moellava.inference.engine import Engine
+from megatron_moellava.inference.regions import locate_answer
 from megatron_moellava.inference.requests import Completion, Sampling
 from megatron_moellava.inference.requests import Request as GenerationRequest
 
+_PLACEHOLDER = re.compile(f"{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER}")
 AHEAD = 8  # requests waiting: pictures are opened when their turn is near, not all at the start
 
 
@@ -32,15 +38,34 @@ class CheckpointAnswers:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Answer]:
         """One answer per request, each as soon as it is finished."""
-        for completion in completions(self.engine, map(_translated, requests)):
-            yield Answer(request_id=completion.request_id, text=completion.text)
+        shown: dict[str, GenerationRequest] = {}
+
+        def translated() -> Iterator[GenerationRequest]:
+            for request in requests:
+                shown[request.id] = _translated(request, self.engine.prompter.data)
+                yield shown[request.id]
+
+        for completion in completions(self.engine, translated()):
+            asked = shown.pop(completion.request_id)
+            text = completion.text.strip()
+            named = locate_answer(text, asked.images, self.engine.prompter, asked.image_aspect_ratio)
+            regions = tuple(place.data() for place in named)
+            yield Answer(request_id=completion.request_id, text=text, regions=regions)
 
 
-def _translated(request: Request) -> GenerationRequest:
+def _translated(request: Request, data: DataConfig) -> GenerationRequest:
+    """With its pictures opened, and the frames of its videos in their place."""
+    shown = [picture.show(data) for picture in request.images]
+    texts = iter([text for text, _ in shown])
+    turns = request.turns
+    if shown:
+        turns = tuple(
+            replace(turn, text=_PLACEHOLDER.sub(lambda _: next(texts, IMAGE_PLACEHOLDER), turn.text)) for turn in turns
+        )
     return GenerationRequest(
         id=request.id,
-        turns=request.turns,
-        images=tuple(picture.open() for picture in request.images),
+        turns=turns,
+        images=tuple(image for _, images in shown for image in images),
         sampling=Sampling(max_new_tokens=request.max_new_tokens, temperature=request.temperature),
         image_aspect_ratio=request.image_aspect_ratio,
     )

@@ -7,18 +7,17 @@ questions, so they put their shares together, answer them all, and each hands ba
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
-from PIL import Image
 from tqdm import tqdm
 
-from megatron_moellava.config import ConfigError, DataError, ParallelConfig
-from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Turn
+from megatron_moellava.config import ConfigError, ParallelConfig
+from megatron_moellava.data.sample import Turn
 from megatron_moellava.evaluation.generation import completions
+from megatron_moellava.evaluation.visuals import shown
 from megatron_moellava.inference.load import load_for_inference
 from megatron_moellava.inference.requests import Request, Sampling
 
@@ -89,6 +88,7 @@ class MegatronMoELlava(lmms):
             doc_to_visual(self.task_dict[task][split][doc_id]) or (),
             {"max_new_tokens": self.max_new_tokens} | options,
             self.image_aspect_ratio,
+            self.engine.prompter.data,
         )
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -100,20 +100,16 @@ class MegatronMoELlava(lmms):
         raise ConfigError(_ONLY_GENERATES.format("generate_until_multi_round"))
 
 
-def make_request(id: str, context: str, visuals: Sequence, options: dict, image_aspect_ratio: str) -> Request:
-    """The pictures stand before the text, as in moellava evaluate, unless the text says itself where they belong.
+def make_request(id: str, context: str, visuals: Sequence, options: dict, image_aspect_ratio: str, data) -> Request:
+    """Pictures and videos stand before the text, as in moellava evaluate, unless the text says itself where they belong.
 
-    Raises DataError for what is no picture.
+    `data`: DataConfig of the checkpoint. Raises DataError for what is neither.
     """
-    images = tuple(chain.from_iterable(visual if isinstance(visual, list) else [visual] for visual in visuals))
-    if others := [type(visual).__name__ for visual in images if not isinstance(visual, Image.Image)]:
-        raise DataError(f"request {id}: a visual is {others[0]}; only pictures can be shown to this model")
-    if IMAGE_PLACEHOLDER not in context:
-        context = f"{IMAGE_PLACEHOLDER}\n" * len(images) + context
+    text, images = shown(id, context, visuals, data)
     return Request(
         id=id,
-        turns=(Turn(role="user", text=context),),
-        images=tuple(image.convert("RGB") for image in images),
+        turns=(Turn(role="user", text=text),),
+        images=images,
         sampling=_sampling(options),
         image_aspect_ratio=image_aspect_ratio,
     )

@@ -1,7 +1,8 @@
 """Questions of one's own: any JSONL, asked without a benchmark, answers in the columns of the original's model_vqa.
 
-A line is {"question_id", "image", "text"}, as model_vqa takes it. `image` may be left out or be a list; an id that is
-left out is the line's number; `question` or `prompt` may stand for `text`. What else a line holds is not asked.
+A line is {"question_id", "image", "text"}, as model_vqa takes it. `image` may be left out or be a list, `video` may
+stand beside or for it; an id that is left out is the line's number; `question` or `prompt` may stand for `text`. What else a
+line holds is not asked.
 """
 
 import hashlib
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moellava.config import DataError
-from megatron_moellava.data.sample import IMAGE_PLACEHOLDER
 from megatron_moellava.evaluation.predictions import Place, Predictions, RunIdentity, digest
 from megatron_moellava.evaluation.questions import Picture, Question, read_json, read_jsonl
 from megatron_moellava.evaluation.runner import Engine, Options, answer, chosen_of
-from megatron_moellava.evaluation.tasks import Task
+from megatron_moellava.evaluation.task import Task
 
+KINDS = {"image": "pictures", "video": "videos"}
 TEXTS = ("text", "question", "prompt")
 
 
@@ -56,7 +57,7 @@ class OwnQuestions:
             raise DataError(
                 f"{self.file} holds no question; write one JSON object a line: {{question_id, image, text}}"
             )
-        missing = [path for question in asked for path in question.paths if not path.is_file()]
+        missing = [picture.path for question in asked for picture in question.pictures if not picture.is_there]
         if missing:
             raise DataError(
                 f"{self.file}: {len(missing)} pictures are missing, first {missing[0]}; name their folder with "
@@ -79,23 +80,25 @@ def _question(row: dict, number: int, folder: Path, where: str, seen: Counter[st
     name = next((name for name in TEXTS if name in row), None)
     if name is None or not isinstance(row[name], str) or not row[name].strip():
         raise DataError(f"{where}: `text` must hold the question; the line has {sorted(map(str, row))}")
-    names = row.get("image") or []
-    names = names if isinstance(names, list) else [names]
-    if not all(isinstance(item, str) for item in names):
-        raise DataError(f"{where}: `image` must be a file's name or a list of names, not {row['image']!r}")
-    placed = row[name].count(IMAGE_PLACEHOLDER)
-    if placed and names and placed != len(names):
-        raise DataError(
-            f"{where}: {placed} `{IMAGE_PLACEHOLDER}` in the text for {len(names)} pictures; write one for each, or none: "
-            "then they go first"
-        )
-    pictures = tuple(Picture(path=folder / item) for item in names)
+    pictures: list[Picture] = []
+    for kind in ("image", "video"):
+        names = row.get(kind) or []
+        names = names if isinstance(names, list) else [names]
+        if not all(isinstance(item, str) for item in names):
+            raise DataError(f"{where}: `{kind}` must be a file's name or a list of names, not {row[kind]!r}")
+        placed = row[name].count(f"<{kind}>")
+        if placed and names and placed != len(names):
+            raise DataError(
+                f"{where}: {placed} `<{kind}>` in the text for {len(names)} {KINDS[kind]}; write one for each, or none: "
+                "then they go first"
+            )
+        pictures += [Picture(path=folder / item, video=kind == "video") for item in names]
     id_ = row.get("question_id", row.get("id", number))
     return Question(
         id=id_ if isinstance(id_, int | str) else str(id_),
         text=row[name],
         picture=pictures[0] if pictures else None,
-        more=pictures[1:],
+        more=tuple(pictures[1:]),
         round=seen[str(id_)],
     )
 

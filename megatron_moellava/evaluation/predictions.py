@@ -59,6 +59,14 @@ def digest(questions: Sequence[Question], suffix: str = "") -> str:
     return hashed.hexdigest()[:16]
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One answer as a predictions file has it."""
+
+    text: str
+    metadata: dict  # {"regions": places it names, in pixels}, or empty
+
+
 class Predictions:
     """The answers of one benchmark's folder: run.json, predictions.jsonl and, while a run lasts, one part per rank."""
 
@@ -66,7 +74,15 @@ class Predictions:
         self.folder, self.identity, self.place = folder, identity, place
         folder.mkdir(parents=True, exist_ok=True)
         self._check_identity()
-        self.texts = {key: row["text"] for path in self._files() for key, row in _read_part(path)}
+        self._keep({key: row for path in self._files() for key, row in _read_part(path)})
+
+    def _keep(self, rows: dict[tuple[str, int], dict]) -> None:
+        self.texts = {key: row["text"] for key, row in rows.items()}
+        self.metadata = {key: row.get("metadata") or {} for key, row in rows.items()}
+
+    def of(self, questions: Sequence[Question]) -> list["Given"]:
+        """The answers to these questions, in their order."""
+        return [Given(self.texts[question.key], self.metadata[question.key]) for question in questions]
 
     def _check_identity(self) -> None:
         path = self.folder / "run.json"
@@ -90,17 +106,18 @@ class Predictions:
         return [question for question in questions if question.key not in self.texts]
 
     @contextmanager
-    def writer(self) -> Iterator[Callable[[Question, str, str], None]]:
+    def writer(self) -> Iterator[Callable[[Question, str, str, dict], None]]:
         """Appends one flushed row per call, so that a killed process loses at most the row it was writing."""
         if not self.place.writes:
-            yield lambda question, prompt, text: None
+            yield lambda question, prompt, text, metadata: None
             return
         with (self.folder / f"predictions.part{self.place.rank:05d}.jsonl").open(
             "a", encoding="utf-8", buffering=1
         ) as file:
 
-            def write(question: Question, prompt: str, text: str) -> None:
-                file.write(json.dumps(_row(question, prompt, text, self.identity.model), ensure_ascii=False) + "\n")
+            def write(question: Question, prompt: str, text: str, metadata: dict) -> None:
+                row = _row(question, prompt, text, self.identity.model, metadata)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
             yield write
 
@@ -110,7 +127,7 @@ class Predictions:
         Raises DataError when one is missing.
         """
         rows = {key: row for path in self._files() for key, row in _read_part(path)}
-        self.texts = {key: row["text"] for key, row in rows.items()}
+        self._keep(rows)
         if missing := self.missing(questions):
             raise DataError(
                 f"{self.folder}: {len(missing)} of {len(questions)} answers are missing, first {missing[0].key}; "
@@ -126,7 +143,7 @@ class Predictions:
             path.unlink()
 
 
-def _row(question: Question, prompt: str, text: str, model: str) -> dict:
+def _row(question: Question, prompt: str, text: str, model: str, metadata: dict) -> dict:
     """The original's columns, and the round where the id alone would not tell which question was answered."""
     row: dict[str, object] = {"question_id": question.id}
     if question.round or "option_char" in question.fields:
@@ -134,7 +151,7 @@ def _row(question: Question, prompt: str, text: str, model: str) -> dict:
     if "option_char" in question.fields:
         row |= {name: list(question.fields[name]) for name in ("options", "option_char")}
     answer_id = hashlib.sha256("\0".join((*map(str, question.key), text)).encode()).hexdigest()[:22]
-    return row | {"prompt": prompt, "text": text, "answer_id": answer_id, "model_id": model, "metadata": {}}
+    return row | {"prompt": prompt, "text": text, "answer_id": answer_id, "model_id": model, "metadata": metadata}
 
 
 def _read_part(path: Path) -> Iterator[tuple[tuple[str, int], dict]]:
@@ -159,9 +176,9 @@ def _write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def read_predictions(path: Path, questions: Sequence[Question]) -> list[str]:
-    """Texts from a predictions file, ours or the original's, one per question. DataError when some are missing."""
-    texts = {key: str(row["text"]) for key, row in _keyed_rows(path)}
+def read_predictions(path: Path, questions: Sequence[Question]) -> list[Given]:
+    """Answers from a predictions file, ours or the original's, one per question. DataError when some are missing."""
+    texts = {key: Given(str(row["text"]), row.get("metadata") or {}) for key, row in _keyed_rows(path)}
     missing = [question for question in questions if question.key not in texts]
     if missing:
         raise DataError(

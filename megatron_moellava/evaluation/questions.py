@@ -17,14 +17,17 @@ from typing import Any
 
 from PIL import Image
 
-from megatron_moellava.config import DataError
+from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.data.images import open_image
+from megatron_moellava.data.media import show_video
+from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 
 _MAX_TSV_FIELD = 1 << 26  # characters; MMBench keeps a whole base64 picture in one field
 # What pandas.read_table takes for a missing value ("NA" is one, the sodium "Na" is not) ...
 _PANDAS_MISSING = "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null"
 _MISSING = frozenset({"", *_PANDAS_MISSING.split("|")})
 _LETTERS = "ABCD"
+GREY = (127, 127, 127)  # of blank pictures
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,12 +37,33 @@ class Picture:
     path: Path | None = None
     data: bytes = b""  # an encoded picture, when the question file carries it
     blank: bool = False
+    video: bool = False  # `show` gives its frames
+    span: tuple[float, float] | None = None  # of a video: from and to, in seconds
+
+    @property
+    def placeholder(self) -> str:
+        """What stands for it in a question's text."""
+        return VIDEO_PLACEHOLDER if self.video else IMAGE_PLACEHOLDER
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its file exists; a video may be a folder of frames."""
+        return self.path is None or self.path.is_file() or (self.video and self.path.is_dir())
+
+    def show(self, data: DataConfig) -> tuple[str, tuple[Image.Image, ...]]:
+        """(what the text says of it, one `<image>` for each picture; the pictures). Raises DataError."""
+        if not self.video:
+            return IMAGE_PLACEHOLDER, (self.open(),)
+        text, frames = show_video(str(self.path), str(self.path), data, self.span)
+        for frame in frames if self.blank else ():
+            frame.paste(GREY, (0, 0, *frame.size))
+        return text, tuple(frames)
 
     def open(self) -> Image.Image:
         """An RGB picture. Raises DataError when it is missing or does not decode."""
         source = self.data if self.path is None else str(self.path)
         picture, _ = open_image(source, str(self.path or "image in the question file"))
-        return Image.new("RGB", picture.size, (127, 127, 127)) if self.blank else picture
+        return Image.new("RGB", picture.size, GREY) if self.blank else picture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,8 @@ from megatron_moellava.evaluation.metrics import BOOTSTRAP_SAMPLES, Score
 from megatron_moellava.evaluation.published import COLUMNS, PUBLISHED, Published
 from megatron_moellava.evaluation.questions import read_json
 from megatron_moellava.evaluation.scorers.yes_no import POPE_CATEGORIES
-from megatron_moellava.evaluation.tasks import TASKS, Task
+from megatron_moellava.evaluation.task import Task
+from megatron_moellava.evaluation.tasks import TASKS
 
 _POPE = ("pope", "quickstart_pope", "names_pope")  # with a table of their categories
 

@@ -11,14 +11,22 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Turn
+from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from megatron_moellava.evaluation.answered import Answered
 from megatron_moellava.evaluation.judge import Judge
 from megatron_moellava.evaluation.metrics import BOOTSTRAP_SAMPLES
-from megatron_moellava.evaluation.predictions import ALONE, Place, Predictions, RunIdentity, digest, read_predictions
+from megatron_moellava.evaluation.predictions import (
+    ALONE,
+    Given,
+    Place,
+    Predictions,
+    RunIdentity,
+    digest,
+    read_predictions,
+)
 from megatron_moellava.evaluation.questions import Picture, Question
 from megatron_moellava.evaluation.report import score_and_submit, write_record
-from megatron_moellava.evaluation.tasks import Task
+from megatron_moellava.evaluation.task import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +35,7 @@ class Request:
 
     id: str
     turns: tuple[Turn, ...]  # the last one is the user's; data.templates renders them into the prompt
-    images: tuple[Picture, ...]  # one for each <image> in the turns
+    images: tuple[Picture, ...]  # one for each <image> or <video> in the turns
     max_new_tokens: int
     image_aspect_ratio: str  # "model": as the model was trained; "square": resize and crop alone
     temperature: float = 0.0  # 0: greedy
@@ -39,6 +47,7 @@ class Answer:
 
     request_id: str
     text: str  # without the prompt and the stop string
+    regions: tuple[dict, ...] = ()  # the places it names (data.regions.Located), where the engine knows the pictures
 
 
 class Engine(Protocol):
@@ -54,8 +63,11 @@ def make_request(task: Task, question: Question, temperature: float = 0.0) -> Re
     A text that places its pictures itself stays as it is.
     """
     pictures = question.pictures
-    placed = len(pictures) and question.text.count(IMAGE_PLACEHOLDER) == len(pictures)
-    placeholder = "" if placed else f"{IMAGE_PLACEHOLDER}\n" * len(pictures)
+    placed = len(pictures) and all(
+        question.text.count(kind) == sum(picture.placeholder == kind for picture in pictures)
+        for kind in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)
+    )
+    placeholder = "" if placed else "".join(f"{picture.placeholder}\n" for picture in pictures)
     return Request(
         id="#".join(map(str, question.key)),
         turns=(Turn(role="user", text=placeholder + question.text + task.suffix),),
@@ -137,7 +149,9 @@ def _ask(task: Task, share: Sequence[Question], predictions: Predictions, engine
         for given in bar:
             assert given.request_id in pending, f"{given.request_id!r} was not asked or is answered already"
             question, request = pending.pop(given.request_id)
-            write(question, request.turns[-1].text if task.logs_turn else question.text, given.text.strip())
+            prompt = request.turns[-1].text if task.logs_turn else question.text
+            found = {"regions": list(given.regions)} if task.locates else {}
+            write(question, prompt, given.text.strip(), found)
     assert not pending, f"the engine left {len(pending)} of {len(requests)} requests unanswered, first {min(pending)!r}"
 
 
@@ -166,8 +180,7 @@ def evaluate(
     answer(task, asked.chosen, predictions, engine, progress=options.progress)
     if not place.leads:
         return None
-    texts = [predictions.texts[question.key] for question in asked.chosen]
-    return _score(task, data, out, model, asked.chosen, texts, judge, options)
+    return _score(task, data, out, model, asked.chosen, predictions.of(asked.chosen), judge, options)
 
 
 def score_file(
@@ -178,9 +191,15 @@ def score_file(
     return _score(task, data, out, model, chosen, read_predictions(file, chosen), judge, options)
 
 
-def _score(task, data, out, model, questions, texts, judge, options) -> dict:
+def _score(task, data, out, model, questions, given: Sequence[Given], judge, options) -> dict:
     answered = Answered(
-        folder=data / task.folder, work=out / task.name, name=model, questions=questions, texts=texts, judge=judge
+        folder=data / task.folder,
+        work=out / task.name,
+        name=model,
+        questions=questions,
+        texts=[answer.text for answer in given],
+        metadata=[answer.metadata for answer in given],
+        judge=judge,
     )
     record = score_and_submit(task, answered, bootstrap_samples=options.bootstrap_samples)
     if options.blank_images:

@@ -17,6 +17,7 @@ from megatron_moellava.inference.fast_decoder import FastDecoder, can_decode_fas
 from megatron_moellava.inference.prompts import Prompt
 from megatron_moellava.model.kv_cache import KVCache, Step
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.model.pooling import pooled
 
 from megatron.core import parallel_state
 
@@ -31,6 +32,7 @@ class Picture:
     tiles_NCHW: torch.Tensor
     grid: tuple[int, ...] | None  # how its tokens lie (`Plan.grid`), of towers that have that
     features: int  # visual tokens
+    block: int = 1  # of pooled frames: side of the blocks of visual tokens that become one
 
 
 @dataclass(slots=True)
@@ -79,7 +81,7 @@ class Forward:
         for prompt, start, own in zip(prompts, starts, images, strict=True):
             tokens_1T = torch.tensor([prompt.tokens[start:]], device=platform.device())
             features = [self.features[image.digest] for image in own]
-            features_NFD = torch.cat(features) if features else None
+            features_NFD = torch.cat([part.flatten(0, -2) for part in features]) if features else None
             embedded.append(self.model.embed(tokens_1T, None, features_NFD, has_images=bool(prompt.tiles)))
         while len(self.features) > REMEMBERED_IMAGES:
             self.features.popitem(last=False)
@@ -97,7 +99,8 @@ class Forward:
             grids = tuple(image.grid for image in new.values() if image.grid is not None)
             features = self.model.encode_images(pixels_NCHW, grids)
             counts = [image.features if grids else len(image.tiles_NCHW) for image in new.values()]
-            for digest, own in zip(new, features.split(counts), strict=True):
+            for (digest, image), own in zip(new.items(), features.split(counts), strict=True):
+                own = own if image.block == 1 else pooled(own, ((len(own), image.block),))
                 self.features[digest] = own.clone()  # not a view, which would keep all of them
             self.images_encoded += len(new)
         for digest in images:
@@ -130,6 +133,7 @@ def _images(prompt: Prompt, start: int) -> list[Picture]:
             before -= prompt.widths[number]
             continue
         grid = prompt.grids[number] if prompt.grids else None
-        found.append(Picture(prompt.digests[number], tiles_NCHW, grid, prompt.features[number] if grid else 0))
+        block = prompt.blocks[number] if prompt.blocks else 1
+        found.append(Picture(prompt.digests[number], tiles_NCHW, grid, prompt.features[number] if grid else 0, block))
     assert before == 0, "a prompt is not cut within a picture"
     return found

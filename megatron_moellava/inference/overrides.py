@@ -39,7 +39,18 @@ HONOURED = {
         "moe_token_dispatcher_type",
     ),
     "training": ("seed", "device"),
-    "data": ("image_aspect_ratio", "image_grid", "max_image_tokens", "max_sample_image_tokens", "enlarge_images"),
+    "data": (
+        "image_aspect_ratio",
+        "image_grid",
+        "box_format",
+        "video_frames",
+        "video_fps",
+        "video_times",
+        "video_pooling",
+        "max_image_tokens",
+        "max_sample_image_tokens",
+        "enlarge_images",
+    ),
 }
 # What `analyze` takes besides: it makes whole rows of a data set, as training does.
 OF_ROWS = (

@@ -1,7 +1,8 @@
 """A request -> tokens with room for its images, and their pixels, by the code that training uses."""
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ from megatron_moellava.data import images, media, native
 from megatron_moellava.data import tiling as grid
 from megatron_moellava.data.encode import IMAGE_TOKEN, answer_ends, check_template, encode
 from megatron_moellava.data.plan import Plan
+from megatron_moellava.data.pooling import POOLINGS, Frame, Pooling, widths
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from megatron_moellava.data.templates import Template
 from megatron_moellava.data.tokenizer import Tokenizer
+from megatron_moellava.data.video import FRAME
 from megatron_moellava.inference.requests import Request
 from megatron_moellava.towers import Tower
 
@@ -28,11 +31,17 @@ class Prompt:
     tiles: tuple[int, ...]  # of each image; at native resolution: patches
     features: tuple[int, ...] = ()  # visual tokens of each image
     grids: tuple[tuple[int, ...], ...] = ()  # how each image's tokens lie (`Plan.grid`), of towers that have that
+    blocks: tuple[int, ...] = ()  # of images that are frames pooled together: side of the blocks in space; empty: all 1
     digests: tuple[bytes, ...] = field(init=False)  # of each image as the tower sees it
 
     def __post_init__(self) -> None:
         parts = self.pixels_NCHW.split(self.tiles) if self.tiles else ()
         grids = [repr(grid).encode() for grid in self.grids] or [b""] * len(parts)
+        if self.blocks:
+            grids = [
+                repr((side, len(part))).encode() if side > 1 else b""
+                for part, side in zip(parts, self.blocks, strict=True)
+            ]
         found = [hashlib.sha256(part.numpy().tobytes() + grid) for part, grid in zip(parts, grids, strict=True)]
         object.__setattr__(self, "digests", tuple(digest.digest() for digest in found))
 
@@ -68,32 +77,39 @@ class Prompter:
         plans = self._plans(request)
         if self.tower.native:
             pixels = [
-                native.patches(image, self.tower, plan) for image, plan in zip(request.images, plans, strict=True)
+                native.patches(image, self.tower, plan, FRAME in image.info)
+                for image, plan in zip(request.images, plans, strict=True)
             ]
         else:
-            whole = [not plan.grid[0] for plan in plans] or [not self.data.image_grid] * len(request.images)
+            whole = [not plan.grid[0] for plan in plans] or [
+                not self.data.image_grid or FRAME in image.info for image in request.images
+            ]
             pixels = [
                 self._pixels(image, request.image_aspect_ratio, alone)
                 for image, alone in zip(request.images, whole, strict=True)
             ]
-        features = tuple(plan.tokens for plan in plans) or tuple(len(part) * self.tower.num_features for part in pixels)
+        frames, pooling = [image.info.get(FRAME) for image in request.images], POOLINGS[self.data.video_pooling]
+        features = tuple(plan.tokens for plan in plans)
+        if not plans:
+            features = widths(frames, [len(part) for part in pixels], self.tower.num_features, pooling)
         names = tuple(ImageRef(name=str(number)) for number in range(len(pixels)))
         ids, _ = encode(
             Sample(id=request.id, origin=request.id, turns=turns, images=names), self.template, self.tokenizer
         )
-        return Prompt(
+        found = Prompt(
             tokens=expand(ids, list(features)),
             pixels_NCHW=torch.from_numpy(np.concatenate(pixels)) if pixels else torch.zeros(0, *self.tower.pixel_shape),
             tiles=tuple(len(part) for part in pixels),
             features=features,
             grids=tuple(plan.grid for plan in plans),
         )
+        return found if plans or pooling == POOLINGS["none"] else _together(found, frames, pooling)
 
     def _plans(self, request: Request) -> tuple[Plan, ...]:
         """What becomes of the images, where their sizes decide that. DataError for more than fit into a sample's budget."""
         if not self.tower.has_grids:
             return ()
-        sizes = [image.size for image in request.images]
+        sizes = [None if FRAME in image.info else image.size for image in request.images]
         return media.plans_of_sizes(sizes, self.tower, self.data, f"request {request.id}")
 
     def _pixels(self, image: Image.Image, aspect_ratio: str, whole: bool) -> np.ndarray:
@@ -112,6 +128,18 @@ class Prompter:
     def stop_strings(self) -> tuple[str, ...]:
         """The template's end as text, where it has no token."""
         return answer_ends(self.template, self.tokenizer)[1]
+
+
+def _together(prompt: Prompt, frames: Sequence[Frame], pooling: Pooling) -> Prompt:
+    """Frames that are pooled together as one image of the prompt."""
+    starts = [number for number, frame in enumerate(frames) if frame is None or frame[0] % pooling.temporal == 0]
+    ends = [*starts[1:], len(frames)]
+    return replace(
+        prompt,
+        tiles=tuple(sum(prompt.tiles[start:end]) for start, end in zip(starts, ends, strict=True)),
+        features=tuple(prompt.features[start] for start in starts),
+        blocks=tuple(1 if frames[start] is None else pooling.spatial for start in starts),
+    )
 
 
 def expand(ids: list[int], features: list[int]) -> list[int]:

@@ -53,8 +53,7 @@ def _choices(weights_TE: torch.Tensor, count: int) -> dict:
 
 def _names(prompt: Prompt, stream: TextStream) -> list[dict]:
     """{"text": piece} or {"image": i, "patch": j} of every token; the tiles of an image count on."""
-    widths = prompt.features if prompt.grids else [tiles * _features(prompt) for tiles in prompt.tiles]
-    places = iter([(image, patch) for image, width in enumerate(widths) for patch in range(width)])
+    places = iter([(image, patch) for image, width in enumerate(prompt.widths) for patch in range(width)])
     names: list[dict] = []
     for token in prompt.tokens:
         if token == IMAGE_TOKEN:
@@ -71,7 +70,3 @@ def _grids(prompt: Prompt) -> list[list[int]]:
         for (rows, columns), features in zip(prompt.grids, prompt.features, strict=True)
     ]
     return [[rows // side, columns // side] for (rows, columns), side in zip(prompt.grids, sides, strict=True)]
-
-
-def _features(prompt: Prompt) -> int:
-    return prompt.tokens.count(IMAGE_TOKEN) // max(sum(prompt.tiles), 1)

@@ -16,4 +16,5 @@ def model_inputs(batch: Batch) -> dict:
         "image_rows": batch.counts.image_rows,
         "grids": batch.grids,
         "shows_R": batch.shows_R,
+        "pools": batch.pools,
     }

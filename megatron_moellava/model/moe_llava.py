@@ -11,12 +11,14 @@ import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import RunConfig
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
+from megatron_moellava.data.pooling import Pools
 from megatron_moellava.model.attention import packed_seq_params
 from megatron_moellava.model.configuration import projector_config, tower_config, transformer_config
 from megatron_moellava.model.context_parallel import encode_share, encode_share_of_grids, share
 from megatron_moellava.model.kv_cache import KVCache
 from megatron_moellava.model.layers import decoder_spec
 from megatron_moellava.model.lora import attach
+from megatron_moellava.model.pooling import pooled
 from megatron_moellava.model.vision import Grids, Projector, VisionTower, lines_of, merged
 from megatron_moellava.routers import ROUTERS
 from megatron_moellava.towers import Tower
@@ -85,6 +87,7 @@ class MoELlava(MegatronModule):
         has_images: bool = False,
         image_rows: int | None = None,
         grids: Grids = (),
+        pools: Pools = (),
         shows_R: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Word embeddings [S, B, D]; the rows of IMAGE_TOKEN are overwritten by the visual tokens, in batch order.
@@ -93,6 +96,7 @@ class MoELlava(MegatronModule):
 
         tokens [[5, -200, -200, 7]] with one image of two visual tokens -> [word 5, visual 0, visual 1, word 7].
         `features_NFD`: the result of `encode_images`, instead of pixels. `grids`: what that needs of towers that `has_grids`.
+        `pools`: frames of videos whose visual tokens are averaged (`model/pooling.py`).
         `has_images`: the tokens continue a text with images (only MiniCPM's embeddings depend on it). `image_rows`: how
         many rows are placeholders, where the host knows (`Batch.counts`); None: counted here, which waits for the device.
         `shows_R`: which visual token each placeholder is, where several show the same picture, which is encoded once.
@@ -106,7 +110,7 @@ class MoELlava(MegatronModule):
         words_SBD = self._scale_words(words_SBD, has_images or features_NFD is not None)
         if features_NFD is None:
             return words_SBD + self._untouched() if torch.is_grad_enabled() else words_SBD
-        features_RD = features_NFD.flatten(0, -2).to(words_SBD.dtype)
+        features_RD = pooled(features_NFD, pools).to(words_SBD.dtype)
         features_RD = features_RD if shows_R is None else features_RD[shows_R]
         rows = int(is_image_BS.sum()) if image_rows is None else image_rows
         if features_RD.shape[0] != rows:
@@ -160,18 +164,21 @@ class MoELlava(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         image_rows: int | None = None,
         grids: Grids = (),
+        pools: Pools = (),
         shows_R: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Losses [B, S] (fp32, zero where the label is IGNORE_INDEX), or logits [B, S, V] without labels.
 
         A stage that is not the last returns its hidden states. `padding_mask_BS`: True where a token is real. Packed
         rows (B = 1) bring `cu_seqlens` [n + 1] and `max_seqlen`; `embeddings_SBD` replaces tokens and images;
-        `image_rows`, `grids` and `shows_R` are `embed`'s. Under context parallelism the arguments are of whole rows, and the
-        result is of the positions of this rank.
+        `image_rows`, `grids`, `pools` and `shows_R` are `embed`'s. Under context parallelism the arguments are of whole rows,
+        and the result is of the positions of this rank.
         """
         counted_BS = padding_mask_BS if self._padding_counts() else None
         if self.pre_process and embeddings_SBD is None:
-            embeddings_SBD = self.embed(tokens_BS, pixels_NCHW, image_rows=image_rows, grids=grids, shows_R=shows_R)
+            embeddings_SBD = self.embed(
+                tokens_BS, pixels_NCHW, image_rows=image_rows, grids=grids, pools=pools, shows_R=shows_R
+            )
             if counted_BS is not None:
                 embeddings_SBD = embeddings_SBD * counted_BS.transpose(0, 1).unsqueeze(-1)
         if embeddings_SBD is not None and self.config.sequence_parallel:

@@ -1,9 +1,11 @@
 """A conversation in the terminal."""
 
 import base64
+import io
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,10 +16,16 @@ from PIL import Image
 
 from megatron_moellava.config import DataError
 from megatron_moellava.data.images import open_image
-from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Turn
+from megatron_moellava.data.media import show_video
+from megatron_moellava.data.regions import Located
+from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
+from megatron_moellava.inference.regions import locate_answer
 from megatron_moellava.inference.requests import Request, Sampling
 
+_PLACEHOLDER = re.compile(f"{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER}")
 HELP = """/image FILE   show a picture with the next question (several times: several pictures)
+/video FILE   show a video with the next question, as frames
+/boxes        where the last answer says something is, in pixels of the last picture
 /clear        begin a new conversation
 /save FILE    write the conversation as a LLaVA record (JSON)
 /help         this list
@@ -33,14 +41,21 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    pending: list[tuple[str, Image.Image]] = field(default_factory=list)  # shown with the next question
+    # shown with the next question: (name, text that stands for it, pictures); the frames of a video have no name
+    pending: list[tuple[str, str, list[Image.Image]]] = field(default_factory=list)
     _numbers: itertools.count = field(default_factory=itertools.count)
 
     def show(self, file: str) -> None:
         """Raises DataError when it is no readable picture."""
         file = os.path.abspath(os.path.expanduser(file.strip("\"'")))  # a later `cd` must not lose it
         image, _ = open_image(file, file)
-        self.pending.append((file, image))
+        self.pending.append((file, IMAGE_PLACEHOLDER, [image]))
+
+    def show_video(self, file: str) -> None:
+        """Raises DataError when it is no readable video."""
+        file = os.path.abspath(os.path.expanduser(file.strip("\"'")))
+        text, frames = show_video(file, file, self.engine.prompter.data)
+        self.pending.append(("", text, frames))
 
     def clear(self) -> None:
         """Forget turns and pictures, also those not yet asked about."""
@@ -49,12 +64,13 @@ class Conversation:
 
     def ask(self, question: str, say: Callable[[str], None]) -> str:
         """The answer, said piece by piece on the way. Interrupted or refused, the question is as if not asked."""
-        text = f"{IMAGE_PLACEHOLDER}\n" * len(self.pending) + question.replace(IMAGE_PLACEHOLDER, "< image >")
+        text = self._with_pending(question)
+        images = [image for _, _, found in self.pending for image in found]
         turns = (*self.turns, Turn(role="user", text=text))
         request = Request(
             id=str(next(self._numbers)),
             turns=turns,
-            images=(*self.images, *(image for _, image in self.pending)),
+            images=(*self.images, *images),
             sampling=self.sampling,
         )
         answer = ""
@@ -66,10 +82,25 @@ class Conversation:
             self.engine.cancel(request.id)
             say(" [interrupted]")
         self.turns = [*turns, Turn(role="assistant", text=answer)]
-        self.names += [name for name, _ in self.pending]
-        self.images += [image for _, image in self.pending]
+        self.names += [name for name, _, found in self.pending for _ in found]
+        self.images += images
         self.pending.clear()
         return answer
+
+    def _with_pending(self, question: str) -> str:
+        """The question with what is shown: where it says `<image>` or `<video>` once for each, else in front."""
+        texts = [text for _, text, _ in self.pending]
+        if texts and len(_PLACEHOLDER.findall(question)) == len(texts):
+            waiting = iter(texts)
+            return _PLACEHOLDER.sub(lambda _: next(waiting), question)
+        return "".join(f"{text}\n" for text in texts) + question.replace(IMAGE_PLACEHOLDER, "< image >")
+
+    def places(self) -> str:
+        """A line for each box, point and polygon that the last answer names."""
+        answer = self.turns[-1].text if self.turns else ""
+        found = locate_answer(answer, self.images, self.engine.prompter)
+        lines = [f"{place.kind} in picture {place.image + 1}: {_numbers(place)}" for place in found]
+        return "\n".join(lines) or "The last answer names no place."
 
     def save(self, file: str) -> None:
         """A record that training reads as it is: names below the file's folder, other pictures inside of it."""
@@ -77,12 +108,24 @@ class Conversation:
         folder = Path(file).expanduser().resolve().parent
         record: dict = {"id": Path(file).stem, "conversations": []}
         if self.names:
-            record["image"] = [_portable(name, folder) for name in self.names]
+            record["image"] = [
+                _portable(name, folder) if name else _png(self.images[number]) for number, name in enumerate(self.names)
+            ]
         for turn in self.turns:
             text = turn.text if turn.role == "user" else turn.text.replace(IMAGE_PLACEHOLDER, "< image >")
             record["conversations"].append({"from": speakers[turn.role], "value": text})
         content = json.dumps([record], ensure_ascii=False, indent=1) + "\n"
         Path(file).expanduser().write_text(content, encoding="utf-8")
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _numbers(place: Located) -> str:
+    return " ".join(f"({x:.1f}, {y:.1f})" for x, y in place.points)
 
 
 def _portable(name: str, folder: Path) -> str:
@@ -122,6 +165,11 @@ def _obey(conversation: Conversation, line: str) -> None:
     if command == "/image" and argument:
         conversation.show(argument)
         print(_shown(conversation).strip())
+    elif command == "/video" and argument:
+        conversation.show_video(argument)
+        print(_shown(conversation).strip())
+    elif command == "/boxes":
+        print(conversation.places())
     elif command == "/clear":
         conversation.clear()
         print("A new conversation.")
@@ -141,5 +189,5 @@ def _say(text: str) -> None:
 
 
 def _shown(conversation: Conversation) -> str:
-    count = len(conversation.pending)
+    count = sum(len(images) for *_, images in conversation.pending)
     return f" {count} picture{'s' if count > 1 else ''} with the next question." if count else ""

@@ -12,6 +12,7 @@ from megatron_moellava import parallel
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.inference.engine import Engine
 from megatron_moellava.inference.load import load_for_inference
+from megatron_moellava.inference.prompts import Prompter
 from megatron_moellava.inference.requests import Event, Request, Sampling
 from megatron_moellava.serving.chat import Conversation, run_chat
 from megatron_moellava.serving.service import Service
@@ -67,6 +68,11 @@ class MultiRankEngine:
 
     def __init__(self, engine: Engine):
         self.engine = engine
+
+    @property
+    def prompter(self) -> Prompter:
+        """How it makes prompts; pictures are read as it does."""
+        return self.engine.prompter
 
     def stream(self, request: Request):
         """The events of one request, on all ranks."""

@@ -1,7 +1,7 @@
 """OpenAI's chat completions as data, the way back: what the engine says becomes answers and chunks."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_moellava.data.tokenizer import Tokenizer
 from megatron_moellava.inference.requests import Completion, Event, TokenLogprobs
@@ -9,8 +9,13 @@ from megatron_moellava.inference.requests import Completion, Event, TokenLogprob
 IMPOSSIBLE = -9999.0  # how OpenAI writes a log-probability that JSON has no number for
 
 
-def completion_object(completions: Sequence[Completion], model: str, tokenizer: Tokenizer, logprobs: bool) -> dict:
-    """The answers to a request without streaming, in the order of their indices."""
+Places = Callable[[Completion], list[dict]]  # what finds the boxes, points and polygons that an answer names
+
+
+def completion_object(
+    completions: Sequence[Completion], model: str, tokenizer: Tokenizer, logprobs: bool, places: Places | None = None
+) -> dict:
+    """The answers to a request without streaming, in the order of their indices. `places`: where they were asked for."""
     completions = sorted(completions, key=lambda item: item.index)
     choices = [
         {
@@ -18,6 +23,7 @@ def completion_object(completions: Sequence[Completion], model: str, tokenizer: 
             "message": {"role": "assistant", "content": item.text},
             "finish_reason": item.finish_reason,
             "logprobs": logprobs_object(item.logprobs, tokenizer) if logprobs else None,
+            **_regions(item, places),
         }
         for item in completions
     ]
@@ -40,9 +46,10 @@ def delta_chunk(event: Event, model: str, tokenizer: Tokenizer) -> dict:
     return _chunk(event.request_id, model, event.index, {"content": event.delta}, None, logprobs)
 
 
-def last_chunk(completion: Completion, model: str) -> dict:
-    """The chunk that says why an answer ended."""
+def last_chunk(completion: Completion, model: str, places: Places | None = None) -> dict:
+    """The chunk that says why an answer ended. `places`: as in `completion_object`."""
     chunk = _chunk(completion.request_id, model, completion.index, {}, completion.finish_reason)
+    chunk["choices"][0] |= _regions(completion, places)
     return chunk | _routing(completion)
 
 
@@ -82,6 +89,10 @@ def _token(token: int, logprob: float, tokenizer: Tokenizer) -> dict:
         "logprob": max(logprob, IMPOSSIBLE),
         "bytes": list(piece),
     }
+
+
+def _regions(completion: Completion, places: Places | None) -> dict:
+    return {} if places is None else {"regions": places(completion)}
 
 
 def _routing(completion: Completion) -> dict:

@@ -1,10 +1,11 @@
 """OpenAI's chat completions as data: a body becomes a request (the way back is openai_answers.py).
 
-Supported: text and image_url parts, max_tokens or max_completion_tokens, temperature, top_p, stop, seed, n, logprobs,
-top_logprobs, response_format, stream, stream_options.include_usage.
-`routing: true` is ours: the answer carries which experts every token went to. A system
-message is put before the first user message, since the template has a system prompt of its own. What would change the
-answer and is not supported is refused; other unknown fields are ignored.
+Supported: text, image_url and video_url parts, max_tokens or max_completion_tokens, temperature, top_p, stop, seed, n,
+logprobs, top_logprobs, response_format, stream, stream_options.include_usage.
+Two are ours: with `routing: true` the answer carries which experts every token went to, with `regions: true` the boxes, points
+and polygons that it names, in pixels of the last picture as it was sent. A system message is put before the first user
+message, since the template has a system prompt of its own. What would change the answer and is not supported is refused;
+other unknown fields are ignored.
 """
 
 import json
@@ -13,14 +14,23 @@ import re
 import uuid
 from dataclasses import dataclass
 
-from megatron_moellava.config import DataError
+from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Turn
 from megatron_moellava.inference.grammar import ANY_OBJECT
 from megatron_moellava.inference.requests import Request, Sampling
-from megatron_moellava.serving.pictures import PictureLimits, open_url
+from megatron_moellava.serving.pictures import PictureLimits, open_url, open_video_url
 
 REFUSED = ("tools", "tool_choice", "functions", "logit_bias", "audio")
 ROLES = ("system", "developer", "user", "assistant")
+MEDIUM = "\0"  # stands for a picture or a video until it has been opened; no text holds it
+DEFAULT_DATA = DataConfig()
+
+
+def _picture(url: str, limits: PictureLimits, data: DataConfig):
+    return IMAGE_PLACEHOLDER, (open_url(url, limits),)
+
+
+_OPENERS = {"image_url": _picture, "video_url": open_video_url}  # part of a message -> (its text, its pictures)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +39,7 @@ class ApiLimits:
 
     max_new_tokens: int = 1024
     default_new_tokens: int = 512
-    max_images: int = 8  # of one request
+    max_images: int = 8  # pictures and videos of one request
     max_characters: int = 60_000  # of all texts of one request
     max_messages: int = 200
     max_answers: int = 16  # `n`; no more than the engine's rows either
@@ -44,28 +54,37 @@ class ChatRequest:
     request: Request
     stream: bool
     include_usage: bool
+    regions: bool = False  # the answer carries the places that it names
 
 
-def parse_chat(body: object, limits: ApiLimits, pictures: PictureLimits) -> ChatRequest:
-    """A checked request. Raises DataError."""
+def parse_chat(
+    body: object, limits: ApiLimits, pictures: PictureLimits, data: DataConfig = DEFAULT_DATA
+) -> ChatRequest:
+    """A checked request; `data` says which frames of a video are shown. Raises DataError."""
     if not isinstance(body, dict):
         raise DataError("the body must be a JSON object")
     if refused := [name for name in REFUSED if body.get(name)]:
         raise DataError(f"{refused[0]} is not supported by this server")
-    turns, urls = _turns(body.get("messages"), limits)
+    turns, media = _turns(body.get("messages"), limits)
     options, sampling = body.get("stream_options"), _sampling(body, limits)
     routing = bool(body.get("routing", False))
     if routing and sampling.n > 1:
         raise DataError("routing is that of one answer; ask for n=1, or without it")
+    opened = [_OPENERS[kind](url, pictures, data) for kind, url in media]
     request = Request(
         id=f"chatcmpl-{uuid.uuid4().hex}",
-        turns=turns,
-        images=tuple(open_url(url, pictures) for url in urls),
+        turns=_filled(turns, [text for text, _ in opened]),
+        images=tuple(image for _, images in opened for image in images),
         sampling=sampling,
         record_routing=routing,
     )
     usage = isinstance(options, dict) and bool(options.get("include_usage"))
-    return ChatRequest(request=request, stream=bool(body.get("stream", False)), include_usage=usage)
+    return ChatRequest(
+        request=request,
+        stream=bool(body.get("stream", False)),
+        include_usage=usage,
+        regions=bool(body.get("regions", False)),
+    )
 
 
 def _sampling(body: dict, limits: ApiLimits) -> Sampling:
@@ -134,12 +153,18 @@ def _number(body: dict, name: str, default, low: float, high: float, whole: bool
     return value
 
 
-def _turns(messages: object, limits: ApiLimits) -> tuple[tuple[Turn, ...], list[str]]:
-    """Alternating turns, and the URLs of their images in order."""
+def _filled(turns: tuple[Turn, ...], texts: list[str]) -> tuple[Turn, ...]:
+    """The turns with what stands for each picture and video."""
+    waiting = iter(texts)
+    return tuple(Turn(role=turn.role, text=re.sub(MEDIUM, lambda _: next(waiting), turn.text)) for turn in turns)
+
+
+def _turns(messages: object, limits: ApiLimits) -> tuple[tuple[Turn, ...], list[tuple[str, str]]]:
+    """Alternating turns, and (kind, URL) of the pictures and videos in them, in order; MEDIUM stands for each."""
     if not isinstance(messages, list) or not 0 < len(messages) <= limits.max_messages:
         raise DataError(f"messages must be a list of 1 to {limits.max_messages} messages")
     turns: list[Turn] = []
-    urls: list[str] = []
+    urls: list[tuple[str, str]] = []
     system: list[str] = []
     for number, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
@@ -147,7 +172,7 @@ def _turns(messages: object, limits: ApiLimits) -> tuple[tuple[Turn, ...], list[
             raise DataError(f"messages[{number}].role must be one of {', '.join(ROLES)}")
         text, found = _content(message.get("content"), number)
         if found and role != "user":
-            raise DataError(f"messages[{number}]: only user messages may hold images")
+            raise DataError(f"messages[{number}]: only user messages may hold images and videos")
         urls += found
         if role in ("system", "developer"):
             system.append(text)
@@ -160,32 +185,37 @@ def _turns(messages: object, limits: ApiLimits) -> tuple[tuple[Turn, ...], list[
     if system:
         turns[0] = Turn(role="user", text="\n".join([*system, turns[0].text]))
     if len(urls) > limits.max_images:
-        raise DataError(f"{len(urls)} images, more than {limits.max_images}")
+        raise DataError(f"{len(urls)} images and videos, more than {limits.max_images}")
     if (size := sum(len(turn.text) for turn in turns)) > limits.max_characters:
         raise DataError(f"{size:,} characters of text, more than {limits.max_characters:,}; shorten the conversation")
     return tuple(turns), urls
 
 
-def _content(content: object, number: int) -> tuple[str, list[str]]:
-    """Text with one placeholder line per image, and the images' URLs. The same word in a user's text is just text."""
+def _content(content: object, number: int) -> tuple[str, list[tuple[str, str]]]:
+    """(text with MEDIUM on a line for each picture or video, their kinds and URLs).
+
+    One goes first, as in training; several stay where they are if text stands before one of them.
+    """
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise DataError(f"messages[{number}].content must be a string or a list of parts")
-    pictures, texts, urls = [], [], []
+    lines, urls = [], []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(_plain(part["text"], number))
-        elif kind == "image_url":
-            holder = part.get("image_url")
+            lines.append(_plain(part["text"], number))
+        elif kind in _OPENERS:
+            holder = part.get(kind)
             url = holder.get("url") if isinstance(holder, dict) else holder
             if not isinstance(url, str):
-                raise DataError(f"messages[{number}]: image_url.url must be a string")
-            urls.append(url)
-            pictures.append(IMAGE_PLACEHOLDER + "\n")
+                raise DataError(f"messages[{number}]: {kind}.url must be a string")
+            urls.append((kind, url))
+            lines.append(MEDIUM)
         else:
-            raise DataError(f"messages[{number}]: parts must be of type text or image_url")
-    return "".join(pictures) + "\n".join(texts), urls
+            raise DataError(f"messages[{number}]: parts must be of type text, {' or '.join(_OPENERS)}")
+    if len(urls) < 2:
+        lines.sort(key=lambda line: line != MEDIUM)
+    return "\n".join([*lines, ""] if {*lines} == {MEDIUM} else lines), urls
 
 
 def _plain(text: str, number: int) -> str:
@@ -193,4 +223,4 @@ def _plain(text: str, number: int) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise DataError(f"messages[{number}] is not valid Unicode") from None
-    return text.replace(IMAGE_PLACEHOLDER, "< image >")
+    return text.replace(IMAGE_PLACEHOLDER, "< image >").replace(MEDIUM, "")

@@ -12,8 +12,10 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from megatron_moellava.config import DataError
+from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.data.images import open_image
+from megatron_moellava.data.media import show_video
+from megatron_moellava.data.video import open_video
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow's other decoders start programs or are rarely looked at
 
@@ -42,16 +44,32 @@ def open_url(url: str, limits: PictureLimits) -> Image.Image:
     return open_image(data, "image")[0]
 
 
-def _from_data_url(url: str, limits: PictureLimits) -> bytes:
+def open_video_url(url: str, limits: PictureLimits, data: DataConfig) -> tuple[str, list[Image.Image]]:
+    """(text with an `<image>` for each frame, frames) of a data URL with a video, as training shows it.
+
+    Raises DataError that says what is wrong with it.
+    """
+    if not url.startswith("data:"):
+        raise DataError("video_url must be a data: URL (data:video/mp4;base64,...)")
+    content = _from_data_url(url, limits, "video")
+    video = open_video(content, "the video")
+    if (pixels := video.size[0] * video.size[1]) > limits.max_pixels:
+        raise DataError(
+            f"the video's frames have {pixels:,} pixels, more than {limits.max_pixels:,}; send a smaller one"
+        )
+    return show_video(content, "the video", data)
+
+
+def _from_data_url(url: str, limits: PictureLimits, kind: str = "image") -> bytes:
     head, comma, text = url.partition(",")
-    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
-        raise DataError("image_url must have the form data:image/<type>;base64,<data>")
+    if not comma or not head.startswith((f"data:{kind}/", "data:image/")) or not head.endswith(";base64"):
+        raise DataError(f"{kind}_url must have the form data:{kind}/<type>;base64,<data>")
     if len(text) > limits.max_bytes * 4 / 3 + 4:
-        raise DataError(f"the image has more than {limits.max_bytes:,} bytes; send a smaller one")
+        raise DataError(f"the {kind} has more than {limits.max_bytes:,} bytes; send a smaller one")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise DataError("the image's base64 text is broken") from None
+        raise DataError(f"the {kind}'s base64 text is broken") from None
 
 
 def _check(data: bytes, limits: PictureLimits) -> None:

@@ -23,6 +23,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from megatron_moellava.config import DataError
 from megatron_moellava.data.tokenizer import Tokenizer
 from megatron_moellava.inference.prompts import Prompt
+from megatron_moellava.inference.regions import locate_answer
 from megatron_moellava.inference.requests import Completion, Event
 from megatron_moellava.serving import openai_answers
 from megatron_moellava.serving.metrics import ServerMetrics
@@ -35,7 +36,10 @@ DISCARDED = (
     64_000_000  # bytes read of a body that is too large: a client that is still sending would not see the answer
 )
 PAGE = Path(__file__).parent / "web" / "index.html"
-PAGE_POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+PAGE_POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; media-src data: blob:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,6 +127,7 @@ def _add_page(app: FastAPI, service: Service, options: ServerOptions) -> None:
             "needs_token": bool(options.token),
             "max_tokens": options.api.max_new_tokens,
             "max_images": options.api.max_images,
+            "max_bytes": options.pictures.max_bytes,
             "examples": list(examples),
             # How the page lays patches over a picture: as the tower sees it.
             # (At native resolution each answer brings the grids of its pictures.)
@@ -208,9 +213,11 @@ class Answering:
         return bytes(data)
 
     async def _prepare(self, data: bytes) -> tuple[ChatRequest, Prompt]:
+        prompter = self.service.engine.prompter
+
         def work() -> tuple[ChatRequest, Prompt]:
             try:
-                chat = parse_chat(json.loads(data), self.options.api, self.options.pictures)
+                chat = parse_chat(json.loads(data), self.options.api, self.options.pictures, prompter.data)
                 request, prompt = self.service.engine.fit(chat.request)
                 return replace(chat, request=request), prompt
             except (ValueError, RecursionError) as error:
@@ -231,7 +238,16 @@ class Answering:
             raise Refused(499, "the client has gone")
         _check_complete(completions)
         wanted = chat.request.sampling.logprobs is not None
-        return openai_answers.completion_object(completions, self.options.model_name, self._tokenizer, wanted)
+        return openai_answers.completion_object(
+            completions, self.options.model_name, self._tokenizer, wanted, self._places(chat)
+        )
+
+    def _places(self, chat: ChatRequest) -> Callable[[Completion], list[dict]] | None:
+        """What finds the places that an answer names, if they were asked for."""
+        if not chat.regions:
+            return None
+        prompter, images = self.service.engine.prompter, chat.request.images
+        return lambda completion: [place.data() for place in locate_answer(completion.text, images, prompter)]
 
     async def _stream(self, chat: ChatRequest, prompt: Prompt, deadline: float) -> AsyncGenerator[str]:
         name = self.options.model_name
@@ -246,7 +262,7 @@ class Answering:
                     if event.completion is not None:
                         completions.append(event.completion)
                         _check_complete(completions)
-                        yield _line(openai_answers.last_chunk(event.completion, name))
+                        yield _line(openai_answers.last_chunk(event.completion, name, self._places(chat)))
             if chat.include_usage:
                 yield _line(openai_answers.usage_chunk(completions, name))
             yield "data: [DONE]\n\n"

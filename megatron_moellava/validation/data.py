@@ -18,6 +18,11 @@ def data_problems(run: RunConfig, num_features: int = 0) -> Iterator[str]:
     data = run.data
     if not data.sources:
         yield "data.sources is empty; pass --data FILE.json (and --image-folder DIR)"
+    if data.video_frames > max(data.max_images, DataConfig().video_frames):
+        yield (
+            f"data.video_frames={data.video_frames} is more than data.max_images={data.max_images}, so every long video would "
+            "be a bad row; raise data.max_images"
+        )
     if read := sorted({*data.ignore_keys} & {*KEYS}):
         yield f"data.ignore_keys={read} would drop what a row consists of; name other keys"
     if data.sampler == "modality_length" and any(source.weight != 1 for source in data.sources):

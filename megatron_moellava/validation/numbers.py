@@ -35,6 +35,8 @@ RULES: dict[str, Rule] = {
     "data.packing_buffer": AT_LEAST_1,
     "data.num_workers": (lambda value: value >= 0, "must be at least 0 (0: in the training process itself)"),
     "data.max_images": AT_LEAST_0,
+    "data.video_frames": AT_LEAST_1,
+    "data.video_fps": (lambda value: 0 <= value < float("inf"), "must be 0 (video_frames of each video) or positive"),
     "data.max_skip_share": (lambda value: 0 <= value < 1, "must lie between 0 (stop at the first bad row) and 1"),
     "parallel.tensor_model_parallel_size": AT_LEAST_1,
     "parallel.pipeline_model_parallel_size": AT_LEAST_1,

@@ -1,5 +1,6 @@
 """What a run says of its pictures, and whether its tower can see them so."""
 
+import math
 from collections.abc import Iterator
 
 from megatron_moellava.config import DataConfig, RunConfig
@@ -11,6 +12,12 @@ NATIVE_ONLY = ("max_image_tokens", "max_sample_image_tokens", "enlarge_images")
 def picture_problems(run: RunConfig, tower: Tower) -> Iterator[str]:
     """Of the settings of `data` that belong to another kind of tower, and of budgets that contradict each other."""
     data, usual = run.data, DataConfig()
+    if data.video_pooling != "none" and (tower.has_grids or math.isqrt(tower.num_features) ** 2 != tower.num_features):
+        found = "its pictures differ in them" if tower.has_grids else f"{tower.num_features} of a picture"
+        yield (
+            f"data.video_pooling={data.video_pooling} averages squares of visual tokens, and {tower.name} has none: {found}; "
+            "leave it unset"
+        )
     if not tower.native:
         for name in NATIVE_ONLY:
             if getattr(data, name) != getattr(usual, name):

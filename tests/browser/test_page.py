@@ -15,6 +15,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from tests.helpers.inference_models import picture
 from tests.helpers.serving import serving
+from tests.helpers.videos import write_video
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
@@ -194,3 +195,44 @@ def test_an_answer_cannot_smuggle_in_a_script(page, server):
         server.engine.prompter.tokenizer.decode = stream
     assert "<b>bold</b>" in said
     assert page.evaluate("window.owned") is None
+
+
+def test_places_of_an_answer_are_drawn_where_they_are(page):
+    """A box, a point and a polygon in a grey picture of 100 x 50: the pixels on their lines have the colours of places."""
+    page.evaluate(
+        """() => {
+          const canvas = Object.assign(document.createElement("canvas"), {width: 100, height: 50});
+          const pen = canvas.getContext("2d");
+          pen.fillStyle = "#808080"; pen.fillRect(0, 0, 100, 50);
+          const regions = [
+            {kind: "box", points: [[10, 10], [40, 40]], image: 0},
+            {kind: "point", points: [[70, 25]], image: 0},
+            {kind: "polygon", points: [[80, 5], [95, 5], [95, 20]], image: 0},
+          ];
+          talk = {id: 1, turns: [
+            {role: "user", text: "where?", images: [canvas.toDataURL("image/png")]},
+            {role: "assistant", text: "[100, 200, 400, 800]", regions},
+          ]};
+          showTalk();
+        }"""
+    )
+    until(page, "document.querySelector('canvas.places')?.width > 300")
+    grey = page.evaluate(
+        """() => {
+          const canvas = document.querySelector("canvas.places"), scale = canvas.width / 100, pen = canvas.getContext("2d");
+          const color = (x, y) => [...pen.getImageData(x * scale, y * scale, 1, 1).data.slice(0, 3)];
+          const isGrey = (x, y) => color(x, y).every(level => level === 128);
+          return [[10, 25], [40, 25], [25, 10], [25, 40], [95, 12], [25, 25], [60, 45]].map(([x, y]) => isGrey(x, y));
+        }"""
+    )
+    assert grey == [False, False, False, False, False, True, True]
+
+
+def test_a_video_is_taken_shown_and_asked_about(page, tmp_path):
+    page.set_input_files("#file", str(write_video(tmp_path / "v.webm", codec="libvpx-vp9", frames=12)))
+    until(page, "document.querySelectorAll('#thumbs video').length === 1")
+    ask(page, "What happens?")
+    assert page.locator(".turn.user video").count() == 1
+    assert not page.locator(".turn.error").count()
+    tokens = page.evaluate("view.routing.tokens.filter(token => 'image' in token).map(token => token.image)")
+    assert {*tokens} == set(range(8))

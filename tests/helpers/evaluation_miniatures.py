@@ -333,6 +333,66 @@ def names_scenes(root):
     return root
 
 
+def referring(root, name="refcoco_val"):
+    """Two expressions about the 40 x 30 picture a.jpg, in the layout of lmms-lab/RefCOCO; the second has two wordings."""
+    folder = root / "refcoco"
+    rows = [
+        {"question_id": "1", "file_name": "a.jpg", "bbox": [0, 0, 20, 15], "answer": ["left cat"]},
+        {"question_id": "2", "file_name": "a.jpg", "bbox": [20, 15, 20, 15], "answer": ["the cup", "cup on the right"]},
+    ]
+    write_json(folder / f"{name}.json", rows)
+    write_image(folder / "train2014/a.jpg", size=(40, 30))
+    return folder
+
+
+def coco_boxes(root):
+    """Two cats and a cup in one picture of 40 x 30."""
+    folder = root / "coco"
+    boxes = [(1, [0, 0, 10, 10]), (1, [20, 0, 10, 10]), (2, [0, 20, 10, 10])]
+    coco = {
+        "images": [{"id": 5, "file_name": "a.jpg", "width": 40, "height": 30}],
+        "annotations": [{"image_id": 5, "category_id": kind, "bbox": box, "iscrowd": 0} for kind, box in boxes],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cup"}],
+    }
+    write_json(folder / "annotations/instances_val2017.json", coco)
+    write_image(folder / "val2017/a.jpg", size=(40, 30))
+    return folder
+
+
+def boxes(root):
+    """One picture of 40 x 40 with a box in its left top quarter."""
+    write_jsonl(root / "boxes_test.jsonl", [{"image": "a.png", "text": "where?", "boxes": [[0, 0, 20, 20]]}])
+    write_image(root / "images/a.png", size=(40, 40))
+    return root
+
+
+def choices(root):
+    """One question about two pictures, one about an animation; B is right."""
+    rows = [
+        {
+            "question": "Is <image> like <image>?",
+            "options": ["left", "right"],
+            "answer": "B",
+            "images": ["a.png", "a.png"],
+        },
+        {"question": "What happens?", "options": ["left", "right"], "answer": "B", "video": "v.gif"},
+    ]
+    write_jsonl(root / "choices.jsonl", rows)
+    write_image(root / "a.png")
+    frames = [Image.new("RGB", (6, 4), (20 * number, 0, 0)) for number in range(9)]
+    frames[0].save(root / "v.gif", save_all=True, append_images=frames[1:])
+    return root
+
+
+def lettered(root, folder, questions, images):
+    """One question about a picture, in the file of a benchmark."""
+    row = {"question": "Which?", "options": ["one", "two"], "answer": "A", "images": ["../a.png"]}
+    write_json(root / folder / questions / "task.json" if questions == "json" else root / folder / questions, [row])
+    (root / folder / images).mkdir(parents=True, exist_ok=True)
+    write_image(root / folder / images / "../a.png")
+    return root / folder
+
+
 def score(name, data, texts, circular=False, limit=None):
     task = get_task(name)
     questions = task.read(data, circular=circular)[:limit]

@@ -1,7 +1,10 @@
 """Benchmarks in miniature, run through an engine that answers from a table."""
 
 import json
+from functools import partial
 
+from megatron_moellava.evaluation.choice_tasks import CHOICE_TASKS
+from megatron_moellava.evaluation.place_tasks import PLACE_TASKS
 from megatron_moellava.evaluation.runner import Options, evaluate
 from megatron_moellava.evaluation.tasks import get_task
 from tests.helpers import evaluation_miniatures as miniatures
@@ -9,10 +12,22 @@ from tests.helpers import evaluation_miniatures as miniatures
 QUIET = Options(progress=False, bootstrap_samples=50)
 
 
-PICTURES = {"mmbench_cn": lambda root: miniatures.mmbench(root, "mmbench_dev_cn_20231003.tsv")}
+PICTURES = {"mmbench_cn": lambda root: miniatures.mmbench(root, "mmbench_dev_cn_20231003.tsv")} | {
+    task.name: partial(miniatures.referring, name=task.name) for task in PLACE_TASKS if task.reader == "referring"
+}
+PICTURES |= {
+    task.name: partial(miniatures.lettered, folder=task.folder, questions=task.questions, images=task.images)
+    for task in CHOICE_TASKS
+    if task.name != "choices"
+}
 
 
-ALIASES = {"scienceqa": "science_qa", "quickstart_pope": "quickstart", "names_pope": "names_scenes"}
+ALIASES = {
+    "scienceqa": "science_qa",
+    "pointing": "boxes",
+    "quickstart_pope": "quickstart",
+    "names_pope": "names_scenes",
+}
 
 
 def write_miniature(name, root):

@@ -1,15 +1,19 @@
 """An option's letter: ScienceQA, SEED-Bench, and MMBench as far as its published answers go."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 
 from megatron_moellava.config import DataError
 from megatron_moellava.evaluation import normalise
 from megatron_moellava.evaluation.answered import Answered
+from megatron_moellava.evaluation.choice_questions import LETTERS
 from megatron_moellava.evaluation.metrics import Score, mean_percent, sum_by_unit
 from megatron_moellava.evaluation.questions import Question, is_missing, read_json
 
 _LETTERS = "ABCDE"
+_IN_BRACKETS = re.compile(r"\s*\(([A-J])\)")
+_ALONE = re.compile(r"\s*([A-J])(?:[.):,]|\s*$)")
 _COPY = 1_000_000  # MMBench's index of a rotated copy is the first one's plus a multiple of this
 
 
@@ -78,6 +82,38 @@ def seed(answered: Answered) -> Score:
         count=len(answered),
         details={group: _accuracy(part) for group, part in sorted(groups.items())},
         notes=answered.note_subset(len(truths)),
+    )
+
+
+def lettered(answered: Answered) -> Score:
+    """Accuracy of questions whose options have letters (`truth`), over all and per group; the bootstrap draws questions."""
+    right: list[float] = []
+    unreadable = 0
+    groups: dict[str, list[float]] = defaultdict(list)
+    for question, text in answered:
+        letter = _stated(text, question.fields["options"])
+        unreadable += not letter
+        right.append(float(letter == question.fields["truth"]))
+        groups[question.fields["group"] or "all"].append(right[-1])
+    return Score(
+        metric="accuracy (%)",
+        sums_UK=sum_by_unit([question.key for question in answered.questions], [(value, 1.0) for value in right]),
+        headline=mean_percent,
+        count=len(right),
+        unit="question",
+        details={group: _accuracy(part) for group, part in sorted(groups.items())} | {"unreadable": unreadable},
+    )
+
+
+def _stated(text: str, options: list[str]) -> str:
+    """The letter that an answer begins with or states ("B", "B. a cat", "(B)"), or that of the option whose words it is."""
+    if found := _IN_BRACKETS.match(text) or _ALONE.match(text):
+        return found[1]
+    if letter := normalise.option_letter(text):
+        return letter
+    said = text.strip().strip(".").lower()
+    return next(
+        (letter for letter, option in zip(LETTERS, options, strict=False) if option.strip(".").lower() == said), ""
     )
 
 

@@ -7,25 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_moellava.data.media import locate, num_tiles, open_ref, source, tiles
+from megatron_moellava.data.media import frame_texts, num_tiles, open_ref, show_video, source, tiles
 from megatron_moellava.data.sample import BadSample, ImageRef
-from tests.helpers.data_files import TOWER, config, write_images
+from megatron_moellava.data.shards import make_shards
+from tests.helpers.data_files import TOWER, config, conversation, make_loader, take, write_images, write_rows
+from tests.helpers.videos import number_of, write_video
 
 
 def encoded(color=(10, 20, 30), size=(40, 30)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, color).save(buffer, "png")
     return buffer.getvalue()
-
-
-def test_a_name_leads_to_a_file_below_the_folder_only(tmp_path):
-    write_images(tmp_path / "images")
-    assert locate(str(tmp_path / "images"), "a.png", "row 1") == str((tmp_path / "images/a.png").resolve())
-    for name in ("../secret.png", "/etc/passwd", "sub/../../secret.png"):
-        with pytest.raises(BadSample, match=r"row 1: image .* leads outside image_folder"):
-            locate(str(tmp_path / "images"), name, "row 1")
-    with pytest.raises(BadSample, match="zero byte"):
-        locate(str(tmp_path), "a\0.png", "row 1")
 
 
 def test_bytes_come_from_a_tar_member_from_base64_or_from_a_file(tmp_path):
@@ -61,7 +53,7 @@ def test_frames_are_taken_from_the_middle_of_their_share(tmp_path):
 def test_a_video_that_is_none_is_named(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.gif").write_text("no picture")
-    with pytest.raises(BadSample, match=f"row 1: .*{message}"):
+    with pytest.raises(BadSample, match=f"row 1, video .*: .*{message}"):
         open_ref(ImageRef(name=name, frame=(0, 1)), str(tmp_path), "row 1")
 
 
@@ -73,3 +65,66 @@ def test_the_number_of_tiles_is_that_of_the_tiles():
             pixels, notes = tiles(ref, "", "row 1", TOWER, data)
             assert len(pixels) == num_tiles(ref, "", "row 1", TOWER, data) == (len(pixels) if grid else 1)
             assert pixels.shape[1:] == (3, TOWER.image_size, TOWER.image_size) and notes == ()
+
+
+def test_a_videos_frames_follow_the_settings_in_training(tmp_path):
+    """4 s at 10 per second: two a second are 8 frames, cut to a budget of 4 they stand a second apart."""
+    write_video(tmp_path / "v.mp4")
+    data = config(tmp_path / "x.json", video_fps=2.0, video_frames=4, video_times="seconds")
+    texts = frame_texts("v.mp4", str(tmp_path), "row 1", data)
+    assert texts == [f"{second + 0.5:.1f} s: <image>\n" for second in range(4)]
+    assert frame_texts("missing.mp4", str(tmp_path), "row 1", config(tmp_path / "x.json")) == ["<image>"] * 8
+    text, frames = show_video(str(tmp_path / "v.mp4"), "row 1", data)
+    assert text == "".join(texts) and [number_of(frame) for frame in frames] == [5, 15, 25, 35]
+    _, part = show_video(str(tmp_path / "v.mp4"), "row 1", data, span=(1.0, 2.0))
+    assert [number_of(frame) for frame in part] == [12, 17]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_videos_are_trained_on_and_a_broken_one_is_a_named_bad_sample(tmp_path, workers):
+    write_video(tmp_path / "v.mp4")
+    (tmp_path / "broken.mp4").write_bytes((tmp_path / "v.mp4").read_bytes()[:900])
+    rows = [
+        {"id": name, "video": f"{name}.mp4", "conversations": conversation("<video>\nWhat?", "grey", "Sure?", "yes")}
+        for name in ("v", "broken")
+    ]
+    settings = {"video_fps": 1.0, "video_times": "seconds", "max_skip_share": 0.5, "num_workers": workers}
+    path = write_rows(tmp_path, rows)
+    loader = make_loader(config(path, packing=False, **settings), micro_batch_size=1)
+    (batch,) = take(loader, 1)
+    assert len(batch.pixel_values_NCHW) == 4 and batch.sample_ids == ["v"]
+    take(loader, 1)
+    assert loader.skipped == {"unreadable video": loader.skipped.total()} and loader.skipped.total() >= 1
+    loader.close()
+    make_shards(path, tmp_path, tmp_path / "shards", video_fps=1.0, video_times="seconds", max_skip_share=0.5)
+    (from_shards,) = take(make_loader(config(tmp_path / "shards", packing=False, **settings), micro_batch_size=1), 1)
+    assert (from_shards.tokens_BS == batch.tokens_BS).all()
+    assert (from_shards.pixel_values_NCHW == batch.pixel_values_NCHW).all()
+
+
+def test_pooled_frames_are_the_same_from_shards(tmp_path):
+    """Five frames in pairs: 4 visual tokens for each of three groups, which share a time."""
+    write_video(tmp_path / "v.mp4")
+    row = {"id": "v", "video": "v.mp4", "conversations": conversation("<video>\nWhat?", "grey")}
+    path = write_rows(tmp_path, [row])
+    settings = {"video_frames": 5, "video_times": "seconds", "video_pooling": "2x2x2"}
+    make_shards(path, tmp_path, tmp_path / "shards", **settings)
+    for source_ in (path, tmp_path / "shards"):
+        loader = make_loader(config(source_, packing=False, **settings), micro_batch_size=1)
+        (batch,) = take(loader, 1)
+        assert batch.pools == ((2, 2), (2, 2), (1, 2)) and batch.counts.image_rows == 12, source_
+        decode = loader.micro_batches.pipeline.encoder.tokenizer.decode
+        assert "0.4 s: \n2.0 s: \n3.6 s: \n\nWhat?" in decode(
+            [int(token) for token in batch.tokens_BS[0] if token >= 0]
+        )
+
+
+def test_the_seconds_are_what_the_model_reads(tmp_path):
+    write_video(tmp_path / "v.mp4")
+    row = {"id": "v", "video": "v.mp4", "conversations": conversation("<video>\nWhat?", "grey")}
+    loader = make_loader(
+        config(write_rows(tmp_path, [row]), packing=False, video_frames=2, video_times="seconds"), micro_batch_size=1
+    )
+    (batch,) = take(loader, 1)
+    decode = loader.micro_batches.pipeline.encoder.tokenizer.decode
+    assert "1.0 s: \n3.0 s: \n\nWhat?" in decode([int(token) for token in batch.tokens_BS[0] if token >= 0])

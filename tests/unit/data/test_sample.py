@@ -57,9 +57,23 @@ def test_a_leading_answer_is_dropped():
     assert len(sample.turns) == 4 and sample.notes == ("empty answer among others",)
 
 
+def test_frames_that_were_taken_before_say_which_video_they_are_of():
+    record = {"image": ["a", "b", "c", "d"], "conversations": conversation("<image>" * 4 + "What?", "A cat.")}
+    sample = parse_record(record | {"frames": [2, 0, 1]}, origin="")
+    assert [(ref.frame, ref.is_still) for ref in sample.images] == [
+        ((0, 2), True),
+        ((1, 2), True),
+        (None, False),
+        ((0, 1), True),
+    ]
+    for wrong in ([2], [2, 3], "4", [-1, 5], [True, 3], [10**12]):
+        with pytest.raises(BadSample, match=r"row 1: `frames` is .* for 4 pictures"):
+            parse_record(record | {"frames": wrong}, origin="row 1")
+
+
 def test_video_frames_take_the_place_of_their_placeholder():
     record = {"video": "v.gif", "conversations": conversation("<video>\nWhat?", "A cat.")}
-    sample = parse_record(record, origin="", video_frames=4)
+    sample = parse_record(record, origin="", frames=lambda name: ["<image>"] * 4)
     assert sample.turns[0].text == "<image>" * 4 + "\nWhat?"
     assert [ref.frame for ref in sample.images] == [(i, 4) for i in range(4)]
 

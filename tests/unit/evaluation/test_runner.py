@@ -26,7 +26,7 @@ class Oracle:
             if number == self.stop_after:
                 raise KeyboardInterrupt
             text = request.turns[-1].text
-            assert text.count("<image>") == len(request.images)
+            assert text.count("<image>") + text.count("<video>") == len(request.images)
             for picture in request.images:
                 assert picture.open().mode == "RGB"
             self.asked.append(request)

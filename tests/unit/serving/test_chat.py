@@ -1,12 +1,20 @@
 """What chat saves, training reads."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
+from megatron_moellava.config import DataError
 from megatron_moellava.data.sample import Turn
+from megatron_moellava.data.templates import get_template
+from megatron_moellava.data.tokenizer import load_tokenizer
+from megatron_moellava.inference.prompts import Prompter
 from megatron_moellava.serving.chat import Conversation
-from tests.helpers.data_files import config, make_loader, write_images
+from tests.helpers.data_files import TOWER, config, make_loader, write_images
+from tests.helpers.inference_models import TOKENIZER, tiny_run
+from tests.helpers.videos import write_video
 
 PLACES = {"beside": "a.png", "below": "pictures/a.png", "elsewhere": "../elsewhere/a.png"}
 
@@ -21,7 +29,7 @@ def test_a_saved_conversation_is_a_row_that_training_reads(tmp_path, monkeypatch
     write_images(picture.parent, (picture.name,))
     conversation = Conversation(engine=None, sampling=None)
     conversation.show(str(picture) if absolute else PLACES[place])
-    conversation.names = [name for name, _ in conversation.pending]
+    conversation.names = [name for name, *_ in conversation.pending]
     conversation.turns = [Turn(role="user", text="<image>\nWhat?"), Turn(role="assistant", text="A lake, no <image>.")]
     monkeypatch.chdir(tmp_path)
     conversation.save(str(folder / "chat.json"))
@@ -45,3 +53,45 @@ def test_a_quoted_name_in_the_home_folder_is_found(tmp_path, monkeypatch):
     conversation = Conversation(engine=None, sampling=None)
     conversation.show('"~/a.png"')
     assert len(conversation.pending) == 1
+
+
+def talk() -> Conversation:
+    data = tiny_run().data
+    prompter = Prompter(template=get_template("v1"), tokenizer=load_tokenizer(TOKENIZER), tower=TOWER, data=data)
+    return Conversation(engine=SimpleNamespace(prompter=prompter, stream=lambda request: []), sampling=None)
+
+
+def test_pictures_go_where_the_question_says_or_first(tmp_path):
+    write_images(tmp_path)
+    for question, text in (
+        ("same?", "<image>\n<image>\nsame?"),
+        ("is <image> like <image>?", "is <image> like <image>?"),
+        ("is <image> one?", "<image>\n<image>\nis < image > one?"),
+    ):
+        conversation = talk()
+        for name in ("a.png", "b.png"):
+            conversation.show(str(tmp_path / name))
+        conversation.ask(question, print)
+        assert conversation.turns[0].text == text and len(conversation.images) == 2
+
+
+def test_a_video_is_shown_as_frames_and_saved_with_them(tmp_path):
+    write_video(tmp_path / "v.mp4")
+    conversation = talk()
+    conversation.show_video(str(tmp_path / "v.mp4"))
+    conversation.ask("what happens?", print)
+    assert conversation.turns[0].text == "<image>" * 8 + "\nwhat happens?" and len(conversation.images) == 8
+    conversation.turns[1] = Turn(role="assistant", text="it gets lighter")
+    conversation.save(str(tmp_path / "chat.json"))
+    batch = next(make_loader(config(tmp_path / "chat.json", packing=False), micro_batch_size=1))
+    assert len(batch.pixel_values_NCHW) == 8
+    with pytest.raises(DataError, match="no such video"):
+        conversation.show_video("nowhere.mp4")
+
+
+def test_boxes_of_the_last_answer_are_told_in_pixels():
+    conversation = talk()
+    assert conversation.places() == "The last answer names no place."
+    conversation.images = [Image.new("RGB", (999, 999))]
+    conversation.turns = [Turn(role="assistant", text="At [1, 2, 30, 40], not [5, 6].")]
+    assert conversation.places() == "box in picture 1: (1.0, 2.0) (30.0, 40.0)\npoint in picture 1: (5.0, 6.0)"

@@ -54,3 +54,18 @@ def test_chunks_carry_the_index_of_their_answer_and_its_logprobs():
     )
     assert first["choices"][0]["index"] == last["choices"][0]["index"] == 1
     assert (last["choices"][0]["finish_reason"], last["routing"]) == ("stop", {"x": 1})
+
+
+def test_each_answer_carries_its_own_places_where_they_are_asked_for():
+    def places(item):
+        return [{"kind": "point", "points": [[float(item.index), 2.0]], "image": 0, "start": 0, "end": 2}]
+
+    two = [completion(1), completion(0)]
+    whole = openai_answers.completion_object(two, "m", Bytes(), False, places)["choices"]
+    assert [choice["regions"][0]["points"] for choice in whole] == [[[0.0, 2.0]], [[1.0, 2.0]]]
+    assert openai_answers.last_chunk(two[0], "m", places)["choices"][0]["regions"] == places(two[0])
+    for choice in (
+        openai_answers.completion_object(two, "m", Bytes(), False)["choices"][0],
+        openai_answers.last_chunk(two[0], "m")["choices"][0],
+    ):
+        assert "regions" not in choice

@@ -1,12 +1,14 @@
 """Bodies of OpenAI's API, and what of them cannot be served."""
 
+import base64
 import json
 
 import pytest
 
-from megatron_moellava.config import DataError
+from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.serving.openai_api import ApiLimits, parse_chat
 from tests.helpers.pictures import LIMITS, body, data_url, png
+from tests.helpers.videos import video_bytes
 
 
 def test_parts_system_and_history_become_turns():
@@ -77,3 +79,57 @@ def test_answers_logprobs_and_schemas_become_sampling():
 def test_bodies_that_cannot_be_served_are_refused(fields):
     with pytest.raises(DataError):
         parse_chat(body(**fields), ApiLimits(), LIMITS)
+
+
+def test_places_are_asked_for_by_name():
+    assert parse_chat(body(regions=True), ApiLimits(), LIMITS).regions
+    assert not parse_chat(body(), ApiLimits(), LIMITS).regions
+
+
+def parts(*kinds: str) -> list[dict]:
+    """Text, pictures and a video in this order."""
+    image = {"type": "image_url", "image_url": {"url": data_url(png(4, 4))}}
+    video = {"type": "video_url", "video_url": {"url": VIDEO}}
+    known = {"image": image, "video": video}
+    return [known.get(kind, {"type": "text", "text": kind}) for kind in kinds]
+
+
+VIDEO = "data:video/mp4;base64," + base64.b64encode(video_bytes(frames=8, rate=2)).decode()
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (("what?", "image"), "<image>\nwhat?"),  # one goes first, as in training
+        (("image", "image", "what?"), "<image>\n<image>\nwhat?"),
+        (("like", "image", "or", "image"), "like\n<image>\nor\n<image>"),  # several stay where they are
+        (("image",), "<image>\n"),
+        (("what?", "video"), "1.0 s: <image>\n3.0 s: <image>\n\nwhat?"),
+        (("this", "video", "or", "image", "?"), "this\n1.0 s: <image>\n3.0 s: <image>\n\nor\n<image>\n?"),
+        (("\0<image>",), "< image >"),
+    ],
+)
+def test_pictures_and_videos_stand_where_they_are_meant(content, text):
+    data = DataConfig(video_fps=0.5, video_times="seconds")
+    messages = [{"role": "user", "content": parts(*content)}]
+    request = parse_chat(body(messages=messages), ApiLimits(), LIMITS, data).request
+    # 8 frames at 2 per second: one in two seconds, from the middles of its halves.
+    assert request.turns[0].text == text
+    assert len(request.images) == text.count("<image>")
+
+
+def test_pictures_of_any_turn_keep_their_order():
+    messages = [
+        {"role": "user", "content": parts("a", "image")},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": parts("video", "b")},
+    ]
+    request = parse_chat(body(messages=messages), ApiLimits(), LIMITS, DataConfig(video_frames=2)).request
+    assert [turn.text for turn in request.turns] == ["<image>\na", "yes", "<image><image>\nb"]
+    assert [image.size for image in request.images] == [(4, 4), (64, 48), (64, 48)]
+
+
+def test_more_pictures_than_allowed_are_counted_before_any_is_opened():
+    content = [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}] * 9
+    with pytest.raises(DataError, match="9 images and videos, more than 8"):
+        parse_chat(body(messages=[{"role": "user", "content": content}]), ApiLimits(), LIMITS)

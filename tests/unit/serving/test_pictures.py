@@ -1,13 +1,15 @@
 """Pictures that strangers send."""
 
+import base64
 import struct
 import zlib
 
 import pytest
 
-from megatron_moellava.config import DataError
-from megatron_moellava.serving.pictures import PictureLimits, open_url
+from megatron_moellava.config import DataConfig, DataError
+from megatron_moellava.serving.pictures import PictureLimits, open_url, open_video_url
 from tests.helpers.pictures import LIMITS, data_url, png
+from tests.helpers.videos import number_of, video_bytes
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -48,3 +50,20 @@ def test_what_is_no_acceptable_picture_is_refused(url, message):
 def test_remote_urls_never_lead_inside(host):
     with pytest.raises(DataError, match="not a public one"):
         open_url(f"http://{host}/a.png", PictureLimits(allow_remote=True))
+
+
+def test_a_video_is_frames_and_what_is_none_is_refused():
+    url = "data:video/mp4;base64," + base64.b64encode(video_bytes(frames=10)).decode()
+    text, frames = open_video_url(url, LIMITS, DataConfig(video_frames=2))
+    assert text == "<image><image>" and [number_of(frame) for frame in frames] == [2, 7]
+    small = PictureLimits(max_pixels=64 * 48 - 1)
+    playlist = "data:video/mp4;base64," + base64.b64encode(b"#EXTM3U\nfile:///etc/passwd\n").decode()
+    for bad, limits, message in (
+        (url, small, "frames have 3,072 pixels, more than 3,071"),
+        ("https://example.com/v.mp4", LIMITS, "must be a data: URL"),
+        ("data:text/plain;base64,AAAA", LIMITS, "video_url must have the form"),
+        (playlist, LIMITS, "the video: cannot be decoded"),
+        (url, PictureLimits(max_bytes=10), "the video has more than 10 bytes"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_video_url(bad, limits, DataConfig())

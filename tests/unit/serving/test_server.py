@@ -76,6 +76,16 @@ def assert_serves(server) -> None:
         time.sleep(0.05)
 
 
+def test_places_come_whole_and_streamed_where_they_are_asked_for(client):
+    """What the tiny model says names none; test_openai_answers.py and the page's test show some."""
+    arguments = {"model": "tiny", "messages": question("Where?", data_url()), "max_tokens": 3}
+    assert "regions" not in client.chat.completions.create(**arguments).model_dump()["choices"][0]
+    asked = arguments | {"extra_body": {"regions": True}}
+    assert client.chat.completions.create(**asked).model_dump()["choices"][0]["regions"] == []
+    *_, last = client.chat.completions.create(**asked, stream=True)
+    assert last.model_dump()["choices"][0]["regions"] == []
+
+
 def test_the_openai_client_gets_the_engines_answer_whole_and_streamed(server, client):
     arguments = {"model": "tiny", "messages": question("What is it?", data_url()), "max_tokens": 9}
     whole = client.chat.completions.create(**arguments)

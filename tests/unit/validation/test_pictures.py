@@ -36,3 +36,11 @@ def test_a_picture_has_no_more_than_its_sample():
 def test_what_a_picture_has_for_certain():
     assert least_features(get_tower("naflex-tiny")) == 1
     assert least_features(get_tower("clip-tiny")) == get_tower("clip-tiny").num_features and least_features(None) == 0
+
+
+@pytest.mark.parametrize("tower", ["naflex-tiny", "siglip-so400m-patch14-384-original"])
+def test_pooling_needs_squares_of_visual_tokens(tower):
+    assert f"data.video_pooling=2x2x2 averages squares of visual tokens, and {tower} has none" in said(
+        tower, video_pooling="2x2x2"
+    )
+    assert said("clip-tiny", video_pooling="2x2x2") == ""

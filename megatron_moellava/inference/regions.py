@@ -1,0 +1,24 @@
+"""The boxes, points and polygons of an answer, in pixels of the pictures that it is about."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from PIL import Image
+
+from megatron_moellava.data import geometry, media
+from megatron_moellava.data.regions import Located, locate
+from megatron_moellava.inference.prompts import Prompter
+
+
+def locate_answer(
+    text: str, images: Sequence[Image.Image], prompter: Prompter, image_aspect_ratio: str = "model"
+) -> list[Located]:
+    """What `text` names in the last of `images`, read as the checkpoint was trained (`data.box_format`)."""
+    data, tower = prompter.data, prompter.tower
+    data = data if image_aspect_ratio == "model" else replace(data, image_aspect_ratio=image_aspect_ratio)  # type: ignore[arg-type]
+    sizes = [image.size for image in images]
+    made: tuple = (None,) * len(sizes)
+    if tower.has_grids:
+        made = media.plans_of_sizes(sizes, tower, data, "the answer")
+    views = [media.view(geometry.Map(size=size), tower, data, plan) for size, plan in zip(sizes, made, strict=True)]
+    return locate(text, data.box_format, views)
