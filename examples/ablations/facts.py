@@ -6,31 +6,49 @@ eight languages, as native speakers gave them for Unicode's CLDR (`quickstart/na
 token is trained on. Everything after that is what all runs have: LLaVA JSON and pictures, a checkpoint to start from, the
 trainer. Written to OUT: data/ (facts.json, test.jsonl, tokenizer.model, images/) and start/ (a random language model and
 the tower).
+
+With --pictures things are OpenMoji's pictures instead, seen at other sizes and places and before other backgrounds, and the
+tower is the quickstart's, pretrained on them; data/ceiling.json says how many held-out pictures it can tell apart.
 """
 
 import argparse
 import json
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
-from names import LANGUAGES, Thing, llava_row, read_things, require_packages, write_lines, write_rows
+from names import (
+    LANGUAGES,
+    Thing,
+    caption,
+    llava_row,
+    read_things,
+    render,
+    require_packages,
+    save_new,
+    write_attribution,
+    write_lines,
+    write_rows,
+)
 
 SIDE = 8  # pixels of a pattern's side: one patch of the tower
 NOISE = 20.0  # standard deviation of what a view adds, in levels of 255; the patterns' own is 74
 VOCABULARY = 1024  # pieces of the tokenizer, 256 of them bytes
+TOWER_STEPS = 1400  # of its pretraining on pictures, as in the quickstart
 QUESTION = "names"
 MAX_QUESTIONS = 500  # held out, each for eight facts
 
 
-def write_facts(out: Path, *, things: int | None, views: int, seed: int = 0) -> dict[str, int]:
-    """Patterns, rows, questions and tokenizer; returns the counts. A question's view is none that a row has."""
+def write_facts(out: Path, *, things: int | None, views: int, pictures: bool = False, seed: int = 0) -> dict[str, int]:
+    """Views, rows, questions and tokenizer; returns the counts. A question's view is none that a row has."""
     require_packages()
     chosen = read_things(things, seed)
-    rows, tests = [], []
+    rows, tests, captions = [], [], []
     for thing in chosen:
-        images = write_views(out / "images", thing, views + 1, seed)
+        images = (write_pictures if pictures else write_views)(out / "images", thing, views + 1, seed)
+        captions += [caption(thing, image) for image in images[:-1]]
         rows += [llava_row(image, [(QUESTION, answer_of(thing))], 0, "names") for image in images[:-1]]
         tests.append(question_of(thing, images[-1]))
     draw = random.Random(seed)
@@ -38,6 +56,9 @@ def write_facts(out: Path, *, things: int | None, views: int, seed: int = 0) -> 
     draw.shuffle(tests)
     write_rows(out / "facts.json", rows)
     write_lines(out / "test.jsonl", tests[:MAX_QUESTIONS])
+    write_rows(out / "captions.json", captions)
+    if pictures:
+        write_attribution(out / "images" / "names")
     write_tokenizer(out, rows)
     counts = {
         "things": len(chosen),
@@ -64,6 +85,15 @@ def write_views(folder: Path, thing: Thing, count: int, seed: int) -> list[str]:
     return names
 
 
+def write_pictures(folder: Path, thing: Thing, count: int, seed: int) -> list[str]:
+    """So many different views of the thing's picture, below `folder`; their names."""
+    draw, seen = random.Random(f"{seed} {thing.code}"), set()
+    names = [f"names/{thing.code}-{view}.png" for view in range(count)]
+    for name in names:
+        save_new(partial(render, thing.svg), folder / name, draw, seen)
+    return names
+
+
 def answer_of(thing: Thing) -> str:
     """`"cat, katze, gato, chat, gatto, gato, wajah kucing, kedi"`"""
     return ", ".join(thing.names[language] for language in LANGUAGES)
@@ -83,18 +113,17 @@ def write_tokenizer(out: Path, rows: list[dict]) -> None:
     make_data.train_tokenizer(out, [row for row in rows if row["image"].endswith("-0.png")])
 
 
-def write_start(out: Path, data: Path, *, layers: int, hidden: int, ffn: int, seed: int) -> None:
-    """A Megatron checkpoint of a random language model and a random tower that shows one patch as it is."""
+def write_start(
+    out: Path, data: Path, *, layers: int, hidden: int, ffn: int, pictures: bool = False, seed: int
+) -> None:
+    """A Megatron checkpoint of a random language model and the tower."""
     from dataclasses import replace
 
-    import torch
     from models import write_language_model
-    from transformers import CLIPVisionConfig, CLIPVisionModel
 
     from megatron_moellava.backbones import get_backbone
     from megatron_moellava.conversion.imports import import_checkpoint
     from megatron_moellava.towers import get_tower
-    from megatron_moellava.towers.from_config import hf_config_of, processor_config_of
 
     backbone = replace(
         get_backbone("llama-tiny"),
@@ -105,14 +134,36 @@ def write_start(out: Path, data: Path, *, layers: int, hidden: int, ffn: int, se
         vocab_size=VOCABULARY,
     )
     write_language_model(out / "language_model", backbone, data / "tokenizer.model", seed)
-    sizes = {"image_size": SIDE, "patch_size": SIDE, "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 64}
-    tower = replace(get_tower("clip-tiny"), **sizes)
-    torch.manual_seed(seed)
-    config = hf_config_of(tower)
-    config.pop("model_type")
-    CLIPVisionModel(CLIPVisionConfig(**config)).save_pretrained(out / "tower")
-    (out / "tower" / "preprocessor_config.json").write_text(json.dumps(processor_config_of(tower)))
+    (write_trained_tower if pictures else write_random_tower)(out / "tower", get_tower("clip-tiny"), data, seed)
     import_checkpoint(out / "language_model", save=out / "start", tower=str(out / "tower"), dtype="float32", seed=seed)
+
+
+def write_random_tower(folder: Path, tower, data: Path, seed: int) -> None:
+    """A tower with the random weights of `seed`, which shows a pattern as one visual token."""
+    from dataclasses import replace
+
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    from megatron_moellava.towers.from_config import hf_config_of, processor_config_of
+
+    small = replace(tower, image_size=SIDE, patch_size=SIDE, num_layers=2, hidden_size=64, ffn_hidden_size=64)
+    torch.manual_seed(seed)
+    config = hf_config_of(small)
+    config.pop("model_type")
+    CLIPVisionModel(CLIPVisionConfig(**config)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor_config_of(small)))
+
+
+def write_trained_tower(folder: Path, tower, data: Path, seed: int) -> None:
+    """The quickstart's tower, pretrained on the captions of the pictures to train on; and data/ceiling.json."""
+    from models import write_tower
+    from retrieval import retrieval_ceiling
+
+    write_tower(folder, tower, data / "captions.json", data / "images", seed, TOWER_STEPS)
+    known = sorted({row["image"] for row in json.loads((data / "captions.json").read_text())})
+    tests = [json.loads(line)["image"] for line in (data / "test.jsonl").read_text().splitlines()]
+    (data / "ceiling.json").write_text(json.dumps(retrieval_ceiling(folder, tower, data / "images", known, tests)))
 
 
 def main() -> None:
@@ -123,11 +174,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="of the language model (2)")
     parser.add_argument("--hidden", type=int, default=64, help="its hidden size (64)")
     parser.add_argument("--ffn", type=int, default=128, help="the width of its FFNs (128)")
+    parser.add_argument("--pictures", action="store_true", help="OpenMoji's pictures instead of patterns of noise")
     parser.add_argument("--seed", type=int, default=1, help="of the weights; the data are the same for every seed")
     args = parser.parse_args()
-    print(write_facts(args.out / "data", things=args.things, views=args.views))
+    print(write_facts(args.out / "data", things=args.things, views=args.views, pictures=args.pictures))
     sizes = {"layers": args.layers, "hidden": args.hidden, "ffn": args.ffn}
-    write_start(args.out, args.out / "data", **sizes, seed=args.seed)
+    write_start(args.out, args.out / "data", **sizes, pictures=args.pictures, seed=args.seed)
 
 
 if __name__ == "__main__":

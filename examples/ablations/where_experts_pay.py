@@ -21,7 +21,7 @@ from megatron_moellava.experiments.tables import plus_minus
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "measurements"
 DATA, PAGE, PICTURE = "data/where_experts_pay.jsonl", "where_experts_pay.md", "images/where_experts_pay.png"
-GRIDS = ("knowledge", "knowledge_few", "knowledge_experts", "knowledge_length", "knowledge_lr")
+GRIDS = ("knowledge", "knowledge_few", "knowledge_pictures", "knowledge_experts", "knowledge_length", "knowledge_lr")
 METRIC = "bits_per_fact"
 KEPT = (  # of a run's numbers
     METRIC,
@@ -275,6 +275,8 @@ PANELS: tuple[tuple[str, Callable], ...] = (
     ("knowledge_few", draw_arms),
     ("knowledge_few", draw_curves),
     ("knowledge_experts", draw_line),
+    ("knowledge_pictures", draw_arms),
+    ("knowledge_pictures", draw_curves),
     ("knowledge_lr", draw_line),
 )
 

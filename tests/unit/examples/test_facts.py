@@ -71,3 +71,16 @@ def test_the_start_has_the_sizes_asked_for(data, tmp_path):
     backbone, tower = model.backbone, model.tower
     assert (backbone.num_layers, backbone.hidden_size, backbone.ffn_hidden_size) == (1, 32, 48)
     assert backbone.vocab_size == VOCABULARY and tower.num_features == 1
+
+
+def test_pictures_come_with_their_licence_and_no_view_twice(tmp_path):
+    from facts import write_facts
+
+    write_facts(tmp_path, things=2, views=VIEWS, pictures=True)
+    rows = json.loads((tmp_path / "facts.json").read_text())
+    asked = [json.loads(line)["image"] for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    images = [*{row["image"] for row in rows}, *asked]
+    assert len(images) == len({(tmp_path / "images" / name).read_bytes() for name in images}) == 2 * (VIEWS + 1)
+    assert {Image.open(tmp_path / "images" / name).size for name in images} == {(72, 72)}
+    assert "CC-BY-SA-4.0" in (tmp_path / "images/names/ATTRIBUTION.md").read_text()
+    assert len(json.loads((tmp_path / "captions.json").read_text())) == 2 * VIEWS
