@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-TEXT_LENGTH = 256  # tokens that a token attends to, picture included, in the FLOPs of the table
-
 
 def ask_names(trainer, run, out: Path, name: str) -> dict:
     """Held-out questions about names to the trained model; {"score", "answered"}, and OUT/name/names_predictions.jsonl."""
@@ -27,28 +25,6 @@ def ask_names(trainer, run, out: Path, name: str) -> dict:
 def read_lines(path: Path) -> list[dict]:
     """The rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def cost_of(run, backbone, tower) -> dict:
-    """{"flops_per_token": forward, decoder and output layer; "activated", "total": parameters of the language model}."""
-    from dataclasses import replace
-
-    from megatron_moellava.config import ParallelConfig
-    from megatron_moellava.conversion.inspection import count_parameters
-    from megatron_moellava.costs.flops import forward_flops, last_stage_work
-    from megatron_moellava.costs.layout import Layout
-    from megatron_moellava.costs.shapes import Model
-    from megatron_moellava.costs.stage_work import decoder_work
-
-    whole = replace(run, parallel=ParallelConfig())
-    layout = Layout(run=whole, backbone=backbone, tower=tower, world_size=1)
-    work = [*decoder_work(layout, 0, 1.0, TEXT_LENGTH), *last_stage_work(layout, 1.0)]
-    counted = count_parameters(Model(backbone=backbone, tower=tower, moe=run.moe))
-    return {
-        "flops_per_token": sum(map(forward_flops, work)),
-        "activated": counted.activated,
-        "total": counted.total,
-    }
 
 
 def write_ceiling(out: Path, tower) -> str:

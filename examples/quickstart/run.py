@@ -277,8 +277,9 @@ class Quickstart:
 
     def ask(self, name: str, run, trainer) -> dict:
         """Held-out accuracy of the trained model; for the MoE also with blanked pictures, and the expert load."""
-        from names_report import ask_names, cost_of
+        from names_report import ask_names
 
+        from megatron_moellava.experiments.cost import cost_of
         from megatron_moellava.experiments.stage import ask_closed
 
         started = time.perf_counter()

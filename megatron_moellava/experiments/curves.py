@@ -38,6 +38,12 @@ def curve_numbers(folder: Path) -> dict[str, float]:
     return numbers | routing_numbers(read_lines(folder / "routing.jsonl"))
 
 
+def sample_length(steps: Sequence[dict]) -> float:
+    """Mean tokens of a sample that was trained on, padding not counted; 0 without steps."""
+    samples = sum(row["samples"] for row in steps)
+    return sum(row["tokens_per_second"] * row["step_seconds"] for row in steps) / samples if samples else 0.0
+
+
 def final_loss(losses: Sequence[float]) -> float:
     """Mean of the last losses of a run (share `LAST`); NaN when there are none."""
     last = losses[-max(1, round(len(losses) * LAST)) :]

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from megatron_moellava.config import MoEConfig, MoELlavaError, current_names, from_dict, say_renamed
-from megatron_moellava.experiments.curves import curve_numbers
+from megatron_moellava.experiments.curves import curve_numbers, read_lines, sample_length
 from megatron_moellava.experiments.grid import Grid, Node
 
 DONE = "done.json"
@@ -119,9 +119,11 @@ def _train(grid: Grid, runs: Path, node: Node, folder: Path) -> dict | None:
         _clean(folder)
     dist.barrier()
     scores: dict = {}
+    costs: dict = {}
     diverged = False
     try:
         trainer = train_stage(run)
+        costs = _costs(trainer, folder)
         if node.settings.get("ask"):
             rows, images = _questions(grid, runs, node)
             answers = ask_closed(trainer, run, rows, images)
@@ -132,7 +134,20 @@ def _train(grid: Grid, runs: Path, node: Node, folder: Path) -> dict | None:
     is_writer = dist.get_rank() == 0
     dist.barrier()
     parallel.shutdown()
-    return curve_numbers(folder) | scores | {"diverged": float(diverged)} if is_writer else None
+    return curve_numbers(folder) | costs | scores | {"diverged": float(diverged)} if is_writer else None
+
+
+def _costs(trainer, folder: Path) -> dict[str, float]:
+    """What a token costs, and millions of parameters."""
+    from megatron_moellava.experiments.cost import cost_of
+
+    model = trainer.chunks[0]
+    cost = cost_of(trainer.run, model.backbone, model.tower, sample_length(read_lines(folder / "steps.jsonl")))
+    return {
+        "mflops_per_token": cost["flops_per_token"] / 1e6,
+        "activated_parameters": cost["activated"] / 1e6,
+        "parameters": cost["total"] / 1e6,
+    }
 
 
 def node_run(grid: Grid, runs: Path, node: Node, folder: Path):
@@ -176,8 +191,13 @@ def _questions(grid: Grid, runs: Path, node: Node) -> tuple[list[dict], Path]:
 
 
 def scores_of(score: dict, answered: list[dict]) -> dict[str, float]:
-    """Flat numbers: accuracy, loss of the true answers, accuracy of each question type, F1 of the existence questions."""
+    """Flat numbers: accuracy, loss of the true answers, accuracy of each question type, F1 of the existence questions.
+
+    Questions that say how many `facts` their answer holds also have bits per fact: what one still costs the model.
+    """
     types = {f"accuracy {name}": part["accuracy"] for name, part in score["types"].items()}
     existence = {"existence F1": score["existence"]["f1"]} if score["existence"] else {}
     held_out_loss = statistics.fmean(row["loss"] for row in answered)
-    return {"accuracy": score["accuracy"], "held_out_loss": held_out_loss, **types, **existence}
+    facts = sum(row.get("facts", 0) for row in answered)
+    bits = {"bits_per_fact": sum(row["loss"] for row in answered) / math.log(2) / facts} if facts else {}
+    return {"accuracy": score["accuracy"], "held_out_loss": held_out_loss, **bits, **types, **existence}

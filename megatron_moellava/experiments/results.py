@@ -18,6 +18,7 @@ RESULTS = "results.jsonl"
 LEVEL = 0.05  # of the paired test
 LOWER_IS_BETTER = {
     "held_out_loss",
+    "bits_per_fact",
     "final_loss",
     "peak_loss",
     "loss_spikes",
@@ -126,3 +127,16 @@ def paired_p(differences: Sequence[float]) -> float | None:
         return 0.0
     p = float(ttest_1samp(differences, 0.0).pvalue)
     return p if math.isfinite(p) else None
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p values of several tests -> the same, corrected by Holm's step-down: the chance of any false find stays at the level.
+
+    >>> [0.01, 0.04, 0.03] -> [0.03, 0.06, 0.06]
+    """
+    corrected = [0.0] * len(values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, values[index] * (len(values) - rank)))
+        corrected[index] = largest
+    return corrected

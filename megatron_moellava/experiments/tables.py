@@ -9,6 +9,9 @@ from megatron_moellava.experiments.results import LEVEL, Summary, summarise, ver
 
 # Numbers beside the grid's own metrics, where a run has them: (key, head, format)
 COLUMNS = (
+    ("mflops_per_token", "MFLOPs/token", "{:.2f}"),
+    ("activated_parameters", "M params activated", "{:.2f}"),
+    ("parameters", "M params", "{:.2f}"),
     ("final_loss", "train loss", "{:.4f}"),
     ("max_load", "busiest / mean", "{:.2f}"),
     ("dead_experts", "dead experts", "{:.1f}"),

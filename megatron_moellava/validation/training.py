@@ -1,9 +1,10 @@
 """Batches, schedules and precision."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
-from megatron_moellava.config import RunConfig
+from megatron_moellava.config import OptimizerConfig, RunConfig
 from megatron_moellava.machine import TRANSFORMER_IMPL, Machine, is_installed
 from megatron_moellava.stages import part_of, trained_roles
 
@@ -65,6 +66,11 @@ def training_problems(run: RunConfig, machine: Machine) -> Iterator[str]:
     yield from rate_problems(run)
     if optimizer.optimizer == "muon":
         yield from _muon(run)
+    else:
+        usual = OptimizerConfig()
+        for name in (item.name for item in dataclasses.fields(usual) if item.name.startswith("muon_")):
+            if (value := getattr(optimizer, name)) != getattr(usual, name):
+                yield f"optimizer.{name}={value} is about optimizer.optimizer=muon, and this run has adam; leave it out"
     if run.validation.ema and optimizer.ema_decay is None:
         yield "validation.ema=true: there are no averaged weights; set optimizer.ema_decay, e.g. 0.999, or leave it out"
     if optimizer.router_lr_warmup_fraction is not None and run.moe is None:

@@ -54,7 +54,8 @@ def test_blank_pictures_tell_what_the_words_alone_give_away(asked):
     engine, encoder, folder = asked
     seen, blank = (predict([engine.model], encoder, ROWS, folder, blank=which) for which in (False, True))
     losses = [[row["loss"] for row in part] for part in (seen, blank)]
-    assert losses[1][:3] == pytest.approx(losses[1][3:], abs=1e-4), "both pictures are grey"
+    if not engine.model.tower.native:  # there a grey picture still has its shape
+        assert losses[1][:3] == pytest.approx(losses[1][3:], abs=1e-4), "both pictures are grey"
     assert losses[0] != losses[1]
 
 

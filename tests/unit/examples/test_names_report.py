@@ -5,10 +5,6 @@ import math
 
 import pytest
 
-from megatron_moellava.backbones import get_backbone
-from megatron_moellava.config import MoEConfig, load_config
-from megatron_moellava.towers import get_tower
-
 
 def answer(number, prediction, bits, language="en"):
     return {
@@ -36,26 +32,6 @@ def test_the_runs_of_the_preset_start_from_what_is_there():
     assert RUNS["stage3"]["steps"] == RUNS["dense"]["steps"]
     assert RUNS["stage3"]["lr"] == RUNS["dense"]["lr"]
     assert RUNS["stage3"]["data"] == RUNS["dense"]["data"]
-
-
-def test_the_experts_cost_a_token_nothing_but_the_router():
-    """Eight experts in each of four layers of 128, one per token: FLOPs as the dense model's, eight times its FFN."""
-    from names_report import cost_of
-    from plans import EXPERTS
-
-    backbone, tower = get_backbone("llama-tiny"), get_tower("clip-tiny")
-    dense_run = load_config(None, ["model.backbone=llama-tiny", "model.tower=clip-tiny", "training.stage=2"])
-    moe_run = load_config(
-        None,
-        ["model.backbone=llama-tiny", "model.tower=clip-tiny", "training.stage=3"]
-        + [f"moe.{name}={value}" for name, value in EXPERTS.items()],
-    )
-    assert moe_run.moe == MoEConfig(**EXPERTS)
-    dense, moe = cost_of(dense_run, backbone, tower), cost_of(moe_run, backbone, tower)
-    router = 128 * 8 * 4
-    assert moe["flops_per_token"] - dense["flops_per_token"] == 2 * router
-    assert moe["activated"] - dense["activated"] == router
-    assert moe["total"] - dense["total"] == router + 7 * 4 * 3 * 128 * 384
 
 
 def test_the_summary_compares_moe_and_dense_on_the_same_questions(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_moellava.experiments.curves import curve_numbers, loss_spikes
+from megatron_moellava.experiments.curves import curve_numbers, loss_spikes, sample_length
 
 
 def test_a_spike_counts_once_however_long_it_lasts():
@@ -30,3 +30,12 @@ def test_numbers_of_a_run_come_from_its_logs(tmp_path):
     assert numbers["peak_loss"] == 1.99  # the loss of the skipped step is no number
     assert (numbers["skipped_steps"], numbers["train_minutes"], numbers["max_load"]) == (1, 10.0, 3.6)
     assert numbers["dead_experts"] == 2
+
+
+def test_a_samples_length_counts_real_tokens_of_all_steps():
+    steps = [
+        {"samples": 4, "tokens_per_second": 100.0, "step_seconds": 2.0},
+        {"samples": 6, "tokens_per_second": 50.0, "step_seconds": 6.0},
+    ]
+    assert sample_length(steps) == 50.0
+    assert sample_length([]) == 0.0

@@ -1,6 +1,7 @@
 """A whole small chain: a dense checkpoint, upcycled and trained as nodes of a grid, and its routing analysed."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from tests.helpers.inference_models import TOKENIZER, tiny_run
 
 from megatron.core import dist_checkpointing
 
+FACTS = 2  # that an answer holds
 QUESTIONS = ["what color is it?", "is it red?"]
 
 
@@ -87,7 +89,14 @@ def write_data(folder) -> None:
     rows = [data_files.row(i, ("a.png", None)[i % 2], tag=("color", "existence")[i % 2]) for i in range(12)]
     data_files.write_rows(folder, rows)
     asked = [
-        {"question_id": i, "image": "b.png", "question": question, "answer": "yes", "type": ("color", "existence")[i]}
+        {
+            "question_id": i,
+            "image": "b.png",
+            "question": question,
+            "answer": "yes",
+            "type": ("color", "existence")[i],
+            "facts": FACTS,
+        }
         for i, question in enumerate(QUESTIONS)
     ]
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
@@ -99,6 +108,8 @@ def test_a_node_trains_asks_and_says_what_it_found(chain):
     assert numbers["steps"] == 3
     assert 0 <= numbers["accuracy"] <= 100 and "accuracy color" in numbers
     assert numbers["max_load"] >= 1 and numbers["diverged"] == 0.0
+    assert numbers["bits_per_fact"] == pytest.approx(numbers["held_out_loss"] / math.log(2) / FACTS)
+    assert numbers["mflops_per_token"] > 0 and numbers["activated_parameters"] < numbers["parameters"]
     records = [json.loads(line) for line in (folder / "runs" / nodes[-1].name / "routing.jsonl").open()]
     assert len(records) == 3
     groups = {name for record in records for name in record["layers"][0]["groups"]}

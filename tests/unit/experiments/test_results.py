@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from megatron_moellava.experiments.results import collect, compare, summarise, verdict, write_results
+from megatron_moellava.experiments.results import collect, compare, holm, summarise, verdict, write_results
 from megatron_moellava.experiments.tables import claims_table, plot
 from tests.helpers.grids import GRID, made, rows_of
 
@@ -59,3 +59,9 @@ def test_lower_losses_are_better(grid, tmp_path):
     rows = [{**row, "held_out_loss": row["accuracy"]} for row in rows_of(grid, {"four": [1, 2, 3], "two": [2, 3.1, 4]})]
     assert verdict(by_loss, rows, grid.claims[0])[1] == "held"
     assert verdict(by_loss, rows[:3], grid.claims[0]) is None, "a cell is missing"
+
+
+def test_many_tests_are_corrected_by_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []

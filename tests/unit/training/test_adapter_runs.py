@@ -10,11 +10,14 @@ from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import CheckpointError, ConfigError, ParallelConfig
 from megatron_moellava.conversion.adapter_exports import export_adapter
+from megatron_moellava.conversion.average import take_average
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.inspection import inspect
 from megatron_moellava.conversion.merge import merge_adapter
 from megatron_moellava.inference.load import load_model
 from megatron_moellava.model.inputs import model_inputs
+from megatron_moellava.training.optimizer import distributed_optimizers
+from megatron_moellava.training.weight_average import averages_in_place
 from tests.helpers.batches import words
 from tests.helpers.inference_models import TOKENIZER, tiny_checkpoint
 from tests.helpers.process_groups import release_groups
@@ -111,3 +114,20 @@ def test_conversions_of_whole_models_refuse_an_adapter(folder, tmp_path):
         with pytest.raises(ConfigError, match="is a whole model and no adapter"):
             convert(folder / "base", save=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_average_of_an_adapter_is_an_adapter_of_the_same_base(folder, tmp_path):
+    trainer = run(
+        folder, **{"checkpoint.save": str(tmp_path / "run"), "optimizer.ema_decay": 0.5, "optimizer.lr": 1e-2}
+    )
+    for _ in range(3):
+        assert trainer.step()[1]
+    trainer.save()
+    with averages_in_place(distributed_optimizers(trainer.optimizer), trainer.wrapped):
+        expected = state(trainer)
+    take_average(tmp_path / "run", save=tmp_path / "averaged")
+    own, averaged = (read_description(require_checkpoint(tmp_path / name)) for name in ("run", "averaged"))
+    assert averaged.adapter == own.adapter
+    loaded = run(folder, **{"checkpoint.load": str(tmp_path / "averaged"), "checkpoint.save": str(tmp_path / "next")})
+    assert all(torch.equal(value, expected[name]) for name, value in state(loaded).items())
+    assert any(not torch.equal(value, expected[name]) for name, value in state(trainer).items())

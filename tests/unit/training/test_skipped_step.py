@@ -11,7 +11,8 @@ from megatron_moellava.stages import ROLES
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.optimizer import distributed_optimizers, optimizer_step_count
 from tests.distributed.rows import Rows
-from tests.helpers.trainers import one_layout, started, state
+from tests.helpers.trainers import one_layout, started
+from tests.helpers.trainers import state as tensors_of
 
 RUNS = {
     "dense": {"moe": None},
@@ -140,5 +141,5 @@ def test_a_run_whose_first_steps_were_skipped_goes_on_after_a_checkpoint(tmp_pat
     saved.save()
     for trainer in (saved, plain):
         assert trainer.step()[1]
-    one, other = state(saved), state(plain)
+    one, other = tensors_of(saved), tensors_of(plain)
     assert all(torch.equal(value, other[name]) for name, value in one.items())

@@ -51,6 +51,7 @@ def test_validation_says_what_is_wrong(changes, message):
     ({"optimizer__roles__tower__lr": 1e-4}, "optimizer.roles.tower: this run does not train it"),
     ({"optimizer__roles__adapters__weight_decay": 0.1}, "it trains experts, language, projector, router; leave it out"),
     ({"optimizer__roles__experts__weight_decay": -1.0}, "optimizer.roles.experts.weight_decay=-1.0 must be 0 or more"),
+    ({"optimizer__muon_nesterov": True}, "optimizer.muon_nesterov=True is about optimizer.optimizer=muon"),
     ({"optimizer__lr_wsd_decay_iters": 5}, "is the cooldown of optimizer.lr_decay_style=WSD, and this run has cosine"),
     ({"optimizer__lr_decay_style": "WSD", "optimizer__lr_wsd_decay_iters": 0}, "lr_wsd_decay_iters=0 must be at least 1"),
     ({"optimizer__lr_decay_style": "WSD", "optimizer__lr_wsd_decay_iters": 98, "training__train_steps": 100},

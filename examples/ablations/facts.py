@@ -1,0 +1,134 @@
+"""The names benchmark in minutes: the same things and names, each thing a pattern of noise instead of a picture.
+
+What experts are for is how many facts a model holds, so perception is made trivial: a thing is one patch of 8 x 8 random
+pixels, seen each time with other noise on top, through a frozen random tower (one visual token). The answer is its name in
+eight languages, as native speakers gave them for Unicode's CLDR (`quickstart/names.py`), one after the other: nearly every
+token is trained on. Everything after that is what all runs have: LLaVA JSON and pictures, a checkpoint to start from, the
+trainer. Written to OUT: data/ (facts.json, test.jsonl, tokenizer.model, images/) and start/ (a random language model and
+the tower).
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
+from names import LANGUAGES, Thing, llava_row, read_things, require_packages, write_lines, write_rows
+
+SIDE = 8  # pixels of a pattern's side: one patch of the tower
+NOISE = 20.0  # standard deviation of what a view adds, in levels of 255; the patterns' own is 74
+VOCABULARY = 1024  # pieces of the tokenizer, 256 of them bytes
+QUESTION = "names"
+MAX_QUESTIONS = 500  # held out, each for eight facts
+
+
+def write_facts(out: Path, *, things: int | None, views: int, seed: int = 0) -> dict[str, int]:
+    """Patterns, rows, questions and tokenizer; returns the counts. A question's view is none that a row has."""
+    require_packages()
+    chosen = read_things(things, seed)
+    rows, tests = [], []
+    for thing in chosen:
+        images = write_views(out / "images", thing, views + 1, seed)
+        rows += [llava_row(image, [(QUESTION, answer_of(thing))], 0, "names") for image in images[:-1]]
+        tests.append(question_of(thing, images[-1]))
+    draw = random.Random(seed)
+    draw.shuffle(rows)
+    draw.shuffle(tests)
+    write_rows(out / "facts.json", rows)
+    write_lines(out / "test.jsonl", tests[:MAX_QUESTIONS])
+    write_tokenizer(out, rows)
+    counts = {
+        "things": len(chosen),
+        "facts": len(tests) * len(LANGUAGES),
+        "rows": len(rows),
+        "questions": len(tests[:MAX_QUESTIONS]),
+    }
+    (out / "counts.json").write_text(json.dumps(counts))
+    return counts
+
+
+def write_views(folder: Path, thing: Thing, count: int, seed: int) -> list[str]:
+    """So many noisy pictures of the thing's pattern, below `folder`; their names."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng([seed, *thing.code.encode()])
+    pattern_HWC = draw.uniform(0.0, 255.0, (SIDE, SIDE, 3))
+    names = [f"{thing.code}-{view}.png" for view in range(count)]
+    for name in names:
+        seen_HWC = (pattern_HWC + NOISE * draw.standard_normal(pattern_HWC.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(seen_HWC).save(folder / name, compress_level=0)
+    return names
+
+
+def answer_of(thing: Thing) -> str:
+    """`"cat, katze, gato, chat, gatto, gato, wajah kucing, kedi"`"""
+    return ", ".join(thing.names[language] for language in LANGUAGES)
+
+
+def question_of(thing: Thing, image: str) -> dict:
+    """All names of the thing, asked from a picture. `facts`: how many its answer holds."""
+    row = {"question_id": thing.code, "image": image, "question": QUESTION, "answer": answer_of(thing)}
+    return row | {"type": "names", "facts": len(LANGUAGES)}
+
+
+def write_tokenizer(out: Path, rows: list[dict]) -> None:
+    """A SentencePiece model of each fact's text, once."""
+    import make_data
+
+    make_data.VOCABULARY = VOCABULARY
+    make_data.train_tokenizer(out, [row for row in rows if row["image"].endswith("-0.png")])
+
+
+def write_start(out: Path, data: Path, *, layers: int, hidden: int, ffn: int, seed: int) -> None:
+    """A Megatron checkpoint of a random language model and a random tower that shows one patch as it is."""
+    from dataclasses import replace
+
+    import torch
+    from models import write_language_model
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    from megatron_moellava.backbones import get_backbone
+    from megatron_moellava.conversion.imports import import_checkpoint
+    from megatron_moellava.towers import get_tower
+    from megatron_moellava.towers.from_config import hf_config_of, processor_config_of
+
+    backbone = replace(
+        get_backbone("llama-tiny"),
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        kv_channels=hidden // 4,
+        vocab_size=VOCABULARY,
+    )
+    write_language_model(out / "language_model", backbone, data / "tokenizer.model", seed)
+    sizes = {"image_size": SIDE, "patch_size": SIDE, "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 64}
+    tower = replace(get_tower("clip-tiny"), **sizes)
+    torch.manual_seed(seed)
+    config = hf_config_of(tower)
+    config.pop("model_type")
+    CLIPVisionModel(CLIPVisionConfig(**config)).save_pretrained(out / "tower")
+    (out / "tower" / "preprocessor_config.json").write_text(json.dumps(processor_config_of(tower)))
+    import_checkpoint(out / "language_model", save=out / "start", tower=str(out / "tower"), dtype="float32", seed=seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--things", type=int, help="so many of the emoji (all, about 1,900); each has eight names")
+    parser.add_argument("--views", type=int, default=4, help="noisy pictures of each to train on (4)")
+    parser.add_argument("--layers", type=int, default=2, help="of the language model (2)")
+    parser.add_argument("--hidden", type=int, default=64, help="its hidden size (64)")
+    parser.add_argument("--ffn", type=int, default=128, help="the width of its FFNs (128)")
+    parser.add_argument("--seed", type=int, default=1, help="of the weights; the data are the same for every seed")
+    args = parser.parse_args()
+    print(write_facts(args.out / "data", things=args.things, views=args.views))
+    sizes = {"layers": args.layers, "hidden": args.hidden, "ffn": args.ffn}
+    write_start(args.out, args.out / "data", **sizes, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()

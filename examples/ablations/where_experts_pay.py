@@ -1,0 +1,298 @@
+"""The page "where experts pay" and its picture, from results that are in the repository as data.
+
+  python examples/ablations/where_experts_pay.py --runs runs/ablations     take what is finished there into the data, then write
+  python examples/ablations/where_experts_pay.py                           write page and picture from the data alone
+
+The data: docs/measurements/data/where_experts_pay.jsonl, a row for each cell and seed of the grids below, with its curve.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_moellava.experiments.curves import read_lines
+from megatron_moellava.experiments.grid import Grid, load_grid
+from megatron_moellava.experiments.results import LEVEL, collect, compare, holm, summarise
+from megatron_moellava.experiments.tables import plus_minus
+
+HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs" / "measurements"
+DATA, PAGE, PICTURE = "data/where_experts_pay.jsonl", "where_experts_pay.md", "images/where_experts_pay.png"
+GRIDS = ("knowledge", "knowledge_few", "knowledge_experts", "knowledge_length", "knowledge_lr")
+METRIC = "bits_per_fact"
+KEPT = (  # of a run's numbers
+    METRIC,
+    "mflops_per_token",
+    "activated_parameters",
+    "parameters",
+    "final_loss",
+    "max_load",
+    "train_minutes",
+    "steps",
+    "diverged",
+)
+BINS = 30  # points of a curve
+
+
+HEAD = """# Where experts pay
+
+Experts give a model parameters that most tokens do not pay for. What parameters hold are facts; so experts should pay where
+there is more to know than the dense model can hold, and nowhere else. On easy-VQA, a task of perception that the dense
+model solves, they add nothing ([the quickstart](../../README.md#what-the-quickstart-does), [ablations](ablations.md)). Here
+is the other side.
+
+The task is to know names by heart: what things (emoji) are called in eight languages, by Unicode's CLDR. Perception is made
+trivial: a thing is a patch of noise, always the same but for fresh noise on top, so that a run takes minutes
+(`examples/ablations/facts.py`). The model is a Llama of 2 layers of 64 with FFNs of 128 and a vocabulary of 1,024, 0.21 M
+parameters; the trainer, the upcycling and the routers are those of every other run. It is asked from views that it was
+never trained on, and what counts is bits per fact: what the true name still costs the model, given the names before it; a
+name that is known costs none.
+
+```bash
+moellava ablate examples/ablations/knowledge.yaml --jobs 2                       # run or continue; likewise knowledge_*.yaml
+python examples/ablations/where_experts_pay.py --runs runs/ablations             # this page
+```
+
+This page is made from `data/where_experts_pay.jsonl`, which holds the result and the curve of every run. Numbers are means
+± standard deviation over seeds. Differences are of the same seed, which shares data, weights and stage II; p is of a
+two-sided paired t-test. MFLOPs are those of a token's forward pass through decoder and output layer."""
+
+
+# --- the data -------------------------------------------------------------------------------------------------------------
+
+
+def gather(runs: Path, grids: list[Grid]) -> list[dict]:
+    """What is finished below `runs`, with the mean training loss of each thirtieth of the steps.
+
+    `exposures`: how often each fact was trained on in the last stage.
+    """
+    rows = []
+    for grid in grids:
+        for row in collect(grid, runs):
+            own = {key: row[key] for key in ("grid", "cell", "seed", *KEPT) if key in row}
+            steps = read_lines(runs / row["node"] / "steps.jsonl")
+            things = grid.chain(row["cell"], row["seed"])[0].settings["things"]
+            own["exposures"] = round(sum(step["samples"] for step in steps) / things, 2)
+            rows.append(own | {"curve": [round(value, 4) for value in binned([step["loss"] for step in steps])]})
+    return rows
+
+
+def binned(values: list[float], count: int = BINS) -> list[float]:
+    """Means of `count` equal stretches (fewer where there are fewer values)."""
+    count = min(count, len(values))
+    if not count:
+        return []
+    edges = [round(number * len(values) / count) for number in range(count + 1)]
+    return [statistics.fmean(values[start:end]) for start, end in itertools.pairwise(edges)]
+
+
+def merged(old: list[dict], new: list[dict]) -> list[dict]:
+    """New rows in the place of old ones of the same cell and seed; sorted."""
+    rows = {(row["grid"], row["cell"], row["seed"]): row for row in [*old, *new]}
+    return [rows[key] for key in sorted(rows)]
+
+
+def read_data(path: Path) -> list[dict]:
+    """The rows of the data file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# --- the page -------------------------------------------------------------------------------------------------------------
+
+
+def arms_table(grid: Grid, rows: list[dict]) -> str:
+    """Bits per fact of every arm, what a token costs in it, and its difference from the baseline by a corrected paired test."""
+    found = summarise(grid, rows, METRIC)
+    tested = [item for item in found if item.against is not None and item.against.p is not None]
+    corrected = dict(zip((item.cell for item in tested), holm([item.against.p for item in tested]), strict=True))
+    head = (
+        "| arm | seeds | bits per fact | difference | p | p, Holm | MFLOPs per token | M parameters, activated / all |"
+    )
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    for item in found:
+        own = [row for row in rows if row["cell"] == item.cell]
+        against = item.against
+        cells = [
+            f"**{item.cell}**" if item.cell == grid.baseline else item.cell,
+            str(len(own)),
+            plus_minus(item, METRIC),
+        ]
+        cells.append("" if against is None or against.mean is None else signed(against.mean, against.deviation))
+        cells.append("" if against is None or against.p is None else f"{against.p:.4f}")
+        cells.append(f"{corrected[item.cell]:.4f}" if item.cell in corrected else "")
+        cells += [
+            f"{own[0]['mflops_per_token']:.3f}",
+            f"{own[0]['activated_parameters']:.2f} / {own[0]['parameters']:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def signed(mean: float, deviation: float | None) -> str:
+    """`-1.20 ± 0.10`"""
+    return f"{mean:+.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+
+
+def pairs_table(grid: Grid, rows: list[dict]) -> str:
+    """A line for each cell that is compared with another: both, and their paired difference."""
+    by_cell = {item.cell: item for item in summarise(grid, rows, METRIC)}
+    lines = ["| | seeds | dense, continued | MoE | MoE - dense | p |", "|---|---|---|---|---|---|"]
+    for cell, item in by_cell.items():
+        other = by_cell.get(grid.against.get(cell, ""))
+        if other is None:
+            continue
+        found = compare(other.cell, item.values, other.values)
+        mean = "" if found.mean is None else signed(found.mean, found.deviation)
+        cells = [cell.removeprefix("moe-").replace("-", " "), str(found.seeds), plus_minus(other, METRIC)]
+        cells += [plus_minus(item, METRIC), mean, "" if found.p is None else f"{found.p:.4f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def headline(grid: Grid, rows: list[dict]) -> str:
+    """What the first claim of the grid comes to: "**A leaves x bits ..., B y: ...**"."""
+    claim = grid.claims[0]
+    by_cell = {item.cell: item for item in summarise(grid, rows, METRIC)}
+    moe, dense = by_cell[claim["better"]], by_cell[claim["worse"]]
+    found = compare(dense.cell, moe.values, dense.values)
+    tested = [item.against.p for item in by_cell.values() if item.against is not None and item.against.p is not None]
+    words, p = "Not told from noise", ""
+    if found.p is not None and found.mean is not None:
+        corrected = holm(tested)[tested.index(found.p)]
+        if corrected < LEVEL:
+            words = "Experts pay" if found.mean < 0 else "Experts cost"
+        p = f", p = {found.p:.4f}, corrected for {len(tested)} comparisons {corrected:.4f}"
+    difference = "" if found.mean is None else signed(found.mean, found.deviation)
+    return (
+        f"**{words}: a fact costs the MoE ({moe.cell}) {plus_minus(moe, METRIC)} bits, and the dense model continued for as "
+        f"long, at equal FLOPs per token, {plus_minus(dense, METRIC)}: {difference} ({found.seeds} seeds{p}).**"
+    )
+
+
+def page(grids: list[Grid], rows: list[dict]) -> str:
+    """The whole document."""
+    parts = [HEAD, f"![Where experts pay]({PICTURE})"]
+    for grid in grids:
+        own = [row for row in rows if row["grid"] == grid.name]
+        if not own:
+            continue
+        parts += [f"## {grid.title}", grid.question.strip()]
+        parts += [headline(grid, own)] if grid.claims else []
+        parts.append(pairs_table(grid, own) if grid.against else arms_table(grid, own))
+    return "\n\n".join(parts) + "\n"
+
+
+# --- the picture ----------------------------------------------------------------------------------------------------------
+
+COLOURS = {
+    "dense": "0.45",
+    "top-1 of 8": "tab:orange",
+    "top-2 of 16, half width": "tab:red",
+    "top-2 of 4, as the paper": "tab:purple",
+    "top-1 of 8, recipe's roles": "goldenrod",
+    "top-1 of 8, half redrawn": "tab:brown",
+    "dense with 8 times the FFN": "tab:blue",
+}
+LABELS = {"dense": "dense, continued", "moe": "MoE, one of 8 experts"}
+
+
+def draw(grids: dict[str, Grid], rows: list[dict], path: Path) -> None:
+    """A panel for each of PANELS whose grid has results, three to a row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    there = {row["grid"] for row in rows}
+    panels = [(name, put) for name, put in PANELS if name in there]
+    down = -(-len(panels) // 3)
+    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+        figure, axes = plt.subplots(down, 3, figsize=(13.5, 3.6 * down), squeeze=False)
+        for axis, (name, put) in zip(axes.flat, panels, strict=False):
+            put(axis, grids[name], [row for row in rows if row["grid"] == name])
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        figure.tight_layout(w_pad=2.5, h_pad=2.0)
+        figure.savefig(path, dpi=130, metadata={"Software": None})
+        plt.close(figure)
+
+
+def draw_arms(axis, grid: Grid, rows: list[dict]) -> None:
+    """A bar for each arm, a dot for each seed."""
+    found = summarise(grid, rows, METRIC)
+    for place, item in enumerate(found):
+        axis.barh(place, item.mean, color=COLOURS[item.cell], height=0.45)
+        axis.plot(list(item.values.values()), [place] * len(item.values), "o", color="k", markersize=3, alpha=0.6)
+        cost = next(row["mflops_per_token"] for row in rows if row["cell"] == item.cell)
+        text = f"{item.cell}: {item.mean:.1f} bits, {cost:.2f} MFLOPs"
+        axis.annotate(text, (0, place - 0.28), xytext=(2, 1), textcoords="offset points", fontsize=8)
+    axis.set_yticks([])
+    axis.set_ylim(max(len(found), 4) - 0.6, -0.75)  # bars of one height
+    axis.set(xlabel="held-out bits per fact (less is better)", title=grid.title)
+
+
+def draw_curves(axis, grid: Grid, rows: list[dict]) -> None:
+    """Training loss in the last stage, the mean over seeds; what is far above the baseline is cut off."""
+    tops = [max(row["curve"]) for row in rows if row["cell"] == grid.baseline]
+    for item in summarise(grid, rows, METRIC):
+        own = [row for row in rows if row["cell"] == item.cell]
+        means = [statistics.fmean(values) for values in zip(*(row["curve"] for row in own), strict=True)]
+        at = [(number + 0.5) * own[0]["exposures"] / len(means) for number in range(len(means))]
+        axis.plot(at, means, color=COLOURS[item.cell], label=item.cell, linewidth=1.8)
+    axis.set_ylim(top=1.15 * max(tops))
+    axis.set(
+        xlabel="exposures of a fact in stage III",
+        ylabel="nats per token, training",
+        title="while stage III learns them",
+    )
+
+
+def draw_line(axis, grid: Grid, rows: list[dict]) -> None:
+    """Bits per fact over the numbers in the cells' names ("dense-150", "8"); a line for each word before them."""
+    lines: dict[str, list] = {}
+    for item in summarise(grid, rows, METRIC):
+        word, _, number = item.cell.rpartition("-")
+        lines.setdefault(word or "moe", []).append((float(number), item))
+    for word, points in lines.items():
+        at, means = [number for number, _ in points], [item.mean for _, item in points]
+        colour = COLOURS["dense" if word == "dense" else "top-1 of 8"]
+        spread = [item.deviation or 0.0 for _, item in points]
+        axis.errorbar(at, means, yerr=spread, color=colour, marker="o", capsize=3, linewidth=1.8, label=LABELS[word])
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(at, [f"{number:g}" for number in at])
+    axis.set(xlabel=grid.title[0].lower() + grid.title[1:], ylabel="held-out bits per fact", title=grid.title)
+    if len(lines) > 1:
+        axis.legend(frameon=False)
+
+
+PANELS: tuple[tuple[str, Callable], ...] = (
+    ("knowledge", draw_arms),
+    ("knowledge", draw_curves),
+    ("knowledge_length", draw_line),
+    ("knowledge_few", draw_arms),
+    ("knowledge_few", draw_curves),
+    ("knowledge_experts", draw_line),
+    ("knowledge_lr", draw_line),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, help="take finished runs from there (of `moellava ablate --runs`)")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="docs/measurements")
+    args = parser.parse_args()
+    grids = [load_grid(HERE / f"{name}.yaml") for name in GRIDS if (HERE / f"{name}.yaml").exists()]
+    rows = read_data(args.docs / DATA)
+    if args.runs:
+        rows = merged(rows, gather(args.runs, grids))
+        (args.docs / DATA).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (args.docs / PAGE).write_text(page(grids, rows))
+    draw({grid.name: grid for grid in grids}, rows, args.docs / PICTURE)
+    print(f"{len(rows)} rows -> {args.docs / PAGE}")
+
+
+if __name__ == "__main__":
+    main()
