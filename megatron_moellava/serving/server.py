@@ -53,6 +53,7 @@ class ServerOptions:
     body_seconds: float = 20.0  # a body must be complete by then
     max_open_requests: int = 64  # running and waiting
     request_seconds: float = 300.0  # an answer must be complete by then
+    reading_seconds: float = 60.0  # and the client must have read it so much later
     preparing_threads: int = 2  # pictures decoded at the same time
     examples: tuple[Path, ...] = ()  # pictures that the page offers
     api: ApiLimits = field(default_factory=ApiLimits)
@@ -182,7 +183,8 @@ class Answering:
             deadline = time.monotonic() + self.options.request_seconds
             if chat.stream:
                 handed_over = True
-                return EventStream(self._stream(chat, prompt, deadline), self._close)
+                events = self._stream(chat, prompt, deadline)
+                return EventStream(events, self._close, self.options.request_seconds + self.options.reading_seconds)
             return JSONResponse(await self._whole(request, chat, prompt, deadline))
         finally:
             if not handed_over:
@@ -293,7 +295,7 @@ class Answering:
 
     def _count(self, chat: ChatRequest, completions: list[Completion], started: float, first: float | None) -> None:
         now = time.monotonic()
-        if len(completions) == chat.request.sampling.n:
+        if len(completions) == chat.request.sampling.n and not any(item.failure for item in completions):
             self.metrics.answered(chat.request, completions, now - started, (first or now) - started)
 
     @property
@@ -308,15 +310,21 @@ def _check_complete(completions: list[Completion]) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. `done` is called once, also when the client has gone before the first of them."""
+    """Server-sent events. `done` is called once, also when the client has gone before the first of them.
 
-    def __init__(self, events: AsyncGenerator[str], done: Callable[[], None]):
+    A client that does not read stops the events, and with them every limit of time that they have: so the whole has one.
+    """
+
+    def __init__(self, events: AsyncGenerator[str], done: Callable[[], None], seconds: float):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.events, self.done = events, done
+        self.events, self.done, self.seconds = events, done, seconds
 
     async def __call__(self, scope, receive, send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(self.seconds):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            logger.warning("a client has not read its answer within %g s; its connection is closed", self.seconds)
         finally:
             await self.events.aclose()
             self.done()

@@ -1,5 +1,6 @@
 """The server with OpenAI's own client, and with what hostile clients send: that gets a 4xx, and nothing else suffers."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -216,6 +217,31 @@ def test_half_sent_requests_and_a_client_that_does_not_read_keep_nobody_waiting(
         assert_serves(server)
     while server.engine.busy:  # its row is given back
         time.sleep(0.05)
+
+
+def test_a_client_that_never_reads_gives_its_place_back():
+    """Small answers fit into the buffers between the two; of a large one sending waits for ever."""
+    from megatron_moellava.serving.server import EventStream
+
+    closed = []
+
+    async def events():
+        try:
+            while True:
+                yield "data: x\n\n"
+        finally:
+            closed.append("events")
+
+    async def never(message=None):
+        await asyncio.sleep(3600)
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await never()
+
+    stream = EventStream(events(), lambda: closed.append("place"), seconds=0.05)
+    asyncio.run(asyncio.wait_for(stream({"type": "http"}, never, send), timeout=20))
+    assert closed == ["events", "place"]
 
 
 def test_a_client_that_leaves_in_the_middle_frees_its_row(server, client):
