@@ -340,8 +340,9 @@ def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | 
     vocab, image_token = _image_token(model, tokenizer)
     recipes, tensors = _with_vocabulary(recipes, tensors, model, vocab)
     added = list(range(model.backbone.vocab_size, vocab))
+    config = huggingface.export_config(model, vocab, image_token, trained_with(source.run))
     files: dict[str, dict | Path | str] = {
-        "config.json": huggingface.export_config(model, vocab, image_token, trained_with(source.run)),
+        "config.json": config,
         **for_generation.processor_files(model.required_tower, settings.get("image_aspect_ratio", "pad")),
         "generation_config.json": {"suppress_tokens": added} if added else {},
     }
@@ -352,7 +353,7 @@ def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | 
         files["chat_template.jinja"] = written
     if reason:
         files[MODELLING_FILE] = Path(__file__).with_name(MODELLING_FILE)
-    title = f"transformers' {files['config.json']['architectures'][0]}" if newline else layout.title
+    title = f"transformers' {config['architectures'][0]}" if newline else layout.title
     return Export(recipes, tensors, files, f"{title}{f' ({reason})' if reason else ''}")
 
 
