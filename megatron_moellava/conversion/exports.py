@@ -415,8 +415,9 @@ def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | 
     }
     recipes, tensors = recipes + [identity(name, tensor) for name, tensor in empty.items()], tensors | empty
     added = list(range(model.backbone.vocab_size, vocab))
+    config = huggingface.export_config(model, vocab, image_token, trained_with(source.run))
     files: dict[str, dict | Path | str] = {
-        "config.json": huggingface.export_config(model, vocab, image_token, trained_with(source.run)),
+        "config.json": config,
         **for_generation.processor_files(model.required_tower, settings.get("image_aspect_ratio", "pad")),
         "generation_config.json": {"suppress_tokens": added} if added else {},
     }
@@ -426,7 +427,7 @@ def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | 
         files |= added_files
     if reason:
         files[MODELLING_FILE] = Path(__file__).with_name(MODELLING_FILE)
-    title = f"transformers' {files['config.json']['architectures'][0]}" if newline else layout.title
+    title = f"transformers' {config['architectures'][0]}" if newline else layout.title
     title += f" ({reason})" if reason else ""
     return Export(recipes, tensors, files, title, notes, bool(served), "modelling file" if reason else "transformers")
 
