@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_moellava.data import geometry, images, tiling
+from megatron_moellava.towers.tiling import TILINGS
 
 EDGE = 224
 TOWERS = {
@@ -20,6 +21,7 @@ TOWERS = {
         pad_color=(0, 0, 0),
         image_mean=(0.0, 0.0, 0.0),
         image_std=(1.0, 1.0, 1.0),
+        tiles=TILINGS["next"],
     )
     for how in ("shortest_edge", "square")
 }
