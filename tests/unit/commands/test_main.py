@@ -73,7 +73,7 @@ def test_exit_codes_are_the_commands_own(tmp_path, capsys):
     assert main(["evaluate", "--score-only", str(tmp_path / "nothing")]) == 2
     assert main(["convert", "inspect", str(tmp_path / "nothing")]) == 2
     assert "benchmark is empty" in capsys.readouterr().err
-    assert run("-m", "megatron_moellava", "train", "--stage", "4").returncode == 2
+    assert run("-m", "megatron_moellava", "train", "--stage", "5").returncode == 2
 
 
 @pytest.mark.parametrize("command", ["train", "launch"])
@@ -100,7 +100,7 @@ sys.meta_path.insert(0, Watch())
 
 def test_launch_starts_a_command_and_hands_on_its_exit_code():
     """Plain torchrun would answer 1."""
-    result = run("-m", "megatron_moellava", "launch", "--standalone", "--nproc-per-node=1", "train", "--stage", "4")
+    result = run("-m", "megatron_moellava", "launch", "--standalone", "--nproc-per-node=1", "train", "--stage", "5")
     assert result.returncode == 2, result.stderr
     assert "megatron_moellava train: error: argument --stage: invalid choice" in result.stderr
 
