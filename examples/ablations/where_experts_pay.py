@@ -121,8 +121,8 @@ def arms_table(grid: Grid, rows: list[dict]) -> str:
             plus_minus(item, METRIC),
         ]
         cells.append("" if against is None or against.mean is None else signed(against.mean, against.deviation))
-        cells.append("" if against is None or against.p is None else f"{against.p:.4f}")
-        cells.append(f"{corrected[item.cell]:.4f}" if item.cell in corrected else "")
+        cells.append("" if against is None or against.p is None else chance(against.p).removeprefix("= "))
+        cells.append(chance(corrected[item.cell]).removeprefix("= ") if item.cell in corrected else "")
         cells += [
             f"{own[0]['mflops_per_token']:.3f}",
             f"{own[0]['activated_parameters']:.2f} / {own[0]['parameters']:.2f}",
@@ -136,6 +136,11 @@ def signed(mean: float, deviation: float | None) -> str:
     return f"{mean:+.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
 
 
+def chance(p: float) -> str:
+    """`= 0.0123`, `< 0.0001`"""
+    return f"= {p:.4f}" if p >= 1e-4 else "< 0.0001"
+
+
 def pairs_table(grid: Grid, rows: list[dict]) -> str:
     """A line for each cell that is compared with another: both, and their paired difference."""
     by_cell = {item.cell: item for item in summarise(grid, rows, METRIC)}
@@ -147,7 +152,7 @@ def pairs_table(grid: Grid, rows: list[dict]) -> str:
         found = compare(other.cell, item.values, other.values)
         mean = "" if found.mean is None else signed(found.mean, found.deviation)
         cells = [cell.removeprefix("moe-").replace("-", " "), str(found.seeds), plus_minus(other, METRIC)]
-        cells += [plus_minus(item, METRIC), mean, "" if found.p is None else f"{found.p:.4f}"]
+        cells += [plus_minus(item, METRIC), mean, "" if found.p is None else chance(found.p).removeprefix("= ")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -159,16 +164,18 @@ def headline(grid: Grid, rows: list[dict]) -> str:
     moe, dense = by_cell[claim["better"]], by_cell[claim["worse"]]
     found = compare(dense.cell, moe.values, dense.values)
     tested = [item.against.p for item in by_cell.values() if item.against is not None and item.against.p is not None]
-    words, p = "Not told from noise", ""
+    words, p = "One seed so far" if found.p is None else "Not told from noise", ""
     if found.p is not None and found.mean is not None:
         corrected = holm(tested)[tested.index(found.p)]
         if corrected < LEVEL:
             words = "Experts pay" if found.mean < 0 else "Experts cost"
-        p = f", p = {found.p:.4f}, corrected for {len(tested)} comparisons {corrected:.4f}"
+        p = f", p {chance(found.p)}"
+        p += f", corrected for {len(tested)} comparisons {chance(corrected)}" if len(tested) > 1 else ""
     difference = "" if found.mean is None else signed(found.mean, found.deviation)
+    seeds = "1 seed" if found.seeds == 1 else f"{found.seeds} seeds"
     return (
         f"**{words}: a fact costs the MoE ({moe.cell}) {plus_minus(moe, METRIC)} bits, and the dense model continued for as "
-        f"long, at equal FLOPs per token, {plus_minus(dense, METRIC)}: {difference} ({found.seeds} seeds{p}).**"
+        f"long, at equal FLOPs per token, {plus_minus(dense, METRIC)}: {difference} ({seeds}{p}).**"
     )
 
 
@@ -200,14 +207,14 @@ LABELS = {"dense": "dense, continued", "moe": "MoE, one of 8 experts"}
 
 
 def draw(grids: dict[str, Grid], rows: list[dict], path: Path) -> None:
-    """A panel for each of PANELS whose grid has results, three to a row."""
+    """A panel for each of PANELS whose grid has something to compare, three to a row."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    there = {row["grid"] for row in rows}
-    panels = [(name, put) for name, put in PANELS if name in there]
+    cells = {name: {row["cell"] for row in rows if row["grid"] == name} for name in grids}
+    panels = [(name, put) for name, put in PANELS if len(cells[name]) > 1]
     down = -(-len(panels) // 3)
     with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         figure, axes = plt.subplots(down, 3, figsize=(13.5, 3.6 * down), squeeze=False)
