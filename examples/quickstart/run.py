@@ -27,11 +27,11 @@ from megatron_moellava.commands.program import add_machine_options, choose_machi
 
 sys.path.insert(0, str(Path(__file__).parent))
 import plans
+from models import TOWER_STEPS
 from parts import Part, Parts, digest_of_sources
 from speed import Speed, said_time
 
 HERE = Path(__file__).parent
-TOWER_STEPS = 1400
 QUESTIONS = 9673  # held out in easy-VQA
 BLANKED = 1500  # about so many of them are asked once more, with and without their pictures
 # Optimizer steps and peak learning rate of each run, and what it starts from.
