@@ -30,6 +30,7 @@ from megatron_moellava.conversion.layout import (
     VISION_TOWER,
     Layout,
     entries,
+    outside_name,
 )
 from megatron_moellava.conversion.megatron_checkpoint import Checkpoint, check_complete, open_checkpoint
 from megatron_moellava.conversion.model_card import model_card
@@ -359,11 +360,12 @@ def _plan_native(source: Checkpoint, tokenizer: Path | None, dtype: str | None) 
     """Lfm2VlForConditionalGeneration over the language model's own class."""
     model, tower = huggingface.as_transformers(source.model), source.model.required_tower
     served = served_tokenizer(tokenizer) if tokenizer else None
-    vocab, image_token = _image_token(model, served)
+    vocab, image_token = _image_token(source, model, served)
     config = native_config(model, vocab, image_token, trained_with(source.run), _has_head(source))
     tensors = source.tensors | _missing_biases(model, source)
     recipes = _weights(replace(source, tensors=tensors), model, NATIVE, dtype)
     recipes, tensors = _with_vocabulary(recipes, tensors, model, vocab)
+    recipes, tensors = _with_empty_experts(recipes, tensors, model, NATIVE, dtype)
     added = list(range(model.backbone.vocab_size, vocab))
     files: dict[str, dict | Path | str] = {
         "config.json": config,
@@ -415,13 +417,9 @@ def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | 
     tensors = source.tensors | _missing_biases(model, source)
     recipes = _weights(replace(source, tensors=tensors), model, layout, dtype)
     served = served_tokenizer(tokenizer) if tokenizer else None
-    vocab, image_token = _image_token(model, served)
+    vocab, image_token = _image_token(source, model, served)
     recipes, tensors = _with_vocabulary(recipes, tensors, model, vocab)
-    kind = dtype or language_dtype(tensors)
-    empty = {
-        layout.language + name: zeros(shape, kind) for name, shape in huggingface.empty_shared_experts(model).items()
-    }
-    recipes, tensors = recipes + [identity(name, tensor) for name, tensor in empty.items()], tensors | empty
+    recipes, tensors = _with_empty_experts(recipes, tensors, model, layout, dtype)
     added = list(range(model.backbone.vocab_size, vocab))
     config = huggingface.export_config(model, vocab, image_token, trained_with(source.run))
     files: dict[str, dict | Path | str] = {
@@ -459,14 +457,26 @@ def _missing_biases(model: Model, source: Checkpoint) -> dict[str, Tensor]:
     }
 
 
-def _image_token(model: Model, served: ServedTokenizer | None) -> tuple[int, int]:
+def _image_token(source: Checkpoint, model: Model, served: ServedTokenizer | None) -> tuple[int, int]:
     """(rows of the vocabulary, id of <image>). The id needs a row of its own; it is the first that the tokenizer lacks.
 
-    Rows are added, in steps of 64 as transformers' own LLaVA has them, when the published vocabulary is full.
+    Without a tokenizer it is the one that the model was imported with. Rows are added, in steps of 64 as transformers' own
+    LLaVA has them, when the published vocabulary is full.
     """
-    vocab = model.backbone.vocab_size
-    token = served.image_token if served else vocab
+    vocab, config = model.backbone.vocab_size, source.run.provenance.get("hf_config") or {}
+    known = config.get("image_token_index", config.get("image_token_id"))
+    imported = known if isinstance(known, int) and 0 <= known < vocab else vocab
+    token = served.image_token if served else imported
     return (vocab, token) if token < vocab else (token // 64 * 64 + 64, token)
+
+
+def _with_empty_experts(
+    recipes: list[Recipe], tensors: dict[str, Tensor], model: Model, layout: Layout, dtype: str | None
+) -> tuple[list[Recipe], dict[str, Tensor]]:
+    """The shared experts that Qwen2-MoE insists on, as zeros."""
+    shapes, kind = huggingface.empty_shared_experts(model), dtype or language_dtype(tensors)
+    empty = {outside_name(name, LANGUAGE, layout, model): zeros(shape, kind) for name, shape in shapes.items()}
+    return recipes + [identity(name, tensor) for name, tensor in empty.items()], tensors | empty
 
 
 def _with_vocabulary(
