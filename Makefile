@@ -168,7 +168,7 @@ clean:  ## remove the environments, caches and runs/
 
 .llama-venv/.installed: | $(READY)
 	$(BIN)/python -m venv --clear .llama-venv
-	.llama-venv/bin/python -m pip install --disable-pip-version-check llama-cpp-py-sync==0.11739
+	.llama-venv/bin/python -m pip install --disable-pip-version-check xllamacpp==2026.10.11549
 	@touch $@
 
 # Transformer Engine's Python code without its library, which only tests/gpu sees: in an environment it would break

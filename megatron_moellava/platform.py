@@ -478,7 +478,7 @@ class _CpuLoader(importlib.machinery.SourceFileLoader):
         rewrites = _REWRITES.get(fullname)
         if not rewrites:
             return super().get_code(fullname)
-        source = self.get_source(fullname)
+        source = self.get_source(fullname) or ""
         for old, new in rewrites:
             assert old in source, f"{fullname} no longer contains {old!r}: megatron-core has changed, see platform.py"
             source = source.replace(old, new)

@@ -36,7 +36,6 @@ from names import (
 SIDE = 8  # pixels of a pattern's side: one patch of the tower
 NOISE = 20.0  # standard deviation of what a view adds, in levels of 255; the patterns' own is 74
 VOCABULARY = 1024  # pieces of the tokenizer, 256 of them bytes
-TOWER_STEPS = 1400  # of its pretraining on pictures, as in the quickstart
 QUESTION = "names"
 MAX_QUESTIONS = 500  # held out, each for eight facts
 
@@ -157,10 +156,10 @@ def write_random_tower(folder: Path, tower, data: Path, seed: int) -> None:
 
 def write_trained_tower(folder: Path, tower, data: Path, seed: int) -> None:
     """The quickstart's tower, pretrained on the captions of the pictures to train on; and data/ceiling.json."""
-    from models import write_tower
+    from models import TOWER_STEPS, write_tower
     from retrieval import retrieval_ceiling
 
-    write_tower(folder, tower, data / "captions.json", data / "images", seed, TOWER_STEPS)
+    write_tower(folder, tower, data / "captions.json", data / "images", seed, TOWER_STEPS["names"])
     known = sorted({row["image"] for row in json.loads((data / "captions.json").read_text())})
     tests = [json.loads(line)["image"] for line in (data / "test.jsonl").read_text().splitlines()]
     (data / "ceiling.json").write_text(json.dumps(retrieval_ceiling(folder, tower, data / "images", known, tests)))

@@ -60,6 +60,21 @@ This page is made from `data/where_experts_pay.jsonl`, which holds the result an
 ± standard deviation over seeds. Differences are of the same seed, which shares data, weights and stage II; p is of a
 two-sided paired t-test. MFLOPs are those of a token's forward pass through decoder and output layer."""
 
+# What a test holds to the data (tests/unit/examples/test_where_experts_pay.py).
+LESSONS = """## What they say
+
+- **Experts pay where there is much to know.** With one of eight experts for each token, a token passes through no more FLOPs
+  than in the dense model, and a fact costs fewer bits.
+- **What stage III trains decides as much.** The recipe's stage III leaves attention, embeddings and norms as stage II left
+  them; the dense model continued trains everything. Where the dense model has nearly stopped learning (eight thousand facts)
+  the recipe's MoE wins all the same, by half as much as one that trains everything; where it still learns fast (two thousand
+  facts) what is frozen costs more than the experts bring. That is where the quickstart's preset `names` stands, whose MoE
+  falls behind, too ([its page](../tutorials/quickstart.md)).
+- **The paper's two of four experts** beat the dense model, at 1.3 times its FLOPs, by less than one of eight.
+- **Finer experts and redrawn columns need a longer stage III.** Sixteen of half the width are as good as the dense model, no
+  better: the two parts of a copy are chosen together until their rows in the router have come apart. Redrawing half of each
+  copy's columns forgets more than so short a stage III learns."""
+
 
 # --- the data -------------------------------------------------------------------------------------------------------------
 
@@ -189,6 +204,7 @@ def page(grids: list[Grid], rows: list[dict]) -> str:
         parts += [f"## {grid.title}", grid.question.strip()]
         parts += [headline(grid, own)] if grid.claims else []
         parts.append(pairs_table(grid, own) if grid.against else arms_table(grid, own))
+    parts.append(LESSONS)
     return "\n\n".join(parts) + "\n"
 
 

@@ -12,6 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
+TOWER_STEPS = {"fast": 1000, "names": 1400, "full": 1400}  # of its pretraining, by preset
 BATCH = 64
 SAVE_INTERVAL = 200  # steps
 LEARNING_RATE = 3e-3

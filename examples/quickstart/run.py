@@ -27,11 +27,11 @@ from megatron_moellava.commands.program import add_machine_options, choose_machi
 
 sys.path.insert(0, str(Path(__file__).parent))
 import plans
+from models import TOWER_STEPS
 from parts import Part, Parts, digest_of_sources
 from speed import Speed, said_time
 
 HERE = Path(__file__).parent
-TOWER_STEPS = {"fast": 1000, "names": 1400, "full": 1400}  # names and digits need more of it
 QUESTIONS = 2500  # after each run, of the 9,673 that easy-VQA holds out: the standard error of 99 % is 0.2
 BLANKED = 800  # about so many of them are asked once more, with and without their pictures
 # Optimizer steps and peak learning rate of each run, and what it starts from.

@@ -11,12 +11,17 @@ from megatron_moellava.conversion.served_tokenizer import ServedTokenizer
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER
 from megatron_moellava.data.templates import Template
 
+MARK = ("<__media_", "__>")  # how the marks of llama.cpp's server begin and end
 
-def chat_template(template: Template, served: ServedTokenizer) -> str:
-    """The template in Jinja, for the tokenizer of an export."""
+
+def chat_template(template: Template, served: ServedTokenizer, *, llama_cpp: bool = False) -> str:
+    """The template in Jinja, for the tokenizer of an export.
+
+    `llama_cpp`: a message has the marks of its server in the place of pictures, and no line breaks behind them.
+    """
     start = served.bos if template.style == "plain" else served.written(_first(template)).removesuffix(_first(template))
     begin = f"{{{{ {_quoted(start)} }}}}" if start else ""
-    return _content(template, served.gap) + begin + WRITERS[template.style](template, served.gap)
+    return _content(template, served.gap, llama_cpp) + begin + WRITERS[template.style](template, served.gap)
 
 
 def _first(template: Template) -> str:
@@ -25,16 +30,21 @@ def _first(template: Template) -> str:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("'", "\\u0027")
+    """A string of Jinja; of JSON's escapes llama.cpp knows the short ones alone."""
+    return json.dumps(text, ensure_ascii=False)
 
 
-def _content(template: Template, gap: str) -> str:
+def _content(template: Template, gap: str, llama_cpp: bool) -> str:
     """Macros for the text of a message, and the message of the system apart from the others."""
     image = _quoted(IMAGE_PLACEHOLDER)
     text, tagged = "text", IMAGE_PLACEHOLDER.join(template.image_tags)
     if tagged != IMAGE_PLACEHOLDER:  # of a turn that begins with one, as the original does it
         text = f"({text}.replace({image}, {_quoted(tagged)}) if {text}.startswith({image}) else {text})"
-    if gap:
+    if llama_cpp:
+        before, after = MARK
+        broken = f"text.replace({_quoted(after)}, {_quoted(after + gap + chr(10))})"
+        text = f"({broken} if {_quoted(before)} in text else {text})"
+    elif gap:
         text = f"{text}.replace({image}, {_quoted(IMAGE_PLACEHOLDER + gap)})"
     return (
         "{%- macro written(message) -%}{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_moellava.backbones.from_config import hf_config_of
 from megatron_moellava.checkpoint.description import trained_with
@@ -68,7 +69,9 @@ OWN = replace(
     language="",
     moved_decoder="model.language_model.",
     tower="model.vision_tower.",
-    projector=tuple(f"model.{name}" for name in TRANSFORMERS.projector),
+    projector=(f"model.{TRANSFORMERS.projector[0]}", f"model.{TRANSFORMERS.projector[1]}")
+    if TRANSFORMERS.projector
+    else None,
 )
 
 
@@ -78,7 +81,7 @@ class Export:
 
     recipes: list[Recipe]
     tensors: dict[str, Tensor]
-    files: dict[str, dict | Path | str]  # JSON content, a file to copy, or its text
+    files: dict[str, Any]  # JSON content, a file to copy, or its text
     title: str
     notes: list[str] = field(default_factory=list)  # for a person: what the layout's own code computes otherwise
     has_tokenizer: bool = False  # `files` has it; otherwise the folder's files are copied
@@ -126,6 +129,7 @@ def export_checkpoint(
         check_gguf(source, tokenizer)
         begin(sum(tensor.nbytes for tensor in source.tensors.values()))
         with _as_folder(tokenizer) as tokenizer, staged(Path(save)) as staging:
+            assert tokenizer is not None  # check_gguf has asked for it
             digests = write_gguf(source, staging, kind=gguf_type, tokenizer=tokenizer, progress=progress)
             write_sums(staging, digests)
         return {"folder": str(save), "layout": f"GGUF ({gguf_type})", "tensors": len(source.tensors)} | {
@@ -143,8 +147,9 @@ def export_checkpoint(
             job.title += f", weights in {quantize}"
         if layout != VISION_TOWER.name:
             model = source.model if layout != LANGUAGE_MODEL.name else replace(source.model, tower=None)
-            said = {"title": job.title, "use": job.use, "licence": licence, "scores": scores}
-            job.files["README.md"] = model_card(Path(save).name, model, source.run, **said)
+            job.files["README.md"] = model_card(
+                Path(save).name, model, source.run, title=job.title, use=job.use, licence=licence, scores=scores
+            )
         begin(sum(recipe.nbytes for recipe in job.recipes))
         with staged(Path(save)) as staging:
             digests = write_safetensors(staging, job.recipes, job.tensors, progress)
@@ -353,7 +358,8 @@ def _has_head(source: Checkpoint) -> bool:
 def _plan_native(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
     """Lfm2VlForConditionalGeneration over the language model's own class."""
     model, tower = huggingface.as_transformers(source.model), source.model.required_tower
-    vocab, image_token = _image_token(model, tokenizer)
+    served = served_tokenizer(tokenizer) if tokenizer else None
+    vocab, image_token = _image_token(model, served)
     config = native_config(model, vocab, image_token, trained_with(source.run), _has_head(source))
     tensors = source.tensors | _missing_biases(model, source)
     recipes = _weights(replace(source, tensors=tensors), model, NATIVE, dtype)
@@ -364,13 +370,15 @@ def _plan_native(source: Checkpoint, tokenizer: Path | None, dtype: str | None) 
         "preprocessor_config.json": processor_config_of(tower),
         "generation_config.json": {"suppress_tokens": added} if added else {},
     }
-    if tokenizer:
-        files |= for_generation.with_image_token(Path(tokenizer), image_token)
     notes = [
         "transformers' LFM2-VL resizes pictures by another rule; preprocessor_config.json is SigLIP 2's own"
         + (", in units of one patch instead of two" if tower.shuffle > 1 else "")
     ]
-    return Export(recipes, tensors, files, NATIVE.title, notes)
+    if served and tokenizer:
+        added_files, more = _to_chat(source, served, tokenizer)
+        files |= added_files
+        notes += more
+    return Export(recipes, tensors, files, NATIVE.title, notes, bool(served), "transformers")
 
 
 def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
@@ -421,7 +429,7 @@ def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | 
         **for_generation.processor_files(model.required_tower, settings.get("image_aspect_ratio", "pad")),
         "generation_config.json": {"suppress_tokens": added} if added else {},
     }
-    notes = []
+    notes: list[str] = []
     if served and tokenizer:
         added_files, notes = _to_chat(source, served, tokenizer)
         files |= added_files

@@ -95,7 +95,7 @@ def write_gguf(source: Checkpoint, folder: Path, *, kind: str, tokenizer: Path, 
     template = for_generation.template_of(source.model, trained_with(source.run))
     writer = GGUFWriter(folder / MODEL_FILE, arch)
     describe_text(writer, model, expert_ffn_hidden_size(model.moe, model.backbone) if model.moe else 0, kind)
-    describe_vocabulary(writer, served, tokenizer, model.backbone, chat_template(template, served))
+    describe_vocabulary(writer, served, tokenizer, model.backbone, chat_template(template, served, llama_cpp=True))
     _write(writer, _text(source, model, arch), kind, progress)
     names = [MODEL_FILE]
     if model.tower:

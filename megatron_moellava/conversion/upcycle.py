@@ -109,7 +109,7 @@ def upcycle_checkpoint(
         hidden_size=model.backbone.hidden_size,
         old_experts=old.num_moe_experts if old else 0,
         halves=old is None and bool(moe.moe_shared_expert_intermediate_size),
-        repeats_router=bool(old)
+        repeats_router=old is not None
         and moe.num_moe_experts * old.moe_router_topk == old.num_moe_experts * moe.moe_router_topk,
         noise_std=noise_std,
         router_scale=router_scale,

@@ -1,20 +1,20 @@
-"""llama.cpp answers one question about one picture, and one without, with each folder of a list; in an environment of its own.
+"""llama.cpp's server answers a question with and without a picture, with each folder of a list; in its own environment.
 
 python ask.py QUESTIONS.json ANSWERS.json
 """
 
+import base64
 import json
-import math
 import sys
 import traceback
+import urllib.request
 from pathlib import Path
 
-from llama_cpp_py_sync import Llama
-from llama_cpp_py_sync.multimodal import MultimodalContext
+import xllamacpp
 
 
 def main(questions: str, answers: str) -> None:
-    """QUESTIONS: {picture, image_token, new_tokens, models: {name: {folder, known, texts}}}; texts are rendered chats."""
+    """QUESTIONS: {picture, question, new_tokens, models: {name: {folder, known, rows}}}."""
     asked = json.loads(Path(questions).read_text())
     found = {}
     for name, model in asked["models"].items():
@@ -25,42 +25,41 @@ def main(questions: str, answers: str) -> None:
         Path(answers).write_text(json.dumps(found))
 
 
-def ask(asked: dict, folder: str, known: int, texts: dict[str, str]) -> dict:
-    """{"picture", "text"}: ids of the prompt's texts and of the answer, and the answer's log-probabilities."""
-    model = Llama(f"{folder}/model.gguf", n_ctx=512, n_threads=1, flash_attn_type=0, type_k="f32", type_v="f32")
-    sight = MultimodalContext(
-        model, f"{folder}/mmproj.gguf", use_gpu=False, n_threads=1, flash_attn_type=0, warmup=False
-    )
-    picture = ("image/png", Path(asked["picture"]).read_bytes())
+def ask(asked: dict, folder: str, known: int, rows: int) -> dict:
+    """{"picture", "text"}: ids of the prompt, of the answer, and its log-probabilities. `known` to `rows` are not said."""
+    server = xllamacpp.Server(settings(folder))
+    data = base64.b64encode(Path(asked["picture"]).read_bytes()).decode()
+    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    contents = {"picture": [picture, {"type": "text", "text": asked["question"]}], "text": asked["question"]}
     found = {}
-    for name, text in texts.items():
-        model._clear_context_state()
-        pictures = [picture] if name == "picture" else []
-        with sight.tokenize_prompt(text.replace(asked["image"], sight.marker), pictures, add_special=False) as prompt:
-            ids = [
-                token
-                for chunk in prompt
-                for token in (chunk.text_tokens if chunk.type == "text" else ["image"] * chunk.n_tokens)
-            ]
-            past = sight.evaluate_prompt(prompt)
-        found[name] = {"prompt": ids} | answer(model, past, known, asked["new_tokens"])
-    sight.close()
-    model.close()
+    for name, content in contents.items():
+        messages = [{"role": "user", "content": content}]
+        text = post(server, "/apply-template", {"messages": messages})["prompt"]
+        ids = post(server, "/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+        options = {"temperature": 0, "max_tokens": asked["new_tokens"], "logprobs": True, "top_logprobs": 1}
+        unsaid = [[index, False] for index in range(known, rows)]
+        reply = post(server, "/v1/chat/completions", {"messages": messages, "logit_bias": unsaid, **options})
+        steps = reply["choices"][0]["logprobs"]["content"]
+        found[name] = {"text": text, "prompt": ids, "prompt_tokens": reply["usage"]["prompt_tokens"]}
+        found[name] |= {"tokens": [step["id"] for step in steps], "logprobs": [step["logprob"] for step in steps]}
     return found
 
 
-def answer(model: Llama, past: int, known: int, new_tokens: int) -> dict:
-    """Greedily, among the first `known` ids."""
-    tokens, logprobs = [], []
-    for _ in range(new_tokens):
-        raw = model._lib.llama_get_logits_ith(model._ctx, -1)
-        logits = [raw[index] for index in range(model.n_vocab)]
-        best = max(range(known), key=logits.__getitem__)
-        top = max(logits)
-        logprobs.append(logits[best] - top - math.log(sum(math.exp(value - top) for value in logits)))
-        tokens.append(best)
-        past = model._eval_tokens([best], past)
-    return {"tokens": tokens, "logprobs": logprobs}
+def settings(folder: str) -> xllamacpp.CommonParams:
+    params = xllamacpp.CommonParams()
+    params.model.path = f"{folder}/model.gguf"
+    params.mmproj.path = f"{folder}/mmproj.gguf"
+    params.n_ctx, params.n_parallel, params.warmup, params.use_jinja = 512, 1, False, True
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return params
+
+
+def post(server: xllamacpp.Server, path: str, body: dict) -> dict:
+    request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode())
+    with urllib.request.urlopen(request) as reply:
+        return json.load(reply)
 
 
 if __name__ == "__main__":

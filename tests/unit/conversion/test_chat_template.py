@@ -61,3 +61,20 @@ def test_a_system_message_takes_the_place_of_the_templates_own(version):
     turns = (Turn(role="system", text="Be brief."), *turns_of(QUESTION))
     text = rendered(chat_template(get_template(version), SERVED["Qwen"]), turns, add_generation_prompt=True)
     assert ("Be brief." in text) == (get_template(version).style != "plain")
+
+
+def test_marks_of_llama_cpps_server_stand_where_pictures_stand():
+    """It puts a mark before the question, with no line break, into a message that is one text."""
+    template = get_template("v1")
+    marked = (Turn(role="user", text="<__media_a1__>Who?"),)
+    for name, gap in (("Llama", ""), ("Llama, legacy: false", " ")):
+        written = chat_template(template, SERVED[name], llama_cpp=True)
+        assert f"USER: <__media_a1__>{gap}\nWho? ASSISTANT:" in rendered(written, marked, add_generation_prompt=True)
+        assert rendered(written, turns_of("Who?"), add_generation_prompt=True) == SERVED[name].written(
+            prompt(template, turns_of("Who?"))
+        )
+
+
+@pytest.mark.parametrize("version", TEMPLATES)
+def test_strings_have_no_escapes_that_llama_cpp_does_not_know(version):
+    assert "\\u" not in chat_template(get_template(version), SERVED["Llama"], llama_cpp=True)

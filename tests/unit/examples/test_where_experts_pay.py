@@ -1,5 +1,8 @@
 """The page "where experts pay" is made of the data beside it, and of nothing else."""
 
+import statistics
+from functools import partial
+
 import pytest
 
 from megatron_moellava.experiments.grid import load_grid
@@ -20,6 +23,23 @@ def test_the_page_is_what_the_data_give(program):
     assert rows and (program.DOCS / program.PAGE).read_text() == program.page(grids, rows)
     cells = {grid.name: set(grid.cells) for grid in grids}
     assert all(row["cell"] in cells[row["grid"]] and row["bits_per_fact"] > 0 for row in rows)
+
+
+def test_what_the_page_says_is_true_of_the_data(program):
+    rows = program.read_data(program.DOCS / program.DATA)
+
+    def bits(grid, cell):
+        return statistics.fmean(row["bits_per_fact"] for row in rows if (row["grid"], row["cell"]) == (grid, cell))
+
+    much, few = partial(bits, "knowledge"), partial(bits, "knowledge_few")
+    assert much("top-1 of 8") < much("top-2 of 4, as the paper") < much("top-1 of 8, recipe's roles") < much("dense")
+    assert few("top-1 of 8") < few("dense") < few("top-1 of 8, recipe's roles")
+    won = (much("dense") - much("top-1 of 8, recipe's roles")) / (much("dense") - much("top-1 of 8"))
+    assert 0.4 < won < 0.6
+    assert abs(much("top-2 of 16, half width") - much("dense")) < 0.3
+    assert much("top-1 of 8, half redrawn") > much("dense") + 1
+    cost = {row["cell"]: row["mflops_per_token"] for row in rows if row["grid"] == "knowledge"}
+    assert cost["top-1 of 8"] / cost["dense"] < 1.01 < 1.3 < cost["top-2 of 4, as the paper"] / cost["dense"] < 1.35
 
 
 def test_a_curve_is_the_means_of_equal_stretches(program):

@@ -1,25 +1,17 @@
 """Averaged weights: by their formula, without a trace in the training, through checkpoints and into one of their own."""
 
-import json
-from dataclasses import replace
-
 import pytest
 import torch
 
-from megatron_moellava.config import Source, ValidationConfig
-from megatron_moellava.conversion.average import take_average
 from megatron_moellava.training.optimizer import distributed_optimizers
-from megatron_moellava.training.run import train
 from megatron_moellava.training.weight_average import averages_in_place, decay_of
-from tests.helpers.data_files import make_set
 from tests.helpers.trainers import one_layout, started, state
-from tests.unit.training.test_small_runs import run_of
 
 ROLES = ("projector", "language.attention", "experts", "router")
 EMA = {"optimizer.ema_decay": 0.6, "optimizer.lr": 1e-2}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def one_process():
     with one_layout():
         yield
@@ -126,27 +118,3 @@ def test_a_run_may_drop_its_average(folder):
         key for part in distributed_optimizers(resumed.optimizer) for s in part.optimizer.state.values() for key in s
     }
     assert moments == {"exp_avg", "exp_avg_sq", "step"}
-
-
-def test_validation_scores_the_average_beside_the_weights(tmp_path):
-    """The score of the averages is that of the checkpoint which `convert average` makes of them."""
-    path = make_set(tmp_path / "data", 8)
-    validation = ValidationConfig(
-        sources=(Source(path=str(path), image_folder=str(path.parent)),), interval=1, best=False
-    )
-    options = {"lr_warmup_fraction": 0.0, "lr_decay_style": "constant"}
-    run = run_of(path, tmp_path / "run", optimizer=options | {"lr": 1e-2, "ema_decay": 0.5}, train_steps=3)
-    assert train(replace(run, validation=replace(validation, ema=True))) == 0
-    scored = [json.loads(line) for line in (tmp_path / "run/validation.jsonl").read_text().splitlines()]
-    stem = path.stem
-    assert [(one["iteration"], one["source"]) for one in scored] == [
-        (iteration, source) for iteration in (1, 2, 3) for source in (stem, f"{stem}/ema")
-    ]
-    assert scored[0]["loss"] == scored[1]["loss"], "after one update the average is the weights"
-    assert scored[4]["loss"] != pytest.approx(scored[5]["loss"], rel=1e-3)
-    take_average(tmp_path / "run", save=tmp_path / "averaged")
-    still = run_of(path, tmp_path / "again", optimizer=options | {"lr": 1e-12}, train_steps=1)
-    load = replace(still.checkpoint, load=str(tmp_path / "averaged"))
-    assert train(replace(still, checkpoint=load, validation=validation)) == 0
-    (again,) = [json.loads(line) for line in (tmp_path / "again/validation.jsonl").read_text().splitlines()]
-    assert again["loss"] == pytest.approx(scored[5]["loss"], rel=1e-5)
