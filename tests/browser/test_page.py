@@ -231,6 +231,7 @@ def test_places_of_an_answer_are_drawn_where_they_are(page):
 def test_a_video_is_taken_shown_and_asked_about(page, tmp_path):
     page.set_input_files("#file", str(write_video(tmp_path / "v.webm", codec="libvpx-vp9", frames=12)))
     until(page, "document.querySelectorAll('#thumbs video').length === 1")
+    page.evaluate("document.getElementById('max_tokens').value = 3")
     ask(page, "What happens?")
     assert page.locator(".turn.user video").count() == 1
     assert not page.locator(".turn.error").count()
