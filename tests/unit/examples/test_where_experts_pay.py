@@ -1,5 +1,6 @@
 """The page "where experts pay" is made of the data beside it, and of nothing else."""
 
+import itertools
 import statistics
 from functools import partial
 
@@ -38,6 +39,11 @@ def test_what_the_page_says_is_true_of_the_data(program):
     assert 0.4 < won < 0.6
     assert abs(much("top-2 of 16, half width") - much("dense")) < 0.3
     assert much("top-1 of 8, half redrawn") > much("dense") + 1
+    numbers = [bits("knowledge_experts", number) for number in ("1", "2", "4", "8", "16")]
+    assert all(0.8 < fewer - more < 1.4 for fewer, more in itertools.pairwise(numbers))
+    length = partial(bits, "knowledge_length")
+    gaps = [length(f"dense-{steps}") - length(f"moe-{steps}") for steps in (75, 150, 300)]
+    assert 0 < gaps[0] < gaps[1] < gaps[2]
     cost = {row["cell"]: row["mflops_per_token"] for row in rows if row["grid"] == "knowledge"}
     assert cost["top-1 of 8"] / cost["dense"] < 1.01 < 1.3 < cost["top-2 of 4, as the paper"] / cost["dense"] < 1.35
 
