@@ -250,8 +250,8 @@ KINDS: dict[Callable[[Client], None], int] = {  # and how often
 def _client(port: int, number: int, until: float, tally: Tally) -> None:
     """Begins with a kind of its own, so that a few clients are of all kinds; then the dice decide."""
     client, kinds = Client(port, random.Random(number), tally), list(KINDS)
-    kind = kinds[number % len(kinds)]
-    while time.monotonic() < until:
+    kind: Callable[[Client], None] | None = kinds[number % len(kinds)]
+    while kind is not None:
         try:
             kind(client)
         except (WrongAnswer, OSError, http.client.HTTPException, ValueError, jsonschema.ValidationError) as error:
@@ -259,7 +259,7 @@ def _client(port: int, number: int, until: float, tally: Tally) -> None:
                 tally.errors.append(f"{kind.__name__}: {type(error).__name__}: {error}")
         with tally.lock:
             tally.done[kind.__name__] += 1
-        (kind,) = client.source.choices(kinds, list(KINDS.values()))
+        (kind,) = client.source.choices(kinds, list(KINDS.values())) if time.monotonic() < until else (None,)
 
 
 def run(port: int, clients: int, seconds: float) -> Tally:
