@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -134,10 +134,10 @@ def _joined(events: str) -> dict:
     if not events.endswith("data: [DONE]\n\n"):
         raise WrongAnswer(f"a stream that ends with {events[-200:]!r}")
     chunks = [json.loads(line[6:]) for line in events.split("\n\n")[:-2]]
-    texts: Counter = Counter()
+    texts: defaultdict[int, str] = defaultdict(str)
     for chunk in chunks:
         for choice in chunk["choices"]:
-            texts[choice["index"]] = (texts[choice["index"]] or "") + (choice["delta"].get("content") or "")
+            texts[choice["index"]] += choice["delta"].get("content") or ""
     return {"usage": chunks[-1]["usage"], "texts": dict(texts)}
 
 
@@ -190,12 +190,14 @@ def conversation(client: Client) -> None:
 def leaves(client: Client) -> None:
     """Goes away in the middle of a stream."""
     with client.post(json.dumps(client.question(stream=True, n=2, max_tokens=48)).encode()) as response:
+        _check(response.status == 200, response.status)
         response.read(1)
 
 
 def slow(client: Client) -> None:
     """Reads a stream byte by byte for a while, then goes away."""
     with client.post(json.dumps(client.question(stream=True, max_tokens=48)).encode()) as response:
+        _check(response.status == 200, response.status)
         for _ in range(20):
             response.read(1)
             time.sleep(0.1)
