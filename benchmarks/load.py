@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -134,10 +134,10 @@ def _joined(events: str) -> dict:
     if not events.endswith("data: [DONE]\n\n"):
         raise WrongAnswer(f"a stream that ends with {events[-200:]!r}")
     chunks = [json.loads(line[6:]) for line in events.split("\n\n")[:-2]]
-    texts: Counter = Counter()
+    texts: defaultdict[int, str] = defaultdict(str)
     for chunk in chunks:
         for choice in chunk["choices"]:
-            texts[choice["index"]] = (texts[choice["index"]] or "") + (choice["delta"].get("content") or "")
+            texts[choice["index"]] += choice["delta"].get("content") or ""
     return {"usage": chunks[-1]["usage"], "texts": dict(texts)}
 
 
@@ -190,12 +190,14 @@ def conversation(client: Client) -> None:
 def leaves(client: Client) -> None:
     """Goes away in the middle of a stream."""
     with client.post(json.dumps(client.question(stream=True, n=2, max_tokens=48)).encode()) as response:
+        _check(response.status == 200, response.status)
         response.read(1)
 
 
 def slow(client: Client) -> None:
     """Reads a stream byte by byte for a while, then goes away."""
     with client.post(json.dumps(client.question(stream=True, max_tokens=48)).encode()) as response:
+        _check(response.status == 200, response.status)
         for _ in range(20):
             response.read(1)
             time.sleep(0.1)
@@ -248,9 +250,10 @@ KINDS: dict[Callable[[Client], None], int] = {  # and how often
 
 
 def _client(port: int, number: int, until: float, tally: Tally) -> None:
-    client = Client(port, random.Random(number), tally)
-    while time.monotonic() < until:
-        (kind,) = client.source.choices(list(KINDS), list(KINDS.values()))
+    """Begins with a kind of its own, so that a few clients are of all kinds; then the dice decide."""
+    client, kinds = Client(port, random.Random(number), tally), list(KINDS)
+    kind: Callable[[Client], None] | None = kinds[number % len(kinds)]
+    while kind is not None:
         try:
             kind(client)
         except (WrongAnswer, OSError, http.client.HTTPException, ValueError, jsonschema.ValidationError) as error:
@@ -258,6 +261,7 @@ def _client(port: int, number: int, until: float, tally: Tally) -> None:
                 tally.errors.append(f"{kind.__name__}: {type(error).__name__}: {error}")
         with tally.lock:
             tally.done[kind.__name__] += 1
+        (kind,) = client.source.choices(kinds, list(KINDS.values())) if time.monotonic() < until else (None,)
 
 
 def run(port: int, clients: int, seconds: float) -> Tally:

@@ -19,6 +19,7 @@ from pathlib import Path
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
 from megatron_moellava.config import DataError
 from megatron_moellava.data.tokenizer import Tokenizer
@@ -210,6 +211,8 @@ class Answering:
                         break
         except TimeoutError:
             raise Refused(408, f"the body did not arrive within {self.options.body_seconds:g} s") from None
+        except ClientDisconnect:
+            raise Refused(499, "the client has gone") from None
         if size > limit:
             raise Refused(413, f"the body has more than {limit:,} bytes")
         return bytes(data)

@@ -47,7 +47,9 @@ def serving(checkpoint: str | None = None, engine_options: dict | None = None, *
         "pictures": PictureLimits(max_bytes=2_000_000, max_pixels=4_000_000),
     }
     app = build_app(service, ServerOptions(**options | changes))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_level="error", log_config=None, timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

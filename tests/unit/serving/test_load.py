@@ -26,7 +26,7 @@ def resident() -> float:
     return psutil.Process().memory_info().rss / 1e6
 
 
-def test_every_honest_client_is_answered_and_memory_stays():
+def test_every_honest_client_is_answered_and_memory_stays(caplog):
     options = {"prefix_cache": 0.002, "max_batch_size": 16}
     with serving(engine_options=options, max_open_requests=4 * CLIENTS, body_seconds=5.0) as server:
         megabytes, tallies = [], []
@@ -46,4 +46,5 @@ def test_every_honest_client_is_answered_and_memory_stays():
         assert len(engine.forward.features) <= REMEMBERED_IMAGES
         assert 0 < engine.prefixes.bytes <= engine.prefixes.limit and engine.cached_tokens > 0
         assert not server.service.failure
+        assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
         assert megabytes[3] < megabytes[1] + GROWTH

@@ -203,6 +203,21 @@ def test_a_body_that_never_comes_is_given_up(server):
     assert_serves(server)
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_the_servers(server, caplog):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 1000\r\n\r\n{"
+        )
+        time.sleep(0.2)
+    deadline = time.monotonic() + 30
+    while b'moellava_requests_total{status="499"}' not in get(server, "/metrics")[1]:
+        assert time.monotonic() < deadline, "nobody noticed"
+        time.sleep(0.05)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+    assert_serves(server)
+
+
 def test_half_sent_requests_and_a_client_that_does_not_read_keep_nobody_waiting(server, client):
     with contextlib.ExitStack() as stack:
         for _ in range(100):
