@@ -69,6 +69,7 @@ OWN = replace(
     moved_decoder="model.language_model.",
     tower="model.vision_tower.",
     projector=tuple(f"model.{name}" for name in TRANSFORMERS.projector),
+    is_published=False,
 )
 
 
