@@ -73,6 +73,7 @@ OWN = replace(
     projector=(f"model.{TRANSFORMERS.projector[0]}", f"model.{TRANSFORMERS.projector[1]}")
     if TRANSFORMERS.projector
     else None,
+    is_published=False,
 )
 
 

@@ -70,6 +70,8 @@ def check_gguf(source: Checkpoint, tokenizer: Path | None) -> None:
         reason = reason or f"llama.cpp has no {family}{' with experts' if model.moe else ''} of this kind"
     if model.moe and model.moe.moe_router_topk == 1:
         reason = reason or "llama.cpp weights a single expert by 1"
+    if model.moe and model.moe.moe_router_pre_softmax:
+        reason = reason or "llama.cpp divides the weights of several experts by their sum"
     if model.backbone.rope_scaling:
         reason = reason or "this export knows no rotary scaling"
     if source.run.config and trained_with(source.run).get("data", {}).get("image_grid"):

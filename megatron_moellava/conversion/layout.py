@@ -47,6 +47,7 @@ class Layout:
     expert_bias: str = "expert_bias"  # behind the router's
     shared_gate: str = "shared_expert_gate.weight"
     by_family: bool = True  # a family with experts of its own spells them in its own way
+    is_published: bool = True  # in files; False: as transformers has them in memory, where all MLPs have one name
 
 
 LANGUAGE_MODEL = Layout(name="language-model", title="Hugging Face language model")
@@ -121,7 +122,8 @@ def entries(model: Model, layout: Layout) -> list[Entry]:
     wanted, own = megatron_tensors(model), model.backbone.hf.experts
     if own is not None and layout.by_family:
         names = ("expert", "router", "expert_bias", "shared", "shared_gate")
-        layout = replace(layout, module=f".{own.module}", **{name: getattr(own, name) for name in names})
+        module = f".{own.module}" if layout.is_published else MLP
+        layout = replace(layout, module=module, **{name: getattr(own, name) for name in names})
     found = [*_language_entries(model, layout, wanted), *_tower_entries(model, layout, wanted)]
     found += _projector_entries(model, layout, wanted)
     missing = wanted.keys() - {entry.megatron for entry in found}

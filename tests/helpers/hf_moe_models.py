@@ -58,7 +58,7 @@ def olmoe() -> OlmoeForCausalLM:
     return OlmoeForCausalLM(OlmoeConfig(**SIZES, **NARROW, norm_topk_prob=False))
 
 
-def dots1() -> Dots1ForCausalLM:
+def dots1(n_group: int = 4, topk_group: int = 2) -> Dots1ForCausalLM:
     """Sigmoids, biases that decide, the best two of four groups, scaled weights, a shared expert, and a dense first layer."""
     config = Dots1Config(
         **SIZES,
@@ -68,8 +68,8 @@ def dots1() -> Dots1ForCausalLM:
         moe_intermediate_size=WIDTH,
         n_shared_experts=2,
         first_k_dense_replace=1,
-        n_group=4,
-        topk_group=2,
+        n_group=n_group,
+        topk_group=topk_group,
         norm_topk_prob=True,
         routed_scaling_factor=2.5,
     )

@@ -25,7 +25,7 @@ from megatron_moellava.inference.requests import Request, Sampling
 from megatron_moellava.validation.run import load_run
 from tests.helpers.conversion_models import TOWER
 from tests.helpers.hf_models import randomised
-from tests.helpers.hf_moe_models import MODELS, saved
+from tests.helpers.hf_moe_models import MODELS, dots1, saved
 from tests.helpers.inference_models import TOKENIZER
 
 transformers.logging.set_verbosity_error()
@@ -176,6 +176,27 @@ def test_more_experts_and_choices_leave_the_function_as_it_is(imported, engine, 
         if changed != moe:
             with pytest.raises(ConfigError, match="has experts of its own"):
                 upcycle_checkpoint(folder / "run", save=tmp_path / "x", moe=changed)
+
+
+def test_biases_grow_with_their_experts(tmp_path):
+    """In proportion to the choices they are repeated, and the function stays; beside the old choices new ones start at zero."""
+    model = randomised(dots1(n_group=1, topk_group=1))
+    model.save_pretrained(tmp_path / "hf")
+    import_checkpoint(tmp_path / "hf", save=tmp_path / "run", tower=str(TOWER))
+    biases = {}
+    for name, topk in (("twice", 8), ("beside", 4)):
+        moe = request(tmp_path / "run", num_experts=16, topk=topk, placement=None, residual=False)
+        upcycle_checkpoint(tmp_path / "run", save=tmp_path / name, moe=moe)
+        export_checkpoint(tmp_path / name, save=tmp_path / f"{name}_out", layout="language-model")
+        biases[name] = load_file(tmp_path / f"{name}_out/model.safetensors")[
+            "model.layers.1.mlp.gate.e_score_correction_bias"
+        ]
+    old = model.model.layers[1].mlp.gate.e_score_correction_bias
+    assert torch.equal(biases["twice"], old.repeat(2))
+    assert torch.equal(biases["beside"], torch.cat([old, torch.zeros(8)]))
+    grown = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "twice_out").eval()
+    with torch.no_grad():
+        same(model(input_ids=TEXT).logits, grown(input_ids=TEXT).logits)
 
 
 def test_a_16_bit_release_is_trained_with_a_router_in_fp32(tmp_path):

@@ -14,12 +14,14 @@ import json, resource, sys
 import megatron_moellava.platform
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import load_config
-from megatron_moellava.planning.command import dry_run
+from argparse import Namespace
+from megatron_moellava.planning.command import dry_run, experts_of
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.towers import get_tower
 
 for world_size, settings in json.loads(sys.argv[1]):
-    run = load_config(None, ["training.global_batch_size=64", *settings])
+    own = experts_of(Namespace(config=None, backbone=settings[0].partition("=")[2]))
+    run = load_config(None, ["training.global_batch_size=64", *own, *settings])
     backbone, tower = get_backbone(run.model.backbone), get_tower(run.model.tower)
     rows = dry_run(Layout(run=run, backbone=backbone, tower=tower, world_size=world_size))
     print(json.dumps(rows))
@@ -56,6 +58,10 @@ RUNS = {
         8,
         "model.backbone=qwen2-0.5b model.tower=siglip-so400m-patch14-384 training.stage=2 "
         "training.trains=[tower,projector] data.packing=false training.micro_batch_size=4",
+    ),
+    "olmoe-1b-7b, a norm over all heads": (
+        8,
+        "model.backbone=olmoe-1b-7b-0924 training.stage=2 parallel.expert_model_parallel_size=8",
     ),
     "phi-2 with experts, adapters": (
         8,

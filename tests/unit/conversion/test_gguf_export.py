@@ -81,9 +81,13 @@ def test_rounding_stays_within_the_formats_step(place, kind):
     assert np.array_equal(exact["output_norm.weight"], rounded["output_norm.weight"])
 
 
-@pytest.mark.parametrize("change", ["residual", "bias", "no tokenizer"])
+@pytest.mark.parametrize("change", ["residual", "bias", "other weights", "no tokenizer"])
 def test_what_llama_cpp_cannot_compute_is_refused(place, tmp_path, change):
-    moe = {"residual": MoEConfig(use_residual=True), "bias": MoEConfig(moe_router_enable_expert_bias=True)}
+    moe = {
+        "residual": MoEConfig(use_residual=True),
+        "bias": MoEConfig(moe_router_enable_expert_bias=True),
+        "other weights": MoEConfig(moe_router_pre_softmax=True),
+    }
     tokenizer = None if change == "no tokenizer" else place / "tokenizer"
     checkpoint = place / "run"
     if change in moe:
