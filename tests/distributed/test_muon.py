@@ -9,9 +9,8 @@ from tests.distributed.plan import continuation_job, layout_job
 if not is_installed("emerging_optimizers"):
     pytest.skip("emerging-optimizers is not installed: pip install 'megatron-moellava[muon]'", allow_module_level=True)
 
-# As in test_layouts.py for losses and gradients. An orthogonalization multiplies what is nearly no direction of a gradient
-# by up to 490 (the product of the first coefficients), and its rounding with it.
-TOLERANCE, PARAMETERS = 1e-5, 1e-4
+# As in test_layouts.py. Measured worst: gradients 1.8e-6, parameters after three updates 4.8e-7 (a router under TP2).
+TOLERANCE = 1e-5
 BF16_LOSS, BF16_GRAD_NORM = 2e-3, 2e-2  # as there
 
 layouts = [layout_job(layout) for layout in MUON_LAYOUTS if not layout.model.endswith("bf16")]
@@ -24,7 +23,7 @@ control = continuation_job("muon:one", "muon:dp2", zero_moments=True)
 def test_a_layout_makes_the_updates_of_one_process(job, result):
     assert result["loss"][0] <= TOLERANCE and result["gradients"][0] <= TOLERANCE, result
     assert result["grad_norm"][0] <= TOLERANCE
-    assert result["parameters"][0] <= PARAMETERS, result["parameters"]
+    assert result["parameters"][0] <= TOLERANCE, result["parameters"]
     assert result["frozen_moved"] == []
     assert result["copies"] == 0.0, "copies of one shard differ between ranks"
 
@@ -38,10 +37,10 @@ def test_in_bf16_it_is_close(job, result):
 @pytest.mark.parametrize("job", continued, ids=[job["id"] for job in continued])
 def test_a_checkpoint_continues_in_another_layout(job, result):
     assert result["loss"][0] <= TOLERANCE
-    assert result["parameters"][0] <= PARAMETERS, result["parameters"]
+    assert result["parameters"][0] <= TOLERANCE, result["parameters"]
     assert result["copies"] == 0.0
 
 
 @pytest.mark.parametrize("job", [control], ids=["zero moments"])
 def test_a_lost_momentum_would_be_seen(job, result):
-    assert result["parameters"][0] > 10 * PARAMETERS
+    assert result["parameters"][0] > 100 * TOLERANCE
