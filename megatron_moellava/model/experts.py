@@ -215,8 +215,7 @@ class GroupedMLP(TEGroupedMLP):
         )
         output_NH, bias_EH = self.linear_fc2(inner_NI, counts_E)
         if bias_EH is not None:
-            bias_NH = for_each_row(bias_EH, counts_E, len(hidden_NH))
-            output_NH = (output_NH + bias_NH * weights_N1).to(output_NH.dtype)
+            output_NH = WeightedBias.apply(output_NH, bias_EH, weights_N1, counts_E)
         return output_NH, None
 
 
@@ -257,6 +256,29 @@ class WeightedActivation(torch.autograd.Function):
                 grad = grad * up_NI[0]
             to_gate_NI.copy_(activation_gradient(ctx.activation, gate_NI, grad))
         return grad_inner_NO, grad_weights_N1, None, None
+
+
+class WeightedBias(torch.autograd.Function):
+    """output + bias of the row's expert * weight: [N, H], [E, H], [N, 1] and counts [E] -> [N, H].
+
+    In fp32; what autograd would keep, the biases of all rows, is made anew in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, output_NH: torch.Tensor, bias_EH: torch.Tensor, weights_N1: torch.Tensor, counts_E: torch.Tensor):
+        """[N, H], in the type of `output_NH`."""
+        ctx.save_for_backward(bias_EH, weights_N1, counts_E)
+        return (output_NH + for_each_row(bias_EH, counts_E, len(output_NH)) * weights_N1).to(output_NH.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_NH: torch.Tensor):
+        """Gradients of the output, the biases and the weights."""
+        bias_EH, weights_N1, counts_E = ctx.saved_tensors
+        with torch.enable_grad():
+            bias_EH = bias_EH.detach().requires_grad_()
+            rows_NH = for_each_row(bias_EH, counts_E, len(grad_NH))
+        (grad_bias_EH,) = torch.autograd.grad(rows_NH, bias_EH, grad_NH.float() * weights_N1)
+        return grad_NH, grad_bias_EH, torch.linalg.vecdot(grad_NH.float(), rows_NH).unsqueeze(1), None
 
 
 def activation_gradient(activation: Callable, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:

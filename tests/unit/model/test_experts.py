@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 
 import megatron_moellava.platform  # noqa: F401 -- before megatron.core
-from megatron_moellava.model.experts import BLOCK, ProductOfSeparate, WeightedActivation, for_each_row, offsets
+from megatron_moellava.model.experts import (
+    BLOCK,
+    ProductOfSeparate,
+    WeightedActivation,
+    WeightedBias,
+    for_each_row,
+    offsets,
+)
 from megatron_moellava.planning.counting import SavedTensors
 
 
@@ -64,3 +71,19 @@ def test_gradients_of_biases_add_up_in_fp32():
     biases = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
     for_each_row(biases, torch.tensor([4096, 1]), 4097).sum().backward()
     assert biases.grad[:, 0].tolist() == [4096, 1]
+
+
+def test_weighted_biases_have_autograds_gradients_and_keep_no_rows():
+    torch.manual_seed(1)
+    output, weights = torch.randn(40, 8, requires_grad=True), torch.rand(40, 1, requires_grad=True)
+    biases, counts = torch.randn(3, 8, requires_grad=True), torch.tensor([25, 0, 15])
+    inputs, gradient = (output, biases, weights), torch.randn(40, 8)
+    expected = output + biases.repeat_interleave(counts, dim=0) * weights
+    kept = SavedTensors([biases])
+    with kept:
+        found = WeightedBias.apply(output, biases, weights, counts)
+    assert kept.bytes <= weights.nbytes + counts.nbytes
+    torch.testing.assert_close(found, expected)
+    pairs = (torch.autograd.grad(value, inputs, gradient) for value in (found, expected))
+    for ours, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, other)
