@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 def made(folder, name: str, *options: str) -> tuple[int, list[dict]]:
     save = folder / name
     base = ["--load", str(folder / "run"), "--data", str(folder / "data" / "rows.json"), "--save", str(save)]
-    code = main([*base, "--samples", "2", "--max-new-tokens", "4", "--max-length", "200", *options])
+    code = main([*base, "--samples", "2", "--max-new-tokens", "4", "--max-length", "400", *options])
     return code, [json.loads(line) for line in save.open()] if save.exists() else []
 
 
