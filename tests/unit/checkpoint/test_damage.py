@@ -18,7 +18,7 @@ from tests.helpers.damage import DAMAGE, TORN, WEIGHT, flip_in_tensor, forget_di
 from tests.helpers.inference_models import TOKENIZER
 from tests.helpers.paths import REPO
 
-LAYOUT = ("--layout", "language-model")
+LAYOUT = ("--layout", "projector")
 SEALED_ALONE = ("emptied run.json", "half of run.json", "run.json of another kind", "edited run.json")
 # What each command is given, after the checkpoint C and a folder F that does not exist.
 COMMANDS: dict[str, Callable[[Path, Path], tuple]] = {
