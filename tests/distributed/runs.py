@@ -93,7 +93,9 @@ def run_validated(job: dict, folder: Path) -> dict:
     if "goes_on" in job and dist.get_rank() == 0:
         shutil.copytree(folder / job["goes_on"], folder / job["id"])
     dist.barrier()
-    return {"exit": train(from_dict(RunConfig, tree))}
+    code = train(from_dict(RunConfig, tree))
+    last = folder / job["id"] / f"iter_{TRAIN_STEPS:07d}" / "run.json"
+    return {"exit": code, "preference": json.loads(last.read_text())["preference"]}
 
 
 def run_resumed(job: dict, folder: Path) -> dict:

@@ -84,8 +84,5 @@ continued = {
 def test_a_run_that_goes_on_is_bit_identical(job, results, result):
     """The mean reward that the quality term compares with goes on too."""
     assert result["different"] == []
-    shifts = [
-        json.loads((results / name / f"iter_{STEPS:07d}" / "run.json").read_text())["preference"]
-        for name in job["sources"]
-    ]
+    shifts = [json.loads((results / f"{name}.json").read_text())["preference"] for name in job["sources"]]
     assert shifts[0] == shifts[1] and shifts[0]["shift"] != 0.0
