@@ -90,7 +90,7 @@ def test_a_start_with_pictures_has_a_pretrained_tower_and_says_what_it_can_tell_
     import models
     from facts import write_facts, write_start
 
-    monkeypatch.setattr(models, "TOWER_STEPS", 2)
+    monkeypatch.setattr(models, "TOWER_STEPS", {"names": 2})
     write_facts(tmp_path / "data", things=2, views=VIEWS, pictures=True)
     write_start(tmp_path, tmp_path / "data", layers=1, hidden=32, ffn=48, pictures=True, seed=1)
     ceiling = json.loads((tmp_path / "data/ceiling.json").read_text())
