@@ -84,16 +84,3 @@ def test_pictures_come_with_their_licence_and_no_view_twice(tmp_path):
     assert {Image.open(tmp_path / "images" / name).size for name in images} == {(72, 72)}
     assert "CC-BY-SA-4.0" in (tmp_path / "images/names/ATTRIBUTION.md").read_text()
     assert len(json.loads((tmp_path / "captions.json").read_text())) == 2 * VIEWS
-
-
-def test_a_start_with_pictures_has_a_pretrained_tower_and_says_what_it_can_tell_apart(tmp_path, monkeypatch):
-    import models
-    from facts import write_facts, write_start
-
-    monkeypatch.setattr(models, "TOWER_STEPS", 2)
-    write_facts(tmp_path / "data", things=2, views=VIEWS, pictures=True)
-    write_start(tmp_path, tmp_path / "data", layers=1, hidden=32, ffn=48, pictures=True, seed=1)
-    ceiling = json.loads((tmp_path / "data/ceiling.json").read_text())
-    assert ceiling["pictures"] == ceiling["among"] == 2 and 0 <= ceiling["exact"] <= 100
-    model = model_from_json(read_description(require_checkpoint(tmp_path / "start")).model)
-    assert model.tower.num_features == 36
