@@ -27,6 +27,7 @@ from megatron_moellava.validation.preferences import preference_problems
 from megatron_moellava.validation.tokenizer import tokenizer_problems
 from megatron_moellava.validation.training import (
     batch_problems,
+    muon_layout_problems,
     profile_problems,
     tracker_problems,
     training_problems,
@@ -174,6 +175,7 @@ def _sizes(run: RunConfig, backbone: Backbone, world_size: int, machine: Machine
     yield from length_problems(run, backbone)
     yield from batch_problems(run, world_size)
     yield from training_problems(run, machine)
+    yield from muon_layout_problems(run, world_size)
     yield from profile_problems(run, world_size)
     yield from tracker_problems(run)
 

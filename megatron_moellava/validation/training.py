@@ -136,6 +136,21 @@ def _muon(run: RunConfig) -> Iterator[str]:
             yield f"{name} does not go with optimizer.optimizer=muon: {why}"
 
 
+def muon_layout_problems(run: RunConfig, world_size: int) -> Iterator[str]:
+    """Megatron-Core 0.19.2 divides the experts' matrices among their replicas only where the others have replicas too;
+    elsewhere each would count in the gradient norm as often as it is held."""
+    parallel = run.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    expert_tensor = parallel.expert_tensor_parallel_size or 1
+    replicas = world_size // (expert_tensor * parallel.expert_model_parallel_size * pipeline)
+    if run.optimizer.optimizer == "muon" and run.moe and world_size // (tensor * pipeline) == 1 and replicas > 1:
+        yield (
+            f"optimizer.optimizer=muon: with parallel.tensor_model_parallel_size={tensor} and no data parallelism, {replicas} "
+            f"ranks would hold the same experts; set parallel.expert_model_parallel_size or "
+            f"parallel.expert_tensor_parallel_size so that their product is {tensor}, or use adam"
+        )
+
+
 def cooldown_problem(run: RunConfig, train_steps: int) -> str:
     """Why WSD's warm-up and cooldown do not fit into a run of so many steps; empty where they do."""
     options = run.optimizer

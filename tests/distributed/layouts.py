@@ -367,7 +367,6 @@ SLOW_LAYOUTS = [
 MUON_LAYOUTS = [
     *_layouts("muon muon-phi muon-bf16", "dp2", 2),
     *_layouts("muon", "tp2-etp2", 2, tp=2, etp=2),
-    *_layouts("muon-phi", "tp2", 2, tp=2),
     *_layouts("muon", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("muon muon-bf16", "ep2", 2, ep=2),
     *_layouts("muon", "pp2-vpp2", 2, pp=2, vpp=2),

@@ -5,7 +5,8 @@ import torch
 
 from megatron_moellava.machine import is_installed
 from megatron_moellava.model.roles import parameter_roles
-from tests.helpers.runs import problems
+from megatron_moellava.validation.training import muon_layout_problems
+from tests.helpers.runs import problems, tiny
 from tests.helpers.trainers import one_layout, started, state
 
 ROLES = ("tower", "projector", "language.embedding", "language.attention", "language.norm", "experts", "router")
@@ -149,6 +150,15 @@ def test_fp32_copies_know_whose_they_are(one_process):
     assert attention.main_param.is_qkv and attention.main_param.qkv_split_shapes == attention.qkv_split_shapes
     experts = [value for name, value in model.named_parameters() if ".experts." in name and value.dim() == 2]
     assert experts and all(value.main_param.expert_tp for value in experts)
+
+
+def test_a_layout_that_would_count_experts_twice_is_refused():
+    tp2 = {"optimizer__optimizer": "muon", "parallel__tensor_model_parallel_size": 2}
+    said = "2 ranks would hold the same experts"
+    assert said in problems(2, **tp2)
+    for more in ({"parallel__expert_tensor_parallel_size": 2}, {"parallel__expert_model_parallel_size": 2}):
+        assert not list(muon_layout_problems(tiny(**tp2, **more), 2))
+    assert not list(muon_layout_problems(tiny(**tp2), 4)), "with data parallelism they are divided"
 
 
 @pytest.mark.parametrize("fields, message", [
