@@ -93,9 +93,7 @@ def run_validated(job: dict, folder: Path) -> dict:
     if "goes_on" in job and dist.get_rank() == 0:
         shutil.copytree(folder / job["goes_on"], folder / job["id"])
     dist.barrier()
-    code = train(from_dict(RunConfig, tree))
-    last = folder / job["id"] / f"iter_{TRAIN_STEPS:07d}" / "run.json"
-    return {"exit": code, "preference": json.loads(last.read_text())["preference"]}
+    return {"exit": train(from_dict(RunConfig, tree))}
 
 
 def run_resumed(job: dict, folder: Path) -> dict:
@@ -402,4 +400,6 @@ def run_preferences(job: dict, folder: Path) -> dict:
         first = f"iter_{SAVE_INTERVAL:07d}"
         shutil.copytree(folder / job["goes_on"] / first, folder / job["id"] / first)
     dist.barrier()
-    return {"exit": train(from_dict(RunConfig, tree))}
+    code = train(from_dict(RunConfig, tree))
+    last = folder / job["id"] / f"iter_{TRAIN_STEPS:07d}" / "run.json"
+    return {"exit": code, "preference": json.loads(last.read_text())["preference"]}
