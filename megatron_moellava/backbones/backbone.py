@@ -25,13 +25,31 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Original:
-    """How MoE-LLaVA's own checkpoints call this family."""
+    """How MoE-LLaVA's own checkpoints call this family, or would in their manner: a name, in two spellings."""
 
-    model_type: str  # dense, e.g. "llava_phi"
-    moe_model_type: str  # e.g. "moe_llava_phi"
-    architecture: str  # e.g. "LlavaPhiForCausalLM"
-    moe_architecture: str  # e.g. "MoELLaVAPhiForCausalLM"
-    train_modules: tuple[str, ...]  # the recipe's --train_modules, recorded in config.moe
+    name: str  # e.g. "phi"
+    stem: str  # of its classes, e.g. "Phi"
+    train_modules: tuple[str, ...] = ("up_proj", "down_proj", "gate_proj", "wg")  # the recipe's, recorded in config.moe
+
+    @property
+    def model_type(self) -> str:
+        """Of a dense model."""
+        return f"llava_{self.name}"
+
+    @property
+    def moe_model_type(self) -> str:
+        """Of a model with experts."""
+        return f"moe_llava_{self.name}"
+
+    @property
+    def architecture(self) -> str:
+        """Of a dense model."""
+        return f"Llava{self.stem}ForCausalLM"
+
+    @property
+    def moe_architecture(self) -> str:
+        """Of a model with experts."""
+        return f"MoELLaVA{self.stem}ForCausalLM"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

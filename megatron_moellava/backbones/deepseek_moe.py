@@ -7,7 +7,7 @@ as `n_shared_experts` routed ones, and has no gate. transformers has no such cla
 from dataclasses import replace
 
 from megatron_moellava.backbones import llama
-from megatron_moellava.backbones.backbone import Backbone, Experts, HuggingFace, Original
+from megatron_moellava.backbones.backbone import Experts, HuggingFace, Original
 from megatron_moellava.backbones.experts import FIRST_DENSE
 from megatron_moellava.config import MoEConfig
 
@@ -15,13 +15,7 @@ HF = HuggingFace(
     family="deepseek_moe",
     model_type="deepseek",
     architecture="DeepseekForCausalLM",
-    original=Original(
-        model_type="llava_deepseek",
-        moe_model_type="moe_llava_deepseek",
-        architecture="LlavaDeepseekForCausalLM",
-        moe_architecture="MoELLaVADeepseekForCausalLM",
-        train_modules=llama.HF.original.train_modules,
-    ),
+    original=Original(name="deepseek", stem="Deepseek"),
     fields={key: field for key, field in llama.FIELDS.items() if key not in ("rope_scaling", "head_dim")},
     defaults=llama.DEFAULTS,
     constants={
@@ -59,7 +53,8 @@ DEEPSEEK_MOE_16B_EXPERTS = MoEConfig(
     moe_router_load_balancing_type="seq_aux_loss",
     moe_shared_expert_intermediate_size=2816,
 )
-DEEPSEEK_MOE_16B = Backbone(
+DEEPSEEK_MOE_16B = replace(
+    llama.LLAMA_2_7B,
     name="deepseek-moe-16b",
     source="https://huggingface.co/deepseek-ai/deepseek-moe-16b-base/blob/main/config.json",
     num_layers=28,
@@ -67,27 +62,17 @@ DEEPSEEK_MOE_16B = Backbone(
     ffn_hidden_size=10944,
     num_attention_heads=16,
     num_query_groups=16,
-    kv_channels=128,
     vocab_size=102400,
-    max_position_embeddings=4096,
     layernorm_epsilon=1e-6,
     moe=DEEPSEEK_MOE_16B_EXPERTS,
-    template="v1",
     hf=HF,
-    mapping=llama.MAPPING,
 )
 DEEPSEEK_MOE_TINY = replace(
-    DEEPSEEK_MOE_16B,
+    llama.LLAMA_TINY,
     name="deepseek-moe-tiny",
-    source="this project: the tests",
-    num_layers=4,
-    hidden_size=128,
-    ffn_hidden_size=384,
-    num_attention_heads=4,
     num_query_groups=2,
-    kv_channels=32,
-    vocab_size=512,
-    max_position_embeddings=2048,
+    layernorm_epsilon=1e-6,
+    hf=HF,
     moe=replace(
         DEEPSEEK_MOE_16B_EXPERTS,
         num_moe_experts=8,

@@ -66,13 +66,7 @@ HF = HuggingFace(
     model_type="llama",
     architecture="LlamaForCausalLM",
     aliases=("llava",),  # LLaVA-1.5's first releases
-    original=Original(
-        model_type="llava_llama",
-        moe_model_type="moe_llava_llama",
-        architecture="LlavaLlamaForCausalLM",
-        moe_architecture="MoELLaVALlamaForCausalLM",
-        train_modules=("up_proj", "down_proj", "gate_proj", "wg"),
-    ),
+    original=Original(name="llama", stem="Llama"),
     fields=FIELDS,
     # LLaVA exports of transformers 4 leave out what equals the config class's own defaults.
     defaults=DEFAULTS

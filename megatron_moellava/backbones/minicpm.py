@@ -34,13 +34,7 @@ HF = HuggingFace(
     family="minicpm",
     model_type="minicpm",
     architecture="MiniCPMForCausalLM",
-    original=Original(
-        model_type="llava_minicpm",
-        moe_model_type="moe_llava_minicpm",
-        architecture="LlavaMiniCPMForCausalLM",
-        moe_architecture="MoELLaVAMiniCPMForCausalLM",
-        train_modules=("up_proj", "down_proj", "gate_proj", "wg"),
-    ),
+    original=Original(name="minicpm", stem="MiniCPM"),
     fields={key: field for key, field in llama.FIELDS.items() if key not in ("rope_scaling", "head_dim")}
     | {"scale_emb": "embedding_multiplier"},
     defaults=llama.DEFAULTS | {"tie_word_embeddings": True},

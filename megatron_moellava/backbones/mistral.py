@@ -13,13 +13,7 @@ HF = HuggingFace(
     family="mistral",
     model_type="mistral",
     architecture="MistralForCausalLM",
-    original=Original(
-        model_type="llava_mistral",
-        moe_model_type="moe_llava_mistral",
-        architecture="LlavaMistralForCausalLM",
-        moe_architecture="MoELLaVAMistralForCausalLM",
-        train_modules=("up_proj", "down_proj", "gate_proj", "wg"),
-    ),
+    original=Original(name="mistral", stem="Mistral"),
     fields={key: field for key, field in llama.FIELDS.items() if key != "rope_scaling"}
     | {"sliding_window": "sliding_window"},
     defaults=llama.DEFAULTS,

@@ -7,7 +7,7 @@ The weights of the two sum to 1 (a softmax over their logits). In files an exper
 from dataclasses import replace
 
 from megatron_moellava.backbones import llama, mistral
-from megatron_moellava.backbones.backbone import Backbone, Experts, HuggingFace, Original
+from megatron_moellava.backbones.backbone import Experts, HuggingFace, Original
 from megatron_moellava.backbones.experts import EVERY_LAYER
 from megatron_moellava.config import MoEConfig
 from megatron_moellava.mapping import QKV, weight
@@ -19,13 +19,7 @@ HF = HuggingFace(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
     # MoE-LLaVA starts from dense models; these are names in its manner, as of all families with experts of their own.
-    original=Original(
-        model_type="llava_mixtral",
-        moe_model_type="moe_llava_mixtral",
-        architecture="LlavaMixtralForCausalLM",
-        moe_architecture="MoELLaVAMixtralForCausalLM",
-        train_modules=("w1", "w2", "w3", "wg"),
-    ),
+    original=Original(name="mixtral", stem="Mixtral", train_modules=("w1", "w2", "w3", "wg")),
     fields=mistral.HF.fields,
     defaults=llama.DEFAULTS | {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
     constants={"hidden_act": "silu", "rope_scaling": None, "router_jitter_noise": 0.0},
@@ -42,35 +36,23 @@ HF = HuggingFace(
     ),
 )
 
-MIXTRAL_8X7B = Backbone(
+MIXTRAL_8X7B = replace(
+    mistral.MISTRAL_7B,
     name="mixtral-8x7b-v0.1",
     source="https://huggingface.co/mistralai/Mixtral-8x7B-v0.1/blob/main/config.json",
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_attention_heads=32,
-    num_query_groups=8,
-    kv_channels=128,
-    vocab_size=32000,
-    max_position_embeddings=32768,
     rotary_base=1e6,
+    sliding_window=None,
     moe=MoEConfig(num_moe_experts=8, moe_router_topk=2, placement="dense", moe_aux_loss_coeff=0.02),
-    template="mistral",
     hf=HF,
     mapping=MAPPING,
 )
 MIXTRAL_TINY = replace(
-    MIXTRAL_8X7B,
+    mistral.MISTRAL_TINY,
     name="mixtral-tiny",
-    source="this project: the tests",
-    num_layers=4,
-    hidden_size=128,
     ffn_hidden_size=192,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=32,
-    vocab_size=512,
-    max_position_embeddings=2048,
+    rotary_base=1e6,
     moe=MoEConfig(num_moe_experts=4, moe_router_topk=2, placement="dense", moe_aux_loss_coeff=0.02),
+    hf=HF,
+    mapping=MAPPING,
 )
 SIZES = (MIXTRAL_8X7B, MIXTRAL_TINY)

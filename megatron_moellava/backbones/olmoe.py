@@ -6,25 +6,16 @@ width of an expert. `clip_qkv` is unset in the published models.
 
 from dataclasses import replace
 
-from megatron_moellava.backbones import llama
-from megatron_moellava.backbones.backbone import Backbone, Experts, HuggingFace, Original
+from megatron_moellava.backbones import llama, qwen3
+from megatron_moellava.backbones.backbone import Experts, HuggingFace, Original
 from megatron_moellava.backbones.experts import EVERY_LAYER
 from megatron_moellava.config import MoEConfig
-from megatron_moellava.mapping import QKV, weight
-
-MAPPING = llama.decoder_mapping(qkv=(*weight(QKV, *llama.SPLIT_QKV), *llama.QK_NORMS), norms=llama.RMS_NORMS)
 
 HF = HuggingFace(
     family="olmoe",
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
-    original=Original(
-        model_type="llava_olmoe",
-        moe_model_type="moe_llava_olmoe",
-        architecture="LlavaOlmoeForCausalLM",
-        moe_architecture="MoELLaVAOlmoeForCausalLM",
-        train_modules=llama.HF.original.train_modules,
-    ),
+    original=Original(name="olmoe", stem="Olmoe"),
     fields={key: field for key, field in llama.FIELDS.items() if key not in ("rope_scaling", "head_dim")},
     defaults=llama.DEFAULTS | {"rms_norm_eps": 1e-5},
     constants={"hidden_act": "silu", "rope_scaling": None, "attention_bias": False, "clip_qkv": None},
@@ -48,7 +39,8 @@ OLMOE_1B_7B_EXPERTS = MoEConfig(
     moe_router_pre_softmax=True,
     moe_aux_loss_coeff=0.01,
 )
-OLMOE_1B_7B = Backbone(
+OLMOE_1B_7B = replace(
+    llama.LLAMA_2_7B,
     name="olmoe-1b-7b-0924",
     source="https://huggingface.co/allenai/OLMoE-1B-7B-0924/blob/main/config.json",
     num_layers=16,
@@ -56,15 +48,12 @@ OLMOE_1B_7B = Backbone(
     ffn_hidden_size=1024,
     num_attention_heads=16,
     num_query_groups=16,
-    kv_channels=128,
     vocab_size=50304,
-    max_position_embeddings=4096,
     qk_layernorm=True,
     qk_layernorm_spans_heads=True,
     moe=OLMOE_1B_7B_EXPERTS,
-    template="v1",
     hf=HF,
-    mapping=MAPPING,
+    mapping=qwen3.MAPPING,
 )
 OLMOE_TINY = replace(
     OLMOE_1B_7B,

@@ -28,13 +28,7 @@ HF = HuggingFace(
     family="phi",
     model_type="phi",
     architecture="PhiForCausalLM",
-    original=Original(
-        model_type="llava_phi",
-        moe_model_type="moe_llava_phi",
-        architecture="LlavaPhiForCausalLM",
-        moe_architecture="MoELLaVAPhiForCausalLM",
-        train_modules=("fc1", "fc2", "wg"),
-    ),
+    original=Original(name="phi", stem="Phi", train_modules=("fc1", "fc2", "wg")),
     fields={
         "num_hidden_layers": "num_layers",
         "hidden_size": "hidden_size",

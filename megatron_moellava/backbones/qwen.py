@@ -28,13 +28,7 @@ HF = HuggingFace(
     family="qwen",
     model_type="qwen",
     architecture="QWenLMHeadModel",
-    original=Original(
-        model_type="llava_qwen",
-        moe_model_type="moe_llava_qwen",
-        architecture="LlavaQWenForCausalLM",
-        moe_architecture="MoELLaVAQWenForCausalLM",
-        train_modules=("mlp.w1", "mlp.w2", "mlp.c_proj", "wg"),
-    ),
+    original=Original(name="qwen", stem="QWen", train_modules=("mlp.w1", "mlp.w2", "mlp.c_proj", "wg")),
     fields={
         "num_hidden_layers": "num_layers",
         "hidden_size": "hidden_size",

@@ -7,7 +7,7 @@ Layers without experts, where a config names some, have a dense FFN of `intermed
 from dataclasses import replace
 
 from megatron_moellava.backbones import llama, qwen2
-from megatron_moellava.backbones.backbone import Backbone, Experts, HuggingFace, Original
+from megatron_moellava.backbones.backbone import Experts, HuggingFace, Original
 from megatron_moellava.backbones.experts import SPARSE_STEP
 from megatron_moellava.config import MoEConfig
 
@@ -22,13 +22,7 @@ HF = HuggingFace(
     family="qwen2_moe",
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
-    original=Original(
-        model_type="llava_qwen2_moe",
-        moe_model_type="moe_llava_qwen2_moe",
-        architecture="LlavaQwen2MoeForCausalLM",
-        moe_architecture="MoELLaVAQwen2MoeForCausalLM",
-        train_modules=qwen2.HF.original.train_modules,
-    ),
+    original=Original(name="qwen2_moe", stem="Qwen2Moe"),
     fields={key: field for key, field in llama.FIELDS.items() if key != "rope_scaling"},
     defaults=llama.DEFAULTS,
     constants={"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False, "qkv_bias": True},
@@ -59,37 +53,19 @@ QWEN1_5_MOE_A2_7B_EXPERTS = MoEConfig(
     moe_shared_expert_intermediate_size=5632,
     moe_shared_expert_gate=True,
 )
-QWEN1_5_MOE_A2_7B = Backbone(
+QWEN1_5_MOE_A2_7B = replace(
+    qwen2.QWEN1_5_1_8B,
     name="qwen1.5-moe-a2.7b",
     source="https://huggingface.co/Qwen/Qwen1.5-MoE-A2.7B/blob/main/config.json",
-    num_layers=24,
-    hidden_size=2048,
     ffn_hidden_size=5632,
-    num_attention_heads=16,
-    num_query_groups=16,
-    kv_channels=128,
-    vocab_size=151936,
     max_position_embeddings=8192,
-    layernorm_epsilon=1e-6,
-    add_qkv_bias=True,
-    rotary_base=1e6,
     moe=QWEN1_5_MOE_A2_7B_EXPERTS,
-    template="qwen",
     hf=HF,
-    mapping=qwen2.MAPPING,
 )
 QWEN2_MOE_TINY = replace(
-    QWEN1_5_MOE_A2_7B,
+    qwen2.QWEN2_TINY,
     name="qwen2-moe-tiny",
-    source="this project: the tests",
-    num_layers=4,
-    hidden_size=128,
-    ffn_hidden_size=384,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=32,
-    vocab_size=512,
-    max_position_embeddings=2048,
+    hf=HF,
     moe=replace(
         QWEN1_5_MOE_A2_7B_EXPERTS,
         num_moe_experts=8,

@@ -13,13 +13,7 @@ HF = HuggingFace(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     # MoE-LLaVA predates Qwen3; these are names in its manner.
-    original=Original(
-        model_type="llava_qwen3",
-        moe_model_type="moe_llava_qwen3",
-        architecture="LlavaQwen3ForCausalLM",
-        moe_architecture="MoELLaVAQwen3ForCausalLM",
-        train_modules=("up_proj", "down_proj", "gate_proj", "wg"),
-    ),
+    original=Original(name="qwen3", stem="Qwen3"),
     fields={key: field for key, field in llama.FIELDS.items() if key != "rope_scaling"},
     defaults=llama.DEFAULTS | {"head_dim": 128},
     constants={"hidden_act": "silu", "rope_scaling": None, "attention_bias": False, "use_sliding_window": False},

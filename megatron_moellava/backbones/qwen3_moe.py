@@ -6,7 +6,7 @@ The weights of the chosen experts sum to 1 (`norm_topk_prob` true, as published)
 from dataclasses import replace
 
 from megatron_moellava.backbones import qwen3
-from megatron_moellava.backbones.backbone import Backbone, Experts, HuggingFace, Original
+from megatron_moellava.backbones.backbone import Experts, HuggingFace, Original
 from megatron_moellava.backbones.experts import SPARSE_STEP
 from megatron_moellava.backbones.qwen2_moe import EXPERT_FIELDS
 from megatron_moellava.config import MoEConfig
@@ -15,13 +15,7 @@ HF = HuggingFace(
     family="qwen3_moe",
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    original=Original(
-        model_type="llava_qwen3_moe",
-        moe_model_type="moe_llava_qwen3_moe",
-        architecture="LlavaQwen3MoeForCausalLM",
-        moe_architecture="MoELLaVAQwen3MoeForCausalLM",
-        train_modules=qwen3.HF.original.train_modules,
-    ),
+    original=Original(name="qwen3_moe", stem="Qwen3Moe"),
     fields=qwen3.HF.fields,
     defaults={key: value for key, value in qwen3.HF.defaults.items() if key != "head_dim"},  # hidden / heads, as Llama
     constants=qwen3.HF.constants,
@@ -58,18 +52,11 @@ QWEN3_30B_A3B = replace(
     moe=QWEN3_30B_A3B_EXPERTS,
     hf=HF,
 )
-QWEN3_MOE_TINY: Backbone = replace(
-    QWEN3_30B_A3B,
+QWEN3_MOE_TINY = replace(
+    qwen3.QWEN3_TINY,
     name="qwen3-moe-tiny",
-    source="this project: the tests",
-    num_layers=4,
-    hidden_size=128,
-    ffn_hidden_size=384,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=48,
-    vocab_size=512,
-    max_position_embeddings=2048,
+    share_embeddings_and_output_weights=False,
     moe=replace(QWEN3_30B_A3B_EXPERTS, num_moe_experts=8, moe_router_topk=3, moe_ffn_hidden_size=96),
+    hf=HF,
 )
 SIZES = (QWEN3_30B_A3B, QWEN3_MOE_TINY)

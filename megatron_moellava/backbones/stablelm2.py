@@ -24,13 +24,7 @@ HF = HuggingFace(
     family="stablelm",
     model_type="stablelm",
     architecture="StableLmForCausalLM",
-    original=Original(
-        model_type="llava_stablelm",
-        moe_model_type="moe_llava_stablelm",
-        architecture="LlavaStablelmForCausalLM",
-        moe_architecture="MoELLaVAStablelmForCausalLM",
-        train_modules=("gate_proj", "up_proj", "down_proj", "wg"),
-    ),
+    original=Original(name="stablelm", stem="Stablelm", train_modules=("gate_proj", "up_proj", "down_proj", "wg")),
     aliases=("stablelm_epoch",),
     fields={
         "num_hidden_layers": "num_layers",

@@ -120,6 +120,26 @@ def trained_with(description: RunDescription) -> dict[str, dict]:
     return {section: fields for section, fields in found.items() if fields}
 
 
+CARRIED = ("hf_config", "generation_config", "trained_with")  # stand in the new provenance themselves
+
+
+def converted(run: RunDescription, operation: str, **more) -> dict:
+    """The provenance of weights that a conversion makes of those of `run`; `more`: what else it says of itself."""
+    carried = {name: run.provenance.get(name) for name in CARRIED} | {"trained_with": trained_with(run)}
+    return {"operation": operation, **more, **carried, "parent": parent_of(run, CARRIED)}
+
+
+def parent_of(run: RunDescription, carried: tuple[str, ...]) -> dict:
+    """What the weights of `run` come from, for the provenance of what is made of them: its own provenance less the keys
+    `carried` on, and what it learned from (names, not places; nothing for a conversion)."""
+    parent = {key: value for key, value in run.provenance.items() if key not in carried}
+    sources = ((run.config or {}).get("data") or {}).get("sources") or ()
+    if not sources:
+        return parent
+    names = [Path(source["path"]).name for source in sources]
+    return parent | {"data": names, "iteration": run.iteration, "consumed_samples": run.consumed_samples}
+
+
 def described_model(path: Path) -> dict | None:
     """The `model` section of a checkpoint's run.json (the newest of a run's folder); None for other folders."""
     found = newest_checkpoint(path)

@@ -18,8 +18,7 @@ from megatron_moellava.conversion.adapters import (
     lines,
     lora_of,
 )
-from megatron_moellava.conversion.exports import OWN
-from megatron_moellava.conversion.layout import entries
+from megatron_moellava.conversion.layout import OWN, entries
 from megatron_moellava.conversion.megatron_checkpoint import Checkpoint, open_checkpoint
 from megatron_moellava.conversion.recipes import Recipe, check, export_recipes, identity
 from megatron_moellava.conversion.writers import Progress, staged, write_safetensors

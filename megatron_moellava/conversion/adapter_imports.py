@@ -10,9 +10,8 @@ from megatron_moellava.checkpoint.sums import verify_sums
 from megatron_moellava.config import CheckpointError, ConfigError, LoraConfig, LoraTarget
 from megatron_moellava.conversion import fused_experts, huggingface
 from megatron_moellava.conversion.adapters import CONFIG_FILE, PEFT, WEIGHTS, Line, fused_matrices, fused_names, lines
-from megatron_moellava.conversion.exports import OWN
 from megatron_moellava.conversion.initial import language_dtype, zeros
-from megatron_moellava.conversion.layout import LANGUAGE_MODEL, LLAVA, ORIGINAL, TRANSFORMERS, Layout, entries
+from megatron_moellava.conversion.layout import LANGUAGE_MODEL, LLAVA, ORIGINAL, OWN, TRANSFORMERS, Layout, entries
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint, write_checkpoint
 from megatron_moellava.conversion.readers import open_bin, open_safetensors
 from megatron_moellava.conversion.recipes import Part, Recipe, check, import_recipes

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from megatron_moellava.config import ConfigError, LoraConfig, from_dict
 from megatron_moellava.conversion import fused_experts, huggingface
-from megatron_moellava.conversion.exports import OWN
-from megatron_moellava.conversion.layout import Layout, entries
+from megatron_moellava.conversion.layout import OWN, Layout, entries
 from megatron_moellava.conversion.megatron_checkpoint import Checkpoint
 from megatron_moellava.conversion.recipes import Part, Recipe, check
 from megatron_moellava.costs.adapters import PREFIX, Adapted, adapted_matrices, adapter_tensors, b_name

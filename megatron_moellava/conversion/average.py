@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_moellava.checkpoint.description import trained_with
+from megatron_moellava.checkpoint.description import converted
 from megatron_moellava.checkpoint.folders import AVERAGES
 from megatron_moellava.config import CheckpointError
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint, write_checkpoint
@@ -38,16 +38,8 @@ def take_average(
         for name, tensor in source.tensors.items()
     ]
     begin(sum(recipe.nbytes for recipe in recipes))
-    earlier = source.run.provenance
-    provenance = {
-        "operation": "average",
-        "source": f"{source.folder.parent.name}/{source.folder.name}",
-        "source_seal": source.run.checksum,
-        "trained_with": trained_with(source.run),
-        "hf_config": earlier.get("hf_config"),
-        "generation_config": earlier.get("generation_config"),
-        "parent": {key: value for key, value in earlier.items() if key != "hf_config"},
-    }
+    name = f"{source.folder.parent.name}/{source.folder.name}"
+    provenance = converted(source.run, "average", source=name, source_seal=source.run.checksum)
     folder = write_checkpoint(
         save,
         source.model,

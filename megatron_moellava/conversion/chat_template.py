@@ -1,4 +1,4 @@
-"""A conversation version (`data.templates`) as a chat template in Jinja, as transformers, vLLM and llama.cpp read it.
+"""A conversation version (`data.templates`) as a chat template in Jinja, as transformers and llama.cpp read it.
 
 It writes the beginning-of-text token itself, since some of these tools tokenise a rendered chat without special tokens.
 A picture of a message is `<image>` and a line break, as LLaVA's data have it.

@@ -26,6 +26,7 @@ from megatron_moellava.conversion.layout import (
     NATIVE,
     NEWLINE,
     ORIGINAL,
+    OWN,
     TRANSFORMERS,
     VISION_TOWER,
     Layout,
@@ -43,7 +44,6 @@ from megatron_moellava.conversion.writers import Progress, staged, write_safeten
 from megatron_moellava.costs.shapes import LANGUAGE, PROJECTOR, TOWER, UNUSED, Model, megatron_tensors
 from megatron_moellava.data.llama_tokenizer import DEFAULTS
 from megatron_moellava.data.tokenizer import load_tokenizer
-from megatron_moellava.hf_config import read_json
 from megatron_moellava.towers import Tower, get_tower
 from megatron_moellava.towers.from_config import hf_config_of as tower_config_of
 from megatron_moellava.towers.from_config import processor_config_of
@@ -62,19 +62,6 @@ TOKENIZER_FILES = (
 GGUF = "gguf"
 EXPORT_LAYOUTS = (*LAYOUTS, "projector", GGUF)
 MODELLING_FILE = "modeling_moe_llava.py"
-# In memory (and on disk, for a class of our own) transformers 5 has these names.
-OWN = replace(
-    TRANSFORMERS,
-    name="own",
-    title="transformers with modeling_moe_llava.py",
-    language="",
-    moved_decoder="model.language_model.",
-    tower="model.vision_tower.",
-    projector=(f"model.{TRANSFORMERS.projector[0]}", f"model.{TRANSFORMERS.projector[1]}")
-    if TRANSFORMERS.projector
-    else None,
-    is_published=False,
-)
 
 
 @dataclass(slots=True)
@@ -111,7 +98,7 @@ def export_checkpoint(
     `tower`: a folder with the published tower, for its tensors that training does not keep (the last layer).
     `licence`, `scores`: for the model card (a licence's name on the hub; a scores.json of `moellava evaluate`).
     `gguf_type`: of the matrices of layout "gguf", one of gguf_metadata.FILE_TYPES.
-    `quantize`: "", or one of quantised.KINDS, for transformers and vLLM.
+    `quantize`: "", or one of quantised.KINDS.
     `verify`: False uses what is read without comparing digests. The folder gets a SHA256SUMS of all its files.
     Raises ConfigError or CheckpointError before anything is written.
     """
@@ -149,8 +136,9 @@ def export_checkpoint(
             job.title += f", weights in {quantize}"
         if layout != VISION_TOWER.name:
             model = source.model if layout != LANGUAGE_MODEL.name else replace(source.model, tower=None)
+            use = job.use if job.has_tokenizer or job.use == "original" else "no tokenizer"
             job.files["README.md"] = model_card(
-                Path(save).name, model, source.run, title=job.title, use=job.use, licence=licence, scores=scores
+                Path(save).name, model, source.run, title=job.title, use=use, licence=licence, scores=scores
             )
         begin(sum(recipe.nbytes for recipe in job.recipes))
         with staged(Path(save)) as staging:
@@ -360,28 +348,15 @@ def _has_head(source: Checkpoint) -> bool:
 def _plan_native(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
     """Lfm2VlForConditionalGeneration over the language model's own class."""
     model, tower = huggingface.as_transformers(source.model), source.model.required_tower
-    served = served_tokenizer(tokenizer) if tokenizer else None
-    vocab, image_token = _image_token(source, model, served)
-    config = native_config(model, vocab, image_token, trained_with(source.run), _has_head(source))
-    tensors = source.tensors | _missing_biases(model, source)
-    recipes = _weights(replace(source, tensors=tensors), model, NATIVE, dtype)
-    recipes, tensors = _with_vocabulary(recipes, tensors, model, vocab)
-    recipes, tensors = _with_empty_experts(recipes, tensors, model, NATIVE, dtype)
-    added = list(range(model.backbone.vocab_size, vocab))
-    files: dict[str, dict | Path | str] = {
-        "config.json": config,
-        "preprocessor_config.json": processor_config_of(tower),
-        "generation_config.json": {"suppress_tokens": added} if added else {},
-    }
-    notes = [
-        "transformers' LFM2-VL resizes pictures by another rule; preprocessor_config.json is SigLIP 2's own"
-        + (", in units of one patch instead of two" if tower.shuffle > 1 else "")
-    ]
-    if served and tokenizer:
-        added_files, more = _to_chat(source, served, tokenizer)
-        files |= added_files
-        notes += more
-    return Export(recipes, tensors, files, NATIVE.title, notes, bool(served), "transformers")
+    job, vocab, image_token = _whole(source, model, NATIVE, tokenizer, dtype, NATIVE.title, "native")
+    job.files["config.json"] = native_config(model, vocab, image_token, trained_with(source.run), _has_head(source))
+    job.files["preprocessor_config.json"] = processor_config_of(tower)
+    units = ", in units of one patch instead of two" if tower.shuffle > 1 else ""
+    job.notes.insert(
+        0,
+        "transformers' LFM2-VL resizes pictures by another rule; preprocessor_config.json is SigLIP 2's own" + units,
+    )
+    return job
 
 
 def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
@@ -415,6 +390,24 @@ def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | 
         )
     model = huggingface.as_transformers(source.model)
     layout = OWN if reason else TRANSFORMERS
+    title = layout.title
+    if newline:
+        title = f"transformers' {huggingface.NEWLINE_CLASSES[source.model.required_tower.tiling]['architectures'][0]}"
+    title += f" ({reason})" if reason else ""
+    use = "modelling file" if reason else "transformers"
+    job, vocab, image_token = _whole(source, model, layout, tokenizer, dtype, title, use)
+    job.files["config.json"] = huggingface.export_config(model, vocab, image_token, trained_with(source.run))
+    ratio = settings.get("image_aspect_ratio", "pad")
+    job.files |= for_generation.processor_files(model.required_tower, ratio)
+    if reason:
+        job.files[MODELLING_FILE] = Path(__file__).with_name(MODELLING_FILE)
+    return job
+
+
+def _whole(
+    source: Checkpoint, model: Model, layout: Layout, tokenizer: Path | None, dtype: str | None, title: str, use: str
+) -> tuple[Export, int, int]:
+    """All weights under transformers' names and what generation needs; (it, rows of the vocabulary, id of <image>)."""
     tensors = source.tensors | _missing_biases(model, source)
     recipes = _weights(replace(source, tensors=tensors), model, layout, dtype)
     served = served_tokenizer(tokenizer) if tokenizer else None
@@ -422,21 +415,9 @@ def _plan_transformers(source: Checkpoint, tokenizer: Path | None, dtype: str | 
     recipes, tensors = _with_vocabulary(recipes, tensors, model, vocab)
     recipes, tensors = _with_empty_experts(recipes, tensors, model, layout, dtype)
     added = list(range(model.backbone.vocab_size, vocab))
-    config = huggingface.export_config(model, vocab, image_token, trained_with(source.run))
-    files: dict[str, dict | Path | str] = {
-        "config.json": config,
-        **for_generation.processor_files(model.required_tower, settings.get("image_aspect_ratio", "pad")),
-        "generation_config.json": {"suppress_tokens": added} if added else {},
-    }
-    notes: list[str] = []
-    if served and tokenizer:
-        added_files, notes = _to_chat(source, served, tokenizer)
-        files |= added_files
-    if reason:
-        files[MODELLING_FILE] = Path(__file__).with_name(MODELLING_FILE)
-    title = f"transformers' {config['architectures'][0]}" if newline else layout.title
-    title += f" ({reason})" if reason else ""
-    return Export(recipes, tensors, files, title, notes, bool(served), "modelling file" if reason else "transformers")
+    files, notes = _to_chat(source, served, tokenizer) if served and tokenizer else ({}, [])
+    files["generation_config.json"] = {"suppress_tokens": added} if added else {}
+    return Export(recipes, tensors, files, title, notes, bool(served), use), vocab, image_token
 
 
 PLANS = {
@@ -563,8 +544,3 @@ def _export_projector(source: Checkpoint, save: Path) -> dict:
     return {"folder": str(save), "layout": "mm_projector.bin", "tensors": len(state), "files": ["config.json"]} | {
         "notes": original.notes_of(config)
     }
-
-
-def read_config(folder: Path) -> dict:
-    """`config.json` of an export, for those who call from Python."""
-    return read_json(folder)

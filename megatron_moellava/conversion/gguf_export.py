@@ -74,10 +74,15 @@ def check_gguf(source: Checkpoint, tokenizer: Path | None) -> None:
         reason = reason or "llama.cpp divides the weights of several experts by their sum"
     if model.backbone.rope_scaling:
         reason = reason or "this export knows no rotary scaling"
-    if source.run.config and trained_with(source.run).get("data", {}).get("image_grid"):
+    some = model.moe and len(source.model.moe_layers) < model.backbone.num_layers
+    if some and expert_ffn_hidden_size(source.model.required_moe, model.backbone) != model.backbone.ffn_hidden_size:
+        reason = reason or "its layers without experts have another width than the experts, and llama.cpp has one width"
+    if trained_with(source.run).get("data", {}).get("image_grid") or (tower and tower.newline):
         reason = reason or "tiled pictures"
-    if tower and not tower.drop_first_feature and tower.class_token:
-        reason = reason or "the tower's class token is a visual token"
+    if tower and (tower.native or tower.shuffle > 1):
+        reason = reason or f"{tower.name} has native resolution or a pixel shuffle"
+    if tower and tower.drop_first_feature != tower.class_token:
+        reason = reason or f"llama.cpp drops a tower's class token and no other feature, unlike {tower.name}"
     if reason:
         raise ConfigError(f"--layout gguf: {reason}; export --layout transformers")
 

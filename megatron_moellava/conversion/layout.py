@@ -94,6 +94,17 @@ NATIVE = replace(
     tower="model.vision_tower.",
     projector=("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"),
 )
+# In memory (and on disk, for a class of our own) transformers 5 has these names.
+OWN = replace(
+    TRANSFORMERS,
+    name="own",
+    title="transformers with modeling_moe_llava.py",
+    language="",
+    moved_decoder="model.language_model.",
+    tower="model.vision_tower.",
+    projector=NATIVE.projector,
+    is_published=False,
+)
 LAYOUTS = {layout.name: layout for layout in (LANGUAGE_MODEL, VISION_TOWER, LLAVA, ORIGINAL, TRANSFORMERS)}
 
 

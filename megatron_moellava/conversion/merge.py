@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_moellava.checkpoint.base import base_of
-from megatron_moellava.checkpoint.description import trained_with
+from megatron_moellava.checkpoint.description import CARRIED, converted, parent_of, trained_with
 from megatron_moellava.config import LoraConfig
 from megatron_moellava.conversion.adapters import check_adapter, lora_of
 from megatron_moellava.conversion.megatron_checkpoint import check_complete, open_checkpoint, write_checkpoint
@@ -50,16 +50,10 @@ def merge_adapter(
             tensors[name] = adapter.tensors.get(name, tensor)  # trained whole
             recipes.append(identity(name, tensors[name]))
     begin(sum(recipe.nbytes for recipe in recipes))
-    earlier = under.run.provenance
-    provenance = {
-        "operation": "merge",
-        "source": f"{adapter.folder.parent.name}/{adapter.folder.name}",
-        "source_seal": adapter.run.checksum,
-        "trained_with": trained_with(adapter.run) or trained_with(under.run),
-        "hf_config": earlier.get("hf_config"),
-        "generation_config": earlier.get("generation_config"),
-        "parent": {key: value for key, value in earlier.items() if key != "hf_config"},
-    }
+    name = f"{adapter.folder.parent.name}/{adapter.folder.name}"
+    provenance = converted(under.run, "merge", source=name, source_seal=adapter.run.checksum)
+    provenance["trained_with"] = trained_with(adapter.run) or provenance["trained_with"]
+    provenance["parent"] = parent_of(adapter.run, CARRIED)  # whose own parents are the base's
     model = replace(adapter.model, backbone=under.model.backbone)
     folder = write_checkpoint(
         save, model, recipes, tensors, stage=adapter.run.stage or 0, provenance=provenance, progress=progress

@@ -34,6 +34,10 @@ files."""
 USES = {
     "transformers": AUTO.replace("TRUST", ""),
     "modelling file": AUTO.replace("TRUST", ", trust_remote_code=True"),
+    "native": "`Lfm2VlForConditionalGeneration` of transformers loads the folder, and `Siglip2ImageProcessor` makes the "
+    "patches of a picture: LFM2-VL's own processor resizes by another rule. `<image>` stands once for each visual token.",
+    "no tokenizer": "transformers loads the weights (with `trust_remote_code=True` if a modelling file lies beside them). The "
+    "folder was exported without a tokenizer, so it has no chat template; `moellava convert export --tokenizer` writes both.",
     "language model": "`AutoModelForCausalLM` and `AutoTokenizer` of transformers load the folder; its chat template writes "
     "the beginning-of-text token.",
     "original": "The code that this layout comes from loads the folder; `moellava convert import` makes a checkpoint of it.",

@@ -1,8 +1,8 @@
-"""Weight-only quantisation of an export in the format of compressed-tensors, by its own library; vLLM and transformers read it.
+"""Weight-only quantisation of an export in the format of compressed-tensors, by its own library; transformers reads it.
 
 `fp8`: e4m3 with a scale for each row. `int4`: whole numbers with a scale for every 128 columns. Rounding is to the nearest; no
-data is looked at. Attention and MLPs of the language model are quantised, experts included; embeddings, output layer, routers,
-tower and projector stay as they are.
+data is looked at. Attention and MLPs of the language model are quantised, routed experts included; embeddings, output layer,
+routers, shared experts, tower and projector stay as they are.
 """
 
 import importlib.util
@@ -13,17 +13,22 @@ from functools import partial
 from megatron_moellava.config import ConfigError
 from megatron_moellava.conversion.recipes import Recipe, identity, made
 from megatron_moellava.conversion.tensors import Tensor
+from megatron_moellava.mapping import Shape
 
 PACKAGE = "compressed_tensors"
 GROUP = 128  # columns that share a scale of int4
-QUANTISED = re.compile(r".*\.layers\.\d+\.(self_attn|mlp)\.(.*\.)?\w+\.weight")
-# Never: routers, which are in fp32 for good reasons, the coefficient of a residual MoE, and Qwen2-MoE's shared expert of zeros.
-KEPT = re.compile(r".*(\.mlp\.gate|\.coefficient|_norm|\.shared_expert(_gate)?(\.\w+)?)\.weight|.*vision_tower\..*")
+# Mixtral's MLPs are `block_sparse_moe` in files, and `mlp` in memory.
+QUANTISED = re.compile(r".*\.layers\.\d+\.(self_attn|mlp|block_sparse_moe)\.(.*\.)?\w+\.weight")
+# Never: routers, which are in fp32 for good reasons, the coefficient of a residual MoE, and shared experts, since Qwen2-MoE's
+# may be of zeros.
+KEPT = re.compile(
+    r".*(\.(mlp|block_sparse_moe)\.gate|\.coefficient|_norm|\.shared_expert(s|_gate)?(\.\w+)?)\.weight|.*vision_tower\..*"
+)
 IGNORED = [
     "re:.*lm_head",
     "re:.*vision_tower.*",
     "re:.*multi_modal_projector.*",
-    "re:.*mlp[.]gate$",
+    "re:.*(mlp|block_sparse_moe)[.]gate$",
     "re:.*coefficient",
     "re:.*shared_expert.*",
 ]
@@ -55,13 +60,13 @@ def quantised(
 ) -> tuple[list[Recipe], dict[str, Tensor], dict]:
     """(recipes, tensors, `quantization_config` of config.json) with the language model's matrices quantised.
 
-    Each is computed when it is written. ConfigError for a width that the groups do not divide.
+    Each is computed when it is written. ConfigError for a width that the groups do not divide, and for Qwen v1's own names.
     """
     found: list[Recipe] = []
     added: dict[str, Tensor] = {}
     wrong: list[str] = []
     for recipe in recipes:
-        if not _is_quantised(recipe):
+        if not is_quantised(recipe.name, recipe.shape):
             found.append(recipe)
         elif KINDS[kind].group and recipe.shape[1] % GROUP:
             wrong.append(f"{recipe.name} has {recipe.shape[1]} columns")
@@ -73,11 +78,16 @@ def quantised(
         raise ConfigError(
             f"--quantize {kind} needs a multiple of {GROUP} columns; {wrong[0]} ({len(wrong)} in all); use fp8"
         )
+    if not added:
+        raise ConfigError(
+            f"--quantize {kind}: this layout's names are none that it knows; export --layout transformers"
+        )
     return found, tensors | added, _config(KINDS[kind])
 
 
-def _is_quantised(recipe: Recipe) -> bool:
-    return len(recipe.shape) == 2 and bool(QUANTISED.fullmatch(recipe.name)) and not KEPT.fullmatch(recipe.name)
+def is_quantised(name: str, shape: Shape) -> bool:
+    """Whether a tensor of an export is a matrix that is quantised; what is not must be in `IGNORED`, by its module's name."""
+    return len(shape) == 2 and bool(QUANTISED.fullmatch(name)) and not KEPT.fullmatch(name)
 
 
 def _scheme(kind: Kind):

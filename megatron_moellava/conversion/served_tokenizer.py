@@ -1,4 +1,4 @@
-"""A tokenizer for other tools: one tokenizer.json that gives the ids of the training in every tool that reads it.
+"""A tokenizer for other tools: one tokenizer.json that gives the ids of the training, by the library `tokenizers`.
 
 The class beside it is transformers' plain fast one, which takes that file as it is. Classes with a name (LlamaTokenizer,
 ...) build the tokenizer anew from rules that differ from version to version: transformers 5 drops SentencePiece's blank

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from megatron_moellava.checkpoint.description import trained_with
+from megatron_moellava.checkpoint.description import converted
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.expert_parts import FC2, Division, expert_parts
 from megatron_moellava.conversion.initial import language_dtype, linear_default, noise, zeros
@@ -38,7 +38,6 @@ from megatron_moellava.costs.shapes import (
 )
 from megatron_moellava.mapping import Shape
 
-CARRIED = ("hf_config", "generation_config", "trained_with")  # stand in the new provenance themselves
 ROUTER, EXPERT_BIAS = "router.weight", "router.expert_bias"
 
 
@@ -126,18 +125,14 @@ def upcycle_checkpoint(
     recipes += [identity(name, tensor) for name, tensor in source.tensors.items() if name.startswith(UNUSED)]
     tensors = job.tensors
     check(recipes, tensors, what=str(source.folder), copies=True)
-    earlier = source.run.provenance
-    provenance = {
-        "operation": "upcycle" if old is None else "grow",
-        "source": source.folder.name,
-        "noise_std": noise_std,
-        "router_scale": router_scale,
-        "seed": seed,
-        "hf_config": earlier.get("hf_config"),
-        "generation_config": earlier.get("generation_config"),
-        "trained_with": trained_with(source.run),
-        "parent": {key: value for key, value in earlier.items() if key not in CARRIED},
-    }
+    provenance = converted(
+        source.run,
+        "upcycle" if old is None else "grow",
+        source=source.folder.name,
+        noise_std=noise_std,
+        router_scale=router_scale,
+        seed=seed,
+    )
     provenance |= {"granularity": division.granularity} if division.granularity > 1 else {}
     provenance |= {"drop": drop} if drop else {}
     named = {str(layer): numbers for layer, numbers in sources.items()}

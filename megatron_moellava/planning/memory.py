@@ -21,6 +21,10 @@ from megatron_moellava.planning.hardware import CONTEXT_BYTES, FRAGMENTATION, IM
 
 FP32 = 4
 ADAM_MOMENTS = 2 * FP32
+ADAM_ONLY = (
+    "language.embedding",
+    "language.norm",
+)  # Muon steps matrices; what few vectors other parts have are not counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +69,8 @@ def state_bytes(layout: Layout, pipeline_rank: int) -> tuple[float, float, float
         gradients += count * FP32
         shards = layout.expert_dp if part in OF_EXPERTS else layout.dp
         # fp32 parameters are their own main copy.
-        moments = ADAM_MOMENTS if layout.run.optimizer.optimizer == "adam" else FP32  # Muon: the momentum
+        has_momentum = layout.run.optimizer.optimizer == "muon" and part not in ADAM_ONLY
+        moments = FP32 if has_momentum else ADAM_MOMENTS
         average = 0 if layout.run.optimizer.ema_decay is None else FP32
         optimizer += count * (moments + average + (0 if is_fp32 else FP32)) / shards
     return weights, gradients, optimizer

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_moellava
 from megatron_moellava import parallel, platform
-from megatron_moellava.checkpoint.description import RunDescription, read_description, write_description
+from megatron_moellava.checkpoint.description import RunDescription, parent_of, read_description, write_description
 from megatron_moellava.checkpoint.folders import (
     AVERAGE,
     AVERAGES,
@@ -156,26 +156,13 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
 def provenance_of(run: RunConfig, source: Path) -> dict:
     """Where the weights of a stage come from: `source`, and whatever that came from; the imported config goes along."""
     description = read_description(source)
-    earlier = description.provenance
     return {
         "operation": f"training of stage {run.training.stage}",
         "source": f"{source.parent.name}/{source.name}",
         "source_seal": description.checksum,  # tells whether another folder holds the same start
         "version": megatron_moellava.__version__,
-        "hf_config": earlier.get("hf_config"),
-        "parent": {key: value for key, value in earlier.items() if key != "hf_config"} | _trained_on(description),
-    }
-
-
-def _trained_on(description: RunDescription) -> dict:
-    """What a stage learned from, for the model card of what comes of it: names, not places; nothing for a conversion."""
-    sources = ((description.config or {}).get("data") or {}).get("sources") or ()
-    if not sources:
-        return {}
-    return {
-        "data": [Path(source["path"]).name for source in sources],
-        "iteration": description.iteration,
-        "consumed_samples": description.consumed_samples,
+        "hf_config": description.provenance.get("hf_config"),
+        "parent": parent_of(description, carried=("hf_config",)),
     }
 
 

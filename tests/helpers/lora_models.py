@@ -9,8 +9,8 @@ from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import RunConfig, from_dict, set_override
 from megatron_moellava.conversion.adapters import lines
-from megatron_moellava.conversion.exports import OWN
 from megatron_moellava.conversion.huggingface import as_transformers
+from megatron_moellava.conversion.layout import OWN
 from megatron_moellava.costs.adapters import PREFIX
 from megatron_moellava.costs.shapes import Model
 from megatron_moellava.data.batch import Batch

@@ -1,4 +1,4 @@
-"""llama.cpp serves a GGUF export: our prompt, our answer, our log-probabilities.
+"""What llama.cpp must give with a GGUF export: our prompt, our answer, our log-probabilities.
 
 llama.cpp lives in an environment of its own: `make test-llama-cpp`. The picture has the tower's size, since llama.cpp scales
 pictures with code of its own.

@@ -3,6 +3,7 @@ and gives this program's logits and answer, for every family, dense and with exp
 """
 
 import json
+import runpy
 
 import pytest
 import torch
@@ -64,3 +65,13 @@ def test_transformers_gives_our_answer_from_the_folder_alone(tmp_path, name):
     unsaid = list(range(ours.known, config["text_config"]["vocab_size"]))  # random weights would say them
     answer = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, suppress_tokens=unsaid or None)
     assert answer[0, len(prompt) :].tolist() == ours.tokens
+
+
+@pytest.mark.parametrize("name", ["Llama", "Llama, residual experts"])
+def test_the_code_of_the_model_card_runs(tmp_path, capsys, name):
+    checkpoint_of(CASES[name], tmp_path)
+    folder = export_of(CASES[name], tmp_path)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "card.py").write_text(code.replace("FOLDER", str(folder)).replace("a.jpg", str(PICTURE)))
+    runpy.run_path(str(tmp_path / "card.py"))
+    assert "What is it? ASSISTANT:" in capsys.readouterr().out

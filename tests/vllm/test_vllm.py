@@ -1,6 +1,7 @@
-"""vLLM serves an export from its folder alone: our prompt, our answer, our log-probabilities.
+"""What vLLM must give from an export's folder alone: our prompt, our answer, our log-probabilities.
 
-vLLM lives in an environment of its own, with another Python: `make test-vllm`.
+vLLM lives in an environment of its own, with another Python: `make test-vllm`. It has not loaded there yet, so nothing here
+has passed, and skipping says nothing of vLLM.
 """
 
 import json

@@ -1,11 +1,13 @@
 """run.json: what any writer writes is read back, and no bit of it can change unseen."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from megatron_moellava.checkpoint.description import (
     RunDescription,
+    converted,
     described_model,
     read_description,
     write_description,
@@ -104,3 +106,22 @@ def test_what_is_no_json_object_is_damaged(tmp_path, text):
 def test_a_missing_file_is_an_incomplete_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="incomplete"):
         read_description(tmp_path)
+
+
+def test_the_history_of_what_is_made_of_a_run_says_what_the_run_learned_from():
+    """Also across a conversion; what the new provenance says itself is not said twice, and places are not said at all."""
+    data = {"template": "v1", "sources": [{"path": "/home/me/mix.json"}]}
+    earlier = {"operation": "training of stage 2", "hf_config": {"a": 1}, "parent": {"operation": "import"}}
+    trained = replace(DESCRIPTION, config={"data": data}, provenance=earlier)
+    provenance = converted(trained, "upcycle", source="stage2")
+    assert provenance["hf_config"] == {"a": 1} and provenance["trained_with"] == {"data": {"template": "v1"}}
+    assert provenance["parent"] == {
+        "operation": "training of stage 2",
+        "parent": {"operation": "import"},
+        "data": ["mix.json"],
+        "iteration": 7,
+        "consumed_samples": 56,
+    }
+    again = converted(replace(DESCRIPTION, config=None, provenance=provenance), "grow", source="moe")
+    assert again["trained_with"] == provenance["trained_with"] and again["hf_config"] == {"a": 1}
+    assert again["parent"] == {"operation": "upcycle", "source": "stage2", "parent": provenance["parent"]}

@@ -8,8 +8,7 @@ import pytest
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import LoraConfig, MoEConfig
 from megatron_moellava.conversion.adapters import fused_matrices, fused_names, lines
-from megatron_moellava.conversion.exports import OWN
-from megatron_moellava.conversion.layout import LANGUAGE_MODEL, ORIGINAL
+from megatron_moellava.conversion.layout import LANGUAGE_MODEL, ORIGINAL, OWN
 from megatron_moellava.costs.adapters import adapter_tensors
 from megatron_moellava.costs.shapes import Model
 from megatron_moellava.stages import TARGETS

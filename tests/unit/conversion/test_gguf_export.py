@@ -1,5 +1,7 @@
 """GGUF files hold the checkpoint's numbers under llama.cpp's names. (tests/llama_cpp runs them.)"""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,11 @@ from safetensors.torch import load_file
 from megatron_moellava.checkpoint.sums import verify_sums
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.exports import export_checkpoint
+from megatron_moellava.conversion.gguf_export import check_gguf
 from megatron_moellava.conversion.imports import import_checkpoint
+from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.conversion.upcycle import upcycle_checkpoint
+from megatron_moellava.towers import get_tower
 from tests.helpers.conversion_models import TOWER, original_config, original_state, write_folder
 from tests.helpers.tokenizer_folders import llama_folder
 
@@ -96,3 +101,41 @@ def test_what_llama_cpp_cannot_compute_is_refused(place, tmp_path, change):
     with pytest.raises(ConfigError, match="--layout gguf"):
         export_checkpoint(checkpoint, save=tmp_path / "out", layout="gguf", tokenizer=tokenizer)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "tower, says",
+    [
+        ("naflex-tiny", "native resolution"),
+        ("siglip-tiny@pixel_shuffle", "pixel shuffle"),
+        ("siglip-tiny@newline", "tiled pictures"),
+        ("siglip-tiny@original", "drops a tower's class token and no other feature"),
+    ],
+)
+def test_a_tower_whose_features_llama_cpp_takes_otherwise_is_refused(place, tower, says):
+    source = open_checkpoint(place / "run")
+    for fits in ("clip-tiny", "siglip-tiny"):
+        check_gguf(replace(source, model=replace(source.model, tower=get_tower(fits))), place / "tokenizer")
+    with pytest.raises(ConfigError, match=says):
+        check_gguf(replace(source, model=replace(source.model, tower=get_tower(tower))), place / "tokenizer")
+
+
+def test_an_import_that_was_trained_with_tiles_is_refused(place):
+    source = open_checkpoint(place / "run")
+    run = replace(source.run, provenance={"trained_with": {"data": {"image_grid": True}}})
+    with pytest.raises(ConfigError, match="tiled pictures"):
+        check_gguf(replace(source, run=run), place / "tokenizer")
+
+
+def test_narrow_experts_are_written_where_every_layer_has_some(place):
+    """llama.cpp has one width for the experts of all layers, and a dense layer would become experts of another."""
+    source = open_checkpoint(place / "run")
+    half = source.model.backbone.ffn_hidden_size // 2
+    for placement in ("dense", "sparse"):
+        moe = MoEConfig(placement=placement, moe_ffn_hidden_size=half)
+        narrow = replace(source, model=replace(source.model, moe=moe))
+        if placement == "dense":
+            check_gguf(narrow, place / "tokenizer")
+        else:
+            with pytest.raises(ConfigError, match="another width than the experts"):
+                check_gguf(narrow, place / "tokenizer")

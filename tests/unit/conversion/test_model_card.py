@@ -86,3 +86,4 @@ def test_a_conversion_and_a_language_model_have_a_card_too():
     assert head(text)["pipeline_tag"] == "text-generation" and "import; of phi-2" in text
     assert "trust_remote_code=True" in card(use="modelling file") and "trust_remote_code" not in card()
     assert all("FOLDER" in text or "`" in text for text in USES.values())
+    assert "apply_chat_template" not in card(use="no tokenizer") + card(use="native")

@@ -1,13 +1,20 @@
 """Quantised exports: transformers reads them with the library's own code, and gets the weights to a step of the format."""
 
+import re
+
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
-from megatron_moellava.config import ConfigError
+from megatron_moellava.backbones import BACKBONES, get_backbone
+from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.exports import export_checkpoint
+from megatron_moellava.conversion.huggingface import as_transformers
 from megatron_moellava.conversion.imports import import_checkpoint
+from megatron_moellava.conversion.layout import TRANSFORMERS, entries
+from megatron_moellava.conversion.quantised import IGNORED, is_quantised, quantised
+from megatron_moellava.costs.shapes import Model
 from tests.helpers.conversion_models import TOWER
 
 transformers.logging.set_verbosity_error()
@@ -59,6 +66,48 @@ def test_transformers_reads_the_weights_to_a_step(place, tmp_path, kind):
         logits = model(input_ids=tokens).logits
         reference = transformers.AutoModelForImageTextToText.from_pretrained(place / "exact", dtype=torch.float32)
         assert torch.nn.functional.cosine_similarity(logits, reference(input_ids=tokens).logits, dim=-1).min() > 0.98
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name.endswith("-tiny")])
+def test_every_matrix_of_a_layer_is_quantised_or_in_the_configs_list(name):
+    """Never both, and never neither: a reader takes all that is not in the list for quantised."""
+    backbone = get_backbone(name)
+    models = [Model(backbone=backbone, moe=backbone.moe)]
+    if backbone.moe is None:
+        models += [Model(backbone=backbone, moe=MoEConfig(use_residual=residual)) for residual in (False, True)]
+    for entry in (entry for model in models for entry in entries(as_transformers(model), TRANSFORMERS)):
+        for tensor, shape in zip(entry.names, entry.shapes, strict=True):
+            module = tensor.removesuffix(".weight")
+            ignored = any(re.match(pattern.removeprefix("re:"), module) for pattern in IGNORED)
+            if ".layers." in tensor and len(shape) == 2:
+                assert is_quantised(tensor, shape) != ignored, tensor
+
+
+def test_experts_are_read_to_a_step_too(tmp_path):
+    """Mixtral's, which files and memory call by different names."""
+    sizes = SIZES | {"intermediate_size": 128, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, max_position_embeddings=64))
+    model.save_pretrained(tmp_path / "source")
+    import_checkpoint(tmp_path / "source", save=tmp_path / "run", tower=str(TOWER))
+    export_checkpoint(tmp_path / "run", save=tmp_path / "out", layout="language-model", quantize="fp8")
+    stored = load_file(tmp_path / "out/model.safetensors")
+    experts = [name for name in stored if ".experts." in name and name.endswith(".weight")]
+    assert len(experts) == 2 * 2 * 3 and {stored[name].dtype for name in experts} == {torch.float8_e4m3fn}
+    settings = transformers.CompressedTensorsConfig(dequantize=True)
+    read, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, quantization_config=settings, output_loading_info=True
+    )
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    theirs, ours = read.state_dict(), model.state_dict()
+    for part in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.1.mlp.experts.{part}"
+        assert 0 < (theirs[name] - ours[name]).abs().max() <= STEPS["fp8"] * ours[name].abs().max()
+    assert torch.equal(theirs["model.layers.1.mlp.gate.weight"], ours["model.layers.1.mlp.gate.weight"])
+
+
+def test_names_of_which_none_is_known_are_refused():
+    with pytest.raises(ConfigError, match="export --layout transformers"):
+        quantised([], {}, "fp8")
 
 
 def test_widths_that_groups_do_not_divide_and_other_layouts_are_refused(place, tmp_path):

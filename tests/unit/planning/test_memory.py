@@ -188,3 +188,13 @@ def test_frozen_parameters_need_neither_gradient_nor_optimizer():
     assert memory.gradients == pytest.approx(4 * 9_180_160)
     assert memory.optimizer == pytest.approx(12 * 9_180_160 / 8)
     assert memory.weights > 5e9
+
+
+def test_muon_keeps_a_momentum_for_matrices_and_adams_moments_for_embeddings_and_norms():
+    adam = layout_of(["training.stage=2"])
+    muon = replace(adam, run=replace(adam.run, optimizer=replace(adam.run.optimizer, optimizer="muon")))
+    counts = {part: count for part, count in parameters_of(adam, 0).items() if role_of(part) in adam.trains}
+    matrices = sum(count for part, count in counts.items() if part not in ("language.embedding", "language.norm"))
+    assert 0 < matrices < sum(counts.values())
+    saved = state_bytes(adam, 0)[2] - state_bytes(muon, 0)[2]
+    assert saved == pytest.approx(4 * matrices / adam.dp)
