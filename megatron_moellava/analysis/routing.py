@@ -6,6 +6,7 @@ Shapes: T tokens of all samples, L MoE layers, K choices, E experts, M modalitie
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -141,11 +142,18 @@ def _questions(prompter: Prompter, data: Sequence[tuple[str, str]], limit: int) 
 def _question(record, folder: str, where: str, encoder, prompter: Prompter) -> Question:
     if isinstance(record, BadSample):
         raise record
-    sample = parse_record(as_conversation(record), origin=where)
-    sample = media.write_regions(sample, folder, prompter.tower, prompter.data)
-    encoded = media.encoded(encoder, sample, folder, where, prompter.tower, prompter.data)
-    kept = [pixels for pixels, _ in media.pixels_of(encoded, folder, where, prompter.tower, prompter.data)]
-    pixels_NCHW = np.concatenate(kept) if kept else np.zeros((0, *prompter.tower.pixel_shape), dtype=np.float32)
+    tower, data = prompter.tower, prompter.data
+    sample = parse_record(
+        as_conversation(record),
+        origin=where,
+        max_images=data.max_images,
+        ignore_keys=data.ignore_keys,
+        frames=partial(media.frame_texts, folder=folder, where=where, data=data),
+    )
+    sample = media.write_regions(sample, folder, tower, data)
+    encoded = media.encoded(encoder, sample, folder, where, tower, data)
+    kept = [pixels for pixels, _ in media.pixels_of(encoded, folder, where, tower, data)]
+    pixels_NCHW = np.concatenate(kept) if kept else np.zeros((0, *tower.pixel_shape), dtype=np.float32)
     return Question(encoded, pixels_NCHW, sample.turns[0].text.replace("<image>", "").strip())
 
 
@@ -197,8 +205,8 @@ def _picture(question: Question, model: MoELlava, choices_TLK: np.ndarray, is_im
         return
     tower = model.tower
     rows, columns = question.encoded.grids[0] if tower.native else (0, 0)
-    count = rows * columns // tower.shuffle**2 if tower.native else tower.num_features
-    places = np.flatnonzero(is_image_T)[:count]
+    # Those of the overview where there are tiles; pooled frames and pictures at native resolution have fewer.
+    places = np.flatnonzero(is_image_T)[: min(question.encoded.features[0], tower.num_features)]
     scale, shift = (np.array(values)[:, None, None] for values in (tower.image_std, tower.image_mean))
     first_CHW = whole(question.pixels_NCHW, (rows, columns)) if tower.native else question.pixels_NCHW[0]
     pixels_CHW = (first_CHW * scale + shift).clip(0, 1)

@@ -11,18 +11,16 @@ warning with advice. docs/how-to/routing.md explains the pictures.
 import argparse
 import sys
 from pathlib import Path
-from typing import get_args
 
 from megatron_moellava.commands.program import (
-    PRECISION_HELP,
     SETTING,
-    add_machine_options,
+    add_layout_options,
+    add_reading_options,
     choose_machine,
     command_parser,
     exit_code_of,
     number,
 )
-from megatron_moellava.config import Precision
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -42,17 +40,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--overlays", type=number(int, least=0), default=6, help="pictures with the experts over them (6)"
     )
     parser.add_argument("--pca", action="store_true", help="also the original's picture of pathways")
-    parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
-    parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="auto", choices=get_args(Precision), help=PRECISION_HELP)
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
-    add_machine_options(parser)
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.field=value",
-        help="parallel.*: the layout under torchrun; and moe.second_choice=deterministic and the like",
-    )
+    add_reading_options(parser)
+    add_layout_options(parser)
     parsed = parser.parse_intermixed_args(arguments)
     settings = [item for item in parsed.data if SETTING.match(item)]
     parsed.data = [item for item in parsed.data if item not in settings]

@@ -9,19 +9,17 @@ Commands in the conversation: /image FILE, /video FILE, /boxes, /clear, /save FI
 
 import argparse
 import sys
-from typing import get_args
 
 from megatron_moellava.commands.program import (
     COUNT,
-    PRECISION_HELP,
     QUICKSTART,
-    add_machine_options,
+    add_layout_options,
     add_memory_options,
+    add_reading_options,
     choose_machine,
     command_parser,
     number,
 )
-from megatron_moellava.config import Precision
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -29,9 +27,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser("chat", __doc__)
     parser.add_argument("--load", default=QUICKSTART, metavar="CKPT", help=f"checkpoint ({QUICKSTART})")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="shown with the first question")
-    parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
-    parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="auto", choices=get_args(Precision), help=PRECISION_HELP)
+    add_reading_options(parser)
     parser.add_argument(
         "--temperature", type=number(float, least=0), default=0.0, help="0: the likeliest word each time (0)"
     )
@@ -44,14 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-beams", type=COUNT, default=1, help="beam search (1: off)")
     parser.add_argument("--max-new-tokens", type=COUNT, default=512, help="of one answer (512)")
     add_memory_options(parser)
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
-    add_machine_options(parser)
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.field=value",
-        help="parallel.*: the layout under torchrun; and moe.second_choice=deterministic and the like",
-    )
+    add_layout_options(parser)
     return parser.parse_intermixed_args(arguments)
 
 

@@ -12,19 +12,18 @@ An interrupted run goes on where it stopped when the same command is given again
 import argparse
 import sys
 from pathlib import Path
-from typing import get_args
 
 from megatron_moellava.commands.program import (
     COUNT,
-    PRECISION_HELP,
-    add_machine_options,
+    add_judge_options,
+    add_layout_options,
     add_memory_options,
+    add_reading_options,
     choose_machine,
     command_parser,
     exit_code_of,
     number,
 )
-from megatron_moellava.config import Precision
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,9 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of --questions: as the model was trained, or unpadded as the original's model_vqa (model)",
     )
     parser.add_argument("--load", default="", metavar="CKPT", help="ask this checkpoint")
-    parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
-    parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="auto", choices=get_args(Precision), help=PRECISION_HELP)
+    add_reading_options(parser)
     parser.add_argument("--batch-size", type=COUNT, default=32, help="questions answered at the same time (32)")
     parser.add_argument("--temperature", type=number(float, least=0), default=0.0, help="0: greedy (0)")
     parser.add_argument("--blank-images", action="store_true", help="grey pictures: what the model answers unseeing")
@@ -63,22 +60,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--circular", action="store_true", help="MMBench: ask every question once per rotation of options"
     )
     parser.add_argument("--bootstrap", type=int, default=1000, help="bootstrap samples of the standard error (1000)")
-    parser.add_argument(
-        "--judge-url", default="", help="base of an OpenAI-compatible server, as http://localhost:8000/v1"
-    )
-    parser.add_argument("--judge-model", default="", help="the model that judges LLaVA-Bench and MM-Vet")
-    parser.add_argument(
-        "--judge-key-variable", default="OPENAI_API_KEY", help="environment variable with the judge's key"
-    )
+    add_judge_options(parser, "the model that judges LLaVA-Bench and MM-Vet")
     add_memory_options(parser)
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
-    add_machine_options(parser)
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.field=value",
-        help="parallel.*: the layout under torchrun; and moe.second_choice=deterministic and the like",
-    )
+    add_layout_options(parser)
     parser.add_argument("--list", action="store_true", help="show the benchmarks and what each folder must hold")
     return parser.parse_intermixed_args(argv)
 

@@ -13,19 +13,18 @@ rows' pictures: is there a ...?), judge (an OpenAI-compatible server grades it b
 import argparse
 import sys
 from pathlib import Path
-from typing import get_args
 
 from megatron_moellava.commands.program import (
     COUNT,
-    PRECISION_HELP,
-    add_machine_options,
+    add_judge_options,
+    add_layout_options,
     add_memory_options,
+    add_reading_options,
     choose_machine,
     command_parser,
     exit_code_of,
     number,
 )
-from megatron_moellava.config import Precision
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,23 +50,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--with-truth", action="store_true", help="the row's own answer takes part, as the best one")
     parser.add_argument("--limit", type=number(int, least=0), default=0, help="only the first N questions (0: all)")
     parser.add_argument("--seed", type=number(int, least=0), default=0, help="of the answers (0)")
-    parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
-    parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="auto", choices=get_args(Precision), help=PRECISION_HELP)
+    add_reading_options(parser)
     parser.add_argument("--batch-size", type=COUNT, default=32, help="answers made at the same time (32)")
-    parser.add_argument(
-        "--judge-url", default="", help="base of an OpenAI-compatible server, as http://localhost:8000/v1"
-    )
-    parser.add_argument("--judge-model", default="", help="the model that judges")
-    parser.add_argument(
-        "--judge-key-variable", default="OPENAI_API_KEY", help="environment variable with the judge's key"
-    )
+    add_judge_options(parser, "the model that judges")
     add_memory_options(parser)
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
-    add_machine_options(parser)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="parallel.*: the layout under torchrun"
-    )
+    add_layout_options(parser)
     return parser.parse_intermixed_args(argv)
 
 

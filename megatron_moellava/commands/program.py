@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+from megatron_moellava.config import Precision
 from megatron_moellava.machine import Device, TransformerImpl, choose
 
 PRECISION_HELP = "(auto: the checkpoint's own; fp32 for bf16 where the machine has no units for it)"
@@ -153,4 +154,34 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         type=number(float, above=0),
         metavar="GIB",
         help="for keys and values on each GPU (most of what is free there)",
+    )
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """How a checkpoint that answers is read."""
+    parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
+    parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
+    parser.add_argument("--precision", default="auto", choices=get_args(Precision), help=PRECISION_HELP)
+
+
+def add_layout_options(parser: argparse.ArgumentParser) -> None:
+    """Where a checkpoint that answers is put: the last options of a command, with its settings."""
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
+    add_machine_options(parser)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="parallel.*: the layout under torchrun; and moe.second_choice=deterministic and the like",
+    )
+
+
+def add_judge_options(parser: argparse.ArgumentParser, judges: str) -> None:
+    """The model that grades answers; `judges` says whose."""
+    parser.add_argument(
+        "--judge-url", default="", help="base of an OpenAI-compatible server, as http://localhost:8000/v1"
+    )
+    parser.add_argument("--judge-model", default="", help=judges)
+    parser.add_argument(
+        "--judge-key-variable", default="OPENAI_API_KEY", help="environment variable with the judge's key"
     )

@@ -9,28 +9,24 @@ Only this machine can connect unless --host says otherwise; then set a token: MO
 
 import argparse
 import sys
-from typing import get_args
 
 from megatron_moellava.commands.program import (
     COUNT,
-    PRECISION_HELP,
     QUICKSTART,
-    add_machine_options,
+    add_layout_options,
     add_memory_options,
+    add_reading_options,
     choose_machine,
     command_parser,
     number,
 )
-from megatron_moellava.config import Precision
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of `moellava serve`."""
     parser = command_parser("serve", __doc__)
     parser.add_argument("--load", default=QUICKSTART, metavar="CKPT", help=f"checkpoint ({QUICKSTART})")
-    parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
-    parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
-    parser.add_argument("--precision", default="auto", choices=get_args(Precision), help=PRECISION_HELP)
+    add_reading_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=number(int, least=0, most=65535), default=8000, help="(8000)")
     parser.add_argument("--allow-host", action="append", default=[], help="accept this Host header too ('*': any)")
@@ -51,14 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="GIB",
         help="beside it, for conversations whose next turn then reads only what is new; 0: none (1)",
     )
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint with its digests")
-    add_machine_options(parser)
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.field=value",
-        help="parallel.*: the layout under torchrun; and moe.second_choice=deterministic and the like",
-    )
+    add_layout_options(parser)
     return parser.parse_intermixed_args(arguments)
 
 

@@ -25,6 +25,7 @@ class Counts:
     attended: int  # the same of what is computed: pad tails are segments, padded rows are as long as the longest
     pairs: int = 0  # of answers, chosen and rejected
     chosen_tokens: int = 0  # positions with a label, of the chosen answers
+    tower_inputs: int = 0  # pictures, tiles and frames that the tower encodes; at native resolution: patches
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,6 +79,7 @@ def count(batch: Batch) -> Counts:
         attended=int((computed**2).sum()),
         pairs=len(batch.pairs),
         chosen_tokens=_chosen_tokens(batch),
+        tower_inputs=len(batch.pixel_values_NCHW),
     )
 
 

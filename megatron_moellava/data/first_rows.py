@@ -43,6 +43,8 @@ def _bad_row(record: dict | BadSample, origin: str, source, data, num_features: 
         if isinstance(record, BadSample):
             raise record
         limits = {"origin": origin, "max_images": data.max_images, "ignore_keys": data.ignore_keys}
+        # With a rate their number depends on the video, which is not opened here.
+        limits["frames"] = lambda name: [IMAGE_PLACEHOLDER] * (1 if data.video_fps else data.video_frames)
         sample = parse_pair(record, **limits)[0] if pairs else parse_record(record, **limits)
         folder = os.path.expanduser(source.image_folder) or str(Path(source.path).expanduser().parent)
         by_text = data.length_counts == "text"

@@ -75,7 +75,7 @@ def padded(width: int, height: int) -> Map:
     return Map(size=(side, side), shift=((side - width) // 2, (side - height) // 2))
 
 
-def scaled(old: Size, new: Size) -> Map:
+def scaled(old: tuple[float, float], new: Size) -> Map:
     """To another size."""
     return Map(size=new, scale=(new[0] / old[0], new[1] / old[1]))
 

@@ -17,7 +17,7 @@ from megatron_moellava.data.plan import Plan
 from megatron_moellava.data.pooling import POOLINGS, pools, widths
 from megatron_moellava.data.regions import View, rewrite
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, BadSample, ImageRef, Sample
-from megatron_moellava.data.video import FRAME, last_video, open_video
+from megatron_moellava.data.video import FRAME, Video, last_video, open_video
 
 
 def source(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> bytes | str:
@@ -122,7 +122,11 @@ def show_video(
 
     Raises BadSample for what is no video.
     """
-    video = open_video(origin, where)
+    return shown_frames(open_video(origin, where), data, span)
+
+
+def shown_frames(video: Video, data, span: tuple[float, float] | None = None) -> tuple[str, list[Image.Image]]:
+    """`show_video` of one that is open."""
     clip = video.clip.cut(*span) if span else video.clip
     texts = clip.texts(data)
     frames = [video.frame(clip.pick(index, len(texts)))[0] for index in range(len(texts))]
@@ -131,14 +135,15 @@ def show_video(
     return "".join(texts), frames
 
 
-def view(stored: geometry.Map, tower, data, plan: Plan | None = None) -> View:
-    """How a picture lies in its file and in what the tower sees; `plan`: of towers that have grids."""
+def view(stored: geometry.Map, tower, data, plan: Plan | None = None, is_frame: bool = False) -> View:
+    """How a picture, or a frame of a video, lies in its file and in what the tower sees; `plan`: of towers that have grids."""
     width, height = map(int, stored.size)
     if tower.native and plan is not None:
         rows, columns = plan.grid
-        seen = geometry.scaled((width, height), (columns * tower.patch_size, rows * tower.patch_size))
+        shown = geometry.padded(width, height) if is_frame else geometry.Map(size=(width, height))
+        seen = shown.then(geometry.scaled(shown.size, (columns * tower.patch_size, rows * tower.patch_size)))
     else:
-        tiled = data.image_grid if plan is None else bool(plan.grid[0])
+        tiled = not is_frame and (data.image_grid if plan is None else bool(plan.grid[0]))
         seen = geometry.seen(width, height, tower, aspect_ratio=data.image_aspect_ratio, grid=tiled)
     return View(stored=stored, seen=seen)
 

@@ -9,7 +9,7 @@ replaces a broken sample by a random one).
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_moellava.data.bad_sample import BadSample
@@ -17,6 +17,7 @@ from megatron_moellava.data.regions import REGION_KEYS, Region, parse_regions
 
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
+PLACEHOLDER = re.compile(f"{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER}")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 KEYS = ("id", "conversations", "messages", "system", "image", "images", "video", "frames", "tag", *REGION_KEYS)
 # About the row, not of it: LLaVA's mixes, ShareGPT and InternVL have them. They change nothing that is trained.
@@ -70,6 +71,18 @@ class Sample:
     leading: str = ""  # an answer before the first question: of the original's templates only `v0` keeps it
     tag: str = ""
     notes: tuple[str, ...] = ()  # what is odd about it, for the counters
+
+
+def placed(text: str, shown: Sequence[str]) -> str | None:
+    """`text` with what is shown in its places; None unless it has one place for each.
+
+    >>> placed("is <image> in <video>?", ["<image>", "<image><image>"])
+    'is <image> in <image><image>?'
+    """
+    if len(PLACEHOLDER.findall(text)) != len(shown):
+        return None
+    waiting = iter(shown)
+    return PLACEHOLDER.sub(lambda _: next(waiting), text)
 
 
 def eight_frames(name: str) -> Sequence[str]:
@@ -259,6 +272,12 @@ def _parse_images(record: dict, turns: tuple[Turn, ...], inline: list[ImageRef],
             + ("" if images else f", or remove `{field}` from a row whose text speaks of `<image>`"),
         )
     return images, turns
+
+
+def frame_counts(places: Iterable[tuple[int, int] | None]) -> list[int]:
+    """The field `frames` of a row with these pictures, by the `ImageRef.frame` of each; [] without a video."""
+    counts = [place[1] if place else 0 for place in places if place is None or place[0] == 0]
+    return counts if any(counts) else []
 
 
 def _as_frames(counts, images: tuple[ImageRef, ...], origin: str) -> tuple[ImageRef, ...]:

@@ -24,7 +24,7 @@ from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.data import images, media
 from megatron_moellava.data.index import Index, index_json
 from megatron_moellava.data.regions import region_fields
-from megatron_moellava.data.sample import BadSample, ImageRef, Sample, parse_record
+from megatron_moellava.data.sample import BadSample, ImageRef, Sample, frame_counts, parse_record
 
 TYPES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 ROLES = {"user": "human", "assistant": "gpt"}
@@ -245,7 +245,7 @@ def _record(sample: Sample, names: list[str]) -> dict:
     turns += [{"from": ROLES[turn.role], "value": turn.text} for turn in sample.turns]
     record = {"id": sample.id, "conversations": turns} | region_fields(sample.regions, sample.box_format)
     record |= {"system": sample.system} if sample.system else {}
-    frames = [ref.frame[1] for ref in sample.images if ref.frame is not None and ref.frame[0] == 0]
+    frames = frame_counts(ref.frame for ref in sample.images)
     record |= {"frames": frames} if frames else {}
     return record | ({"image": names} if names else {}) | ({"tag": sample.tag} if sample.tag else {})
 

@@ -11,12 +11,12 @@ import importlib.util
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageSequence
+from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from megatron_moellava.data import images
 from megatron_moellava.data.bad_sample import BadSample
@@ -129,11 +129,13 @@ class Pictures(Video):
 class Animation(Video):
     """GIF, WebP, APNG."""
 
-    def __init__(self, origin: Origin, where: str):
+    def __init__(self, origin: Origin, where: str, formats: Sequence[str] | None = None):
         self.where = where
         with _guarded(where):
-            self.image = Image.open(io.BytesIO(origin) if isinstance(origin, bytes) else origin)
-            frames, self.size = getattr(self.image, "n_frames", 1), self.image.size
+            self.image = Image.open(io.BytesIO(origin) if isinstance(origin, bytes) else origin, formats=formats)
+            self.size = self.image.size
+            _check_size(self.size, where)
+            frames = getattr(self.image, "n_frames", 1)
             self.clip = Clip(frames=frames, rate=1000.0 / max(float(self.image.info.get("duration") or 0), 1.0))
 
     def frame(self, number: int) -> tuple[Image.Image, tuple[str, ...]]:
@@ -163,11 +165,7 @@ class Container(Video):
                 {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
             )  # of the colours' conversion
             self.size = self.stream.width, self.stream.height
-            if self.size[0] * self.size[1] > images.MAX_PIXELS:
-                raise BadSample(
-                    "decompression bomb",
-                    f"{where}: {self.size[0]} x {self.size[1]} pixels, more than {images.MAX_PIXELS:,}; shrink it",
-                )
+            _check_size(self.size, where)
             rate = float(self.stream.average_rate or self.stream.guessed_rate or 0)
             if rate <= 0:
                 raise ValueError("no frame rate")
@@ -228,6 +226,13 @@ class Container(Video):
         return self.at > before
 
 
+def _check_size(size: tuple[int, int], where: str) -> None:
+    if size[0] * size[1] > images.MAX_PIXELS:
+        raise BadSample(
+            "decompression bomb", f"{where}: {size[0]} x {size[1]} pixels, more than {images.MAX_PIXELS:,}; shrink it"
+        )
+
+
 def _upright(frame, **options) -> Image.Image:
     """As players show it: telephones store which way they were held."""
     turn = getattr(frame, "rotation", 0)  # degrees against the clock; the `av` that lmms-eval asks for has none
@@ -242,6 +247,8 @@ def _guarded(where: str) -> Iterator[None]:
         yield
     except BadSample:
         raise
+    except UnidentifiedImageError:  # its message names an address in memory
+        raise BadSample("unreadable video", f"{where}: cannot be decoded: no video that is known; replace it") from None
     except Exception as error:
         text = f"{where}: cannot be decoded ({type(error).__name__}: {error}); replace the file"
         raise BadSample("unreadable video", text) from None
@@ -257,14 +264,17 @@ def _last_video(origin: Origin, where: str, trusted: bool, process: int) -> Vide
     return open_video(origin, where, trusted)
 
 
-def open_video(origin: Origin, where: str, trusted: bool = False) -> Video:
-    """The video of a path or of a file's content. Raises BadSample for what is none."""
+def open_video(origin: Origin, where: str, trusted: bool = False, formats: Sequence[str] | None = None) -> Video:
+    """The video of a path or of a file's content. `formats`: those of Pillow that may be one; None: all it knows.
+
+    Raises BadSample for what is none.
+    """
     if isinstance(origin, str) and os.path.isdir(origin):
         return Pictures(origin, where, trusted)
     head = _head(origin, where)
     kinds = [kind for offset, mark, kind in CONTAINERS if head[offset:].startswith(mark)]
     if not kinds or (kinds[0] == "mpegts" and head.startswith(PICTURES)):
-        return Animation(origin, where)
+        return Animation(origin, where, formats)
     return Container(origin, kinds[0], where)
 
 

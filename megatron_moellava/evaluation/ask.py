@@ -12,7 +12,7 @@ from megatron_moellava.evaluation.own import ask
 from megatron_moellava.evaluation.predictions import Place
 from megatron_moellava.evaluation.report import write_summary
 from megatron_moellava.evaluation.runner import evaluate
-from megatron_moellava.inference.load import load_for_inference
+from megatron_moellava.inference.load import engine_of
 
 
 def ask_checkpoint(args: argparse.Namespace) -> str:
@@ -21,17 +21,7 @@ def ask_checkpoint(args: argparse.Namespace) -> str:
     tasks, judge = ([], None) if own else (chosen_tasks(args.benchmark), judge_of(args))
     if own:
         own.read()  # a wrong file is said before the model is loaded
-    engine = load_for_inference(
-        args.load,
-        tokenizer=args.tokenizer,
-        template=args.template,
-        precision=args.precision,
-        overrides=args.overrides,
-        max_batch_size=args.batch_size,
-        max_sequence_length=args.max_length,
-        memory_limit=args.memory_limit,
-        verify=not args.no_verify,
-    )
+    engine = engine_of(args, max_batch_size=args.batch_size)
     place = Place(
         rank=parallel.data_parallel_rank(),
         world_size=parallel.data_parallel_size(),

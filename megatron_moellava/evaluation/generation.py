@@ -1,18 +1,16 @@
 """The benchmark runner's engine over a checkpoint: its requests become those of inference/."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from megatron_moellava.config import DataConfig
-from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
+from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, PLACEHOLDER
 from megatron_moellava.evaluation.runner import Answer, Request
 from megatron_moellava.inference.engine import Engine
 from megatron_moellava.inference.regions import locate_answer
 from megatron_moellava.inference.requests import Completion, Sampling
 from megatron_moellava.inference.requests import Request as GenerationRequest
 
-_PLACEHOLDER = re.compile(f"{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER}")
 AHEAD = 8  # requests waiting: pictures are opened when their turn is near, not all at the start
 
 
@@ -60,7 +58,7 @@ def _translated(request: Request, data: DataConfig) -> GenerationRequest:
     turns = request.turns
     if shown:
         turns = tuple(
-            replace(turn, text=_PLACEHOLDER.sub(lambda _: next(texts, IMAGE_PLACEHOLDER), turn.text)) for turn in turns
+            replace(turn, text=PLACEHOLDER.sub(lambda _: next(texts, IMAGE_PLACEHOLDER), turn.text)) for turn in turns
         )
     return GenerationRequest(
         id=request.id,

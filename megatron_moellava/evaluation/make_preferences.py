@@ -16,7 +16,7 @@ from megatron_moellava.evaluation.command import judge_of
 from megatron_moellava.evaluation.generation import completions
 from megatron_moellava.evaluation.preference_pairs import Asked, pair_of, polls, questions_of, scorer_of
 from megatron_moellava.inference.engine import Engine
-from megatron_moellava.inference.load import load_for_inference
+from megatron_moellava.inference.load import engine_of
 from megatron_moellava.inference.requests import Request, Sampling
 
 SEEDS = 1_000_003  # apart: seeds of the answers to one question follow each other
@@ -35,22 +35,14 @@ def make_preferences(args: argparse.Namespace) -> str:
             f"{args.data} holds no question for --scorer {args.scorer}: rows need answers (poll: yes or no)"
         )
     folder = str(args.image_folder or args.data.parent)
-    missing = [
-        name for name in sorted({ref.name for asked in questions for ref in asked.images}) if _is_missing(name, folder)
-    ]
-    if missing:
-        raise DataError(f"{args.data}: picture {missing[0]} is not in {folder}; name its folder with --image-folder")
-    engine = load_for_inference(
-        args.load,
-        tokenizer=args.tokenizer,
-        template=args.template,
-        precision=args.precision,
-        overrides=args.overrides,
-        max_batch_size=args.batch_size,
-        max_sequence_length=args.max_length,
-        memory_limit=args.memory_limit,
-        verify=not args.no_verify,
-    )
+    for asked in questions:
+        for ref in asked.images:
+            found = media.source(ref, folder, asked.id)
+            if isinstance(found, str) and not Path(found).exists():
+                raise DataError(
+                    f"{args.data}: picture {ref.name} is not in {folder}; name its folder with --image-folder"
+                )
+    engine = engine_of(args, max_batch_size=args.batch_size)
     try:
         said = answers(engine, questions, folder, args)
         if dist.get_rank():
@@ -59,10 +51,6 @@ def make_preferences(args: argparse.Namespace) -> str:
     finally:
         parallel.shutdown()
     return _write(args, [pair for pair in pairs if pair is not None], len(questions))
-
-
-def _is_missing(name: str, folder: str) -> bool:
-    return not name.startswith("data:") and not (Path(folder) / name).exists()
 
 
 def answers(engine: Engine, questions: list[Asked], folder: str, args: argparse.Namespace) -> list[list[str]]:

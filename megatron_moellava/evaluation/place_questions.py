@@ -32,12 +32,8 @@ def read_places(questions: Path, images: Path) -> list[Question]:
     asked = []
     for number, row in enumerate(read_jsonl(questions)):
         boxes = field_of(row, "boxes", questions)
-        try:
-            parse_regions(
-                {**row, "points": None, "polygons": None}, ["<box>" * len(boxes)], 1, f"{questions} line {number + 1}"
-            )
-        except (BadSample, TypeError) as error:
-            raise DataError(str(error)) from None
+        marks = ["<box>" * len(boxes)] if isinstance(boxes, list) else []
+        parse_regions({**row, "points": None, "polygons": None}, marks, 1, f"{questions} line {number + 1}")
         text = next((row[name] for name in TEXTS if name in row), None) or field_of(row, "text", questions)
         asked.append(
             Question(

@@ -1,5 +1,7 @@
 """Benchmarks whose answers are boxes. The original has none; the prompts are those that LLaVA-1.5's mix trains."""
 
+from dataclasses import replace
+
 from megatron_moellava.evaluation.scorers import places
 from megatron_moellava.evaluation.task import Task
 
@@ -28,6 +30,18 @@ def _referring(name: str, split: str) -> Task:
     )
 
 
+BOXES = Task(
+    name="boxes",
+    title="boxes",
+    folder=".",
+    questions="boxes_test.jsonl",
+    reader="places",
+    images="images",
+    locates=True,
+    max_new_tokens=32,
+    score=places.referring,
+    origin="one's own: {image, text, boxes} a line; examples/boxes/make_data.py makes such files",
+)
 PLACE_TASKS = (
     *(_referring(name, split) for name, splits in _SPLITS.items() for split in splits),
     Task(
@@ -42,28 +56,6 @@ PLACE_TASKS = (
         score=places.detection,
         origin="cocodataset.org, 2017 val images and annotations",
     ),
-    Task(
-        name="boxes",
-        title="boxes",
-        folder=".",
-        questions="boxes_test.jsonl",
-        reader="places",
-        images="images",
-        locates=True,
-        max_new_tokens=32,
-        score=places.referring,
-        origin="one's own: {image, text, boxes} a line; examples/boxes/make_data.py makes such files",
-    ),
-    Task(
-        name="pointing",
-        title="pointing",
-        folder=".",
-        questions="boxes_test.jsonl",
-        reader="places",
-        images="images",
-        locates=True,
-        max_new_tokens=32,
-        score=places.pointing,
-        origin="one's own: {image, text, boxes} a line; examples/boxes/make_data.py makes such files",
-    ),
+    BOXES,
+    replace(BOXES, name="pointing", title="pointing", score=places.pointing),
 )

@@ -84,7 +84,10 @@ def scorer_of(name: str, judge: Judge | None) -> Scorer:
 
 
 def questions_of(rows: Iterable[tuple[int, dict | BadSample]], name: str, limit: int = 0) -> list[Asked]:
-    """Every answered turn of the rows of a file `name`, the first `limit` of them. Raises BadSample for a bad row."""
+    """Every answered turn of the rows of a file `name`, the first `limit` of them.
+
+    Raises BadSample for a bad row, and for one with more than pictures and turns.
+    """
     found: list[Asked] = []
     for number, record in rows:
         found += _turns_of(_parsed(record, f"{name} row {number}"))
@@ -126,7 +129,15 @@ def _with_samples(rows: Iterable[tuple[int, dict | BadSample]], name: str) -> It
 def _parsed(record: dict | BadSample, origin: str) -> Sample:
     if isinstance(record, BadSample):
         raise record
-    return parse_record(record, origin=origin)
+    sample = parse_record(record, origin=origin)
+    lost = {
+        "a video": any(image.frame is not None for image in sample.images),
+        "boxes, points or polygons": bool(sample.regions),
+        "a system prompt": bool(sample.system),
+    }
+    if found := [name for name, there in lost.items() if there]:
+        raise BadSample("not for pairs", f"{origin}: has {found[0]}, which the pair would not have; leave the row out")
+    return sample
 
 
 def _turns_of(sample: Sample) -> Iterator[Asked]:

@@ -1,6 +1,5 @@
 """What a task of lmms-eval shows, as text and pictures: images as they are, videos as the frames that training would take."""
 
-import re
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -9,9 +8,7 @@ from PIL import Image
 
 from megatron_moellava.config import DataError
 from megatron_moellava.data.media import show_video
-from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
-
-_PLACEHOLDER = re.compile(f"{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER}")
+from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, placed
 
 
 def shown(id: str, context: str, visuals: Sequence, data) -> tuple[str, tuple[Image.Image, ...]]:
@@ -21,12 +18,12 @@ def shown(id: str, context: str, visuals: Sequence, data) -> tuple[str, tuple[Im
     """
     parts = [_part(id, visual, data) for visual in _flat(visuals)]
     images = tuple(image for _, found in parts for image in found)
-    if parts and len(_PLACEHOLDER.findall(context)) == len(parts):
-        texts = iter([text for text, _ in parts])
-        return _PLACEHOLDER.sub(lambda _: next(texts), context), images
+    texts = [text for text, _ in parts]
+    if (text := placed(context, texts)) is not None:
+        return text, images
     if IMAGE_PLACEHOLDER in context:
         return context, images
-    return "".join(f"{text}\n" for text, _ in parts) + context, images
+    return "".join(f"{text}\n" for text in texts) + context, images
 
 
 def _flat(visuals: Sequence) -> Iterable[Any]:

@@ -1,5 +1,6 @@
 """From a checkpoint folder to an engine: what is not said is what the checkpoint was trained with."""
 
+import argparse
 import sys
 import warnings
 from collections.abc import Sequence
@@ -64,6 +65,21 @@ def load_for_inference(
         verify=verify,
     )
     return Engine(model, prompter, **engine_options)
+
+
+def engine_of(args: argparse.Namespace, **engine_options) -> Engine:
+    """`load_for_inference` by the options of a command (commands/program.py); `engine_options` go to `Engine`."""
+    return load_for_inference(
+        args.load,
+        tokenizer=args.tokenizer,
+        template=args.template,
+        precision=args.precision,
+        overrides=args.overrides,
+        verify=not args.no_verify,
+        max_sequence_length=args.max_length,
+        memory_limit=args.memory_limit,
+        **engine_options,
+    )
 
 
 def load_model(

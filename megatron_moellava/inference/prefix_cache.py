@@ -86,9 +86,12 @@ class PrefixCache:
         return Past(length=length, layers=entry.layers)
 
     def keep(self, entry: Entry) -> None:
-        """Add an entry that is not a known beginning; those that are its beginnings go, and then the oldest, until all fit."""
+        """Add an entry that is not a known beginning; those that are its beginnings go, and then the oldest, until all fit.
+
+        One that does not fit alone is not kept: it would drive all others out.
+        """
         shared = [common(other.ids_S, entry.ids_S) if other.kind == entry.kind else -1 for other in self.entries]
-        if len(entry.ids_S) in shared:
+        if len(entry.ids_S) in shared or len(entry.ids_S) * self.bytes_per_position > self.limit:
             return
         pairs = zip(self.entries, shared, strict=True)
         self.entries = [other for other, length in pairs if length < len(other.ids_S)] + [entry]

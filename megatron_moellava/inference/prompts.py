@@ -74,7 +74,7 @@ class Prompter:
         placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
         if request.images and placeholders != len(request.images):
             raise DataError(f"request {request.id}: {placeholders} `<image>` for {len(request.images)} images")
-        plans = self._plans(request)
+        plans = self.plans(request.images, f"request {request.id}")
         if self.tower.native:
             pixels = [
                 native.patches(image, self.tower, plan, FRAME in image.info)
@@ -105,12 +105,12 @@ class Prompter:
         )
         return found if plans or pooling == POOLINGS["none"] else _together(found, frames, pooling)
 
-    def _plans(self, request: Request) -> tuple[Plan, ...]:
-        """What becomes of the images, where their sizes decide that. DataError for more than fit into a sample's budget."""
+    def plans(self, images: Sequence[Image.Image], where: str) -> tuple[Plan, ...]:
+        """What becomes of images, where their sizes decide that. DataError for more than fit into a sample's budget."""
         if not self.tower.has_grids:
             return ()
-        sizes = [None if FRAME in image.info else image.size for image in request.images]
-        return media.plans_of_sizes(sizes, self.tower, self.data, f"request {request.id}")
+        sizes = [None if FRAME in image.info else image.size for image in images]
+        return media.plans_of_sizes(sizes, self.tower, self.data, where)
 
     def _pixels(self, image: Image.Image, aspect_ratio: str, whole: bool) -> np.ndarray:
         """`whole`: not cut into tiles."""

@@ -7,6 +7,7 @@ from PIL import Image
 
 from megatron_moellava.data import geometry, media
 from megatron_moellava.data.regions import Located, locate
+from megatron_moellava.data.video import FRAME
 from megatron_moellava.inference.prompts import Prompter
 
 
@@ -16,9 +17,8 @@ def locate_answer(
     """What `text` names in the last of `images`, read as the checkpoint was trained (`data.box_format`)."""
     data, tower = prompter.data, prompter.tower
     data = data if image_aspect_ratio == "model" else replace(data, image_aspect_ratio=image_aspect_ratio)  # type: ignore[arg-type]
-    sizes = [image.size for image in images]
-    made: tuple = (None,) * len(sizes)
-    if tower.has_grids:
-        made = media.plans_of_sizes(sizes, tower, data, "the answer")
-    views = [media.view(geometry.Map(size=size), tower, data, plan) for size, plan in zip(sizes, made, strict=True)]
+    views = [
+        media.view(geometry.Map(size=image.size), tower, data, plan, FRAME in image.info)
+        for image, plan in zip(images, prompter.plans(images, "the answer") or (None,) * len(images), strict=True)
+    ]
     return locate(text, data.box_format, views)

@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,11 +17,11 @@ from megatron_moellava.config import DataError
 from megatron_moellava.data.images import open_image
 from megatron_moellava.data.media import show_video
 from megatron_moellava.data.regions import Located
-from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
+from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Turn, frame_counts, placed
+from megatron_moellava.data.video import FRAME
 from megatron_moellava.inference.regions import locate_answer
 from megatron_moellava.inference.requests import Request, Sampling
 
-_PLACEHOLDER = re.compile(f"{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER}")
 HELP = """/image FILE   show a picture with the next question (several times: several pictures)
 /video FILE   show a video with the next question, as frames
 /boxes        where the last answer says something is, in pixels of the last picture
@@ -90,9 +89,8 @@ class Conversation:
     def _with_pending(self, question: str) -> str:
         """The question with what is shown: where it says `<image>` or `<video>` once for each, else in front."""
         texts = [text for _, text, _ in self.pending]
-        if texts and len(_PLACEHOLDER.findall(question)) == len(texts):
-            waiting = iter(texts)
-            return _PLACEHOLDER.sub(lambda _: next(waiting), question)
+        if texts and (text := placed(question, texts)) is not None:
+            return text
         return "".join(f"{text}\n" for text in texts) + question.replace(IMAGE_PLACEHOLDER, "< image >")
 
     def places(self) -> str:
@@ -111,6 +109,8 @@ class Conversation:
             record["image"] = [
                 _portable(name, folder) if name else _png(self.images[number]) for number, name in enumerate(self.names)
             ]
+        if frames := frame_counts(image.info.get(FRAME) for image in self.images):
+            record["frames"] = frames
         for turn in self.turns:
             text = turn.text if turn.role == "user" else turn.text.replace(IMAGE_PLACEHOLDER, "< image >")
             record["conversations"].append({"from": speakers[turn.role], "value": text})

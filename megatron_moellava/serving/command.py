@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_moellava import parallel
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.inference.engine import Engine
-from megatron_moellava.inference.load import load_for_inference
+from megatron_moellava.inference.load import engine_of
 from megatron_moellava.inference.prompts import Prompter
 from megatron_moellava.inference.requests import Event, Request, Sampling
 from megatron_moellava.serving.chat import Conversation, run_chat
@@ -30,18 +30,7 @@ def open_engine(args: argparse.Namespace, **options) -> Engine:
             f"--load={args.load} does not exist; name a checkpoint folder, or run `make quickstart`, which writes "
             "runs/quickstart/stage3"
         )
-    return load_for_inference(
-        args.load,
-        tokenizer=args.tokenizer,
-        template=args.template,
-        precision=args.precision,
-        overrides=args.overrides,
-        verify=not args.no_verify,
-        replicated=True,
-        max_sequence_length=args.max_length,
-        memory_limit=args.memory_limit,
-        **options,
-    )
+    return engine_of(args, replicated=True, **options)
 
 
 def chat(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.data.images import open_image
-from megatron_moellava.data.media import show_video
+from megatron_moellava.data.media import shown_frames
 from megatron_moellava.data.video import open_video
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow's other decoders start programs or are rarely looked at
@@ -51,13 +51,12 @@ def open_video_url(url: str, limits: PictureLimits, data: DataConfig) -> tuple[s
     """
     if not url.startswith("data:"):
         raise DataError("video_url must be a data: URL (data:video/mp4;base64,...)")
-    content = _from_data_url(url, limits, "video")
-    video = open_video(content, "the video")
+    video = open_video(_from_data_url(url, limits, "video"), "the video", formats=FORMATS)
     if (pixels := video.size[0] * video.size[1]) > limits.max_pixels:
         raise DataError(
             f"the video's frames have {pixels:,} pixels, more than {limits.max_pixels:,}; send a smaller one"
         )
-    return show_video(content, "the video", data)
+    return shown_frames(video, data)
 
 
 def _from_data_url(url: str, limits: PictureLimits, kind: str = "image") -> bytes:

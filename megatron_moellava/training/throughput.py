@@ -32,11 +32,11 @@ class Throughput:
 
     def flops(self, counts: Counts) -> float:
         """Model FLOPs of what `counts` counts, forward and backward."""
+        tower = self.layout.tower
         load = Load(
             tokens=counts.real_tokens,
             length=counts.squared_lengths / max(counts.real_tokens, 1),
-            # Both answers of a pair show its pictures, which are encoded once.
-            images=counts.image_rows / self.layout.tower.num_features / (2 if counts.pairs else 1),
+            images=counts.tower_inputs / (tower.num_patches if tower.native else 1),
             samples=counts.samples,
         )
         return model_flops(self.layout, load)

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_moellava.config import DataError, Source
 from megatron_moellava.data.first_rows import FIRST_ROWS, first_rows_problem, shard_counts
-from tests.helpers.data_files import config, make_set, row, write_images, write_rows
+from tests.helpers.data_files import config, conversation, make_set, row, write_images, write_rows
 
 
 def problem(path, **changes) -> str | None:
@@ -49,3 +49,11 @@ def test_folders_are_read_by_energons_counts_or_told_what_to_do(tmp_path):
     (tmp_path / ".nv-meta/.info.json").write_text("{}")
     with pytest.raises(DataError, match="is damaged"):
         shard_counts(tmp_path)
+
+
+def test_a_video_has_as_many_pictures_as_frames_are_shown(tmp_path):
+    (tmp_path / "v").mkdir()
+    path = write_rows(tmp_path, [{"id": "v", "video": "v", "conversations": conversation("<video>\nWhat?", "red")}])
+    assert problem(path, max_images=4, video_frames=4) is None
+    assert problem(path, max_images=4, video_frames=8, video_fps=1.0) is None, "a short one may have few"
+    assert "5 images, more than data.max_images=4" in problem(path, max_images=4, video_frames=5)

@@ -216,6 +216,18 @@ def test_base64_and_video_become_image_members(tmp_path):
     assert sorted(len(batch.pixel_values_NCHW) for batch in batches) == [1, 3]
 
 
+def test_pictures_beside_the_frames_of_a_video_stay_pictures(tmp_path):
+    """A saved conversation about a picture and a video of two frames."""
+    write_images(tmp_path)
+    talk = conversation("<image><image><image>Which?", "red")
+    path = write_rows(tmp_path, [{"id": "t", "image": ["a.png"] * 3, "frames": [0, 2], "conversations": talk}])
+    make_shards(path, tmp_path, tmp_path / "shards")
+    with tarfile.open(tmp_path / "shards" / "shard-000000.tar") as tar:
+        assert json.load(tar.extractfile("000000000.json"))["frames"] == [0, 2]
+    (batch,) = take(make_loader(config(tmp_path / "shards", packing=False), micro_batch_size=1), 1)
+    assert len(batch.pixel_values_NCHW) == 3
+
+
 def damage(path: Path, index: int, data: bytes) -> None:
     """Overwrite the header of the index-th member."""
     with tarfile.open(path) as tar:

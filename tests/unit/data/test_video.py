@@ -98,6 +98,7 @@ def test_a_telephones_turn_is_applied():
     [
         (b"nothing", "cannot be decoded"),
         (b"\0\0\0\x18ftypmp42" + b"\0" * 500, "cannot be decoded"),
+        (b"GIF89a" + struct.pack("<HHBBB", 60_000, 60_000, 0, 0, 0) + b";", "60000 x 60000 pixels"),
         (b"#EXTM3U\n/etc/passwd\n", "cannot be decoded"),  # a playlist that ffmpeg would follow
         (None, "no such video"),
     ],
@@ -108,7 +109,7 @@ def test_what_is_no_video_is_a_named_bad_sample(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(BadSample, match=f"row 1: .*{message}") as caught:
         open_video(str(path), "row 1")
-    assert caught.value.reason in ("unreadable video", "missing image")
+    assert caught.value.reason in ("unreadable video", "missing image", "decompression bomb")
 
 
 def test_a_video_that_ends_early_is_named(tmp_path):

@@ -40,7 +40,7 @@ def test_a_picture_is_asked_for_each_category_in_it(tmp_path):
     [
         (read_places, {"image": "a.png", "text": "?"}, "lacks the field 'boxes'"),
         (read_places, {"image": "a.png", "text": "?", "boxes": [[1, 2, 3]]}, "line 1: `boxes` holds"),
-        (read_places, {"image": "a.png", "text": "?", "boxes": 3}, "has no len"),
+        (read_places, {"image": "a.png", "text": "?", "boxes": 3}, "line 1: `boxes` must be a list, found int"),
         (read_referring, {"image": "a.png", "text": "?"}, "says of no expression"),
         (read_coco, {"image": "a.png"}, "no file in COCO's layout"),
     ],

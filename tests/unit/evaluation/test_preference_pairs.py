@@ -33,6 +33,21 @@ def test_every_answered_turn_is_a_question_after_the_turns_before():
         questions_of(rows({"id": "x"}), "tune.json")
 
 
+@pytest.mark.parametrize(
+    ("fields", "question", "answer", "message"),
+    [
+        ({"video": "a.mp4"}, "<video>\nis there a circle?", "yes", "a video"),
+        ({"image": "a.png", "boxes": [[1, 2, 3, 4]]}, "<image>\nwhere?", "<box>", "boxes"),
+        ({"system": "Be brief."}, "is there a circle?", "yes", "a system prompt"),
+    ],
+)
+@pytest.mark.parametrize("read", [questions_of, polls])
+def test_a_row_with_what_a_pair_would_lose_is_refused(read, fields, question, answer, message):
+    record = {"id": "x", "conversations": conversation(question, answer)} | fields
+    with pytest.raises(BadSample, match=rf"tune.json row 0: has {message}.*leave the row out"):
+        read(rows(record), "tune.json")
+
+
 def test_a_poll_asks_of_objects_that_are_known_to_be_there_or_not():
     asked = [("is there a red shape?", "no"), ("is no circle present?", "no"), ("is there a blue shape?", "yes")]
     asked += [("is there not a triangle?", "yes"), ("what shape is it?", "circle")]

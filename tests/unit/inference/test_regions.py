@@ -7,8 +7,10 @@ from PIL import Image
 
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import load_tokenizer
+from megatron_moellava.data.video import FRAME
 from megatron_moellava.inference.prompts import Prompter
 from megatron_moellava.inference.regions import locate_answer
+from megatron_moellava.towers import get_tower
 from tests.helpers.data_files import TOWER
 from tests.helpers.inference_models import TOKENIZER, tiny_run
 
@@ -36,3 +38,15 @@ def test_the_checkpoint_says_how_numbers_are_read_and_the_last_picture_is_meant(
     assert locate_answer("[500, 250]", images, llava) == []
     grid = replace(prompter, data=replace(prompter.data, image_grid=True, box_format="qwen"))
     assert locate_answer("[14, 7]", images, grid)[0].points == ((140, 70),)
+
+
+@pytest.mark.parametrize(
+    ("tower", "grid"),
+    [("clip-tiny", False), ("clip-tiny", True), ("siglip-tiny@newline", True), ("naflex-tiny", False)],
+)
+def test_a_frame_of_a_video_is_a_padded_square_whatever_becomes_of_pictures(prompter, tower, grid):
+    frame = Image.new("RGB", (400, 300))
+    frame.info[FRAME] = (0, 1)
+    changed = replace(prompter, tower=get_tower(tower), data=replace(prompter.data, image_grid=grid))
+    (found,) = locate_answer("[250, 125, 500, 999]", [frame], changed)
+    assert found.data()["points"] == [[100.1, 0.1], [200.2, 300.0]]

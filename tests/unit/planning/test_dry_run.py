@@ -47,6 +47,7 @@ def test_dry_run_counts_little_more_than_a_training_log(planned):
         real_tokens=layout.tokens,
         positions=layout.tokens,
         image_rows=layout.images * tower.num_features,
+        tower_inputs=layout.images,
         squared_lengths=rows * length**2,
         attended=rows * length**2,
     )

@@ -85,6 +85,7 @@ def test_a_video_is_shown_as_frames_and_saved_with_them(tmp_path):
     conversation.save(str(tmp_path / "chat.json"))
     batch = next(make_loader(config(tmp_path / "chat.json", packing=False), micro_batch_size=1))
     assert len(batch.pixel_values_NCHW) == 8
+    assert json.loads((tmp_path / "chat.json").read_text())[0]["frames"] == [8]
     with pytest.raises(DataError, match="no such video"):
         conversation.show_video("nowhere.mp4")
 

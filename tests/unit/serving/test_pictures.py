@@ -58,11 +58,13 @@ def test_a_video_is_frames_and_what_is_none_is_refused():
     assert text == "<image><image>" and [number_of(frame) for frame in frames] == [2, 7]
     small = PictureLimits(max_pixels=64 * 48 - 1)
     playlist = "data:video/mp4;base64," + base64.b64encode(b"#EXTM3U\nfile:///etc/passwd\n").decode()
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"  # which Pillow would have run
     for bad, limits, message in (
         (url, small, "frames have 3,072 pixels, more than 3,071"),
         ("https://example.com/v.mp4", LIMITS, "must be a data: URL"),
         ("data:text/plain;base64,AAAA", LIMITS, "video_url must have the form"),
         (playlist, LIMITS, "the video: cannot be decoded"),
+        (data_url(program), LIMITS, "the video: cannot be decoded: no video that is known"),
         (url, PictureLimits(max_bytes=10), "the video has more than 10 bytes"),
     ):
         with pytest.raises(DataError, match=message):

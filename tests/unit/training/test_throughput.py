@@ -56,15 +56,15 @@ def run_of(tmp_path, kind: str) -> RunConfig:
     )
 
 
-def batch(tower, lengths: list[int]) -> Batch:
-    """Rows of text with an image each."""
+def batch(tower, lengths: list[int], frames: int = 1) -> Batch:
+    """Rows of text with an image each, or with as many tokens of several frames."""
     samples = []
     for length in lengths:
         tokens_S = np.random.default_rng(1).integers(3, 400, length)
         tokens_S[1 : 1 + tower.num_features] = IMAGE_TOKEN
         samples.append(EncodedSample(id="", tag="", tokens_S=tokens_S, labels_S=np.maximum(tokens_S, 3)))
     side = tower.image_size
-    return pad(samples, [np.zeros((1, 3, side, side), np.float32)] * len(lengths), 1, 0, (3, side, side))
+    return pad(samples, [np.zeros((frames, 3, side, side), np.float32)] * len(lengths), 1, 0, (3, side, side))
 
 
 @pytest.fixture(params=KINDS)
@@ -108,6 +108,18 @@ def test_padding_is_no_work_and_a_layout_changes_nothing(tmp_path):
     shared = Throughput(split, layout.backbone, layout.tower, 4)
     assert shared.flops(long) == alone.flops(long)
     assert shared.numbers(long, 2.0)["tflops_per_device"] * 4 == alone.numbers(long, 2.0)["tflops_per_device"]
+
+
+def test_frames_that_are_pooled_are_all_encoded(tmp_path):
+    """Four frames whose tokens are pooled 2 x 2 are as many tokens as one picture, and four times its work for the tower."""
+    run = run_of(tmp_path, "projector")
+    layout = layout_of(run)
+    loads = [Load(tokens=128, length=64, images=images, samples=2) for images in (2, 8)]
+    logged = [
+        Throughput(run, layout.backbone, layout.tower, 1).flops(batch(layout.tower, [64, 64], frames).counts)
+        for frames in (1, 4)
+    ]
+    assert logged == pytest.approx([model_flops(layout, load) for load in loads], rel=1e-12) and logged[0] < logged[1]
 
 
 def test_mfu_is_there_where_the_peak_is_known(tmp_path, monkeypatch):
