@@ -7,7 +7,7 @@
 # 3.12 because megatron-core 0.19 needs at least that and the NGC image below has it too; slim because every dependency
 # has a wheel, so no compiler is needed.
 FROM python:3.12-slim AS cpu-build
-# PyTorch's CPU wheels: 5 GB less than PyPI's, which carry CUDA. Empty: PyPI only.
+# PyTorch's CPU wheels: 4 GB less than PyPI's, which carry CUDA. Empty: PyPI only.
 ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH

@@ -47,7 +47,9 @@ EXTRAS_REQUIRE = {
     ],
     "parquet": ["pyarrow>=17"],  # data sources as Parquet files
     "trackers": ["wandb>=0.20", "mlflow>=3", "swanlab>=0.10"],  # logging.trackers
-    "muon": ["emerging-optimizers~=0.3.0"],  # optimizer.optimizer=muon; Megatron-Core finds it by itself
+    # optimizer.optimizer=muon; Megatron-Core finds it by itself. It imports triton without asking for it: beside a torch that
+    # brings none, as the builds for CPUs, every import of Megatron-Core's optimizers would fail.
+    "muon": ["emerging-optimizers~=0.3.0", "triton>=3.4"],
     "video": ["av>=17"],  # the release that Energon 7.4 decodes with
     "docs": ["mkdocs~=1.6", "mkdocstrings[python]~=1.0"],  # `make docs`; reads the sources, imports nothing
     "dev": [
@@ -66,6 +68,8 @@ EXTRAS_REQUIRE = {
         "openai>=2",
         "pyarrow>=17",  # `parquet`
         "av>=17",  # `video`
+        "emerging-optimizers~=0.3.0",  # `muon`
+        "triton>=3.4",
         "scipy>=1.11",  # the linear program behind `packing_bound`
         "playwright>=1.45",  # drives the system's Chromium; only `make test-browser` uses it
         "ruff~=0.17.6",  # another minor may format differently

@@ -16,17 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.measure import finish, say
-from megatron_moellava.training.operation_kinds import OTHER, by_kind, kind_of
+from megatron_moellava.training.operation_kinds import by_kind, kind_of
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 
 
 def kinds_of_time(step: Callable[[], object], steps: int) -> dict:
     """Milliseconds of a step by kind, of the GPU's kernels where there is one, else of the operations' own time on the host."""
-    from torch.autograd import DeviceType
     from torch.profiler import profile
 
     from megatron_moellava import platform
+    from megatron_moellava.training.profiling import own_times
 
     platform.synchronize()
     started = time.perf_counter()
@@ -35,10 +35,7 @@ def kinds_of_time(step: Callable[[], object], steps: int) -> dict:
             step()
         platform.synchronize()
     whole = 1000 * (time.perf_counter() - started) / steps
-    of_gpu = [item for item in profiler.key_averages() if item.device_type == DeviceType.CUDA]
-    times = {item.key: item.self_device_time_total / 1000 / steps for item in of_gpu}
-    if not times:
-        times = {item.key: item.self_cpu_time_total / 1000 / steps for item in profiler.key_averages()}
+    times = {name: value / 1000 / steps for name, value in own_times(profiler)[0].items()}
     kinds = by_kind(times.items())
     largest = sorted(times.items(), key=lambda item: -item[1])[:15]
     return {
@@ -82,8 +79,9 @@ def quickstart_trainer(folder: Path, overrides: list[str]):
 
 def shares(profiler, steps: int, plain: float, profiled: float) -> dict:
     """Milliseconds of a step by kind, and the operations behind them."""
-    times = {item.key: item.self_cpu_time_total / 1000 / steps for item in profiler.key_averages()}
-    times = {name: value for name, value in times.items() if "::" in name or kind_of(name) != OTHER}
+    from megatron_moellava.training.profiling import own_times
+
+    times = {name: value / 1000 / steps for name, value in own_times(profiler)[0].items()}
     kinds = by_kind(times.items())
     kinds["between operations"] = max(0.0, 1000 * profiled - sum(kinds.values()))
     others = sorted((item for item in times.items() if kind_of(item[0]) != "GEMM"), key=lambda item: -item[1])

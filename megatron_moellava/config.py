@@ -135,9 +135,8 @@ class DataConfig:
     # towers at native resolution: visual tokens of one picture; None: the tower's own
     max_image_tokens: int | None = None
     max_sample_image_tokens: int | None = None  # likewise, of all pictures of a sample; None: no limit of its own
-    enlarge_images: bool = (
-        True  # likewise: small pictures are enlarged to the budget; False: no more tokens than pixels fill
-    )
+    # likewise: small pictures are enlarged to the budget; False: no more tokens than pixels fill
+    enlarge_images: bool = True
     # how the text says where something is: 0 to 999 of what the tower sees, and others (docs/reference/data.md)
     box_format: BoxFormatName = "thousand"
     video_frames: int = 8  # shown of a video, spread evenly; with video_fps the most
@@ -208,15 +207,12 @@ class LoraConfig:
 class DebugConfig:
     """Switches that cost time, for a run that misbehaves."""
 
-    deterministic: bool = (
-        False  # kernels whose result is the same each time; an operation without one is named in a warning
-    )
-    detect_anomaly: bool = (
-        False  # the forward operation behind a gradient that is NaN, with its traceback; ends the run
-    )
-    find_non_finite: bool = (
-        False  # the first module whose output or gradient is not finite, named where a step is skipped
-    )
+    # kernels whose result is the same each time; an operation without one is named in a warning
+    deterministic: bool = False
+    # the forward operation behind a gradient that is NaN, with its traceback; ends the run
+    detect_anomaly: bool = False
+    # the first module whose output or gradient is not finite, named where a step is skipped
+    find_non_finite: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

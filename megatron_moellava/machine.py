@@ -4,6 +4,7 @@
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -134,6 +135,14 @@ def slowness(precision: str, machine: Machine) -> str:
 def is_installed(module: str) -> bool:
     """Whether `module` could be imported, found out without importing it."""
     return importlib.util.find_spec(module) is not None
+
+
+def installed_version(package: str) -> str | None:
+    """Of a package by its name in the index; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def engine_found() -> Literal["none", "half", "whole"]:

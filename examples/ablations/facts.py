@@ -106,10 +106,9 @@ def question_of(thing: Thing, image: str) -> dict:
 
 def write_tokenizer(out: Path, rows: list[dict]) -> None:
     """A SentencePiece model of each fact's text, once."""
-    import make_data
+    from make_data import train_tokenizer
 
-    make_data.VOCABULARY = VOCABULARY
-    make_data.train_tokenizer(out, [row for row in rows if row["image"].endswith("-0.png")])
+    train_tokenizer(out, [row for row in rows if row["image"].endswith("-0.png")], VOCABULARY)
 
 
 def write_start(

@@ -140,7 +140,7 @@ def text_only(count: int, turns: int, rng: random.Random) -> list[dict]:
     return [row(None, rng.sample(facts, min(turns, len(facts))), number=n, tag="text") for n in range(count)]
 
 
-def train_tokenizer(out: Path, rows: list[dict]) -> None:
+def train_tokenizer(out: Path, rows: list[dict], vocabulary: int = VOCABULARY) -> None:
     """A Llama-like SentencePiece model (BPE, byte fallback, <unk> <s> </s>) of the training text."""
     import sentencepiece
 
@@ -149,7 +149,7 @@ def train_tokenizer(out: Path, rows: list[dict]) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text),
         model_prefix=str(out / "tokenizer"),
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hard_vocab_limit=False,
         model_type="bpe",
         byte_fallback=True,

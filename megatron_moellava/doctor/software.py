@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 
 from megatron_moellava import __version__
 from megatron_moellava.doctor.findings import Finding, Level
-from megatron_moellava.machine import engine_found, is_installed
+from megatron_moellava.machine import engine_found, installed_version, is_installed
 
 PART = "versions"
 PACKAGE = "megatron-moellava"
@@ -51,7 +51,7 @@ def versions() -> Iterator[Finding]:
             meaning=f"{PACKAGE} runs from its sources and is not installed, so nothing says which versions it needs",
             level="note",
         )
-    yield from (needed(requirement, _installed(requirement.name)) for requirement in requirements)
+    yield from (needed(requirement, installed_version(requirement.name)) for requirement in requirements)
 
 
 def needed(requirement: Requirement, version: str | None) -> Finding:
@@ -71,7 +71,7 @@ def optional() -> Iterator[Finding]:
     levels: dict[str, tuple[str, str, Level]] = {
         "none": ("missing", "on a GPU: no FP8, modules of Megatron-Core and torch instead of fused ones", "note"),
         "half": ("half installed", "its extension for torch is missing (a failed build?): it is not used", "note"),
-        "whole": (_installed("transformer-engine") or "installed", "used on GPUs", "ok"),
+        "whole": (installed_version("transformer-engine") or "installed", "used on GPUs", "ok"),
     }
     found, meaning, level = levels[engine]
     yield Finding(part=PART, name="Transformer Engine", found=found, meaning=meaning, level=level)
@@ -87,10 +87,3 @@ def _requires() -> list[str]:
     except importlib.metadata.PackageNotFoundError:
         return []
     return [text for text in listed if not re.search(r";\s*extra\b", text)]
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from megatron_moellava.model.attention import causal_mask
+
 from megatron.core.transformer.attention import SelfAttention
 
 
@@ -231,7 +233,7 @@ def _attend_prompt(query_PHD, key_GSD, value_GSD, scale: float) -> torch.Tensor:
     count, size = len(query_PHD), key_GSD.shape[1]
     visible_PS = None  # PyTorch's own causal mask would let the first query see only the first key
     if count < size:
-        visible_PS = torch.ones(count, size, dtype=torch.bool, device=query_PHD.device).tril(size - count)
+        visible_PS = causal_mask(count, size, query_PHD.device)
     context_HPD = F.scaled_dot_product_attention(
         query_PHD.transpose(0, 1)[None],
         key_GSD[None],

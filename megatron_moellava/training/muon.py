@@ -46,7 +46,7 @@ class Muon(LayerWiseDistributedOptimizer):
         for lists, group in ((self.dp_cp_params_list, self.dp_cp), (self.expt_dp_params_list, self.expt_dp)):
             for rank, parameters in enumerate(lists or ()):
                 for parameter in parameters:
-                    dist.broadcast(parameter.data, dist.get_global_rank(group, rank), group)
+                    dist.broadcast(parameter.data, group=group, group_src=rank)
 
 
 def build_muon(

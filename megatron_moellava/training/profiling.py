@@ -20,11 +20,12 @@ from torch.autograd import DeviceType
 from megatron_moellava import platform
 from megatron_moellava.config import ProfileConfig
 from megatron_moellava.model.moe_llava import MoELlava
-from megatron_moellava.training.operation_kinds import OTHER, by_kind
+from megatron_moellava.training.operation_kinds import OTHER, by_kind, kind_of
 
 PHASES = ("data", "forward", "backward", "optimizer", "save")
 FOLDER = "profile"
 _PHASE_OF_TIMER = {"forward-compute": "forward", "backward-compute": "backward"}
+_RANGES = ("phase ", "megatron ")  # how the names of ours begin
 _LARGEST = 15  # operations that the summary names
 
 
@@ -111,39 +112,49 @@ class Profiler:
         )
 
 
+def own_times(profiler: torch.profiler.profile) -> tuple[dict[str, float], bool]:
+    """({kernel: microseconds}, True) where there is a GPU, else ({operation: its own time on the host}, False).
+
+    On a GPU every range, NCCL's own among them, would count the kernels in it once more.
+    """
+    items = profiler.key_averages()
+    kernels = [
+        (item.key, item.self_device_time_total)
+        for item in items
+        if item.device_type == DeviceType.CUDA and not item.is_user_annotation
+    ]
+    on_host = [
+        (item.key, item.self_cpu_time_total)
+        for item in items
+        if not item.key.startswith(_RANGES) and ("::" in item.key or kind_of(item.key) != OTHER)
+    ]
+    times: dict[str, float] = {}
+    for name, value in kernels or on_host:
+        times[name] = times.get(name, 0.0) + value
+    return times, bool(kernels)
+
+
 def summary(profiler: torch.profiler.profile, steps: int, milliseconds: float) -> dict:
     """{"milliseconds" of a step, "phases" on the host in ms, "kinds" and "largest" as shares of a step, "on"}.
 
     Kinds are of the GPU's kernels where there is one, else of the operations' own time on the host; what is missing to the
     whole is between operations: Python, autograd, waiting.
     """
-    items = profiler.key_averages()
-    ranges = ("phase ", "megatron ")
-    kernels = [(item.key, item.self_device_time_total) for item in items if item.device_type == DeviceType.CUDA]
-    on_host = [
-        (item.key, item.self_cpu_time_total)
-        for item in items
-        if "::" in item.key or by_kind([(item.key, 1)]) != {OTHER: 1}
-    ]
-    times = [
-        (name, value / 1000 / steps / milliseconds) for name, value in kernels or on_host if not name.startswith(ranges)
-    ]
-    kinds = by_kind(times)
+    times, of_kernels = own_times(profiler)
+    shares = {name: value / 1000 / steps / milliseconds for name, value in times.items()}
+    kinds = by_kind(shares.items())
     kinds["between operations"] = max(0.0, 1.0 - sum(kinds.values()))
-    largest: dict[str, float] = {}
-    for name, share in times:
-        largest[name] = largest.get(name, 0.0) + share
     on_the_host = {
         item.key.removeprefix("phase "): item.cpu_time_total / 1000 / steps
-        for item in items
+        for item in profiler.key_averages()
         if item.key.startswith("phase ") and item.device_type == DeviceType.CPU
     }
     return {
         "milliseconds": milliseconds,
-        "on": "the GPU's kernels" if kernels else "the host's operations",
+        "on": "the GPU's kernels" if of_kernels else "the host's operations",
         "phases": {name: on_the_host[name] for name in PHASES if name in on_the_host},
         "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
-        "largest": dict(sorted(largest.items(), key=lambda item: -item[1])[:_LARGEST]),
+        "largest": dict(sorted(shares.items(), key=lambda item: -item[1])[:_LARGEST]),
     }
 
 

@@ -1,6 +1,5 @@
 """What a tracker is told of a run besides its numbers: settings, git state, costs and environment."""
 
-import importlib.metadata
 import os
 import platform as python_platform
 import subprocess
@@ -15,6 +14,7 @@ from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import RunConfig, to_dict
 from megatron_moellava.costs.parameters import activated_parameters, token_flops, whole_parameters
 from megatron_moellava.costs.shapes import Model
+from megatron_moellava.machine import installed_version
 from megatron_moellava.towers import Tower
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "megatron-energon", "numpy")
@@ -46,7 +46,7 @@ def environment() -> dict:
     return {
         "megatron_moellava": megatron_moellava.__version__,
         "python": python_platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := installed_version(name))},
         "host": os.uname().nodename,
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "device": platform.device_name() or "CPU",
@@ -71,10 +71,3 @@ def _git(folder: Path, *words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.rstrip("\n") if found.returncode == 0 else None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import Protocol
 
 from megatron_moellava.checkpoint.folders import write_durably
 from megatron_moellava.config import LoggingConfig, Tracker
@@ -24,6 +24,8 @@ _PARAMETER_LENGTH = 500  # characters that every MLflow server takes of a parame
 
 class Writer(Protocol):
     """Takes the numbers of a run."""
+
+    id: str  # of the run's entry
 
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
         """Numbers of a step, by name (`train/loss`)."""
@@ -122,7 +124,7 @@ class SwanLab:
         self.run.finish(**({} if finished else {"state": "aborted"}))
 
 
-TRACKERS: dict[Tracker, type] = dict(zip(get_args(Tracker), (WandB, MLflow, SwanLab), strict=True))
+TRACKERS: dict[Tracker, type[Writer]] = {"wandb": WandB, "mlflow": MLflow, "swanlab": SwanLab}
 
 
 class Trackers:
@@ -130,10 +132,10 @@ class Trackers:
 
     def __init__(self, options: LoggingConfig, folder: Path, record: dict, say: Callable[[str], None]):
         self.say = say
-        self.writers: dict = {}
+        self.writers: dict[Tracker, Writer] = {}
         ids, name = _read(folder / IDS), options.run_name or folder.absolute().name
         for kind in options.trackers:
-            writer = self._guarded(kind, lambda kind=kind: TRACKERS[kind](options, folder, name, ids.get(kind), record))
+            writer = self._guarded(kind, TRACKERS[kind], options, folder, name, ids.get(kind), record)
             if writer is not None:
                 self.writers[kind] = writer
                 ids[kind] = writer.id
@@ -143,17 +145,17 @@ class Trackers:
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
         """Numbers of a step, to each of them."""
         for kind, writer in list(self.writers.items()):
-            self._guarded(kind, lambda writer=writer: writer.scalars(iteration, values))
+            self._guarded(kind, writer.scalars, iteration, values)
 
     def close(self, finished: bool) -> None:
         """Nothing more comes."""
         for kind, writer in list(self.writers.items()):
-            self._guarded(kind, lambda writer=writer: writer.close(finished))
+            self._guarded(kind, writer.close, finished)
 
-    def _guarded(self, kind: str, act: Callable):
+    def _guarded(self, kind: Tracker, act: Callable, *arguments):
         """What `act` returns. Whatever a tracker raises ends it alone: each package has errors of its own."""
         try:
-            return act()
+            return act(*arguments)
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
             self.writers.pop(kind, None)

@@ -363,7 +363,6 @@ SLOW_LAYOUTS = [
     *_layouts("original", "pp2-tp2-ep2", 8, pp=2, tp=2, ep=2),
     *_layouts("bf16", "pp2-tp2-ep2", 8, pp=2, tp=2, ep=2),
 ]
-# With the package emerging-optimizers: test_muon.py.
 MUON_LAYOUTS = [
     *_layouts("muon muon-phi muon-bf16", "dp2", 2),
     *_layouts("muon", "tp2-etp2", 2, tp=2, etp=2),

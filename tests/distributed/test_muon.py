@@ -2,12 +2,8 @@
 
 import pytest
 
-from megatron_moellava.machine import is_installed
 from tests.distributed.layouts import MUON_CONTINUATIONS, MUON_LAYOUTS
 from tests.distributed.plan import continuation_job, layout_job
-
-if not is_installed("emerging_optimizers"):
-    pytest.skip("emerging-optimizers is not installed: pip install 'megatron-moellava[muon]'", allow_module_level=True)
 
 # As in test_layouts.py. Measured worst: gradients 1.8e-6, parameters after three updates 4.8e-7 (a router under TP2).
 TOLERANCE = 1e-5

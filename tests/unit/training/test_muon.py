@@ -27,10 +27,6 @@ QUINTIC = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
-needs_muon = pytest.mark.skipif(
-    not is_installed("emerging_optimizers"),
-    reason="emerging-optimizers is not installed: pip install 'megatron-moellava[muon]'",
-)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +67,6 @@ def is_stepped_by_muon(role: str, name: str, parameter: torch.Tensor) -> bool:
     return parameter.dim() == 2 and role != "language.embedding" and "embedding" not in name
 
 
-@needs_muon
 def test_matrices_follow_the_formula_and_the_rest_adamw(one_process):
     trainer, adam = started(ROLES, **SETTINGS), started(ROLES, **SETTINGS | {"optimizer.optimizer": "adam"})
     (model,) = trainer.chunks
@@ -102,7 +97,6 @@ def test_matrices_follow_the_formula_and_the_rest_adamw(one_process):
         assert error < 1e-4, f"{name}: {error:.1e}"  # what an orthogonalization makes of fp32's rounding
 
 
-@needs_muon
 def test_a_step_without_a_finite_gradient_changes_nothing(one_process, monkeypatch):
     trainer = started(ROLES, **SETTINGS)
     assert trainer.step()[1]
@@ -124,7 +118,6 @@ def test_a_step_without_a_finite_gradient_changes_nothing(one_process, monkeypat
     assert all(torch.equal(value, old) for value, old in zip(now, kept, strict=True))
 
 
-@needs_muon
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_same_command_goes_on_with_the_same_numbers(one_process, tmp_path, precision):
     options = SETTINGS | {"training.precision": precision, "checkpoint.save": str(tmp_path)}
@@ -142,7 +135,6 @@ def test_the_same_command_goes_on_with_the_same_numbers(one_process, tmp_path, p
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@needs_muon
 def test_fp32_copies_know_whose_they_are(one_process):
     trainer = started(ROLES, **SETTINGS, **{"training.precision": "bf16"})
     model = trainer.chunks[0]

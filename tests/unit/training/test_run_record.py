@@ -2,6 +2,8 @@
 
 import subprocess
 
+import torch
+
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.towers import get_tower
 from megatron_moellava.training.run_record import git_state, run_record
@@ -33,4 +35,4 @@ def test_a_record_has_settings_costs_and_environment():
     costs = record["costs"]
     assert costs["parameters"] == sum(costs["parameters_by_role"].values()) > costs["activated_parameters"] > 0
     assert costs["forward_flops_per_token"] > 0
-    assert record["environment"]["packages"]["torch"] and record["environment"]["processes"] == 1
+    assert record["environment"]["packages"]["torch"] == torch.__version__ and record["environment"]["processes"] == 1
