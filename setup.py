@@ -68,8 +68,8 @@ EXTRAS_REQUIRE = {
         "openai>=2",
         "pyarrow>=17",  # `parquet`
         "av>=17",  # `video`
-        "emerging-optimizers~=0.3.0",  # `muon`
-        "triton>=3.4",
+        "emerging-optimizers~=0.3.0; sys_platform == 'linux'",  # `muon`
+        "triton>=3.4; sys_platform == 'linux'",
         "scipy>=1.11",  # the linear program behind `packing_bound`
         "playwright>=1.45",  # drives the system's Chromium; only `make test-browser` uses it
         "ruff~=0.17.6",  # another minor may format differently

@@ -37,7 +37,7 @@ MOE_KEYS = (
 
 
 # The classes that put tiles together, by Tower.tiling.
-NEWLINE_CLASSES: dict[str, dict[str, object]] = {
+NEWLINE_CLASSES: dict[str, dict] = {
     "next": {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next"},
     "onevision": {
         "architectures": ["LlavaOnevisionForConditionalGeneration"],

@@ -11,7 +11,7 @@ import importlib.util
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ class Pictures(Video):
 class Animation(Video):
     """GIF, WebP, APNG."""
 
-    def __init__(self, origin: Origin, where: str, formats: Sequence[str] | None = None):
+    def __init__(self, origin: Origin, where: str, formats: tuple[str, ...] | None = None):
         self.where = where
         with _guarded(where):
             self.image = Image.open(io.BytesIO(origin) if isinstance(origin, bytes) else origin, formats=formats)
@@ -264,7 +264,7 @@ def _last_video(origin: Origin, where: str, trusted: bool, process: int) -> Vide
     return open_video(origin, where, trusted)
 
 
-def open_video(origin: Origin, where: str, trusted: bool = False, formats: Sequence[str] | None = None) -> Video:
+def open_video(origin: Origin, where: str, trusted: bool = False, formats: tuple[str, ...] | None = None) -> Video:
     """The video of a path or of a file's content. `formats`: those of Pillow that may be one; None: all it knows.
 
     Raises BadSample for what is none.
