@@ -204,6 +204,16 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DistillationConfig:
+    """Stages 2 and 3: learn the whole distribution that a teacher has for each token of the answers, beside the token."""
+
+    teacher_logits: str  # folder that `moellava make-teacher` has written of the same rows with the same tokenizer
+    # of the divergence KL(teacher, student); the loss of the tokens themselves has the rest, 1 - weight
+    weight: float = 0.5
+    temperature: float = 1.0  # both distributions are flattened by it, and the divergence is multiplied by its square
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DebugConfig:
     """Switches that cost time, for a run that misbehaves."""
 
@@ -235,6 +245,7 @@ class TrainingConfig:
     # roles that receive gradients; None: the stage's own, and beside adapters the projector (stage 3: and the router)
     trains: tuple[Role, ...] | None = None
     lora: LoraConfig | None = None  # low-rank adapters beside frozen matrices (below); null: none
+    distillation: DistillationConfig | None = None  # from a teacher's logits (below); null: none
     recompute: Recompute = "none"  # selective: the attention alone
     recompute_tower: bool = False  # the vision tower's activations too
     non_finite_patience: int = 5  # consecutive skipped steps before the run stops

@@ -54,6 +54,8 @@ def page() -> str:
     parts += ["## data.sources", inspect.getdoc(config.Source) or "", _table("", config.Source, meanings)]
     lora = _table("training.lora", config.LoraConfig, meanings)
     parts += ["## training.lora", inspect.getdoc(config.LoraConfig) or "", lora]
+    distillation = _table("training.distillation", config.DistillationConfig, meanings)
+    parts += ["## training.distillation", inspect.getdoc(config.DistillationConfig) or "", distillation]
     debug = _table("training.debug", config.DebugConfig, meanings)
     parts += ["## training.debug", inspect.getdoc(config.DebugConfig) or "", debug]
     parts += ["## optimizer.roles", inspect.getdoc(config.RolesConfig) or "", _table("", config.RolesConfig, meanings)]

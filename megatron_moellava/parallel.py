@@ -129,6 +129,13 @@ def is_main_process() -> bool:
     return dist.get_rank() == dist.get_world_size() - 1
 
 
+def speaks_for_its_replicas() -> bool:
+    """One rank of the last pipeline stage's tensor- and context-parallel ones, where all of these know the same."""
+    return is_last_stage() and not (
+        parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_context_parallel_rank()
+    )
+
+
 def say(text: str) -> None:
     """Print on the main process only."""
     if is_main_process():

@@ -15,6 +15,7 @@ STAGES: dict[int, tuple[Role, ...]] = {
     3: ("projector", "language.ffn", "experts", "router"),
     4: ("projector", *LANGUAGE),
 }
+DISTILLED = (2, 3)  # stages that may learn from a teacher's logits
 PREFERENCE = 4  # the stage that trains on pairs of answers
 
 ADAPTERS = "adapters"  # the role of what training.lora adds; trained wherever it is there

@@ -61,6 +61,9 @@ class RunDescription:
     provenance: dict = field(default_factory=dict)  # of the weights: what was done to what
     validation: dict = field(default_factory=dict)  # {loss, iteration} of the best one so far; empty: there was none
     preference: dict = field(default_factory=dict)  # of stage 4: {"reference": its seal, "shift": mean reward so far}
+    distillation: dict = field(
+        default_factory=dict
+    )  # {"teacher": digest of the teacher's logits}; empty: there is none
     # {"lora": LoraConfig's fields, "base": {"folder", "seal"}}: the checkpoint holds what was trained, no more
     adapter: dict | None = None
     sha256: dict = field(default_factory=dict)  # {file below the folder: digest}; empty: an older version wrote none
@@ -104,6 +107,8 @@ def write_description(checkpoint: Path, description: RunDescription) -> None:
         del content["loss_scale"]
     if not description.preference:  # likewise before stage 4
         del content["preference"]
+    if not description.distillation:
+        del content["distillation"]
     if description.adapter is None:  # whole models are read by versions that know no adapters
         del content["adapter"]
     content["checksum"] = _checksum(content)

@@ -36,6 +36,9 @@ COMMANDS = {
     "make-preferences": Command(
         "make_preferences", "make_preferences.py", "pairs of a checkpoint's own answers, ranked, for stage 4"
     ),
+    "make-teacher": Command(
+        "make_teacher", "make_teacher.py", "a checkpoint's likeliest tokens at every label, for a student"
+    ),
     "analyze": Command("analyze", "analyze_routing.py", "where the tokens of a data set go in a MoE checkpoint"),
     "chat": Command("chat", "chat.py", "talk with a checkpoint in the terminal"),
     "serve": Command("serve", "serve.py", "a web page and an OpenAI-compatible API for a checkpoint"),

@@ -48,6 +48,11 @@ class Batch:
     pairs: list[int] = field(default_factory=list)  # their numbers in the data set
     reference_P2: torch.Tensor | None = None  # fp32, log-probabilities of the answers by the reference
     shows_R: torch.Tensor | None = None  # int64: which visual token each of the image rows is; None: all in turn
+    rows: list[int] = field(default_factory=list)  # the samples' numbers in the data set
+    # Of each label, in the order of the rows: the teacher's likeliest tokens, and log-probabilities of these and of all
+    # others together (data/teacher_logits.py).
+    teacher_ids_TK: torch.Tensor | None = None  # int32
+    teacher_log_probs_TC: torch.Tensor | None = None  # fp16 or fp32, C = K + 1
     pools: Pools = ()  # images that become one set of visual tokens, and which neighbours one token; empty: each its own
     counts: Counts = None  # type: ignore[assignment]  # taken from the tensors when the batch is made, on the host, and carried along
 
@@ -96,7 +101,17 @@ def total(counts: Iterable[Counts]) -> Counts:
     return Counts(*map(sum, zip(*map(astuple, counts), strict=True)))
 
 
-_SMALL = ("tokens_BS", "labels_BS", "position_ids_BS", "padding_mask_BS", "cu_seqlens", "reference_P2", "shows_R")
+_SMALL = (
+    "tokens_BS",
+    "labels_BS",
+    "position_ids_BS",
+    "padding_mask_BS",
+    "cu_seqlens",
+    "reference_P2",
+    "shows_R",
+    "teacher_ids_TK",
+    "teacher_log_probs_TC",
+)
 
 
 def to_wire(batch: Batch) -> Batch:

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -67,14 +67,15 @@ class Loader(Batches):
         num_samples: int,
         allowed: float,
         content: list | None = None,
+        arranged: Callable[[list[int]], Items] | None = None,
     ):
         """`num_samples`: of one epoch, over all ranks; `allowed`: bad ones of it that do not stop the run; `content`: what
-        the rows' tokens depend on, as JSON."""
+        the rows' tokens depend on, as JSON; `arranged`: which of some samples share a row, as in an epoch."""
         self.micro_batches, self._fingerprint = micro_batches, fingerprint
         self._iterator: Iterator[dict] | None = None
         self.duplicates = sum(entry.duplicates for entry in opened)  # rows whose id another row of their source has
         self.num_samples, self.rows = num_samples, sum(entry.rows for entry in opened)
-        self.content = content
+        self.content, self.arranged = content, arranged
         self.seen = 0
         self.trained = 0
         self.skipped: Counter[str] = Counter()
@@ -310,24 +311,20 @@ def build_train_loader(
     shares = [entry.share for entry in opened]
     content = _length_key(fingerprint, opened, data, tower) + ["pairs"] * pairs
 
-    def order(epoch: int) -> list[int]:
-        return sample_order(shares, seed, epoch)
+    def plan(epoch: int) -> Items:
+        return arranged(sample_order(shares, seed, epoch))
 
-    group = 1
+    group, arranged = 1, _alone
     if data.sampler == "modality_length":
         chunks = accumulation_steps * world_size
         plan = _modality(data, opened, seed, micro_batch_size, chunks, world_size)
         fingerprint |= {"micro_batch_size": micro_batch_size, "micro_batches_per_step": chunks}
     elif data.packing:
         cache = cache_folder or Path(data.sources[0].path).expanduser().parent / ".moellava_index"
-        plan = _packed(data, pipeline, order, content, cache, tower_weight)
+        arranged = _packed(data, pipeline, content, cache, tower_weight)
     else:
         group = micro_batch_size
-
-        def plan(epoch: int) -> Items:
-            return [[number] for number in order(epoch)]
-
-    num_samples = len(order(0))
+    num_samples = len(sample_order(shares, seed, 0))
     if not num_samples:
         raise DataError("data.sources: an epoch holds no sample; raise the weights")
     visits = max(1, math.ceil(max(entry.weight for entry in opened)))  # of one row in an epoch, by several ranks
@@ -340,7 +337,12 @@ def build_train_loader(
         num_samples=num_samples,
         allowed=data.max_skip_share * sum(entry.rows for entry in opened) * visits,
         content=content,
+        arranged=arranged,
     )
+
+
+def _alone(samples: list[int]) -> Items:
+    return [[number] for number in samples]
 
 
 def _modality(data, opened: list[OpenSource], seed: int, micro_batch_size: int, chunks: int, world_size: int):
@@ -355,17 +357,16 @@ def _modality(data, opened: list[OpenSource], seed: int, micro_batch_size: int, 
     return plan
 
 
-def _packed(data, pipeline: Pipeline, order, key: list, cache: str | Path, tower_weight: float):
+def _packed(data, pipeline: Pipeline, key: list, cache: str | Path, tower_weight: float):
     measured = measured_lengths(pipeline, key, cache)
     lengths = pipeline.measured = tokens_of(measured)
     costs = None if lengths is measured else lengths.astype(np.float64) ** 2 + tower_weight * measured[:, 1]
 
-    def plan(epoch: int) -> Items:
-        samples = order(epoch)
+    def arranged(samples: list[int]) -> Items:
         own = None if costs is None else costs[samples].tolist()
         return pack_epoch(samples, lengths[samples].tolist(), data.seq_length, data.packing_buffer, own)
 
-    return plan
+    return arranged
 
 
 def _length_key(fingerprint: dict, opened: list[OpenSource], data, tower) -> list:

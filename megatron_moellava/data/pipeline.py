@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
+import torch
 
 from megatron_moellava.data import media
 from megatron_moellava.data.batch import Batch, pack, pad, to_wire
-from megatron_moellava.data.encode import EncodedSample
+from megatron_moellava.data.encode import IGNORE_INDEX, EncodedSample
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.images import FIRST_FRAME
 from megatron_moellava.data.pair_rows import parse_pair
@@ -18,6 +19,7 @@ from megatron_moellava.data.pairs import EncodedPair, pack_pairs, pair_of
 from megatron_moellava.data.regions import CUT
 from megatron_moellava.data.sample import BadSample, parse_record
 from megatron_moellava.data.sources import Reader
+from megatron_moellava.data.teacher_logits import Taught, TeacherLogits
 
 ADVICE = {
     "truncated": "cut at {cut} of {length} tokens; shorten the row, or raise data.max_sample_length",
@@ -57,21 +59,24 @@ class Pipeline:
     """A torch data set whose items are micro-batches. `measured[n]`: tokens of sample n that its row counts on, or None.
 
     `pairs`: the rows are pairs of answers; `reference_R2[n]`: the log-probabilities of those of row n, -inf where there are
-    none, or None before they are known.
+    none, or None before they are known. `teacher`: what a teacher says of each row's labels, or None without one.
     """
 
     def __init__(self, reader: Reader, encoder: Encoder, tower, data, *, pad_multiple: int, measured=None, pairs=False):
         self.reader, self.encoder, self.tower, self.data = reader, encoder, tower, data
         self.pad_multiple, self.measured, self.pairs = pad_multiple, measured, pairs
         self.reference_R2: np.ndarray | None = None
+        self.teacher: TeacherLogits | None = None
         self.pixel_shape = tower.pixel_shape
 
     def __getitem__(self, numbers: list[int]) -> dict:
         """{"batch": Batch or None if no sample can be used, "events"}"""
         events = Events(seen=len(numbers))
         made = [(number, *sample) for number in numbers if (sample := self._sample(number, events)) is not None]
-        encoded, pixels = [sample for _, sample, _ in made], [pixels for *_, found in made for pixels in found]
+        encoded, pixels = [sample for _, sample, *_ in made], [pixels for _, _, found, _ in made for pixels in found]
         batch = self._batch(encoded, pixels, [number for number, *_ in made])
+        if batch is not None:
+            batch = replace(batch, rows=[number for number, *_ in made], **_of_teacher([taught for *_, taught in made]))
         return {"batch": batch and to_wire(batch), "events": events}
 
     def encode(self, number: int) -> tuple[EncodedSample | EncodedPair, str, str]:
@@ -89,7 +94,9 @@ class Pipeline:
         parsed = media.write_regions(parsed, folder, self.tower, self.data)
         return media.encoded(self.encoder, parsed, folder, origin, self.tower, self.data), folder, origin
 
-    def _sample(self, number: int, events: Events) -> tuple[EncodedSample | EncodedPair, list[np.ndarray]] | None:
+    def _sample(
+        self, number: int, events: Events
+    ) -> tuple[EncodedSample | EncodedPair, list[np.ndarray], Taught | None] | None:
         try:
             encoded, folder, origin = self.encode(number)
             if self.reference_R2 is not None and not np.isfinite(self.reference_R2[number]).all():
@@ -103,6 +110,7 @@ class Pipeline:
                     "changed during the run",
                     f"{origin}: {len(encoded)} tokens, but {self.measured[number]} when the run began; start it again",
                 )
+            taught = self._taught(number, encoded, origin)
             read = encoded.chosen if isinstance(encoded, EncodedPair) else encoded  # a pair shares pictures and notes
             decoded = media.pixels_of(read, folder, origin, self.tower, self.data)
         except BadSample as error:
@@ -112,7 +120,13 @@ class Pipeline:
             events.notes.append((note, f"{origin}: {ADVICE[note].format(cut=len(read), length=read.length)}"))
         for ref, (_, notes) in zip(read.images, decoded, strict=True):
             events.notes += [(note, f"{origin}, image {ref.name[:80]!r}: {ADVICE[note]}") for note in notes]
-        return encoded, [pixels for pixels, _ in decoded]
+        return encoded, [pixels for pixels, _ in decoded], taught
+
+    def _taught(self, number: int, encoded: EncodedSample | EncodedPair, origin: str) -> Taught | None:
+        if self.teacher is None:
+            return None
+        assert isinstance(encoded, EncodedSample), "pairs have a reference, and no teacher"
+        return self.teacher.read(number, encoded.labels_S[encoded.labels_S != IGNORE_INDEX], origin)
 
     def _batch(self, encoded: list, pixels: list[np.ndarray], numbers: list[int]) -> Batch | None:
         if not encoded:
@@ -130,3 +144,11 @@ class Pipeline:
         if self.data.packing:
             return pack(encoded, pixels, self.data.seq_length, self.encoder.tokenizer.pad_id, self.pixel_shape)
         return pad(encoded, pixels, self.pad_multiple, self.encoder.tokenizer.pad_id, self.pixel_shape)
+
+
+def _of_teacher(taught: list) -> dict[str, torch.Tensor]:
+    """Fields of the batch whose samples' labels these are of."""
+    if not taught or taught[0] is None:
+        return {}
+    ids, log_probs = (torch.from_numpy(np.concatenate(part)) for part in zip(*taught, strict=True))
+    return {"teacher_ids_TK": ids, "teacher_log_probs_TC": log_probs}

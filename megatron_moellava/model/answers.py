@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_moellava.data.encode import IGNORE_INDEX
-from megatron_moellava.model.context_parallel import gather_positions, share
+from megatron_moellava.model.context_parallel import share, whole_rows
 
 
 def token_losses(
@@ -24,8 +24,4 @@ def token_losses(
         logits_BLV[is_answer_BL].float(), labels_BL[is_answer_BL], reduction="none"
     )
     guesses_BL = logits_BLV[..., :vocab_size].argmax(dim=-1)
-    return _whole(losses_BL), _whole(guesses_BL)
-
-
-def _whole(share_BL: torch.Tensor) -> torch.Tensor:
-    return gather_positions(share_BL.transpose(0, 1)).transpose(0, 1)
+    return whole_rows(losses_BL), whole_rows(guesses_BL)

@@ -53,6 +53,11 @@ def gather_positions(share_L: torch.Tensor) -> torch.Tensor:
     return torch.cat([*halves[0::2], *reversed(halves[1::2])])
 
 
+def whole_rows(share_BL: torch.Tensor) -> torch.Tensor:
+    """[B, S, ...] from [B, L, ...] of all ranks, on each of them."""
+    return gather_positions(share_BL.transpose(0, 1)).transpose(0, 1)
+
+
 def encode_share(encode, images_N: torch.Tensor) -> torch.Tensor:
     """`encode` of all images, each rank doing its part of them; zero images make the parts equal and are dropped."""
     size, count = parallel.context_parallel_size(), len(images_N)

@@ -166,8 +166,10 @@ class MoELlava(MegatronModule):
         grids: Grids = (),
         pools: Pools = (),
         shows_R: torch.Tensor | None = None,
+        gather_logits: bool = True,
     ) -> torch.Tensor:
-        """Losses [B, S] (fp32, zero where the label is IGNORE_INDEX), or logits [B, S, V] without labels.
+        """Losses [B, S] (fp32, zero where the label is IGNORE_INDEX), or logits [B, S, V] without labels: of the whole
+        vocabulary, or without `gather_logits` of this tensor-parallel rank's part, with -inf where it is filled up.
 
         A stage that is not the last returns its hidden states. `padding_mask_BS`: True where a token is real. Packed
         rows (B = 1) bring `cu_seqlens` [n + 1] and `max_seqlen`; `embeddings_SBD` replaces tokens and images;
@@ -199,7 +201,7 @@ class MoELlava(MegatronModule):
                 inference_context=inference_context,
                 packed_seq_params=packed_seq_params(cu_seqlens, max_seqlen, is_shared),
                 padding_mask=self._router_padding(padding_mask_BS),
-                runtime_gather_output=labels_BS is None,
+                runtime_gather_output=labels_BS is None and gather_logits,
             )
         if labels_BS is None or not self.post_process:
             return output

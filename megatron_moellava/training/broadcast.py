@@ -14,6 +14,7 @@ _META = (
     "tags",
     "grids",
     "pairs",
+    "rows",
     "pools",
     "counts",
 )  # stays on the host, which asks for lengths

@@ -77,6 +77,7 @@ class TrainingState:
     validation: dict = field(default_factory=dict)  # {loss, iteration} of the best one so far
     loss_scale: dict = field(default_factory=dict)  # of a run in fp16
     preference: dict = field(default_factory=dict)  # of stage 4; run.json keeps it
+    distillation: dict = field(default_factory=dict)  # of a run with a teacher; run.json keeps it
     base: dict | None = None  # of a run with adapters: checkpoint.base.name_of_base
     fp8: list[torch.Tensor] = field(default_factory=list)  # what FP8 remembers on this rank
 
@@ -149,6 +150,7 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
         provenance=state.provenance,
         validation=state.validation,
         preference=state.preference,
+        distillation=state.distillation,
         adapter={"lora": to_dict(run.training.lora), "base": state.base} if run.training.lora else None,
     )
 

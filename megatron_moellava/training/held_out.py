@@ -25,7 +25,6 @@ from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.one_pass import dealt_once, read_together
 from megatron_moellava.training.schedule import run_schedule
 
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 SHORT_ANSWER = 8  # tokens, the end of the answer among them: of a closed question, whose answer is right or wrong
@@ -92,7 +91,7 @@ class HeldOut:
             )
             for found_4 in found:
                 sums_4 += found_4.cpu()
-        if not _speaks_for_its_replicas():
+        if not parallel.speaks_for_its_replicas():
             sums_4.zero_()
         loss, tokens, right, short_answers = parallel.sum_floats_over_ranks(sums_4.tolist())
         return Score(name, loss / max(tokens, 1.0), int(tokens), int(right), int(short_answers))
@@ -156,9 +155,3 @@ def answer_sums(losses_BS: torch.Tensor, is_right_BS: torch.Tensor, is_answer_BS
     is_short_A = (length_A > 0) & (length_A <= SHORT_ANSWER)
     counts = [is_answer_BS.sum(), (is_short_A & (right_A == length_A)).sum(), is_short_A.sum()]
     return torch.stack([losses_BS.double().sum(), *(count.double() for count in counts)])
-
-
-def _speaks_for_its_replicas() -> bool:
-    """One rank of the last pipeline stage's tensor- and context-parallel ones, which all know the same."""
-    shares = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank()
-    return parallel.is_last_stage() and not any(shares)

@@ -36,6 +36,7 @@ from megatron_moellava.stages import PREFERENCE, trained_roles
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.background import BackgroundSave
 from megatron_moellava.training.broadcast import broadcast_batch
+from megatron_moellava.training.distillation import DistillationLoss
 from megatron_moellava.training.first_gradients import FirstGradients, require_trained
 from megatron_moellava.training.held_out import HeldOut
 from megatron_moellava.training.loss_scale import share_loss_scale
@@ -54,7 +55,7 @@ from megatron_moellava.training.optimizer import (
     role_rates,
     wrap_data_parallel,
 )
-from megatron_moellava.training.preference import NUMBERS, PairLoss, next_shift
+from megatron_moellava.training.preference import PairLoss, next_shift
 from megatron_moellava.training.profiling import Profiler, phase
 from megatron_moellava.training.run_record import run_record
 from megatron_moellava.training.schedule import run_schedule
@@ -67,6 +68,7 @@ from megatron_moellava.validation.checkpoints import check_resumable
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 
+Objective = PairLoss | DistillationLoss  # what a step lowers, where that is not the mean loss of its labels
 BEST = "best"  # folder below checkpoint.save
 NO_GRADIENT = (
     "do its rows have answers, and pictures where the projector alone is trained? is training.trains as it should be?"
@@ -89,9 +91,10 @@ class Trainer:
         train_steps: int,
         held_out: HeldOut | None = None,
         reference: str | None = None,
+        teacher: str | None = None,
     ):
         """`loader` on the processes that read data (`parallel.reads_data`), None elsewhere. `reference`: the seal of that of
-        stage 4."""
+        stage 4. `teacher`: the digest of the logits that `training.distillation` names."""
         self.run, self.loader, self.train_steps, self.held_out = run, loader, train_steps, held_out
         self.chunks = build_model(run)
         roles = trained_roles(run.training)
@@ -105,6 +108,8 @@ class Trainer:
         self.state = checkpoints.TrainingState(iteration=0, consumed_samples=0, data=None)
         if run.training.stage == PREFERENCE:
             self.state.preference = {"reference": reference, "shift": 0.0}
+        if teacher is not None:
+            self.state.distillation = {"teacher": teacher}
         resumed = self._load_weights()
 
         self.wrapped = wrap_data_parallel(run, self.chunks)
@@ -326,11 +331,12 @@ class Trainer:
         self._at("forward and backward pass")
         activations = self.max_activations.watch() if self._records_activations() else nullcontext()
         with activations, self.non_finite_hunt.watch() if self.non_finite_hunt else nullcontext():
-            loss_sums = self._forward_backward(batches, counts.loss_tokens, self._pair_loss(counts))
+            objective = self._objective(counts)
+            loss_sums = self._forward_backward(batches, counts.loss_tokens, objective)
         if self.first_gradients is not None:
             self.first_gradients.check()
             self.first_gradients = None
-        losses, by_layer = self._losses(loss_sums)
+        losses, by_layer = self._losses(loss_sums, objective.names if objective else ("loss",))
         reading = platform.ToHost(list(losses.values())) if losses else None
         self._at("updating parameters")
         scale = {"loss_scale": float(self.loss_scale.scale)} if self.loss_scale is not None else {}
@@ -347,7 +353,7 @@ class Trainer:
         self.state.iteration += 1
         self.state.consumed_samples += counts.samples
         numbers = {
-            "loss": read.pop("loss", 0.0) / (1 if self.state.preference else max(counts.loss_tokens, 1)),
+            "loss": read.pop("loss", 0.0) / (1 if objective else max(counts.loss_tokens, 1)),
             "lr": lr,
             **rates,
             "grad_norm": grad_norm,
@@ -381,15 +387,16 @@ class Trainer:
         if self.fp8 is not None:
             self.fp8.advance() if applied else self.fp8.forget()
 
-    def _losses(self, loss_sums: list[torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
-        """(numbers of all ranks, still on the device: the summed loss on the last stage, means of the routers' losses;
-        the latter by layer, where the routers' state is logged). Collective."""
+    def _losses(
+        self, loss_sums: list[torch.Tensor], names: tuple[str, ...]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
+        """(numbers of all ranks, still on the device: those of `names` summed on the last stage, means of the routers'
+        losses; the latter by layer, where the routers' state is logged). Collective."""
         losses: dict[str, torch.Tensor] = {}
         self.loss_sum = 0.0
         if loss_sums:
             summed = sum(loss_sums[1:], start=loss_sums[0])
             everywhere = parallel.sum_over_data_parallel(summed)
-            names = NUMBERS if self.state.preference else ("loss",)
             losses |= zip(names, everywhere.view(len(names)).unbind(), strict=True)
             self.loss_sum = summed.view(len(names))[0]
         if not self.run.moe:
@@ -437,11 +444,11 @@ class Trainer:
         raise next(error for error in found if error is not None)
 
     def _forward_backward(
-        self, batches: list[Batch], loss_tokens: int, pair_loss: PairLoss | None = None
+        self, batches: list[Batch], loss_tokens: int, objective: Objective | None = None
     ) -> list[torch.Tensor]:
         scale = self.num_microbatches * parallel.data_parallel_size() / max(loss_tokens, 1)
         return run_schedule(
-            partial(self._forward_step, scale=scale, pair_loss=pair_loss),
+            partial(self._forward_step, scale=scale, objective=objective),
             self.wrapped,
             batches,
             seq_length=self.run.data.seq_length,
@@ -449,19 +456,21 @@ class Trainer:
             forward_only=False,
         )
 
-    def _pair_loss(self, counts: Counts) -> PairLoss | None:
-        """The objective of a step of stage 4, whose global batch holds `counts`; None in the other stages."""
-        if not self.state.preference:
-            return None
+    def _objective(self, counts: Counts) -> Objective | None:
+        """Of a step whose global batch holds `counts`; None: the mean loss of its labels."""
         scale = self.num_microbatches * parallel.data_parallel_size()
-        return PairLoss(self.run.preference, counts, scale, self.state.preference["shift"])
+        if self.state.preference:
+            return PairLoss(self.run.preference, counts, scale, self.state.preference["shift"])
+        if self.run.training.distillation:
+            return DistillationLoss(self.run.training.distillation, counts, scale)
+        return None
 
-    def _forward_step(self, batches: Iterator[Batch], model, scale: float, pair_loss: PairLoss | None = None):
+    def _forward_step(self, batches: Iterator[Batch], model, scale: float, objective: Objective | None = None):
         batch = next(batches)
         routing = self.routing if self._counts_routing(self.state.iteration + 1) else None
         with routing.count(batch) if routing else nullcontext():
-            output = model(**model_inputs(batch))
-        return output, partial(pair_loss, batch=batch) if pair_loss else partial(global_token_mean, scale=scale)
+            output = model(**(model_inputs(batch) | (objective.inputs if objective else {})))
+        return output, partial(objective, batch=batch) if objective else partial(global_token_mean, scale=scale)
 
     def _counts_routing(self, iteration: int) -> bool:
         """Whether the routers' state goes to the log in this step: every `logging.routing_interval` steps."""

@@ -240,6 +240,7 @@ def rounded(value, digits: int = 5):
 def _line(numbers: dict[str, float]) -> str:
     formats = {
         "loss": "loss {:.4f}",
+        "kl_loss": "teacher {:.4f}",
         "rewards/accuracies": "prefers {:.0%}",
         "rewards/margins": "margin {:.3f}",
         "load_balancing_loss": "aux {:.3f}",

@@ -5,6 +5,7 @@ which has no labels. Suffixes: B rows (one), S positions, L those of this contex
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -56,6 +57,8 @@ class PairLoss:
     counts: Counts  # of the global batch
     scale: float  # Megatron-Core averages over micro-batches and ranks: their number
     shift: float  # mean reward of the steps before
+    names: ClassVar[tuple[str, ...]] = NUMBERS
+    inputs: ClassVar[dict] = {}  # of the model, beside the batch's: none
 
     def __call__(self, losses_BL: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss for the schedule, fp32 [NUMBERS] of which the sum over micro-batches and ranks is the step's)."""

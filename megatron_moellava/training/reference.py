@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,21 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from megatron_moellava import parallel, platform
-from megatron_moellava.checkpoint.base import base_of
 from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import newest_checkpoint, require_checkpoint, write_durably
 from megatron_moellava.checkpoint.resume_point import newest_described
-from megatron_moellava.config import ConfigError, DataError, LoraConfig, MoELlavaError, RunConfig, from_dict
-from megatron_moellava.data.batch import Batch, from_wire
+from megatron_moellava.config import ConfigError, DataError, MoELlavaError, RunConfig
+from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.loader import Loader
-from megatron_moellava.model.build import build_model
 from megatron_moellava.model.inputs import model_inputs
-from megatron_moellava.model.weights import load_with_base
-from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.held_out import undisturbed
-from megatron_moellava.training.one_pass import dealt_once, read_together
+from megatron_moellava.training.one_pass import each_row_once, model_as_used, passed_once
 from megatron_moellava.training.preference import answer_log_probs, answer_positions
-from megatron_moellava.training.schedule import ROWS_PER_STAGE, run_schedule
 
 TENSOR, KEY = "log_probs", "of"  # in the file: [R, 2], chosen first; what they are of
 
@@ -151,70 +145,23 @@ def _write_together(path: Path, found_R2: np.ndarray, key: dict) -> None:
 def _compute(run: RunConfig, build_loader: Callable[[RunConfig], Loader]) -> np.ndarray:
     """fp32 [R, 2] on every rank, -inf for rows that cannot be used; the random generators are as before. Collective."""
     with undisturbed([]):
-        checkpoint = require_checkpoint(reference_of(run))
-        chunks = _reference_model(run, checkpoint)
-        once = replace(run.data, sources=tuple(replace(source, weight=1.0) for source in run.data.sources))
+        chunks = model_as_used(run, require_checkpoint(reference_of(run)))
         loader = None
         box: list = [None]
         if parallel.reads_data():
-            loader = build_loader(replace(run, data=once, training=replace(run.training, seed=0)))
+            loader = build_loader(each_row_once(run))
             box = [(loader.rows, loader.rows_per_epoch())]
         dist.broadcast_object_list(box, src=0)
         rows, items = box[0]
-        table_R2 = _passed(run, chunks, loader, rows, items)
-        del chunks, loader
-        gc.collect()  # the model's hooks hold it: its memory is the policy's
-        return table_R2
-
-
-def _reference_model(run: RunConfig, checkpoint: Path) -> list:
-    """As it is used: nothing is dropped, recomputed or emulated, and no adapter is new."""
-    description = read_description(checkpoint)
-    lora = from_dict(LoraConfig, description.adapter["lora"]) if description.adapter else None
-    training = replace(run.training, lora=lora, fp8_recipe=None, recompute="none", recompute_tower=False)
-    chunks = build_model(replace(run, training=training))
-    load_with_base(checkpoint, chunks, base_of(checkpoint, description))
-    for chunk in chunks:
-        chunk.eval()
-    return chunks
-
-
-def _passed(run: RunConfig, chunks: list, loader: Loader | None, rows: int, items: int) -> np.ndarray:
-    """All rows once through the model, in rounds that keep a pipeline full."""
-    round_size = ROWS_PER_STAGE * parallel.num_stages()  # micro-batches of a rank; a multiple of the stages
-    rounds = math.ceil(items / (round_size * parallel.data_parallel_size()))
-    reader = _usable(run, loader, rounds * round_size) if loader is not None else None
-    table_R2 = torch.full((rows, 2), -math.inf, dtype=torch.float32)
-    for _ in range(rounds):
-        read = read_together(reader, round_size, "the reference's log-probabilities")
-        batches = [broadcast_batch(batch) for batch in read]
-        found = run_schedule(
-            _forward_step,
-            chunks,
-            batches,
-            seq_length=run.data.seq_length,
-            micro_batch_size=run.training.micro_batch_size,
-            forward_only=True,
-        )
-        for batch, log_probs_P2 in zip(batches, found, strict=False):  # none on stages before the last
+        table_R2 = torch.full((rows, 2), -math.inf, dtype=torch.float32)
+        passed = passed_once(run, chunks, loader, items, _forward_step, "the reference's log-probabilities")
+        for batch, log_probs_P2 in passed:
             table_R2[batch.pairs] = log_probs_P2.cpu()
-    table_R2 = platform.on_device(table_R2)
-    dist.all_reduce(table_R2, op=dist.ReduceOp.MAX)
-    return table_R2.cpu().numpy()
-
-
-def _usable(run: RunConfig, loader: Loader, count: int) -> Iterator[Batch]:
-    """Micro-batches of this rank; one whose rows are all bad becomes another one again, if bad rows are tolerated."""
-    last: Batch | None = None
-    for _, delivered in dealt_once(loader, count, run.training.micro_batch_size):
-        skipped = delivered["events"].skipped
-        if delivered["batch"] is not None:
-            last = from_wire(delivered["batch"])
-        if skipped and (last is None or not run.data.max_skip_share):
-            reason, message, _ = skipped[0]
-            raise DataError(f"{message} ({reason}); mend it or leave it out")
-        assert last is not None
-        yield last
+        table_R2 = platform.on_device(table_R2)
+        dist.all_reduce(table_R2, op=dist.ReduceOp.MAX)
+        del chunks, loader, passed
+        gc.collect()  # the model's hooks hold it: its memory is the policy's
+        return table_R2.cpu().numpy()
 
 
 def _forward_step(batches: Iterator[Batch], model):

@@ -15,6 +15,7 @@ from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.model.precision import settle_and_say
 from megatron_moellava.stages import PREFERENCE
 from megatron_moellava.towers import tower_of_run
+from megatron_moellava.training.distillation import give_teacher
 from megatron_moellava.training.held_out import HeldOut
 from megatron_moellava.training.lock import lock_folder
 from megatron_moellava.training.loop import Trainer
@@ -53,7 +54,8 @@ def build_trainer(run: RunConfig) -> Trainer:
     """Model, optimizer, data and state of a validated run; the process groups must exist."""
     loader = build_loader(run) if parallel.reads_data() else None
     reference = give_reference(run, loader, build_loader) if run.training.stage == PREFERENCE else None
-    return Trainer(run, loader, train_steps(run, loader), _held_out(run), reference)
+    teacher = give_teacher(run, loader) if run.training.distillation else None
+    return Trainer(run, loader, train_steps(run, loader), _held_out(run), reference, teacher)
 
 
 def _held_out(run: RunConfig) -> HeldOut | None:

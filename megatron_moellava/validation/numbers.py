@@ -57,6 +57,8 @@ RULES: dict[str, Rule] = {
     "training.lora.rank": AT_LEAST_1,
     "training.lora.alpha": POSITIVE,
     "training.lora.dropout": BELOW_1,
+    "training.distillation.weight": SHARE,
+    "training.distillation.temperature": POSITIVE,
     "preference.beta": POSITIVE,
     "preference.loss_coeff": AT_LEAST_0,
     "preference.quality_coeff": AT_LEAST_0,

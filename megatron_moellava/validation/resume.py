@@ -82,6 +82,7 @@ NOTED = {
     "training.num_layers_at_end_in_bf16": "",
     "training.recompute": "rounding at most",
     "training.recompute_tower": "rounding at most",
+    "training.distillation": "other logits are refused",
     "preference.beta": "",
     "preference.loss_coeff": "",
     "preference.quality_coeff": "",

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_moellava import typed_tree
@@ -18,6 +18,7 @@ from megatron_moellava.towers import TOWERS, tower_fields, tower_of_run
 from megatron_moellava.validation.adapters import adapter_problems
 from megatron_moellava.validation.checkpoints import checkpoint_problems
 from megatron_moellava.validation.data import data_problems, length_problems
+from megatron_moellava.validation.distillation import distillation_problems
 from megatron_moellava.validation.experts import expert_problems
 from megatron_moellava.validation.layout import parallel_problems
 from megatron_moellava.validation.numbers import number_problems
@@ -37,13 +38,21 @@ from megatron_moellava.validation.training import (
 FOLDERS = (("checkpoint", "save"), ("checkpoint", "load"), ("logging", "directory"))
 
 
-def load_run(*, config: str | None = None, flags: dict[str, object], overrides: Sequence[str] = ()) -> RunConfig:
+def load_run(
+    *,
+    config: str | None = None,
+    flags: dict[str, object],
+    overrides: Sequence[str] = (),
+    sections: Collection[str] | None = None,
+) -> RunConfig:
     """The run of a command line. Weakest first: the model of the loaded checkpoint, the YAML file, flags, overrides.
 
-    `flags`: dotted path -> value; empty values count as not given. ConfigError lists all problems, also those that the
-    rules find in what can be understood.
+    `flags`: dotted path -> value; empty values count as not given. `sections`: those that are read of the YAML file; None:
+    all. ConfigError lists all problems, also those that the rules find in what can be understood.
     """
     given = read_yaml(config) if config else {}
+    if sections is not None:
+        given = {section: fields for section, fields in given.items() if section in sections}
     for name, value in flags.items():
         if value:
             set_override(given, name, value)
@@ -154,6 +163,7 @@ def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None
     found += tokenizer_problems(run, backbone, template)
     found += checkpoint_problems(run, backbone, tower)
     found += preference_problems(run, backbone, tower)
+    found += distillation_problems(run, template)
     if backbone is None:
         return [*found, *batch_problems(run, world_size), *training_problems(run, machine)]
     if tower is not None:

@@ -52,7 +52,7 @@ def test_number_rules_are_of_fields_that_exist():
     sections = {
         name: typing.get_args(hint) or (hint,) for name, hint in typing.get_type_hints(config.RunConfig).items()
     }
-    sections["training.lora"] = (config.LoraConfig,)
+    sections |= {"training.lora": (config.LoraConfig,), "training.distillation": (config.DistillationConfig,)}
     parts = typing.get_type_hints(config.RolesConfig)
     sections |= {f"optimizer.roles.{part}": typing.get_args(hint) for part, hint in parts.items()}
     for path in RULES:
