@@ -64,8 +64,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def teacher_run(args: argparse.Namespace):
     """The run whose rows and layout the pass has. It trains nothing: the stage stands for any, the batch fits any layout."""
+    from megatron_moellava.checkpoint.folders import require_checkpoint
     from megatron_moellava.validation.run import load_run, world_size
 
+    require_checkpoint(args.load)  # it says what the model is
     run = load_run(
         config=args.config,
         flags={

@@ -27,6 +27,7 @@ from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.loop import TrainingDiverged
 from megatron_moellava.training.optimizer import optimizer_step_count
 from megatron_moellava.training.run import train
+from megatron_moellava.training.teacher import make_teacher
 from tests.distributed.jobs import run_config, start
 from tests.distributed.layouts import BY_ID
 from tests.distributed.shards import gather_parameters
@@ -396,10 +397,43 @@ def run_preferences(job: dict, folder: Path) -> dict:
     tree["preference"]["log_probs"] = str(folder / f"{job.get('log_probs', job['id'])}.safetensors")
     for name, value in job["settings"].items():
         set_override(tree, name, value)
+    _copy_first_checkpoint(job, folder)
+    code = train(from_dict(RunConfig, tree))
+    last = folder / job["id"] / f"iter_{TRAIN_STEPS:07d}" / "run.json"
+    return {"exit": code, "preference": json.loads(last.read_text())["preference"]}
+
+
+def _copy_first_checkpoint(job: dict, folder: Path) -> None:
     if "goes_on" in job and dist.get_rank() == 0:
         first = f"iter_{SAVE_INTERVAL:07d}"
         shutil.copytree(folder / job["goes_on"] / first, folder / job["id"] / first)
     dist.barrier()
-    code = train(from_dict(RunConfig, tree))
-    last = folder / job["id"] / f"iter_{TRAIN_STEPS:07d}" / "run.json"
-    return {"exit": code, "preference": json.loads(last.read_text())["preference"]}
+
+
+# --- distillation -----------------------------------------------------------------------------------------------------
+
+
+def run_teacher(job: dict, folder: Path) -> dict:
+    """The logits of the model of `load` at every label, in shards of 16 rows."""
+    tree = to_dict(_run(job, folder))
+    tree["checkpoint"] |= {"save": None, "load": str(folder / job["load"])}
+    tree["training"]["global_batch_size"] = dist.get_world_size()
+    for name, value in job["settings"].items():
+        set_override(tree, name, value)
+    make_teacher(from_dict(RunConfig, tree), folder / job["id"], top_k=8, dtype="float32", rows_per_shard=16)
+    return {}
+
+
+def run_distilled(job: dict, folder: Path) -> dict:
+    """A run from the weights of `load` with the logits of `teacher`; `goes_on`: the job whose first checkpoint it continues."""
+    tree = to_dict(_run(job, folder))
+    tree["checkpoint"]["load"] = str(folder / job["load"])
+    tree["training"]["distillation"] = {
+        "teacher_logits": str(folder / job["teacher"]),
+        "weight": 0.7,
+        "temperature": 2.0,
+    }
+    for name, value in job["settings"].items():
+        set_override(tree, name, value)
+    _copy_first_checkpoint(job, folder)
+    return {"exit": train(from_dict(RunConfig, tree))}
