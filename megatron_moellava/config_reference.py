@@ -108,6 +108,7 @@ def _kind(hint) -> str:
         str: "text",
         config.Source: "sources (below)",
         config.LoraConfig: "adapters (below)",
+        config.DistillationConfig: "a teacher (below)",
         config.DebugConfig: "switches (below)",
         config.RolesConfig: "parts of the model (below)",
         config.RoleOptions: "rates and weight decay (below)",

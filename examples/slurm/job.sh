@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the training scripts share; they source this file and then call `run_stage` with the arguments of tools/train.py.
+# What the training scripts share; they source this file and then call `run_stage` with the arguments of tools/$PROGRAM.
 #
 # Run on a login node (`bash examples/train_stage1.sh`), run_stage checks the whole request and submits the script.
 # Run as a job (`sbatch examples/train_stage1.sh`), it checks again and starts one launcher per node.
@@ -10,6 +10,7 @@
 # without any progress ends the job: it would only repeat itself.
 
 OVERRIDES=("$@")                # what the caller added: dotted fields such as optimizer.lr=1e-5
+PROGRAM="${PROGRAM:-train.py}"   # in tools/: what the job runs, and asks to check a request
 PYTHON="${PYTHON:-python3}"     # interpreter of the environment, or of the container
 CONTAINER="${CONTAINER:-}"      # "": bare metal; a .sif file: Apptainer; anything else: an image for enroot/pyxis
 # Folders the container sees, comma-separated. Of $SAVE the folder above: it is written beside itself, then renamed.
@@ -41,12 +42,12 @@ single() {
     esac
 }
 
-# Config, files, checkpoint and world size, checked by one CPU: validate NODES GPUS_PER_NODE [arguments of train.py]
+# Config, files, checkpoint and world size, checked by one CPU: validate NODES GPUS_PER_NODE [arguments of $PROGRAM]
 validate() {
     local gpus="${2##*:}" # h100:8 -> 8
     # An arithmetic expression would run what a variable holds, hence numbers only.
     [[ "$1" =~ ^[0-9]+$ && "$gpus" =~ ^[0-9]+$ ]] || stop 2 "NODES=$1 and GPUS_PER_NODE=$2 must be numbers (h100:8 is fine)."
-    WORLD_SIZE=$(($1 * gpus)) single "$PYTHON" "$REPO/tools/train.py" --validate-only "${@:3}" || exit 2
+    WORLD_SIZE=$(($1 * gpus)) single "$PYTHON" "$REPO/tools/$PROGRAM" --validate-only "${@:3}" || exit 2
 }
 
 # On the login node: check, and submit unless VALIDATE_ONLY is set.
@@ -75,7 +76,7 @@ start() {
     # tools/launch.py is torchrun with signals and exit codes that pass through.
     command+=("$PYTHON" "$REPO/tools/launch.py" --nnodes="$SLURM_NNODES" --nproc-per-node="$SLURM_GPUS_ON_NODE"
         --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
-        "$REPO/tools/train.py" "$@")
+        "$REPO/tools/$PROGRAM" "$@")
     "${command[@]}" &
     STEP=$!
 }

@@ -38,6 +38,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=COUNT, default=32, help="tokens at each label; all others are one number (32)")
     parser.add_argument("--dtype", default="float16", choices=DTYPES, help="of the log-probabilities (float16)")
     parser.add_argument("--rows-per-shard", type=COUNT, default=512, help="what an interruption loses at most (512)")
+    parser.add_argument(
+        "--validate-only", action="store_true", help="check the run and the files, then exit with 0 or 2"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. data.tokenizer=FOLDER")
     parsed = parser.parse_intermixed_args(argv)
     parsed.overrides += [item for item in parsed.data if SETTING.match(item)]
@@ -52,6 +55,12 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         run = teacher_run(args)
+        if args.validate_only:
+            from megatron_moellava.validation.run import validate_run
+
+            validate_run(run)
+            print("the run is valid")
+            return 0
         choose(run.training.device, run.training.transformer_impl)  # before torch looks for GPUs
         from megatron_moellava.training.teacher import make_teacher
 

@@ -18,11 +18,11 @@ from megatron_moellava.config import ConfigError, read_yaml, set_override
 
 KINDS = {
     "command": {"command"},
-    "train": {"from", "stage", "steps", "data", "image_folder", "tokenizer", "config", "set", "ask"},
+    "train": {"from", "stage", "steps", "data", "image_folder", "tokenizer", "teacher", "config", "set", "ask"},
     "upcycle": {"from", "moe", "noise_std", "router_scale", "drop", "select"},
     "given": {"folder"},
 }
-REFERENCES = ("from", "data", "image_folder", "tokenizer")  # "step/below/it": needs the step
+REFERENCES = ("from", "data", "image_folder", "tokenizer", "teacher")  # "step/below/it": needs the step
 TOP = {
     "extends",
     "name",

@@ -167,6 +167,7 @@ def node_run(grid: Grid, runs: Path, node: Node, folder: Path):
             "checkpoint.save": str(folder),
             "data.sources": [{"path": path, "image_folder": images} for path in data],
             "data.tokenizer": resolve(grid, runs, node, "tokenizer"),
+            "training.distillation.teacher_logits": resolve(grid, runs, node, "teacher"),
         },
         overrides=list(overrides_of(settings.get("set") or {})),
     )

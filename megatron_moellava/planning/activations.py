@@ -55,6 +55,7 @@ COMMON = (
     Saved("context before the adapter's dropout", "core attention", "context_dropped"),
     Saved("rotary angles for recomputed layers, once per chunk", "angles", "rotary", bytes=FP32),
     Saved("softmax of the loss", "end", "logits", bytes=FP32),
+    Saved("which logits are of the teacher's tokens", "end", "logits", bytes=MASK, when=("distilled",)),
     Saved("input of the output layer", "end", "hidden", when=("language.embedding",)),
     Saved("visual features, input of fc1", "start", "features", when=("projector",)),
     Saved("fc1's output and fc2's input", "start", "projected", times=2, when=("projector",)),
@@ -212,6 +213,7 @@ def conditions(layout: Layout) -> set[str]:
         "qkv_input_kept": backbone.parallel_residual
         and "language.attention" in layout.backpropagates
         and not (layout.lora and layout.lora.dropout),  # adapters keep what dropout has left, each its own
+        "distilled": layout.run.training.distillation is not None,
         "recompute_tower": layout.run.training.recompute_tower,
         "grouped": moe is not None and moe.moe_grouped_gemm,
         "shared": moe is not None and bool(moe.moe_shared_expert_intermediate_size),

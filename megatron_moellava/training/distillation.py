@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 
+from megatron_moellava import parallel
 from megatron_moellava.checkpoint.resume_point import newest_described
 from megatron_moellava.config import ConfigError, DataError, DistillationConfig, RunConfig
 from megatron_moellava.data.batch import Batch, Counts
@@ -38,12 +39,27 @@ def divergence(teacher_TC: torch.Tensor, student_TC: torch.Tensor, temperature: 
     return temperature**2 * (probs_TC * difference_TC).sum(dim=1)
 
 
-def of_this_rank(batch: Batch, is_label_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int64 [T, K], [T, C]): what the teacher says of the labels that this context-parallel rank holds, in their order."""
+def places_of_labels(batch: Batch) -> torch.Tensor:
+    """int64 [T]: where in the flattened [B, L] of this context-parallel rank there are labels.
+
+    How many there are in whole rows the host knows, so that it need not wait for the device.
+    """
+    is_label_X = (share(batch.labels_BS) != IGNORE_INDEX).flatten()
+    if parallel.context_parallel_size() == 1:
+        return is_label_X.nonzero_static(size=batch.counts.loss_tokens)[:, 0]
+    return is_label_X.nonzero()[:, 0]
+
+
+def of_labels(batch: Batch, places_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """([T] labels, int64 [T, K] and [T, C] what the teacher says of them) at these places of this context-parallel rank."""
     assert batch.teacher_ids_TK is not None and batch.teacher_log_probs_TC is not None, "the loader has a teacher"
     order_BS = (batch.labels_BS != IGNORE_INDEX).flatten().cumsum(0).view_as(batch.labels_BS) - 1
-    own_T = share(order_BS)[is_label_BL]
-    return batch.teacher_ids_TK[own_T].long(), batch.teacher_log_probs_TC[own_T]
+    own_T = share(order_BS).flatten()[places_T]
+    return (
+        share(batch.labels_BS).flatten()[places_T],
+        batch.teacher_ids_TK[own_T].long(),
+        batch.teacher_log_probs_TC[own_T],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +75,11 @@ class DistillationLoss:
 
     def __call__(self, logits_BLV: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss for the schedule, fp32 [names] of which the sum over micro-batches and ranks is the step's)."""
-        labels_BL = share(batch.labels_BS)
-        is_label_BL = labels_BL != IGNORE_INDEX
-        logits_TV = logits_BLV[is_label_BL]  # few of the positions: these alone become fp32
-        ids_TK, teacher_TC = of_this_rank(batch, is_label_BL)
+        places_T = places_of_labels(batch)
+        labels_T, ids_TK, teacher_TC = of_labels(batch, places_T)
+        logits_TV = logits_BLV.flatten(0, 1)[places_T]  # few of the positions: these alone become fp32
         student_TC = with_rest(logits_TV, ids_TK)
-        label_T = logits_of(logits_TV, labels_BL[is_label_BL][:, None])[:, 0]
+        label_T = logits_of(logits_TV, labels_T[:, None])[:, 0]
         of_token = 1 / max(self.counts.loss_tokens, 1)
         ce = (student_TC.logsumexp(dim=1) - label_T).sum() * of_token
         kl = divergence(teacher_TC, student_TC, self.options.temperature).sum() * of_token

@@ -13,16 +13,25 @@ HOSTILE = """it's $(touch executed) `touch executed`; touch executed & "quoted" 
 
 
 @pytest.mark.parametrize(
-    "script", ["train_stage1.sh", "train_stage2.sh", "train_stage3.sh", "train_lora.sh", "train_preferences.sh"]
+    ("script", "others"),
+    [
+        ("train_stage1.sh", ("BACKBONE",)),
+        ("train_stage2.sh", ("BACKBONE",)),
+        ("train_stage3.sh", ("BACKBONE",)),
+        ("train_lora.sh", ("BACKBONE",)),
+        ("train_preferences.sh", ("BACKBONE",)),
+        ("train_distil.sh", ("BACKBONE", "LOGITS")),
+        ("make_teacher.sh", ("TOP_K",)),
+    ],
 )
-def test_hostile_paths_arrive_as_they_are_and_run_nothing(script, tmp_path, stub):
-    names = {
-        name: f"{name} {HOSTILE}" for name in ("LOAD", "SAVE", "TOKENIZER", "DATA", "IMAGES", "CONFIG", "BACKBONE")
-    }
+def test_hostile_paths_arrive_as_they_are_and_run_nothing(script, others, tmp_path, stub):
+    names = {name: f"{name} {HOSTILE}" for name in ("LOAD", "SAVE", "TOKENIZER", "DATA", "IMAGES", "CONFIG", *others)}
+    settings = {"TOKENIZER": "data.tokenizer=", "LOGITS": "training.distillation.teacher_logits="}
     result, words = validate_only(script, tmp_path, stub, **names)
     assert result.returncode == 0, result.stderr
+    assert any(word.endswith("make_teacher.py" if script == "make_teacher.sh" else "train.py") for word in words)
     for name, value in names.items():
-        wanted = f"data.tokenizer={value}" if name == "TOKENIZER" else value
+        wanted = settings.get(name, "") + value
         assert wanted in words, name
     assert not (tmp_path / "executed").exists()
 

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_moellava.config import ConfigError
 from megatron_moellava.experiments.grid import load_grid
+from megatron_moellava.experiments.nodes import resolve
 from tests.helpers.grids import BASE, GRID, made
 from tests.helpers.paths import REPO
 
@@ -40,6 +41,19 @@ def test_a_change_reaches_everything_behind_it_and_nothing_before(tmp_path):
     after = names(made(tmp_path, base=BASE.replace("steps: 100", "steps: 101")), "four")
     assert before[0] == after[0]
     assert not set(before[1:]) & set(after[1:])
+
+
+def test_a_training_reads_the_logits_that_another_step_has_written(tmp_path):
+    changes = "{stage3.teacher: logits/x, stage3.set.training.distillation.weight: 0.9}"
+    text = GRID.replace("  early: {end: stage2}", f"  taught: {changes}")
+    steps = "  logits: {kind: command, command: [make, '{from}', '{data}'], from: stage2, data: prepare/data.json}\n"
+    grid = made(tmp_path, text, base=BASE + steps)
+    four, taught = grid.chain("four", 1), grid.chain("taught", 1)
+    assert [node.step for node in taught] == ["prepare", "stage2", "upcycle", "logits", "stage3"]
+    assert taught[:3] == four[:3] and taught[-1].digest != four[-1].digest
+    assert resolve(grid, tmp_path, taught[-1], "teacher") == str(tmp_path / taught[3].name / "x")
+    assert resolve(grid, tmp_path, four[-1], "teacher") == ""
+    assert resolve(grid, tmp_path, taught[3], "from") == str(tmp_path / taught[1].name)
 
 
 def test_steps_scale_shortens_every_training(tmp_path):
@@ -83,9 +97,10 @@ def test_shipped_grids_end_in_stage_3_and_share_their_start(path):
     grid = load_grid(path)
     assert len(grid.seeds) >= 3
     chains = [grid.chain(cell, 1) for cell in grid.cells]
-    assert {chain[-1].step for chain in chains} == {"stage3"}
+    ends = {chain[-1].step for chain in chains}
+    assert ends == ({"stage3", "teacher"} if path.stem == "knowledge_distilled" else {"stage3"})
     starts = {tuple(node.name for node in chain[:2]) for chain in chains}
-    assert len(starts) == (2 if path.stem in ("size", "knowledge") else 1)
+    assert len(starts) == (2 if path.stem in ("size", "knowledge", "knowledge_distilled") else 1)
     assert set(grid.paper.get("rows", {})) or not grid.paper
 
 

@@ -1,5 +1,6 @@
 """What is kept for the backward pass."""
 
+from megatron_moellava.config import DistillationConfig
 from megatron_moellava.planning.activations import activations_of
 from tests.helpers.planning import layout_of
 
@@ -21,3 +22,10 @@ def test_gpu_modules_keep_less_than_local_ones():
     layout = layout_of()
     local, fused = (activations_of(layout, 0, name).total for name in ("local", "te"))
     assert 0.5 * local < fused < local
+
+
+def test_a_teacher_costs_a_byte_for_each_logit():
+    """What autograd keeps of the loss is measured in tests/unit/training/test_distillation.py."""
+    usual, distilled = layout_of(), layout_of(training__distillation=DistillationConfig(teacher_logits="x"))
+    ends = [activations_of(layout, 0, "te").end for layout in (usual, distilled)]
+    assert ends[1] - ends[0] == usual.tokens * usual.vocabulary / usual.tp

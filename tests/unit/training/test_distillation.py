@@ -1,6 +1,7 @@
 """The loss with a teacher: equal to torch's KL divergence over the full vocabulary, and what is compared where it is cut."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,11 +115,32 @@ def test_the_rest_counts_as_one_token():
     assert divergence(teacher_TC, student_TC, 1.0).tolist() == [pytest.approx(wanted)]
 
 
+def test_what_the_backward_pass_needs_is_what_the_planner_counts():
+    """A softmax in fp32 and a mask in bytes for each logit of a label, beside what is as wide as the teacher's tokens."""
+    labels, vocabulary = 32, 4096
+    draw = torch.Generator().manual_seed(1)
+    logits_TV = torch.randn(labels, vocabulary, generator=draw).bfloat16().requires_grad_()
+    ids_TK = top_ids(logits_TV, 8)
+    teacher_TC = with_rest(logits_TV, ids_TK).log_softmax(dim=1).detach()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = divergence(teacher_TC, with_rest(logits_TV, ids_TK), 1.0).sum()
+    assert loss.requires_grad
+    per_logit = sum(kept.values()) / (labels * vocabulary)
+    assert 5.0 <= per_logit < 5.2
+
+
 def test_rows_without_a_label_cost_nothing():
     student = logits()[1]
     batch, _ = labelled(slice(0, 2), 3)
-    batch.labels_BS[:] = IGNORE_INDEX
-    batch.teacher_ids_TK, batch.teacher_log_probs_TC = batch.teacher_ids_TK[:0], batch.teacher_log_probs_TC[:0]
+    nothing = {"teacher_ids_TK": batch.teacher_ids_TK[:0], "teacher_log_probs_TC": batch.teacher_log_probs_TC[:0]}
+    batch = replace(batch, labels_BS=torch.full_like(batch.labels_BS, IGNORE_INDEX), counts=None, **nothing)
     loss, numbers = DistillationLoss(DistillationConfig(teacher_logits=""), batch.counts, 1.0)(student, batch)
     loss.backward()
     assert numbers.tolist() == [0.0, 0.0, 0.0] and not student.grad.any()
