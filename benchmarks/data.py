@@ -10,14 +10,12 @@ images/...      synthetic photographs (smooth noise, 640 x 480, JPEG quality 90)
 loader/...      a LLaVA JSON of such photographs on disk, read, tokenised, packed and decoded by the training loader
 quickstart/...  packing and loader of the quickstart's conversations, if its data are there
 law ...         packing and balance on the 665k lengths of data/length_distribution.py, samples up to 2,048 tokens
-native ...      the same with pictures at native resolution, of usual sizes (COCO, Visual Genome, book covers, TextCaps):
-                stage 2 of Phi-2 with a frozen tower; costs are FLOPs, of rows sorted by cost or by attention alone
+native ...      balance with pictures at native resolution, videos ... with pooled videos (benchmarks/balance.py)
 """
 
 import argparse
 import io
 import json
-import math
 import tempfile
 import time
 from pathlib import Path
@@ -25,25 +23,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_moellava.backbones import get_backbone
-from megatron_moellava.config import DataConfig, ModelConfig, RunConfig, Source, TrainingConfig
-from megatron_moellava.costs.balance import WITH_GRADIENTS, tower_weight
-from megatron_moellava.costs.flops import CAUSAL, Product, last_stage_work, layer_work, useful_flops
-from megatron_moellava.costs.sharding import Sharding
+from benchmarks.balance import LONGEST, RANKS, balance_figures, imbalance
+from megatron_moellava.config import DataConfig, Source
 from megatron_moellava.data import media
 from megatron_moellava.data.images import pad_to_square
 from megatron_moellava.data.length_distribution import packing_bound, sample_lengths
 from megatron_moellava.data.loader import build_encoder, build_train_loader
-from megatron_moellava.data.native import plans
-from megatron_moellava.data.packing import pack_epoch
 from megatron_moellava.data.sample import ImageRef
 from megatron_moellava.data.sources import open_source
 from megatron_moellava.data.statistics import packing, token_lengths
 from megatron_moellava.data.tokenizer import load_tokenizer
-from megatron_moellava.towers import get_tower, tower_of_run
+from megatron_moellava.towers import get_tower
 
-RANKS = 8
-LONGEST = 2048  # tokens of a sample, as in the original
 TOKENIZER = Path(__file__).parents[1] / "tests" / "golden" / "assets" / "tok_bpe"
 TOWERS = {"clip 336": "clip-vit-large-patch14-336", "siglip 384": "siglip-so400m-patch14-384"}
 LAWS = (  # tokens per row, features per image, samples that the packer sees
@@ -52,16 +43,6 @@ LAWS = (  # tokens per row, features per image, samples that the packer sees
     (4096, 576, 128),
     (4096, 729, 128),
     (8192, 576, 128),
-)
-
-
-NATIVE = "siglip2-so400m-patch16-naflex@pixel_shuffle"
-NATIVE_LAWS = ((4096, 256, True), (4096, 256, False), (4096, 1024, False))  # tokens per row, per picture, enlarged
-PICTURES = (  # width, height
-    *[(640, 480), (480, 640), (640, 427), (500, 375), (375, 500)] * 4,
-    *[(800, 600), (1024, 768), (500, 333), (1280, 960)] * 2,
-    *[(330, 500), (400, 600), (260, 400)],
-    *[(1024, 683), (768, 1024)],
 )
 
 
@@ -119,51 +100,10 @@ def law_figures(seq_length: int, features: int, buffer: int) -> dict:
     return {
         f"{name}/useful share": round(float(np.mean(filled)), 4),
         f"{name}/best possible useful share": round(min(1.0, packing_bound(tokens, seq_length, 16)), 4),
-        f"{name}/images, busiest over mean": _imbalance(images),
-        f"{name}/attention, busiest over mean": _imbalance(attention),
-        f"{name}/attention in random order": _imbalance(shuffled),
+        f"{name}/images, busiest over mean": imbalance(images),
+        f"{name}/attention, busiest over mean": imbalance(attention),
+        f"{name}/attention in random order": imbalance(shuffled),
     }
-
-
-def native_figures(seq_length: int, budget: int, enlarge: bool) -> dict:
-    """Busiest rank over the mean of RANKS ranks per step, of the tower's work and of everything that a row costs."""
-    data = DataConfig(seq_length=seq_length, max_image_tokens=budget, enlarge_images=enlarge)
-    run = RunConfig(model=ModelConfig(backbone="phi-2", tower=NATIVE), training=TrainingConfig(stage=2), data=data)
-    backbone, tower = get_backbone("phi-2"), tower_of_run(run)
-    text, has_image = sample_lengths(3000 * RANKS, 0, LONGEST - budget)
-    drawn = np.random.default_rng(1).integers(0, len(PICTURES), len(text))
-    planned = {number: plans([size], tower, data, "")[0] for number, size in enumerate(PICTURES)}
-    visual = np.array([planned[number].tokens for number in drawn]) * has_image
-    work = np.array([tower.work(math.prod(planned[number].grid)) for number in drawn]) * has_image
-    tokens, weight = text + visual, tower_weight(run, backbone, tower)
-    costs = tokens.astype(float) ** 2 + weight * work
-    products = _row_products(run, backbone, tower)
-    name = f"native {seq_length} tokens, {budget} per picture{'' if enlarge else ' at most'}"
-    found = {f"{name}/visual tokens of a picture, mean": round(float(visual[has_image > 0].mean()), 1)}
-    for order, by in (("sorted by cost", costs), ("sorted by attention", tokens.astype(float) ** 2)):
-        rows = pack_epoch(range(len(tokens)), tokens.tolist(), seq_length, 128, by.tolist())
-        found[f"{name}/tower, {order}, busiest over mean"] = _imbalance([work[row].sum() for row in rows])
-        found[f"{name}/whole row, {order}, busiest over mean"] = _imbalance(
-            [products + costs[row].sum() for row in rows]
-        )
-    return found
-
-
-def _row_products(run: RunConfig, backbone, tower) -> float:
-    """The matrix products of a packed row, which all rows have alike, in the units of costs/balance.py."""
-    alone = Sharding(run=run, backbone=backbone, tower=tower)
-    length = run.data.seq_length
-    works = [*list(layer_work(alone, False, length, length)) * backbone.num_layers, *last_stage_work(alone, length)]
-    flops = sum(useful_flops(work) for work in works if isinstance(work, Product))
-    width = backbone.num_attention_heads * backbone.kv_channels * backbone.num_layers
-    return flops / (4.0 * width * WITH_GRADIENTS * CAUSAL)
-
-
-def _imbalance(per_row) -> float:
-    """Of steps of one row per rank, which take the rows in turn."""
-    table = np.array(per_row[: len(per_row) // RANKS * RANKS], dtype=float).reshape(-1, RANKS)
-    table = table[table.mean(1) > 0]
-    return round(float((table.max(1) / table.mean(1)).mean()), 3)
 
 
 def write_rows(folder: Path, count: int) -> Path:
@@ -225,8 +165,7 @@ def main() -> None:
         report |= loader_figures(data, get_tower(TOWERS["clip 336"]), "loader/clip 336", arguments.seconds)
     for law in LAWS:
         report |= law_figures(*law)
-    for law in NATIVE_LAWS:
-        report |= native_figures(*law)
+    report |= balance_figures()
     quickstart = Path(arguments.quickstart)
     if (quickstart / "conversations.json").exists():
         source = Source(path=str(quickstart / "conversations.json"), image_folder=str(quickstart / "images"))

@@ -34,6 +34,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--tokens-per-sample", type=number(float, above=0), help="mean, images expanded (an estimate for the published)"
     )
     parser.add_argument(
+        "--images", type=number(float, least=0), help="pictures per sample, mean (the published data's)"
+    )
+    parser.add_argument("--image-size", type=_size, metavar="WIDTHxHEIGHT", help="of a picture in pixels (640x480)")
+    parser.add_argument(
+        "--videos",
+        type=number(float, least=0),
+        help="videos per sample, mean, in place of pictures (none); data.video_* say how",
+    )
+    parser.add_argument(
+        "--video-seconds", type=number(float, above=0), default=60.0, help="of a video, for data.video_fps (60)"
+    )
+    parser.add_argument(
         "--imbalance", type=number(float, least=1), default=1.25, help="busiest expert rank over the mean (1.25)"
     )
     parser.add_argument("--memory-limit", type=number(float, above=0), metavar="GiB", help="per GPU (what the GPU has)")
@@ -45,6 +57,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="count the best plan on fake tensors")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     return parser.parse_intermixed_args(arguments)
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f"{text} must be a width and a height in pixels, such as 640x480")
+    return int(sides[0]), int(sides[1])
 
 
 def main(arguments: list[str] | None = None) -> int:

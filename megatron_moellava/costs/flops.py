@@ -148,8 +148,8 @@ def adapter_work(
         yield Product(part=part, rows=rows, inner=inner, columns=columns, weights=weights, weight_gradient=True)
 
 
-def first_stage_work(sharding: Sharding, images: float) -> Iterator[Work]:
-    """Tower and projector over `images`."""
+def first_stage_work(sharding: Sharding, images: float, reach: float | None = None) -> Iterator[Work]:
+    """Tower and projector over `images`; `reach` as in `tower_layers_work`."""
     tower, hidden = sharding.tower, sharding.backbone.hidden_size
     yield Product(
         part="tower",
@@ -160,15 +160,16 @@ def first_stage_work(sharding: Sharding, images: float) -> Iterator[Work]:
         weight_gradient="tower" in sharding.trains,
         copies=sharding.tp,
     )
-    yield from tower_layers_work(sharding, images)
+    yield from tower_layers_work(sharding, images, reach)
     visual, projects = images * tower.num_features, "projector" in sharding.trains
     # Megatron-Core's linear layer computes the gradient of the frozen tower's features too.
     yield linear("projector", visual, tower.projector_input_size, hidden / sharding.tp, projects)
     yield linear("projector", visual, hidden / sharding.tp, hidden, projects)
 
 
-def tower_layers_work(sharding: Sharding, images: float) -> Iterator[Work]:
-    """The transformer layers of the tower that features need."""
+def tower_layers_work(sharding: Sharding, images: float, reach: float | None = None) -> Iterator[Work]:
+    """The transformer layers of the tower that features need. `reach`: rows that a row attends to; None: those of the largest
+    picture."""
     tower, tp, trained = sharding.tower, sharding.tp, "tower" in sharding.backpropagates
     rows, width, inner, layers = (
         images * tower.num_rows,
@@ -189,7 +190,7 @@ def tower_layers_work(sharding: Sharding, images: float) -> Iterator[Work]:
     yield from [
         Attention(
             rows=rows,
-            length=tower.num_rows,
+            length=tower.num_rows if reach is None else reach,
             width=width / tp,
             causal=False,
             with_backward=trained,

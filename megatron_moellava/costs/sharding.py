@@ -11,7 +11,7 @@ from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import LoraConfig, MoEConfig, RunConfig
 from megatron_moellava.costs.shapes import Model, expert_ffn_hidden_size
 from megatron_moellava.stages import adapted_roles, trained_roles
-from megatron_moellava.towers import Tower
+from megatron_moellava.towers import POOLINGS, Tower
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +63,24 @@ class Sharding:
         return self.run.training.micro_batch_size * self.run.data.seq_length
 
     @property
+    def fullest_sample(self) -> tuple[int, int]:
+        """(images that the tower encodes, visual tokens) of the sample that gives the tower most to do for its tokens: a
+        picture, or where frames are pooled a video, as much of it as a row holds."""
+        data, features = self.run.data, self.tower.num_features
+        pooling = POOLINGS[data.video_pooling]
+        if pooling == POOLINGS["none"]:
+            return 1, features
+        width = pooling.width(features)
+        groups = min(math.ceil(data.video_frames / pooling.temporal), max(data.seq_length // width, 1))
+        return min(data.video_frames, groups * pooling.temporal), groups * width
+
+    @property
     def images(self) -> int:
-        """Of the fullest micro-batch: whole images with a short text each in a packed row, one per padded row."""
-        fits = self.run.data.seq_length // (self.tower.num_features + 16)
-        return self.run.training.micro_batch_size * (max(fits, 1) if self.run.data.packing else 1)
+        """Of the fullest micro-batch: whole samples of a picture or a video with a short text each in a packed row, one per
+        padded row."""
+        images, visual = self.fullest_sample
+        fits = self.run.data.seq_length // (visual + 16)
+        return self.run.training.micro_batch_size * images * (max(fits, 1) if self.run.data.packing else 1)
 
     @property
     def trains(self) -> tuple[str, ...]:

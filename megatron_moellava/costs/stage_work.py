@@ -31,8 +31,9 @@ class Load:
 
     tokens: float  # positions computed, padding included
     length: float  # of a sample: how far attention reaches back
-    images: float
+    images: float  # that the tower encodes: pictures, tiles, frames; at native resolution in largest pictures
     samples: float
+    reach: float | None = None  # rows of the tower that a row attends to; None: those of the largest picture
 
 
 def decoder_work(layout: Layout, pipeline_rank: int, tokens: float, length: float) -> Iterator[Work]:
@@ -41,20 +42,24 @@ def decoder_work(layout: Layout, pipeline_rank: int, tokens: float, length: floa
         yield from list(layer_work(layout, is_moe, tokens, length)) * count
 
 
-def recomputed_work(layout: Layout, pipeline_rank: int, tokens: float, length: float, images: float) -> Iterator[Work]:
+def recomputed_work(
+    layout: Layout, pipeline_rank: int, tokens: float, length: float, images: float, reach: float | None = None
+) -> Iterator[Work]:
     """What the backward pass of one micro-batch computes again."""
     if pipeline_rank == 0 and layout.run.training.recompute_tower and "tower" in layout.backpropagates:
-        yield from tower_layers_work(layout, images)
+        yield from tower_layers_work(layout, images, reach)
     parts = RECOMPUTED[layout.run.training.recompute]
     for work in decoder_work(layout, pipeline_rank, tokens, length):
         if parts is None or work.part in parts:
             yield work
 
 
-def stage_work(layout: Layout, pipeline_rank: int, tokens: float, length: float, images: float) -> Iterator[Work]:
+def stage_work(
+    layout: Layout, pipeline_rank: int, tokens: float, length: float, images: float, reach: float | None = None
+) -> Iterator[Work]:
     """Everything that one pipeline rank computes for one micro-batch, recomputation apart."""
     if pipeline_rank == 0:
-        yield from first_stage_work(layout, images)
+        yield from first_stage_work(layout, images, reach)
     yield from decoder_work(layout, pipeline_rank, tokens, length)
     if pipeline_rank == layout.pp - 1:
         yield from last_stage_work(layout, tokens)
@@ -65,7 +70,7 @@ def model_flops(layout: Layout, load: Load, causal: float = CAUSAL) -> float:
     gradients of what is trained. Recomputation and attention above the diagonal do not count."""
     total = 0.0
     for rank in range(layout.pp):
-        for work in stage_work(layout, rank, load.tokens, load.length, load.images):
+        for work in stage_work(layout, rank, load.tokens, load.length, load.images, load.reach):
             # Routed tokens of all tensor ranks are the whole; the router's rows are split too.
             copies = work.copies if isinstance(work, Product) else 1
             total += useful_flops(work, causal) * layout.tp / copies

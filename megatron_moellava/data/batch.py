@@ -1,5 +1,6 @@
 """`Batch`: one micro-batch, packed or padded. Suffixes: B rows, S positions, N images, C H W channels and pixels."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
@@ -26,6 +27,7 @@ class Counts:
     pairs: int = 0  # of answers, chosen and rejected
     chosen_tokens: int = 0  # positions with a label, of the chosen answers
     tower_inputs: int = 0  # pictures, tiles and frames that the tower encodes; at native resolution: patches
+    tower_squares: int = 0  # at native resolution: sum of patches ** 2 over the pictures
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,6 +87,7 @@ def count(batch: Batch) -> Counts:
         pairs=len(batch.pairs),
         chosen_tokens=_chosen_tokens(batch),
         tower_inputs=len(batch.pixel_values_NCHW),
+        tower_squares=sum(math.prod(grid) ** 2 for grid in batch.grids if len(grid) == 2),
     )
 
 

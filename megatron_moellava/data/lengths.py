@@ -28,8 +28,8 @@ FEW = 4 * CHUNK  # are measured without further processes
 def measured_lengths(pipeline: Pipeline, key: list, folder: str | Path) -> np.ndarray:
     """int32 [number of samples], 0 for one that cannot be used. `key`: what else they depend on, as JSON.
 
-    With a tower at native resolution int64 [number of samples, 2]: beside the tokens the tower's work (`Tower.work`) with
-    the sample's pictures.
+    Where `counts_work` int64 [number of samples, 2]: beside the tokens the tower's work (`Tower.work`) with the sample's
+    pictures.
 
     Raises DataError where the lengths cannot be written.
     """
@@ -55,6 +55,12 @@ def measured_lengths(pipeline: Pipeline, key: list, folder: str | Path) -> np.nd
     return lengths
 
 
+def counts_work(pipeline: Pipeline) -> bool:
+    """Whether what a sample's pictures cost the tower does not follow from their tokens: at native resolution, and where frames
+    of videos are pooled behind it."""
+    return pipeline.tower.native or pipeline.data.video_pooling != "none"
+
+
 def tokens_of(lengths: np.ndarray) -> np.ndarray:
     """The tokens of what `measured_lengths` gives."""
     return lengths if lengths.ndim == 1 else lengths[:, 0]
@@ -75,7 +81,7 @@ def _known(path: Path, pipeline: Pipeline) -> np.ndarray | None:
         lengths = np.load(path)
     except (OSError, ValueError, EOFError):
         return None
-    if lengths.shape != ((count, 2) if pipeline.tower.native else (count,)):
+    if lengths.shape != ((count, 2) if counts_work(pipeline) else (count,)):
         return None
     probes = np.unique(np.linspace(0, count - 1, min(count, PROBES)).astype(np.int64))
     probes = probes[tokens_of(lengths)[probes] > 0]
@@ -114,16 +120,18 @@ def _lengths(numbers: np.ndarray) -> np.ndarray:
 
 def _measured(pipeline: Pipeline, numbers: np.ndarray) -> np.ndarray:
     found = [_length(pipeline, int(number)) for number in numbers]
-    if pipeline.tower.native:
+    if counts_work(pipeline):
         return np.array(found, dtype=np.int64).reshape(-1, 2)
     return np.array([tokens for tokens, _ in found], dtype=np.int32)
 
 
 def _length(pipeline: Pipeline, number: int) -> tuple[int, int]:
-    """(tokens, the tower's work with pictures at native resolution)"""
+    """(tokens, the tower's work with pictures at native resolution or with pooled frames)"""
     try:
         encoded, *_ = pipeline.encode(number)
     except BadSample:
         return 0, 0
-    patches = [rows * columns for rows, columns in encoded.grids] if pipeline.tower.native else []
-    return len(encoded), int(sum(pipeline.tower.work(count) for count in patches))
+    tower = pipeline.tower
+    patches = [rows * columns for rows, columns in encoded.grids] if tower.native else []
+    patches += [tower.num_rows] * sum(images for images, _ in encoded.pools)
+    return len(encoded), int(sum(map(tower.work, patches)))

@@ -292,10 +292,10 @@ def build_train_loader(
 ) -> Loader:
     """`data` is a DataConfig; `template` stands in when data.template is empty (the backbone's own).
 
-    rank and world_size are data-parallel. `accumulation_steps` (micro-batches per step and rank) matters to the
-    modality sampler only. `context_length` is the backbone's: no sample is longer. `cache_folder` keeps the row indices
-    (default: beside each JSON). `tower_weight`: of `costs/balance.py`, for native resolution. `pairs`: the rows are pairs
-    of answers. DataError where there are no rows to train on.
+    rank and world_size are data-parallel. `accumulation_steps` (micro-batches per step and rank) matters to the modality
+    sampler, and where rows are dealt by cost. `context_length` is the backbone's: no sample is longer. `cache_folder` keeps the
+    row indices (default: beside each JSON). `tower_weight`: of `costs/balance.py`, where pictures differ in cost
+    (`lengths.counts_work`). `pairs`: the rows are pairs of answers. DataError where there are no rows to train on.
     """
     if not data.sources:
         raise DataError("data.sources is empty; name at least one LLaVA JSON or a folder of shards")
@@ -314,24 +314,23 @@ def build_train_loader(
     def plan(epoch: int) -> Items:
         return arranged(sample_order(shares, seed, epoch))
 
-    group, arranged = 1, _alone
+    group, arranged, cost = 1, _alone, None
     if data.sampler == "modality_length":
         chunks = accumulation_steps * world_size
         plan = _modality(data, opened, seed, micro_batch_size, chunks, world_size)
         fingerprint |= {"micro_batch_size": micro_batch_size, "micro_batches_per_step": chunks}
     elif data.packing:
         cache = cache_folder or Path(data.sources[0].path).expanduser().parent / ".moellava_index"
-        arranged = _packed(data, pipeline, content, cache, tower_weight)
+        arranged, cost = _packed(data, pipeline, content, cache, tower_weight)
     else:
         group = micro_batch_size
     num_samples = len(sample_order(shares, seed, 0))
     if not num_samples:
         raise DataError("data.sources: an epoch holds no sample; raise the weights")
     visits = max(1, math.ceil(max(entry.weight for entry in opened)))  # of one row in an epoch, by several ranks
+    stream = Stream(plan, group=group, rank=rank, world_size=world_size, cost=cost, rounds=accumulation_steps)
     return Loader(
-        MicroBatches(
-            pipeline, Stream(plan, group=group, rank=rank, world_size=world_size), num_workers=data.num_workers
-        ),
+        MicroBatches(pipeline, stream, num_workers=data.num_workers),
         fingerprint | {"seed": seed, "rank": rank, "world_size": world_size},
         opened,
         num_samples=num_samples,
@@ -358,6 +357,7 @@ def _modality(data, opened: list[OpenSource], seed: int, micro_batch_size: int, 
 
 
 def _packed(data, pipeline: Pipeline, key: list, cache: str | Path, tower_weight: float):
+    """(rows of samples, what a row costs a rank or None where all that differs is attention)"""
     measured = measured_lengths(pipeline, key, cache)
     lengths = pipeline.measured = tokens_of(measured)
     costs = None if lengths is measured else lengths.astype(np.float64) ** 2 + tower_weight * measured[:, 1]
@@ -366,7 +366,7 @@ def _packed(data, pipeline: Pipeline, key: list, cache: str | Path, tower_weight
         own = None if costs is None else costs[samples].tolist()
         return pack_epoch(samples, lengths[samples].tolist(), data.seq_length, data.packing_buffer, own)
 
-    return arranged
+    return arranged, None if costs is None else lambda row: float(costs[row].sum())
 
 
 def _length_key(fingerprint: dict, opened: list[OpenSource], data, tower) -> list:

@@ -14,10 +14,11 @@ from megatron_moellava.data.encode import EncodedSample
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.paths import locate
 from megatron_moellava.data.plan import Plan
-from megatron_moellava.data.pooling import POOLINGS, pools, widths
+from megatron_moellava.data.pooling import pools, widths
 from megatron_moellava.data.regions import View, rewrite
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, BadSample, ImageRef, Sample
 from megatron_moellava.data.video import FRAME, Video, last_video, open_video
+from megatron_moellava.towers import POOLINGS
 
 
 def source(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> bytes | str:
@@ -116,13 +117,16 @@ def frame_texts(name: str, folder: str, where: str, data) -> Sequence[str]:
 
 
 def show_video(
-    origin: bytes | str, where: str, data, span: tuple[float, float] | None = None
+    origin: bytes | str, where: str, data, span: tuple[float, float] | None = None, rate: float | None = None
 ) -> tuple[str, list[Image.Image]]:
-    """(text with an `<image>` for each frame, frames) as training shows a video; `span`: from and to, in seconds.
+    """(text with an `<image>` for each frame, frames) as training shows a video; `span`: from and to, in seconds; `rate`:
+    frames per second, where that is known better than by the file.
 
     Raises BadSample for what is no video.
     """
-    return shown_frames(open_video(origin, where), data, span)
+    video = open_video(origin, where)
+    video.clip = replace(video.clip, rate=rate or video.clip.rate)
+    return shown_frames(video, data, span)
 
 
 def shown_frames(video: Video, data, span: tuple[float, float] | None = None) -> tuple[str, list[Image.Image]]:

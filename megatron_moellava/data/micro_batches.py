@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_moellava.config import DataError
-from megatron_moellava.data.order import Stream
+from megatron_moellava.data.order import Position, Stream
 from megatron_moellava.data.pipeline import Pipeline
 
 
@@ -15,8 +15,8 @@ class MicroBatches:
 
     def __init__(self, pipeline: Pipeline, stream: Stream, *, num_workers: int):
         self.pipeline, self.stream, self.num_workers = pipeline, stream, num_workers
-        self.epoch, self.position = 0, 0  # after the last micro-batch that was delivered
-        self._ahead: deque[tuple[int, int, int]] = deque()  # of those on their way
+        self.position = Position(0, 0)  # after the last micro-batch that was delivered
+        self._ahead: deque[tuple[int, Position]] = deque()  # (epoch, position after it) of those on their way
 
     def items(self, epoch: int) -> int:
         """Micro-batches of an epoch, over all ranks."""
@@ -34,21 +34,25 @@ class MicroBatches:
 
     def _delivered(self, made: Iterator[dict]) -> Iterator[dict]:
         for delivered in made:
-            epoch, self.epoch, self.position = self._ahead.popleft()
+            epoch, self.position = self._ahead.popleft()
             yield delivered | {"epoch": epoch}
 
     def _numbers(self) -> Iterator[list[int]]:
-        for epoch, samples, next_epoch, next_position in self.stream.from_(self.epoch, self.position):
-            self._ahead.append((epoch, next_epoch, next_position))
+        for epoch, samples, after in self.stream.from_(self.position):
+            self._ahead.append((epoch, after))
             yield samples
 
     def save(self) -> dict:
-        """The state after the last delivered micro-batch, plain JSON."""
-        return {"epoch": self.epoch, "position": self.position}
+        """The state after the last delivered micro-batch, plain JSON; `rounds` in the midst of a step that is dealt alone."""
+        position = self.position
+        return {"epoch": position.epoch, "position": position.items} | (
+            {"rounds": position.rounds} if position.rounds else {}
+        )
 
     def restore(self, saved: dict) -> None:
         """Continue after a saved state. Raises DataError where it cannot be one of this data."""
-        epoch, position = saved["epoch"], saved["position"]
-        if type(epoch) is not int or type(position) is not int or epoch < 0 or not 0 <= position <= self.items(epoch):
+        epoch, items, rounds = saved["epoch"], saved["position"], saved.get("rounds", 0)
+        whole = all(type(number) is int and number >= 0 for number in (epoch, items, rounds))
+        if not whole or items > self.items(epoch) or rounds >= self.stream.rounds:
             raise DataError(f"the loader's state cannot be restored ({saved}); the checkpoint is damaged")
-        self.epoch, self.position = epoch, position
+        self.position = Position(epoch, items, rounds)

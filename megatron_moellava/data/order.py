@@ -2,7 +2,8 @@
 
 Samples have numbers: those of the first source, then those of the next. An epoch is a list of items (samples, packed
 rows, or the modality sampler's micro-batches), and the run is one endless stream of items, epoch after epoch.
-Micro-batch m of it goes to data-parallel rank m % world_size. So a position in the stream is all there is to resume.
+Micro-batch m of it goes to data-parallel rank m % world_size; where costs are known, those of a step are dealt by them
+(`dealing.py`). So a position in the stream is all there is to resume.
 """
 
 import functools
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+from megatron_moellava.data.dealing import deal
 
 ORDER = 2  # version; raise it when the same seed gives another order
 SHARD_RUN = 32  # samples read in sequence from a tar
@@ -62,30 +65,65 @@ def _seed(*parts: int) -> list[int]:
     return [part % 2**32 for part in parts]
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Position:
+    """Where a rank's stream goes on."""
+
+    epoch: int
+    items: int  # of the epoch, that all ranks together have taken; where micro-batches are dealt, by whole steps
+    rounds: int = 0  # micro-batches that this rank has taken of the step that begins there
+
+
 class Stream:
     """The endless stream of one rank's micro-batches. `plan(epoch)` gives the items of an epoch."""
 
-    def __init__(self, plan: Callable[[int], Items], *, group: int, rank: int, world_size: int):
+    def __init__(
+        self,
+        plan: Callable[[int], Items],
+        *,
+        group: int,
+        rank: int,
+        world_size: int,
+        cost: Callable[[list[int]], float] | None = None,
+        rounds: int = 1,
+    ):
+        """`group`: items of a micro-batch. `cost`: of an item; then the micro-batches of a step, `rounds` for each rank, are
+        dealt by it."""
         self.plan = functools.lru_cache(maxsize=2)(plan)  # the end of one epoch and the start of the next
         self.group, self.rank, self.world_size = group, rank, world_size
+        self.cost, self.rounds = cost, rounds if cost else 1
 
-    def from_(self, epoch: int, position: int) -> Iterator[tuple[int, list[int], int, int]]:
-        """(epoch of its first item, samples, epoch and position after the round of all ranks) of each micro-batch.
-
-        `position`: items of the epoch that all ranks together have taken.
-        """
+    def from_(self, position: Position) -> Iterator[tuple[int, list[int], Position]]:
+        """(epoch of its first item, samples, position after it and those that the other ranks take meanwhile) of each
+        micro-batch."""
         while True:
-            first = self._normal(epoch, position + self.rank * self.group)
-            samples = [sample for offset in range(self.group) for sample in self._item(first[0], first[1] + offset)]
-            epoch, position = self._normal(epoch, position + self.world_size * self.group)
-            yield first[0], samples, epoch, position
+            step, taken = (position.epoch, position.items), position.rounds
+            following = Position(*self._after(step, self.rounds * self.world_size))
+            for number, place in list(enumerate(self._own(step), start=1))[taken:]:
+                first, *_ = self._after(step, place)
+                samples = [sample for item in self._items(step, place) for sample in item]
+                yield first, samples, following if number == self.rounds else Position(*step, number)
+            position = following
 
-    def _item(self, epoch: int, position: int) -> list[int]:
-        epoch, position = self._normal(epoch, position)
-        return self.plan(epoch)[position]
+    def _own(self, step: tuple[int, int]) -> list[int]:
+        """Which micro-batches of a step are this rank's."""
+        if self.cost is None:
+            return [self.rank]
+        costs = [sum(map(self.cost, self._items(step, place))) for place in range(self.rounds * self.world_size)]
+        return deal(costs, self.world_size)[self.rank]
 
-    def _normal(self, epoch: int, position: int) -> tuple[int, int]:
-        while position >= len(self.plan(epoch)):
-            position -= len(self.plan(epoch))
+    def _items(self, step: tuple[int, int], place: int) -> Items:
+        """Those of the micro-batch that is number `place` of a step."""
+        epoch, item = self._after(step, place)
+        found = (self._normal(epoch, item + offset) for offset in range(self.group))
+        return [self.plan(number)[where] for number, where in found]
+
+    def _after(self, step: tuple[int, int], micro_batches: int) -> tuple[int, int]:
+        epoch, item = step
+        return self._normal(epoch, item + micro_batches * self.group)
+
+    def _normal(self, epoch: int, item: int) -> tuple[int, int]:
+        while item >= len(self.plan(epoch)):
+            item -= len(self.plan(epoch))
             epoch += 1
-        return epoch, position
+        return epoch, item

@@ -11,6 +11,7 @@ import torch
 
 from megatron_moellava.data.batch import Batch, pack
 from megatron_moellava.data.encode import IGNORE_INDEX, EncodedSample
+from megatron_moellava.data.pooling import Pools
 from megatron_moellava.data.sample import BadSample
 
 
@@ -25,6 +26,11 @@ class EncodedPair:
     def grids(self) -> tuple[tuple[int, ...], ...]:
         """Of the pictures, which both answers share."""
         return self.chosen.grids
+
+    @property
+    def pools(self) -> Pools:
+        """Of the frames of videos, likewise."""
+        return self.chosen.pools
 
     def __len__(self) -> int:
         return len(self.chosen) + len(self.rejected)

@@ -1,35 +1,16 @@
-"""How many visual tokens the frames of a video become, as data: blocks of neighbours in space and time are averaged.
+"""How many visual tokens the frames of a video become, where blocks of neighbours in space and time are averaged.
 
 The frames of a block in time are a group: all its visual tokens stand where its first frame stands. Pictures are groups of
 their own and are never pooled.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from megatron_moellava.towers.pooling import POOLINGS, Pooling
 
 Frame = tuple[int, int] | None  # (i, n): the i-th of n frames of a video; None: a picture
 Pools = tuple[tuple[int, int], ...]  # (images, side of the blocks in space) of each group; empty: nothing is pooled
 ALONE = (1, 1)  # a picture, or one tile of it
-
-
-@dataclass(frozen=True, slots=True)
-class Pooling:
-    """One way to pool."""
-
-    spatial: int  # side of the blocks of visual tokens that become one
-    temporal: int  # frames that become one
-
-    def width(self, num_features: int) -> int:
-        """Visual tokens of a group, of `num_features` of each frame; what a side has beyond whole blocks is left out."""
-        return (math.isqrt(num_features) // self.spatial) ** 2
-
-
-POOLINGS = {  # data.video_pooling
-    "none": Pooling(1, 1),
-    "2x2": Pooling(2, 1),
-    "2x2x2": Pooling(2, 2),
-}
 
 
 def widths(frames: Sequence[Frame], tiles: Sequence[int], num_features: int, pooling: Pooling) -> tuple[int, ...]:

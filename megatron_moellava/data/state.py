@@ -9,11 +9,12 @@ def redistribute(saved: list[dict], world_size: int) -> list[dict]:
     """One state per new rank. The order of samples knows no ranks or workers, so every state is the same position.
 
     A rank whose micro-batch held no usable sample at all went on to its next one and is ahead of the others: then all
-    continue from the position that every rank has reached, and a few samples come again.
+    continue from the position that every rank has reached, and a few samples come again: those of a step, where the ranks'
+    shares of it are dealt by cost.
     Raises DataError for states of a damaged checkpoint.
     """
     try:
-        engine = min((state["engine"] for state in saved), key=lambda engine: (engine["epoch"], engine["position"]))
+        epoch, position = min((state["engine"]["epoch"], state["engine"]["position"]) for state in saved)
         counters = [state["counters"] for state in saved]
         total = _added_up(counters)
     except (KeyError, TypeError) as error:
@@ -22,7 +23,7 @@ def redistribute(saved: list[dict], world_size: int) -> list[dict]:
     return [
         {
             "fingerprint": saved[0]["fingerprint"] | {"rank": rank, "world_size": world_size},
-            "engine": engine,
+            "engine": {"epoch": epoch, "position": position},
             "counters": nothing if rank else total,
         }
         for rank in range(world_size)

@@ -21,8 +21,8 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from megatron_moellava.data import images
 from megatron_moellava.data.bad_sample import BadSample
 from megatron_moellava.data.paths import locate, natural
-from megatron_moellava.data.pooling import POOLINGS
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER
+from megatron_moellava.towers import POOLINGS
 
 STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 FOLDER_RATE = 1.0  # pictures of a folder are a second apart: nothing says better

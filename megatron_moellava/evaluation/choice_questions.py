@@ -25,6 +25,30 @@ FIELDS = {  # what is wanted -> the names that it has; the first that a row has 
 NUMBERED = tuple(f"image_{number}" for number in range(1, 17))  # BLINK's pictures, each in a field of its own
 LETTERS = "ABCDEFGHIJ"
 VIDEO_ENDING = ".mp4"  # of names without one
+# MVBench's videos lie in the folders of the data sets that they come from: name of a file of questions -> folder.
+MVBENCH_FOLDERS = {
+    "action_antonym": "ssv2_video",
+    "action_count": "perception/videos",
+    "action_localization": "sta/sta_video",
+    "action_prediction": "star/Charades_v1_480",
+    "action_sequence": "star/Charades_v1_480",
+    "character_order": "perception/videos",
+    "counterfactual_inference": "clevrer/video_validation",
+    "egocentric_navigation": "vlnqa",
+    "episodic_reasoning": "tvqa/frames_fps3_hq",
+    "fine_grained_action": "Moments_in_Time_Raw/videos",
+    "fine_grained_pose": "nturgbd",
+    "moving_attribute": "clevrer/video_validation",
+    "moving_count": "clevrer/video_validation",
+    "moving_direction": "clevrer/video_validation",
+    "object_existence": "clevrer/video_validation",
+    "object_interaction": "star/Charades_v1_480",
+    "object_shuffle": "perception/videos",
+    "scene_transition": "scene_qa/video",
+    "state_change": "perception/videos",
+    "unexpected_action": "FunQA_test/test",
+}
+FRAMES_RATE = 3.0  # pictures per second of those that are folders of frames (TVQA's)
 
 
 def read_choices(questions: Path, images: Path) -> list[Question]:
@@ -35,13 +59,15 @@ def read_choices(questions: Path, images: Path) -> list[Question]:
     files = sorted(questions.glob("*.json")) if questions.is_dir() else [questions]
     asked: list[Question] = []
     for file in files:
+        own = images / MVBENCH_FOLDERS.get(file.stem, "")
+        folder = own if questions.is_dir() and own.is_dir() else images
         for number, row in stored_rows(file):
             if isinstance(row, BadSample):
                 raise row
             where = f"{file} row {number}"
             group = _find(row, "group") or (file.stem if questions.is_dir() else "")
             id_ = _find(row, "id")
-            asked.append(_question(row, len(asked) if id_ is None else id_, str(group), images, where))
+            asked.append(_question(row, len(asked) if id_ is None else id_, str(group), folder, where))
     return asked
 
 
@@ -111,7 +137,8 @@ def _videos(row: Mapping, images: Path, where: str) -> Iterator[Picture]:
     path = images / name
     path = path if path.suffix or path.is_dir() else path.with_name(path.name + VIDEO_ENDING)
     start, end = row.get("start"), row.get("end")
-    yield Picture(path=path, video=True, span=None if start is None or end is None else (float(start), float(end)))
+    span = None if start is None or end is None else (float(start), float(end))
+    yield Picture(path=path, video=True, span=span, rate=FRAMES_RATE if path.is_dir() else None)
 
 
 CHOICE_READERS = {"choices": read_choices}

@@ -28,7 +28,14 @@ CHOICE_TASKS = (
     _lettered(
         "videomme", "Video-MME", "videomme", "test.parquet", "data", f"{_HUB}/lmms-lab/Video-MME, without subtitles"
     ),
-    _lettered("mvbench", "MVBench", "mvbench", "json", "video", f"{_HUB}/OpenGVLab/MVBench, all videos in one folder"),
+    _lettered(
+        "mvbench",
+        "MVBench",
+        "mvbench",
+        "json",
+        "video",
+        f"{_HUB}/OpenGVLab/MVBench, its archives of videos unpacked below video",
+    ),
     _lettered(
         "choices", "choices", ".", "choices.jsonl", "", "one's own: {question, options, answer, images or video} a line"
     ),

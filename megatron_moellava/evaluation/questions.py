@@ -39,6 +39,7 @@ class Picture:
     blank: bool = False
     video: bool = False  # `show` gives its frames
     span: tuple[float, float] | None = None  # of a video: from and to, in seconds
+    rate: float | None = None  # of a folder of frames: pictures per second, where that is known
 
     @property
     def placeholder(self) -> str:
@@ -54,7 +55,7 @@ class Picture:
         """(what the text says of it, one `<image>` for each picture; the pictures). Raises DataError."""
         if not self.video:
             return IMAGE_PLACEHOLDER, (self.open(),)
-        text, frames = show_video(str(self.path), str(self.path), data, self.span)
+        text, frames = show_video(str(self.path), str(self.path), data, self.span, self.rate)
         for frame in frames if self.blank else ():
             frame.paste(GREY, (0, 0, *frame.size))
         return text, tuple(frames)

@@ -13,13 +13,13 @@ from megatron_moellava.data import images, media, native
 from megatron_moellava.data import tiling as grid
 from megatron_moellava.data.encode import IMAGE_TOKEN, answer_ends, check_template, encode
 from megatron_moellava.data.plan import Plan
-from megatron_moellava.data.pooling import POOLINGS, Frame, Pooling, widths
+from megatron_moellava.data.pooling import Frame, widths
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from megatron_moellava.data.templates import Template
 from megatron_moellava.data.tokenizer import Tokenizer
 from megatron_moellava.data.video import FRAME
 from megatron_moellava.inference.requests import Request
-from megatron_moellava.towers import Tower
+from megatron_moellava.towers import POOLINGS, Pooling, Tower
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

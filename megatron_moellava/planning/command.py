@@ -16,8 +16,9 @@ from megatron_moellava.planning.activations import activations_of
 from megatron_moellava.planning.memory import state_bytes
 from megatron_moellava.planning.picture import draw, label
 from megatron_moellava.planning.search import Found, Request, search
-from megatron_moellava.planning.workload import STAGE_DATA
+from megatron_moellava.planning.workload import STAGE_DATA, StageData
 from megatron_moellava.towers import tower_of_run
+from megatron_moellava.validation.pictures import picture_problems
 from megatron_moellava.validation.run import experts_of_backbone
 
 
@@ -68,6 +69,7 @@ def request_of(arguments: argparse.Namespace, given: list[str]) -> Request:
     data = STAGE_DATA[arguments.stage]
     if arguments.samples:
         data = replace(data, name="given", samples=arguments.samples)
+    data = replace(data, **pictures_of(arguments, data))
     named = [
         f"model.backbone={arguments.backbone}",
         f"model.tower={arguments.tower}",
@@ -82,8 +84,10 @@ def request_of(arguments: argparse.Namespace, given: list[str]) -> Request:
             "time are in no formula; use 1 here"
         )
     tower = tower_of_run(run)
+    if problems := list(picture_problems(run, tower)):
+        raise ConfigError("\n".join(problems))
     if arguments.tokens_per_sample:
-        text = max(arguments.tokens_per_sample - data.images * tower.num_features, 0.0)
+        text = max(arguments.tokens_per_sample - data.shown(tower, run.data).tokens, 0.0)
         data = replace(data, text_tokens=text)
     fixed = frozenset(item.partition("=")[0] for item in given)
     return Request(
@@ -97,6 +101,17 @@ def request_of(arguments: argparse.Namespace, given: list[str]) -> Request:
         imbalance=arguments.imbalance,
         memory_limit=arguments.memory_limit * GIB if arguments.memory_limit else None,
     )
+
+
+def pictures_of(arguments: argparse.Namespace, data: StageData) -> dict[str, object]:
+    """What the command line says of pictures and videos, as fields of StageData. Videos take the place of pictures."""
+    found: dict[str, object] = {"image_size": arguments.image_size} if arguments.image_size else {}
+    if arguments.images is not None:
+        found["images"] = arguments.images
+    if arguments.videos is not None:
+        found |= {"videos": arguments.videos, "images": found.get("images", max(data.images - arguments.videos, 0.0))}
+        found["video_seconds"] = arguments.video_seconds
+    return found
 
 
 def why_nothing(request: Request, found: Found) -> str:

@@ -23,12 +23,15 @@ import megatron_moellava.platform as platform
 from megatron_moellava import parallel
 from megatron_moellava.config import ConfigError, RunConfig
 from megatron_moellava.costs.layout import Layout
+from megatron_moellava.data.pooling import Pools, pools
 from megatron_moellava.machine import GPU_CLUSTER
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.model.pooling import pooled
 from megatron_moellava.model.roles import freeze, parameter_roles
 from megatron_moellava.model.vision import Grids
 from megatron_moellava.planning.counting import SavedTensors, flop_counter, storage_bytes
+from megatron_moellava.towers import POOLINGS
 from megatron_moellava.training.optimizer import build_optimizer, distributed_optimizers, wrap_data_parallel
 from megatron_moellava.validation.precision import decided
 
@@ -239,24 +242,29 @@ def _forward(layout: Layout, chunk: MoELlava, model) -> torch.Tensor:
 
 def _embed(layout: Layout, chunk: MoELlava, tokens_BS: torch.Tensor) -> torch.Tensor:
     """`MoELlava.embed` for the fullest micro-batch, without its count of placeholder rows."""
-    count, grids = fullest_pictures(layout)
+    count, grids, pools = fullest_pictures(layout)
     pixels_NCHW = torch.zeros(count, *layout.tower.pixel_shape, device=platform.device())
     features_NFD = chunk.encode_images(pixels_NCHW, grids)
     words_BSD = chunk.language_model.embedding(tokens_BS, position_ids=None).transpose(0, 1)
     is_image_BS1 = (tokens_BS == 1).unsqueeze(-1)
-    placed_BSD = words_BSD.masked_scatter(is_image_BS1, features_NFD.flatten(0, -2).to(words_BSD.dtype))
+    placed_BSD = words_BSD.masked_scatter(is_image_BS1, pooled(features_NFD, pools).to(words_BSD.dtype))
     return placed_BSD.transpose(0, 1).contiguous()
 
 
-def fullest_pictures(layout: Layout) -> tuple[int, Grids]:
-    """(images, their grids, if there are some) of the fullest micro-batch; at native resolution (patches, their grids), all
-    at their budget."""
+def fullest_pictures(layout: Layout) -> tuple[int, Grids, Pools]:
+    """(images, their grids, if there are some, and how frames of videos are pooled) of the fullest micro-batch; at native
+    resolution (patches, their grids), all at their budget."""
     tower = layout.tower
     if not tower.native:
-        return layout.images, ((0, 0, 0, 0),) * layout.images if tower.newline else ()
+        frames, _ = layout.fullest_sample
+        video = pools(
+            [(number, frames) for number in range(frames)], [1] * frames, POOLINGS[layout.run.data.video_pooling]
+        )
+        grids = ((0, 0, 0, 0),) * layout.images if tower.newline else ()
+        return layout.images, grids, video * (layout.images // frames)
     rows = largest_side(tower.num_features)
     grid = (rows * tower.shuffle, tower.num_features // rows * tower.shuffle)
-    return layout.images * tower.num_patches, (grid,) * layout.images
+    return layout.images * tower.num_patches, (grid,) * layout.images, ()
 
 
 def largest_side(tokens: int) -> int:

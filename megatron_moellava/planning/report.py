@@ -10,6 +10,7 @@ from megatron_moellava.costs.gpus import GIB
 from megatron_moellava.costs.parameters import activated_parameters, token_flops, whole_parameters
 from megatron_moellava.costs.shapes import Model
 from megatron_moellava.planning.picture import label, time_parts
+from megatron_moellava.planning.pictures import num_frames
 from megatron_moellava.planning.search import Found, Plan, Request
 from megatron_moellava.stages import LANGUAGE as LANGUAGE_ROLES
 
@@ -63,10 +64,11 @@ def yaml_report(plan: Plan, config: str | None, given: Sequence[str]) -> str:
 def text_report(request: Request, found: Found, best: Sequence[Plan], given: Sequence[str]) -> str:
     """Table of the best plans, their settings, and where the first one's memory goes."""
     run, data = request.run, request.data
-    tokens, model = data.tokens_per_sample(request.tower.num_features), language_model(request)
+    tokens = data.text_tokens + data.shown(request.tower, run.data).tokens
+    model = language_model(request)
     lines = [
         f"Predictions for {request.backbone.name}, stage {run.training.stage} on {request.world_size} {request.gpu.name}: "
-        f"{data.name}, {data.samples:,} samples of {tokens:,.0f} tokens ({data.images:.2f} images).",
+        f"{data.name}, {data.samples:,} samples of {tokens:,.0f} tokens ({data.images:.2f} images{_videos(request)}).",
         f"Rows of {run.data.seq_length:,} tokens, {'packed' if run.data.packing else 'padded'}"
         + (
             f"; {run.moe.num_moe_experts} experts{_width(run.moe)}, top-{run.moe.moe_router_topk}, {run.moe.placement}."
@@ -91,6 +93,12 @@ def text_report(request: Request, found: Found, best: Sequence[Plan], given: Seq
         *(f"  {settings_line(plan, given)}" for plan in best),
     ]
     return "\n".join(lines)
+
+
+def _videos(request: Request) -> str:
+    data = request.data
+    frames = num_frames(data.video_seconds, request.run.data)
+    return f", {data.videos:.2f} videos of {frames} frames" if data.videos else ""
 
 
 def _width(moe: MoEConfig) -> str:

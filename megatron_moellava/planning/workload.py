@@ -1,14 +1,19 @@
 """How much there is to train: the published data of each stage, in samples and tokens.
 
-Rows are the recipes' (docs/measurements/fidelity.md). Image tokens follow from the tower. Text tokens per sample are estimates:
-of the 665k mix from its published counts (`data/length_distribution.py`), of the others from the kind of their conversations.
+Rows are the recipes' (docs/measurements/fidelity.md). Image tokens follow from the tower and the data settings
+(`pictures.py`). Text tokens per sample are estimates: of the 665k mix from its published counts
+(`data/length_distribution.py`), of the others from the kind of their conversations.
 """
 
+import math
 from dataclasses import dataclass
 
+from megatron_moellava.config import DataConfig
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.stage_work import Load
 from megatron_moellava.data.length_distribution import PROMPT_TOKENS, SOURCES
+from megatron_moellava.planning.pictures import Shown, of_pictures, of_video
+from megatron_moellava.towers import Tower
 
 
 def _mean_text_tokens() -> float:
@@ -27,13 +32,21 @@ class StageData:
     name: str
     samples: int
     text_tokens: float  # mean per sample, prompt included
-    images: float  # mean per sample
+    images: float  # pictures, mean per sample
     global_batch_size: int  # samples per step of the original's recipe
     shows: int = 1  # samples that share a picture, which is encoded once: the two answers of a pair
+    videos: float = 0.0  # mean per sample
+    video_seconds: float = 60.0  # of a video
+    image_size: tuple[int, int] = (640, 480)  # width, height of a picture in pixels: COCO's most frequent
 
-    def tokens_per_sample(self, num_features: int) -> float:
-        """Mean length with every image expanded to `num_features` tokens."""
-        return self.text_tokens + self.images * num_features
+    def shown(self, tower: Tower, settings: DataConfig) -> Shown:
+        """What the tower and the language model see of the mean sample's pictures and videos under a run's settings."""
+        found, together = Shown(), math.ceil(self.images)  # pictures share a sample's budget
+        if together:
+            found += of_pictures([self.image_size] * together, tower, settings).times(self.images / together)
+        if self.videos:
+            found += of_video(self.video_seconds, tower, settings).times(self.videos)
+        return found
 
 
 STAGE_DATA = {
@@ -55,13 +68,18 @@ PADDED_FILL = 0.85  # share of a padded batch's positions, batches grouped by le
 
 def mean_load(layout: Layout, data: StageData) -> Load:
     """Packed rows are full and hold several samples; padded rows are as long as the longest of their batch."""
-    length = min(data.tokens_per_sample(layout.tower.num_features), layout.run.data.seq_length)
+    shown = data.shown(layout.tower, layout.run.data)
+    whole = data.text_tokens + shown.tokens
+    length = min(whole, layout.run.data.seq_length)
+    images = shown.images * (length / whole)  # what is cut off is not encoded
+    reach = shown.squares / (shown.images * layout.tower.num_patches) if shown.squares else None
     rows = layout.run.training.micro_batch_size
     if layout.run.data.packing:
         samples = layout.tokens * PACKED_FILL / length
-        return Load(tokens=layout.tokens, length=length, images=samples * data.images / data.shows, samples=samples)
+        images = samples * images / data.shows
+        return Load(tokens=layout.tokens, length=length, images=images, samples=samples, reach=reach)
     padded = min(length / PADDED_FILL, layout.run.data.seq_length)
-    return Load(tokens=rows * padded, length=padded, images=rows * data.images, samples=rows)
+    return Load(tokens=rows * padded, length=padded, images=rows * images, samples=rows, reach=reach)
 
 
 def full_load(layout: Layout) -> Load:

@@ -12,16 +12,19 @@ from megatron_moellava.checkpoint.description import described_model
 from megatron_moellava.config import CheckpointError, ConfigError, RunConfig
 from megatron_moellava.towers import clip, siglip, siglip2
 from megatron_moellava.towers.from_config import tower_fields, tower_from_fields, tower_from_hf_folder
+from megatron_moellava.towers.pooling import POOLINGS, Pooling
 from megatron_moellava.towers.projector import PROJECTORS, ProjectorKind
 from megatron_moellava.towers.tiling import TILINGS, Tiling
 from megatron_moellava.towers.tower import Tower, TowerHuggingFace
 
 __all__ = [
     "FAMILIES",
+    "POOLINGS",
     "PROJECTORS",
     "RULES",
     "TILINGS",
     "TOWERS",
+    "Pooling",
     "ProjectorKind",
     "Tiling",
     "Tower",

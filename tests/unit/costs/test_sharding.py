@@ -19,6 +19,16 @@ def test_a_row_holds_as_many_images_as_fit_with_a_short_text():
     assert padded.images == 3
 
 
+def test_a_row_of_pooled_videos_holds_many_frames():
+    """Eight frames of 576 tokens pooled 2 x 2 x 2 are 576 tokens, so a row holds as many videos as pictures."""
+    pooled = {"data__seq_length": 2048, "data__video_pooling": "2x2x2"}
+    layout = layout_of(1, **pooled)
+    assert layout.fullest_sample == (8, 4 * 144) and layout.images == 8 * (2048 // (576 + 16))
+    assert layout_of(1, **pooled, data__packing=False).images == 8
+    assert layout_of(1, **pooled, data__video_frames=100).fullest_sample == (28, 14 * 144), "the row cuts the video"
+    assert layout_of(1, **pooled, data__video_frames=7).fullest_sample == (7, 4 * 144)
+
+
 def test_sequence_parallelism_shares_the_positions():
     two = {"parallel__tensor_model_parallel_size": 2}
     assert layout_of(2, **two).sp == 2 and layout_of(2, **two, parallel__sequence_parallel=False).sp == 1

@@ -9,7 +9,7 @@ from megatron_moellava.data.pipeline import Pipeline
 from megatron_moellava.data.sources import Reader, open_sources
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.towers import get_tower
-from tests.helpers.data_files import TOWER, config, encoder, row, write_images, write_rows
+from tests.helpers.data_files import TOWER, config, conversation, encoder, row, write_images, write_rows
 from tests.helpers.paths import ASSETS
 
 
@@ -74,3 +74,18 @@ def test_pictures_at_native_resolution_are_measured_with_their_work(tmp_path, to
     assert measured.tolist() == [[len(encoded), tower.work(rows * columns)], [0, 0], [len(made.encode(2)[0]), 0]]
     assert tokens_of(measured).tolist() == measured[:, 0].tolist()
     assert (measured_lengths(made, ["key"], tmp_path) == measured).all()
+
+
+def test_pooled_frames_are_measured_with_the_work_of_the_tower(tmp_path, tokenizer):
+    """A quarter of the tokens, but all of the frames."""
+    for number in range(5):
+        write_images(tmp_path / "frames", [f"{number}.png"])
+    write_images(tmp_path)
+    film = row(0, None, conversations=conversation("<video>\nwhat?", "a lake")) | {"video": "frames"}
+    path = write_rows(tmp_path, [film, row(1), row(2, None)])
+    data = config(path, video_frames=5, video_pooling="2x2x2")
+    reader = Reader(open_sources(data.sources, tmp_path / "cache")[0])
+    made = Pipeline(reader, encoder(tokenizer), TOWER, data, pad_multiple=4)
+    measured = measured_lengths(made, ["key"], tmp_path)
+    assert measured[:, 1].tolist() == [5 * TOWER.work(17), TOWER.work(17), 0]
+    assert tokens_of(measured).tolist() == [len(made.encode(number)[0]) for number in range(3)]

@@ -43,8 +43,31 @@ def test_the_position_is_that_of_what_was_delivered_not_of_what_is_on_its_way(nu
     assert second.items(0) == 5
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_midst_of_a_dealt_step_is_a_position_as_well(num_workers):
+    def dealt() -> MicroBatches:
+        plan = lambda epoch: [[10 * epoch + item] for item in range(5)]  # noqa: E731
+        stream = Stream(plan, group=1, rank=1, world_size=2, cost=lambda item: float(item[0]), rounds=2)
+        return MicroBatches(Echo(), stream, num_workers=num_workers)
+
+    first = dealt()
+    whole = take(dealt(), 8)
+    take(first, 3)
+    assert first.save() == {"epoch": 0, "position": 4, "rounds": 1}
+    second = dealt()
+    second.restore(first.save())
+    assert take(second, 5) == whole[3:]
+    assert "rounds" not in second.save(), "a whole step has been taken"
+
+
 @pytest.mark.parametrize(
-    "saved", [{"epoch": 0, "position": 6}, {"epoch": -1, "position": 0}, {"epoch": 0, "position": "1"}]
+    "saved",
+    [
+        {"epoch": 0, "position": 6},
+        {"epoch": -1, "position": 0},
+        {"epoch": 0, "position": "1"},
+        {"epoch": 0, "position": 0, "rounds": 1},
+    ],
 )
 def test_a_position_that_does_not_exist_is_damage(saved):
     with pytest.raises(DataError, match="cannot be restored"):

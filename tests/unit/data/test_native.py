@@ -73,8 +73,8 @@ def test_patches_are_the_picture_line_by_line_and_frames_are_square():
     assert frame.grid == (4, 4) and patches(image, TINY, frame, is_frame=True).shape[0] == 16
 
 
-def loader_of(folder, tower=TINY, **changes):
-    """Rows over pictures of five shapes, some rows with two of them."""
+def loader_of(folder, tower=TINY, share=None, **changes):
+    """Rows over pictures of five shapes, some rows with two of them. `share`: of the rank."""
     for number, size in enumerate(SHAPES):
         pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
@@ -85,7 +85,7 @@ def loader_of(folder, tower=TINY, **changes):
         rows[number] = row(number, pair, conversations=conversation("<image>\nand\n<image>\nare?", f"answer {number}"))
     data = config(write_rows(folder, rows), seq_length=256, **changes)
     tokenizer = load_tokenizer(ASSETS / "tok_bpe")
-    share = {"seed": 1, "rank": 0, "world_size": 1, "micro_batch_size": 2, "pad_multiple": 4}
+    share = {"seed": 1, "rank": 0, "world_size": 1, "micro_batch_size": 2, "pad_multiple": 4} | (share or {})
     return build_train_loader(data, tokenizer, tower, **share)
 
 
@@ -127,3 +127,51 @@ def test_a_row_with_more_pictures_than_its_budget_has_tokens_is_bad(tmp_path):
     loader = loader_of(tmp_path, max_sample_image_tokens=1, max_skip_share=0.5)
     take(loader, 12)
     assert loader.skipped["too many images"] > 0
+
+
+# Rows of a picture each: with nothing to choose from, packing leaves all differences to dealing.
+STEP = {"enlarge_images": False, "packing_buffer": 1}
+
+
+def ranks_of(folder, world_size: int) -> list:
+    share = {
+        "world_size": world_size,
+        "micro_batch_size": 1,
+        "accumulation_steps": 8 // world_size,
+        "tower_weight": 100.0,
+    }
+    return [loader_of(folder, share=share | {"rank": rank}, **STEP) for rank in range(world_size)]
+
+
+def steps_of(loaders: list, count: int) -> list[list[list]]:
+    """step -> rank -> batches"""
+    return [[take(loader, 8 // len(loaders)) for loader in loaders] for _ in range(count)]
+
+
+def samples(step: list[list]) -> list[str]:
+    return sorted(name for batches in step for batch in batches for name in batch.sample_ids)
+
+
+def busiest(shares: list[list]) -> float:
+    """The most work of the tower that a rank has, over the mean."""
+    work = [sum(TINY.work(rows * columns) for batch in batches for rows, columns in batch.grids) for batches in shares]
+    return max(work) / np.mean(work)
+
+
+def test_rows_are_dealt_by_what_their_pictures_cost_and_a_step_stays_what_it_was(tmp_path):
+    one, two = (steps_of(ranks_of(tmp_path, world_size), 4) for world_size in (1, 2))
+    assert [samples(step) for step in two] == [samples(step) for step in one]
+    in_turn = [busiest([step[0][rank::2] for rank in range(2)]) for step in one]
+    assert np.mean([busiest(step) for step in two]) < 1.10 < np.mean(in_turn)
+
+
+@pytest.mark.parametrize("then, now", [(2, 4), (4, 1), (1, 2)])
+def test_another_number_of_ranks_continues_with_the_same_steps(tmp_path, then, now):
+    running = ranks_of(tmp_path, then)
+    steps_of(running, 2)
+    saved = {rank: json.loads(json.dumps(loader.state_dict())) for rank, loader in enumerate(running)}
+    expected = [samples(step) for step in steps_of(running, 3)]
+    resumed = ranks_of(tmp_path, now)
+    for loader in resumed:
+        loader.load_states(saved)
+    assert [samples(step) for step in steps_of(resumed, 3)] == expected

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_moellava.data.order import Share, Stream, sample_order
+from megatron_moellava.data.order import Position, Share, Stream, sample_order
 
 
 def test_an_epoch_holds_every_row_once_in_an_order_of_its_own():
@@ -44,7 +44,7 @@ def micro_batches(count: int, group: int, world_size: int, epoch: int = 0, posit
         )
         for rank in range(world_size)
     ]
-    streams = [rank.from_(epoch, position) for rank in ranks]
+    streams = [rank.from_(Position(epoch, position)) for rank in ranks]
     return [next(streams[number % world_size])[1] for number in range(count)]
 
 
@@ -57,6 +57,39 @@ def test_ranks_share_one_stream_that_goes_on_into_the_next_epoch(world_size):
 def test_a_position_is_all_there_is_to_resume():
     whole = micro_batches(12, 2, 1)
     stream = Stream(lambda number: [[10 * number + item] for item in range(7)], group=2, rank=0, world_size=2)
-    _, _, epoch, position = list(itertools.islice(stream.from_(0, 0), 3))[-1]  # after six micro-batches of two ranks
-    assert (epoch, position) == (1, 5)
-    assert micro_batches(6, 2, 3, epoch, position) == whole[6:]
+    *_, position = list(itertools.islice(stream.from_(Position(0, 0)), 3))[-1]  # after six micro-batches of two ranks
+    assert position == Position(1, 5)
+    assert micro_batches(6, 2, 3, position.epoch, position.items) == whole[6:]
+
+
+def dealt(world_size: int, rank: int) -> Stream:
+    """Epochs of seven items whose cost is their number squared; steps of four."""
+    return Stream(
+        lambda number: [[10 * number + item] for item in range(7)],
+        group=1,
+        rank=rank,
+        world_size=world_size,
+        cost=lambda item: float(item[0] % 10) ** 2,
+        rounds=4 // world_size,
+    )
+
+
+def steps_of(world_size: int, count: int) -> list[list[int]]:
+    """Samples of each step, rank after rank."""
+    streams = [dealt(world_size, rank).from_(Position(0, 0)) for rank in range(world_size)]
+    return [[next(stream)[1][0] for stream in streams for _ in range(4 // world_size)] for _ in range(count)]
+
+
+def test_a_step_that_is_dealt_by_cost_holds_the_same_for_any_number_of_ranks():
+    assert steps_of(1, 3) == [[0, 1, 2, 3], [4, 5, 6, 10], [11, 12, 13, 14]], "one rank takes them as they come"
+    assert steps_of(2, 3) == [[0, 3, 1, 2], [10, 6, 4, 5], [11, 14, 12, 13]]
+    assert [sorted(step) for step in steps_of(4, 3)] == steps_of(1, 3)
+
+
+@pytest.mark.parametrize("taken", range(9))
+def test_a_position_in_the_midst_of_a_dealt_step_is_exact(taken):
+    whole = list(itertools.islice(dealt(2, 1).from_(Position(0, 0)), 14))
+    position = whole[taken - 1][2] if taken else Position(0, 0)
+    assert position.rounds == taken % 2
+    again = list(itertools.islice(dealt(2, 1).from_(position), 5))
+    assert again == whole[taken : taken + 5]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_moellava.data.pooling import POOLINGS, pools, widths
+from megatron_moellava.data.pooling import pools, widths
+from megatron_moellava.towers import POOLINGS
 
 FRAMES = [None, (0, 5), (1, 5), (2, 5), (3, 5), (4, 5), (0, 1), None]
 TILES = [3, 1, 1, 1, 1, 1, 1, 1]
@@ -24,7 +25,3 @@ def test_groups_begin_anew_with_each_video_and_say_what_belongs_together():
     assert pools(FRAMES, TILES, POOLINGS["none"]) == ()
     assert pools(FRAMES, TILES, POOLINGS["2x2x2"]) == (*[(1, 1)] * 3, (2, 2), (2, 2), (1, 2), (1, 2), (1, 1))
     assert pools([(0, 2), (1, 2)], [1, 1], POOLINGS["2x2"]) == ((1, 2), (1, 2))
-
-
-def test_what_a_side_has_beyond_whole_blocks_is_left_out():
-    assert POOLINGS["2x2"].width(729) == 169 and POOLINGS["2x2"].width(576) == 144

@@ -27,6 +27,12 @@ def test_a_rank_that_is_ahead_goes_back_to_where_all_have_been():
     assert redistribute([state(2, 1, epoch=1), state(9, 1)], 1)[0]["engine"] == {"epoch": 0, "position": 9}
 
 
+def test_a_rank_in_the_midst_of_a_dealt_step_goes_back_to_its_start():
+    ahead = state(8, 1) | {"engine": {"epoch": 0, "position": 8, "rounds": 1}}
+    assert redistribute([state(8, 1), ahead], 1)[0]["engine"] == {"epoch": 0, "position": 8}
+    assert redistribute([ahead, ahead], 1)[0]["engine"] == {"epoch": 0, "position": 8}
+
+
 def test_bad_samples_of_the_newest_epoch_are_remembered_once():
     saved = [state(1, 1, epoch=2, bad=[5, 3]), state(1, 1, epoch=2, bad=[3]), state(1, 1, epoch=1, bad=[9])]
     assert redistribute(saved, 1)[0]["counters"]["bad"] == [3, 5]

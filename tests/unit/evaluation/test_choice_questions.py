@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from megatron_moellava.config import DataError
+from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.evaluation.choice_questions import read_choices
 from tests.helpers.evaluation_miniatures import base64_image
+from tests.helpers.videos import number_of, still
 
 DATA = "data:;base64," + base64_image()
 BLINK = {
@@ -71,6 +72,24 @@ def test_a_folder_of_files_is_a_task_for_each(tmp_path):
         (tmp_path / f"json/{name}.json").write_text(json.dumps([MVBENCH]))
     asked = read_choices(tmp_path / "json", tmp_path / "video")
     assert [question.fields["group"] for question in asked] == ["action", "order"] and len({q.key for q in asked}) == 2
+
+
+def test_mvbenchs_videos_lie_where_its_archives_put_them(tmp_path):
+    """And its folders of frames have three a second, which is what cuts count by."""
+    (tmp_path / "json").mkdir()
+    for name in ("action_sequence", "episodic_reasoning"):
+        (tmp_path / f"json/{name}.json").write_text(json.dumps([MVBENCH | {"video": "v"}]))
+    frames = tmp_path / "video/tvqa/frames_fps3_hq/v"
+    frames.mkdir(parents=True)
+    (tmp_path / "video/star/Charades_v1_480").mkdir(parents=True)
+    for number in range(12):
+        still(number).save(frames / f"{number}.jpg", quality=95)
+    action, episode = read_choices(tmp_path / "json", tmp_path / "video")
+    assert action.picture.path == tmp_path / "video/star/Charades_v1_480/v.mp4" and action.picture.rate is None
+    assert episode.picture.path == frames
+    text, shown = episode.picture.show(DataConfig(video_frames=2, video_times="seconds"))
+    assert [number_of(frame) for frame in shown] == [5, 7], "1.5 to 3 s are the frames 4 to 8"
+    assert text == "1.7 s: <image>\n2.3 s: <image>\n"
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,26 @@ def test_context_parallelism_is_refused_rather_than_guessed():
         request_of(arguments(), ["moe.num_moe_experts=4", "parallel.context_parallel_size=2"])
 
 
+def test_videos_take_the_place_of_pictures_and_are_shown_as_the_data_settings_say():
+    given = ["data.video_pooling=2x2x2", "data.video_fps=1", "data.video_frames=32"]
+    options = arguments(stage=2, videos=0.25, video_seconds=20.0, top=1, overrides=given)
+    request = request_of(options, settings_of(options))
+    assert (request.data.images, request.data.videos) == (0.95 - 0.25, 0.25)
+    shown = request.data.shown(request.tower, request.run.data)
+    assert shown.tokens == pytest.approx(0.7 * 576 + 0.25 * 10 * 144) and shown.images == pytest.approx(0.7 + 0.25 * 20)
+    named = request_of(arguments(images=2.0, image_size=(64, 48)), [])
+    assert named.data.images == 2 and named.data.image_size == (64, 48)
+
+
+def test_settings_that_a_tower_cannot_have_are_refused_as_in_training():
+    options = arguments(stage=2, tower="siglip2-base-patch16-naflex", overrides=["data.video_pooling=2x2"])
+    with pytest.raises(ConfigError, match="averages squares of visual tokens"):
+        request_of(options, settings_of(options))
+
+
 def test_tokens_per_sample_are_text_and_pictures_of_their_budget():
     options = arguments(tokens_per_sample=400.0, tower="siglip2-base-patch16-naflex@pixel_shuffle")
     given = ["data.max_image_tokens=100"]
     request = request_of(options, [*settings_of(options), *given])
     assert request.tower.num_features == 100
-    assert request.data.tokens_per_sample(request.tower.num_features) == pytest.approx(400)
+    assert request.data.shown(request.tower, request.run.data).tokens + request.data.text_tokens == pytest.approx(400)

@@ -65,3 +65,20 @@ def test_pictures_at_native_resolution_are_counted_as_the_formulas_say(tower):
     for kind in ("num_parameters", "forward_flops", "backward_flops"):
         assert getattr(counted, kind) == predicted[kind], kind
     assert predicted["activations"] == pytest.approx(counted.activations, rel=0.02)
+
+
+@pytest.mark.parametrize("frames, pooling", [(6, "2x2x2"), (5, "2x2")])
+def test_pooled_videos_are_counted_as_the_formulas_say(frames, pooling):
+    settings = [
+        "model.backbone=llama-tiny",
+        "model.tower=siglip-base-patch16-224",
+        "training.stage=2",
+        "data.seq_length=512",
+    ]
+    run = load_config(None, [*settings, f"data.video_frames={frames}", f"data.video_pooling={pooling}"])
+    layout = Layout(run=run, backbone=get_backbone("llama-tiny"), tower=tower_of_run(run), world_size=1)
+    assert layout.images >= frames
+    counted, predicted = count_rank(layout, 0), predicted_counts(layout, 0)
+    for kind in ("num_parameters", "forward_flops", "backward_flops"):
+        assert getattr(counted, kind) == predicted[kind], kind
+    assert predicted["activations"] == pytest.approx(counted.activations, rel=0.02)

@@ -1,6 +1,7 @@
 """The log's FLOPs: the planner's for a full batch, and what the operations of a real step add up to."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from megatron_moellava.config import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_moellava.costs.flops import Attention
+from megatron_moellava.costs.flops import Attention, tower_layers_work
 from megatron_moellava.costs.gpus import GIB, GPUS
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.stage_work import Load, model_flops, stage_work
@@ -120,6 +121,42 @@ def test_frames_that_are_pooled_are_all_encoded(tmp_path):
         for frames in (1, 4)
     ]
     assert logged == pytest.approx([model_flops(layout, load) for load in loads], rel=1e-12) and logged[0] < logged[1]
+
+
+def test_pictures_at_native_resolution_attend_within_themselves(tmp_path):
+    """FLOPs of a batch with pictures of two sizes: those of each alone, added up, and no picture reaches the largest's size."""
+    run = run_of(tmp_path, "projector")
+    tower, shapes = get_tower("naflex-tiny"), [(4, 4), (2, 3)]
+    flops = []
+    for grids in (shapes, shapes[:1], shapes[1:]):
+        layout = replace(layout_of(run), tower=tower)
+        counts = native_batch(tower, grids).counts
+        flops.append(Throughput(run, layout.backbone, tower, 1).flops(counts))
+        attention = [
+            item.forward
+            for item in tower_layers_work(layout, sum(map(math.prod, grids)) / tower.num_patches, reach_of(grids))
+            if isinstance(item, Attention)
+        ]
+        by_hand = sum(4.0 * math.prod(grid) ** 2 * tower.hidden_size for grid in grids)
+        assert sum(attention) == pytest.approx(by_hand * tower.num_used_layers, rel=1e-12)
+    assert flops[0] == pytest.approx(flops[1] + flops[2], rel=1e-12)
+
+
+def reach_of(grids) -> float:
+    """Patches that a patch attends to, in the mean."""
+    patches = [math.prod(grid) for grid in grids]
+    return sum(count**2 for count in patches) / sum(patches)
+
+
+def native_batch(tower, grids) -> Batch:
+    """A sample of 64 tokens for each picture of so many rows and columns of patches."""
+    samples = []
+    for grid in grids:
+        tokens_S = np.random.default_rng(1).integers(3, 400, 64)
+        tokens_S[: math.prod(grid)] = IMAGE_TOKEN
+        samples.append(EncodedSample(id="", tag="", tokens_S=tokens_S, labels_S=np.maximum(tokens_S, 3), grids=(grid,)))
+    pixels = [np.zeros((math.prod(grid), *tower.pixel_shape), np.float32) for grid in grids]
+    return pad(samples, pixels, 1, 0, tower.pixel_shape)
 
 
 def test_mfu_is_there_where_the_peak_is_known(tmp_path, monkeypatch):
