@@ -16,7 +16,7 @@ from megatron_moellava.checkpoint.sums import verify_sums, write_sums
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion import for_generation, huggingface, original
 from megatron_moellava.conversion.chat_template import chat_template
-from megatron_moellava.conversion.gguf_export import check_gguf, write_gguf
+from megatron_moellava.conversion.gguf_export import check_gguf, gguf_notes, write_gguf
 from megatron_moellava.conversion.imports import TOWER_FILE, is_unused, tower_file
 from megatron_moellava.conversion.initial import language_dtype, zeros
 from megatron_moellava.conversion.layout import (
@@ -123,7 +123,7 @@ def export_checkpoint(
             write_sums(staging, digests)
         return {"folder": str(save), "layout": f"GGUF ({gguf_type})", "tensors": len(source.tensors)} | {
             "files": sorted(digests),
-            "notes": [],
+            "notes": gguf_notes(source),
         }
     with _as_folder(tokenizer) as tokenizer:
         job = PLANS[layout](source, tokenizer, dtype)

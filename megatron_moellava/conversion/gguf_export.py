@@ -87,6 +87,16 @@ def check_gguf(source: Checkpoint, tokenizer: Path | None) -> None:
         raise ConfigError(f"--layout gguf: {reason}; export --layout transformers")
 
 
+def gguf_notes(source: Checkpoint) -> list[str]:
+    """What llama.cpp computes otherwise with files that are right."""
+    if not (source.model.tower and source.model.tower.class_token):
+        return []
+    return [
+        "llama.cpp since May 2025 (its issue 25814) puts the class token behind the patches and drops the first patch instead, "
+        "which shifts what this tower sees by a patch; towers without a class token (SigLIP) are not concerned"
+    ]
+
+
 def _renamed(model: Model) -> Model:
     """Qwen v1 under Qwen2's names; all others have names that the `gguf` package knows."""
     return huggingface.as_transformers(replace(model, moe=None)) if model.backbone.hf.export_as else model

@@ -22,6 +22,7 @@ SPLITS = {
     "stablelm": "stablelm2",
     "llama": "llama-bpe",
 }
+FEATURE_LAYER = "clip.vision.feature_layer"  # the `gguf` package has no name for it
 NEVER = -1e9  # score of a piece that no merge makes
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
 
@@ -70,6 +71,8 @@ def describe_tower(writer, tower: Tower, hidden_size: int, kind: str) -> None:
     writer.add_vision_embedding_length(tower.hidden_size)
     writer.add_vision_feed_forward_length(tower.ffn_hidden_size)
     writer.add_vision_block_count(tower.num_used_layers)
+    # Else llama.cpp stops one layer before the file's last: LLaVA's rule for a tower that is there as a whole.
+    writer.add_array(FEATURE_LAYER, [tower.num_used_layers])
     writer.add_vision_head_count(tower.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(tower.layernorm_epsilon)
     writer.add_vision_image_mean(list(tower.image_mean))

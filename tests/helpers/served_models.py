@@ -18,6 +18,7 @@ from megatron_moellava.data.sample import Turn
 from megatron_moellava.inference.load import load_for_inference
 from megatron_moellava.inference.requests import Request, Sampling
 from megatron_moellava.model.build import build_model
+from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.training.checkpoint import TrainingState, save_checkpoint
 from tests.helpers.inference_models import scatter
 from tests.helpers.paths import ASSETS, GOLDEN
@@ -92,8 +93,8 @@ class Expected:
         return [float(row[token]) for row, token in zip(logprobs_SV, self.tokens, strict=True)]
 
 
-def checkpoint_of(case: Case, place: Path) -> Path:
-    """A checkpoint of a training run, with its tokenizer in `place`/tokenizer."""
+def checkpoint_of(case: Case, place: Path, change: Callable[[MoELlava, Path], None] | None = None) -> Path:
+    """A checkpoint of a training run, with its tokenizer in `place`/tokenizer. `change`: of the model, before it is saved."""
     tokenizer = case.tokenizer(place / "tokenizer")
     parallel.initialize(ParallelConfig(), seed=1)
     run = RunConfig(
@@ -109,6 +110,8 @@ def checkpoint_of(case: Case, place: Path) -> Path:
     )
     chunks = build_model(run)
     scatter(chunks[0])
+    if change:
+        change(chunks[0], tokenizer)
     save_checkpoint(place / "run", run, chunks, TrainingState(iteration=1, consumed_samples=0, data=None))
     parallel.shutdown()
     return place / "run"
@@ -124,9 +127,11 @@ def export_of(case: Case, place: Path, layout: str = "transformers", name: str =
 
 
 @torch.no_grad()
-def expected(place: Path, picture: Path | None = PICTURE) -> Expected:
-    """This program's answer with the checkpoint of `place`; None: about no picture."""
+def expected(place: Path, picture: Path | None = PICTURE, change: Callable[[MoELlava], None] | None = None) -> Expected:
+    """This program's answer with the checkpoint of `place`, about a picture or (None) none. `change`: of the model."""
     engine = load_for_inference(place / "run")
+    if change:
+        change(engine.model)
     text = f"<image>\n{QUESTION}" if picture else QUESTION
     request = Request(
         id="one",

@@ -9,7 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_moellava.data.tokenizer import load_tokenizer
+from megatron_moellava.model.moe_llava import MoELlava
 from tests.helpers.inference_models import picture
 from tests.helpers.paths import REPO
 from tests.helpers.served_models import CASES, NEW_TOKENS, QUESTION, checkpoint_of, expected, export_of
@@ -28,13 +31,42 @@ SERVED = (
     "Qwen2, experts",
     "Qwen3, experts",
 )
-# (a model, --gguf-type) -> how far log-probabilities are: sums in another order; rounding to 11 and to 8 bits.
-LOGPROBS = {"f32": 2e-3, "f16": 2e-2, "q8_0": 0.3}
+# --gguf-type -> how far log-probabilities are from fp32. f32: sums in another order, and llama.cpp's GELU is a table of half
+# precision; the others: weights of 11 and of 8 bits (activations, too, where a weight has 8).
+LOGPROBS = {"f32": 1e-3, "f16": 4e-3, "q8_0": 0.1}
 ASKED = {
     **{name: (name, "f32") for name in SERVED},
-    **{f"Llama, experts, {kind}": ("Llama, experts", kind) for kind in LOGPROBS},
+    **{f"{name}, {kind}": (name, kind) for name in ("Llama", "Llama, experts") for kind in ("f16", "q8_0")},
 }
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="make test-llama-cpp makes the environment")
+
+
+@torch.no_grad()
+def say_whole_characters(model: MoELlava, tokenizer: Path) -> None:
+    """Pieces of characters get the logit 0, so that no answer has them: llama.cpp's server leaves them out of its report."""
+    text = model.language_model
+    tied = text.share_embeddings_and_output_weights
+    weight_VD = text.embedding.word_embeddings.weight if tied else text.output_layer.weight
+    loaded = load_tokenizer(tokenizer)
+    for index in range(loaded.vocab_size):
+        try:
+            loaded.piece(index).decode()
+        except UnicodeDecodeError:
+            weight_VD[index] = 0
+
+
+def put_class_token_last(model: MoELlava) -> None:
+    """A tower as llama.cpp computes it since May 2025 (its issue 25814): the class token behind the patches, while positions
+    and the row that is dropped are those of a class token in front."""
+    tower = model.vision_tower
+
+    def embed(pixels_NCHW: torch.Tensor) -> torch.Tensor:
+        patches_NPD = tower.conv1(pixels_NCHW).flatten(2).transpose(1, 2)
+        rows_NRD = torch.cat([patches_NPD, tower.class_token.expand(len(patches_NPD), -1, -1)], dim=1)
+        return tower.ln_pre(rows_NRD + tower.position_embeddings.weight)
+
+    if tower.tower.class_token:
+        tower.embed = embed
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +79,10 @@ def asked(tmp_path_factory) -> dict:
         folder = place / str(number)
         folder.mkdir()
         case = CASES[name]
-        checkpoint_of(case, folder)
+        checkpoint_of(case, folder, say_whole_characters)
         ours[name] = {
-            kind: expected(folder, seen) for kind, seen in (("picture", place / "picture.png"), ("text", None))
+            kind: expected(folder, seen, put_class_token_last)
+            for kind, seen in (("picture", place / "picture.png"), ("text", None))
         }
         for question, (model, kind) in ASKED.items():
             if model == name:
@@ -79,13 +112,18 @@ def test_llama_cpp_gives_our_tokens_and_logprobs(asked, name, kind):
     assert answered["prompt_tokens"] == len(said.prompt)
     if kind == "text":
         assert answered["prompt"] == said.prompt
-    else:
-        assert (
-            f"__>{' ' * ('false' in name)}\n{QUESTION}" in answered["text"]
-        )  # as `<image>` and a line break in training
+    else:  # as `<image>` and a line break in training
+        assert f"__>{' ' * ('false' in name)}\n{QUESTION}" in answered["text"]
     precision = ASKED[name][1]
-    if precision == "f32":
-        assert answered["tokens"][: len(said.tokens)] == said.tokens
-        assert answered["logprobs"][: len(said.tokens)] == pytest.approx(said.logprobs, abs=LOGPROBS[precision])
-    else:  # random weights leave the best two tokens close together: the first one counts
-        assert answered["logprobs"][0] == pytest.approx(said.logprobs[0], abs=LOGPROBS[precision])
+    same = common(answered["tokens"], said.tokens)
+    far = max(abs(a - b) for a, b in zip(answered["logprobs"][:same], said.logprobs[:same], strict=True))
+    print(f"{name}, {kind}: {same} of {len(said.tokens)} tokens, log-probabilities within {far:.1e}")
+    # Random weights leave the best tokens close together: with 8 bits the answer may turn at some token, not at the first.
+    assert same >= (1 if precision == "q8_0" else len(said.tokens))
+    assert far < LOGPROBS[precision]
+
+
+def common(first: list[int], second: list[int]) -> int:
+    """Length of the beginning that both share."""
+    pairs = zip(first, second, strict=False)
+    return next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))

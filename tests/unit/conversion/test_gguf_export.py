@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from megatron_moellava.checkpoint.sums import verify_sums
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.exports import export_checkpoint
-from megatron_moellava.conversion.gguf_export import check_gguf
+from megatron_moellava.conversion.gguf_export import check_gguf, gguf_notes
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.conversion.upcycle import upcycle_checkpoint
@@ -139,3 +139,12 @@ def test_narrow_experts_are_written_where_every_layer_has_some(place):
         else:
             with pytest.raises(ConfigError, match="another width than the experts"):
                 check_gguf(narrow, place / "tokenizer")
+
+
+def test_what_llama_cpp_makes_of_a_class_token_is_said(place):
+    """Of a tower that has one (CLIP), and of no other."""
+    source = open_checkpoint(place / "run")
+    (note,) = gguf_notes(source)
+    assert "25814" in note and source.model.tower.class_token
+    without = replace(source.model.tower, class_token=False)
+    assert gguf_notes(replace(source, model=replace(source.model, tower=without))) == []

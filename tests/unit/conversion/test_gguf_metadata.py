@@ -4,20 +4,25 @@ import pytest
 from gguf import GGUFReader, GGUFWriter, TokenType
 
 from megatron_moellava.backbones import get_backbone
-from megatron_moellava.conversion.gguf_metadata import describe_vocabulary
+from megatron_moellava.conversion.gguf_metadata import FEATURE_LAYER, describe_tower, describe_vocabulary
 from megatron_moellava.conversion.served_tokenizer import served_tokenizer
 from megatron_moellava.data.tokenizer import load_tokenizer
+from megatron_moellava.towers import get_tower
 from tests.helpers.tokenizer_folders import byte_folder, llama_folder
 
 
 def described(place, folder, backbone: str) -> dict:
     writer = GGUFWriter(place / "vocabulary.gguf", "llama")
     describe_vocabulary(writer, served_tokenizer(folder, with_image=False), folder, get_backbone(backbone), "{{ bos }}")
+    return read_back(writer, place / "vocabulary.gguf")
+
+
+def read_back(writer: GGUFWriter, file) -> dict:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    return {name: field.contents() for name, field in GGUFReader(place / "vocabulary.gguf").fields.items()}
+    return {name: field.contents() for name, field in GGUFReader(file).fields.items()}
 
 
 @pytest.mark.parametrize("legacy", ["legacy_true", "legacy_false"])
@@ -39,3 +44,12 @@ def test_a_byte_level_vocabulary(tmp_path):
     assert found["tokenizer.ggml.model"] == "gpt2" and found["tokenizer.ggml.pre"] == "qwen2"
     assert found["tokenizer.ggml.tokens"][420] == "<|im_start|>" and not found["tokenizer.ggml.add_bos_token"]
     assert found["tokenizer.ggml.merges"] and found["tokenizer.chat_template"] == "{{ bos }}"
+
+
+@pytest.mark.parametrize("name", ["clip-vit-large-patch14-336", "siglip-so400m-patch14-384"])
+def test_features_come_from_the_last_layer_of_the_file(tmp_path, name):
+    """llama.cpp takes them one layer earlier where a file does not say it (tests/llama_cpp has seen that)."""
+    writer, tower = GGUFWriter(tmp_path / "tower.gguf", "clip"), get_tower(name)
+    describe_tower(writer, tower, 64, "f16")
+    found = read_back(writer, tmp_path / "tower.gguf")
+    assert found[FEATURE_LAYER] == [found["clip.vision.block_count"]] == [tower.num_used_layers]
