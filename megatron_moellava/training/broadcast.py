@@ -15,6 +15,7 @@ _META = (
     "grids",
     "pairs",
     "pools",
+    "pictures",
     "counts",
 )  # stays on the host, which asks for lengths
 
