@@ -59,6 +59,8 @@ Role = Literal[
 Tracker = Literal["wandb", "mlflow", "swanlab"]
 BoxFormatName = Literal["thousand", "llava", "qwen", "qwen_vl"]
 LoraTarget = Literal["attention", "ffn", "experts", "router", "projector", "tower"]
+Levels = Literal["uint8", "uint12", "uint16", "int16", "uint32", "int32", "float", "colours"]
+PictureFormat = Literal["PNG", "TIFF", "PPM", "JPEG", "WEBP", "GIF", "BMP"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +70,36 @@ class Source:
     path: str  # LLaVA JSON or JSONL, or a folder of WebDataset shards
     image_folder: str = ""  # image paths of the rows are relative to it
     weight: float = 1.0  # how often each row is seen in an epoch; 1.0 for all: their concatenation, as LLaVA does
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Channel:
+    """How a channel shows a quantity: from level 0 at `black` to level 255 at `white`; what lies beyond them is clipped."""
+
+    black: float  # a quantity; larger than `white`: the channel is inverted
+    white: float
+    # of the quantity: log and reciprocal see small ones finer (reciprocal of a depth: like a disparity)
+    curve: Literal["linear", "log", "reciprocal"] = "linear"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Modality:
+    """A kind of pictures beside the plain ones of `image`, such as depth or thermal, in `data.modalities`."""
+
+    name: str  # the key of a row that names such pictures; `<name>` stands for each in the text
+    levels: Levels  # what the files hold: grey levels of this type, or colours, which are read as plain pictures
+    formats: tuple[PictureFormat, ...] = ()  # of the files; empty: PNG and TIFF, of colours all
+    scale: float = 1.0  # quantity = level * scale + offset: 0.001 makes metres of millimetres
+    offset: float = 0.0
+    missing: tuple[float, ...] = ()  # levels that mean "not measured"; NaN always does
+    missing_shown: int = 0  # the level of 0 to 255 that shows them
+    channels: tuple[Channel, ...] = ()  # how the quantity becomes red, green and blue: one for all three, or three
+    tower: str = ""  # empty: model.tower, with its projector; nothing else is supported
+
+    @property
+    def placeholder(self) -> str:
+        """What stands for one of its pictures in the text."""
+        return f"<{self.name}>"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +169,8 @@ class DataConfig:
     max_sample_image_tokens: int | None = None  # likewise, of all pictures of a sample; None: no limit of its own
     # likewise: small pictures are enlarged to the budget; False: no more tokens than pixels fill
     enlarge_images: bool = True
+    # kinds of pictures beside `image`, by the key of a row that names them: depth, thermal, ... (below)
+    modalities: tuple[Modality, ...] = ()
     # how the text says where something is: 0 to 999 of what the tower sees, and others (docs/reference/data.md)
     box_format: BoxFormatName = "thousand"
     video_frames: int = 8  # shown of a video, spread evenly; with video_fps the most

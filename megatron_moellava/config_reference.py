@@ -52,6 +52,8 @@ def page() -> str:
     for section, hint in typing.get_type_hints(config.RunConfig).items():
         parts += [f"## {section}", inspect.getdoc(_dataclass(hint)) or "", _table(section, _dataclass(hint), meanings)]
     parts += ["## data.sources", inspect.getdoc(config.Source) or "", _table("", config.Source, meanings)]
+    parts += ["## data.modalities", inspect.getdoc(config.Modality) or "", _table("", config.Modality, meanings)]
+    parts += [inspect.getdoc(config.Channel) or "", _table("", config.Channel, meanings)]
     lora = _table("training.lora", config.LoraConfig, meanings)
     parts += ["## training.lora", inspect.getdoc(config.LoraConfig) or "", lora]
     distillation = _table("training.distillation", config.DistillationConfig, meanings)
@@ -107,6 +109,8 @@ def _kind(hint) -> str:
         float: "number",
         str: "text",
         config.Source: "sources (below)",
+        config.Modality: "modalities (below)",
+        config.Channel: "channels (below)",
         config.LoraConfig: "adapters (below)",
         config.DistillationConfig: "a teacher (below)",
         config.DebugConfig: "switches (below)",

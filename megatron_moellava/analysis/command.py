@@ -81,7 +81,7 @@ def _saved(figure, path: Path) -> Path:
 def load_section(out: Path, routes: Routes) -> Section:
     """Share of the choices that each expert takes, layer by layer, with balance and dropped tokens."""
     path = out / "load.png"
-    plot_expert_load(routes.counts_LME, routes.layers, path, "Expert load")
+    plot_expert_load(routes.counts_LME, routes.layers, path, "Expert load", routes.modalities)
     head = [
         "layer",
         "tokens",
@@ -106,7 +106,7 @@ def load_section(out: Path, routes: Routes) -> Section:
 def preference_section(out: Path, routes: Routes) -> Section:
     """Image against text tokens of each expert and, where questions have types, the load by type."""
     counts_MLE = routes.counts_LME[list(routes.layers)].transpose(1, 0, 2)
-    paths = [_saved(figures.modality_preference(counts_MLE, routes.layers), out / "modality.png")]
+    paths = [_saved(figures.modality_preference(counts_MLE, routes.layers, routes.modalities), out / "modality.png")]
     by_type = figures.load_by_type(routes.record)
     if by_type is not None:
         paths.append(_saved(by_type, out / "types.png"))
@@ -121,13 +121,14 @@ def confidence_section(out: Path, routes: Routes) -> Section:
     text = (
         "Entropy 1 is a router that does not care, 0 one that is certain. Near 0 in every layer is a sign of collapse."
     )
-    return Section("Confidence", text, [_saved(figures.confidence(routes.record), out / "confidence.png")])
+    return Section(
+        "Confidence", text, [_saved(figures.confidence(routes.record, routes.modalities), out / "confidence.png")]
+    )
 
 
 def pathway_section(out: Path, routes: Routes, pca: bool) -> Section:
     """The ten most frequent pathways of each modality; `pca` adds the original's picture of principal components."""
-    parts = {"text": routes.first_TL[~routes.is_image_T], "image": routes.first_TL[routes.is_image_T]}
-    parts = {name: first_TL for name, first_TL in parts.items() if len(first_TL)}
+    parts = routes.first_by_modality
     found = {name: frequent_pathways(first_TL) for name, first_TL in parts.items()}
     pictures = [_saved(figures.pathways(found, routes.layers, routes.num_experts), out / "pathways.png")]
     if pca:

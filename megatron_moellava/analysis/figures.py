@@ -14,13 +14,15 @@ import numpy as np
 from megatron_moellava.analysis.pathways import Pathways
 from megatron_moellava.analysis.routing import Picture
 from megatron_moellava.analysis.similarity import Similarity
+from megatron_moellava.data.quantities import PLAIN
+from megatron_moellava.routing.token_groups import MODALITIES
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-GROUP_COLOURS = {"text": "tab:blue", "image": "tab:orange"}
+GROUP_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 DROPPED = (0.6, 0.6, 0.6)
 MOST_PANELS = 8  # of one picture; more layers are thinned out evenly
 
@@ -47,33 +49,37 @@ def spread(count: int, most: int = MOST_PANELS) -> list[int]:
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
-def modality_preference(choices_MLE: np.ndarray, layers: Sequence[int]) -> Figure:
-    """One panel per expert: of its tokens in each layer, the share that is text and the share that is image.
+def group_colour(number: int) -> str:
+    """Of a modality by its number: text, image, further ones."""
+    return GROUP_COLOURS[number % len(GROUP_COLOURS)]
 
-    Text and image count half each, however many tokens of them there are, as in the original's figure 4.
+
+def modality_preference(
+    choices_MLE: np.ndarray, layers: Sequence[int], modalities: Sequence[str] = MODALITIES
+) -> Figure:
+    """One panel per expert: of its tokens in each layer, the share of each modality.
+
+    Modalities count alike, however many tokens of them there are, as in the original's figure 4.
     """
     totals_ML1 = choices_MLE.sum(axis=2, keepdims=True).clip(min=1)
     shares_MLE = choices_MLE / totals_ML1
-    image_LE = shares_MLE[1] / shares_MLE.sum(axis=0).clip(min=1e-30)
+    shares_MLE = shares_MLE / shares_MLE.sum(axis=0).clip(min=1e-30)
     experts = choices_MLE.shape[2]
     columns = min(experts, 4)
     figure, panels = _grid(math.ceil(experts / columns), columns, width=3.2, height=2.4)
     for expert, panel in enumerate(panels[:experts]):
-        used_L = shares_MLE[:, :, expert].sum(axis=0) > 0
-        places = np.arange(len(layers))
-        panel.bar(places, np.where(used_L, 1 - image_LE[:, expert], 0), color=GROUP_COLOURS["text"], label="text")
-        panel.bar(
-            places,
-            np.where(used_L, image_LE[:, expert], 0),
-            bottom=np.where(used_L, 1 - image_LE[:, expert], 0),
-            color=GROUP_COLOURS["image"],
-            label="image",
-        )
-        panel.axhline(0.5, color="k", linestyle="--", linewidth=0.8)
+        places, bottom_L = np.arange(len(layers)), np.zeros(len(layers))
+        for number, name in enumerate(modalities):
+            share_L = shares_MLE[number, :, expert]
+            panel.bar(places, share_L, bottom=bottom_L, color=group_colour(number), label=name)
+            bottom_L = bottom_L + share_L
+        for line in range(1, len(modalities)):
+            panel.axhline(line / len(modalities), color="k", linestyle="--", linewidth=0.8)
         panel.set(title=f"expert {expert}", ylim=(0, 1), xticks=places, xlabel="MoE layer")
         panel.set_xticklabels([str(layer) for layer in layers])
     panels[0].legend(fontsize=8, loc="lower left")
-    figure.suptitle("Modality preference: who an expert's tokens are (text and image weighted alike)")
+    alike = " and ".join([", ".join(modalities[:-1]), modalities[-1]])
+    figure.suptitle(f"Modality preference: who an expert's tokens are ({alike} weighted alike)")
     figure.tight_layout()
     return figure
 
@@ -110,7 +116,7 @@ def _stacked(panel, counts_LE: np.ndarray, layers: Sequence[int]) -> None:
     panel.set_xticklabels([str(layer) for layer in layers])
 
 
-def confidence(record: dict) -> Figure:
+def confidence(record: dict, modalities: Sequence[str] = MODALITIES) -> Figure:
     """Entropy of the routers, and the mean probability of the first and the second expert, by layer and modality."""
     figure, panels = _grid(1, 3, width=4.0, height=3.0)
     names = {
@@ -120,9 +126,9 @@ def confidence(record: dict) -> Figure:
     }
     layers = record["layers"]
     for panel, (key, title) in zip(panels, names.items(), strict=True):
-        for group, colour in GROUP_COLOURS.items():
+        for number, group in enumerate(modalities):
             values = [layer["groups"].get(group, {}).get(key, np.nan) for layer in layers]
-            panel.plot(range(len(layers)), values, marker="o", color=colour, label=group)
+            panel.plot(range(len(layers)), values, marker="o", color=group_colour(number), label=group)
         panel.set(title=title, ylim=(0, 1), xticks=range(len(layers)), xlabel="MoE layer")
         panel.set_xticklabels([str(layer["layer"]) for layer in layers])
     panels[0].legend()
@@ -219,7 +225,7 @@ def overlay(picture: Picture, layers: Sequence[int], experts: int) -> Figure:
     columns = len(shown) + 1
     figure, panels = _grid(1, columns, width=2.1, height=2.3)
     panels[0].imshow(picture.pixels_HWC)
-    panels[0].set_title("picture", fontsize=9)
+    panels[0].set_title("picture" if picture.modality == PLAIN else picture.modality, fontsize=9)
     height, width = picture.pixels_HWC.shape[:2]
     colours = ListedColormap([DROPPED, *(colour[:3] for colour in expert_colours(experts))])
     for panel, index in zip(panels[1:], shown, strict=True):

@@ -1,12 +1,13 @@
 """Where the tokens of a data set go, token by token: one forward pass per sample, as if each had come alone.
 
-Shapes: T tokens of all samples, L MoE layers, K choices, E experts, M modalities (text, image).
+Shapes: T tokens of all samples, L MoE layers, K choices, E experts, M modalities (text, image, those of the run).
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from megatron_moellava import parallel, platform
 from megatron_moellava.config import ConfigError, DataError
 from megatron_moellava.data import media
 from megatron_moellava.data.batch import Batch, pad
-from megatron_moellava.data.encode import IMAGE_TOKEN, EncodedSample
+from megatron_moellava.data.encode import EncodedSample
 from megatron_moellava.data.loader import build_encoder
 from megatron_moellava.data.native import whole
+from megatron_moellava.data.quantities import PLAIN
 from megatron_moellava.data.rows import read_rows
 from megatron_moellava.data.sample import BadSample, parse_record
 from megatron_moellava.inference.prompts import Prompter
@@ -27,6 +29,7 @@ from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.routing.records import routing_record
 from megatron_moellava.routing.statistics import RoutingStatistics
+from megatron_moellava.routing.token_groups import MODALITIES, token_modalities
 from megatron_moellava.routing.token_weights import TokenWeights
 from megatron_moellava.training.broadcast import broadcast_batch
 
@@ -35,13 +38,14 @@ NONE = -1  # in place of a choice that was dropped
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One sample's first image as the model sees it, and the first choice of each of its visual tokens."""
+    """A sample's first picture of a modality as the model sees it, and the first choice of each of its visual tokens."""
 
     name: str
     question: str
     pixels_HWC: np.ndarray  # uint8
     first_LF: np.ndarray  # int16, F visual tokens
     columns: int = 0  # visual tokens in a line; 0: they are a square
+    modality: str = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +56,24 @@ class Routes:
     num_experts: int
     topk: int
     choices_TLK: np.ndarray  # int16, best first
-    is_image_T: np.ndarray  # bool
+    modality_T: np.ndarray  # int64, number of each token's modality
     record: dict  # `routing.records.routing_record`
     counts_LME: np.ndarray  # by decoder layer, dense ones included
     pictures: tuple[Picture, ...]
     num_samples: int
     skipped: tuple[str, ...]  # what was wrong with rows that could not be used
+    modalities: tuple[str, ...] = MODALITIES
+
+    @property
+    def is_image_T(self) -> np.ndarray:
+        """bool: of a picture of any modality."""
+        return self.modality_T > 0
+
+    @property
+    def first_by_modality(self) -> dict[str, np.ndarray]:
+        """The first choices of the tokens of each modality that there are."""
+        parts = {name: self.first_TL[self.modality_T == number] for number, name in enumerate(self.modalities)}
+        return {name: first_TL for name, first_TL in parts.items() if len(first_TL)}
 
     @property
     def first_TL(self) -> np.ndarray:
@@ -70,7 +86,7 @@ class Question:
     """A sample that is ready for the model."""
 
     encoded: EncodedSample
-    pixels_NCHW: np.ndarray
+    pixels: list[np.ndarray]  # of each picture: [N, 3, H, W]
     text: str
 
 
@@ -99,10 +115,10 @@ def collect_routes(
         batch = broadcast_batch(_batch(mine[number if counted else 0], prompter)) if mine else _nothing(prompter)
         choices_TLK = _forward(model, batch, token_weights, statistics if counted else None)
         if counted:
-            is_image_T = (batch.tokens_BS[0] == IMAGE_TOKEN).cpu().numpy()
-            parts.append((choices_TLK, is_image_T))
+            modality_T = token_modalities(batch, statistics.modalities)[0].cpu().numpy()
+            parts.append((choices_TLK, modality_T))
             if len(shown) < pictures:
-                shown += _picture(mine[number], model, choices_TLK, is_image_T)
+                shown += _pictures(mine[number], model, choices_TLK[modality_T > 0, :, 0])
     sums = statistics.collect()
     gathered = _gathered((parts, shown))
     parts = [part for rank_parts, _ in gathered for part in rank_parts]
@@ -113,12 +129,13 @@ def collect_routes(
         num_experts=sums.num_experts,
         topk=sums.topk,
         choices_TLK=np.concatenate([choices for choices, _ in parts]),
-        is_image_T=np.concatenate([is_image for _, is_image in parts]),
+        modality_T=np.concatenate([modality for _, modality in parts]),
         record=routing_record(sums),
         counts_LME=sums.choices_LME.numpy(),
         pictures=tuple(picture for _, rank_shown in gathered for picture in rank_shown)[:pictures],
         num_samples=len(questions),
         skipped=tuple(skipped),
+        modalities=statistics.modalities,
     )
 
 
@@ -149,12 +166,12 @@ def _question(record, folder: str, where: str, encoder, prompter: Prompter) -> Q
         max_images=data.max_images,
         ignore_keys=data.ignore_keys,
         frames=partial(media.frame_texts, folder=folder, where=where, data=data),
+        modalities=data.modalities,
     )
     sample = media.write_regions(sample, folder, tower, data)
     encoded = media.encoded(encoder, sample, folder, where, tower, data)
     kept = [pixels for pixels, _ in media.pixels_of(encoded, folder, where, tower, data)]
-    pixels_NCHW = np.concatenate(kept) if kept else np.zeros((0, *tower.pixel_shape), dtype=np.float32)
-    return Question(encoded, pixels_NCHW, sample.turns[0].text.replace("<image>", "").strip())
+    return Question(encoded, kept, sample.turns[0].text.replace("<image>", "").strip())
 
 
 def as_conversation(record: dict) -> dict:
@@ -170,9 +187,7 @@ def as_conversation(record: dict) -> dict:
 def _batch(question: Question, prompter: Prompter) -> Batch | None:
     if not parallel.reads_data():
         return None
-    shape = question.pixels_NCHW.shape[1:]
-    pixels = [question.pixels_NCHW] if len(question.pixels_NCHW) else []
-    return pad([question.encoded], pixels, 1, prompter.tokenizer.pad_id, shape)
+    return pad([question.encoded], question.pixels, 1, prompter.tokenizer.pad_id, prompter.tower.pixel_shape)
 
 
 def _nothing(prompter: Prompter) -> Batch:
@@ -199,24 +214,30 @@ def first_choices(weights_TE: torch.Tensor, topk: int) -> np.ndarray:
     return experts_TK.masked_fill(weights_TK <= 0, NONE).numpy().astype(np.int16)
 
 
-def _picture(question: Question, model: MoELlava, choices_TLK: np.ndarray, is_image_T: np.ndarray) -> Iterator[Picture]:
-    """The first tile of the first image, if there is one."""
-    if not len(question.pixels_NCHW):
-        return
-    tower = model.tower
-    rows, columns = question.encoded.grids[0] if tower.native else (0, 0)
-    # Those of the overview where there are tiles; pooled frames and pictures at native resolution have fewer.
-    places = np.flatnonzero(is_image_T)[: min(question.encoded.features[0], tower.num_features)]
-    scale, shift = (np.array(values)[:, None, None] for values in (tower.image_std, tower.image_mean))
-    first_CHW = whole(question.pixels_NCHW, (rows, columns)) if tower.native else question.pixels_NCHW[0]
-    pixels_CHW = (first_CHW * scale + shift).clip(0, 1)
-    yield Picture(
-        name=question.encoded.id,
-        question=question.text,
-        pixels_HWC=(pixels_CHW * 255).round().astype(np.uint8).transpose(1, 2, 0),
-        first_LF=choices_TLK[places, :, 0].T,
-        columns=columns // tower.shuffle,
-    )
+def _pictures(question: Question, model: MoELlava, first_RL: np.ndarray) -> Iterator[Picture]:
+    """The first tile of the first picture of each modality. `first_RL`: the first choices of the visual tokens."""
+    encoded, tower = question.encoded, model.tower
+    starts = [0, *accumulate(encoded.features)]
+    seen: set[str] = set()
+    for number, (ref, pixels_NCHW) in enumerate(zip(encoded.images, question.pixels, strict=True)):
+        modality = ref.modality.name if ref.modality else PLAIN
+        if modality in seen:
+            continue
+        seen.add(modality)
+        rows, columns = encoded.grids[number] if tower.native else (0, 0)
+        # Those of the overview where there are tiles; pooled frames and pictures at native resolution have fewer.
+        count = min(encoded.features[number], tower.num_features)
+        scale, shift = (np.array(values)[:, None, None] for values in (tower.image_std, tower.image_mean))
+        first_CHW = whole(pixels_NCHW, (rows, columns)) if tower.native else pixels_NCHW[0]
+        pixels_CHW = (first_CHW * scale + shift).clip(0, 1)
+        yield Picture(
+            name=encoded.id,
+            question=question.text,
+            pixels_HWC=(pixels_CHW * 255).round().astype(np.uint8).transpose(1, 2, 0),
+            first_LF=first_RL[starts[number] : starts[number] + count].T,
+            columns=columns // tower.shuffle,
+            modality=modality,
+        )
 
 
 def _gathered(mine) -> list:

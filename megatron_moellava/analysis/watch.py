@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_moellava.config import DataError
@@ -67,9 +67,9 @@ def screen(records: list[dict], *, width: int, colour: bool) -> str:
         f"step {record['iteration']}   {record['num_experts']} experts, top-{record['topk']}   "
         f"load of each expert: bars end at twice the mean, | is the mean"
     ]
-    bar = max(8, (width - 44) // 2)
+    bar = max(8, (width - 44) // len(_modalities(record)))
     for layer in record["layers"]:
-        lines += ["", _head(layer), *_experts(layer, record["num_experts"], bar, colour)]
+        lines += ["", _head(layer), *_experts(layer, _modalities(record), record["num_experts"], bar, colour)]
     types = sorted({name for layer in record["layers"] for name in layer["groups"] if name.startswith("type:")})
     lines += ["", *(_by_type(record, name) for name in types)] if types else []
     recent = [(entry["iteration"], text) for entry in records for text in entry.get("warnings", ())][-3:]
@@ -89,14 +89,20 @@ def _head(layer: dict) -> str:
     return " | ".join(parts)
 
 
-def _experts(layer: dict, experts: int, bar: int, colour: bool) -> list[str]:
+def _modalities(record: dict) -> list[str]:
+    """Text, image, and the groups of further modalities."""
+    groups = [name for layer in record["layers"] for name in layer["groups"] if not name.startswith("type:")]
+    return [*dict.fromkeys(("text", "image", *groups))]
+
+
+def _experts(layer: dict, modalities: Sequence[str], experts: int, bar: int, colour: bool) -> list[str]:
     lines = []
     for expert in range(experts):
         cells = []
-        for name in ("text", "image"):
+        for name in modalities:
             choices = layer["groups"].get(name, {}).get("choices", [0] * experts)
             load = choices[expert] * experts / max(sum(choices), 1)
-            kind = "low" if load < LOW else "high" if load > HIGH else name
+            kind = "low" if load < LOW else "high" if load > HIGH else name if name in COLOURS else "image"
             cells.append(f"{name} {_painted(_bar(load / 2, bar), kind, colour)} {load / experts:4.0%}")
         lines.append(f"  expert {expert:<3} " + "   ".join(cells))
     return lines

@@ -31,6 +31,7 @@ TRAINED_WITH = {
         "max_image_tokens",
         "max_sample_image_tokens",
         "enlarge_images",
+        "modalities",
         "box_format",
         "video_frames",
         "video_fps",

@@ -57,6 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trust-paths", action="store_true", help="pictures may lie anywhere: absolute names, `..`, symbolic links"
     )
+    parser.add_argument("--config", metavar="FILE", help="the run's YAML, for its data.modalities (none)")
     parser.add_argument("--statistics", action="store_true", help="only describe the JSON; needs --tokenizer")
     parser.add_argument("--tokenizer", metavar="PATH", help="folder or SentencePiece .model, for token lengths")
     parser.add_argument("--template", default="v1", help="conversation version (v1)")
@@ -108,7 +109,22 @@ def _shards(parsed: argparse.Namespace) -> dict:
         max_skip_share=parsed.max_skip_share,
         ignore_keys=tuple(parsed.ignore_keys),
         trust_paths=parsed.trust_paths,
+        modalities=_modalities(parsed.config),
     )
+
+
+def _modalities(config: str | None) -> tuple:
+    """`data.modalities` of a run's YAML. ConfigError for records that are wrong."""
+    from megatron_moellava.config import ConfigError, DataConfig, from_dict, read_yaml
+    from megatron_moellava.validation.modalities import modality_problems
+
+    if not config:
+        return ()
+    found = (read_yaml(config).get("data") or {}).get("modalities") or ()
+    data = from_dict(DataConfig, {"modalities": found})
+    if problems := [*modality_problems(data)]:
+        raise ConfigError("\n".join(problems))
+    return data.modalities
 
 
 def _print_report(report: dict) -> None:
@@ -139,12 +155,13 @@ def _statistics(parsed: argparse.Namespace) -> None:
         length_counts=parsed.length_counts,
         template=parsed.template,
         ignore_keys=tuple(parsed.ignore_keys),
+        modalities=_modalities(parsed.config),
     )
     encoder = build_encoder(data, load_tokenizer(parsed.tokenizer), get_tower(parsed.tower))
     out = Path(parsed.out)
     out.mkdir(parents=True, exist_ok=True)
     index = index_json(parsed.data, out / "index")
-    tokens, images, unusable = token_lengths(index, encoder, data.ignore_keys)
+    tokens, images, unusable = token_lengths(index, encoder, data.ignore_keys, data.modalities)
     found = {"rows": index.rows, "unusable_rows": unusable}
     found |= describe(tokens, images, parsed.seq_length, parsed.packing_buffer)
     plot(tokens, images, out / "token_lengths.png", f"{Path(parsed.data).name}: {len(tokens):,} samples")

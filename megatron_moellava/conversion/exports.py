@@ -185,6 +185,7 @@ def _inherited(provenance: dict | None, name: str):
 def _check_exportable(source: Checkpoint, layout: str) -> None:
     """What Megatron-Core can train and the released layouts cannot hold."""
     moe, tower, backbone = source.model.moe, source.model.tower, source.model.backbone
+    _check_modalities(trained_with(source.run), layout)
     if tower and layout in (ORIGINAL.name, LLAVA.name, TRANSFORMERS.name):
         _check_tower(tower, layout)
     if moe is None or layout in (TRANSFORMERS.name, VISION_TOWER.name, "projector", GGUF):
@@ -200,6 +201,18 @@ def _check_exportable(source: Checkpoint, layout: str) -> None:
     beyond = [f"moe.{name}={getattr(moe, name)}" for name in fields if getattr(moe, name)]
     if beyond:
         raise ConfigError(f"{', '.join(beyond)}: --layout {layout} cannot say it; export --layout transformers")
+
+
+def _check_modalities(trained: dict[str, dict], layout: str) -> None:
+    """No processor of others shows levels as a record of `data.modalities` does."""
+    modalities = trained.get("data", {}).get("modalities") or ()
+    if modalities and layout in (TRANSFORMERS.name, GGUF):
+        names = ", ".join(item["name"] for item in modalities)
+        raise ConfigError(
+            f"data.modalities: --layout {layout} has no pictures of {names}, and its processor would show their levels "
+            "otherwise than this model was trained with; export --layout original, which says so in its config.json, or "
+            "--layout language-model, tower and projector"
+        )
 
 
 def _check_tower(tower: Tower, layout: str) -> None:

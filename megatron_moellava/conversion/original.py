@@ -242,6 +242,8 @@ def _with_settings(config: dict, model: Model, trained: dict[str, dict]) -> dict
         config["image_grid_pinpoints"] = model.required_tower.tiles.pinpoints(size, wide_first=True)
     elif data.get("image_grid"):
         otherwise["data"] = {"image_grid": True}
+    if data.get("modalities"):
+        otherwise.setdefault("data", {})["modalities"] = list(data["modalities"])
     if model.backbone.embedding_multiplier != 1.0 and trained.get("model", {}).get("scale_multimodal_embeddings", True):
         otherwise["model"] = {"scale_multimodal_embeddings": True}
     if not model.required_tower.drop_first_feature:
@@ -265,7 +267,8 @@ RESTORED = (
 WHY_NOT = {
     "model": "the original does not scale MiniCPM's embeddings beside images, and this model was trained with that",
     "tower": "the original leaves out the tower's first feature, and this model was trained with all",
-    "data": "the original does not tile pictures, and this model was trained with data.image_grid=true",
+    "data.image_grid": "the original does not tile pictures, and this model was trained with data.image_grid=true",
+    "data.modalities": "the original knows no data.modalities, and this model was trained with some",
     "moe": "the original routes with its own gate, which has a capacity",
 }
 
@@ -276,8 +279,8 @@ def notes_of(config: dict) -> list[str]:
     router = otherwise.get("moe", {}).get("router")
     return [
         f"{why}: its code will compute other numbers; `moellava convert import` reads trained_with in config.json"
-        for section, why in WHY_NOT.items()
-        if section in otherwise and (section != "moe" or router)
+        for (section, _, field), why in ((path.partition("."), why) for path, why in WHY_NOT.items())
+        if section in otherwise and (not field or field in otherwise[section]) and (section != "moe" or router)
     ]
 
 

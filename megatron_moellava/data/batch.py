@@ -11,6 +11,7 @@ from torch.utils.data import get_worker_info
 
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN, EncodedSample
 from megatron_moellava.data.pooling import Pools
+from megatron_moellava.data.quantities import PLAIN, kinds_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class Batch:
     teacher_ids_TK: torch.Tensor | None = None  # int32
     teacher_log_probs_TC: torch.Tensor | None = None  # fp16 or fp32, C = K + 1
     pools: Pools = ()  # images that become one set of visual tokens, and which neighbours one token; empty: each its own
+    # (modality, visual tokens) of each picture in the order of the image tokens; empty: all pictures are plain ones
+    pictures: tuple[tuple[str, int], ...] = ()
     counts: Counts = None  # type: ignore[assignment]  # taken from the tensors when the batch is made, on the host, and carried along
 
     def __post_init__(self) -> None:
@@ -158,6 +161,7 @@ def pack(samples: list[EncodedSample], pixels: list[np.ndarray], seq_length: int
         tags=[sample.tag for sample in samples],
         grids=tuple(grid for sample in samples for grid in sample.grids),
         pools=tuple(pool for sample in samples for pool in sample.pools),
+        pictures=_pictures(samples),
     )
 
 
@@ -183,7 +187,14 @@ def pad(samples: list[EncodedSample], pixels: list[np.ndarray], multiple: int, p
         tags=[sample.tag for sample in samples],
         grids=tuple(grid for sample in samples for grid in sample.grids),
         pools=tuple(pool for sample in samples for pool in sample.pools),
+        pictures=_pictures(samples),
     )
+
+
+def _pictures(samples: list[EncodedSample]) -> tuple[tuple[str, int], ...]:
+    kinds = [ref.modality.name if ref.modality else PLAIN for sample in samples for ref in sample.images]
+    tokens = [count for sample in samples for count in sample.features]
+    return tuple(zip(kinds, tokens, strict=True)) if kinds_of(kinds) else ()
 
 
 def _stack(pixels: list[np.ndarray], shape: tuple[int, int, int]) -> torch.Tensor:

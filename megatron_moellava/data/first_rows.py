@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from megatron_moellava.config import DataError
-from megatron_moellava.data import media
+from megatron_moellava.data import media, quantities
 from megatron_moellava.data.pair_rows import parse_pair
 from megatron_moellava.data.rows import HELP, read_rows
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, BadSample, Sample, parse_record
@@ -43,6 +43,7 @@ def _bad_row(record: dict | BadSample, origin: str, source, data, num_features: 
         if isinstance(record, BadSample):
             raise record
         limits = {"origin": origin, "max_images": data.max_images, "ignore_keys": data.ignore_keys}
+        limits["modalities"] = data.modalities
         # With a rate their number depends on the video, which is not opened here.
         limits["frames"] = lambda name: [IMAGE_PLACEHOLDER] * (1 if data.video_fps else data.video_frames)
         sample = parse_pair(record, **limits)[0] if pairs else parse_record(record, **limits)
@@ -58,6 +59,8 @@ def _bad_row(record: dict | BadSample, origin: str, source, data, num_features: 
             found = media.source(image, folder, origin, data.trust_paths)
             if isinstance(found, str) and not os.path.exists(found):
                 return f"{origin}: image {found} does not exist; pass --image-folder DIR, or correct the row"
+            if image.modality is not None:
+                quantities.check_picture(found, image.modality, f"{origin}, {image.modality.name} {image.name[:80]!r}")
     except BadSample as error:
         return str(error)
     return None

@@ -9,7 +9,8 @@ EXIF rotation is applied. What a picture shows never decides how it is read: fra
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -27,7 +28,7 @@ _CONVERTED = {  # mode -> note
     "YCbCr": "YCbCr colours converted",
     "HSV": "HSV colours converted",
 }
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112
 FIRST_FRAME = "first of several frames"
 _SEQUENCES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # formats whose further frames a picture would lose
 
@@ -36,6 +37,13 @@ Image.MAX_IMAGE_PIXELS = None  # checked below, before decoding, with a message 
 
 def open_image(data: bytes | str, where: str) -> tuple[Image.Image, tuple[str, ...]]:
     """RGB image and notes, from bytes or a path. `where` is for messages. Raises BadSample."""
+    with opened(data, where) as image:
+        return to_rgb(image)
+
+
+@contextmanager
+def opened(data: bytes | str, where: str) -> Iterator[Image.Image]:
+    """The picture as Pillow opens it, from bytes or a path; whatever goes wrong with it inside of the block is a BadSample."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd EXIF or palettes; what matters is raised or noted
@@ -45,7 +53,7 @@ def open_image(data: bytes | str, where: str) -> tuple[Image.Image, tuple[str, .
                     "decompression bomb",
                     f"{where}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; shrink the image",
                 )
-            return to_rgb(image)
+            yield image
     except BadSample:
         raise
     except FileNotFoundError:
@@ -73,7 +81,7 @@ def upright(data: bytes | str, where: str) -> geometry.Map:
     """
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-            return geometry.upright(image.size, image.getexif().get(_ORIENTATION, 1))
+            return geometry.upright(image.size, image.getexif().get(ORIENTATION, 1))
     except FileNotFoundError:
         raise BadSample("missing image", f"{where}: no such file; check image_folder and the row's `image`") from None
     except UnidentifiedImageError:
@@ -89,8 +97,8 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     notes = []
     tiles = getattr(image, "tile", ())
     layout = str(tiles[0][3]) if tiles else ""  # as in the file; gone once anything has been decoded
-    rotated = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-    if getattr(image, "n_frames", 1) > 1 and image.tell() == 0 and image.format in _SEQUENCES:
+    rotated = image.getexif().get(ORIENTATION, 1) in range(2, 9)
+    if has_more_frames(image):
         notes.append(FIRST_FRAME)
     image, deep = _to_8_bits(image, layout)
     notes += deep
@@ -122,15 +130,12 @@ def _to_8_bits(image: Image.Image, layout: str) -> tuple[Image.Image, list[str]]
         image.mode == "F"
     ):  # a type without a brightest level: 0 to 255 are taken as levels, others clipped, as in Pillow
         return image.convert("L"), ["float levels clipped"]
-    if image.mode != "I" and not image.mode.startswith("I;16"):
+    if not is_deep(image):
         return image, ["16-bit image scaled"] if ";16" in layout else []  # Pillow reads their upper 8 bits
-    bits, signed = _grey_bits(image)
-    levels = np.asarray(image).astype(np.int64)
-    if bits == 32 and not signed:
-        levels &= 0xFFFFFFFF  # Pillow holds them as signed ones
+    bits, signed = grey_bits(image)
     used = bits - 1 if signed else bits
-    levels = (levels.clip(0) >> (used - 8)).clip(0, 255).astype(np.uint8)
-    if image.format == "TIFF" and _tags(image).get(_PHOTOMETRIC) == 0:  # white is 0; Pillow knows that of 8 bits only
+    levels = (deep_levels(image).clip(0) >> (used - 8)).clip(0, 255).astype(np.uint8)
+    if white_is_zero(image):  # Pillow knows that of 8 bits only
         levels = 255 - levels
     small = Image.fromarray(levels)
     small.info, small._exif = dict(image.info), image.getexif()
@@ -143,8 +148,29 @@ def _tags(image: Image.Image) -> Mapping:
     return getattr(image, "tag_v2")  # noqa: B009 - Pillow annotates it on the class for TIFF files alone
 
 
-def _grey_bits(image: Image.Image) -> tuple[int, bool]:
-    """(bits per level, signed) by the file's type."""
+def has_more_frames(image: Image.Image) -> bool:
+    """Whether a file that has just been opened has frames beside the one that is read."""
+    return getattr(image, "n_frames", 1) > 1 and image.tell() == 0 and image.format in _SEQUENCES
+
+
+def white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF file says that its level 0 is white."""
+    return image.format == "TIFF" and _tags(image).get(_PHOTOMETRIC) == 0
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether it is a grey of whole numbers of more than 8 bits."""
+    return image.mode == "I" or image.mode.startswith("I;16")
+
+
+def deep_levels(image: Image.Image) -> np.ndarray:
+    """The levels of a picture that `is_deep`, int64 [H, W], as the file holds them."""
+    levels = np.asarray(image).astype(np.int64)
+    return levels & 0xFFFFFFFF if grey_bits(image) == (32, False) else levels  # Pillow holds those as signed ones
+
+
+def grey_bits(image: Image.Image) -> tuple[int, bool]:
+    """(bits per level, signed) of a picture that `is_deep`, by the file's type."""
     if image.format != "TIFF":
         deep = image.mode == "I" and image.format not in ("PNG", "PPM")  # these two have 16 bits in a wider mode
         return (32, True) if deep else (16, False)

@@ -410,7 +410,7 @@ def build_encoder(data, tokenizer: Tokenizer, tower, template: str = "", context
 
 
 # Fields that older checkpoints do not know: in the fingerprint only where they are not the default, which was the only way.
-LATER = ("box_format", "video_frames", "video_fps", "video_times", "video_pooling")
+LATER = ("box_format", "video_frames", "video_fps", "video_times", "video_pooling", "modalities")
 
 
 def order_fields(data, encoder: Encoder, tower, opened: list[OpenSource]) -> dict:
@@ -449,4 +449,6 @@ def _grid_fields(data, tower) -> dict:
 
 
 def _later_fields(data) -> dict:
-    return {name: getattr(data, name) for name in LATER if getattr(data, name) != getattr(DataConfig(), name)}
+    found = {name: getattr(data, name) for name in LATER if getattr(data, name) != getattr(DataConfig(), name)}
+    # Which rows are bad depends on their names; what a picture shows, not on the order of samples.
+    return found | ({"modalities": [item.name for item in data.modalities]} if data.modalities else {})

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from megatron_moellava.data import geometry, images, native
+from megatron_moellava.data import geometry, images, native, quantities
 from megatron_moellava.data import tiling as grid
 from megatron_moellava.data.encode import EncodedSample
 from megatron_moellava.data.encoder import Encoder
@@ -38,7 +38,11 @@ def open_ref(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> t
     if ref.frame is not None and not ref.is_still:
         video = last_video(source(ref, folder, where, trusted), f"{where}, video {ref.name[:80]!r}", trusted)
         return video.frame(video.clip.pick(*ref.frame))
-    return images.open_image(source(ref, folder, where, trusted), f"{where}, image {ref.name[:80]!r}")
+    where, origin = f"{where}, {'image' if ref.modality is None else ref.modality.name} {ref.name[:80]!r}", where
+    data = source(ref, folder, origin, trusted)
+    return (
+        images.open_image(data, where) if ref.modality is None else quantities.open_picture(data, ref.modality, where)
+    )
 
 
 def pixels(ref: ImageRef, folder: str, where: str, tower, aspect_ratio: str) -> tuple[np.ndarray, tuple[str, ...]]:

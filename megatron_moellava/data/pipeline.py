@@ -29,6 +29,7 @@ ADVICE = {
     "empty answer among others": "an answer is empty and not trained; fill it or remove the turn",
     "question without an answer": "it ends with a question, which is read and not trained; add its answer or remove it",
     "`<image>` without a picture": "it has no picture, so `<image>` is text; name the picture in `image` if there is one",
+    "placeholder of a modality without a picture": "it has no picture, so the placeholder is text; name the picture",
     "alpha dropped": "transparency is dropped; paste the image onto the background it should have",
     "12-bit image scaled": "12-bit levels are scaled to 8 bits (divided by 16); store it with 8 bits to control how",
     "16-bit image scaled": "16-bit levels are scaled to 8 bits (divided by 256); store it with 8 bits to control how",
@@ -83,6 +84,7 @@ class Pipeline:
         """(tokens and labels, image folder, origin). Raises BadSample."""
         record, origin, folder, members = self.reader.read(number)
         limits: dict = {"max_images": self.data.max_images, "ignore_keys": self.data.ignore_keys}
+        limits["modalities"] = self.data.modalities
         limits["frames"] = partial(media.frame_texts, folder=folder, where=origin, data=self.data)
         if self.pairs:
             pair = [self.reader.with_members(one, members) for one in parse_pair(record, origin=origin, **limits)]

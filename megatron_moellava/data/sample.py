@@ -12,12 +12,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_moellava.config import Modality
 from megatron_moellava.data.bad_sample import BadSample
+from megatron_moellava.data.placeholders import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, in_order
 from megatron_moellava.data.regions import REGION_KEYS, Region, parse_regions
 
-IMAGE_PLACEHOLDER = "<image>"
-VIDEO_PLACEHOLDER = "<video>"
-PLACEHOLDER = re.compile(f"{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER}")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 KEYS = ("id", "conversations", "messages", "system", "image", "images", "video", "frames", "tag", *REGION_KEYS)
 # About the row, not of it: LLaVA's mixes, ShareGPT and InternVL have them. They change nothing that is trained.
@@ -34,9 +33,18 @@ NEAR = {  # what another key probably means -> what to do
     ("conversation", "dialog", "chat", "turn", "message"): "put the turns into `conversations` or `messages`",
     ("question", "query", "instruction", "prompt", "input"): "make it the human turn of `conversations`",
     ("answer", "response", "output", "completion", "caption"): "make it the gpt turn of `conversations`",
+    ("depth", "thermal", "infrared", "disparity", "radar"): "declare such pictures in data.modalities",
     ("weight", "loss", "train", "mask"): "every answer is trained alike: split or remove what is not to be trained",
     ("given twice",): "keep one of the two",
 }
+# Keys that rows have here or there, and placeholders: no modality may have such a name.
+TAKEN = frozenset(
+    (
+        *(*KEYS, *INERT, "box", "point", "polygon", "prompt", "chosen", "rejected", "question", "answer", "text"),
+        *("output_1", "output_2", "preference", "image_url", "path", "url"),
+        *("boxes", "clear", "save", "help", "quit", "exit"),  # of a chat
+    )
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +63,7 @@ class ImageRef:
     data: bytes | None = None  # the file itself, when it came from a tar
     frame: tuple[int, int] | None = None  # (i, n): the i-th of n frames spread evenly over a video
     is_still: bool = False  # of a frame: `name` and `data` are the picture itself, taken from the video before
+    modality: Modality | None = None  # None: a plain picture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,18 +82,6 @@ class Sample:
     notes: tuple[str, ...] = ()  # what is odd about it, for the counters
 
 
-def placed(text: str, shown: Sequence[str]) -> str | None:
-    """`text` with what is shown in its places; None unless it has one place for each.
-
-    >>> placed("is <image> in <video>?", ["<image>", "<image><image>"])
-    'is <image> in <image><image>?'
-    """
-    if len(PLACEHOLDER.findall(text)) != len(shown):
-        return None
-    waiting = iter(shown)
-    return PLACEHOLDER.sub(lambda _: next(waiting), text)
-
-
 def eight_frames(name: str) -> Sequence[str]:
     """Of any video, and nothing about them but their pictures."""
     return [IMAGE_PLACEHOLDER] * 8
@@ -97,14 +94,19 @@ def parse_record(
     max_images: int = 16,
     ignore_keys: tuple[str, ...] = (),
     frames: Callable[[str], Sequence[str]] = eight_frames,
+    modalities: tuple[Modality, ...] = (),
 ) -> Sample:
-    """Check one record; raises BadSample. `frames`: the text of each frame of a video by name, one `<image>` in each."""
+    """Check one record; raises BadSample. `frames`: the text of each frame of a video by name, one `<image>` in each.
+
+    `modalities`: those of the run. In the sample `<image>` stands for every picture, and `ImageRef.modality` says what it is.
+    """
     if not isinstance(record, dict):
         raise BadSample("not a record", f"{origin}: a row must be a JSON object, found {type(record).__name__}")
     record = {key: value for key, value in record.items() if key not in ignore_keys}
-    system, leading, turns, inline, notes = _parse_turns(*_conversation(record, origin), origin)
-    _refuse_unknown(record, {*KEYS, *INERT}, origin, "data.ignore_keys=[{}] passes over it")
-    images, turns = _parse_images(record, turns, inline, origin, frames)
+    system, leading, turns, inline, notes = _parse_turns(*_conversation(record, origin), origin, modalities)
+    own = {modality.name for modality in modalities}
+    _refuse_unknown(record, {*KEYS, *INERT, *own}, origin, "data.ignore_keys=[{}] passes over it")
+    images, turns = _parse_images(record, turns, inline, origin, frames, modalities)
     regions, turns = _parse_regions(record, turns, images, origin)
     if len(images) > max_images:
         raise BadSample(
@@ -112,6 +114,8 @@ def parse_record(
         )
     if not images and any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
         notes.append("`<image>` without a picture")
+    if not images and any(modality.placeholder in turn.text for modality in modalities for turn in turns):
+        notes.append("placeholder of a modality without a picture")
     return Sample(
         id=_utf8(str(record.get("id", origin)), origin),
         origin=origin,
@@ -160,7 +164,7 @@ def _conversation(record: dict, origin: str) -> tuple[str, list]:
 
 
 def _parse_turns(
-    name: str, conversation: list, origin: str
+    name: str, conversation: list, origin: str, modalities: tuple[Modality, ...]
 ) -> tuple[str, str, tuple[Turn, ...], list[ImageRef], list[str]]:
     """(system prompt, answer before the first question, turns, pictures named inside of turns, notes)"""
     system, leading, inline = "", "", []
@@ -168,7 +172,7 @@ def _parse_turns(
     notes: list[str] = []
     for number, turn in enumerate(conversation):
         where = f"{origin}: turn {number} of `{name}`"
-        role, text, pictures = _parse_turn(turn, where)
+        role, text, pictures = _parse_turn(turn, where, modalities)
         if role == "system":
             if number:
                 raise BadSample("unknown role", f"{where} is a system prompt; only the first turn may be one")
@@ -194,7 +198,7 @@ def _parse_turns(
     return system, leading, tuple(turns), inline, notes
 
 
-def _parse_turn(turn, where: str) -> tuple[str, str, list[ImageRef]]:
+def _parse_turn(turn, where: str, modalities: tuple[Modality, ...]) -> tuple[str, str, list[ImageRef]]:
     """(role, text, pictures named in it) of {"from", "value"} or {"role", "content"}."""
     if not isinstance(turn, dict):
         raise BadSample("malformed turn", f"{where} must be an object with `from` and text `value`")
@@ -203,7 +207,7 @@ def _parse_turn(turn, where: str) -> tuple[str, str, list[ImageRef]]:
     speaker, content = (turn.get(key) for key in keys)
     pictures: list[ImageRef] = []
     if isinstance(content, list):
-        content, pictures = _parse_parts(content, where)
+        content, pictures = _parse_parts(content, where, modalities)
     if not isinstance(content, str):
         found = f"found {type(content).__name__}" if keys[1] in turn else f"its keys are {list(turn)[:6]}"
         raise BadSample(
@@ -220,22 +224,25 @@ def _parse_turn(turn, where: str) -> tuple[str, str, list[ImageRef]]:
     return role, _utf8(content, where), pictures
 
 
-def _parse_parts(parts: list, where: str) -> tuple[str, list[ImageRef]]:
-    """(text with one `<image>` per picture, each on its line; pictures named here) of OpenAI's content parts."""
+def _parse_parts(parts: list, where: str, modalities: tuple[Modality, ...]) -> tuple[str, list[ImageRef]]:
+    """(text with a placeholder per picture, each on its line; pictures named here) of OpenAI's content parts."""
     lines, pictures = [], []
+    own = {modality.name: modality for modality in modalities}
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             _refuse_unknown(part, {"type", "text"}, where, "it would be lost")
             lines.append(part["text"])
             continue
-        if kind not in ("image", "image_url"):
+        if not isinstance(kind, str) or kind not in ("image", "image_url", *own):
             raise BadSample("malformed turn", f"{where}: a part of its content is {kind!r}; use 'text' or 'image'")
-        lines.append(IMAGE_PLACEHOLDER)
-        _refuse_unknown(part, {"type", "image", "image_url", "path", "url"}, where, "it would be lost")
-        named = [part[key] for key in ("image", "image_url", "path", "url") if not _empty(part.get(key))]
-        pictures += [ImageRef(name=_name(value, "image", where)) for value in named]
-        if len(named) > 1:
+        modality = own.get(kind)
+        lines.append(modality.placeholder if modality else IMAGE_PLACEHOLDER)
+        keys = (*((kind,) if modality else ("image", "image_url")), "path", "url")
+        _refuse_unknown(part, {"type", *keys}, where, "it would be lost")
+        names = [part[key] for key in keys if not _empty(part.get(key))]
+        pictures += [ImageRef(name=_name(value, kind, where), modality=modality) for value in names]
+        if len(names) > 1:
             raise BadSample("malformed turn", f"{where}: a picture has several names; keep one")
     return "\n".join(lines), pictures
 
@@ -249,8 +256,35 @@ def _system(record: dict, turn: str, origin: str) -> str:
     return _utf8(field or turn, origin)
 
 
-def _parse_images(record: dict, turns: tuple[Turn, ...], inline: list[ImageRef], origin: str, frames: Callable):
-    """(one ImageRef per `<image>`, turns). Without any picture `<image>` is text."""
+def _parse_images(
+    record: dict,
+    turns: tuple[Turn, ...],
+    inline: list[ImageRef],
+    origin: str,
+    frames: Callable,
+    modalities: tuple[Modality, ...],
+):
+    """(one ImageRef per `<image>`, turns). Without any picture `<image>` and the placeholders of modalities are text."""
+    others = [ref for ref in inline if ref.modality is not None]
+    for modality in modalities:
+        names = _names(record.get(modality.name), modality.name, origin)
+        others += [ImageRef(name=name, modality=modality) for name in names]
+        if names and inline:
+            raise BadSample(
+                "image and video",
+                f"{origin}: has pictures in both `{modality.name}` and the content of the turns; keep one of them",
+            )
+    images, turns = _plain_images(record, turns, inline, origin, frames, beside=bool(others))
+    if not modalities or not (images or others):
+        return images, turns
+    ordered, texts = in_order([*images, *others], modalities, [turn.text for turn in turns], origin)
+    return tuple(ordered), tuple(replace(turn, text=text) for turn, text in zip(turns, texts, strict=True))
+
+
+def _plain_images(
+    record: dict, turns: tuple[Turn, ...], inline: list[ImageRef], origin: str, frames: Callable, beside: bool
+):
+    """(one ImageRef per `<image>`, turns). Without any picture, also not `beside` them, `<image>` is text."""
     given = {key: _names(record.get(key), key, origin) for key in ("image", "images", "video")}
     used = [key for key, names in given.items() if names] + ["content of the turns"] * bool(inline)
     if len(used) > 1:
@@ -261,15 +295,17 @@ def _parse_images(record: dict, turns: tuple[Turn, ...], inline: list[ImageRef],
     field = used[0] if used else next((key for key in given if record.get(key) is not None), None)
     if field == "video":
         return _parse_video(given["video"], turns, origin, frames)
-    images = tuple(inline) or tuple(ImageRef(name=name) for name in (*given["image"], *given["images"]))
+    images = tuple(ref for ref in inline if ref.modality is None)
+    images = images or tuple(ImageRef(name=name) for name in (*given["image"], *given["images"]))
     images = _as_frames(record.get("frames"), images, origin)
     placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
-    if field is not None and placeholders != len(images):
+    if (field is not None or beside) and placeholders != len(images):
+        field = field or "image"
         raise BadSample(
             "image count",
             f"{origin}: {placeholders} `<image>` in the conversation but {len(images)} in `{field}`; "
             "write one `<image>` per image, in order"
-            + ("" if images else f", or remove `{field}` from a row whose text speaks of `<image>`"),
+            + ("" if images or beside else f", or remove `{field}` from a row whose text speaks of `<image>`"),
         )
     return images, turns
 

@@ -15,14 +15,15 @@ import shutil
 import tarfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from megatron_moellava.config import DataConfig, DataError
+from megatron_moellava.config import DataConfig, DataError, Modality
 from megatron_moellava.data import images, media
 from megatron_moellava.data.index import Index, index_json
+from megatron_moellava.data.placeholders import with_placeholders
 from megatron_moellava.data.regions import region_fields
 from megatron_moellava.data.sample import BadSample, ImageRef, Sample, frame_counts, parse_record
 
@@ -46,6 +47,7 @@ class Plan:
     max_skip_share: float
     ignore_keys: tuple[str, ...]
     trust_paths: bool
+    modalities: tuple[Modality, ...]
     fingerprint: str
 
     @property
@@ -83,6 +85,7 @@ def make_shards(
     max_skip_share: float = 0.0,
     ignore_keys: tuple[str, ...] = (),
     trust_paths: bool = False,
+    modalities: tuple[Modality, ...] = (),
 ) -> dict:
     """Write what is missing; returns (and writes as report.json) what went in and what was skipped, by row.
 
@@ -104,6 +107,7 @@ def make_shards(
         max_skip_share=max_skip_share,
         ignore_keys=ignore_keys,
         trust_paths=trust_paths,
+        modalities=modalities,
         fingerprint=index.fingerprint,
     )
     _claim(plan)
@@ -122,6 +126,7 @@ def _claim(plan: Plan) -> None:
     values += (plan.image_folder, plan.ignore_keys, plan.trust_paths)
     shown = (plan.video_fps, plan.video_times, plan.video_pooling)
     values += () if shown == (0, "none", "none") else shown
+    values += plan.modalities
     claim, wanted = Path(plan.out) / "reports" / "plan", hashlib.sha256(repr(values).encode()).hexdigest()
     claim.parent.mkdir(exist_ok=True)
     if claim.exists() and claim.read_text() != wanted:
@@ -212,7 +217,7 @@ def _members(plan: Plan, line: dict) -> tuple[dict, dict[str, bytes], list[str],
     if "bad" in line:
         raise BadSample(*line["bad"])
     origin = f"{line['file']} row {line['row']}"
-    limits: dict = {"max_images": plan.max_images, "ignore_keys": plan.ignore_keys}
+    limits: dict = {"max_images": plan.max_images, "ignore_keys": plan.ignore_keys, "modalities": plan.modalities}
     limits["frames"] = partial(media.frame_texts, folder=plan.image_folder, where=origin, data=plan.data)
     sample = parse_record(line["record"], origin=origin, **limits)
     files, notes, sources = {}, list(sample.notes), []
@@ -231,23 +236,28 @@ def _image_file(ref: ImageRef, plan: Plan, found: bytes | str, origin: str) -> t
         image, notes = media.open_ref(ref, plan.image_folder, origin, plan.trust_paths)
         image.save(buffer, "PNG")
         return buffer.getvalue(), "png", notes
-    origin = f"{origin}, image {ref.name[:80]!r}"
+    row, origin = origin, f"{origin}, image {ref.name[:80]!r}"
     try:
         data = found if isinstance(found, bytes) else Path(found).read_bytes()
     except OSError as error:
         raise BadSample("missing image", f"{origin}: {error.strerror}; check --image-folder and the row") from None
-    _, notes = images.open_image(data, origin)
+    _, notes = media.open_ref(replace(ref, data=data), plan.image_folder, row)
     return data, images.file_type(data, TYPES), notes
 
 
 def _record(sample: Sample, names: list[str]) -> dict:
     turns = [{"from": "gpt", "value": sample.leading}] if sample.leading else []  # `v0` trains it
-    turns += [{"from": ROLES[turn.role], "value": turn.text} for turn in sample.turns]
+    kinds = [ref.modality.name if ref.modality else "image" for ref in sample.images]
+    texts = with_placeholders([turn.text for turn in sample.turns], kinds)
+    turns += [{"from": ROLES[turn.role], "value": text} for turn, text in zip(sample.turns, texts, strict=True)]
     record = {"id": sample.id, "conversations": turns} | region_fields(sample.regions, sample.box_format)
     record |= {"system": sample.system} if sample.system else {}
-    frames = frame_counts(ref.frame for ref in sample.images)
+    frames = frame_counts(ref.frame for ref in sample.images if ref.modality is None)
     record |= {"frames": frames} if frames else {}
-    return record | ({"image": names} if names else {}) | ({"tag": sample.tag} if sample.tag else {})
+    pictures: dict[str, list[str]] = {}
+    for kind, name in zip(kinds, names, strict=True):
+        pictures.setdefault(kind, []).append(name)
+    return record | pictures | ({"tag": sample.tag} if sample.tag else {})
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

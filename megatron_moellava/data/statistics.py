@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_moellava.config import DataError
+from megatron_moellava.config import DataError, Modality
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.index import Index
 from megatron_moellava.data.packing import pack_epoch
@@ -18,7 +18,12 @@ LIMIT = 20_000  # rows that are tokenised
 
 
 def token_lengths(
-    index: Index, encoder: Encoder, ignore_keys: tuple[str, ...] = (), *, limit: int = LIMIT
+    index: Index,
+    encoder: Encoder,
+    ignore_keys: tuple[str, ...] = (),
+    modalities: tuple[Modality, ...] = (),
+    *,
+    limit: int = LIMIT,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """(tokens, images, unusable rows by reason) of up to `limit` rows, which are in random order; images are expanded,
     samples cut at seq_length. DataError when no row can be used."""
@@ -36,7 +41,8 @@ def token_lengths(
                 if "bad" in content:
                     raise BadSample(*content["bad"])
                 where = f"{content['file']} row {content['row']}"
-                sample = parse_record(content["record"], origin=where, max_images=10**6, ignore_keys=ignore_keys)
+                limits: dict = {"max_images": 10**6, "ignore_keys": ignore_keys, "modalities": modalities}
+                sample = parse_record(content["record"], origin=where, **limits)
                 encoded = encoder(with_stand_ins(sample))
             except BadSample as error:
                 example = example or str(error)

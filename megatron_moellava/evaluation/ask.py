@@ -1,6 +1,7 @@
 """What `evaluate --load` calls: a checkpoint answers benchmarks or own questions, under the layout of the command line."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,6 +33,7 @@ def ask_checkpoint(args: argparse.Namespace) -> str:
     answers = CheckpointAnswers(engine)
     try:
         if own:
+            own = replace(own, modalities=tuple(item.name for item in engine.prompter.data.modalities))
             return ask(own, args.out, answers, model=name, place=place, options=options, answers=args.answers)
         for task in tasks:
             evaluate(

@@ -1,10 +1,14 @@
 """The benchmark runner's engine over a checkpoint: its requests become those of inference/."""
 
+import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from PIL import Image
+
 from megatron_moellava.config import DataConfig
-from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, PLACEHOLDER
+from megatron_moellava.data.placeholders import IMAGE_PLACEHOLDER, any_of
 from megatron_moellava.evaluation.runner import Answer, Request
 from megatron_moellava.inference.engine import Engine
 from megatron_moellava.inference.regions import locate_answer
@@ -53,17 +57,26 @@ class CheckpointAnswers:
 
 def _translated(request: Request, data: DataConfig) -> GenerationRequest:
     """With its pictures opened, and the frames of its videos in their place."""
-    shown = [picture.show(data) for picture in request.images]
-    texts = iter([text for text, _ in shown])
+    waiting: dict[str, deque] = {}
+    for picture in request.images:
+        waiting.setdefault(picture.placeholder, deque()).append(picture.show(data))
+    images: list[Image.Image] = []
+
+    def show(place: re.Match) -> str:
+        if not waiting.get(place[0]):
+            return IMAGE_PLACEHOLDER  # more places than pictures, which the prompter says
+        text, found = waiting[place[0]].popleft()
+        images.extend(found)
+        return text
+
     turns = request.turns
-    if shown:
-        turns = tuple(
-            replace(turn, text=PLACEHOLDER.sub(lambda _: next(texts, IMAGE_PLACEHOLDER), turn.text)) for turn in turns
-        )
+    if waiting:
+        pattern = any_of(waiting)
+        turns = tuple(replace(turn, text=pattern.sub(show, turn.text)) for turn in turns)
     return GenerationRequest(
         id=request.id,
         turns=turns,
-        images=tuple(image for _, images in shown for image in images),
+        images=tuple(images),
         sampling=Sampling(max_new_tokens=request.max_new_tokens, temperature=request.temperature),
         image_aspect_ratio=request.image_aspect_ratio,
     )

@@ -1,8 +1,8 @@
 """Questions of one's own: any JSONL, asked without a benchmark, answers in the columns of the original's model_vqa.
 
-A line is {"question_id", "image", "text"}, as model_vqa takes it. `image` may be left out or be a list, `video` may
-stand beside or for it; an id that is left out is the line's number; `question` or `prompt` may stand for `text`. What else a
-line holds is not asked.
+A line is {"question_id", "image", "text"}, as model_vqa takes it. `image` may be left out or be a list; `video`, and a key for
+each modality of the checkpoint (`data.modalities`), may stand beside or for it. An id that is left out is the line's number;
+`question` or `prompt` may stand for `text`. What else a line holds is not asked.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ class OwnQuestions:
     images: Path | None = None  # folder of the pictures; None: the file's own
     max_new_tokens: int = 1024
     image_aspect_ratio: str = "model"  # "model": as the model was trained; "square": unpadded, as model_vqa
+    modalities: tuple[str, ...] = ()  # of the checkpoint, by name
 
     @property
     def task(self) -> Task:
@@ -50,7 +51,8 @@ class OwnQuestions:
         """All questions in the file's order. DataError: nothing to ask, or pictures that are not there."""
         folder, seen, asked = self.images or self.file.parent, Counter[str](), []
         for number, row in enumerate(_rows(self.file)):
-            question = _question(row, number, folder, f"{self.file} question {number + 1}", seen)
+            where = f"{self.file} question {number + 1}"
+            question = _question(row, number, folder, where, seen, self.modalities)
             seen[str(question.id)] += 1
             asked.append(question)
         if not asked:
@@ -76,12 +78,14 @@ def _rows(file: Path) -> Iterator[dict]:
     return read_jsonl(file)
 
 
-def _question(row: dict, number: int, folder: Path, where: str, seen: Counter[str]) -> Question:
+def _question(
+    row: dict, number: int, folder: Path, where: str, seen: Counter[str], modalities: tuple[str, ...]
+) -> Question:
     name = next((name for name in TEXTS if name in row), None)
     if name is None or not isinstance(row[name], str) or not row[name].strip():
         raise DataError(f"{where}: `text` must hold the question; the line has {sorted(map(str, row))}")
     pictures: list[Picture] = []
-    for kind in ("image", "video"):
+    for kind in ("image", "video", *modalities):
         names = row.get(kind) or []
         names = names if isinstance(names, list) else [names]
         if not all(isinstance(item, str) for item in names):
@@ -89,10 +93,11 @@ def _question(row: dict, number: int, folder: Path, where: str, seen: Counter[st
         placed = row[name].count(f"<{kind}>")
         if placed and names and placed != len(names):
             raise DataError(
-                f"{where}: {placed} `<{kind}>` in the text for {len(names)} {KINDS[kind]}; write one for each, or none: "
-                "then they go first"
+                f"{where}: {placed} `<{kind}>` in the text for {len(names)} {KINDS.get(kind, kind)}; write one for each, or "
+                "none: then they go first"
             )
-        pictures += [Picture(path=folder / item, video=kind == "video") for item in names]
+        modality = kind if kind in modalities else ""
+        pictures += [Picture(path=folder / item, video=kind == "video", modality=modality) for item in names]
     id_ = row.get("question_id", row.get("id", number))
     return Question(
         id=id_ if isinstance(id_, int | str) else str(id_),

@@ -10,16 +10,17 @@ import binascii
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from megatron_moellava.config import DataConfig, DataError
+from megatron_moellava.config import DataConfig, DataError, Modality
 from megatron_moellava.data.images import open_image
 from megatron_moellava.data.media import show_video
+from megatron_moellava.data.quantities import open_picture
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 
 _MAX_TSV_FIELD = 1 << 26  # characters; MMBench keeps a whole base64 picture in one field
@@ -38,12 +39,15 @@ class Picture:
     data: bytes = b""  # an encoded picture, when the question file carries it
     blank: bool = False
     video: bool = False  # `show` gives its frames
+    modality: str = ""  # of data.modalities; "": a plain picture
     span: tuple[float, float] | None = None  # of a video: from and to, in seconds
     rate: float | None = None  # of a folder of frames: pictures per second, where that is known
 
     @property
     def placeholder(self) -> str:
         """What stands for it in a question's text."""
+        if self.modality:
+            return f"<{self.modality}>"
         return VIDEO_PLACEHOLDER if self.video else IMAGE_PLACEHOLDER
 
     @property
@@ -54,17 +58,29 @@ class Picture:
     def show(self, data: DataConfig) -> tuple[str, tuple[Image.Image, ...]]:
         """(what the text says of it, one `<image>` for each picture; the pictures). Raises DataError."""
         if not self.video:
-            return IMAGE_PLACEHOLDER, (self.open(),)
+            return IMAGE_PLACEHOLDER, (self.open(data.modalities),)
         text, frames = show_video(str(self.path), str(self.path), data, self.span, self.rate)
         for frame in frames if self.blank else ():
             frame.paste(GREY, (0, 0, *frame.size))
         return text, tuple(frames)
 
-    def open(self) -> Image.Image:
-        """An RGB picture. Raises DataError when it is missing or does not decode."""
+    def open(self, modalities: Sequence[Modality] = ()) -> Image.Image:
+        """An RGB picture. Raises DataError when it is missing or does not decode; `modalities`: those of the checkpoint."""
         source = self.data if self.path is None else str(self.path)
-        picture, _ = open_image(source, str(self.path or "image in the question file"))
-        return Image.new("RGB", picture.size, GREY) if self.blank else picture
+        where = str(self.path or "image in the question file")
+        if not self.modality:
+            picture, _ = open_image(source, where)
+            return Image.new("RGB", picture.size, GREY) if self.blank else picture
+        known = {modality.name: modality for modality in modalities}
+        if self.modality not in known:
+            raise DataError(
+                f"{where}: is a picture of {self.modality!r}, and the checkpoint has learned of "
+                f"{', '.join(known) or 'no modality'} (data.modalities); ask another checkpoint"
+            )
+        picture, _ = open_picture(source, known[self.modality], where)
+        if self.blank:
+            picture.paste(GREY, (0, 0, *picture.size))
+        return picture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,8 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
+from megatron_moellava.data.placeholders import in_places
+from megatron_moellava.data.sample import Turn
 from megatron_moellava.evaluation.answered import Answered
 from megatron_moellava.evaluation.judge import Judge
 from megatron_moellava.evaluation.metrics import BOOTSTRAP_SAMPLES
@@ -35,7 +36,7 @@ class Request:
 
     id: str
     turns: tuple[Turn, ...]  # the last one is the user's; data.templates renders them into the prompt
-    images: tuple[Picture, ...]  # one for each <image> or <video> in the turns
+    images: tuple[Picture, ...]  # one for each placeholder in the turns, in order within each kind
     max_new_tokens: int
     image_aspect_ratio: str  # "model": as the model was trained; "square": resize and crop alone
     temperature: float = 0.0  # 0: greedy
@@ -63,10 +64,7 @@ def make_request(task: Task, question: Question, temperature: float = 0.0) -> Re
     A text that places its pictures itself stays as it is.
     """
     pictures = question.pictures
-    placed = len(pictures) and all(
-        question.text.count(kind) == sum(picture.placeholder == kind for picture in pictures)
-        for kind in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)
-    )
+    placed = pictures and in_places(question.text, [picture.placeholder for picture in pictures]) is not None
     placeholder = "" if placed else "".join(f"{picture.placeholder}\n" for picture in pictures)
     return Request(
         id="#".join(map(str, question.key)),

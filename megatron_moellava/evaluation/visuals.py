@@ -8,7 +8,7 @@ from PIL import Image
 
 from megatron_moellava.config import DataError
 from megatron_moellava.data.media import show_video
-from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, placed
+from megatron_moellava.data.placeholders import IMAGE_PLACEHOLDER, placed
 
 
 def shown(id: str, context: str, visuals: Sequence, data) -> tuple[str, tuple[Image.Image, ...]]:

@@ -67,6 +67,7 @@ ELSEWHERE = {
     "data.tokenizer": "use --tokenizer",
     "data.template": "use --template",
     "training.precision": "use --precision",
+    "data.modalities": "the checkpoint has learned what its modalities show, and says it",
     "parallel.sequence_parallel": "one token at a time cannot be cut along the sequence",
     "parallel.virtual_pipeline_model_parallel_size": "generation has no interleaved pipeline",
     "moe.moe_expert_capacity_factor": "evaluation has moe.eval_capacity_factor, with moe.router=original",

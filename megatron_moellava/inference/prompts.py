@@ -14,6 +14,7 @@ from megatron_moellava.data import tiling as grid
 from megatron_moellava.data.encode import IMAGE_TOKEN, answer_ends, check_template, encode
 from megatron_moellava.data.plan import Plan
 from megatron_moellava.data.pooling import Frame, widths
+from megatron_moellava.data.quantities import MODALITY, PLAIN, kinds_of
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from megatron_moellava.data.templates import Template
 from megatron_moellava.data.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ class Prompt:
     features: tuple[int, ...] = ()  # visual tokens of each image
     grids: tuple[tuple[int, ...], ...] = ()  # how each image's tokens lie (`Plan.grid`), of towers that have that
     blocks: tuple[int, ...] = ()  # of images that are frames pooled together: side of the blocks in space; empty: all 1
+    modalities: tuple[str, ...] = ()  # of each image, "image" for a plain one; empty: all are
     digests: tuple[bytes, ...] = field(init=False)  # of each image as the tower sees it
 
     def __post_init__(self) -> None:
@@ -102,6 +104,7 @@ class Prompter:
             tiles=tuple(len(part) for part in pixels),
             features=features,
             grids=tuple(plan.grid for plan in plans),
+            modalities=kinds_of(image.info.get(MODALITY, PLAIN) for image in request.images),
         )
         return found if plans or pooling == POOLINGS["none"] else _together(found, frames, pooling)
 
@@ -139,6 +142,7 @@ def _together(prompt: Prompt, frames: Sequence[Frame], pooling: Pooling) -> Prom
         tiles=tuple(sum(prompt.tiles[start:end]) for start, end in zip(starts, ends, strict=True)),
         features=tuple(prompt.features[start] for start in starts),
         blocks=tuple(1 if frames[start] is None else pooling.spatial for start in starts),
+        modalities=tuple(prompt.modalities[start] for start in starts) if prompt.modalities else (),
     )
 
 

@@ -27,8 +27,8 @@ class RoutingRecord:
 
     def table(self, prompt: Prompt, stream: TextStream) -> dict | None:
         """JSON-able. `tokens`: text of each token, or the number of its image; `layers`: per token its experts, best
-        first, with their weights. At native resolution `grids`: rows and columns of visual tokens of each image. None for
-        a dense model."""
+        first, with their weights. At native resolution `grids`: rows and columns of visual tokens of each image. `modalities`
+        of the images, where they are not all plain ones. None for a dense model."""
         if not self.parts:
             return None
         layers = [
@@ -39,6 +39,7 @@ class RoutingRecord:
         num_experts = next(iter(self.parts.values()))[0].shape[-1]
         is_native = any(len(grid) == 2 for grid in prompt.grids)
         grids = {"grids": _grids(prompt)} if is_native else {}
+        grids |= {"modalities": [*prompt.modalities]} if prompt.modalities else {}
         return {"num_experts": num_experts, "tokens": _names(prompt, stream)[:count], "layers": layers} | grids
 
 

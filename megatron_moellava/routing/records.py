@@ -18,11 +18,12 @@ PER_TOKEN = ("tokens", "entropy", "top1", "top2")  # sums over tokens
 class RoutingSums:
     """Sums over the tokens of one observation, the same on every rank."""
 
-    groups: tuple[str, ...]
+    groups: tuple[str, ...]  # the modalities first
     layers: tuple[int, ...]  # those with experts, from 0
     num_experts: int
     topk: int
     sums_GLC: torch.Tensor  # float64, on the CPU; rows of dense layers are zero
+    modalities: tuple[str, ...] = MODALITIES  # the groups that split all tokens
 
     def column(self, name: str) -> torch.Tensor:
         """[G, L, E] of a name in PER_EXPERT, [G, L] of one in PER_TOKEN."""
@@ -33,8 +34,8 @@ class RoutingSums:
 
     @property
     def choices_LME(self) -> torch.Tensor:
-        """int64 [layers, text and image, experts]"""
-        return self.column("choices")[: len(MODALITIES)].transpose(0, 1).round().long()
+        """int64 [layers, text and image and further modalities, experts]"""
+        return self.column("choices")[: len(self.modalities)].transpose(0, 1).round().long()
 
 
 def routing_record(sums: RoutingSums, losses: dict[str, list[float]] | None = None) -> dict:
@@ -43,7 +44,7 @@ def routing_record(sums: RoutingSums, losses: dict[str, list[float]] | None = No
     {"num_experts", "topk", "layers": [{"layer", numbers of all tokens, "groups": {group: the same numbers}, losses}]}
     """
     numbers = {group: _numbers(sums.sums_GLC[index], sums) for index, group in enumerate(sums.groups)}
-    everything = _numbers(sums.sums_GLC[: len(MODALITIES)].sum(dim=0), sums)
+    everything = _numbers(sums.sums_GLC[: len(sums.modalities)].sum(dim=0), sums)
     layers = []
     for layer in sums.layers:
         own = {group: by_layer[layer] for group, by_layer in numbers.items() if by_layer[layer]["tokens"]}

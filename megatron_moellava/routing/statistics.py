@@ -19,7 +19,7 @@ from megatron_moellava.model.context_parallel import share
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.routing.observer import RouterCall, RoutingObserver
 from megatron_moellava.routing.records import PER_EXPERT, PER_TOKEN, RoutingSums
-from megatron_moellava.routing.token_groups import MODALITIES, token_groups
+from megatron_moellava.routing.token_groups import modalities_of, token_groups
 
 from megatron.core import parallel_state
 
@@ -29,6 +29,7 @@ class RoutingStatistics:
 
     def __init__(self, chunks: list[MoELlava]):
         self.config, self.observer = chunks[0].config, RoutingObserver(chunks)
+        self.modalities = modalities_of(chunks[0].run)
         self.sums: dict[str, torch.Tensor] = {}  # group -> [L, C]
 
     @property
@@ -38,7 +39,7 @@ class RoutingStatistics:
 
     def count(self, batch: Batch) -> AbstractContextManager[None]:
         """Context of the forward pass of this batch."""
-        names, members_GBS = token_groups(batch)
+        names, members_GBS = token_groups(batch, self.modalities)
         members_GBS = share(members_GBS, dim=2)
         if self.config.sequence_parallel:
             size, rank = (
@@ -63,7 +64,7 @@ class RoutingStatistics:
 
     def collect(self) -> RoutingSums:
         """The sums of all ranks since the last call. Collective."""
-        names = [*MODALITIES, *self._all_types()]
+        names = [*self.modalities, *self._all_types()]
         empty = torch.zeros(self.config.num_layers, self.width, dtype=torch.float64, device=platform.device())
         total_GLC = torch.stack([self.sums.get(name, empty) for name in names])
         if not self.config.sequence_parallel and parallel_state.get_tensor_model_parallel_rank() > 0:
@@ -72,6 +73,7 @@ class RoutingStatistics:
         self.sums.clear()
         return RoutingSums(
             groups=tuple(names),
+            modalities=self.modalities,
             layers=tuple(layer for layer, is_moe in enumerate(self.config.moe_layer_freq) if is_moe),
             num_experts=self.config.num_moe_experts,
             topk=self.config.moe_router_topk,
@@ -81,7 +83,7 @@ class RoutingStatistics:
     def _all_types(self) -> list[str]:
         """Every rank's question types: a rank may not have met one."""
         everywhere: list[list[str]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(everywhere, [name for name in self.sums if name not in MODALITIES])
+        dist.all_gather_object(everywhere, [name for name in self.sums if name not in self.modalities])
         return sorted({name for names in everywhere for name in names})
 
 

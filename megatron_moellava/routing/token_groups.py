@@ -1,4 +1,4 @@
-"""Which group a token is counted in: text or image, and the type of the question that its text belongs to.
+"""Which group a token is counted in: text, image or another modality, and the type of the question that its text belongs to.
 
 A sample's tag names the types of its turns, joined by "+" ("color+shape+existence"); a turn ends with its answer. Only
 text is split by type: an image stands before the questions, so a causal model cannot know them there.
@@ -9,6 +9,7 @@ import itertools
 
 import torch
 
+from megatron_moellava.config import RunConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
 
@@ -16,16 +17,34 @@ MODALITIES = ("text", "image")
 TYPE = "type:"  # prefix of a group of text tokens
 
 
-def token_groups(batch: Batch) -> tuple[list[str], torch.Tensor]:
-    """Names, and membership [G, B, S] (bool). Padding belongs to no group; the first two are the modalities."""
-    real_BS = batch.padding_mask_BS
-    is_image_BS = batch.tokens_BS == IMAGE_TOKEN
-    names, members = list(MODALITIES), [real_BS & ~is_image_BS, real_BS & is_image_BS]
+def modalities_of(run: RunConfig) -> tuple[str, ...]:
+    """Names of the groups that split all tokens: text, plain pictures, and those of each of `data.modalities`."""
+    return (*MODALITIES, *(modality.name for modality in run.data.modalities))
+
+
+def token_groups(batch: Batch, modalities: tuple[str, ...] = MODALITIES) -> tuple[list[str], torch.Tensor]:
+    """Names, and membership [G, B, S] (bool). Padding belongs to no group; the first ones are the `modalities`."""
+    real_BS, modality_BS = batch.padding_mask_BS, token_modalities(batch, modalities)
+    names, members = list(modalities), [real_BS & (modality_BS == number) for number in range(len(modalities))]
     types, types_BS = question_types(batch)
     for number, name in enumerate(types):
         names.append(TYPE + name)
         members.append(members[0] & (types_BS == number))
     return names, torch.stack(members)
+
+
+def token_modalities(batch: Batch, modalities: tuple[str, ...] = MODALITIES) -> torch.Tensor:
+    """[B, S] int64: which of the `modalities` each token is of; padding counts as text.
+
+    tokens [[-200, -200, 5, -200]] of pictures (("image", 2), ("depth", 1)) -> [[1, 1, 0, 2]] of ("text", "image", "depth")
+    """
+    is_image_BS = batch.tokens_BS == IMAGE_TOKEN
+    if not batch.pictures:
+        return is_image_BS.long()
+    kinds = [modalities.index(name) for name, count in batch.pictures for _ in range(count)]
+    kinds_R = torch.tensor([0, *kinds], device=is_image_BS.device)
+    numbers_BS = is_image_BS.flatten().cumsum(dim=0).view_as(is_image_BS)  # a mask would wait for the device
+    return kinds_R[numbers_BS * is_image_BS]
 
 
 def question_types(batch: Batch) -> tuple[list[str], torch.Tensor]:

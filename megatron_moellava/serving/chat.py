@@ -6,18 +6,27 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from megatron_moellava.config import DataError
+from megatron_moellava.config import DataError, Modality
 from megatron_moellava.data.images import open_image
 from megatron_moellava.data.media import show_video
+from megatron_moellava.data.placeholders import (
+    IMAGE_PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
+    any_of,
+    in_places,
+    placed,
+    with_placeholders,
+)
+from megatron_moellava.data.quantities import MODALITY, open_picture
 from megatron_moellava.data.regions import Located
-from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Turn, frame_counts, placed
+from megatron_moellava.data.sample import Turn, frame_counts
 from megatron_moellava.data.video import FRAME
 from megatron_moellava.inference.regions import locate_answer
 from megatron_moellava.inference.requests import Request, Sampling
@@ -31,6 +40,16 @@ HELP = """/image FILE   show a picture with the next question (several times: se
 /quit         leave (or Ctrl-D)"""
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A picture or a video that waits for its question."""
+
+    name: str  # of its file; the frames of a video have none
+    placeholder: str  # what a question may call it
+    text: str  # that stands for it, with an `<image>` for each picture
+    images: list[Image.Image]
+
+
 @dataclass(slots=True)
 class Conversation:
     """One conversation with its pictures; /clear begins another."""
@@ -40,21 +59,21 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    # shown with the next question: (name, text that stands for it, pictures); the frames of a video have no name
-    pending: list[tuple[str, str, list[Image.Image]]] = field(default_factory=list)
+    pending: list["Shown"] = field(default_factory=list)  # with the next question
     _numbers: itertools.count = field(default_factory=itertools.count)
 
-    def show(self, file: str) -> None:
-        """Raises DataError when it is no readable picture."""
+    def show(self, file: str, modality: Modality | None = None) -> None:
+        """Raises DataError when it is no readable picture of its modality (None: a plain one)."""
         file = os.path.abspath(os.path.expanduser(file.strip("\"'")))  # a later `cd` must not lose it
-        image, _ = open_image(file, file)
-        self.pending.append((file, IMAGE_PLACEHOLDER, [image]))
+        image, _ = open_image(file, file) if modality is None else open_picture(file, modality, file)
+        placeholder = modality.placeholder if modality else IMAGE_PLACEHOLDER
+        self.pending.append(Shown(file, placeholder, IMAGE_PLACEHOLDER, [image]))
 
     def show_video(self, file: str) -> None:
         """Raises DataError when it is no readable video."""
         file = os.path.abspath(os.path.expanduser(file.strip("\"'")))
         text, frames = show_video(file, file, self.engine.prompter.data)
-        self.pending.append(("", text, frames))
+        self.pending.append(Shown("", VIDEO_PLACEHOLDER, text, frames))
 
     def clear(self) -> None:
         """Forget turns and pictures, also those not yet asked about."""
@@ -63,8 +82,8 @@ class Conversation:
 
     def ask(self, question: str, say: Callable[[str], None]) -> str:
         """The answer, said piece by piece on the way. Interrupted or refused, the question is as if not asked."""
-        text = self._with_pending(question)
-        images = [image for _, _, found in self.pending for image in found]
+        shown, text = self._with_pending(question)
+        images = [image for item in shown for image in item.images]
         turns = (*self.turns, Turn(role="user", text=text))
         request = Request(
             id=str(next(self._numbers)),
@@ -81,17 +100,29 @@ class Conversation:
             self.engine.cancel(request.id)
             say(" [interrupted]")
         self.turns = [*turns, Turn(role="assistant", text=answer)]
-        self.names += [name for name, _, found in self.pending for _ in found]
+        self.names += [item.name for item in shown for _ in item.images]
         self.images += images
         self.pending.clear()
         return answer
 
-    def _with_pending(self, question: str) -> str:
-        """The question with what is shown: where it says `<image>` or `<video>` once for each, else in front."""
-        texts = [text for _, text, _ in self.pending]
+    def _with_pending(self, question: str) -> tuple[list[Shown], str]:
+        """(what is shown, in its order in the question; the question with it).
+
+        It stands where the question has one `<image>`, `<video>` or `<depth>` for each, else in front.
+        """
+        kinds = [item.placeholder for item in self.pending]
+        own = [modality.placeholder for modality in self.engine.prompter.data.modalities]
+        order = in_places(question, kinds)
+        if kinds and order is not None:
+            shown = [self.pending[index] for index in order]
+            waiting = iter([item.text for item in shown])
+            question = _as_text(question, [placeholder for placeholder in own if placeholder not in kinds])
+            return shown, any_of(kinds).sub(lambda _: next(waiting), question)
+        question, texts = _as_text(question, own), [item.text for item in self.pending]
         if texts and (text := placed(question, texts)) is not None:
-            return text
-        return "".join(f"{text}\n" for text in texts) + question.replace(IMAGE_PLACEHOLDER, "< image >")
+            return [*self.pending], text
+        front = "".join(f"{text}\n" for text in texts)
+        return [*self.pending], front + _as_text(question, [IMAGE_PLACEHOLDER])
 
     def places(self) -> str:
         """A line for each box, point and polygon that the last answer names."""
@@ -105,17 +136,27 @@ class Conversation:
         speakers = {"user": "human", "assistant": "gpt"}
         folder = Path(file).expanduser().resolve().parent
         record: dict = {"id": Path(file).stem, "conversations": []}
-        if self.names:
-            record["image"] = [
-                _portable(name, folder) if name else _png(self.images[number]) for number, name in enumerate(self.names)
-            ]
-        if frames := frame_counts(image.info.get(FRAME) for image in self.images):
+        kinds = [image.info.get(MODALITY, "image") for image in self.images]
+        for kind, name, image in zip(kinds, self.names, self.images, strict=True):
+            record.setdefault(kind, []).append(_portable(name, folder) if name else _png(image))
+        plain = [image for kind, image in zip(kinds, self.images, strict=True) if kind == "image"]
+        if frames := frame_counts(image.info.get(FRAME) for image in plain):
             record["frames"] = frames
+        asked = with_placeholders([turn.text for turn in self.turns if turn.role == "user"], kinds)
+        questions = iter(asked)
         for turn in self.turns:
-            text = turn.text if turn.role == "user" else turn.text.replace(IMAGE_PLACEHOLDER, "< image >")
+            answer = _as_text(turn.text, [f"<{kind}>" for kind in ("image", *kinds)])
+            text = next(questions) if turn.role == "user" else answer
             record["conversations"].append({"from": speakers[turn.role], "value": text})
         content = json.dumps([record], ensure_ascii=False, indent=1) + "\n"
         Path(file).expanduser().write_text(content, encoding="utf-8")
+
+
+def _as_text(text: str, placeholders: Iterable[str]) -> str:
+    """With placeholders that no picture belongs to as words: "< image >"."""
+    for placeholder in placeholders:
+        text = text.replace(placeholder, f"< {placeholder[1:-1]} >")
+    return text
 
 
 def _png(image: Image.Image) -> str:
@@ -168,6 +209,9 @@ def _obey(conversation: Conversation, line: str) -> None:
     elif command == "/video" and argument:
         conversation.show_video(argument)
         print(_shown(conversation).strip())
+    elif command in (own := _commands(conversation)) and argument:
+        conversation.show(argument, own[command])
+        print(_shown(conversation).strip())
     elif command == "/boxes":
         print(conversation.places())
     elif command == "/clear":
@@ -177,10 +221,16 @@ def _obey(conversation: Conversation, line: str) -> None:
         conversation.save(argument)
         print(f"Saved to {argument}.")
     elif command.startswith("/"):
-        print(HELP)
+        extra = [f"{name} FILE   show a picture of this modality" for name in _commands(conversation)]
+        print("\n".join([HELP, *extra]))
     else:
         conversation.ask(line, _say)
         print(flush=True)
+
+
+def _commands(conversation: Conversation) -> dict[str, Modality]:
+    """Of the checkpoint's modalities: `/depth FILE`."""
+    return {f"/{modality.name}": modality for modality in conversation.engine.prompter.data.modalities}
 
 
 def _say(text: str) -> None:
@@ -189,5 +239,5 @@ def _say(text: str) -> None:
 
 
 def _shown(conversation: Conversation) -> str:
-    count = sum(len(images) for *_, images in conversation.pending)
+    count = sum(len(item.images) for item in conversation.pending)
     return f" {count} picture{'s' if count > 1 else ''} with the next question." if count else ""

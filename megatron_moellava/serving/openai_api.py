@@ -2,6 +2,7 @@
 
 Supported: text, image_url and video_url parts, max_tokens or max_completion_tokens, temperature, top_p, stop, seed, n,
 logprobs, top_logprobs, response_format, stream, stream_options.include_usage.
+A checkpoint with modalities takes their pictures as parts of their own, such as `depth_url`.
 Two are ours: with `routing: true` the answer carries which experts every token went to, with `regions: true` the boxes, points
 and polygons that it names, in pixels of the last picture as it was sent. A system message is put before the first user
 message, since the template has a system prompt of its own. What would change the answer and is not supported is refused;
@@ -12,9 +13,11 @@ import json
 import math
 import re
 import uuid
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
-from megatron_moellava.config import DataConfig, DataError
+from megatron_moellava.config import DataConfig, DataError, Modality
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, Turn
 from megatron_moellava.inference.grammar import ANY_OBJECT
 from megatron_moellava.inference.requests import Request, Sampling
@@ -26,11 +29,14 @@ MEDIUM = "\0"  # stands for a picture or a video until it has been opened; no te
 DEFAULT_DATA = DataConfig()
 
 
-def _picture(url: str, limits: PictureLimits, data: DataConfig):
-    return IMAGE_PLACEHOLDER, (open_url(url, limits),)
+def _picture(url: str, limits: PictureLimits, data: DataConfig, modality: Modality | None = None):
+    return IMAGE_PLACEHOLDER, (open_url(url, limits, modality),)
 
 
-_OPENERS = {"image_url": _picture, "video_url": open_video_url}  # part of a message -> (its text, its pictures)
+def _openers(data: DataConfig) -> dict[str, Callable]:
+    """Part of a message -> what makes (its text, its pictures) of its URL."""
+    own = {f"{modality.name}_url": partial(_picture, modality=modality) for modality in data.modalities}
+    return {"image_url": _picture, "video_url": open_video_url, **own}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,12 +71,13 @@ def parse_chat(
         raise DataError("the body must be a JSON object")
     if refused := [name for name in REFUSED if body.get(name)]:
         raise DataError(f"{refused[0]} is not supported by this server")
-    turns, media = _turns(body.get("messages"), limits)
+    openers = _openers(data)
+    turns, media = _turns(body.get("messages"), limits, openers)
     options, sampling = body.get("stream_options"), _sampling(body, limits)
     routing = bool(body.get("routing", False))
     if routing and sampling.n > 1:
         raise DataError("routing is that of one answer; ask for n=1, or without it")
-    opened = [_OPENERS[kind](url, pictures, data) for kind, url in media]
+    opened = [openers[kind](url, pictures, data) for kind, url in media]
     request = Request(
         id=f"chatcmpl-{uuid.uuid4().hex}",
         turns=_filled(turns, [text for text, _ in opened]),
@@ -159,7 +166,9 @@ def _filled(turns: tuple[Turn, ...], texts: list[str]) -> tuple[Turn, ...]:
     return tuple(Turn(role=turn.role, text=re.sub(MEDIUM, lambda _: next(waiting), turn.text)) for turn in turns)
 
 
-def _turns(messages: object, limits: ApiLimits) -> tuple[tuple[Turn, ...], list[tuple[str, str]]]:
+def _turns(
+    messages: object, limits: ApiLimits, kinds: Collection[str]
+) -> tuple[tuple[Turn, ...], list[tuple[str, str]]]:
     """Alternating turns, and (kind, URL) of the pictures and videos in them, in order; MEDIUM stands for each."""
     if not isinstance(messages, list) or not 0 < len(messages) <= limits.max_messages:
         raise DataError(f"messages must be a list of 1 to {limits.max_messages} messages")
@@ -170,7 +179,7 @@ def _turns(messages: object, limits: ApiLimits) -> tuple[tuple[Turn, ...], list[
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
             raise DataError(f"messages[{number}].role must be one of {', '.join(ROLES)}")
-        text, found = _content(message.get("content"), number)
+        text, found = _content(message.get("content"), number, kinds)
         if found and role != "user":
             raise DataError(f"messages[{number}]: only user messages may hold images and videos")
         urls += found
@@ -191,7 +200,7 @@ def _turns(messages: object, limits: ApiLimits) -> tuple[tuple[Turn, ...], list[
     return tuple(turns), urls
 
 
-def _content(content: object, number: int) -> tuple[str, list[tuple[str, str]]]:
+def _content(content: object, number: int, kinds: Collection[str]) -> tuple[str, list[tuple[str, str]]]:
     """(text with MEDIUM on a line for each picture or video, their kinds and URLs).
 
     One goes first, as in training; several stay where they are if text stands before one of them.
@@ -204,7 +213,7 @@ def _content(content: object, number: int) -> tuple[str, list[tuple[str, str]]]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             lines.append(_plain(part["text"], number))
-        elif kind in _OPENERS:
+        elif isinstance(kind, str) and kind in kinds:
             holder = part.get(kind)
             url = holder.get("url") if isinstance(holder, dict) else holder
             if not isinstance(url, str):
@@ -212,7 +221,7 @@ def _content(content: object, number: int) -> tuple[str, list[tuple[str, str]]]:
             urls.append((kind, url))
             lines.append(MEDIUM)
         else:
-            raise DataError(f"messages[{number}]: parts must be of type text, {' or '.join(_OPENERS)}")
+            raise DataError(f"messages[{number}]: parts must be of type text, {' or '.join(kinds)}")
     if len(urls) < 2:
         lines.sort(key=lambda line: line != MEDIUM)
     return "\n".join([*lines, ""] if {*lines} == {MEDIUM} else lines), urls

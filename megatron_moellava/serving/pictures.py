@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from megatron_moellava.config import DataConfig, DataError
+from megatron_moellava.config import DataConfig, DataError, Modality
 from megatron_moellava.data.images import open_image
 from megatron_moellava.data.media import shown_frames
+from megatron_moellava.data.quantities import formats_of, open_picture
 from megatron_moellava.data.video import open_video
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow's other decoders start programs or are rarely looked at
@@ -30,8 +31,9 @@ class PictureLimits:
     remote_seconds: float = 10.0
 
 
-def open_url(url: str, limits: PictureLimits) -> Image.Image:
-    """An RGB picture from a URL. Raises DataError that says what is wrong with it."""
+def open_url(url: str, limits: PictureLimits, modality: Modality | None = None) -> Image.Image:
+    """An RGB picture from a URL, of a modality or a plain one. Raises DataError that says what is wrong with it."""
+    name = modality.name if modality else "image"
     if url.startswith("data:"):
         data = _from_data_url(url, limits)
     elif url.startswith(("http://", "https://")):
@@ -39,9 +41,9 @@ def open_url(url: str, limits: PictureLimits) -> Image.Image:
             raise DataError("remote image URLs are not allowed here; send the picture as a data: URL")
         data = _fetch(url, limits)
     else:
-        raise DataError("image_url must be a data: URL (data:image/png;base64,...)")
-    _check(data, limits)
-    return open_image(data, "image")[0]
+        raise DataError(f"{name}_url must be a data: URL (data:image/png;base64,...)")
+    _check(data, limits, (modality and formats_of(modality)) or FORMATS)
+    return open_image(data, "image")[0] if modality is None else open_picture(data, modality, name)[0]
 
 
 def open_video_url(url: str, limits: PictureLimits, data: DataConfig) -> tuple[str, list[Image.Image]]:
@@ -71,13 +73,13 @@ def _from_data_url(url: str, limits: PictureLimits, kind: str = "image") -> byte
         raise DataError(f"the {kind}'s base64 text is broken") from None
 
 
-def _check(data: bytes, limits: PictureLimits) -> None:
+def _check(data: bytes, limits: PictureLimits, formats: tuple[str, ...] = FORMATS) -> None:
     """Format and size from the header alone: a bomb is never unpacked."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             width, height = image.size
     except Exception:
-        raise DataError(f"the image cannot be read; use one of {', '.join(FORMATS)}") from None
+        raise DataError(f"the image cannot be read; use one of {', '.join(formats)}") from None
     if width * height > limits.max_pixels or width * height == 0:
         raise DataError(f"the image has {width} x {height} pixels, more than {limits.max_pixels:,}; send a smaller one")
 

@@ -16,6 +16,7 @@ _META = (
     "pairs",
     "rows",
     "pools",
+    "pictures",
     "counts",
 )  # stays on the host, which asks for lengths
 

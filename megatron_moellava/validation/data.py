@@ -8,6 +8,7 @@ from megatron_moellava.config import DataConfig, RunConfig, Source
 from megatron_moellava.data.first_rows import first_rows_problem
 from megatron_moellava.data.sample import KEYS
 from megatron_moellava.stages import PREFERENCE
+from megatron_moellava.validation.modalities import modality_problems
 
 
 def data_problems(run: RunConfig, num_features: int = 0) -> Iterator[str]:
@@ -29,9 +30,13 @@ def data_problems(run: RunConfig, num_features: int = 0) -> Iterator[str]:
         yield "data.sampler=modality_length reads every row once per epoch; set all data.sources.weight to 1"
     if data.sampler == "modality_length" and any(Path(source.path).expanduser().is_dir() for source in data.sources):
         yield "data.sampler=modality_length needs to know all lengths: use LLaVA JSON files, not shards"
+    wrong = [*modality_problems(data)]
+    yield from wrong
     for index, source in enumerate(data.sources):
         if not 0 < source.weight < float("inf"):
             yield f"data.sources[{index}].weight={source.weight} must be positive; leave a source out that is not to be read"
+    if wrong:
+        return  # the rows would be read by a record that is wrong
     pairs = run.training.stage == PREFERENCE
     for section, sources, are_pairs in (("data", data.sources, pairs), ("validation", run.validation.sources, False)):
         for index, source in enumerate(sources):

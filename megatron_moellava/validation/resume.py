@@ -135,6 +135,7 @@ REFUSED = {
     "data.max_image_tokens": "",
     "data.max_sample_image_tokens": "",
     "data.enlarge_images": "",
+    "data.modalities": "the same files would show something else",
     "data.box_format": "",
     "data.video_frames": "",
     "data.video_fps": "",
@@ -237,13 +238,17 @@ def fields_of_a_run() -> dict[str, dataclasses.Field]:
 def default_of(path: str) -> object:
     """Of a field that may be missing in the checkpoint of an older version."""
     item = fields_of_a_run().get(path)
-    return None if item is None or item.default is dataclasses.MISSING else item.default
+    if item is None or item.default is dataclasses.MISSING:
+        return None
+    return list(item.default) if isinstance(item.default, tuple) else item.default  # as JSON has it
 
 
 def _shown(value: object) -> str:
     if isinstance(value, dict):
         return " ".join(f"{name}={_shown(part)}" for name, part in value.items() if part is not None)
-    return ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+    if isinstance(value, list):
+        return ",".join(_shown(part) if isinstance(part, dict) else str(part) for part in value)
+    return "none" if value is None else str(value)
 
 
 def _because(why: str) -> str:

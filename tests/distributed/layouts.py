@@ -58,7 +58,8 @@ class Model:
     moe: dict | None = None
     roles: list | None = field(default_factory=lambda: ROLES)
     run: dict = field(default_factory=dict)
-    # "packed", "padded", "text": packed without any image, or "native": packed, images at their own resolution
+    # "packed", "padded", "text": packed without any image, "native": packed, images at their own resolution, or
+    # "modalities": packed, some images are of depth
     rows: str = "packed"
 
 
@@ -83,6 +84,8 @@ MODELS = {
     "native-shuffle": Model(moe=MOE, rows="native", run={"model.tower": "naflex-tiny@pixel_shuffle"}),
     "newline": Model(moe=MOE, rows="native", run={"model.tower": "siglip-tiny@newline"}),
     "native-stage3": Model(moe=MOE, rows="native", roles=None, run={"model.tower": "naflex-tiny", "training.stage": 3}),
+    # Depth beside plain pictures, also in one sample; the statistics tell them apart.
+    "modalities": Model(moe=MOE, rows="modalities", run={"data.modalities": [{"name": "depth", "levels": "uint16"}]}),
     "text-only": Model(moe=MOE, rows="text"),
     "padded": Model(moe=MOE, rows="padded"),
     "padded-phi": Model(backbone="phi-2-tiny", moe=MOE, rows="padded"),
@@ -247,6 +250,11 @@ LAYOUTS = [
     *_layouts("native native-shuffle native-stage3 newline", "cp2", 2, cp=2),
     *_layouts("native native-stage3 newline", "ep2", 2, ep=2),
     *_layouts("native", "recompute-tower", 1, recompute_tower=True),
+    *_layouts("modalities", "dp2", 2),
+    *_layouts("modalities", "tp2", 2, tp=2),
+    *_layouts("modalities", "pp2", 2, pp=2),
+    *_layouts("modalities", "cp2", 2, cp=2),
+    *_layouts("modalities", "ep2", 2, ep=2),
     *_layouts("text-only", "dp2", 2),
     *_layouts("text-only", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("text-only", "pp2", 2, pp=2),

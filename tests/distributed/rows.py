@@ -5,17 +5,20 @@ micro-batch, so that half of the micro-batches have none.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from megatron_moellava.data.batch import Batch, pack, pad
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN, EncodedSample
 from megatron_moellava.data.loader import Batches
+from megatron_moellava.data.sample import ImageRef
 from megatron_moellava.towers import Tower
+from tests.helpers.modalities import DEPTH
 
 SEQ_LENGTH = 128
-NUM_ROWS = {"packed": 4, "text": 4, "padded": 8, "native": 4}  # of the global batch
-MICRO_BATCH = {"packed": 1, "text": 1, "padded": 2, "native": 1}
+NUM_ROWS = {"packed": 4, "text": 4, "padded": 8, "native": 4, "modalities": 4}  # of the global batch
+MICRO_BATCH = {"packed": 1, "text": 1, "padded": 2, "native": 1, "modalities": 1}
 GRIDS = ((2, 6), (4, 2), (2, 2), (4, 4))  # native resolution: rows and columns of patches, even for a pixel shuffle
 # Tiles with ends of lines: tiles down and across, and lines and columns of features that show something.
 TILES = ((1, 2, 2, 8), (0, 0, 0, 0), (2, 1, 6, 4))
@@ -62,6 +65,11 @@ def _micro_batch(kind: str, vocab_size: int, tower: Tower, seed: int, images: in
         return pad(
             samples, pixels, 1, 0, shape
         )  # the longest row is a multiple of 4, so that every layout has this width
+    if kind == "modalities":
+        refs = (ImageRef(name=""), ImageRef(name="", modality=DEPTH))[:: -1 if seed % 2 else 1][:images]
+        sample = _sample(draw, f"{seed}.0", vocab_size, tower, images, 11)
+        shown = replace(sample, images=refs, features=(tower.num_features,) * images)
+        return pack([shown, _sample(draw, f"{seed}.1", vocab_size, tower, 0, 13)], pixels, SEQ_LENGTH, 0, shape)
     samples = [_sample(draw, f"{seed}.{i}", vocab_size, tower, 1, 11 + i, grid) for i, grid in enumerate(grids)]
     samples += [_sample(draw, f"{seed}.{i}", vocab_size, tower, 0, 13 + i) for i in range(images, 3)]
     return pack(samples, pixels, SEQ_LENGTH, 0, shape)

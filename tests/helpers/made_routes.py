@@ -24,7 +24,7 @@ def routes(
         num_experts=experts,
         topk=topk,
         choices_TLK=choices_TLK,
-        is_image_T=is_image_T,
+        modality_T=is_image_T.astype(np.int64),
         record={"num_experts": experts, "topk": topk, "layers": record_layers},
         counts_LME=counts_LME,
         pictures=(picture,),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from megatron_moellava.analysis.routing import _picture, _question, as_conversation, first_choices
+from megatron_moellava.analysis.routing import _pictures, _question, as_conversation, first_choices
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.data.loader import build_encoder
 from megatron_moellava.data.templates import get_template
@@ -42,10 +42,10 @@ def test_a_video_is_the_frames_that_the_model_was_trained_with(tmp_path):
     record = {"id": "v", "video": "v", "conversations": conversation("<video>\nWhat?", "grey")}
     encoder = build_encoder(data, prompter.tokenizer, tower, "v1")
     question = _question(record, str(tmp_path), "row 1", encoder, prompter)
-    assert len(question.pixels_NCHW) == 3
+    assert len(question.pixels) == 3
     is_image_T = question.encoded.tokens_S == IMAGE_TOKEN
     side = tower.feature_side // 2
     assert is_image_T.sum() == 3 * side**2
-    choices_TLK = np.arange(len(is_image_T))[:, None, None]
-    (picture,) = _picture(question, SimpleNamespace(tower=tower), choices_TLK, is_image_T)
+    first_RL = np.flatnonzero(is_image_T)[:, None]
+    (picture,) = _pictures(question, SimpleNamespace(tower=tower), first_RL)
     assert picture.first_LF.tolist() == [np.flatnonzero(is_image_T)[: side**2].tolist()]

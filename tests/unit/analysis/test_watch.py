@@ -73,3 +73,10 @@ def test_command_draws_once(tmp_path):
     result = subprocess.run([sys.executable, TOOL, tmp_path, "--once"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert "expert 3" in result.stdout
+
+
+def test_further_modalities_have_bars_of_their_own():
+    shown = record()
+    shown["layers"][0]["groups"]["depth"] = {"choices": [0, 0, 3, 0]}
+    lines = [line for line in screen([shown], width=120, colour=True).splitlines() if "  expert" in line]
+    assert all("depth" in line for line in lines) and "100%" in lines[2].partition("depth")[2]

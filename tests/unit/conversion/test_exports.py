@@ -7,16 +7,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_moellava.config import CheckpointError, ConfigError
+from megatron_moellava.checkpoint.folders import require_checkpoint
+from megatron_moellava.config import CheckpointError, ConfigError, ParallelConfig, to_dict
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
+from megatron_moellava.inference.load import inference_run
 from tests.helpers.conversion_models import (
     TOWER,
     original_config,
     original_state,
     write_folder,
 )
+from tests.helpers.modalities import DEPTH
+from tests.helpers.paths import ASSETS
+
+UNSAID = {"template": "", "precision": ""}
 
 
 def test_dtype_converts_every_tensor_and_back(tmp_path):
@@ -78,3 +84,21 @@ def test_the_shared_expert_of_zeros_goes_out_and_comes_back_as_nothing(tmp_path)
     save_file(first | {down: torch.ones_like(first[down])}, tmp_path / "out/model.safetensors")
     with pytest.raises(ConfigError, match="no shared expert"):
         import_checkpoint(tmp_path / "out", save=tmp_path / "refused")
+
+
+def test_modalities_travel_where_a_config_says_so_and_are_refused_where_pictures_would_be_shown_otherwise(tmp_path):
+    said = {"trained_with": {"data": {"modalities": json.loads(json.dumps([to_dict(DEPTH)]))}}}
+    config = original_config("llama", "dense") | said
+    source = write_folder(tmp_path / "source", original_state("llama", "dense"), config)
+    import_checkpoint(source, save=tmp_path / "run", tower=str(TOWER))
+    run = inference_run(
+        require_checkpoint(tmp_path / "run"), ParallelConfig(), tokenizer=str(ASSETS / "tok_spm"), **UNSAID
+    )
+    assert run.data.modalities == (DEPTH,), "what answers shows levels as in training"
+    report = export_checkpoint(tmp_path / "run", save=tmp_path / "out", layout="original")
+    assert json.loads((tmp_path / "out/config.json").read_text()) == config
+    assert any("the original knows no data.modalities" in note for note in report["notes"])
+    for layout in ("transformers", "gguf"):
+        with pytest.raises(ConfigError, match=f"--layout {layout} has no pictures of depth"):
+            export_checkpoint(tmp_path / "run", save=tmp_path / layout, layout=layout)
+        assert not (tmp_path / layout).exists()

@@ -18,6 +18,7 @@ from megatron_moellava.data.pipeline import ADVICE
 from megatron_moellava.data.sample import BadSample, ImageRef
 from megatron_moellava.towers import get_tower
 from tests.helpers.data_files import ASSETS
+from tests.helpers.tiffs import raw_tiff, twelve_bits
 
 TOWERS = {"clip": "openai/clip-tiny", "siglip": "google/siglip-tiny"}
 
@@ -96,33 +97,6 @@ GREY = np.arange(1200, dtype=np.int64).reshape(30, 40) % 256  # levels of 8 bits
 
 def deep(kind: str, brightest: int = 255) -> np.ndarray:
     return (GREY * brightest // 255).astype(kind)
-
-
-def twelve_bits(levels: np.ndarray) -> bytes:
-    """A TIFF of 12-bit greys, which Pillow reads and cannot write."""
-    high, low = levels.astype(np.uint16).reshape(-1, 2).T
-    packed = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], axis=1).astype(np.uint8)
-    return raw_tiff(packed.tobytes(), levels.shape, 12, 1)
-
-
-def raw_tiff(data: bytes, shape: tuple[int, int], bits: int, photometric: int) -> bytes:
-    """`photometric`: 0, white is zero; 1, black is zero."""
-    height, width = shape
-    entries = {
-        256: width,
-        257: height,
-        258: bits,
-        259: 1,
-        262: photometric,
-        273: 8,
-        277: 1,
-        278: height,
-        279: len(data),
-    }
-    table = b"".join(
-        struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in entries.items()
-    )
-    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(entries)) + table + bytes(4)
 
 
 def lab(image: Image.Image) -> Image.Image:

@@ -3,17 +3,25 @@ videos, base64, tar members, tiles, for both towers."""
 
 import base64
 import json
+import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from megatron_moellava.config import DataError
+from megatron_moellava.data.first_rows import first_rows_problem
+from megatron_moellava.data.images import preprocess
 from megatron_moellava.data.loader import build_train_loader
+from megatron_moellava.data.quantities import shown
 from megatron_moellava.data.shards import make_shards
 from megatron_moellava.data.tiling import num_tiles
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.towers import get_tower
 from tests.helpers.data_files import ASSETS, config, conversation, ids, make_set, row, take, write_images, write_rows
+from tests.helpers.modalities import DEPTH, THERMAL, write_pictures
 
 TOWERS = {"clip": "openai/clip-tiny", "siglip": "google/siglip-tiny"}
 
@@ -86,3 +94,76 @@ def test_json_and_shards_are_blended_by_weight_and_continued(tmp_path):
     resumed.load_state_dict(saved)
     assert ids(take(resumed, 20)) == expected
     resumed.close()
+
+
+def mixed(folder) -> list[dict]:
+    """Rows with pictures of every modality, several in a row, and none."""
+    write_images(folder)
+    write_pictures(folder)
+    compare = conversation("<depth> <image>\n<thermal>?", "warm and near", "and <depth>?", "far")
+    return [
+        row(0),
+        row(1, None),
+        {"id": "id2", "depth": "depth/0.png", "conversations": conversation("<depth>\nHow far?", "3 m")},
+        {"id": "id3", "thermal": "thermal/1.tif", "conversations": conversation("How warm is it in <thermal>?", "20 C")},
+        {"id": "id4", "image": "b.png", "depth": ["depth/1.png", "depth/0.png"], "thermal": "thermal/0.tif",
+         "conversations": compare},
+        row(5, "b.png"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_modalities_from_json_and_from_shards_with_known_pixels(tmp_path, packing):
+    path = write_rows(tmp_path / "raw", mixed(tmp_path / "raw"))
+    make_shards(path, tmp_path / "raw", tmp_path / "shards", rows_per_shard=4, modalities=(DEPTH, THERMAL))
+    found = {}
+    for source in (path, tmp_path / "shards"):
+        data = config(source, packing=packing, modalities=(DEPTH, THERMAL), num_workers=int(not packing))
+        loader, tower = make_loader(data)
+        for batch in take(loader, 6):
+            for name in batch.sample_ids if not packing else ():
+                before = found.setdefault(name, (batch.pictures, batch.pixel_values_NCHW))
+                assert before[0] == batch.pictures and torch.equal(before[1], batch.pixel_values_NCHW)
+            kinds = [kind for kind, _ in batch.pictures]
+            assert not kinds or sum(count for _, count in batch.pictures) == batch.counts.image_rows
+        assert not loader.skipped and loader.notes.keys() <= {""}
+        loader.close()
+    if packing:
+        return
+    side = tower.num_features
+    assert [kind for kind, _ in found["id4"][0]] == ["depth", "image", "thermal", "depth"]
+    assert found["id2"][0] == (("depth", side),) and found["id0"][0] == found["id1"][0] == ()
+    levels = np.asarray(Image.open(tmp_path / "raw/depth/0.png"))
+    expected = torch.from_numpy(preprocess(Image.fromarray(shown(levels, DEPTH)), tower, "pad"))
+    assert torch.equal(found["id4"][1][3], expected) and torch.equal(found["id2"][1][0], expected)
+
+
+def test_a_run_with_modalities_continues_exactly_and_not_with_others(tmp_path):
+    path = write_rows(tmp_path, [record | {"id": f"{n}{record['id']}"} for n in range(5) for record in mixed(tmp_path)])
+    data = config(path, modalities=(DEPTH, THERMAL))
+    loader, _ = make_loader(data)
+    take(loader, 3)
+    saved, expected = json.loads(json.dumps(loader.state_dict())), take(loader, 6)
+    resumed, _ = make_loader(data)
+    resumed.load_state_dict(saved)
+    for batch in expected:
+        again = next(resumed)
+        assert again.sample_ids == batch.sample_ids and again.pictures == batch.pictures
+        assert torch.equal(again.pixel_values_NCHW, batch.pixel_values_NCHW)
+    other, _ = make_loader(replace(data, modalities=(THERMAL, DEPTH)))
+    with pytest.raises(DataError, match=r"modalities: .*depth.* then"):
+        other.load_state_dict(saved)
+
+
+def test_a_file_that_the_record_does_not_declare_stops_the_run_before_and_in_it(tmp_path):
+    write_images(tmp_path)
+    turns = conversation("<depth>\nHow far?", "3 m")
+    path = write_rows(tmp_path, [{"id": "x", "depth": "a.png", "conversations": turns}])
+    data = config(path, modalities=(DEPTH,))
+    message = r"rows.json row 0, depth 'a.png': holds pixels of the mode RGB, and 'depth' of data.modalities declares"
+    assert re.match(message, first_rows_problem(data.sources[0], data))
+    loader, _ = make_loader(data)
+    with pytest.raises(DataError, match=message):
+        next(loader)
+    with pytest.raises(DataError, match=message):
+        make_shards(path, tmp_path, tmp_path / "shards", modalities=(DEPTH,))

@@ -7,9 +7,11 @@ import pytest
 from megatron_moellava.config import DataError
 from megatron_moellava.data import rows as reader
 from megatron_moellava.data.index import index_json
+from megatron_moellava.data.pipeline import ADVICE
 from megatron_moellava.data.rows import read_rows
 from megatron_moellava.data.sample import BadSample, parse_record
 from tests.helpers.data_files import conversation, row, write_rows
+from tests.helpers.modalities import DEPTH, THERMAL
 
 GOOD = conversation("<image>\nWhy?", "Because.")
 BAD = {
@@ -161,3 +163,74 @@ def test_bad_rows_stay_in_the_index_with_their_message(tmp_path):
     index = index_json(path, tmp_path / "cache")
     bad = [json.loads(line) for line in index.path.read_text().splitlines() if '"bad"' in line]
     assert index.rows == 2 and bad[0]["bad"][0] == "invalid JSON"
+
+
+MODALITIES = (DEPTH, THERMAL)
+
+
+def test_pictures_of_several_modalities_stand_where_their_placeholders_do():
+    record = {"image": "a.png", "depth": ["d.png", "e.png"], "thermal": "t.tif"}
+    record["conversations"] = conversation("<depth>\n<image> <thermal>\nNear?", "Yes.", "And <depth>?", "No.")
+    sample = parse_record(record, origin="row", modalities=MODALITIES)
+    assert [(ref.name, ref.modality) for ref in sample.images] == [
+        ("d.png", DEPTH), ("a.png", None), ("t.tif", THERMAL), ("e.png", DEPTH),
+    ]  # fmt: skip
+    assert [turn.text for turn in sample.turns][::2] == ["<image>\n<image> <image>\nNear?", "And <image>?"]
+
+
+def test_parts_of_a_message_may_be_of_a_modality():
+    parts = [{"type": "depth", "depth": "d.png"}, {"type": "image", "path": "a.png"}, {"type": "text", "text": "Near?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Yes."}]
+    sample = parse_record({"messages": messages}, origin="row", modalities=MODALITIES)
+    assert [ref.name for ref in sample.images] == ["d.png", "a.png"]
+    assert sample.turns[0].text == "<image>\n<image>\nNear?" and sample.images[0].modality == DEPTH
+
+
+def test_depth_beside_a_video_and_in_a_row_of_shards():
+    turns = conversation("<video> <depth>\nNear?", "Yes.")
+    sample = parse_record({"video": "v", "depth": "d.png", "conversations": turns}, origin="row", modalities=MODALITIES)
+    assert [ref.modality for ref in sample.images] == [None] * 8 + [DEPTH]
+    turns = conversation("<image><image> <depth>\nNear?", "Yes.")
+    record = {"image": ["0.png", "1.png"], "frames": [2], "depth": ["2.png"], "conversations": turns}
+    sample = parse_record(record, origin="row", modalities=MODALITIES)
+    assert [ref.frame for ref in sample.images] == [(0, 2), (1, 2), None]
+
+
+BAD_MODALITIES = {
+    "unknown key": (
+        {"depth": "d.png", "conversations": GOOD, "image": "a.png"},
+        "declare such pictures in data.mod",
+        (),
+    ),
+    "image count": (
+        {"depth": "d.png", "conversations": GOOD, "image": "a.png"},
+        "0 `<depth>` in the conversation but 1 in `depth`",
+        MODALITIES,
+    ),
+    "image and video": (
+        {
+            "depth": "d.png",
+            "conversations": [{"role": "user", "content": [{"type": "image", "path": "a"}]}, conversation("", "b")[1]],
+        },
+        "both `depth` and the content of the turns",
+        MODALITIES,
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", BAD_MODALITIES)
+def test_a_modality_that_is_not_where_it_should_be(reason):
+    record, message, modalities = BAD_MODALITIES[reason]
+    with pytest.raises(BadSample, match=message) as caught:
+        parse_record(record, origin="row", modalities=modalities)
+    assert caught.value.reason == reason
+
+
+def test_a_placeholder_is_text_only_where_there_is_no_picture_at_all():
+    sample = parse_record({"conversations": conversation("Why <depth>?", "x")}, origin="row", modalities=MODALITIES)
+    assert (sample.turns[0].text, sample.notes) == ("Why <depth>?", ("placeholder of a modality without a picture",))
+    assert sample.notes[0] in ADVICE
+    turns = conversation("<image>\nWhy <depth>?", "x")
+    for key, message in (("image", "1 `<depth>` .* but 0 in `depth`"), ("depth", "1 `<image>` .* but 0 in `image`")):
+        with pytest.raises(BadSample, match=message):
+            parse_record({key: "a", "conversations": turns}, origin="row", modalities=MODALITIES)

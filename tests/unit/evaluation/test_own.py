@@ -2,14 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from megatron_moellava.commands.evaluate import main
-from megatron_moellava.config import ConfigError, DataError
+from megatron_moellava.config import ConfigError, DataConfig, DataError
+from megatron_moellava.data import quantities
+from megatron_moellava.data.quantities import MODALITY
+from megatron_moellava.evaluation.generation import _translated
 from megatron_moellava.evaluation.own import OwnQuestions, ask
 from megatron_moellava.evaluation.predictions import ALONE
 from megatron_moellava.evaluation.runner import Answer, Options, make_request
 from tests.helpers.evaluation_miniatures import write_image, write_jsonl
+from tests.helpers.modalities import DEPTH, write_pictures
 
 QUIET = Options(progress=False)
 
@@ -150,3 +156,26 @@ def test_arguments_that_do_not_go_together_are_refused(arguments, words, capsys,
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_pictures_of_the_checkpoints_modalities_are_asked_about_in_their_places(folder):
+    write_pictures(folder / "pictures")
+    rows = [
+        {"image": "a.png", "depth": "depth/0.png", "text": "How far is it?"},
+        {"image": "a.png", "depth": ["depth/0.png", "depth/1.png"], "text": "<depth> or <image> or <depth>?"},
+    ]
+    known = own(folder, rows, modalities=("depth",)).read()
+    asked = [make_request(own(folder, rows).task, question) for question in known]
+    assert [request.turns[0].text for request in asked] == [
+        "<image>\n<depth>\nHow far is it?",
+        "<depth> or <image> or <depth>?",
+    ]
+    data = DataConfig(modalities=(DEPTH,))
+    shown = [_translated(request, data) for request in asked]
+    assert [request.turns[0].text.count("<image>") for request in shown] == [2, 3]
+    assert [image.info.get(MODALITY) for image in shown[1].images] == ["depth", None, "depth"]
+    depth = np.asarray(Image.open(folder / "pictures/depth/1.png"))
+    assert (np.asarray(shown[1].images[2]) == quantities.shown(depth, DEPTH)).all()
+    with pytest.raises(DataError, match="picture of 'depth', and the checkpoint has learned of no modality"):
+        _translated(asked[0], DataConfig())
+    assert own(folder, rows[:1]).read()[0].pictures[0].placeholder == "<image>", "another checkpoint does not ask"

@@ -1,5 +1,7 @@
 """Which experts the tokens of a request went to."""
 
+from dataclasses import replace
+
 import torch
 
 from megatron_moellava.data.encode import IMAGE_TOKEN
@@ -47,3 +49,11 @@ def test_tiles_of_an_image_count_on():
     record.add({0: torch.ones(6, 2)}, slice(0, 6))
     names = record.table(prompt(*[IMAGE_TOKEN] * 6, tiles=(2, 1)), TextStream(Letters()))["tokens"]
     assert [(name["image"], name["patch"]) for name in names] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+
+
+def test_pictures_that_are_not_plain_are_named():
+    record = RoutingRecord()
+    record.add({0: torch.ones(2, 2)}, slice(0, 2))
+    asked = replace(prompt(IMAGE_TOKEN, IMAGE_TOKEN, tiles=(1, 1)), modalities=("image", "depth"))
+    assert record.table(asked, TextStream(Letters()))["modalities"] == ["image", "depth"]
+    assert "modalities" not in record.table(replace(asked, modalities=()), TextStream(Letters()))

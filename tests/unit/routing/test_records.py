@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,3 +45,13 @@ def test_a_record_has_layers_with_experts_and_groups_with_tokens():
     assert layer["max_load"] == pytest.approx(0.6 * 3)
     assert layer["balance"] == pytest.approx(3 * (0.6 * 0.5 + 0.4 * 0.3))
     assert json.loads(json.dumps(record)) == record
+
+
+def test_a_further_modality_is_a_part_of_all_tokens():
+    found = sums()
+    split = replace(found, groups=("text", "image", "depth"), modalities=("text", "image", "depth"))
+    (layer,) = routing_record(split)["layers"]
+    assert (layer["tokens"], layer["choices"]) == (20, [8, 8, 0])
+    assert set(layer["groups"]) == {"text", "depth"} and split.choices_LME.shape == (2, 3, EXPERTS)
+    (layer,) = routing_record(found)["layers"]
+    assert layer["tokens"] == 10, "a question type is not"

@@ -1,17 +1,21 @@
 """Routing statistics: who is counted where, exactly."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron_moellava import parallel
 from megatron_moellava.config import MoEConfig, ParallelConfig
 from megatron_moellava.data.batch import Batch
+from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.routing.records import routing_record
 from megatron_moellava.routing.statistics import RoutingStatistics
 from tests.helpers.batches import words
 from tests.helpers.inference_models import scatter, tiny_run
+from tests.helpers.modalities import DEPTH, THERMAL
 
 
 def observed(moe: MoEConfig, batch: Batch, training: bool = True):
@@ -72,3 +76,25 @@ def test_dropped_choices_are_those_asked_for_and_not_given(moe):
         assert given[layer].sum() < asked[layer].sum()
     dropped = routing_record(sums)["layers"][0]["dropped"]
     assert sum(dropped) == int((asked - given)[0].sum())
+
+
+def test_visual_tokens_are_counted_by_modality():
+    batch = words(rows=2, length=12)
+    batch.tokens_BS[0, 1:6] = batch.tokens_BS[1, 2] = IMAGE_TOKEN
+    batch.pictures = (("depth", 2), ("image", 3), ("depth", 1))
+    batch.counts, batch.pixel_values_NCHW = None, torch.zeros(0, 3, 28, 28)
+    parallel.initialize(ParallelConfig(), 1)
+    run = tiny_run(MoEConfig())
+    (model,) = build_model(replace(run, data=replace(run.data, modalities=(DEPTH, THERMAL))))
+    scatter(model)
+    statistics = RoutingStatistics([model])
+    with statistics.count(batch):
+        embeddings_SBD = torch.randn(12, 2, model.config.hidden_size)
+        model(
+            batch.tokens_BS, batch.position_ids_BS, padding_mask_BS=batch.padding_mask_BS, embeddings_SBD=embeddings_SBD
+        )
+    sums = statistics.collect()
+    assert sums.groups[:4] == sums.modalities == ("text", "image", "depth", "thermal")
+    assert sums.column("tokens")[:4, 0].tolist() == [21 - 6, 3, 3, 0]
+    (layer, *_) = routing_record(sums)["layers"]
+    assert layer["tokens"] == 21 and layer["groups"].keys() == {"text", "image", "depth", "type:color", "type:shape"}

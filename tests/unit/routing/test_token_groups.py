@@ -3,7 +3,7 @@
 import torch
 
 from megatron_moellava.data.encode import IMAGE_TOKEN
-from megatron_moellava.routing.token_groups import question_types, token_groups, turn_numbers
+from megatron_moellava.routing.token_groups import question_types, token_groups, token_modalities, turn_numbers
 from tests.helpers.batches import X, padded
 
 
@@ -35,3 +35,13 @@ def test_padding_and_images_are_not_text():
     names, members_GBS = token_groups(padded([[IMAGE_TOKEN, 5, 6, 0]], [[X, 6, X, X]], ["color"]))
     assert names == ["text", "image", "type:color"]
     assert members_GBS[:, 0].int().tolist() == [[0, 1, 1, 0], [1, 0, 0, 0], [0, 1, 1, 0]]
+
+
+def test_visual_tokens_are_told_apart_by_their_picture():
+    batch = padded([[IMAGE_TOKEN, 5, IMAGE_TOKEN, IMAGE_TOKEN], [6, IMAGE_TOKEN, 7, 0]], [[X] * 4] * 2, ["", "color"])
+    batch.pictures = (("image", 1), ("depth", 2), ("image", 1))
+    modalities = ("text", "image", "depth", "thermal")
+    assert token_modalities(batch, modalities).tolist() == [[1, 0, 2, 2], [0, 1, 0, 0]]
+    names, members_GBS = token_groups(batch, modalities)
+    assert names == [*modalities, "type:color"]
+    assert members_GBS[:4].sum(dim=(1, 2)).tolist() == [3, 2, 2, 0], "each real token is in one of them"

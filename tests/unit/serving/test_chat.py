@@ -1,6 +1,7 @@
 """What chat saves, training reads."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,10 @@ from megatron_moellava.data.sample import Turn
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.inference.prompts import Prompter
-from megatron_moellava.serving.chat import Conversation
+from megatron_moellava.serving.chat import Conversation, _obey
 from tests.helpers.data_files import TOWER, config, make_loader, write_images
 from tests.helpers.inference_models import TOKENIZER, tiny_run
+from tests.helpers.modalities import DEPTH, write_pictures
 from tests.helpers.videos import write_video
 
 PLACES = {"beside": "a.png", "below": "pictures/a.png", "elsewhere": "../elsewhere/a.png"}
@@ -29,7 +31,8 @@ def test_a_saved_conversation_is_a_row_that_training_reads(tmp_path, monkeypatch
     write_images(picture.parent, (picture.name,))
     conversation = Conversation(engine=None, sampling=None)
     conversation.show(str(picture) if absolute else PLACES[place])
-    conversation.names = [name for name, *_ in conversation.pending]
+    conversation.names = [item.name for item in conversation.pending]
+    conversation.images = [image for item in conversation.pending for image in item.images]
     conversation.turns = [Turn(role="user", text="<image>\nWhat?"), Turn(role="assistant", text="A lake, no <image>.")]
     monkeypatch.chdir(tmp_path)
     conversation.save(str(folder / "chat.json"))
@@ -55,8 +58,8 @@ def test_a_quoted_name_in_the_home_folder_is_found(tmp_path, monkeypatch):
     assert len(conversation.pending) == 1
 
 
-def talk() -> Conversation:
-    data = tiny_run().data
+def talk(**changes) -> Conversation:
+    data = replace(tiny_run().data, **changes)
     prompter = Prompter(template=get_template("v1"), tokenizer=load_tokenizer(TOKENIZER), tower=TOWER, data=data)
     return Conversation(engine=SimpleNamespace(prompter=prompter, stream=lambda request: []), sampling=None)
 
@@ -96,3 +99,36 @@ def test_boxes_of_the_last_answer_are_told_in_pixels():
     conversation.images = [Image.new("RGB", (999, 999))]
     conversation.turns = [Turn(role="assistant", text="At [1, 2, 30, 40], not [5, 6].")]
     assert conversation.places() == "box in picture 1: (1.0, 2.0) (30.0, 40.0)\npoint in picture 1: (5.0, 6.0)"
+
+
+@pytest.mark.parametrize(
+    "question, text, row",
+    [
+        ("near?", "<image>\n<image>\nnear?", "<image>\n<depth>\nnear?"),
+        ("how far, <depth>, is <image>?", "how far, <image>, is <image>?", "how far, <depth>, is <image>?"),
+    ],
+)
+def test_pictures_of_a_modality_are_shown_by_its_name_and_saved_so(tmp_path, question, text, row):
+    write_images(tmp_path)
+    write_pictures(tmp_path)
+    conversation = talk(modalities=(DEPTH,))
+    for line in (f"/image {tmp_path / 'a.png'}", f"/depth {tmp_path / 'depth/0.png'}"):
+        _obey(conversation, line)
+    conversation.ask(question, print)
+    assert conversation.turns[0].text == text
+    conversation.turns[1] = Turn(role="assistant", text="3 m, says <depth>")
+    conversation.save(str(tmp_path / "chat.json"))
+    (record,) = json.loads((tmp_path / "chat.json").read_text())
+    assert (record["image"], record["depth"]) == (["a.png"], ["depth/0.png"])
+    assert [turn["value"] for turn in record["conversations"]] == [row, "3 m, says < depth >"]
+    data = config(tmp_path / "chat.json", packing=False, modalities=(DEPTH,))
+    batch = next(make_loader(data, micro_batch_size=1))
+    kinds = ["depth", "image"] if question.startswith("how") else ["image", "depth"]
+    assert [kind for kind, _ in batch.pictures] == kinds
+
+
+def test_a_modality_that_the_checkpoint_does_not_know_is_no_command(tmp_path, capsys):
+    write_pictures(tmp_path)
+    conversation = talk()
+    _obey(conversation, f"/depth {tmp_path / 'depth/0.png'}")
+    assert not conversation.pending and capsys.readouterr().out.startswith("/image FILE")

@@ -1,12 +1,17 @@
 """Bodies of OpenAI's API, and what of them cannot be served."""
 
 import base64
+import io
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from megatron_moellava.config import DataConfig, DataError
+from megatron_moellava.data.quantities import MODALITY
 from megatron_moellava.serving.openai_api import ApiLimits, parse_chat
+from tests.helpers.modalities import DEPTH
 from tests.helpers.pictures import LIMITS, body, data_url, png
 from tests.helpers.videos import video_bytes
 
@@ -133,3 +138,28 @@ def test_more_pictures_than_allowed_are_counted_before_any_is_opened():
     content = [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}] * 9
     with pytest.raises(DataError, match="9 images and videos, more than 8"):
         parse_chat(body(messages=[{"role": "user", "content": content}]), ApiLimits(), LIMITS)
+
+
+def _depth_png() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 9), 941, np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_modality_of_the_checkpoint_is_a_part_of_its_own():
+    content = [
+        {"type": "text", "text": "Compare"},
+        {"type": "depth_url", "depth_url": {"url": data_url(_depth_png())}},
+        {"type": "text", "text": "and"},
+        {"type": "image_url", "image_url": {"url": data_url(png(4, 4))}},
+    ]
+    asked = body(messages=[{"role": "user", "content": content}])
+    request = parse_chat(asked, ApiLimits(), LIMITS, DataConfig(modalities=(DEPTH,))).request
+    assert request.turns[0].text == "Compare\n<image>\nand\n<image>"
+    assert [image.info.get(MODALITY) for image in request.images] == ["depth", None]
+    assert request.images[0].getpixel((3, 3)) == (128, 128, 128)
+    with pytest.raises(DataError, match="parts must be of type text, image_url or video_url"):
+        parse_chat(asked, ApiLimits(), LIMITS)
+    content[1]["depth_url"]["url"] = data_url(png(4, 4))
+    with pytest.raises(DataError, match="depth: holds pixels of the mode RGB"):
+        parse_chat(asked, ApiLimits(), LIMITS, DataConfig(modalities=(DEPTH,)))

@@ -37,6 +37,7 @@ OTHER = {
     "data.ignore_keys": ["system"],
     "validation.sources": [{"path": "elsewhere"}],
     "optimizer.projector_lr": 0.5,
+    "data.modalities": [{"name": "depth", "levels": "uint16"}],
     "training.debug": {"detect_anomaly": True},
     "logging.trackers": ["mlflow"],
     "profile.steps": [3],
@@ -49,6 +50,10 @@ EFFECTIVE = {
     "data.template": ("v1", "plain"),
     "training.lora": ("none", "rank=4 alpha=32.0 dropout=0.0 use_rslora=False shared_outer=False"),
     "data.max_sample_length": (128, 32),
+    "data.modalities": (
+        "",
+        "name=depth levels=uint16 formats= scale=1.0 offset=0.0 missing= missing_shown=0 channels= tower=",
+    ),
 }
 
 
@@ -136,3 +141,9 @@ def test_a_field_that_an_older_version_lacked_had_its_default():
     assert differences(saved, tiny(), BACKBONE) == differences(to_dict(tiny()), tiny(), BACKBONE)
     (refused,) = differences(saved, tiny(data__length_counts="text"), BACKBONE).refused
     assert refused == "data.length_counts=positions then, text now"
+
+
+def test_a_run_of_before_there_were_modalities_goes_on():
+    saved = to_dict(tiny())
+    del saved["data"]["modalities"], saved["data"]["ignore_keys"]
+    assert differences(saved, tiny(), BACKBONE) == differences(to_dict(tiny()), tiny(), BACKBONE)

@@ -1,0 +1,45 @@
+"""Records of modalities that cannot work, each with a sentence that says what to do."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_moellava.config import Channel, DataConfig, Modality
+from megatron_moellava.validation.modalities import modality_problems
+from tests.helpers.modalities import DEPTH, THERMAL
+
+COLOUR = Modality(name="nightvision", levels="colours", formats=("JPEG",))
+WRONG = {
+    "name": ((replace(DEPTH, name="Depth map"),), "data.modalities[0].name='Depth map' must be lower-case letters"),
+    "a key": ((replace(DEPTH, name="tag"),), "data.modalities[0].name=tag is a key that rows have for something else"),
+    "passed over": ((replace(DEPTH, name="ignored"),), "data.modalities[0].name=ignored is a key"),
+    "twice": ((DEPTH, DEPTH), "data.modalities[1].name=depth is there twice"),
+    "no channel": ((THERMAL, replace(DEPTH, channels=())), "data.modalities[1].channels has 0 entries; give one"),
+    "two channels": ((replace(DEPTH, channels=DEPTH.channels * 2),), "channels has 2 entries"),
+    "no range": ((replace(DEPTH, channels=(Channel(black=1, white=1),)),), "channels[0]: black=1, white=1 must differ"),
+    "endless": ((replace(DEPTH, channels=(Channel(black=float("inf"), white=1),)),), "must be finite numbers"),
+    "log of 0": ((replace(DEPTH, channels=(Channel(black=0, white=1, curve="log"),)),), "positive with curve=log"),
+    "scale": ((replace(DEPTH, scale=0.0),), "data.modalities[0].scale=0.0 must be a number other than 0"),
+    "offset": ((replace(DEPTH, offset=float("nan")),), "data.modalities[0].offset=nan must be a finite number"),
+    "missing": ((replace(DEPTH, missing=(float("nan"),)),), "NaN is missing in any case"),
+    "shown": ((replace(DEPTH, missing_shown=256),), "missing_shown=256 must lie between 0 and 255"),
+    "colours": ((replace(COLOUR, scale=2.0),), "data.modalities[0].scale: colours are shown as they are"),
+    "tower": ((replace(DEPTH, tower="clip"),), "data.modalities[0].tower=clip: pictures of all modalities go through"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said_with_field_and_way_out(name):
+    modalities, message = WRONG[name]
+    said = "\n".join(modality_problems(DataConfig(modalities=modalities, ignore_keys=("ignored",))))
+    assert message in said
+
+
+def test_good_records_are_not_touched():
+    assert not [*modality_problems(DataConfig(modalities=(DEPTH, THERMAL, COLOUR)))]
+    assert not [*modality_problems(DataConfig())]
+
+
+def test_the_originals_order_knows_no_modalities():
+    (said,) = modality_problems(DataConfig(modalities=(DEPTH,), sampler="modality_length"))
+    assert said.startswith("data.sampler=modality_length")
