@@ -5,6 +5,7 @@ A bad sample is an event that travels to the main process with its batch; there 
 
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,7 +149,7 @@ class Pipeline:
         return pad(encoded, pixels, self.pad_multiple, self.encoder.tokenizer.pad_id, self.pixel_shape)
 
 
-def _of_teacher(taught: list) -> dict[str, torch.Tensor]:
+def _of_teacher(taught: list) -> dict[str, Any]:
     """Fields of the batch whose samples' labels these are of."""
     if not taught or taught[0] is None:
         return {}

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from PIL import Image, ImageOps
 
-from megatron_moellava.config import Channel, Modality
+from megatron_moellava.config import Channel, Levels, Modality
 from megatron_moellava.data import images
 from megatron_moellava.data.bad_sample import BadSample
 
 MODALITY = "moellava_modality"  # in the `info` of a picture: the name of its modality, unless it is a plain one
 PLAIN = "image"  # what a plain picture is called where others have the name of their modality
-COLOURS = "colours"  # Modality.levels of what is read as plain pictures are
+COLOURS: Levels = "colours"  # Modality.levels of what is read as plain pictures are
 GREY_FORMATS = ("PNG", "TIFF")  # of files of grey levels, where the record names none
 TABLE_BITS = 16  # levels of so many bits are looked up
 CURVES: dict[str, Callable[[np.ndarray], np.ndarray]] = {

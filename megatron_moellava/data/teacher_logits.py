@@ -126,7 +126,7 @@ def write_shard(
     """`found`: row -> (checksum of its labels, what the teacher says of them); rows that could not be used are not in it."""
     nothing = Taught(np.zeros((0, description.top_k)), np.zeros((0, description.top_k + 1)))
     rows = [found.get(number, (NO_LABELS, nothing)) for number in description.rows_of(start)]
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "labels_R": np.array([labels for labels, _ in rows], dtype=np.int64),
         "starts_R": np.cumsum([0, *(len(taught.ids_TK) for _, taught in rows)], dtype=np.int64),
         "ids_TK": np.concatenate([taught.ids_TK for _, taught in rows]).astype(np.int32),
