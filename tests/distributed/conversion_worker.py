@@ -1,7 +1,6 @@
 """One process of test_conversion: loads a converted checkpoint under each layout and saves it again from there."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -29,10 +28,9 @@ def resave(source: str, target: str, layout: dict) -> None:
     chunks = build_model(run)
     load_weights(require_checkpoint(source), chunks)
     save_checkpoint(target, run, chunks, TrainingState(iteration=7, consumed_samples=0, data=None))
-    parallel.shutdown()
 
 
 if __name__ == "__main__":
-    for number, job in enumerate(json.loads(sys.argv[1])):
-        os.environ["MASTER_PORT"] = str(int(sys.argv[2]) + number)
+    for job in json.loads(sys.argv[1]):
         resave(*job)
+    parallel.shutdown()

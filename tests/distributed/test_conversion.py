@@ -54,10 +54,10 @@ def resaved(tmp_path_factory) -> Path:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "WORLD_SIZE": "2"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "TORCHDYNAMO_DISABLE": "1"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHDYNAMO_DISABLE": "1"}
     processes = []
     for rank in range(2):
-        command = [sys.executable, str(HERE / "conversion_worker.py"), json.dumps(jobs), str(port)]
+        command = [sys.executable, str(HERE / "conversion_worker.py"), json.dumps(jobs)]
         log = (folder / f"rank{rank}.log").open("w")
         more = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(subprocess.Popen(command, env=environment | more, stdout=log, stderr=subprocess.STDOUT))
