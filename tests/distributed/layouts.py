@@ -58,7 +58,8 @@ class Model:
     moe: dict | None = None
     roles: list | None = field(default_factory=lambda: ROLES)
     run: dict = field(default_factory=dict)
-    # "packed", "padded", "text": packed without any image, or "native": packed, images at their own resolution
+    # "packed", "padded", "text": packed without any image, "native": packed, images at their own resolution, or "videos":
+    # packed, with frames that are pooled in space and time
     rows: str = "packed"
 
 
@@ -83,6 +84,10 @@ MODELS = {
     "native-shuffle": Model(moe=MOE, rows="native", run={"model.tower": "naflex-tiny@pixel_shuffle"}),
     "newline": Model(moe=MOE, rows="native", run={"model.tower": "siglip-tiny@newline"}),
     "native-stage3": Model(moe=MOE, rows="native", roles=None, run={"model.tower": "naflex-tiny", "training.stage": 3}),
+    "videos": Model(moe=MOE, rows="videos", run={"data.video_pooling": "2x2x2"}),
+    "videos-stage3": Model(
+        moe=MOE, rows="videos", roles=None, run={"data.video_pooling": "2x2x2", "training.stage": 3}
+    ),
     "text-only": Model(moe=MOE, rows="text"),
     "padded": Model(moe=MOE, rows="padded"),
     "padded-phi": Model(backbone="phi-2-tiny", moe=MOE, rows="padded"),
@@ -247,6 +252,12 @@ LAYOUTS = [
     *_layouts("native native-shuffle native-stage3 newline", "cp2", 2, cp=2),
     *_layouts("native native-stage3 newline", "ep2", 2, ep=2),
     *_layouts("native", "recompute-tower", 1, recompute_tower=True),
+    *_layouts("videos", "dp2", 2),
+    *_layouts("videos", "tp2", 2, tp=2),
+    *_layouts("videos videos-stage3", "pp2", 2, pp=2),
+    *_layouts("videos videos-stage3", "cp2", 2, cp=2),
+    *_layouts("videos-stage3", "ep2", 2, ep=2),
+    *_layouts("videos", "recompute-tower", 1, recompute_tower=True),
     *_layouts("text-only", "dp2", 2),
     *_layouts("text-only", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("text-only", "pp2", 2, pp=2),
