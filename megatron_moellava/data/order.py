@@ -65,7 +65,7 @@ def _seed(*parts: int) -> list[int]:
     return [part % 2**32 for part in parts]
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Position:
     """Where a rank's stream goes on."""
 

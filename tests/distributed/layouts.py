@@ -58,8 +58,8 @@ class Model:
     moe: dict | None = None
     roles: list | None = field(default_factory=lambda: ROLES)
     run: dict = field(default_factory=dict)
-    # "packed", "padded", "text": packed without any image, "native": packed, images at their own resolution, or
-    # "modalities": packed, some images are of depth
+    # "packed", "padded", "text": packed without any image, "native": packed, images at their own resolution, "modalities":
+    # packed, some images are of depth, or "videos": packed, with frames that are pooled in space and time
     rows: str = "packed"
 
 
@@ -86,6 +86,10 @@ MODELS = {
     "native-stage3": Model(moe=MOE, rows="native", roles=None, run={"model.tower": "naflex-tiny", "training.stage": 3}),
     # Depth beside plain pictures, also in one sample; the statistics tell them apart.
     "modalities": Model(moe=MOE, rows="modalities", run={"data.modalities": [{"name": "depth", "levels": "uint16"}]}),
+    "videos": Model(moe=MOE, rows="videos", run={"data.video_pooling": "2x2x2"}),
+    "videos-stage3": Model(
+        moe=MOE, rows="videos", roles=None, run={"data.video_pooling": "2x2x2", "training.stage": 3}
+    ),
     "text-only": Model(moe=MOE, rows="text"),
     "padded": Model(moe=MOE, rows="padded"),
     "padded-phi": Model(backbone="phi-2-tiny", moe=MOE, rows="padded"),
@@ -255,6 +259,12 @@ LAYOUTS = [
     *_layouts("modalities", "pp2", 2, pp=2),
     *_layouts("modalities", "cp2", 2, cp=2),
     *_layouts("modalities", "ep2", 2, ep=2),
+    *_layouts("videos", "dp2", 2),
+    *_layouts("videos", "tp2", 2, tp=2),
+    *_layouts("videos videos-stage3", "pp2", 2, pp=2),
+    *_layouts("videos videos-stage3", "cp2", 2, cp=2),
+    *_layouts("videos-stage3", "ep2", 2, ep=2),
+    *_layouts("videos", "recompute-tower", 1, recompute_tower=True),
     *_layouts("text-only", "dp2", 2),
     *_layouts("text-only", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("text-only", "pp2", 2, pp=2),

@@ -4,6 +4,7 @@ With two data-parallel ranks or more the odd ones never see an image, and with p
 micro-batch, so that half of the micro-batches have none.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,11 +18,15 @@ from megatron_moellava.towers import Tower
 from tests.helpers.modalities import DEPTH
 
 SEQ_LENGTH = 128
-NUM_ROWS = {"packed": 4, "text": 4, "padded": 8, "native": 4, "modalities": 4}  # of the global batch
-MICRO_BATCH = {"packed": 1, "text": 1, "padded": 2, "native": 1, "modalities": 1}
+# Rows of the global batch, and of a micro-batch.
+NUM_ROWS = {"packed": 4, "text": 4, "padded": 8, "native": 4, "modalities": 4, "videos": 4}
+MICRO_BATCH = {"packed": 1, "text": 1, "padded": 2, "native": 1, "modalities": 1, "videos": 1}
 GRIDS = ((2, 6), (4, 2), (2, 2), (4, 4))  # native resolution: rows and columns of patches, even for a pixel shuffle
 # Tiles with ends of lines: tiles down and across, and lines and columns of features that show something.
 TILES = ((1, 2, 2, 8), (0, 0, 0, 0), (2, 1, 6, 4))
+# Frames that become one set of visual tokens, and the side of the blocks: three frames in pairs, a picture before two frames,
+# three frames pooled in space alone.
+POOLS = (((2, 2), (1, 2)), ((1, 1), (2, 2)), ((1, 2), (1, 2), (1, 2)))
 TAGS = ("color", "color+shape", "", "existence")  # question types; some ranks never meet one
 IMAGES = (2, 0, 1, 0)  # of each micro-batch
 
@@ -56,6 +61,8 @@ def _micro_batch(kind: str, vocab_size: int, tower: Tower, seed: int, images: in
     draw = np.random.default_rng(seed)
     known = GRIDS if tower.native else TILES if tower.newline else ((),)
     shape, grids = tower.pixel_shape, [known[(seed + number) % len(known)] for number in range(images)]
+    if kind == "videos":
+        return _with_videos(draw, str(seed), vocab_size, tower, [POOLS[(seed + n) % len(POOLS)] for n in range(images)])
     # Patches, tiles with their overview, or one tile.
     counts = [grid[0] * grid[1] + tower.newline if grid else 1 for grid in grids]
     pixels = [draw.standard_normal((count, *shape), dtype=np.float32) for count in counts]
@@ -75,12 +82,29 @@ def _micro_batch(kind: str, vocab_size: int, tower: Tower, seed: int, images: in
     return pack(samples, pixels, SEQ_LENGTH, 0, shape)
 
 
-def _sample(draw, name: str, vocab_size: int, tower: Tower, images: int, words: int, grid=()) -> EncodedSample:
+def _with_videos(draw, name: str, vocab_size: int, tower: Tower, videos: list) -> Batch:
+    """A packed row of three samples, the first ones with a video each."""
+    pixels = [
+        draw.standard_normal((sum(frames for frames, _ in pools), *tower.pixel_shape), dtype=np.float32)
+        for pools in videos
+    ]
+    samples = [
+        _sample(draw, f"{name}.{number}", vocab_size, tower, int(bool(pools)), 11 + number, pools=pools)
+        for number, pools in enumerate([*videos, (), (), ()][:3])
+    ]
+    return pack(samples, pixels, SEQ_LENGTH, 0, tower.pixel_shape)
+
+
+def _sample(
+    draw, name: str, vocab_size: int, tower: Tower, images: int, words: int, grid=(), pools=()
+) -> EncodedSample:
     """`words` random words after the images; the later two thirds are trained on."""
     text = draw.integers(3, vocab_size, words)
     features = tower.num_features
     if grid:
         features = grid[0] * grid[1] // tower.shuffle**2 if tower.native else features + (grid[2] * (grid[3] + 1) or 1)
+    if pools:
+        features = sum(features if side == 1 else (math.isqrt(features) // side) ** 2 for _, side in pools)
     tokens = np.concatenate([np.full(images * features, IMAGE_TOKEN), text])
     labels = np.append(tokens[1:], IGNORE_INDEX)
     labels[: len(tokens) - 2 * words // 3] = IGNORE_INDEX
@@ -90,4 +114,5 @@ def _sample(draw, name: str, vocab_size: int, tower: Tower, images: int, words: 
         tokens_S=tokens.astype(np.int64),
         labels_S=labels.astype(np.int64),
         grids=(grid,) if grid else (),
+        pools=pools,
     )

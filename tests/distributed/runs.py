@@ -62,12 +62,27 @@ def stage_settings(rows: Path, save: Path) -> dict:
     }
 
 
+# What `rows` of a job adds to the settings: the frames of videos pooled, or pictures at native resolution.
+OTHER_ROWS = {
+    "": {},
+    "-videos": {"data.video_pooling": "2x2x2", "data.video_frames": 5, "training.global_batch_size": 4},
+    "-native": {"model.tower": "naflex-tiny", "data.enlarge_images": False, "training.global_batch_size": 4},
+}
+
+
 def _run(job: dict, folder: Path) -> RunConfig:
-    rows = folder / "rows" / "rows.json"
+    kind = job.get("rows", "")
+    rows = folder / f"rows{kind}" / "rows.json"
     if dist.get_rank() == 0 and not rows.exists():
-        data_files.make_set(rows.parent, 40)
+        if kind == "-videos":
+            data_files.make_videos(rows.parent, 40)
+        else:
+            data_files.make_set(rows.parent, 40)
     dist.barrier()
-    return from_dict(RunConfig, stage_settings(rows, folder / job["id"]))
+    tree = stage_settings(rows, folder / job["id"])
+    for name, value in OTHER_ROWS[kind].items():
+        set_override(tree, name, value)
+    return from_dict(RunConfig, tree)
 
 
 def run_whole(job: dict, folder: Path) -> dict:

@@ -5,14 +5,15 @@ import json
 import pytest
 
 
-def whole(world: int) -> dict:
-    return {"id": f"dp{world}-whole", "run": "run_whole", "world": world}
+def whole(world: int, rows: str = "") -> dict:
+    return {"id": f"dp{world}-whole{rows}", "run": "run_whole", "world": world, "rows": rows}
 
 
-def resumed(world: int, name: str = "resumed", **control) -> dict:
-    needs = [whole(world)]
+def resumed(world: int, name: str = "resumed", rows: str = "", **control) -> dict:
+    needs = [whole(world, rows)]
     return {
-        "id": f"dp{world}-{name}",
+        "id": f"dp{world}-{name}{rows}",
+        "rows": rows,
         "run": "run_resumed",
         "source": needs[0]["id"],
         "world": world,
@@ -27,10 +28,14 @@ def difference(first: dict, second: dict) -> dict:
 
 
 pairs = [difference(whole(world), resumed(world)) for world in (1, 2)]
+# Videos whose frames are pooled, and pictures at native resolution: rows that are dealt to the ranks by cost.
+pairs += [
+    difference(whole(world, rows), resumed(world, rows=rows)) for rows in ("-videos", "-native") for world in (1, 2)
+]
 control = difference(whole(1), resumed(1, "other-generators", other_generators=True))
 
 
-@pytest.mark.parametrize("job", pairs, ids=["one process", "dp2"])
+@pytest.mark.parametrize("job", pairs, ids=[" and ".join(job["sources"]) for job in pairs])
 def test_resumed_run_is_bit_identical(job, result, results):
     assert result["different"] == []
     steps = [[json.loads(line) for line in (results / name / "steps.jsonl").open()] for name in job["sources"]]

@@ -62,6 +62,17 @@ def make_set(folder: Path, count: int = 40) -> Path:
     return write_rows(folder, [row(i, (None, "a.png", "b.png")[i % 3]) for i in range(count)])
 
 
+def make_videos(folder: Path, count: int = 40) -> Path:
+    """`count` good rows: with a video, which is a folder of 3 to 9 frames, with a picture, and with text alone in turn."""
+    write_images(folder)
+    for number in range(0, count, 3):
+        write_images(folder / f"film{number}", [f"{frame}.png" for frame in range(3 + number % 7)])
+    rows = [row(number, (None, "a.png", None)[number % 3]) for number in range(count)]
+    for number in range(0, count, 3):
+        rows[number] |= {"video": f"film{number}", "conversations": conversation("<video>\nwhat?", f"answer {number}")}
+    return write_rows(folder, rows)
+
+
 def config(*paths: Path, weights=None, **changes) -> DataConfig:
     weights = weights or [1.0] * len(paths)
     sources = tuple(
