@@ -38,9 +38,9 @@ class RoutingRecord:
         count = len(layers[0]["experts"])
         num_experts = next(iter(self.parts.values()))[0].shape[-1]
         is_native = any(len(grid) == 2 for grid in prompt.grids)
-        grids: dict[str, list] = {"grids": _grids(prompt)} if is_native else {}
-        grids |= {"modalities": [*prompt.modalities]} if prompt.modalities else {}
-        return {"num_experts": num_experts, "tokens": _names(prompt, stream)[:count], "layers": layers} | grids
+        more: dict[str, list] = {"grids": _grids(prompt)} if is_native else {}
+        more |= {"modalities": [*prompt.modalities]} if prompt.modalities else {}
+        return {"num_experts": num_experts, "tokens": _names(prompt, stream)[:count], "layers": layers} | more
 
 
 def _most_choices(parts: Sequence[torch.Tensor]) -> int:

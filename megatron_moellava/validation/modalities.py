@@ -44,7 +44,7 @@ def _name_problems(where: str, modality: Modality, data: DataConfig, names: list
 
 
 def _colour_problems(where: str, modality: Modality) -> Iterator[str]:
-    usual = Modality(name="", levels=COLOURS)
+    usual = Modality(name="", levels="colours")
     for name in ONLY_OF_LEVELS:
         if getattr(modality, name) != getattr(usual, name):
             yield f"{where}.{name}: colours are shown as they are; leave it unset, or say in `levels` what grey the files hold"

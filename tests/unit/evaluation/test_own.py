@@ -10,6 +10,7 @@ from megatron_moellava.commands.evaluate import main
 from megatron_moellava.config import ConfigError, DataConfig, DataError
 from megatron_moellava.data import quantities
 from megatron_moellava.data.quantities import MODALITY
+from megatron_moellava.data.video import FRAME
 from megatron_moellava.evaluation.generation import _translated
 from megatron_moellava.evaluation.own import OwnQuestions, ask
 from megatron_moellava.evaluation.predictions import ALONE
@@ -179,3 +180,13 @@ def test_pictures_of_the_checkpoints_modalities_are_asked_about_in_their_places(
     with pytest.raises(DataError, match="picture of 'depth', and the checkpoint has learned of no modality"):
         _translated(asked[0], DataConfig())
     assert own(folder, rows[:1]).read()[0].pictures[0].placeholder == "<image>", "another checkpoint does not ask"
+
+
+def test_a_video_that_the_text_names_before_a_picture_is_shown_before_it(folder):
+    for number in range(3):
+        write_image(folder / f"pictures/clip/{number}.png", (number, 0, 0))
+    rows = [{"image": "a.png", "video": "clip", "text": "Is <video> like <image>?"}]
+    (question,) = own(folder, rows).read()
+    shown = _translated(make_request(own(folder, rows).task, question), DataConfig(video_frames=3))
+    assert [FRAME in image.info for image in shown.images] == [True, True, True, False]
+    assert shown.turns[0].text == "Is <image><image><image> like <image>?"
