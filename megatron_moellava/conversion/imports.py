@@ -14,6 +14,7 @@ from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.checkpoint.sums import verify_sums
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion import huggingface, original
+from megatron_moellava.conversion.dequantised import dequantised
 from megatron_moellava.conversion.huggingface import NO_SHARED_EXPERT
 from megatron_moellava.conversion.initial import new_projector
 from megatron_moellava.conversion.layout import (
@@ -137,7 +138,8 @@ def _plan(
             f"{source} is an export with a modelling file, for transformers alone (model_type {huggingface.OWN_TYPE}); export "
             "the checkpoint with --layout original, which can be imported"
         )
-    job = Import(detect(tensors := open_huggingface(source)), tensors)
+    tensors, config, stored = dequantised(open_huggingface(source), config, source)
+    job = Import(detect(tensors), tensors, {"dequantised": stored} if stored else {})
     job.tensors = _renamed(job.tensors, job.layout)
     backbone = _backbone(config, source, job, keep_output_bias)
     moe = original.moe_config(config) or huggingface.moe_config(config, backbone)
