@@ -51,6 +51,9 @@ def page() -> str:
     parts = [INTRODUCTION]
     for section, hint in typing.get_type_hints(config.RunConfig).items():
         parts += [f"## {section}", inspect.getdoc(_dataclass(hint)) or "", _table(section, _dataclass(hint), meanings)]
+        if section == "moe":
+            groups = _table("moe.expert_groups", config.ExpertGroups, meanings)
+            parts += ["## moe.expert_groups", inspect.getdoc(config.ExpertGroups) or "", groups]
     parts += ["## data.sources", inspect.getdoc(config.Source) or "", _table("", config.Source, meanings)]
     lora = _table("training.lora", config.LoraConfig, meanings)
     parts += ["## training.lora", inspect.getdoc(config.LoraConfig) or "", lora]
@@ -105,6 +108,7 @@ def _kind(hint) -> str:
         float: "number",
         str: "text",
         config.Source: "sources (below)",
+        config.ExpertGroups: "groups of experts (below)",
         config.LoraConfig: "adapters (below)",
         config.DebugConfig: "switches (below)",
         config.RolesConfig: "parts of the model (below)",

@@ -17,9 +17,10 @@ from megatron_moellava import platform
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.model.context_parallel import share
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.routers import MODALITIES, admissible_experts
 from megatron_moellava.routing.observer import RouterCall, RoutingObserver
 from megatron_moellava.routing.records import PER_EXPERT, PER_TOKEN, RoutingSums
-from megatron_moellava.routing.token_groups import MODALITIES, token_groups
+from megatron_moellava.routing.token_groups import token_groups
 
 from megatron.core import parallel_state
 
@@ -30,6 +31,8 @@ class RoutingStatistics:
     def __init__(self, chunks: list[MoELlava]):
         self.config, self.observer = chunks[0].config, RoutingObserver(chunks)
         self.sums: dict[str, torch.Tensor] = {}  # group -> [L, C]
+        moe = chunks[0].run.moe
+        self.admissible = admissible_experts(moe) if moe and moe.expert_groups else None
 
     @property
     def width(self) -> int:
@@ -76,6 +79,7 @@ class RoutingStatistics:
             num_experts=self.config.num_moe_experts,
             topk=self.config.moe_router_topk,
             sums_GLC=total_GLC.cpu(),
+            admissible=self.admissible,
         )
 
     def _all_types(self) -> list[str]:

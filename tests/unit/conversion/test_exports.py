@@ -17,6 +17,7 @@ from tests.helpers.conversion_models import (
     original_state,
     write_folder,
 )
+from tests.helpers.served_models import CASES, checkpoint_of
 
 
 def test_dtype_converts_every_tensor_and_back(tmp_path):
@@ -78,3 +79,12 @@ def test_the_shared_expert_of_zeros_goes_out_and_comes_back_as_nothing(tmp_path)
     save_file(first | {down: torch.ones_like(first[down])}, tmp_path / "out/model.safetensors")
     with pytest.raises(ConfigError, match="no shared expert"):
         import_checkpoint(tmp_path / "out", save=tmp_path / "refused")
+
+
+def test_experts_by_modality_are_not_handed_to_classes_without_them(tmp_path):
+    """They would choose among all experts, and be another model."""
+    checkpoint_of(CASES["Llama, experts by modality"], tmp_path)
+    for layout in ("original", "language-model", "gguf"):
+        with pytest.raises(ConfigError, match=r"moe\.expert_groups: .* export --layout transformers"):
+            export_checkpoint(tmp_path / "run", save=tmp_path / "out", layout=layout, tokenizer=tmp_path / "tokenizer")
+    assert not (tmp_path / "out").exists()
