@@ -20,11 +20,13 @@ from benchmarks.processes import in_processes
 
 CONTROL = 8192  # bytes
 HIDDEN, LAYERS, FFN, SAMPLES = 256, 4, 704, 8
-LAYOUTS: dict[str, tuple[int, bool, dict]] = {  # name: (processes, MoE, parallel.*)
+BINNED = {"expert_groups": {"image": 2, "text": 2}}  # each rank of two has the experts of one modality
+LAYOUTS: dict[str, tuple[int, bool | dict, dict]] = {  # name: (processes, MoE, parallel.*)
     "DP2": (2, False, {}),
     "TP2 (sequence parallel)": (2, False, {"tensor_model_parallel_size": 2}),
     "PP2": (2, False, {"pipeline_model_parallel_size": 2}),
     "EP2": (2, True, {"expert_model_parallel_size": 2}),
+    "EP2, experts by modality": (2, BINNED, {"expert_model_parallel_size": 2}),
     "DP2 x TP2": (4, False, {"tensor_model_parallel_size": 2}),
     "TP2 x PP2": (4, False, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "DP4, EP2": (4, True, {"expert_model_parallel_size": 2}),

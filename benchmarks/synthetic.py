@@ -122,8 +122,10 @@ def register_model(name: str, scale: Scale, *, hidden: int, layers: int, ffn: in
     TOWERS[name] = replace(TOWERS["clip-tiny"], name=name, image_size=scale.image, patch_size=14)
 
 
-def run_config(name: str, scale: Scale, rows: int, *, moe: bool, layout: dict | None = None, **optimizer) -> RunConfig:
-    """Stage 3 with four experts in every other layer, or stage 2."""
+def run_config(
+    name: str, scale: Scale, rows: int, *, moe: bool | dict, layout: dict | None = None, **optimizer
+) -> RunConfig:
+    """Stage 3 with four experts in every other layer (`moe`: fields that differ), or stage 2."""
     tree = {
         "model": {"backbone": name, "tower": name},
         "data": {"seq_length": scale.seq_length},
@@ -132,4 +134,4 @@ def run_config(name: str, scale: Scale, rows: int, *, moe: bool, layout: dict | 
         "logging": {"tensorboard": False, "routing_interval": 1_000_000},
         "parallel": layout or {},
     }
-    return from_dict(RunConfig, tree | ({"moe": {}} if moe else {}))
+    return from_dict(RunConfig, tree | ({"moe": {} if moe is True else moe} if moe else {}))

@@ -113,6 +113,20 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertGroups:
+    """The experts of every MoE layer by modality: a token chooses among those of its own and the shared ones."""
+
+    image: int  # experts of visual tokens
+    text: int  # experts of all other tokens
+    shared: int = 0  # experts of both
+    # which expert is whose, by index. binned: image, shared, text, so that the experts of one modality are neighbours, on as
+    # few expert-parallel ranks as can be; dealt: in turn, so that every rank has some of each
+    order: Literal["binned", "dealt"] = "binned"
+    # None: a token has no other experts; else their logits are lower by so much, and it may still choose them
+    penalty: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MoEConfig:
     """The experts: how many, where, and how tokens are routed to them; null for a dense model."""
 
@@ -132,10 +146,14 @@ class MoEConfig:
     # the experts in so many groups; only those of the best moe_router_group_topk groups are chosen among (megatron router only)
     moe_router_num_groups: int | None = None
     moe_router_group_topk: int | None = None  # groups by their best moe_router_topk / moe_router_group_topk experts
+    # which experts are of images, of text, and of both; null: every token chooses among all (megatron router only)
+    expert_groups: ExpertGroups | None = None
     moe_aux_loss_coeff: float = 0.01  # per MoE layer, summed over layers
     moe_z_loss_coeff: float | None = None  # megatron router only
     # megatron router only
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"] = "aux_loss"
+    # the balancing loss over image tokens and over text tokens, each apart, times their shares (megatron router only)
+    balance_per_modality: bool = False
     moe_router_enable_expert_bias: bool = False  # aux-loss-free balancing (megatron router)
     moe_router_bias_update_rate: float = 1e-3  # step of the expert bias
     moe_shared_expert_intermediate_size: int | None = None  # of an expert that sees every token; None: there is none

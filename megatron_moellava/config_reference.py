@@ -51,6 +51,9 @@ def page() -> str:
     parts = [INTRODUCTION]
     for section, hint in typing.get_type_hints(config.RunConfig).items():
         parts += [f"## {section}", inspect.getdoc(_dataclass(hint)) or "", _table(section, _dataclass(hint), meanings)]
+        if section == "moe":
+            groups = _table("moe.expert_groups", config.ExpertGroups, meanings)
+            parts += ["## moe.expert_groups", inspect.getdoc(config.ExpertGroups) or "", groups]
     parts += ["## data.sources", inspect.getdoc(config.Source) or "", _table("", config.Source, meanings)]
     parts += ["## data.modalities", inspect.getdoc(config.Modality) or "", _table("", config.Modality, meanings)]
     parts += [inspect.getdoc(config.Channel) or "", _table("", config.Channel, meanings)]
@@ -111,6 +114,7 @@ def _kind(hint) -> str:
         config.Source: "sources (below)",
         config.Modality: "modalities (below)",
         config.Channel: "channels (below)",
+        config.ExpertGroups: "groups of experts (below)",
         config.LoraConfig: "adapters (below)",
         config.DistillationConfig: "a teacher (below)",
         config.DebugConfig: "switches (below)",

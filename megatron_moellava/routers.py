@@ -1,9 +1,15 @@
-"""The kinds of routers as data: what the rest of the package must know about each, so that nobody compares names.
+"""The kinds of routers as data: what the rest of the package must know about each, so that nobody compares names; and which
+experts are whose, where they are grouped by modality.
 
 Free of torch, so that a run can be validated without it. `model/router.py` names the module of each kind.
 """
 
+import math
 from dataclasses import dataclass
+
+from megatron_moellava.config import ExpertGroups, MoEConfig
+
+MODALITIES = ("text", "image")  # a token's number: whether it is of an image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +59,39 @@ ROUTERS = {
                 "moe_router_pre_softmax",
                 "moe_router_topk_scaling_factor",
                 "moe_router_num_groups",
+                "expert_groups",
+                "balance_per_modality",
             ),
         ),
     )
 }
+
+
+def experts_by_group(groups: ExpertGroups) -> tuple[str, ...]:
+    """Whose each expert is, by its number.
+
+    >>> experts_by_group(ExpertGroups(image=4, text=2, shared=2, order="dealt"))
+    ('image', 'image', 'shared', 'text', 'image', 'image', 'shared', 'text')
+    """
+    counts = {"image": groups.image, "shared": groups.shared, "text": groups.text}
+    rounds = math.gcd(*counts.values()) or 1 if groups.order == "dealt" else 1
+    return tuple(name for name, count in counts.items() for _ in range(count // rounds)) * rounds
+
+
+def own_experts(moe: MoEConfig) -> tuple[tuple[int, ...], ...]:
+    """Of each of MODALITIES the experts of its own and the shared ones: all of them without groups."""
+    if moe.expert_groups is None:
+        return (tuple(range(moe.num_moe_experts)),) * len(MODALITIES)
+    owners = experts_by_group(moe.expert_groups)
+    return tuple(tuple(e for e, owner in enumerate(owners) if owner in (name, "shared")) for name in MODALITIES)
+
+
+def admissible_experts(moe: MoEConfig) -> tuple[tuple[int, ...], ...]:
+    """Of each of MODALITIES the experts that its tokens can choose at all: with a penalty all of them."""
+    penalised = moe.expert_groups is not None and moe.expert_groups.penalty is not None
+    return (tuple(range(moe.num_moe_experts)),) * len(MODALITIES) if penalised else own_experts(moe)
+
+
+def knows_modality(moe: MoEConfig | None) -> bool:
+    """Whether the routers must be told which tokens are of an image."""
+    return moe is not None and (moe.expert_groups is not None or moe.balance_per_modality)

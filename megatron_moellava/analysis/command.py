@@ -14,6 +14,7 @@ from megatron_moellava.analysis.plots import plot_expert_load
 from megatron_moellava.analysis.report import Section, write_html
 from megatron_moellava.analysis.routing import Routes, collect_routes
 from megatron_moellava.analysis.similarity import Similarity, expert_similarity
+from megatron_moellava.analysis.traffic import divisions, traffic
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.inference.load import load_model
 from megatron_moellava.routing.health import advise, find_anomalies
@@ -63,6 +64,7 @@ def write_report(
         confidence_section(out, routes),
         pathway_section(out, routes, pca),
         *([coactivation_section(out, routes)] if routes.topk > 1 else []),
+        *([traffic_section(routes)] if divisions(routes.num_experts) else []),
         similarity_section(out, similarity),
         *([overlay_section(out, routes)] if routes.pictures else []),
     ]
@@ -114,6 +116,21 @@ def preference_section(out: Path, routes: Routes) -> Section:
         "An expert with a preference has bars far from the middle. Question types split the text tokens only: an image "
     )
     return Section("Modality and question type", text + "stands before the question and cannot know it.", paths)
+
+
+def traffic_section(routes: Routes) -> Section:
+    """What these routes would send under expert parallelism, and who would wait."""
+    head = ["expert-parallel ranks", "rows sent", "copies sent", "busiest / mean", "waiting"]
+    found = [traffic(routes.choices_TLK, routes.num_experts, ranks) for ranks in divisions(routes.num_experts)]
+    rows = [
+        [str(one.ranks), f"{one.rows:.2f}", f"{one.copies:.2f}", f"{one.busiest:.2f}", f"{one.wait_share:.0%}"]
+        for one in found
+    ]
+    text = (
+        "Means over tokens and layers. Of a token other ranks get a row for each choice (all-to-all), or one copy for all "
+        "experts of a rank (DeepEP). Waiting: share of the experts' time in which the mean rank waits for the busiest."
+    )
+    return Section("Expert parallelism", text, [], [(head, rows)])
 
 
 def confidence_section(out: Path, routes: Routes) -> Section:

@@ -188,6 +188,8 @@ def _check_exportable(source: Checkpoint, layout: str) -> None:
     _check_modalities(trained_with(source.run), layout)
     if tower and layout in (ORIGINAL.name, LLAVA.name, TRANSFORMERS.name):
         _check_tower(tower, layout)
+    if moe and moe.expert_groups and layout not in (VISION_TOWER.name, "projector"):
+        _check_groups(source.model, layout)
     if moe is None or layout in (TRANSFORMERS.name, VISION_TOWER.name, "projector", GGUF):
         return
     if backbone.hf.experts is not None:
@@ -212,6 +214,22 @@ def _check_modalities(trained: dict[str, dict], layout: str) -> None:
             f"data.modalities: --layout {layout} has no pictures of {names}, and its processor would show their levels "
             "otherwise than this model was trained with; export --layout original, which says so in its config.json, or "
             "--layout language-model, tower and projector"
+        )
+
+
+def _check_groups(model: Model, layout: str) -> None:
+    """Experts by modality are in no published class, and nothing without pictures knows which token is of one."""
+    tower = model.tower
+    stock = model.backbone.hf.experts is not None or (tower is not None and (tower.native or tower.newline))
+    if layout != TRANSFORMERS.name or stock:
+        raise ConfigError(
+            f"moe.expert_groups: --layout {layout} of this model has no experts by modality, and without them it would be "
+            "another model; "
+            + (
+                "no layout has"
+                if stock
+                else "export --layout transformers, whose modelling file beside the weights has them"
+            )
         )
 
 

@@ -12,6 +12,7 @@ from megatron_moellava.backbones.from_config import backbone_from_hf_config, hf_
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.costs.shapes import Model, expert_ffn_hidden_size
 from megatron_moellava.mapping import Shape
+from megatron_moellava.routers import experts_by_group
 from megatron_moellava.towers.from_config import hf_config_of as tower_config
 
 # Width of the shared expert that transformers' Qwen2-MoE always has: of zeros here. With a width of 0 transformers reports
@@ -101,6 +102,8 @@ def needs_modelling_file(model: Model) -> str:
         return f"transformers has no {backbone.hf.family} with experts"
     if moe and moe.use_residual:
         return "transformers has no residual MoE"
+    if moe and moe.expert_groups:
+        return "transformers has no experts by modality"
     if moe and moe.moe_shared_expert_intermediate_size:
         return "transformers has no such shared expert"
     if moe and moe.moe_router_topk_scaling_factor:
@@ -220,6 +223,8 @@ def own_config(model: Model, scales: bool) -> dict:
     scaling = moe and moe.moe_router_topk_scaling_factor
     later: dict = {"norm_topk_prob": False} if moe and moe.moe_router_pre_softmax else {}
     later |= {"routed_scaling_factor": scaling} if scaling else {}
+    if moe and moe.expert_groups:
+        later |= {"expert_owners": experts_by_group(moe.expert_groups), "expert_penalty": moe.expert_groups.penalty}
     return later | {
         "architectures": ["MoELlavaForConditionalGeneration"],
         "model_type": OWN_TYPE,

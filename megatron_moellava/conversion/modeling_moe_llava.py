@@ -27,6 +27,8 @@ class MoELlavaConfig(LlavaConfig):
     use_residual: bool = False
     expert_bias: bool = False  # experts are chosen by sigmoid + bias, and weighted by the sigmoid alone
     shared_expert_intermediate_size: int = 0  # of an expert that sees every token
+    expert_owners: list | None = None  # "image", "text" or "shared" for each expert; None: all are everybody's
+    expert_penalty: float | None = None  # of the logits of another modality's experts; None: they cannot be chosen
     embedding_multiplier: float = 1.0  # of word embeddings, never of visual tokens
     scale_multimodal_embeddings: bool = True  # False: only where there are no images (MiniCPM in the original)
     logits_divisor: float = 1.0
@@ -61,6 +63,8 @@ class Mixture(nn.Module):
         self.experts = nn.ModuleList(make_mlp(width) for _ in range(config.num_experts))
         size = config.shared_expert_intermediate_size
         self.shared_expert = make_mlp(size) if size else None
+        self.owners, self.penalty = config.expert_owners, config.expert_penalty
+        self.is_image_BS = None  # of the pass that is under way
         self.mlp = make_mlp() if config.use_residual else None
         self.coefficient = nn.Linear(hidden, 2) if config.use_residual else None
 
@@ -68,11 +72,14 @@ class Mixture(nn.Module):
         """[B, S, D] -> [B, S, D]; every token reaches all its experts, whatever their load."""
         hidden_TD = hidden_BSD.flatten(0, -2)
         logits_TE = self.gate(hidden_TD)
+        if self.owners:
+            logits_TE = self.by_modality(logits_TE)
         if not self.has_expert_bias:
             weights_TK, chosen_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
         else:
             scores_TE = logits_TE.sigmoid()
-            chosen_TK = (scores_TE + self.gate.expert_bias.float()).topk(self.top_k, dim=-1).indices
+            biased_TE = (scores_TE + self.gate.expert_bias.float()).masked_fill(logits_TE.isneginf(), -torch.inf)
+            chosen_TK = biased_TE.topk(self.top_k, dim=-1).indices
             weights_TK = scores_TE.gather(-1, chosen_TK)
         if self.normalizes:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
@@ -88,6 +95,17 @@ class Mixture(nn.Module):
             mix_T2 = self.coefficient(hidden_TD).softmax(-1)
             output_TD = output_TD * mix_T2[:, :1] + self.mlp(hidden_TD) * mix_T2[:, 1:]
         return output_TD.view_as(hidden_BSD)
+
+    def by_modality(self, logits_TE):
+        """Logits of the other modality's experts: -inf, or lower by the penalty."""
+        is_image_T1 = self.is_image_BS.reshape(-1, 1).to(logits_TE.device)
+        of_image_E, of_text_E = (
+            torch.tensor([owner == name for owner in self.owners], device=logits_TE.device)
+            for name in ("image", "text")
+        )
+        others_TE = torch.where(is_image_T1, of_text_E, of_image_E)
+        lower = torch.inf if self.penalty is None else self.penalty
+        return torch.where(others_TE, logits_TE - lower, logits_TE)
 
 
 def sized(text, intermediate_size: int):
@@ -140,6 +158,12 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.post_init()
 
     def forward(self, input_ids=None, pixel_values=None, **arguments):
+        if self.config.expert_owners:
+            if input_ids is None:
+                raise ValueError("experts by modality need input_ids, which say which tokens are of an image")
+            for layer in self.model.language_model.layers:
+                if isinstance(layer.mlp, Mixture):
+                    layer.mlp.is_image_BS = input_ids == self.config.image_token_id
         if self.config.embedding_multiplier != 1.0 and not self.config.scale_multimodal_embeddings:
             # A cache remembers that the text it holds began with images.
             cache = next(

@@ -50,8 +50,8 @@ class FastDecoder:
     def __post_init__(self) -> None:
         self.product = PackedLinear(can_pack(self.model.config.params_dtype))
 
-    def __call__(self, hidden_T1H: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Logits [L, V] of the tokens that the step asks for."""
+    def __call__(self, hidden_T1H: torch.Tensor, cache: KVCache, marks_1T2: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [L, V] of the tokens that the step asks for. `marks`: what the routers are told of them (`router_mask`)."""
         language, backbone = self.model.language_model, self.model.backbone
         if self.angles_S11C is None:
             self.angles_S11C = language.rotary_pos_emb(cache.max_sequence_length)
@@ -60,10 +60,10 @@ class FastDecoder:
             normed_TH = layer.input_layernorm(hidden_TH)
             attended_TH = self._attention(layer, normed_TH, cache, self.angles_S11C) * backbone.residual_multiplier
             if backbone.parallel_residual:
-                hidden_TH = hidden_TH + attended_TH + feed_forward(self.product, layer.mlp, normed_TH)
+                hidden_TH = hidden_TH + attended_TH + feed_forward(self.product, layer.mlp, normed_TH, marks_1T2)
                 continue
             hidden_TH = hidden_TH + attended_TH
-            fed_TH = feed_forward(self.product, layer.mlp, layer.pre_mlp_layernorm(hidden_TH))
+            fed_TH = feed_forward(self.product, layer.mlp, layer.pre_mlp_layernorm(hidden_TH), marks_1T2)
             hidden_TH = hidden_TH + fed_TH * backbone.residual_multiplier
         hidden_LH = (
             language.decoder.final_layernorm(hidden_TH[cache.current_step.last_tokens()]) / backbone.logits_divisor
@@ -88,16 +88,19 @@ class FastDecoder:
         return self.product(context_TH, attention.linear_proj.weight, attention.linear_proj.bias)
 
 
-def feed_forward(product: PackedLinear, mlp, x_TH: torch.Tensor) -> torch.Tensor:
+def feed_forward(product: PackedLinear, mlp, x_TH: torch.Tensor, marks_1T2: torch.Tensor | None = None) -> torch.Tensor:
     """The output of a layer's MLP or experts."""
     if isinstance(mlp, MLP):
         return dense(product, mlp, x_TH)
     if isinstance(mlp, ResidualMoELayer) and is_plain(mlp):
         share_T2 = mlp.coefficient(x_TH).softmax(dim=-1)
-        return experts(product, mlp, x_TH) * share_T2[:, :1] + dense(product, mlp.residual_mlp, x_TH) * share_T2[:, 1:]
+        return (
+            experts(product, mlp, x_TH, marks_1T2) * share_T2[:, :1]
+            + dense(product, mlp.residual_mlp, x_TH) * share_T2[:, 1:]
+        )
     if type(mlp) is MoELayer and is_plain(mlp):
-        return experts(product, mlp, x_TH)
-    output_T1H, bias_H = mlp(x_TH.unsqueeze(1))
+        return experts(product, mlp, x_TH, marks_1T2)
+    output_T1H, bias_H = mlp(x_TH.unsqueeze(1), padding_mask=marks_1T2)
     return output_T1H.squeeze(1) if bias_H is None else output_T1H.squeeze(1) + bias_H
 
 
@@ -120,9 +123,11 @@ def activate(config, inner_TF: torch.Tensor) -> torch.Tensor:
     return config.activation_func(gate_TF) * up_TF
 
 
-def experts(product: PackedLinear, mlp: MoELayer, x_TH: torch.Tensor) -> torch.Tensor:
+def experts(
+    product: PackedLinear, mlp: MoELayer, x_TH: torch.Tensor, marks_1T2: torch.Tensor | None = None
+) -> torch.Tensor:
     """Tokens sorted by expert -> two grouped products -> back, weighted by the router."""
-    weights_TK, experts_TK = choices(mlp.router, x_TH)
+    weights_TK, experts_TK = choices(mlp.router, x_TH, marks_1T2)
     fc1, fc2 = mlp.experts.linear_fc1, mlp.experts.linear_fc2
     if len(x_TH) <= FEW_TOKENS and fc1.num_experts <= experts_TK.numel():
         return every_expert(product, mlp, x_TH, weights_TK, experts_TK)
@@ -151,14 +156,16 @@ def every_expert(product: PackedLinear, mlp: MoELayer, x_TH, weights_TK, experts
     return output_TH + weights_TE @ fc2.fused["bias"] if fc2.use_bias else output_TH
 
 
-def choices(router: MegatronRouter, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def choices(
+    router: MegatronRouter, x_TH: torch.Tensor, marks_1T2: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights, experts) [T, K]. The default router in four operations; any other, and a watched one, by its module."""
     config = router.config
     simple = type(router) is MegatronRouter and config.moe_router_score_function == "softmax"
     simple = simple and config.moe_router_dtype == "fp32" and not config.moe_router_topk_scaling_factor
     # The softmax comes before the choice also where there is but one.
     if not simple or config.moe_router_pre_softmax or is_observed(router):
-        probs_TE, _ = router(x_TH.unsqueeze(1))
+        probs_TE, _ = router(x_TH.unsqueeze(1), None if marks_1T2 is None else marks_1T2.transpose(0, 1))
         return probs_TE.topk(config.moe_router_topk, dim=-1)
     logits_TK, experts_TK = F.linear(x_TH.float(), router.weight).topk(config.moe_router_topk, dim=-1)
     return logits_TK.softmax(dim=-1), experts_TK

@@ -18,6 +18,7 @@ from megatron_moellava.inference.prompts import Prompt
 from megatron_moellava.model.kv_cache import KVCache, Step
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.pooling import pooled
+from megatron_moellava.routers import knows_modality
 
 from megatron.core import parallel_state
 
@@ -57,16 +58,23 @@ class Forward:
         """Logits [L, V] on the last stage, else None. `tokens` continue rows 0, 1, ... and `has_images` belongs to them."""
         self.cache.begin(step)
         embeddings_T1D = None
+        starts = [past.length if past else 0 for _, _, past in step.prompts_with_pasts()]
+        asked = knows_modality(self.model.run.moe)
+        is_image_1T = _is_image(prompts, starts, len(tokens)) if asked else None
         if parallel.is_first_stage():
-            starts = [past.length if past else 0 for _, _, past in step.prompts_with_pasts()]
             parts = [*self._embed_prompts(prompts, starts), *self._embed_tokens(tokens, has_images)]
             embeddings_T1D = torch.cat(parts, dim=0)
         else:
             self._receive(len(step.positions_T))
         if self.fast_decoder is not None and embeddings_T1D is not None:  # all stages are here
-            return self.fast_decoder(embeddings_T1D, self.cache)[:, : self.vocab_size]
+            marks_1T2 = self.model.router_mask(None, is_image_1T)
+            return self.fast_decoder(embeddings_T1D, self.cache, marks_1T2)[:, : self.vocab_size]
         output = self.model(
-            tokens_BS=None, position_ids_BS=None, embeddings_SBD=embeddings_T1D, inference_context=self.cache
+            tokens_BS=None,
+            position_ids_BS=None,
+            embeddings_SBD=embeddings_T1D,
+            inference_context=self.cache,
+            is_image_BS=is_image_1T,
         )
         if parallel.is_last_stage():
             return output[0, :, : self.vocab_size]  # [1, L, V]: Megatron's order ends here
@@ -122,6 +130,13 @@ class Forward:
         hidden_T1D = torch.empty(count, 1, config.hidden_size, dtype=config.params_dtype, device=platform.device())
         dist.recv(hidden_T1D, src=parallel_state.get_pipeline_model_parallel_prev_rank())
         self.model.set_input_tensor(hidden_T1D)
+
+
+def _is_image(prompts: Sequence[Prompt], starts: Sequence[int], tokens: int) -> torch.Tensor:
+    """[1, T] of a step: prompts from their starts on, then `tokens` of answers."""
+    parts = [prompt.tokens[start:] for prompt, start in zip(prompts, starts, strict=True)]
+    is_image = [token == IMAGE_TOKEN for part in parts for token in part] + [False] * tokens
+    return torch.tensor([is_image], device=platform.device())
 
 
 def _images(prompt: Prompt, start: int) -> list[Picture]:

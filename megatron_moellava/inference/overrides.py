@@ -15,7 +15,7 @@ from megatron_moellava.config import (
     set_override,
     split_override,
 )
-from megatron_moellava.routers import ROUTERS
+from megatron_moellava.routers import ROUTERS, admissible_experts
 
 HONOURED = {
     "parallel": (
@@ -128,6 +128,6 @@ def _check_moe(moe: MoEConfig, given: dict) -> None:
             "in evaluation; leave it out"
         )
     topk = given.get("moe_router_topk", 1)
-    limit = min(ROUTERS[moe.router].max_topk or moe.num_moe_experts, moe.num_moe_experts)
+    limit = min(ROUTERS[moe.router].max_topk or moe.num_moe_experts, *map(len, admissible_experts(moe)))
     if not 1 <= topk <= limit:
         raise ConfigError(f"moe.moe_router_topk={topk} must lie between 1 and {limit} with moe.router={moe.router}")

@@ -14,7 +14,7 @@ from megatron_moellava.model.experts import GroupedColumnLinear, GroupedMLP, Gro
 from megatron_moellava.model.kv_cache import CachedSelfAttention
 from megatron_moellava.model.moe_layer import MoELayer, ResidualMoELayer
 from megatron_moellava.model.norms import HeadsNorm, Norm
-from megatron_moellava.model.router import router_builder
+from megatron_moellava.model.router_kinds import router_builder
 from megatron_moellava.routers import ROUTERS
 
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider

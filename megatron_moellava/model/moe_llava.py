@@ -18,9 +18,10 @@ from megatron_moellava.model.context_parallel import encode_share, encode_share_
 from megatron_moellava.model.kv_cache import KVCache
 from megatron_moellava.model.layers import decoder_spec
 from megatron_moellava.model.lora import attach
+from megatron_moellava.model.modality_router import marks_of
 from megatron_moellava.model.pooling import pooled
 from megatron_moellava.model.vision import Grids, Projector, VisionTower, lines_of, merged
-from megatron_moellava.routers import ROUTERS
+from megatron_moellava.routers import ROUTERS, knows_modality
 from megatron_moellava.towers import Tower
 
 from megatron.core import parallel_state
@@ -167,16 +168,20 @@ class MoELlava(MegatronModule):
         pools: Pools = (),
         shows_R: torch.Tensor | None = None,
         gather_logits: bool = True,
+        is_image_BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Losses [B, S] (fp32, zero where the label is IGNORE_INDEX), or logits [B, S, V] without labels: of the whole
         vocabulary, or without `gather_logits` of this tensor-parallel rank's part, with -inf where it is filled up.
 
         A stage that is not the last returns its hidden states. `padding_mask_BS`: True where a token is real. Packed
-        rows (B = 1) bring `cu_seqlens` [n + 1] and `max_seqlen`; `embeddings_SBD` replaces tokens and images;
-        `image_rows`, `grids`, `pools` and `shows_R` are `embed`'s. Under context parallelism the arguments are of whole rows,
-        and the result is of the positions of this rank.
+        rows (B = 1) bring `cu_seqlens` [n + 1] and `max_seqlen`; `embeddings_SBD` replaces tokens and images, and
+        `is_image_BS` then says which are of an image, to routers that ask; `image_rows`, `grids`, `pools` and `shows_R` are
+        `embed`'s. Under context parallelism the arguments are of whole rows, and the result is of the positions of this rank.
         """
         counted_BS = padding_mask_BS if self._padding_counts() else None
+        if knows_modality(self.run.moe) and is_image_BS is None:
+            assert tokens_BS is not None, "embeddings without tokens must come with is_image_BS"
+            is_image_BS = tokens_BS == IMAGE_TOKEN
         if self.pre_process and embeddings_SBD is None:
             embeddings_SBD = self.embed(
                 tokens_BS, pixels_NCHW, image_rows=image_rows, grids=grids, pools=pools, shows_R=shows_R
@@ -200,7 +205,7 @@ class MoELlava(MegatronModule):
                 labels=None if labels_BS is None else labels_BS.clamp(min=0),
                 inference_context=inference_context,
                 packed_seq_params=packed_seq_params(cu_seqlens, max_seqlen, is_shared),
-                padding_mask=self._router_padding(padding_mask_BS),
+                padding_mask=self.router_mask(padding_mask_BS, is_image_BS),
                 runtime_gather_output=labels_BS is None and gather_logits,
             )
         if labels_BS is None or not self.post_process:
@@ -225,6 +230,19 @@ class MoELlava(MegatronModule):
         moe = self.run.moe
         return moe is not None and ROUTERS[moe.router].counts_padding and not self.run.data.packing
 
+    def router_mask(
+        self, padding_mask_BS: torch.Tensor | None, is_image_BS: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What the routers are told of this rank's tokens: [B, S], True = padding, or marks [B, S, 2] (`modality_router.py`).
+
+        `padding_mask_BS`: of the positions of this rank under context parallelism; `is_image_BS`: of whole rows.
+        """
+        padding_BS = self._router_padding(padding_mask_BS)
+        if not knows_modality(self.run.moe):
+            return padding_BS
+        assert is_image_BS is not None
+        return marks_of(padding_BS, self._of_sequence_parallel(share(is_image_BS)))
+
     def _router_padding(self, padding_mask_BS: torch.Tensor | None) -> torch.Tensor | None:
         """What the router leaves out, [B, S of this rank], True = padding.
 
@@ -238,13 +256,14 @@ class MoELlava(MegatronModule):
             if self.run.row_multiple == 1:
                 return None
             padding_BS = padding_BS.all(dim=0, keepdim=True).expand_as(padding_BS)
-        if self.config.sequence_parallel:
-            size, rank = (
-                parallel_state.get_tensor_model_parallel_world_size(),
-                parallel_state.get_tensor_model_parallel_rank(),
-            )
-            padding_BS = padding_BS.chunk(size, dim=1)[rank].contiguous()
-        return padding_BS
+        return self._of_sequence_parallel(padding_BS)
+
+    def _of_sequence_parallel(self, item_BS: torch.Tensor) -> torch.Tensor:
+        """This rank's positions of what every tensor-parallel rank has."""
+        if not self.config.sequence_parallel:
+            return item_BS
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        return item_BS.chunk(size, dim=1)[parallel_state.get_tensor_model_parallel_rank()].contiguous()
 
 
 class LanguageModel(GPTModel):

@@ -6,8 +6,7 @@ first; the original counts places batch first, over the whole sequence, so `Orig
 
 import copy
 import math
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,15 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens whose balance is judged apart from the others'; both tensors are 0 for the others and for padding."""
+
+    asked_SBE: torch.Tensor  # what they ask for, before any is dropped
+    scores_SBE: torch.Tensor  # their probabilities, fp32
+    experts: int  # that they can choose among
 
 
 class MegatronRouter(TopKRouter):
@@ -51,7 +59,7 @@ class MegatronRouter(TopKRouter):
         self.losses: dict[
             str, torch.Tensor
         ] = {}  # sums over the micro-batches of a step; `training/metrics.py` takes them
-        self.counts_of_step_1E: torch.Tensor | int = 0  # choices of all ranks, for global_aux_loss
+        self.counts_of_step_P1E: torch.Tensor | int = 0  # choices of all ranks, of each part, for global_aux_loss
 
     def gating(self, input_SBH: torch.Tensor) -> torch.Tensor:
         """Logits [S, B, E], in fp32 unless `moe_router_dtype` leaves them in the dtype of the hidden states.
@@ -61,6 +69,10 @@ class MegatronRouter(TopKRouter):
         """
         dtype = torch.float32 if self.config.moe_router_dtype == "fp32" else input_SBH.dtype
         return RouterProduct.apply(input_SBH, self.weight, dtype)
+
+    def judged(self, logits_SBE: torch.Tensor, marks: torch.Tensor | None) -> torch.Tensor:
+        """The logits that the choice is made of. `marks`: what the layer gave the router beside the hidden states."""
+        return logits_SBE
 
     def probabilities(self, logits_NE: torch.Tensor) -> torch.Tensor:
         """[N, E] over all experts (fp32), before any choice."""
@@ -74,7 +86,7 @@ class MegatronRouter(TopKRouter):
         """[N, K], the experts that each token asks for, before any capacity is looked at."""
         scores_NE = logits_NE
         if self.expert_bias is not None:
-            scores_NE = logits_NE.float().sigmoid() + self.expert_bias
+            scores_NE = logits_NE.float().sigmoid() + self._choice_bias(logits_NE)
         elif self.config.moe_router_group_topk:  # groups are compared by sums of scores
             scores_NE = logits_NE.float().softmax(dim=-1)
         if self.config.moe_router_group_topk:
@@ -107,21 +119,38 @@ class MegatronRouter(TopKRouter):
             group_topk=self.config.moe_router_group_topk,
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             score_function=self.score_function,
-            expert_bias=self.expert_bias,
+            expert_bias=self._choice_bias(logits_NE),
         )
         if self.normalizes_top1:
             weights_NE = weights_NE / weights_NE.sum(dim=-1, keepdim=True).detach()
         asked_NE = map_NE if padding_N is None else map_NE & ~padding_N.unsqueeze(-1)
         if self.config.moe_expert_capacity_factor is not None:
-            map_NE = within_capacity(weights_NE, asked_NE, self.topk, self.config.moe_expert_capacity_factor)
+            fair = self._fair_load(asked_NE)
+            map_NE = within_capacity(weights_NE, asked_NE, fair, self.config.moe_expert_capacity_factor)
             weights_NE = weights_NE * map_NE
         if is_training and self.routing_type != "none":
             weights_NE = self._with_balancing_loss(
                 weights_NE, logits_NE, padding_N, (logits_SBE.shape[0], logits_SBE.shape[1])
             )
         if is_training and self.enable_expert_bias:
-            self.local_tokens_per_expert += asked_NE.sum(dim=0)
+            self.local_tokens_per_expert += self._load(asked_NE)
         return weights_NE, map_NE
+
+    def _choice_bias(self, logits_NE: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the scores for the choice alone: [E], or [N, E]."""
+        return self.expert_bias
+
+    def _fair_load(self, asked_NE: torch.Tensor) -> torch.Tensor:
+        """Choices that each expert would get if all that may be chosen got as many (fp64): a number, or [E]."""
+        return asked_NE.any(dim=1).sum().double() * self.topk / asked_NE.shape[1]
+
+    def _load(self, asked_NE: torch.Tensor) -> torch.Tensor:
+        """[E], what an expert bias balances: an expert with more than the mean gets a lower one."""
+        return asked_NE.sum(dim=0)
+
+    def balanced_parts(self, scores_SBE: torch.Tensor, asked_SBE: torch.Tensor) -> list[Part]:
+        """Whose balancing losses are computed apart, and added up with their shares of the tokens."""
+        return [Part(asked_SBE, scores_SBE, asked_SBE.shape[-1])]
 
     def _with_z_loss(self, logits_NE: torch.Tensor, padding_N: torch.Tensor | None) -> torch.Tensor:
         coefficient = self.config.moe_z_loss_coeff
@@ -138,37 +167,53 @@ class MegatronRouter(TopKRouter):
         )
         coefficient = self.config.moe_aux_loss_coeff
         asked_SBE, scores_SBE = (item_NE.view(*shape, -1) for item_NE in (asked_NE, scores_NE))
-        loss = BALANCING[self.routing_type](self, scores_SBE, asked_SBE, coefficient or 1.0)
+        loss = BALANCING[self.routing_type](self, self.balanced_parts(scores_SBE, asked_SBE), coefficient or 1.0)
         self._record("load_balancing_loss", loss / (coefficient or 1.0))
         return MoEAuxLossAutoScaler.apply(weights_NE, loss) if coefficient else weights_NE
 
-    def _aux_loss(self, scores_SBE: torch.Tensor, asked_SBE: torch.Tensor, coefficient: float) -> torch.Tensor:
+    def _aux_loss(self, parts: list[Part], coefficient: float) -> torch.Tensor:
         """Of all tokens of the micro-batch together."""
-        counts_1E = reduced(asked_SBE.sum(dim=(0, 1))[None], self.tp_cp_group)
-        tokens_1 = counts_1E.sum(dim=-1) / self.topk
-        return switch_loss(scores_SBE.sum(dim=(0, 1))[None], tokens_1, counts_1E, self.topk, coefficient)
+        counts_P1E = reduced(torch.stack([part.asked_SBE.sum(dim=(0, 1))[None] for part in parts]), self.tp_cp_group)
+        scores = [part.scores_SBE.sum(dim=(0, 1))[None] for part in parts]
+        return self._sum_of_parts(parts, scores, counts_P1E, counts_P1E, coefficient)
 
-    def _seq_aux_loss(self, scores_SBE: torch.Tensor, asked_SBE: torch.Tensor, coefficient: float) -> torch.Tensor:
+    def _seq_aux_loss(self, parts: list[Part], coefficient: float) -> torch.Tensor:
         """Of each row on its own (a packed row is one), then their mean."""
-        counts_BE = reduced(asked_SBE.sum(dim=0), self.tp_cp_group)
-        tokens_B = counts_BE.sum(dim=-1) / self.topk
-        return switch_loss(scores_SBE.sum(dim=0), tokens_B, counts_BE, self.topk, coefficient)
+        counts_PBE = reduced(torch.stack([part.asked_SBE.sum(dim=0) for part in parts]), self.tp_cp_group)
+        scores = [part.scores_SBE.sum(dim=0) for part in parts]
+        return self._sum_of_parts(parts, scores, counts_PBE, counts_PBE, coefficient)
 
-    def _global_aux_loss(self, scores_SBE: torch.Tensor, asked_SBE: torch.Tensor, coefficient: float) -> torch.Tensor:
+    def _global_aux_loss(self, parts: list[Part], coefficient: float) -> torch.Tensor:
         """The probabilities of this micro-batch's tokens on all ranks against the choices of all ranks so far in the step
         (arXiv 2501.11873)."""
-        counts_1E = reduced(asked_SBE.sum(dim=(0, 1))[None], self.tp_dp_cp_group)
-        tokens_1 = counts_1E.sum(dim=-1) / self.topk
-        self.counts_of_step_1E = self.counts_of_step_1E + counts_1E
+        counts_P1E = torch.stack([part.asked_SBE.sum(dim=(0, 1))[None] for part in parts])
+        counts_P1E = reduced(counts_P1E, self.tp_dp_cp_group)
+        self.counts_of_step_P1E = self.counts_of_step_P1E + counts_P1E
         # The mean over data-parallel ranks is taken of shares that add up to the loss.
         coefficient *= self.tp_dp_cp_group.size() // self.tp_cp_group.size()
-        scores_1E = scores_SBE.sum(dim=(0, 1))[None]
-        return switch_loss(scores_1E, tokens_1, self.counts_of_step_1E, self.topk, coefficient)
+        scores = [part.scores_SBE.sum(dim=(0, 1))[None] for part in parts]
+        return self._sum_of_parts(parts, scores, counts_P1E, self.counts_of_step_P1E, coefficient)
+
+    def _sum_of_parts(
+        self,
+        parts: list[Part],
+        scores_RE: list[torch.Tensor],
+        counts_PRE: torch.Tensor,
+        judged_by_PRE: torch.Tensor,
+        coefficient: float,
+    ) -> torch.Tensor:
+        """Of rows R: each part's loss times its share of the row's tokens."""
+        tokens_R = counts_PRE.sum(dim=(0, 2)) / self.topk
+        losses = [
+            switch_loss(scores, tokens_R, judged_by_RE, self.topk, coefficient, part.experts)
+            for part, scores, judged_by_RE in zip(parts, scores_RE, judged_by_PRE, strict=True)
+        ]
+        return sum(losses[1:], start=losses[0])
 
     def reset_global_aux_loss_tracker(self) -> None:
         """Megatron-Core calls it at the end of every step."""
         super().reset_global_aux_loss_tracker()
-        self.counts_of_step_1E = 0
+        self.counts_of_step_P1E = 0
 
     def _record(self, name: str, share: torch.Tensor) -> None:
         """Add this rank's share of a loss, before its coefficient, to what a step will log."""
@@ -261,13 +306,15 @@ BALANCING = {
 }
 
 
-def within_capacity(weights_NE: torch.Tensor, asked_NE: torch.Tensor, topk: int, factor: float) -> torch.Tensor:
-    """The choices that find a place: each expert keeps its ceil(real tokens / E * K * factor) largest weights.
+def within_capacity(
+    weights_NE: torch.Tensor, asked_NE: torch.Tensor, fair: torch.Tensor, factor: float
+) -> torch.Tensor:
+    """The choices that find a place: each expert keeps its ceil(fair * factor) largest weights.
 
-    What is not asked for (padding) takes no place and makes none. 281 real tokens of 364, E=4, K=2, factor 1: 141 places.
+    `fair`: choices that an expert gets where they are spread evenly, a number or [E]; fp64. What is not asked for (padding)
+    takes no place and makes none. 281 real tokens of 364, E=4, K=2, factor 1: 141 places.
     """
-    tokens = asked_NE.any(dim=1).sum()
-    capacity = (tokens.double() * topk / asked_NE.shape[1] * factor).ceil()
+    capacity = (fair * factor).ceil()
     order_NE = weights_NE.masked_fill(~asked_NE, -1.0).argsort(dim=0, descending=True, stable=True)
     return asked_NE & (order_NE.argsort(dim=0) < capacity)
 
@@ -292,15 +339,3 @@ def uniform_router_init(weight_EH: torch.Tensor) -> torch.Tensor:
     """torch.nn.Linear's default for a [E, H] weight: U(-1/sqrt(H), 1/sqrt(H)), as the original's gate starts."""
     bound = 1.0 / math.sqrt(weight_EH.shape[1])
     return torch.nn.init.uniform_(weight_EH, -bound, bound)
-
-
-MODULES: dict[str, type] = {"megatron": MegatronRouter, "original": OriginalRouter}  # by the kinds of `routers.py`
-
-
-def router_builder(moe: MoEConfig) -> Callable[..., MegatronRouter]:
-    """What makes the routers of a run."""
-    module = MODULES[moe.router]
-    builder: Callable[..., MegatronRouter] = module
-    if issubclass(module, OriginalRouter):
-        return partial(builder, moe=moe)
-    return partial(builder, normalizes_top1=True) if moe.normalize_top1 else builder

@@ -28,16 +28,24 @@ def reduced(counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def switch_loss(
-    scores_RE: torch.Tensor, tokens_R: torch.Tensor, counts_RE: torch.Tensor, topk: int, coefficient: float
+    scores_RE: torch.Tensor,
+    tokens_R: torch.Tensor,
+    counts_RE: torch.Tensor,
+    topk: int,
+    coefficient: float,
+    experts: int | None = None,
 ) -> torch.Tensor:
     """coefficient * mean over rows of E * sum_e(share of the choices * mean probability): 1 when balanced, E when all go to
     one expert (Switch Transformer, arXiv 2101.03961).
 
     `scores`: sums of probabilities over this rank's real tokens; `tokens`: how many real tokens all ranks that share a row
-    have; `counts`: choices of all tokens that the balance is judged by, before any is dropped.
+    have; `counts`: choices of all tokens that the balance is judged by, before any is dropped. `experts`: E, where the tokens
+    can choose among fewer than there are. Scores and counts of a part of a row's tokens give that part's loss times its share
+    of the tokens, so that the parts' results add up to the mean over tokens.
     """
     counted_R = counts_RE.sum(dim=-1) / topk
-    factor_R = counts_RE.shape[-1] * coefficient / (topk * tokens_R.clamp(min=1) * counted_R.clamp(min=1))
+    experts = experts or counts_RE.shape[-1]
+    factor_R = experts * coefficient / (topk * tokens_R.clamp(min=1) * counted_R.clamp(min=1))
     return ((scores_RE * counts_RE).sum(dim=-1) * factor_R).mean()
 
 

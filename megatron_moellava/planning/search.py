@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import RunConfig
+from megatron_moellava.costs.expert_traffic import busiest_rank
 from megatron_moellava.costs.gpus import Gpu
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.planning.hardware import IMBALANCE
@@ -94,7 +95,7 @@ def search(request: Request) -> Found:
         layout = Layout(run=run, backbone=request.backbone, tower=request.tower, world_size=request.world_size)
         if run.parallel.pipeline_split == "cost" and len(set(layout.stage_sizes)) == 1:
             continue  # the same as "even"
-        memory = worst_memory(layout, imbalance=request.imbalance)
+        memory = worst_memory(layout, imbalance=imbalance_of(request, layout))
         if memory.total > request.limit:
             too_big.append((memory, layout))
         else:
@@ -118,10 +119,19 @@ def best_first(plans: list[Plan]) -> list[Plan]:
     return sorted(plans, key=key)
 
 
+def imbalance_of(request: Request, layout: Layout) -> float:
+    """Tokens of the busiest expert rank over the mean: what was asked for, times what experts by modality add to it."""
+    moe, data = layout.run.moe, request.data
+    if moe is None or moe.expert_groups is None:
+        return request.imbalance
+    features = layout.tower.num_features
+    return request.imbalance * busiest_rank(moe, layout.ep, data.images * features / data.tokens_per_sample(features))
+
+
 def stage_costs(request: Request, layout: Layout) -> Costs:
     """Costs of the whole stage in one layout."""
     fp8 = layout.run.training.fp8_recipe is not None
-    pricing = Pricing(gpu=request.gpu, imbalance=request.imbalance if layout.run.moe else 1.0, fp8=fp8)
+    pricing = Pricing(gpu=request.gpu, imbalance=imbalance_of(request, layout) if layout.run.moe else 1.0, fp8=fp8)
     return costs_of(layout, pricing, mean_load(layout, request.data), samples=request.data.samples)
 
 

@@ -44,17 +44,21 @@ def find_anomalies(record: dict) -> list[Anomaly]:
     found: list[Anomaly] = []
     for layer in record["layers"]:
         asked = [kept + lost for kept, lost in zip(layer["choices"], layer["dropped"], strict=True)]
-        found += _of_layer(layer["layer"], asked, layer["tokens"], record["topk"])
+        fair = layer.get("fair") or [sum(asked) / len(asked)] * len(asked)
+        found += _of_layer(layer["layer"], asked, fair, layer["tokens"], record["topk"])
     return found
 
 
-def _of_layer(layer: int, asked: Sequence[int], tokens: int, topk: int) -> Iterable[Anomaly]:
-    experts, total = len(asked), sum(asked)
-    if experts <= topk or total < FEW * experts:  # every expert takes every token, or too few were seen
+def _of_layer(layer: int, asked: Sequence[int], fair: Sequence[float], tokens: int, topk: int) -> Iterable[Anomaly]:
+    """`fair`: the load of each expert if all were as busy as they can be alike."""
+    total = sum(asked)
+    if len(asked) <= topk:  # every expert takes every token
         return
     for expert, count in enumerate(asked):
-        load = count * experts / total
-        if load >= FAR_ABOVE or count >= NEARLY_ALL * tokens:
+        if fair[expert] < FEW:  # too few were seen
+            continue
+        load = count / fair[expert]
+        if load >= FAR_ABOVE or count >= NEARLY_ALL * tokens > fair[expert]:
             text = (
                 f"layer {layer}: expert {expert} takes {count / tokens:.0%} of the tokens, {load:.1f} x the mean load"
             )

@@ -33,16 +33,26 @@ class RouterCall:
         weights_NE: torch.Tensor,
         map_NE: torch.Tensor,
         gating: tuple[torch.Tensor, Gate] | None,
+        marks: torch.Tensor | None = None,
     ):
-        """`layer`: from 0. `gating`: what the gate of the original's router was given and said, whole and batch-major."""
+        """`layer`: from 0. `gating`: what the gate of the original's router was given and said, whole and batch-major.
+        `marks`: what the router was given beside the hidden states."""
         self.layer, self.router, self._hidden_SBH = layer, router, hidden_SBH
         self.weights_NE, self.map_NE, self.gating = weights_NE, map_NE, gating
+        self._marks = marks
+
+    @cached_property
+    @torch.no_grad()
+    def product_NE(self) -> torch.Tensor:
+        """The router's own product once more: the same operands give the same bits."""
+        return self.router.gating(self._hidden_SBH).flatten(0, 1)
 
     @cached_property
     @torch.no_grad()
     def logits_NE(self) -> torch.Tensor:
-        """The router's own product once more: the same operands give the same bits."""
-        return self.router.gating(self._hidden_SBH).flatten(0, 1)
+        """What the choice is made of: the product, but -inf where a token may not choose an expert."""
+        logits_SBE = self.product_NE.view(*self._hidden_SBH.shape[:2], -1)
+        return self.router.judged(logits_SBE, self._marks).flatten(0, 1)
 
     @cached_property
     def probabilities_NE(self) -> torch.Tensor:
@@ -121,7 +131,7 @@ class _Tap:
 
     def _after_router(self, router: MegatronRouter, inputs, output) -> None:
         gating, self.gating = self.gating, None
-        call = RouterCall(self.layer, router, inputs[0].detach(), output[0].detach(), output[1], gating)
+        call = RouterCall(self.layer, router, inputs[0].detach(), output[0].detach(), output[1], gating, *inputs[1:])
         for subscriber in tuple(self.subscribers):
             subscriber(call)
 

@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import platform
+from megatron_moellava.config import MoEConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.model.context_parallel import share
 from megatron_moellava.model.moe_llava import MoELlava
+from megatron_moellava.routers import admissible_experts
 from megatron_moellava.routing.observer import RouterCall, RoutingObserver
 from megatron_moellava.routing.records import PER_EXPERT, PER_TOKEN, RoutingSums
 from megatron_moellava.routing.token_groups import modalities_of, token_groups
@@ -31,6 +33,8 @@ class RoutingStatistics:
         self.config, self.observer = chunks[0].config, RoutingObserver(chunks)
         self.modalities = modalities_of(chunks[0].run)
         self.sums: dict[str, torch.Tensor] = {}  # group -> [L, C]
+        moe = chunks[0].run.moe
+        self.admissible = _admissible(moe, self.modalities) if moe and moe.expert_groups else None
 
     @property
     def width(self) -> int:
@@ -78,6 +82,7 @@ class RoutingStatistics:
             num_experts=self.config.num_moe_experts,
             topk=self.config.moe_router_topk,
             sums_GLC=total_GLC.cpu(),
+            admissible=self.admissible,
         )
 
     def _all_types(self) -> list[str]:
@@ -85,6 +90,12 @@ class RoutingStatistics:
         everywhere: list[list[str]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everywhere, [name for name in self.sums if name not in self.modalities])
         return sorted({name for names in everywhere for name in names})
+
+
+def _admissible(moe: MoEConfig, modalities: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """Of each modality the experts that its tokens can choose among: pictures of all kinds are image tokens to a router."""
+    of_text, of_images = admissible_experts(moe)
+    return (of_text, *(of_images for _ in modalities[1:]))
 
 
 def token_table(call: RouterCall) -> torch.Tensor:

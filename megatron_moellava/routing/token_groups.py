@@ -12,8 +12,8 @@ import torch
 from megatron_moellava.config import RunConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
+from megatron_moellava.routers import MODALITIES
 
-MODALITIES = ("text", "image")
 TYPE = "type:"  # prefix of a group of text tokens
 
 

@@ -58,7 +58,7 @@ class MaxActivations:
             activation.register_hook(partial(self._note, f"{point}_gradient", layer))
 
     def _router(self, call: RouterCall) -> None:
-        self._note("router_logits", call.layer, call.logits_NE)
+        self._note("router_logits", call.layer, call.product_NE)
 
     def _note(self, point: str, layer: int, values: torch.Tensor) -> None:
         if values.numel():

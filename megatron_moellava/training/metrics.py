@@ -292,7 +292,10 @@ def load_imbalance(load_LE: torch.Tensor, expert_parallel_size: int) -> dict[str
     """How much more work the busiest has than the mean, in the layer where it is worst: 1.0 is level.
 
     `load_LE`: tokens of each expert in each MoE layer. An expert-parallel rank holds E / size neighbours, and the others
-    wait for the busiest: loads [6, 2, 1, 3] on two ranks -> expert 2.0, rank 8 / 6 = 1.33.
+    wait for the busiest: loads [6, 2, 1, 3] on two ranks -> expert 2.0, rank 8 / 6 = 1.33. Of ranks the mean over layers
+    too (`rank_mean`), and what the waiting costs (`wait_share`): the share of the experts' time in which the mean rank has
+    nothing to do, where a rank's time is its tokens' (dense products at one rate) and every layer waits for its busiest. A
+    step's tokens are counted together; its micro-batches, each on its own, are less level, so it costs at least this.
     """
     load_LE = load_LE.double()
     load_LR = load_LE.unflatten(1, (expert_parallel_size, -1)).sum(-1)
@@ -300,6 +303,9 @@ def load_imbalance(load_LE: torch.Tensor, expert_parallel_size: int) -> dict[str
         name: (load.amax(1) / load.mean(1).clamp(min=1e-9)).max()
         for name, load in (("expert", load_LE), ("rank", load_LR))
     }
+    busiest_L, mean_L = load_LR.amax(1), load_LR.mean(1)
+    worst["rank_mean"] = (busiest_L / mean_L.clamp(min=1e-9)).mean()
+    worst["wait_share"] = 1.0 - mean_L.sum() / busiest_L.sum() if busiest_L.any() else busiest_L.sum()
     return {f"routing/imbalance/{name}": float(value) for name, value in worst.items()}
 
 

@@ -1,6 +1,7 @@
 """The experts: what a router can do, and how experts are divided over processes."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.backbones.experts import mixture_of
@@ -8,7 +9,7 @@ from megatron_moellava.config import MoEConfig, MoELlavaError, RunConfig
 from megatron_moellava.costs.shapes import expert_ffn_hidden_size
 from megatron_moellava.machine import Machine
 from megatron_moellava.placement import moe_layers
-from megatron_moellava.routers import ROUTERS, RouterKind
+from megatron_moellava.routers import MODALITIES, ROUTERS, RouterKind, admissible_experts, experts_by_group
 from megatron_moellava.validation.layout import divisors
 
 
@@ -53,6 +54,7 @@ def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Ite
     except MoELlavaError as error:
         yield str(error)
     yield from _weights(moe)
+    yield from _modalities(moe)
     if moe.moe_router_dtype == "bf16" and run.training.precision != "bf16":
         yield (
             f"moe.moe_router_dtype=bf16 with training.precision={run.training.precision}: the router takes the dtype of the "
@@ -130,6 +132,39 @@ def _weights(moe: MoEConfig) -> Iterator[str]:
         yield (
             f"moe.moe_router_num_groups={groups} compares sums of scores, which logits are not; set moe.moe_router_pre_softmax "
             "or moe.moe_router_enable_expert_bias"
+        )
+
+
+def _modalities(moe: MoEConfig) -> Iterator[str]:
+    """Groups of experts by modality, and balance of each."""
+    if moe.balance_per_modality and moe.moe_router_load_balancing_type == "none":
+        yield "moe.balance_per_modality=true with moe.moe_router_load_balancing_type=none: there is no loss; use aux_loss"
+    groups = moe.expert_groups
+    if groups is None or min(groups.image, groups.text, groups.shared) < 0:  # which validation/numbers.py says
+        return
+    named = f"moe.expert_groups (image={groups.image}, text={groups.text}, shared={groups.shared})"
+    if groups.image + groups.text + groups.shared != moe.num_moe_experts:
+        yield (
+            f"{named} has {groups.image + groups.text + groups.shared} experts, and moe.num_moe_experts="
+            f"{moe.num_moe_experts}; they must be as many"
+        )
+        return
+    for name, experts in zip(MODALITIES, admissible_experts(moe), strict=True):
+        if len(experts) < moe.moe_router_topk:
+            yield (
+                f"{named} leaves {len(experts)} experts to {name} tokens, which choose moe.moe_router_topk="
+                f"{moe.moe_router_topk}; give them more of their own or shared ones, or set moe.expert_groups.penalty"
+            )
+    if moe.moe_router_num_groups is not None:
+        yield (
+            f"{named} with moe.moe_router_num_groups={moe.moe_router_num_groups}: the best of groups that a token may not "
+            "choose from would still be counted; leave one of them unset"
+        )
+    binned = replace(groups, order="binned")
+    if groups.order == "dealt" and experts_by_group(groups) == experts_by_group(binned):
+        yield (
+            f"moe.expert_groups.order=dealt: {named} have no common divisor, so one round holds them all and nothing is "
+            "dealt; use binned, or numbers such as image=4, text=4"
         )
 
 

@@ -104,6 +104,32 @@ MODELS = {
     "attention-only": Model(moe=MOE, roles=["language.attention"], rows="padded"),
     "shared-experts": Model(moe=MOE | {"moe_shared_expert_intermediate_size": 64}),
     "expert-bias": Model(moe=MOE | {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01}),
+    # Experts of images, of text and of both, balanced apart; dealt, softly, with a bias; without groups, by whole batches.
+    "by-modality": Model(
+        moe=MOE
+        | {
+            "expert_groups": {"image": 1, "text": 1, "shared": 2},
+            "balance_per_modality": True,
+            "moe_z_loss_coeff": 0.05,
+        }
+    ),
+    "by-modality-bias": Model(
+        moe=MOE
+        | {
+            "expert_groups": {"image": 2, "text": 2, "order": "dealt", "penalty": 0.5},
+            "balance_per_modality": True,
+            "moe_router_load_balancing_type": "seq_aux_loss",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_bias_update_rate": 0.01,
+        },
+        rows="padded",
+    ),
+    "by-modality-capacity": Model(
+        moe=MOE | {"expert_groups": {"image": 2, "text": 2}, "moe_expert_capacity_factor": 0.75}, rows="padded"
+    ),
+    "balance-per-modality": Model(
+        moe=MOE | {"balance_per_modality": True, "moe_router_load_balancing_type": "global_aux_loss"}, rows="padded"
+    ),
     "residual": Model(backbone="phi-2-tiny", moe=MOE | {"use_residual": True}),
     "top1": Model(moe=MOE | {"moe_router_topk": 1}),
     "normalized-top1": Model(moe=MOE | {"moe_router_topk": 1, "normalize_top1": True}),
@@ -310,6 +336,14 @@ LAYOUTS = [
     *_layouts("global-aux-loss", "recompute-full", 1, recompute="full"),
     *_layouts("capacity", "ep2", 2, ep=2),
     *_layouts("capacity", "pp2", 2, pp=2),
+    *_layouts("by-modality by-modality-bias", "dp2", 2),
+    *_layouts("by-modality by-modality-bias by-modality-capacity", "ep2", 2, ep=2),
+    *_layouts("by-modality by-modality-bias balance-per-modality", "tp2", 2, tp=2),
+    *_layouts("by-modality by-modality-bias by-modality-capacity balance-per-modality", "pp2", 2, pp=2),
+    *_layouts("by-modality by-modality-bias balance-per-modality", "cp2", 2, cp=2),
+    *_layouts("by-modality", "tp2-ep2-recompute-full", 2, tp=2, ep=2, recompute="full"),
+    *_layouts("by-modality by-modality-bias", "recompute-moe", 1, recompute="moe"),
+    *_layouts("by-modality", "pp2-vpp2", 2, pp=2, vpp=2),
     *_layouts("experts-only attention-only", "recompute-full", 1, recompute="full"),
     *_layouts("experts-only attention-only", "recompute-moe", 1, recompute="moe"),
     *_layouts("experts-only attention-only", "pp2-recompute-full", 2, pp=2, recompute="full"),

@@ -14,6 +14,13 @@ GATES = {
     "capacity": {"moe_expert_capacity_factor": 0.75},
     "bias and capacity": {"moe_router_enable_expert_bias": True, "moe_expert_capacity_factor": 0.75},
 }
+GROUPS = {"expert_groups": {"image": 1, "text": 1, "shared": 2}}
+BY_MODALITY = {
+    "by modality": GROUPS | {"balance_per_modality": True},
+    "by modality, together": GROUPS,
+    "by modality, no groups": {"balance_per_modality": True},
+    "by modality, bias": GROUPS | {"balance_per_modality": True, "moe_router_enable_expert_bias": True},
+}
 ONE = {"one": (1, {})}
 LAYOUTS = {
     "dp2": (2, {}),
@@ -33,7 +40,7 @@ PLACEMENTS = ("first_half", "second_half")  # the other stage of a pipeline has 
 
 def job(kind: str, gate: str, rows: str, size: int, layout: str, placement: str = "sparse") -> dict:
     world, parallel = (ONE | LAYOUTS)[layout]
-    moe = GATES[gate] | {"moe_router_load_balancing_type": kind, "placement": placement}
+    moe = (GATES | BY_MODALITY)[gate] | {"moe_router_load_balancing_type": kind, "placement": placement}
     name = f"balancing {kind} {gate} {rows}{size} {layout} {placement}"
     return {
         "id": name,
@@ -62,6 +69,11 @@ JOBS = [
     *(job(kind, gate, "padded", size, "one") for kind in KINDS for gate in GATES for size in (1, 2, 8)),
     *(job(kind, gate, "packed", 2, "one") for kind in KINDS for gate in GATES),
     *(item for kind in KINDS for item in spread(kind)),
+    *(job(kind, gate, "padded", 2, "one") for kind in KINDS[:3] for gate in BY_MODALITY),
+    *(job(kind, "by modality", "padded", 1, "one") for kind in KINDS[:3]),
+    *(job(kind, "by modality", "padded", 2, layout) for kind in KINDS[:3] for layout in ("dp2", "tp2")),
+    *(job(kind, "by modality", "packed", 2, layout) for kind in KINDS[:3] for layout in ("cp2", "pp2-vpp2")),
+    *(job(kind, "by modality, together", "padded", 2, "dp2") for kind in KINDS[:3]),
 ]
 
 

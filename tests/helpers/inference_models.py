@@ -6,7 +6,15 @@ import torch
 from PIL import Image, ImageDraw
 
 from megatron_moellava import parallel
-from megatron_moellava.config import DataConfig, ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_moellava.config import (
+    DataConfig,
+    ExpertGroups,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from megatron_moellava.data.sample import Turn
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import load_tokenizer
@@ -36,6 +44,12 @@ GATES = {
     "narrow experts": MoEConfig(num_moe_experts=8, moe_router_topk=4, moe_ffn_hidden_size=96),
     "shared experts": MoEConfig(moe_shared_expert_intermediate_size=96),
     "balanced by a bias": MoEConfig(moe_router_enable_expert_bias=True),
+    "experts by modality": MoEConfig(num_moe_experts=6, expert_groups=ExpertGroups(image=2, text=2, shared=2)),
+    "experts by modality, a penalty": MoEConfig(
+        num_moe_experts=6,
+        expert_groups=ExpertGroups(image=3, text=3, penalty=1.0, order="dealt"),
+        moe_router_enable_expert_bias=True,
+    ),
     "probabilities among all": MoEConfig(num_moe_experts=8, moe_router_topk=3, moe_router_pre_softmax=True),
     "scaled, of the best groups, a gated shared expert": MoEConfig(
         num_moe_experts=8,

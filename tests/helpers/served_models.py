@@ -11,7 +11,15 @@ import torch
 from PIL import Image
 
 from megatron_moellava import parallel
-from megatron_moellava.config import DataConfig, ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_moellava.config import (
+    DataConfig,
+    ExpertGroups,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.data.sample import Turn
@@ -73,6 +81,20 @@ CASES = {
     "Qwen3, experts": Case(backbone="qwen3-tiny", tokenizer=_bytes("Qwen2Tokenizer_plain"), template="chatml", moe=MOE),
     "MiniCPM": replace(LLAMA, backbone="minicpm-tiny", template="minicpm"),
     "Llama, residual experts": replace(LLAMA, moe=MoEConfig(use_residual=True)),
+    "Llama, experts by modality": replace(
+        LLAMA,
+        moe=MoEConfig(
+            num_moe_experts=6,
+            expert_groups=ExpertGroups(image=2, text=2, shared=2),
+            moe_router_enable_expert_bias=True,
+        ),
+    ),
+    "Phi-2, experts by modality, a penalty": Case(
+        backbone="phi-2-tiny",
+        tokenizer=_bytes("CodeGenTokenizer_plain"),
+        template="phi",
+        moe=MoEConfig(expert_groups=ExpertGroups(image=2, text=2, penalty=1.0, order="dealt")),
+    ),
 }
 
 

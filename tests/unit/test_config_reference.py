@@ -5,7 +5,7 @@ import typing
 
 from megatron_moellava import config
 from megatron_moellava.config_reference import comments, page
-from megatron_moellava.model import configuration, router
+from megatron_moellava.model import configuration, router_kinds
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.routers import ROUTERS
 from megatron_moellava.stages import ROLES, STAGES
@@ -53,6 +53,7 @@ def test_number_rules_are_of_fields_that_exist():
         name: typing.get_args(hint) or (hint,) for name, hint in typing.get_type_hints(config.RunConfig).items()
     }
     sections |= {"training.lora": (config.LoraConfig,), "training.distillation": (config.DistillationConfig,)}
+    sections["moe.expert_groups"] = (config.ExpertGroups,)
     parts = typing.get_type_hints(config.RolesConfig)
     sections |= {f"optimizer.roles.{part}": typing.get_args(hint) for part, hint in parts.items()}
     for path in RULES:
@@ -72,6 +73,6 @@ def test_what_a_value_means_is_known_for_every_legal_value():
     assert legal(config.TrainingConfig, "precision") == {"auto", *configuration.DTYPES}
     assert legal(config.TrainingConfig, "recompute") == {*configuration.RECOMPUTE}
     assert legal(config.TrainingConfig, "fp8_recipe") == {*configuration.FP8_RECIPES}
-    assert legal(config.MoEConfig, "router") == {*ROUTERS} == {*router.MODULES}
+    assert legal(config.MoEConfig, "router") == {*ROUTERS} == {*router_kinds.MODULES}
     assert all(moe_layers(name, 4) for name in legal(config.MoEConfig, "placement"))
     assert {role for roles in STAGES.values() for role in roles} <= {*ROLES} == {*typing.get_args(config.Role)}

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from megatron_moellava.config import ConfigError, MoEConfig
-from megatron_moellava.model.router import MODULES
-from megatron_moellava.routers import ROUTERS
+from megatron_moellava.config import ConfigError, ExpertGroups, MoEConfig
+from megatron_moellava.model.router_kinds import MODULES
+from megatron_moellava.routers import ROUTERS, admissible_experts, experts_by_group, knows_modality, own_experts
 from megatron_moellava.validation.run import validate
 from tests.helpers.inference_models import tiny_run
 
@@ -36,6 +36,8 @@ def test_the_originals_gate_counts_padding_over_the_whole_sequence():
         ({"moe_expert_capacity_factor": None}, "the original router always has one"),
         ({"moe_z_loss_coeff": 0.1}, "the original router has no such thing"),
         ({"moe_router_enable_expert_bias": True}, "the original router has no such thing"),
+        ({"expert_groups": ExpertGroups(image=2, text=2)}, "the original router has no such thing"),
+        ({"balance_per_modality": True}, "the original router has no such thing"),
         ({"moe_router_load_balancing_type": "seq_aux_loss"}, "the original router has aux_loss or none"),
         ({"moe_router_load_balancing_type": "global_aux_loss"}, "the original router has aux_loss or none"),
     ],
@@ -43,3 +45,22 @@ def test_the_originals_gate_counts_padding_over_the_whole_sequence():
 def test_what_a_kind_of_router_cannot_do_is_refused(moe, message):
     with pytest.raises(ConfigError, match=message):
         validate(tiny_run(MoEConfig(**{"router": "original", "moe_expert_capacity_factor": 1.5} | moe)), 1)
+
+
+def test_experts_of_a_modality_are_neighbours_or_dealt():
+    """Binned on two ranks of four: one has the image experts, the other those of text, and both a shared one."""
+    binned = ExpertGroups(image=3, text=3, shared=2)
+    assert experts_by_group(binned) == ("image",) * 3 + ("shared",) * 2 + ("text",) * 3
+    dealt = ExpertGroups(image=4, text=2, shared=2, order="dealt")
+    assert experts_by_group(dealt) == ("image", "image", "shared", "text") * 2
+    assert experts_by_group(ExpertGroups(image=0, text=0, order="dealt")) == ()
+
+
+def test_a_token_has_the_experts_of_its_modality_and_the_shared_ones():
+    hard = MoEConfig(num_moe_experts=5, expert_groups=ExpertGroups(image=1, text=2, shared=2))
+    assert own_experts(hard) == admissible_experts(hard) == ((1, 2, 3, 4), (0, 1, 2))
+    soft = MoEConfig(num_moe_experts=5, expert_groups=ExpertGroups(image=1, text=2, shared=2, penalty=1.0))
+    assert own_experts(soft) == own_experts(hard)
+    assert admissible_experts(soft) == own_experts(MoEConfig(num_moe_experts=5)) == ((0, 1, 2, 3, 4),) * 2
+    assert knows_modality(soft) and knows_modality(MoEConfig(balance_per_modality=True))
+    assert not knows_modality(MoEConfig()) and not knows_modality(None)

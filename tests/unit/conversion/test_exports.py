@@ -21,6 +21,7 @@ from tests.helpers.conversion_models import (
 )
 from tests.helpers.modalities import DEPTH
 from tests.helpers.paths import ASSETS
+from tests.helpers.served_models import CASES, checkpoint_of
 
 UNSAID = {"template": "", "precision": ""}
 
@@ -102,3 +103,12 @@ def test_modalities_travel_where_a_config_says_so_and_are_refused_where_pictures
         with pytest.raises(ConfigError, match=f"--layout {layout} has no pictures of depth"):
             export_checkpoint(tmp_path / "run", save=tmp_path / layout, layout=layout)
         assert not (tmp_path / layout).exists()
+
+
+def test_experts_by_modality_are_not_handed_to_classes_without_them(tmp_path):
+    """They would choose among all experts, and be another model."""
+    checkpoint_of(CASES["Llama, experts by modality"], tmp_path)
+    for layout in ("original", "language-model", "gguf"):
+        with pytest.raises(ConfigError, match=r"moe\.expert_groups: .* export --layout transformers"):
+            export_checkpoint(tmp_path / "run", save=tmp_path / "out", layout=layout, tokenizer=tmp_path / "tokenizer")
+    assert not (tmp_path / "out").exists()

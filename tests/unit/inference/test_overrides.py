@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_moellava.config import ConfigError, MoEConfig, ParallelConfig, RunConfig
+from megatron_moellava.config import ConfigError, ExpertGroups, MoEConfig, ParallelConfig, RunConfig
 from megatron_moellava.inference.overrides import HONOURED, OF_ROWS, layout_with, parse_overrides, run_with
 from tests.helpers.inference_models import tiny_run
 
@@ -63,6 +63,7 @@ def test_what_is_said_wins():
         ("moe.second_choice=deterministic", None, "dense"),
         ("moe.second_choice=deterministic", MoEConfig(), "moe.router=megatron, which is deterministic"),
         ("moe.moe_router_topk=3", ORIGINAL, "between 1 and 2"),
+        ("moe.moe_router_topk=3", MoEConfig(expert_groups=ExpertGroups(image=2, text=2)), "between 1 and 2"),
     ],
 )
 def test_what_the_checkpoint_has_no_use_for_is_refused(override, moe, reason):

@@ -13,8 +13,6 @@ from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.router import (
     LayerNoise,
     MegatronRouter,
-    OriginalRouter,
-    router_builder,
     uniform_router_init,
     within_capacity,
 )
@@ -104,9 +102,10 @@ def test_an_expert_bias_counts_what_real_tokens_ask_for_and_not_what_is_left_aft
 def test_places_go_to_the_largest_weights_of_what_is_asked_for():
     weights_NE = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4], [1.0, 1.0]])
     asked_NE = torch.tensor([[1, 0], [1, 0], [1, 0], [0, 1], [0, 0]]).bool()  # the last row is padding
-    kept_NE = within_capacity(weights_NE, asked_NE, topk=1, factor=1.0)  # ceil(4 / 2) = 2 places
+    fair = torch.tensor(4 / 2, dtype=torch.float64)
+    kept_NE = within_capacity(weights_NE, asked_NE, fair, factor=1.0)  # 2 places
     assert kept_NE.int().tolist() == [[1, 0], [1, 0], [0, 0], [0, 1], [0, 0]]
-    assert torch.equal(within_capacity(weights_NE, asked_NE, topk=1, factor=9.0), asked_NE)
+    assert torch.equal(within_capacity(weights_NE, asked_NE, fair, factor=9.0), asked_NE)
 
 
 def test_fresh_noise_is_a_stream_of_the_layer():
@@ -137,14 +136,6 @@ def test_routers_are_fp32_and_have_no_bias_where_the_mlps_have_one(world):
     router = first_router(MoEConfig(), "phi-2-tiny")
     assert router.config.add_bias_linear is False and router.bias is None
     assert router.weight.dtype == torch.float32
-
-
-def test_the_kind_of_a_run_chooses_the_module():
-    assert router_builder(MoEConfig()) is MegatronRouter
-    normalizing = router_builder(MoEConfig(moe_router_topk=1, normalize_top1=True))
-    assert (normalizing.func, normalizing.keywords) == (MegatronRouter, {"normalizes_top1": True})
-    original = router_builder(MoEConfig(router="original", moe_expert_capacity_factor=1.0))
-    assert original.func is OriginalRouter and original.keywords["moe"].router == "original"
 
 
 def test_probabilities_sum_to_one_over_all_experts(world):

@@ -1,5 +1,7 @@
 """The planner: what it suggests is valid and fits, its sums add up, and its document says what the code says."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_moellava.config import ConfigError, load_config
@@ -7,7 +9,7 @@ from megatron_moellava.costs.gpus import GPUS
 from megatron_moellava.costs.pipeline_split import stage_layers
 from megatron_moellava.planning.command import plan, request_of, settings_of
 from megatron_moellava.planning.report import settings_line
-from megatron_moellava.planning.search import candidates, search
+from megatron_moellava.planning.search import candidates, imbalance_of, search
 from megatron_moellava.validation.run import layout_problems, validate
 from tests.helpers import data_files
 from tests.helpers.made_tokenizer import write_tokenizer
@@ -93,3 +95,19 @@ def test_pipeline_stages_level_in_cost_are_tried_and_win_where_the_tower_weighs(
     assert level.layout.stage_sizes == tuple(stage_layers(level.layout.run, level.layout.backbone))
     assert level.layout.stage_sizes[0] < level.layout.backbone.num_layers // 4
     assert level.costs.step_seconds < splits["even"].costs.step_seconds
+
+
+def test_experts_by_modality_make_the_ranks_of_image_experts_the_busiest():
+    """Two image and two text experts: a rank has experts of one modality alone, unless there is one rank."""
+    groups = ["moe.expert_groups.image=2", "moe.expert_groups.text=2"]
+    options = [arguments(gpus=8, overrides=given) for given in ([], groups)]
+    plain, grouped = (request_of(asked, settings_of(asked)) for asked in options)
+    seen: set[int] = set()
+    for layout in (item.layout for item in search(grouped).plans):
+        visual = grouped.data.images * layout.tower.num_features
+        share = visual / (visual + grouped.data.text_tokens)
+        factor = 1.0 if layout.ep == 1 else 2 * max(share, 1 - share)
+        seen.add(layout.ep)
+        assert imbalance_of(grouped, layout) == pytest.approx(grouped.imbalance * factor)
+        assert imbalance_of(plain, replace(layout, run=replace(layout.run, moe=plain.run.moe))) == plain.imbalance
+    assert seen >= {1, 2}

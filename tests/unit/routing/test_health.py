@@ -34,6 +34,16 @@ def test_collapse_and_dead_experts_are_found(choices, topk, expected):
     assert {(anomaly.kind, anomaly.expert) for anomaly in find_anomalies(record(choices, topk))} == expected
 
 
+def test_experts_by_modality_are_judged_by_their_fair_load():
+    """Few text tokens are no dead expert, and the one image expert that must take nearly all tokens is no collapse."""
+    found = record([1900, 1950, 75, 75])
+    assert {(anomaly.kind, anomaly.expert) for anomaly in find_anomalies(found)} == {("collapse", 0), ("collapse", 1)}
+    found["layers"][0]["fair"] = [1925.0, 1925.0, 75.0, 75.0]
+    assert not find_anomalies(found)
+    found["layers"][0] |= {"choices": [1800, 1650, 1, 549], "fair": [1725.0, 1725.0, 275.0, 275.0]}
+    assert [(anomaly.kind, anomaly.expert) for anomaly in find_anomalies(found)] == [("dead", 2)]
+
+
 def test_an_expert_that_drops_all_it_is_asked_for_is_not_dead():
     assert not find_anomalies(record([500, 500, 500, 0], dropped=[0, 0, 0, 500]))
 

@@ -55,3 +55,25 @@ def test_a_further_modality_is_a_part_of_all_tokens():
     assert set(layer["groups"]) == {"text", "depth"} and split.choices_LME.shape == (2, 3, EXPERTS)
     (layer,) = routing_record(found)["layers"]
     assert layer["tokens"] == 10, "a question type is not"
+
+
+def by_modality(text: list[float], image: list[float]) -> dict:
+    """The layer's record of choices of expert 0 (images'), 1 (shared) and 2 (text's), top-1, with even probabilities."""
+
+    def row(choices: list[float], experts: list[int]) -> list[float]:
+        tokens = sum(choices)
+        probability = [tokens / len(experts) if e in experts else 0.0 for e in range(3)]
+        return [*choices, *choices, *probability, tokens, tokens * math.log(len(experts)), tokens / 2, tokens / 2]
+
+    sums_GLC = torch.tensor([[row(text, [1, 2])], [row(image, [0, 1])]], dtype=torch.float64)
+    found = RoutingSums(("text", "image"), (0,), EXPERTS, 1, sums_GLC, admissible=((1, 2), (0, 1)))
+    return routing_record(found)["layers"][0]
+
+
+def test_experts_by_modality_are_judged_by_what_their_modality_could_give_them():
+    even = by_modality(text=[0.0, 100.0, 100.0], image=[500.0, 500.0, 0.0])
+    assert even["fair"] == [500.0, 600.0, 100.0]
+    assert (even["max_load"], even["balance"], even["entropy"]) == pytest.approx((1.0, 1.0, 1.0))
+    assert even["groups"]["text"]["balance"] == even["groups"]["image"]["max_load"] == pytest.approx(1.0)
+    skewed = by_modality(text=[0.0, 0.0, 200.0], image=[500.0, 500.0, 0.0])
+    assert skewed["max_load"] == pytest.approx(2.0), "twice what is fair, though another has more"

@@ -34,8 +34,13 @@ def test_a_log_that_does_not_fit_at_the_end_takes_no_exit_code_away(tmp_path, mo
 def test_load_of_the_busiest_rank_and_expert():
     load_LE = torch.tensor([[6, 2, 1, 3], [3, 3, 3, 3]])
     report = load_imbalance(load_LE, 2)
-    assert report == {"routing/imbalance/expert": 2.0, "routing/imbalance/rank": pytest.approx(8 / 6)}
-    assert load_imbalance(torch.zeros(2, 4), 4) == {"routing/imbalance/expert": 0.0, "routing/imbalance/rank": 0.0}
+    assert report == {
+        "routing/imbalance/expert": 2.0,
+        "routing/imbalance/rank": pytest.approx(8 / 6),
+        "routing/imbalance/rank_mean": pytest.approx((8 / 6 + 1) / 2),
+        "routing/imbalance/wait_share": pytest.approx(2 / 14),  # 8 + 6 tokens' time, in which the mean rank has 6 + 6
+    }
+    assert not any(load_imbalance(torch.zeros(2, 4), 4).values())
 
 
 def rank(tokens: int, images: int, attended: int) -> Counts:

@@ -80,7 +80,7 @@ def everything(trainer: Trainer) -> dict[str, object]:
     found["schedule"] = trainer.scheduler.num_steps
     found["updates"] = optimizer_step_count(trainer.optimizer)
     for layer, router in trainer.routing.observer.routers.items() if trainer.routing else ():
-        found |= {f"losses {layer}": dict(router.losses), f"counts {layer}": router.counts_of_step_1E}
+        found |= {f"losses {layer}": dict(router.losses), f"counts {layer}": router.counts_of_step_P1E}
     found["statistics"] = dict(trainer.routing.sums) if trainer.routing else {}
     return found
 

@@ -31,6 +31,7 @@ HINTS = {
 OTHER = {
     "training.trains": ["router"],
     "training.lora": {"rank": 4},
+    "moe.expert_groups": {"image": 2, "text": 2},
     "data.template": "plain",
     "data.seq_length": 64,
     "data.max_sample_length": 32,
@@ -48,6 +49,7 @@ OTHER = {
 EFFECTIVE = {
     "training.trains": ("experts,language.ffn,projector,router", "router"),
     "data.template": ("v1", "plain"),
+    "moe.expert_groups": ("none", "image=2 text=2 shared=0 order=binned"),
     "training.lora": ("none", "rank=4 alpha=32.0 dropout=0.0 use_rslora=False shared_outer=False"),
     "data.max_sample_length": (128, 32),
     "data.modalities": (
