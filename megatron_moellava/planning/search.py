@@ -124,8 +124,8 @@ def imbalance_of(request: Request, layout: Layout) -> float:
     moe, data = layout.run.moe, request.data
     if moe is None or moe.expert_groups is None:
         return request.imbalance
-    features = layout.tower.num_features
-    return request.imbalance * busiest_rank(moe, layout.ep, data.images * features / data.tokens_per_sample(features))
+    visual = data.shown(layout.tower, layout.run.data).tokens
+    return request.imbalance * busiest_rank(moe, layout.ep, visual / (data.text_tokens + visual))
 
 
 def stage_costs(request: Request, layout: Layout) -> Costs:
