@@ -62,9 +62,7 @@ class RunDescription:
     provenance: dict = field(default_factory=dict)  # of the weights: what was done to what
     validation: dict = field(default_factory=dict)  # {loss, iteration} of the best one so far; empty: there was none
     preference: dict = field(default_factory=dict)  # of stage 4: {"reference": its seal, "shift": mean reward so far}
-    distillation: dict = field(
-        default_factory=dict
-    )  # {"teacher": digest of the teacher's logits}; empty: there is none
+    distillation: dict = field(default_factory=dict)  # {"teacher": digest of its logits}; empty: there is none
     # {"lora": LoraConfig's fields, "base": {"folder", "seal"}}: the checkpoint holds what was trained, no more
     adapter: dict | None = None
     sha256: dict = field(default_factory=dict)  # {file below the folder: digest}; empty: an older version wrote none

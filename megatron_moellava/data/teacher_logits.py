@@ -30,7 +30,7 @@ from megatron_moellava.checkpoint.folders import write_durably
 from megatron_moellava.config import DataError
 from megatron_moellava.data.sample import BadSample
 
-FORMAT = 1
+SHARDS_FORMAT = 1
 DESCRIPTION = "teacher.json"
 OF = "of"  # in a shard's metadata: the digest of the description that it belongs to
 NO_LABELS = -1  # in place of a checksum: the row could not be used
@@ -49,7 +49,7 @@ class Taught(NamedTuple):
 class TeacherDescription:
     """The content of teacher.json."""
 
-    format: int = FORMAT
+    format: int = SHARDS_FORMAT
     teacher: str  # the seal of its checkpoint
     computed: dict  # what else the numbers depend on: the teacher's own view of the rows, and its precision
     labels: dict  # what decides the labels, and must be the student's too: `label_key`
@@ -143,8 +143,8 @@ def read_teacher(folder: Path) -> TeacherDescription:
     path = folder / DESCRIPTION
     try:
         content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise DataError(f"{path} has format {content['format']!r}, this version reads {FORMAT}; {ANEW}")
+        if content["format"] != SHARDS_FORMAT:
+            raise DataError(f"{path} has format {content['format']!r}, this version reads {SHARDS_FORMAT}; {ANEW}")
         return TeacherDescription(**{item.name: content[item.name] for item in fields(TeacherDescription)})
     except FileNotFoundError:
         raise DataError(f"{folder} holds no teacher's logits ({DESCRIPTION}); {ANEW}") from None

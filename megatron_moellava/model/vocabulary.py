@@ -41,7 +41,9 @@ def logits_of(logits_TV: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
     """fp32 [T, K]: the logits of these tokens, wherever they are. Collective; gradients go back to where they came from."""
     places_TK = ids_TK - _first_id(logits_TV)
     is_elsewhere_TK = (places_TK < 0) | (places_TK >= logits_TV.shape[1])
-    found_TK = logits_TV.gather(1, places_TK.masked_fill(is_elsewhere_TK, 0)).float()
+    rows_T1 = torch.arange(len(logits_TV), device=logits_TV.device)[:, None]
+    # Not gather(), which keeps the logits for its backward pass.
+    found_TK = logits_TV[rows_T1, places_TK.masked_fill(is_elsewhere_TK, 0)].float()
     return reduce_from_tensor_model_parallel_region(found_TK.masked_fill(is_elsewhere_TK, 0.0))
 
 
@@ -59,7 +61,8 @@ def rest_of(logits_TV: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
     largest_T = others_TV.detach().amax(dim=1)
     dist.all_reduce(largest_T, op=dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
     largest_T = largest_T.masked_fill(largest_T.isinf(), 0.0)
-    sum_T = reduce_from_tensor_model_parallel_region((others_TV - largest_T[:, None]).exp().sum(dim=1))
+    probs_TV = others_TV.sub_(largest_T[:, None]).exp_()  # in place: nothing is as large as this
+    sum_T = reduce_from_tensor_model_parallel_region(probs_TV.sum(dim=1))
     is_nothing_T = sum_T == 0
     return (sum_T.masked_fill(is_nothing_T, 1.0).log() + largest_T).masked_fill(is_nothing_T, float("-inf"))
 

@@ -97,7 +97,7 @@ def test_every_layout_gives_the_numbers_of_one_process(job, results, result):
             assert other[name] == pytest.approx(one[name], rel=5e-4, abs=2e-4), (one["iteration"], name)
         assert other["load_balancing_loss"] == pytest.approx(one["load_balancing_loss"], rel=5e-4)
         assert one["loss"] == pytest.approx(0.3 * one["ce_loss"] + 0.7 * one["kl_loss"], rel=1e-4)
-    assert alone[0]["kl_loss"] > 0.1, "teacher and student differ"
+    assert alone[0]["kl_loss"] > 0.05, "teacher and student differ"
 
 
 whole = distilled("one", 1, {})

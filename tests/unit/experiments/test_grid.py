@@ -46,8 +46,8 @@ def test_a_change_reaches_everything_behind_it_and_nothing_before(tmp_path):
 def test_a_training_reads_the_logits_that_another_step_has_written(tmp_path):
     changes = "{stage3.teacher: logits/x, stage3.set.training.distillation.weight: 0.9}"
     text = GRID.replace("  early: {end: stage2}", f"  taught: {changes}")
-    steps = "  logits: {kind: command, command: [make, '{from}', '{data}'], from: stage2, data: prepare/data.json}\n"
-    grid = made(tmp_path, text, base=BASE + steps)
+    logits = "  logits: {kind: command, command: [make, '{from}'], from: stage2, data: prepare/data.json}\n"
+    grid = made(tmp_path, text, base=f"{BASE}{logits}end: stage3\n")
     four, taught = grid.chain("four", 1), grid.chain("taught", 1)
     assert [node.step for node in taught] == ["prepare", "stage2", "upcycle", "logits", "stage3"]
     assert taught[:3] == four[:3] and taught[-1].digest != four[-1].digest
