@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_moellava.checkpoint.description import trained_with
 from megatron_moellava.checkpoint.sums import write_sums
 from megatron_moellava.config import ConfigError, LoraConfig
 from megatron_moellava.conversion import fused_experts, huggingface
@@ -18,6 +19,7 @@ from megatron_moellava.conversion.adapters import (
     lines,
     lora_of,
 )
+from megatron_moellava.conversion.for_generation import levels_of_others
 from megatron_moellava.conversion.layout import OWN, entries
 from megatron_moellava.conversion.megatron_checkpoint import Checkpoint, open_checkpoint
 from megatron_moellava.conversion.recipes import Recipe, check, export_recipes, identity
@@ -65,6 +67,11 @@ def export_adapter(
 
 def _check_exportable(source: Checkpoint, model: Model, whole: list[str]) -> None:
     merge = "; join it to its base and export that: moellava convert merge"
+    if names := levels_of_others(trained_with(source.run)):
+        raise ConfigError(
+            f"{source.folder}: data.modalities has {names}, whose levels transformers' processors would show otherwise than "
+            f"in training{merge}, then export --layout original"
+        )
     if any(EXPERTS in name for name in whole) and not huggingface.needs_modelling_file(model):
         raise ConfigError(
             f"{source.folder}: experts were trained whole, and transformers keeps all experts of this model in one tensor, "

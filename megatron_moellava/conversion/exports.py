@@ -207,9 +207,8 @@ def _check_exportable(source: Checkpoint, layout: str) -> None:
 
 def _check_modalities(trained: dict[str, dict], layout: str) -> None:
     """No processor of others shows levels as a record of `data.modalities` does."""
-    modalities = trained.get("data", {}).get("modalities") or ()
-    if modalities and layout in (TRANSFORMERS.name, GGUF):
-        names = ", ".join(item["name"] for item in modalities)
+    names = for_generation.levels_of_others(trained)
+    if names and layout in (TRANSFORMERS.name, GGUF):
         raise ConfigError(
             f"data.modalities: --layout {layout} has no pictures of {names}, and its processor would show their levels "
             "otherwise than this model was trained with; export --layout original, which says so in its config.json, or "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_moellava.costs.shapes import Model
 from megatron_moellava.data.encode import answer_ends
+from megatron_moellava.data.quantities import COLOURS
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER
 from megatron_moellava.data.templates import Template, get_template
 from megatron_moellava.data.tokenizer import load_tokenizer
@@ -14,6 +15,12 @@ from megatron_moellava.towers import Tower
 from megatron_moellava.towers.from_config import processor_config_of
 
 SPECIAL = ("eos_token_id", "bos_token_id", "pad_token_id")
+
+
+def levels_of_others(trained: dict[str, dict]) -> str:
+    """Names of `data.modalities` whose levels no processor of others shows as training did; colours are shown as ever."""
+    modalities = trained.get("data", {}).get("modalities") or ()
+    return ", ".join(item["name"] for item in modalities if item["levels"] != COLOURS)
 
 
 def template_of(model: Model, trained: dict[str, dict]) -> Template:
