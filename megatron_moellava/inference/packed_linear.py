@@ -3,14 +3,27 @@
 One token per request makes decoding a matter of reading weights. oneDNN's own blocked layout of a weight is read about
 twice as fast as the row-major one (8 rows x [32000, 512]: fp32 12.8 against 5.0 ms, bf16 5.6 against 3.0 ms, one core),
 and is nowhere slower, up to 512 rows. The price is a second copy of the decoder's weights, CPU memory only.
+
+oneDNN compiles a kernel for every number of rows that it meets, half a megabyte each, and a server meets all of them. It
+and torch's layer above it keep 1,024 each, which took hours to fill and looked like a leak; here both keep fewer.
 """
 
+import os
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
 from megatron_moellava import platform
+
+# Read by oneDNN and by torch when the process computes its first product with them; what the user says there stays.
+KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+
+
+def keep_fewer_kernels() -> None:
+    """Bound what compiled kernels take, in a process that has not computed with oneDNN yet."""
+    for variable, count in KERNELS.items():
+        os.environ.setdefault(variable, count)
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -22,6 +35,7 @@ def can_pack(dtype: torch.dtype) -> bool:
     """
     if platform.HAS_CUDA or not torch.backends.mkldnn.is_available():
         return False
+    keep_fewer_kernels()
     try:
         product = _pack(torch.ones(32, 32, dtype=dtype))(torch.ones(2, 32, dtype=dtype), None)
     except (AttributeError, RuntimeError):
