@@ -30,7 +30,7 @@ EXTRAS_REQUIRE = {
     # apex comes with the NGC PyTorch image only; the "apex" of PyPI is an unrelated package: never pip-install it.
     "gpu": ["transformer-engine[core_cu13,pytorch]~=2.20"],
     "hub": ["huggingface_hub>=1.0"],  # convert export --push
-    "compressed": ["compressed-tensors>=0.15"],  # convert export --quantize
+    "compressed": ["compressed-tensors>=0.15", "pydantic>=2"],  # convert export --quantize, import of what it writes
     "gguf": ["gguf>=0.17"],  # convert export --layout gguf
     "eval": ["openpyxl>=3.1", "httpx>=0.27"],  # openpyxl: MMBench submission tables
     # An environment of its own: it wants an older `av` than `video`, and reads filelock's private modules of before 4.
@@ -55,6 +55,7 @@ EXTRAS_REQUIRE = {
     "dev": [
         "gguf>=0.17",  # the tests read back what `gguf` writes
         "compressed-tensors>=0.15",  # and what --quantize writes
+        "pydantic>=2",
         "pytest>=8",
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
