@@ -94,7 +94,8 @@ def give_teacher(run: RunConfig, loader: Loader | None) -> str:
     others.
     """
     assert run.training.distillation is not None
-    folder, fault, digest = Path(run.training.distillation.teacher_logits).expanduser(), None, [""]
+    folder, digest = Path(run.training.distillation.teacher_logits).expanduser(), [""]
+    fault: str | None = None
     if loader is not None:
         assert loader.content is not None
         pipeline = loader.micro_batches.pipeline
