@@ -81,10 +81,10 @@ def first_stage_cost(run: RunConfig, backbone: Backbone) -> float:
     """Of the images of a row: packed samples fill it, a padded row has one. Where frames are pooled, of videos."""
     whole = _whole(run, backbone)
     images, visual = whole.fullest_sample
-    images *= run.data.seq_length / (visual + WORDS_PER_IMAGE) if run.data.packing else 1.0
+    samples = run.data.seq_length / (visual + WORDS_PER_IMAGE) if run.data.packing else 1.0
     passes = TRAINED if "tower" in whole.backpropagates else FORWARD_ONLY
     passes += passes == TRAINED and run.training.recompute_tower
-    return passes * _forward(tower_layers_work(whole, images))
+    return passes * _forward(tower_layers_work(whole, images * samples))
 
 
 def last_stage_cost(run: RunConfig, backbone: Backbone) -> float:

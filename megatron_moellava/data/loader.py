@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -313,7 +313,8 @@ def build_train_loader(
     def order(epoch: int) -> list[int]:
         return sample_order(shares, seed, epoch)
 
-    group, cost = 1, None
+    group = 1
+    cost: Callable[[list[int]], float] | None = None
     if data.sampler == "modality_length":
         chunks = accumulation_steps * world_size
         plan = _modality(data, opened, seed, micro_batch_size, chunks, world_size)

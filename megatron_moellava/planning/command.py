@@ -4,6 +4,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, MoEConfig, load_config, read_yaml
@@ -103,9 +104,9 @@ def request_of(arguments: argparse.Namespace, given: list[str]) -> Request:
     )
 
 
-def pictures_of(arguments: argparse.Namespace, data: StageData) -> dict[str, object]:
+def pictures_of(arguments: argparse.Namespace, data: StageData) -> dict[str, Any]:
     """What the command line says of pictures and videos, as fields of StageData. Videos take the place of pictures."""
-    found: dict[str, object] = {"image_size": arguments.image_size} if arguments.image_size else {}
+    found: dict[str, Any] = {"image_size": arguments.image_size} if arguments.image_size else {}
     if arguments.images is not None:
         found["images"] = arguments.images
     if arguments.videos is not None:
