@@ -437,6 +437,7 @@ def order_fields(data, encoder: Encoder, tower, opened: list[OpenSource]) -> dic
         }
         | _grid_fields(data, tower)
         | _later_fields(data)
+        | ({"cost": "attention and tower"} if data.packing and data.video_pooling != "none" else {})
     )
 
 
