@@ -84,7 +84,7 @@ def first_stage_cost(run: RunConfig, backbone: Backbone) -> float:
     samples = run.data.seq_length / (visual + WORDS_PER_IMAGE) if run.data.packing else 1.0
     passes = TRAINED if "tower" in whole.backpropagates else FORWARD_ONLY
     passes += passes == TRAINED and run.training.recompute_tower
-    return passes * _forward(tower_layers_work(whole, samples * images))
+    return passes * _forward(tower_layers_work(whole, images * samples))
 
 
 def last_stage_cost(run: RunConfig, backbone: Backbone) -> float:

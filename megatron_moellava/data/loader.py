@@ -314,7 +314,8 @@ def build_train_loader(
     def plan(epoch: int) -> Items:
         return arranged(sample_order(shares, seed, epoch))
 
-    group, arranged, cost = 1, _alone, None
+    group, arranged = 1, _alone
+    cost: Callable[[list[int]], float] | None = None
     if data.sampler == "modality_length":
         chunks = accumulation_steps * world_size
         plan = _modality(data, opened, seed, micro_batch_size, chunks, world_size)
@@ -437,6 +438,7 @@ def order_fields(data, encoder: Encoder, tower, opened: list[OpenSource]) -> dic
         }
         | _grid_fields(data, tower)
         | _later_fields(data)
+        | ({"cost": "attention and tower"} if data.packing and data.video_pooling != "none" else {})
     )
 
 

@@ -48,7 +48,7 @@ MVBENCH_FOLDERS = {
     "state_change": "perception/videos",
     "unexpected_action": "FunQA_test/test",
 }
-FRAMES_RATE = 3.0  # pictures per second of those that are folders of frames (TVQA's)
+FRAMES_RATE = {"episodic_reasoning": 3.0}  # pictures per second, where its videos are folders of frames
 
 
 def read_choices(questions: Path, images: Path) -> list[Question]:
@@ -61,13 +61,14 @@ def read_choices(questions: Path, images: Path) -> list[Question]:
     for file in files:
         own = images / MVBENCH_FOLDERS.get(file.stem, "")
         folder = own if questions.is_dir() and own.is_dir() else images
+        rate = FRAMES_RATE.get(file.stem) if questions.is_dir() else None
         for number, row in stored_rows(file):
             if isinstance(row, BadSample):
                 raise row
             where = f"{file} row {number}"
             group = _find(row, "group") or (file.stem if questions.is_dir() else "")
             id_ = _find(row, "id")
-            asked.append(_question(row, len(asked) if id_ is None else id_, str(group), folder, where))
+            asked.append(_question(row, len(asked) if id_ is None else id_, str(group), folder, rate, where))
     return asked
 
 
@@ -75,13 +76,13 @@ def _find(row: Mapping, what: str) -> Any:
     return next((row[name] for name in FIELDS[what] if row.get(name) is not None), None)
 
 
-def _question(row: Mapping, id: int | str, group: str, images: Path, where: str) -> Question:
+def _question(row: Mapping, id: int | str, group: str, images: Path, rate: float | None, where: str) -> Question:
     options = _options(_find(row, "options"), where)
     text = row.get("question")
     if not isinstance(text, str):
         raise DataError(f"{where}: `question` must be text; the row has {sorted(map(str, row))}")
     listed = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-    pictures = (*_pictures(row, images, where), *_videos(row, images, where))
+    pictures = (*_pictures(row, images, where), *_videos(row, images, rate, where))
     return Question(
         id=id if isinstance(id, int | str) else str(id),
         text=text + listed,
@@ -128,7 +129,7 @@ def _pictures(row: Mapping, images: Path, where: str) -> Iterator[Picture]:
             yield Picture(path=images / name)
 
 
-def _videos(row: Mapping, images: Path, where: str) -> Iterator[Picture]:
+def _videos(row: Mapping, images: Path, rate: float | None, where: str) -> Iterator[Picture]:
     name = _find(row, "video")
     if name is None:
         return
@@ -138,7 +139,7 @@ def _videos(row: Mapping, images: Path, where: str) -> Iterator[Picture]:
     path = path if path.suffix or path.is_dir() else path.with_name(path.name + VIDEO_ENDING)
     start, end = row.get("start"), row.get("end")
     span = None if start is None or end is None else (float(start), float(end))
-    yield Picture(path=path, video=True, span=span, rate=FRAMES_RATE if path.is_dir() else None)
+    yield Picture(path=path, video=True, span=span, rate=rate if path.is_dir() else None)
 
 
 CHOICE_READERS = {"choices": read_choices}

@@ -9,7 +9,17 @@ from megatron_moellava.data.pipeline import Pipeline
 from megatron_moellava.data.sources import Reader, open_sources
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.towers import get_tower
-from tests.helpers.data_files import TOWER, config, conversation, encoder, row, write_images, write_rows
+from tests.helpers.data_files import (
+    TOWER,
+    config,
+    conversation,
+    encoder,
+    make_loader,
+    make_videos,
+    row,
+    write_images,
+    write_rows,
+)
 from tests.helpers.paths import ASSETS
 
 
@@ -89,3 +99,14 @@ def test_pooled_frames_are_measured_with_the_work_of_the_tower(tmp_path, tokeniz
     measured = measured_lengths(made, ["key"], tmp_path)
     assert measured[:, 1].tolist() == [5 * TOWER.work(17), TOWER.work(17), 0]
     assert tokens_of(measured).tolist() == [len(made.encode(number)[0]) for number in range(3)]
+
+
+def test_rows_that_were_sorted_without_the_work_of_the_tower_are_another_order(tmp_path):
+    """Of pooled frames: a position in the one order is none in the other, and checkpoints of then do not say which it was."""
+    loader = make_loader(config(make_videos(tmp_path, 6), video_pooling="2x2x2", seq_length=512))
+    next(loader)
+    saved = loader.state_dict()
+    del saved["fingerprint"]["cost"]
+    again = make_loader(config(tmp_path / "rows.json", video_pooling="2x2x2", seq_length=512))
+    with pytest.raises(DataError, match="cost: None then, 'attention and tower' now"):
+        again.load_state_dict(saved)
