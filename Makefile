@@ -111,7 +111,7 @@ test-lmms: .lmms-venv/.installed  ## our plugin in lmms-eval, in an environment 
 test-trackers: .trackers-venv/.installed  ## Weights & Biases, MLflow and SwanLab, offline, in an environment of their own (.trackers-venv; a minute)
 	OMP_NUM_THREADS=1 .trackers-venv/bin/python -m pytest $(PYTEST_ARGS) tests/trackers
 
-test-vllm: $(READY) .vllm-venv/.installed  ## exports in vLLM on this CPU, in an environment of its own (does not pass yet: vLLM does not load beside its torch)
+test-vllm: $(READY) .vllm-venv/.installed  ## exports in vLLM on this CPU, in an environment of its own (has not run to its end yet)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/vllm
 
 test-llama-cpp: $(READY) .llama-venv/.installed  ## GGUF exports served by llama.cpp, in an environment of its own (a few minutes)

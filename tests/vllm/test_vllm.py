@@ -1,7 +1,7 @@
 """What vLLM must give from an export's folder alone: our prompt, our answer, our log-probabilities.
 
-vLLM lives in an environment of its own, with another Python: `make test-vllm`. It has not loaded there yet, so nothing here
-has passed, and skipping says nothing of vLLM.
+vLLM lives in an environment of its own, with another Python: `make test-vllm`. It loads there, and the whole has not run to its
+end yet: skipping says nothing of vLLM.
 """
 
 import json
