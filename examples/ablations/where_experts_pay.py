@@ -10,19 +10,31 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Callable
 from pathlib import Path
+
+from experts_picture import METRIC, draw
 
 from megatron_moellava.experiments.curves import read_lines
 from megatron_moellava.experiments.grid import Grid, load_grid
-from megatron_moellava.experiments.results import LEVEL, collect, compare, holm, summarise
+from megatron_moellava.experiments.results import LEVEL, collect, compare, holm, summarise, verdict
 from megatron_moellava.experiments.tables import plus_minus
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "measurements"
 DATA, PAGE, PICTURE = "data/where_experts_pay.jsonl", "where_experts_pay.md", "images/where_experts_pay.png"
-GRIDS = ("knowledge", "knowledge_few", "knowledge_pictures", "knowledge_experts", "knowledge_length", "knowledge_lr")
-METRIC = "bits_per_fact"
+GRIDS = (
+    "knowledge",
+    "knowledge_few",
+    "knowledge_pictures",
+    "knowledge_size",
+    "knowledge_experts",
+    "knowledge_topk",
+    "knowledge_placement",
+    "knowledge_strategy",
+    "knowledge_capacity",
+    "knowledge_length",
+    "knowledge_lr",
+)
 KEPT = (  # of a run's numbers
     METRIC,
     "mflops_per_token",
@@ -60,6 +72,11 @@ This page is made from `data/where_experts_pay.jsonl`, which holds the result an
 ± standard deviation over seeds. Differences are of the same seed, which shares data, weights and stage II; p is of a
 two-sided paired t-test. MFLOPs are those of a token's forward pass through decoder and output layer."""
 
+FINDINGS = """## The paper's findings, on knowledge
+
+What the paper's ablations say, and what the grids above say of it. p is corrected for all of these comparisons together
+(Holm). On easy-VQA none of them could be told from noise ([ablations](ablations.md))."""
+
 # What a test holds to the data (tests/unit/examples/test_where_experts_pay.py).
 LESSONS = """## What they say
 
@@ -73,6 +90,11 @@ LESSONS = """## What they say
   frozen costs more than the experts bring. That is where the quickstart's preset `names` stands, whose MoE falls behind, too
   ([its page](../tutorials/quickstart.md)).
 - **The paper's two of four experts** beat the dense model, at 1.3 times its FLOPs, by less than one of eight.
+- **Of the paper's findings those about experts hold, those about stages do not.** Two experts are better than one, and two
+  active ones better than one. But here nothing is pretrained: the language model is random when stage II begins, and what is
+  trained longest has learned most. Experts from the first step on know much more than experts of the last fifth of the
+  steps, and one dense stage more than two, whose learning rate falls to zero in between. All four active are worse than two,
+  at more FLOPs. What a capacity of 1.0 drops does no harm; 1.5 drops nothing here.
 - **Finer experts and redrawn columns need a longer stage III.** Sixteen of half the width are as good as the dense model, no
   better: the two parts of a copy are chosen together until their rows in the router have come apart. Redrawing half of each
   copy's columns forgets more than so short a stage III learns."""
@@ -196,6 +218,23 @@ def headline(grid: Grid, rows: list[dict]) -> str:
     )
 
 
+def findings_table(grids: list[Grid], rows: list[dict]) -> str:
+    """Every claim that two seeds can judge: which way it came out, by how much, and p corrected for the number of claims."""
+    found = []
+    for grid in grids:
+        own = [row for row in rows if row["grid"] == grid.name]
+        judged = [(claim["says"], compared) for claim in grid.claims if (compared := verdict(grid, own, claim))]
+        found += [(says, comparison) for says, (comparison, _) in judged if comparison.p is not None]
+    corrected = holm([comparison.p for _, comparison in found])
+    lines = ["| finding | here | seeds | better - worse, bits per fact | p | p, Holm |", "|---|---|---|---|---|---|"]
+    for (says, comparison), p in zip(found, corrected, strict=True):
+        word = "not told from noise" if p >= LEVEL else "holds" if comparison.mean < 0 else "the reverse"
+        cells = [says, f"**{word}**", str(comparison.seeds), signed(comparison.mean, comparison.deviation)]
+        cells += [chance(value).removeprefix("= ") for value in (comparison.p, p)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def page(grids: list[Grid], rows: list[dict]) -> str:
     """The whole document."""
     parts = [HEAD, f"![Where experts pay]({PICTURE})"]
@@ -204,105 +243,10 @@ def page(grids: list[Grid], rows: list[dict]) -> str:
         if not own:
             continue
         parts += [f"## {grid.title}", grid.question.strip()]
-        parts += [headline(grid, own)] if grid.claims else []
+        parts += [headline(grid, own)] if grid.claims and grid.claims[0]["worse"] == "dense" else []
         parts.append(pairs_table(grid, own) if grid.against else arms_table(grid, own))
-    parts.append(LESSONS)
+    parts += [FINDINGS, findings_table(grids, rows), LESSONS]
     return "\n\n".join(parts) + "\n"
-
-
-# --- the picture ----------------------------------------------------------------------------------------------------------
-
-COLOURS = {
-    "dense": "0.45",
-    "top-1 of 8": "tab:orange",
-    "top-2 of 16, half width": "tab:red",
-    "top-2 of 4, as the paper": "tab:purple",
-    "top-1 of 8, recipe's roles": "goldenrod",
-    "top-1 of 8, half redrawn": "tab:brown",
-    "dense with 8 times the FFN": "tab:blue",
-}
-LABELS = {"dense": "dense, continued", "moe": "MoE, one of 8 experts"}
-
-
-def draw(grids: dict[str, Grid], rows: list[dict], path: Path) -> None:
-    """A panel for each of PANELS whose grid has something to compare, three to a row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    cells = {name: {row["cell"] for row in rows if row["grid"] == name} for name in grids}
-    panels = [(name, put) for name, put in PANELS if len(cells[name]) > 1]
-    down = -(-len(panels) // 3)
-    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
-        figure, axes = plt.subplots(down, 3, figsize=(13.5, 3.6 * down), squeeze=False)
-        for axis, (name, put) in zip(axes.flat, panels, strict=False):
-            put(axis, grids[name], [row for row in rows if row["grid"] == name])
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        figure.tight_layout(w_pad=2.5, h_pad=2.0)
-        figure.savefig(path, dpi=130, metadata={"Software": None})
-        plt.close(figure)
-
-
-def draw_arms(axis, grid: Grid, rows: list[dict]) -> None:
-    """A bar for each arm, a dot for each seed."""
-    found = summarise(grid, rows, METRIC)
-    for place, item in enumerate(found):
-        axis.barh(place, item.mean, color=COLOURS[item.cell], height=0.45)
-        axis.plot(list(item.values.values()), [place] * len(item.values), "o", color="k", markersize=3, alpha=0.6)
-        cost = next(row["mflops_per_token"] for row in rows if row["cell"] == item.cell)
-        text = f"{item.cell}: {item.mean:.1f} bits, {cost:.2f} MFLOPs"
-        axis.annotate(text, (0, place - 0.28), xytext=(2, 1), textcoords="offset points", fontsize=8)
-    axis.set_yticks([])
-    axis.set_ylim(max(len(found), 4) - 0.6, -0.75)  # bars of one height
-    axis.set(xlabel="held-out bits per fact (less is better)", title=grid.title)
-
-
-def draw_curves(axis, grid: Grid, rows: list[dict]) -> None:
-    """Training loss in the last stage, the mean over seeds; what is far above the baseline is cut off."""
-    tops = [max(row["curve"]) for row in rows if row["cell"] == grid.baseline]
-    for item in summarise(grid, rows, METRIC):
-        own = [row for row in rows if row["cell"] == item.cell]
-        means = [statistics.fmean(values) for values in zip(*(row["curve"] for row in own), strict=True)]
-        at = [(number + 0.5) * own[0]["exposures"] / len(means) for number in range(len(means))]
-        axis.plot(at, means, color=COLOURS[item.cell], label=item.cell, linewidth=1.8)
-    axis.set_ylim(top=1.15 * max(tops))
-    axis.set(
-        xlabel="exposures of a fact in stage III",
-        ylabel="nats per token, training",
-        title="while stage III learns them",
-    )
-
-
-def draw_line(axis, grid: Grid, rows: list[dict]) -> None:
-    """Bits per fact over the numbers in the cells' names ("dense-150", "8"); a line for each word before them."""
-    lines: dict[str, list] = {}
-    for item in summarise(grid, rows, METRIC):
-        word, _, number = item.cell.rpartition("-")
-        lines.setdefault(word or "moe", []).append((float(number), item))
-    for word, points in lines.items():
-        at, means = [number for number, _ in points], [item.mean for _, item in points]
-        colour = COLOURS["dense" if word == "dense" else "top-1 of 8"]
-        spread = [item.deviation or 0.0 for _, item in points]
-        axis.errorbar(at, means, yerr=spread, color=colour, marker="o", capsize=3, linewidth=1.8, label=LABELS[word])
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(at, [f"{number:g}" for number in at])
-    axis.set(xlabel=grid.title[0].lower() + grid.title[1:], ylabel="held-out bits per fact", title=grid.title)
-    if len(lines) > 1:
-        axis.legend(frameon=False)
-
-
-PANELS: tuple[tuple[str, Callable], ...] = (
-    ("knowledge", draw_arms),
-    ("knowledge", draw_curves),
-    ("knowledge_length", draw_line),
-    ("knowledge_few", draw_arms),
-    ("knowledge_few", draw_curves),
-    ("knowledge_experts", draw_line),
-    ("knowledge_pictures", draw_arms),
-    ("knowledge_pictures", draw_curves),
-)
 
 
 def main() -> None:

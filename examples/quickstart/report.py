@@ -15,6 +15,13 @@ SHORT = {
     "stage3": "stage 3\nMoE",
     "dense": "stage 2\ncontinued",
 }
+COLOURS = {
+    "stage1": "tab:blue",
+    "stage2": "tab:orange",
+    "names": "tab:purple",
+    "stage3": "tab:green",
+    "dense": "tab:gray",
+}
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "sentencepiece")
 
 
@@ -98,20 +105,20 @@ def plot_curves(steps: dict, summary: dict, titles: dict, path: Path) -> None:
     first["stage3"] = first["dense"] = first["names"] + len(steps.get("names", ()))
     for name, rows in steps.items():
         x = [first[name] + row["iteration"] for row in rows]
-        left.plot(x, running_mean([row["loss"] for row in rows]), label=titles[name], linewidth=1.5)
+        line = {"color": COLOURS[name], "label": titles[name], "linewidth": 1.5}
+        left.plot(x, running_mean([row["loss"] for row in rows]), **line)
     left.set(
         xlabel="optimizer step", ylabel="loss per trained token", yscale="log", title="training loss (running mean)"
     )
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, fontsize="small", frameon=False)
     names = list(summary["results"])
     scores = [summary["results"][name]["accuracy"] for name in names]
-    bars = right.bar([SHORT[name] for name in names], scores, color="tab:green")
-    bars[names.index("dense")].set_color("tab:gray")
+    bars = right.bar([SHORT[name] for name in names], scores, color=[COLOURS[name] for name in names])
     right.bar_label(bars, [f"{score:.1f}" for score in scores])
     baseline = summary["question_only_baseline"]["accuracy"]
     right.axhline(baseline, color="k", linestyle="--", linewidth=1)
     right.set(xlabel=f"dashed line: question-only baseline {baseline:.1f}", title="held-out accuracy, easy-VQA")
-    right.set(ylim=(0, 105), ylabel="held-out questions right, %")
+    right.set(ylim=(0, 109), ylabel="held-out questions right, %")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -41,6 +41,11 @@ def test_what_the_page_says_is_true_of_the_data(program):
     assert much("top-1 of 8, half redrawn") > much("dense") + 1
     numbers = [bits("knowledge_experts", number) for number in ("1", "2", "4", "8", "16")]
     assert all(0.8 < fewer - more < 1.4 for fewer, more in itertools.pairwise(numbers))
+    active, when, capacity = (partial(bits, f"knowledge_{name}") for name in ("topk", "strategy", "capacity"))
+    assert active("top-2") < active("top-1") < active("top-4")
+    assert when("experts from the start") < when("experts last") - 3
+    assert when("dense in one stage") < when("dense in two stages")
+    assert capacity("capacity 1.0") < capacity("capacity 1.5") == capacity("no limit")
     length = partial(bits, "knowledge_length")
     gaps = [length(f"dense-{steps}") - length(f"moe-{steps}") for steps in (75, 150, 300)]
     assert 0 < gaps[0] < gaps[1] < gaps[2]
