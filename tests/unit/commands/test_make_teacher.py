@@ -1,9 +1,12 @@
-"""The options of `moellava make-teacher`; what it writes is in tests/unit/training/test_teacher.py."""
+"""The options of `moellava make-teacher`; what its logits are is in tests/unit/training/test_teacher.py."""
 
 import pytest
 
 from megatron_moellava.commands.make_teacher import main, parse_args, teacher_run
 from megatron_moellava.config import MoEConfig
+from megatron_moellava.data.teacher_logits import missing, read_teacher
+from tests.helpers import data_files
+from tests.helpers.inference_models import TOKENIZER, tiny_checkpoint
 from tests.unit.validation.test_problems import checkpoint
 
 NEEDED = ["--load", "run", "--save", "logits"]
@@ -39,6 +42,30 @@ def test_of_the_students_run_the_rows_and_the_layout_are_read(tmp_path):
     assert [source.path for source in run.data.sources] == ["a.json"]
     wide = teacher_run(parse_args([*NEEDED[2:], "--load", load, "--data", "a.json", "training.micro_batch_size=4"]))
     assert wide.training.global_batch_size == 4
+
+
+def test_the_logits_of_a_checkpoint_are_written(tmp_path, capsys):
+    path = data_files.write_rows(data_files.write_images(tmp_path / "data"), [data_files.row(n) for n in range(3)])
+    config = tmp_path / "student.yaml"
+    config.write_text(f"data: {{tokenizer: '{TOKENIZER}', template: v1, seq_length: 512, num_workers: 0}}\n")
+    words = ["--load", str(tiny_checkpoint(tmp_path / "load")), "--save", str(tmp_path / "logits"), "--top-k", "4"]
+    words += [
+        "--config",
+        str(config),
+        "--image-folder",
+        str(path.parent),
+        "--data",
+        str(path),
+        "training.precision=fp32",
+    ]
+    assert main([*words, "--validate-only"]) == 0
+    assert "the run is valid" in capsys.readouterr().out and not (tmp_path / "logits").exists()
+    assert main(words) == 0
+    assert "the 4 likeliest tokens at every label of 3 rows" in capsys.readouterr().out
+    description = read_teacher(tmp_path / "logits")
+    assert (description.rows, description.dtype) == (3, "float16") and not missing(tmp_path / "logits", description)
+    assert main([*words, "data.label_mode=original"]) == 2
+    assert "with another computed, another labels; give the same command" in capsys.readouterr().err
 
 
 def test_a_teacher_that_is_not_there_is_one_sentence(tmp_path, capsys):
