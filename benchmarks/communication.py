@@ -105,10 +105,24 @@ class Counter:
         }
 
 
-def theory(layout: str, parameters: dict[str, float], microbatches: int, images: float, scale) -> dict[str, float]:
+def misplaced(rows: list) -> float:
+    """Share of the tokens that are on the other of two ranks than their experts: text and padding on the first, which has
+    the image experts, and visual tokens on the second."""
+    import torch
+
+    from megatron_moellava.data.encode import IMAGE_TOKEN
+
+    first, second = (torch.cat([row.tokens_BS for row in rows[rank::2]]) == IMAGE_TOKEN for rank in (0, 1))
+    return float(torch.cat([~first, second]).float().mean())
+
+
+def theory(
+    layout: str, parameters: dict[str, float], microbatches: int, images: float, scale, leaves: float | None = None
+) -> dict[str, float]:
     """Bytes that a process sends per step and axis. bf16 activations and parameters, fp32 gradients.
 
-    `parameters`: trained ones of a process, dense and expert; `microbatches` of a process; `images` of a micro-batch.
+    `parameters`: trained ones of a process, dense and expert; `microbatches` of a process; `images` of a micro-batch;
+    `leaves`: share of the tokens whose experts are on another rank, where it does not follow from an even router.
     """
     processes, moe, axes = LAYOUTS[layout]
     tp = axes.get("tensor_model_parallel_size", 1)
@@ -124,7 +138,9 @@ def theory(layout: str, parameters: dict[str, float], microbatches: int, images:
     if ep > 1:  # tokens there and back, forward and backward, and the weights (fp32) there, forward and backward
         rows = 2 * scale.seq_length
         layers = (LAYERS + 1) // 2
-        result["EP"] = layers * microbatches * rows * (4 * 2 * HIDDEN + 2 * 4) * (ep - 1) / ep
+        result["EP"] = (
+            layers * microbatches * rows * (4 * 2 * HIDDEN + 2 * 4) * ((ep - 1) / ep if leaves is None else leaves)
+        )
     if pp > 1:  # every boundary once each way; the mean over the processes
         result["PP"] = 2 * (pp - 1) * microbatches * (hidden_state / tp) / pp
     if tp > 1:
@@ -179,6 +195,7 @@ def work(names: list[str], out: Path) -> None:
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         if dist.get_rank() == 0:
+            leaves = misplaced(rows) if moe is BINNED else None
             images = sum(len(row.pixel_values_NCHW) for row in rows) / len(rows)
             parameters = {key: sum(item[key] for item in everyone) / len(everyone) for key in ("dense", "expert")}
             axes = sorted({axis for item in everyone for axis in item["bytes"]})
@@ -186,7 +203,7 @@ def work(names: list[str], out: Path) -> None:
                 "counted": {
                     axis: sum(item["bytes"].get(axis, 0.0) for item in everyone) / len(everyone) for axis in axes
                 },
-                "theory": theory(name, parameters, trainer.num_microbatches, images, QUARTER),
+                "theory": theory(name, parameters, trainer.num_microbatches, images, QUARTER, leaves),
             }
             (out / f"{name}.json").write_text(json.dumps(entry))
     parallel.shutdown()

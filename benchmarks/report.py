@@ -203,7 +203,7 @@ def communication(results: dict) -> str:
             )
     return f"""## Communication per step
 
-What one process sends in a training step (mean over the processes), counted in real gloo runs of a model with {results["layers"]} layers of {results["hidden"]}, beside what the sizes of model and batch predict (formulas: `benchmarks/communication.py`). `batch` is the hand-out of the data inside a model-parallel group, `control` what is below 8 kB a call. The theory of EP assumes that the router spreads tokens evenly.
+What one process sends in a training step (mean over the processes), counted in real gloo runs of a model with {results["layers"]} layers of {results["hidden"]}, beside what the sizes of model and batch predict (formulas: `benchmarks/communication.py`). `batch` is the hand-out of the data inside a model-parallel group, `control` what is below 8 kB a call. The theory of EP assumes that the router spreads tokens evenly; with experts by modality, each rank has those of one, and it follows from where the visual tokens of these rows are.
 
 {table(["layout", "axis", "counted, kB", "theory, kB", "counted / theory"], rows)}"""
 

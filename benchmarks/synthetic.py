@@ -11,6 +11,7 @@ from megatron_moellava.config import RunConfig, from_dict
 from megatron_moellava.data.batch import Batch, pack
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN, EncodedSample
 from megatron_moellava.data.length_distribution import sample_lengths
+from megatron_moellava.data.loader import Batches
 from megatron_moellava.data.packing import select_rows
 from megatron_moellava.towers import TOWERS
 from megatron_moellava.training.loop import Trainer
@@ -78,7 +79,7 @@ def packed_rows(samples: list[Sample], scale: Scale, seq_length: int | None = No
     return rows
 
 
-class Repeated:
+class Repeated(Batches):
     """A loader that gives the rows of one data-parallel rank again and again."""
 
     def __init__(self, rows: list[Batch]):

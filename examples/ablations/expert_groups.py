@@ -39,10 +39,10 @@ in held-out loss. Made by `python examples/ablations/expert_groups.py`.
 
 A token is sent to other ranks as one row for each choice by Megatron-Core's all-to-all, or as one copy for all experts of a
 rank by DeepEP (`moe.moe_token_dispatcher_type=flex`, on GPUs). **Rows do not depend on who may choose whom: a token is as
-likely to be on any rank, so under an all-to-all no grouping of experts saves a byte**, which the
-[bytes of a real step](performance.md#communication-per-step) show as well. Copies do: neighbours share one. Both are means for
-a token and a layer, with the tokens evenly over the ranks; a row is the hidden width x 2 bytes in bf16, and travels there and
-back, in the forward and in the backward pass."""
+likely to be on any rank, so under an all-to-all no grouping of experts saves a byte on the mean**; in a single step it
+depends on where the visual tokens are ([bytes of a real one](performance.md#communication-per-step)). Copies do: neighbours
+share one. Both are means for a token and a layer, with the tokens evenly over the ranks; a row is the hidden width x 2 bytes
+in bf16, and travels there and back, in the forward and in the backward pass."""
 
 RUNS = """## Trained
 
