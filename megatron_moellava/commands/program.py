@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from megatron_moellava.config import Precision
 from megatron_moellava.machine import Device, TransformerImpl, choose
 
 PRECISION_HELP = "(auto: the checkpoint's own; fp32 for bf16 where the machine has no units for it)"
@@ -162,6 +161,8 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
     """How a checkpoint that answers is read."""
+    from megatron_moellava.config import Precision  # not before `train` and `launch` have their handlers of signals
+
     parser.add_argument("--tokenizer", default="", help="tokenizer folder or .model file (the checkpoint's own)")
     parser.add_argument("--template", default="", help="conversation version (the checkpoint's own)")
     parser.add_argument("--precision", default="auto", choices=get_args(Precision), help=PRECISION_HELP)
