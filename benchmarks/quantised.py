@@ -35,7 +35,8 @@ counts the questions that are right with one and wrong with the other; a differe
 the standard error that follows from these counts alone."""
 TAIL = """The model is tiny (4 layers of 128) and its task is solved, so that rounding shows only in questions at the edge; what
 it costs a large model on open questions is not measured here. File sizes are of the whole export; tower, projector, embeddings
-and output layer, which keep their dtype, are much of so small a model."""
+and output layer, which keep their dtype, are much of so small a model. No change in 1,000
+questions still leaves room for 0.3 % (95 % confidence)."""
 
 
 def measure_run(run: Path, name: str, limit: int) -> dict:
