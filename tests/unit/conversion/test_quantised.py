@@ -1,5 +1,6 @@
 """Quantised exports: transformers reads them with the library's own code, and gets the weights to a step of the format."""
 
+import json
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from benchmarks import quantised as measured
 from megatron_moellava.backbones import BACKBONES, get_backbone
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.exports import export_checkpoint
@@ -120,3 +122,12 @@ def test_widths_that_groups_do_not_divide_and_other_layouts_are_refused(place, t
     with pytest.raises(ConfigError, match="--layout original cannot say it"):
         export_checkpoint(place / "run", save=tmp_path / "out", layout="original", quantize="fp8")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_page_of_what_rounding_costs_is_made_of_its_data():
+    data = json.loads(measured.DATA.read_text())
+    assert measured.PAGE.read_text() == measured.page(data)
+    for kinds in data["runs"].values():
+        for row in kinds.values():
+            assert row["right"] - kinds["bf16"]["right"] == len(row["became_right"]) - len(row["became_wrong"])
+        assert kinds["int4"]["bytes"] < kinds["fp8"]["bytes"] < kinds["bf16"]["bytes"]
