@@ -85,8 +85,9 @@ class MegatronRouter(TopKRouter):
     def choices(self, logits_NE: torch.Tensor) -> torch.Tensor:
         """[N, K], the experts that each token asks for, before any capacity is looked at."""
         scores_NE = logits_NE
-        if self.expert_bias is not None:
-            scores_NE = logits_NE.float().sigmoid() + self._choice_bias(logits_NE)
+        bias = self._choice_bias(logits_NE)
+        if bias is not None:
+            scores_NE = logits_NE.float().sigmoid() + bias
         elif self.config.moe_router_group_topk:  # groups are compared by sums of scores
             scores_NE = logits_NE.float().softmax(dim=-1)
         if self.config.moe_router_group_topk:
