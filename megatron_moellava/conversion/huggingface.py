@@ -10,6 +10,7 @@ from megatron_moellava.backbones import FAMILIES, Backbone
 from megatron_moellava.backbones.experts import sums_to_one
 from megatron_moellava.backbones.from_config import backbone_from_hf_config, hf_config_of
 from megatron_moellava.config import ConfigError, MoEConfig
+from megatron_moellava.conversion.asked_as import asked_as
 from megatron_moellava.costs.shapes import Model, expert_ffn_hidden_size
 from megatron_moellava.mapping import Shape
 from megatron_moellava.routers import experts_by_group
@@ -165,6 +166,8 @@ def export_config(model: Model, vocab_size: int, image_token: int, trained: dict
     }
     if tower.newline:
         config |= NEWLINE_CLASSES[tower.tiling] | {"image_grid_pinpoints": tower.tiles.pinpoints(tower.image_size)}
+    if said := asked_as(model, trained, {}):
+        config["trained_with"] = {"data": said}
     return config | own_config(model, scales) if reason else config
 
 

@@ -7,6 +7,7 @@ shuffle; its features are those after the tower's last norm, as `towers/siglip2.
 from dataclasses import replace
 
 from megatron_moellava.config import ConfigError
+from megatron_moellava.conversion.asked_as import asked_as
 from megatron_moellava.conversion.huggingface import needs_modelling_file, text_config
 from megatron_moellava.costs.shapes import Model
 from megatron_moellava.towers import PROJECTORS, Tower
@@ -32,7 +33,8 @@ def native_config(model: Model, vocab_size: int, image_token: int, trained: dict
             f"({tower.name}); export --layout language-model and --layout tower"
         )
     scales = trained.get("model", {}).get("scale_multimodal_embeddings", True)
-    budgets = {name: value for name, value in trained.get("data", {}).items() if name in BUDGETS}
+    said = {name: value for name, value in trained.get("data", {}).items() if name in BUDGETS}
+    said |= asked_as(model, trained, {})
     return {
         "architectures": ["Lfm2VlForConditionalGeneration"],
         "model_type": MODEL_TYPE,
@@ -43,7 +45,7 @@ def native_config(model: Model, vocab_size: int, image_token: int, trained: dict
         "projector_hidden_size": backbone.hidden_size,
         **PROJECTOR,
         "tie_word_embeddings": backbone.share_embeddings_and_output_weights,
-        **({"trained_with": {"data": budgets}} if budgets else {}),
+        **({"trained_with": {"data": said}} if said else {}),
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_moellava.backbones.from_config import hf_config_of
 from megatron_moellava.checkpoint.description import TRAINED_WITH
 from megatron_moellava.config import ConfigError, MoEConfig, from_dict
+from megatron_moellava.conversion.asked_as import asked_as
 from megatron_moellava.conversion.layout import LANGUAGE_MODEL, LLAVA, NATIVE, ORIGINAL, Layout
 from megatron_moellava.conversion.native import tower_with_projector
 from megatron_moellava.costs.shapes import Model
@@ -236,12 +237,14 @@ def _with_settings(config: dict, model: Model, trained: dict[str, dict]) -> dict
     if "image_aspect_ratio" in data:
         config["image_aspect_ratio"] = data["image_aspect_ratio"]
     otherwise: dict[str, dict] = {}
+    if said := asked_as(model, trained, trained_with(config, ORIGINAL, model, False)):
+        otherwise["data"] = said
     if model.required_tower.newline:
         size = model.required_tower.image_size
         config |= {"mm_patch_merge_type": UNPAD, "image_aspect_ratio": "anyres"}
         config["image_grid_pinpoints"] = model.required_tower.tiles.pinpoints(size, wide_first=True)
     elif data.get("image_grid"):
-        otherwise["data"] = {"image_grid": True}
+        otherwise.setdefault("data", {})["image_grid"] = True
     if data.get("modalities"):
         otherwise.setdefault("data", {})["modalities"] = list(data["modalities"])
     if model.backbone.embedding_multiplier != 1.0 and trained.get("model", {}).get("scale_multimodal_embeddings", True):

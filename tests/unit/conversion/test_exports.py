@@ -105,6 +105,21 @@ def test_modalities_travel_where_a_config_says_so_and_are_refused_where_pictures
         assert not (tmp_path / layout).exists()
 
 
+@pytest.mark.parametrize("layout", ["original", "transformers"])
+def test_how_it_wants_to_be_asked_travels(tmp_path, layout):
+    """A conversation version other than the family's, and what is shown of a video."""
+    data = {"template": "short", "video_frames": 4, "image_aspect_ratio": "square"}
+    config = original_config("llama", "dense") | {"trained_with": {"data": data}}
+    source = write_folder(tmp_path / "source", original_state("llama", "dense"), config)
+    import_checkpoint(source, save=tmp_path / "run", tower=str(TOWER))
+    export_checkpoint(tmp_path / "run", save=tmp_path / "out", layout=layout, tokenizer=ASSETS / "tok_spm")
+    import_checkpoint(tmp_path / "out", save=tmp_path / "again", tower=str(TOWER) if layout == "original" else None)
+    run = inference_run(
+        require_checkpoint(tmp_path / "again"), ParallelConfig(), tokenizer=str(ASSETS / "tok_spm"), **UNSAID
+    )
+    assert {name: getattr(run.data, name) for name in data} == data
+
+
 def test_experts_by_modality_are_not_handed_to_classes_without_them(tmp_path):
     """They would choose among all experts, and be another model."""
     checkpoint_of(CASES["Llama, experts by modality"], tmp_path)

@@ -1,0 +1,30 @@
+"""How a model wants to be asked: settings of its training that layouts have no keys for, and that exports say all the same."""
+
+from dataclasses import asdict
+
+from megatron_moellava.config import DataConfig
+from megatron_moellava.costs.shapes import Model
+
+ASKED_AS = (
+    "template",
+    "image_aspect_ratio",
+    "box_format",
+    "video_frames",
+    "video_fps",
+    "video_times",
+    "video_pooling",
+    "max_images",
+)
+
+
+def asked_as(model: Model, trained: dict[str, dict], found: dict[str, dict]) -> dict:
+    """{field: value} of `data` that an import of the export would not know by itself.
+
+    `trained`: what it was trained with (`checkpoint.description.trained_with`); nothing is said of what is not known.
+    `found`: what an import concludes from the rest of the config.
+    """
+    said = trained.get("data", {})
+    if said.get("template") == "":
+        said = said | {"template": model.backbone.template}
+    usual = asdict(DataConfig()) | found.get("data", {})
+    return {name: said[name] for name in ASKED_AS if name in said and said[name] != usual[name]}

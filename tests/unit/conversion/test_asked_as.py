@@ -1,0 +1,18 @@
+"""What an export says of how its model wants to be asked."""
+
+from megatron_moellava.backbones import get_backbone
+from megatron_moellava.conversion.asked_as import asked_as
+from megatron_moellava.costs.shapes import Model
+
+MODEL = Model(backbone=get_backbone("llama-tiny"), moe=None)
+
+
+def test_only_what_an_import_would_not_know_is_said():
+    trained = {"data": {"template": "v1", "video_frames": 8, "max_images": 2, "seq_length": 64}}
+    assert asked_as(MODEL, trained, {}) == {"template": "v1", "max_images": 2}
+    assert asked_as(MODEL, trained, {"data": {"template": "v1", "max_images": 1}}) == {"max_images": 2}
+
+
+def test_a_run_without_a_template_of_its_own_had_the_backbones():
+    assert asked_as(MODEL, {"data": {"template": ""}}, {}) == {"template": MODEL.backbone.template}
+    assert asked_as(MODEL, {"model": {"scale_multimodal_embeddings": True}}, {}) == {}
