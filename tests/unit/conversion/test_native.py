@@ -18,7 +18,7 @@ def test_the_tower_of_an_export_is_the_tower_of_the_model(name):
     tower = get_tower(name)
     trained = {"data": {"max_image_tokens": 64, "template": "v1"}}
     config = native_config(Model(backbone=LLAMA, tower=tower), 512, 511, trained, has_head=False)
-    assert config["trained_with"] == {"data": {"max_image_tokens": 64}}
+    assert config["trained_with"] == {"data": {"max_image_tokens": 64, "template": "v1"}}
     assert config["vision_config"]["vision_use_head"] is False and config["downsample_factor"] == tower.shuffle
     plain = replace(tower, projector="mlp2x_gelu")
     assert tower_with_projector(plain, config).projector == tower.projector
