@@ -104,8 +104,9 @@ class Pretraining:
         self.head = torch.nn.Linear(tower.hidden_size, words_NW.shape[1])
         self.parameters = [*model.parameters(), *self.head.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
+        rising = max(0.1, 2 / steps)  # it divides by the steps of the rise less one
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1
+            self.optimizer, LEARNING_RATE, total_steps=steps, pct_start=rising
         )
         self.random = torch.Generator().manual_seed(seed)
         self.step, self.matched = 0, 0.0
