@@ -12,6 +12,8 @@ from tests.helpers.videos import number_of, still, video_bytes, write_video
 pytest.importorskip("av")
 KINDS = {"mp4": "mpeg4", "mkv": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4", "ts": "mpeg2video"}
 
+SIDES = (60_000, 60_000)  # pixels, more than any picture may have
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_frame_of_any_container_is_found_in_any_order(tmp_path, kind):
@@ -98,7 +100,10 @@ def test_a_telephones_turn_is_applied():
     [
         (b"nothing", "cannot be decoded"),
         (b"\0\0\0\x18ftypmp42" + b"\0" * 500, "cannot be decoded"),
-        (b"GIF89a" + struct.pack("<HHBBB", 60_000, 60_000, 0, 0, 0) + b";", "60000 x 60000 pixels"),
+        (
+            b"GIF89a" + struct.pack("<2H3Bc4HB", *SIDES, 0, 0, 0, b",", 0, 0, *SIDES, 0) + b"\2\1\4\0;",  # of one frame
+            "60000 x 60000 pixels",
+        ),
         (b"#EXTM3U\n/etc/passwd\n", "cannot be decoded"),  # a playlist that ffmpeg would follow
         (None, "no such video"),
     ],

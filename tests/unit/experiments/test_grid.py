@@ -100,7 +100,9 @@ def test_shipped_grids_end_in_stage_3_and_share_their_start(path):
     ends = {chain[-1].step for chain in chains}
     assert ends == ({"stage3", "teacher"} if path.stem == "knowledge_distilled" else {"stage3"})
     starts = {tuple(node.name for node in chain[:2]) for chain in chains}
-    assert len(starts) == (2 if path.stem in ("size", "knowledge", "knowledge_distilled") else 1)
+    assert len(starts) == {"size": 2, "knowledge": 2, "knowledge_distilled": 2, "knowledge_strategy": 3}.get(
+        path.stem, 1
+    )
     assert set(grid.paper.get("rows", {})) or not grid.paper
 
 

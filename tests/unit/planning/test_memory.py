@@ -191,7 +191,7 @@ def test_frozen_parameters_need_neither_gradient_nor_optimizer():
 
 
 def test_muon_keeps_a_momentum_for_matrices_and_adams_moments_for_embeddings_and_norms():
-    adam = layout_of(["training.stage=2"])
+    adam = layout_of(training__stage=2)
     muon = replace(adam, run=replace(adam.run, optimizer=replace(adam.run.optimizer, optimizer="muon")))
     counts = {part: count for part, count in parameters_of(adam, 0).items() if role_of(part) in adam.trains}
     matrices = sum(count for part, count in counts.items() if part not in ("language.embedding", "language.norm"))

@@ -35,4 +35,5 @@ def test_a_record_has_settings_costs_and_environment():
     costs = record["costs"]
     assert costs["parameters"] == sum(costs["parameters_by_role"].values()) > costs["activated_parameters"] > 0
     assert costs["forward_flops_per_token"] > 0
-    assert record["environment"]["packages"]["torch"] == torch.__version__ and record["environment"]["processes"] == 1
+    assert record["environment"]["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert record["environment"]["processes"] == 1

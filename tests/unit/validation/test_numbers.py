@@ -7,9 +7,17 @@ import pytest
 from megatron_moellava.config import RunConfig, from_dict, set_override
 from megatron_moellava.validation.numbers import RULES, number_problems
 
+REQUIRED = {  # what a section does not go without
+    "moe.expert_groups": {"image": 2, "text": 2},
+    "training.distillation": {"teacher_logits": "logits"},
+}
+
 
 def problems(path: str, value) -> list[str]:
     tree: dict = {"model": {"backbone": "llama-tiny"}, "training": {"stage": 3}, "moe": {}}
+    for section, required in REQUIRED.items():
+        if path.startswith(section):
+            set_override(tree, section, dict(required))
     set_override(tree, path, value)
     return list(number_problems(from_dict(RunConfig, tree)))
 

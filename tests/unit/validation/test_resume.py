@@ -31,6 +31,7 @@ HINTS = {
 OTHER = {
     "training.trains": ["router"],
     "training.lora": {"rank": 4},
+    "training.distillation": {"teacher_logits": "elsewhere"},
     "moe.expert_groups": {"image": 2, "text": 2},
     "data.template": "plain",
     "data.seq_length": 64,
