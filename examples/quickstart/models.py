@@ -104,7 +104,7 @@ class Pretraining:
         self.head = torch.nn.Linear(tower.hidden_size, words_NW.shape[1])
         self.parameters = [*model.parameters(), *self.head.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
-        rising = max(0.1, 2 / steps)  # it divides by the steps of the rise less one
+        rising = max(0.1, 1.5 / steps)  # it divides by the steps of the rise less one, and by those of the fall
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, LEARNING_RATE, total_steps=steps, pct_start=rising
         )
