@@ -13,6 +13,7 @@ import random
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from tqdm import trange
 
 SIZE = (96, 72)
 COLORS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
@@ -58,7 +59,7 @@ def write(out: Path, train: int, test: int, seed: int = 0) -> None:
     rows, tests = [], []
     for split, count in (("train", train), ("test", test)):
         (out / "images" / split).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
+        for number in trange(count, desc=f"Drawing pictures to {split}", unit="picture", mininterval=2):
             picture, boxes = draw(rng)
             image = f"{split}/{number}.png"
             picture.save(out / "images" / image, compress_level=1)
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write(args.out, args.train, args.test, args.seed)
+    print(f"{args.out}: boxes.json, boxes_test.jsonl and images/")
 
 
 if __name__ == "__main__":

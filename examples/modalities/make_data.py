@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import trange
 
 SIZE, CARD = (96, 72), 32  # pixels of a scene, and of the side of a picture in front
 PLACES = {"left": (8, 20), "right": (56, 20)}  # left and top of each
@@ -76,7 +77,7 @@ def write(pictures: list[Path], out: Path, train: int, test: int, seed: int = 0)
     cut = max(3, len(pictures) // 5)
     rows, asked = [], []
     for split, count, own in (("train", train, pictures[cut:]), ("test", test, pictures[:cut])):
-        for number in range(count):
+        for number in trange(count, desc=f"Making scenes to {split}", unit="scene", mininterval=2):
             colours, millimetres, kelvin, known = scene(own, rng)
             names = {kind: f"{kind}/{split}/{number}.{suffix}" for kind, suffix in KINDS.items()}
             for kind, content in zip(
@@ -130,6 +131,7 @@ def main() -> None:
             f"--pictures={args.pictures} holds {len(pictures)} pictures; a scene takes three of its split's, so give 6"
         )
     write(pictures, args.out, args.train, args.test, args.seed)
+    print(f"{args.out}: train.json, test.jsonl and images/")
 
 
 if __name__ == "__main__":

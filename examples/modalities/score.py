@@ -3,8 +3,8 @@
 python examples/modalities/score.py runs/modalities/data/test.jsonl runs/modalities/eval/test/predictions.jsonl
 """
 
+import argparse
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +24,18 @@ def _rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
-if __name__ == "__main__":
-    for kind, (right, asked) in shares(*map(Path, sys.argv[1:])).items():
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("questions", type=Path, help="test.jsonl of make_data.py")
+    parser.add_argument("predictions", type=Path, help="predictions.jsonl of `moellava evaluate`")
+    args = parser.parse_args()
+    for path in (args.questions, args.predictions):
+        if not path.is_file():
+            parser.error(f"{path} does not exist")
+    for kind, (right, asked) in shares(args.questions, args.predictions).items():
         print(f"{kind:<10} {right / asked:6.1%} of {asked}")
+
+
+if __name__ == "__main__":
+    main()

@@ -99,17 +99,16 @@ def read_description(checkpoint: Path) -> RunDescription:
     return RunDescription(**content)
 
 
+# Not in a file that has nothing to say there: versions that do not know these fields read it.
+LATER = ("loss_scale", "preference", "distillation", "adapter")
+
+
 def write_description(checkpoint: Path, description: RunDescription) -> None:
     """Write run.json with its seal; the last act of a save, since it makes the folder a complete checkpoint."""
     content = {item.name: getattr(description, item.name) for item in fields(description) if item.name != "checksum"}
-    if not description.loss_scale:  # versions before fp16 read the checkpoints of all other runs
-        del content["loss_scale"]
-    if not description.preference:  # likewise before stage 4
-        del content["preference"]
-    if not description.distillation:
-        del content["distillation"]
-    if description.adapter is None:  # whole models are read by versions that know no adapters
-        del content["adapter"]
+    for name in LATER:
+        if not content[name]:
+            del content[name]
     content["checksum"] = _checksum(content)
     write_durably(Path(checkpoint) / RUN_FILE, json.dumps(content, indent=1).encode())
 

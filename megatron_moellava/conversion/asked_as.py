@@ -8,6 +8,9 @@ from megatron_moellava.costs.shapes import Model
 ASKED_AS = (
     "template",
     "image_aspect_ratio",
+    "max_image_tokens",
+    "max_sample_image_tokens",
+    "enlarge_images",
     "box_format",
     "video_frames",
     "video_fps",

@@ -78,13 +78,11 @@ def _matrix(tensors: dict[str, Tensor], parts: dict[str, str], make) -> Tensor:
 
 
 def _whole(tensors: dict[str, Tensor], parts: dict[str, str], scheme):
-    """A matrix in the dtype of its scales, rounded to it once."""
+    """A matrix in the dtype of its scales."""
     from compressed_tensors.compressors import BaseCompressor
 
     stored = {part: _read(tensors[file]) for part, file in parts.items()}
-    dtype = stored["weight_scale"].dtype
-    exact = stored | {"weight_scale": stored["weight_scale"].float()}
-    return BaseCompressor.get_value_from_registry(scheme.format).decompress(exact, scheme)["weight"].to(dtype)
+    return BaseCompressor.get_value_from_registry(scheme.format).decompress(stored, scheme)["weight"]
 
 
 def _read(tensor: Tensor):

@@ -16,7 +16,6 @@ from megatron_moellava.towers.from_config import hf_config_of
 MODEL_TYPE = "lfm2_vl"
 # Keys of the projector that this program supports in one way only.
 PROJECTOR = {"projector_hidden_act": "gelu", "projector_bias": True, "projector_use_layernorm": False}
-BUDGETS = ("max_image_tokens", "max_sample_image_tokens", "enlarge_images")
 
 
 def native_config(model: Model, vocab_size: int, image_token: int, trained: dict[str, dict], has_head: bool) -> dict:
@@ -33,8 +32,7 @@ def native_config(model: Model, vocab_size: int, image_token: int, trained: dict
             f"({tower.name}); export --layout language-model and --layout tower"
         )
     scales = trained.get("model", {}).get("scale_multimodal_embeddings", True)
-    said = {name: value for name, value in trained.get("data", {}).items() if name in BUDGETS}
-    said |= asked_as(model, trained, {})
+    said = asked_as(model, trained, {})
     return {
         "architectures": ["Lfm2VlForConditionalGeneration"],
         "model_type": MODEL_TYPE,

@@ -44,6 +44,12 @@ def share(whole: torch.Tensor | None, dim: int = 1) -> torch.Tensor | None:
     return torch.cat([whole.narrow(dim, start, stop - start) for start, stop in chunks], dim)
 
 
+def sequence_share(item: torch.Tensor, dim: int) -> torch.Tensor:
+    """This tensor-parallel rank's positions under sequence parallelism of what every rank of the group has."""
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    return item.chunk(size, dim)[parallel_state.get_tensor_model_parallel_rank()].contiguous()
+
+
 def gather_positions(share_L: torch.Tensor) -> torch.Tensor:
     """The whole first axis in its order, from the shares of all ranks; gradients go back where they belong, summed."""
     size = parallel.context_parallel_size()

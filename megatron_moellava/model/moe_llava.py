@@ -14,7 +14,7 @@ from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
 from megatron_moellava.data.pooling import Pools
 from megatron_moellava.model.attention import packed_seq_params
 from megatron_moellava.model.configuration import projector_config, tower_config, transformer_config
-from megatron_moellava.model.context_parallel import encode_share, encode_share_of_grids, share
+from megatron_moellava.model.context_parallel import encode_share, encode_share_of_grids, sequence_share, share
 from megatron_moellava.model.kv_cache import KVCache
 from megatron_moellava.model.layers import decoder_spec
 from megatron_moellava.model.lora import attach
@@ -260,10 +260,7 @@ class MoELlava(MegatronModule):
 
     def _of_sequence_parallel(self, item_BS: torch.Tensor) -> torch.Tensor:
         """This rank's positions of what every tensor-parallel rank has."""
-        if not self.config.sequence_parallel:
-            return item_BS
-        size = parallel_state.get_tensor_model_parallel_world_size()
-        return item_BS.chunk(size, dim=1)[parallel_state.get_tensor_model_parallel_rank()].contiguous()
+        return sequence_share(item_BS, dim=1) if self.config.sequence_parallel else item_BS
 
 
 class LanguageModel(GPTModel):

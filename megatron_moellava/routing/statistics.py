@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_moellava import platform
 from megatron_moellava.config import MoEConfig
 from megatron_moellava.data.batch import Batch
-from megatron_moellava.model.context_parallel import share
+from megatron_moellava.model.context_parallel import sequence_share, share
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.routers import admissible_experts
 from megatron_moellava.routing.observer import RouterCall, RoutingObserver
@@ -46,11 +46,7 @@ class RoutingStatistics:
         names, members_GBS = token_groups(batch, self.modalities)
         members_GBS = share(members_GBS, dim=2)
         if self.config.sequence_parallel:
-            size, rank = (
-                parallel_state.get_tensor_model_parallel_world_size(),
-                parallel_state.get_tensor_model_parallel_rank(),
-            )
-            members_GBS = members_GBS.chunk(size, dim=2)[rank]
+            members_GBS = sequence_share(members_GBS, dim=2)
         members_GN = members_GBS.transpose(1, 2).flatten(1).double()
         return self.observer.watch(partial(self._add, names, members_GN))
 

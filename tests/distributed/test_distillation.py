@@ -3,20 +3,17 @@
 Teacher and student have different language models: a Llama teaches a Phi-2.
 """
 
-import json
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.distributed.same_steps import LEARNING, assert_same_steps
 from tests.distributed.test_held_out import LAYOUTS, PADDED, STEADY
 
 SAME = ("loss", "ce_loss", "kl_loss", "grad_norm")
-LEARNING = {"optimizer.lr": 3e-3, "optimizer.adam_eps": 1e-4, "optimizer.lr_warmup_fraction": 0.0}
 TEACHER = {"model.backbone": "llama-tiny"}
 STUDENT = STEADY | LEARNING | {"moe.moe_aux_loss_coeff": 0.1}
 SHARDS = [f"rows-{start:07d}.safetensors" for start in (0, 16, 32)]
-STEPS = 4
 
 
 def started(name: str, settings: dict, **more) -> dict:
@@ -83,19 +80,11 @@ def test_every_layout_writes_the_logits_of_one_process(job, results, result):
         assert (found["ids_TK"] == wanted["ids_TK"]).mean() > 0.99, "but for tokens that are equally likely"
 
 
-def steps(results, name: str) -> list[dict]:
-    return [json.loads(line) for line in (results / name / "steps.jsonl").open()]
-
-
 @pytest.mark.parametrize("job", students, ids=[job["id"] for job in students])
 def test_every_layout_gives_the_numbers_of_one_process(job, results, result):
     assert result["exit"] == 0
-    found, alone = steps(results, job["id"]), steps(results, job["beside"])
-    assert len(found) == len(alone) == STEPS
-    for one, other in zip(alone, found, strict=True):
-        for name in SAME:
-            assert other[name] == pytest.approx(one[name], rel=5e-4, abs=2e-4), (one["iteration"], name)
-        assert other["load_balancing_loss"] == pytest.approx(one["load_balancing_loss"], rel=5e-4)
+    alone = assert_same_steps(results, job, SAME)
+    for one in alone:
         assert one["loss"] == pytest.approx(0.3 * one["ce_loss"] + 0.7 * one["kl_loss"], rel=1e-4)
     assert alone[0]["kl_loss"] > 0.05, "teacher and student differ"
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distributed.same_steps import LEARNING, assert_same_steps
 from tests.distributed.test_held_out import LAYOUTS, STEADY
 
 SAME = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "nll_loss", "grad_norm")
@@ -13,9 +14,7 @@ MPO = {"preference.loss_coeff": 0.8, "preference.quality_coeff": 0.2, "preferenc
 KTO = {"preference.loss": "kto", "preference.beta": 0.5}
 LORA = {"training.lora.rank": 4, "training.lora.alpha": 8.0}
 RECOMPUTED = {"training.recompute": "full"}
-LEARNING = {"optimizer.lr": 3e-3, "optimizer.adam_eps": 1e-4, "optimizer.lr_warmup_fraction": 0.0}
 MODEL = STEADY | {"moe.moe_aux_loss_coeff": 0.1}
-STEPS = 4
 
 start = {"id": "preferred-start", "run": "run_validated", "world": 1, "settings": MODEL | {"training.train_steps": 2}}
 
@@ -44,10 +43,6 @@ jobs += [beside(name, "lora", 2, MPO | LORA, LAYOUTS[name]) for name in ("tp2", 
 jobs += [beside("cp2-pp2", "mpo", 4, MPO, LAYOUTS["cp2"] | LAYOUTS["pp2"])]
 
 
-def steps(results, name: str) -> list[dict]:
-    return [json.loads(line) for line in (results / name / "steps.jsonl").open()]
-
-
 def log_probs(results, name: str) -> torch.Tensor:
     return load_file(results / f"{name}.safetensors")["log_probs"]
 
@@ -58,12 +53,7 @@ def test_every_layout_gives_the_numbers_of_one_process(job, results, result):
     reference_R2, alone_R2 = log_probs(results, job["id"]), log_probs(results, job["beside"])
     assert reference_R2.shape == (14, 2) and reference_R2.isfinite().all() and (reference_R2 < 0).all()
     torch.testing.assert_close(reference_R2, alone_R2, rtol=1e-5, atol=1e-4)
-    found, alone = steps(results, job["id"]), steps(results, job["beside"])
-    assert len(found) == len(alone) == STEPS
-    for one, other in zip(alone, found, strict=True):
-        for name in SAME:
-            assert other[name] == pytest.approx(one[name], rel=5e-4, abs=2e-4), (one["iteration"], name)
-        assert other["load_balancing_loss"] == pytest.approx(one["load_balancing_loss"], rel=5e-4)
+    alone = assert_same_steps(results, job, SAME)
     first, last = alone[0], alone[-1]
     assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-4), "the policy begins as its reference"
     assert last["rewards/margins"] > 0.05, "and learns the preferences"

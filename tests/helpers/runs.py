@@ -1,5 +1,7 @@
 """Small runs on the CPU as configurations."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_moellava.config import (
@@ -9,6 +11,7 @@ from megatron_moellava.config import (
     set_override,
 )
 from megatron_moellava.validation.run import validate
+from tests.helpers.paths import ASSETS
 
 
 def tiny(**fields) -> RunConfig:
@@ -25,3 +28,24 @@ def problems(world_size: int, **fields) -> str:
     with pytest.raises(ConfigError) as refused:
         validate(tiny(**fields), world_size)
     return str(refused.value)
+
+
+def over_rows(rows: Path, stage: int, load: Path, **data) -> RunConfig:
+    """A run over a file of rows, whose pictures lie beside it, from a checkpoint of llama-tiny; `data`: its further fields."""
+    return from_dict(
+        RunConfig,
+        {
+            "model": {"backbone": "llama-tiny", "tower": "clip-tiny"},
+            "moe": {},
+            "data": {
+                "sources": [{"path": str(rows), "image_folder": str(rows.parent)}],
+                "tokenizer": str(ASSETS / "tok_spm"),
+                "template": "v1",
+                "seq_length": 512,
+                "num_workers": 0,
+            }
+            | data,
+            "training": {"stage": stage, "precision": "fp32", "global_batch_size": 1},
+            "checkpoint": {"load": str(load)},
+        },
+    )

@@ -4,7 +4,7 @@ import pytest
 from gguf import GGUFReader, GGUFWriter, TokenType
 
 from megatron_moellava.backbones import get_backbone
-from megatron_moellava.conversion.gguf_metadata import FEATURE_LAYER, describe_tower, describe_vocabulary
+from megatron_moellava.conversion.gguf_metadata import describe_tower, describe_vocabulary
 from megatron_moellava.conversion.served_tokenizer import served_tokenizer
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.towers import get_tower
@@ -52,4 +52,4 @@ def test_features_come_from_the_last_layer_of_the_file(tmp_path, name):
     writer, tower = GGUFWriter(tmp_path / "tower.gguf", "clip"), get_tower(name)
     describe_tower(writer, tower, 64, "f16")
     found = read_back(writer, tmp_path / "tower.gguf")
-    assert found[FEATURE_LAYER] == [found["clip.vision.block_count"]] == [tower.num_used_layers]
+    assert found["clip.vision.feature_layer"] == [found["clip.vision.block_count"]] == [tower.num_used_layers]

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from megatron_moellava import parallel
-from megatron_moellava.config import MoEConfig, ParallelConfig
+from megatron_moellava.config import ExpertGroups, MoEConfig, ParallelConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.inputs import model_inputs
-from megatron_moellava.routing.records import routing_record
+from megatron_moellava.routing.records import RoutingSums, routing_record
 from megatron_moellava.routing.statistics import RoutingStatistics
 from tests.helpers.batches import words
 from tests.helpers.inference_models import scatter, tiny_run
@@ -78,13 +78,14 @@ def test_dropped_choices_are_those_asked_for_and_not_given(moe):
     assert sum(dropped) == int((asked - given)[0].sum())
 
 
-def test_visual_tokens_are_counted_by_modality():
+def of_pictures(moe: MoEConfig) -> RoutingSums:
+    """Of 21 tokens, 3 of which are of depth and 3 of a plain picture."""
     batch = words(rows=2, length=12)
     batch.tokens_BS[0, 1:6] = batch.tokens_BS[1, 2] = IMAGE_TOKEN
     batch.pictures = (("depth", 2), ("image", 3), ("depth", 1))
     batch.counts, batch.pixel_values_NCHW = None, torch.zeros(0, 3, 28, 28)
     parallel.initialize(ParallelConfig(), 1)
-    run = tiny_run(MoEConfig())
+    run = tiny_run(moe)
     (model,) = build_model(replace(run, data=replace(run.data, modalities=(DEPTH, THERMAL))))
     scatter(model)
     statistics = RoutingStatistics([model])
@@ -93,8 +94,21 @@ def test_visual_tokens_are_counted_by_modality():
         model(
             batch.tokens_BS, batch.position_ids_BS, padding_mask_BS=batch.padding_mask_BS, embeddings_SBD=embeddings_SBD
         )
-    sums = statistics.collect()
+    return statistics.collect()
+
+
+def test_visual_tokens_are_counted_by_modality():
+    sums = of_pictures(MoEConfig())
     assert sums.groups[:4] == sums.modalities == ("text", "image", "depth", "thermal")
     assert sums.column("tokens")[:4, 0].tolist() == [21 - 6, 3, 3, 0]
     (layer, *_) = routing_record(sums)["layers"]
     assert layer["tokens"] == 21 and layer["groups"].keys() == {"text", "image", "depth", "type:color", "type:shape"}
+
+
+def test_pictures_of_every_kind_have_the_experts_of_images():
+    sums = of_pictures(MoEConfig(expert_groups=ExpertGroups(image=2, text=1, shared=1)))
+    assert sums.admissible == ((2, 3), (0, 1, 2), (0, 1, 2), (0, 1, 2))
+    assert [sums.experts(group) for group in ("text", "image", "depth", "type:color")] == [2, 3, 3, 2]
+    (layer, *_) = routing_record(sums)["layers"]
+    assert layer["groups"]["text"]["choices"][:2] == [0, 0] and layer["groups"]["depth"]["choices"][3] == 0
+    assert layer["fair"] == pytest.approx([4.0, 4.0, 4.0 + 15, 15.0])  # 6 visual tokens and 15 others, two choices each

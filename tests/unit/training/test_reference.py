@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from megatron_moellava import parallel
 from megatron_moellava.checkpoint.description import RunDescription, read_description, write_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import ConfigError, DataError, RunConfig, from_dict
+from megatron_moellava.config import ConfigError, DataError, RunConfig
 from megatron_moellava.data import media
 from megatron_moellava.data.batch import pack
 from megatron_moellava.data.sample import parse_record
@@ -22,8 +22,8 @@ from megatron_moellava.model.weights import load_weights
 from megatron_moellava.training.reference import file_of, give_reference, read_log_probs, reference_key, reference_seal
 from megatron_moellava.training.run import build_loader
 from tests.helpers import data_files
-from tests.helpers.inference_models import TOKENIZER, tiny_checkpoint
-from tests.helpers.runs import tiny
+from tests.helpers.inference_models import tiny_checkpoint
+from tests.helpers.runs import over_rows, tiny
 
 SOURCES = [{"path": "rows/pairs.json"}]
 
@@ -94,22 +94,7 @@ def test_a_run_goes_on_with_the_reference_that_it_began_with(tmp_path):
 
 def stage_4(tmp_path: Path, rows: list[dict]) -> RunConfig:
     path = data_files.write_rows(data_files.write_images(tmp_path / "data"), rows, "pairs.json")
-    return from_dict(
-        RunConfig,
-        {
-            "model": {"backbone": "llama-tiny", "tower": "clip-tiny"},
-            "moe": {},
-            "data": {
-                "sources": [{"path": str(path), "image_folder": str(path.parent)}],
-                "tokenizer": str(TOKENIZER),
-                "template": "v1",
-                "seq_length": 512,
-                "num_workers": 0,
-            },
-            "training": {"stage": 4, "precision": "fp32", "global_batch_size": 1},
-            "checkpoint": {"load": str(tiny_checkpoint(tmp_path / "load"))},
-        },
-    )
+    return over_rows(path, 4, tiny_checkpoint(tmp_path / "load"))
 
 
 @torch.no_grad()

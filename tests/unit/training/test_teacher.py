@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from megatron_moellava import parallel
 from megatron_moellava.checkpoint.description import RunDescription, write_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import ConfigError, DataError, DistillationConfig, RunConfig, from_dict
+from megatron_moellava.config import ConfigError, DataError, DistillationConfig, RunConfig
 from megatron_moellava.data.encode import IGNORE_INDEX
 from megatron_moellava.data.teacher_logits import TeacherDescription, read_teacher, shard_path
 from megatron_moellava.data.tokenizer import load_tokenizer
@@ -23,28 +23,9 @@ from megatron_moellava.training.run import build_loader
 from megatron_moellava.training.teacher import make_teacher
 from tests.helpers import data_files
 from tests.helpers.inference_models import TOKENIZER, tiny_checkpoint
+from tests.helpers.runs import over_rows
 
 ROWS = 7
-
-
-def run_of(path: Path, load: Path, **data) -> RunConfig:
-    return from_dict(
-        RunConfig,
-        {
-            "model": {"backbone": "llama-tiny", "tower": "clip-tiny"},
-            "moe": {},
-            "data": {
-                "sources": [{"path": str(path), "image_folder": str(path.parent)}],
-                "tokenizer": str(TOKENIZER),
-                "template": "v1",
-                "seq_length": 512,
-                "num_workers": 0,
-            }
-            | data,
-            "training": {"stage": 2, "precision": "fp32", "global_batch_size": 1},
-            "checkpoint": {"load": str(load)},
-        },
-    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +34,7 @@ def written(tmp_path_factory) -> tuple[RunConfig, Path, int]:
     folder = tmp_path_factory.mktemp("teacher")
     data_files.write_images(folder / "data")
     path = data_files.write_rows(folder / "data", [data_files.row(n, None if n % 3 else "a.png") for n in range(ROWS)])
-    run = run_of(path, tiny_checkpoint(folder / "load"))
+    run = over_rows(path, 2, tiny_checkpoint(folder / "load"))
     size = load_tokenizer(TOKENIZER).vocab_size
     make_teacher(run, folder / "logits", top_k=size, dtype="float32", rows_per_shard=3)
     return run, folder / "logits", size
@@ -120,7 +101,7 @@ def test_other_rows_and_other_logits_are_refused_before_the_run(written, tmp_pat
     data_files.write_images(tmp_path)
     path = data_files.write_rows(tmp_path, [data_files.row(number) for number in range(ROWS)])
     parallel.initialize(run.parallel, 1)
-    other = student(run_of(path, Path(run.checkpoint.load)), folder)
+    other = student(over_rows(path, 2, Path(run.checkpoint.load)), folder)
     with pytest.raises(DataError, match=r"is of something else \(another rows\)"):
         give_teacher(other, build_loader(other))
     saved = tiny_saved(tmp_path / "save", {"teacher": "0" * 64})
