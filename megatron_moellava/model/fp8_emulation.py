@@ -228,14 +228,18 @@ class Emulation:
 
     def state(self) -> list[torch.Tensor]:
         """The histories, for a checkpoint of this rank."""
-        return [scaling.history_TKE for scaling in self.scalings if self.recipe.history]
+        return [scaling.history_TKE for scaling in self._remembering()]
 
     def load_state(self, state: list[torch.Tensor]) -> None:
         """Take over the histories of a checkpoint; the inverse of `state`. Transformer Engine's say nothing here."""
         if [item.shape for item in state] != [item.shape for item in self.state()]:
             return
-        for scaling, history_TKE in zip(self.scalings, state, strict=True):
+        for scaling, history_TKE in zip(self._remembering(), state, strict=True):
             scaling.history_TKE = history_TKE
+
+    def _remembering(self) -> list[Scaling]:
+        """Those with a history: of a recipe that scales by what it sees now, none."""
+        return self.scalings if self.recipe.history else []
 
 
 def emulate_fp8(chunks: list, recipe: str, config: TransformerConfig) -> Emulation:

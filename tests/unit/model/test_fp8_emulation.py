@@ -5,6 +5,7 @@ import torch
 
 from megatron_moellava.model.configuration import FP8_RECIPES
 from megatron_moellava.model.fp8_emulation import (
+    Emulation,
     Product,
     Scaling,
     block_shape,
@@ -137,3 +138,21 @@ def test_a_number_that_is_none_is_not_hidden():
     x[0, 1] = float("inf")
     for recipe in FP8_RECIPES.values():
         assert not Scaling(recipe, 1).round(x, "gradient", 1).isfinite().all()
+
+
+@each_recipe
+def test_a_checkpoint_holds_the_histories_of_a_recipe_that_has_some(recipe):
+    kept, fresh = (Emulation(recipe, [Scaling(recipe, 2), Scaling(recipe, 1)]) for _ in range(2))
+    for scaling in kept.scalings:
+        scaling.history_TKE = torch.rand_like(scaling.history_TKE)
+    fresh.load_state(kept.state())
+    assert len(kept.state()) == (2 if recipe.history else 0)
+    assert all(torch.equal(*pair) for pair in zip(fresh.state(), kept.state(), strict=True))
+
+
+@each_recipe
+def test_histories_of_other_modules_say_nothing_here(recipe):
+    emulation = Emulation(recipe, [Scaling(recipe, 2)])
+    before = [history.clone() for history in emulation.state()]
+    emulation.load_state([torch.rand(3, 3, 3)])
+    assert all(torch.equal(*pair) for pair in zip(emulation.state(), before, strict=True))
