@@ -67,6 +67,11 @@ def find_places(
         raise CheckpointError(
             "the checkpoint is an adapter, whose base has the experts: join the two first, moellava convert merge"
         )
+    if ((run.config or {}).get("training") or {}).get("fp8_recipe") == "delayed":
+        raise CheckpointError(
+            "training.fp8_recipe=delayed keeps histories of every expert by rank, which would stay behind: go on for a step "
+            "with another recipe first, or in bf16"
+        )
     model = model_from_json(run.model)
     if model.moe is None:
         raise ConfigError("the checkpoint has no experts to place")
@@ -174,7 +179,7 @@ def _exchange(source: Path, staging: Path, orders: dict[int, list[int]]) -> None
             continue
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(
-                f"{key} is of an expert and no tensor: scales of FP8 stay with their places; save with training.precision=bf16"
+                f"{key} is of an expert and no tensor, it would stay behind; it is of another version or another program"
             )
         if entry.size[0] != len(order):
             raise CheckpointError(f"{key} has {entry.size[0]} rows and not one for each of {len(order)} experts")

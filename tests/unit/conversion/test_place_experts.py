@@ -13,7 +13,7 @@ from megatron_moellava.checkpoint.verification import verify_checkpoint
 from megatron_moellava.commands.convert import main
 from megatron_moellava.config import CheckpointError
 from megatron_moellava.conversion.inspection import diff
-from megatron_moellava.conversion.place_experts import ROUTING, Placing, note, place_experts
+from megatron_moellava.conversion.place_experts import ROUTING, Placing, find_places, note, place_experts
 from megatron_moellava.costs.shapes import model_from_json
 from tests.helpers.trainers import one_layout, started, state
 
@@ -22,6 +22,9 @@ ORDER = [2, 0, 3, 1]
 KINDS = {
     "plain": {},
     "bias and averages": {"moe.moe_router_enable_expert_bias": True, "optimizer.ema_decay": 0.5},
+    "global balance": {"moe.moe_router_load_balancing_type": "global_aux_loss"},
+    "by modality": {"moe.expert_groups.image": 2, "moe.expert_groups.text": 2, "moe.balance_per_modality": True},
+    "muon": {"optimizer.optimizer": "muon"},
     "original": {
         "moe.router": "original",
         "moe.second_choice": "deterministic",
@@ -29,6 +32,8 @@ KINDS = {
         "data.packing": False,
     },
 }
+# Sums in another order; Muon's iterations in bf16 make ten times more of them in each step.
+TOLERANCE = {False: 1e-4, True: 1e-3}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,23 +71,23 @@ def goes_on(folder, like, **more):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_run_goes_on_as_it_would_have(kind, tmp_path):
+    order = [1, 0, 3, 2] if kind == "by modality" else ORDER
     trainer = trained(tmp_path / "run", **KINDS[kind])
-    placed = place_experts(tmp_path / "run", tmp_path / "placed", placings(tmp_path / "run"))
+    placed = place_experts(tmp_path / "run", tmp_path / "placed", placings(tmp_path / "run", order))
     verify_checkpoint(placed)
     other = goes_on(tmp_path / "placed", trainer, **KINDS[kind])
     before, after = state(trainer), state(other)
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert moved and all(".mlp.experts." in name or ".mlp.router." in name for name in moved)
-    for _ in range(3):
+    for _ in range(1 if kind == "muon" else 3):
         (expected, *_), (found, *_) = trainer.step(), other.step()
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
-        assert found["load_balancing_loss"] == pytest.approx(expected["load_balancing_loss"], rel=1e-5)
+        for name in ("loss", "grad_norm", "load_balancing_loss"):
+            assert found[name] == pytest.approx(expected[name], rel=TOLERANCE[kind == "muon"]), name
     before, after = state(trainer), state(other)
     rows = [name for name in before if ".mlp.router." in name and before[name].shape[:1] == (4,)]
     assert len(rows) >= 1
     for name in rows:
-        torch.testing.assert_close(after[name], before[name][ORDER], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(after[name], before[name][order], atol=1e-5 if kind != "muon" else 1e-3, rtol=1e-3)
 
 
 def test_places_that_do_not_change_change_nothing(tmp_path):
@@ -170,6 +175,10 @@ def test_what_cannot_be_placed_is_refused_in_a_sentence(tmp_path, capsys):
         assert says in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="holds a run already"):
         place_experts(tmp_path / "run", tmp_path / "run", placings(tmp_path / "run"))
+    description = read_description(newest_checkpoint(tmp_path / "run"))
+    config = description.config | {"training": description.config["training"] | {"fp8_recipe": "delayed"}}
+    with pytest.raises(CheckpointError, match="histories of every expert"):
+        find_places(replace(description, config=config), tmp_path / "run" / ROUTING, 2)
     started_dense = started(ROLES[:2], moe=None, **{"checkpoint.save": str(tmp_path / "dense")})
     started_dense.step()
     started_dense.save()
