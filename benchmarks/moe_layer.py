@@ -34,7 +34,7 @@ TOP_K = 2
 AGREEMENT = 0.02  # relative error of two bf16 results of a token; measured: 0.005
 
 
-def our_layer(hidden: int, ffn: int, experts: int, grouped: bool = True) -> torch.nn.Module:
+def our_layer(hidden: int, ffn: int, experts: int, grouped: bool = True, topk: int = TOP_K) -> torch.nn.Module:
     """The MoE layer of a one-layer Llama of this size."""
     backbone = replace(
         get_backbone("llama-tiny"),
@@ -47,7 +47,7 @@ def our_layer(hidden: int, ffn: int, experts: int, grouped: bool = True) -> torc
     )
     run = RunConfig(
         model=ModelConfig(backbone="llama-tiny"),
-        moe=MoEConfig(num_moe_experts=experts, moe_router_topk=TOP_K, placement="dense", moe_grouped_gemm=grouped),
+        moe=MoEConfig(num_moe_experts=experts, moe_router_topk=topk, placement="dense", moe_grouped_gemm=grouped),
         training=TrainingConfig(stage=3, precision="bf16"),
     )
     model = LanguageModel(run, backbone, transformer_config(backbone, run), True, True, None)

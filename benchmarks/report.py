@@ -122,6 +122,31 @@ def plot_moe_layer(rows: list[dict], present: list[str]) -> None:
     save(figure, "moe_layer.png")
 
 
+def recorded_routes(results: dict) -> str:
+    counts = sorted({int(count) for run in results["runs"].values() for count in run["ranks"]})
+    rows = [
+        [
+            name,
+            f"{run['experts']}, top-{run['topk']}",
+            number(run["busiest expert"]),
+            *(number(run["milliseconds"][way]) for way in ("recorded", "even")),
+            number(run["recorded over even"]),
+            *(
+                " to ".join(number(run["ranks"][str(count)][way]) for way in ("as they lie", "placed"))
+                if str(count) in run["ranks"]
+                else "-"
+                for count in counts
+            ),
+        ]
+        for name, run in results["runs"].items()
+    ]
+    return f"""## Loads of real runs
+
+How uneven the experts of trained models are (`benchmarks/routes.json`: the last observations of each run), and what that costs. The layer with the busiest expert, forward and backward on one process, {results["tokens"]:,} tokens, hidden {results["hidden"]}, experts of {results["ffn"]}, bf16: with choices drawn by its loads, and with all experts equally likely. Beside it the busiest of several expert-parallel ranks over the mean, which is the time that the experts of a step take beside even loads: as the experts lie, to what `moellava convert place-experts` makes of it (mean over layers; from the loads, no ranks ran).
+
+{table(["run", "experts", "busiest expert / mean", "recorded, ms", "even, ms", "ratio", *(f"{count} ranks" for count in counts)], rows)}"""
+
+
 def train_step(results: dict) -> str:
     speeds = results["useful tokens per second"]
     names = {
@@ -305,6 +330,7 @@ A synthetic MoE-LLaVA release beside `cp` and `sha256sum` of the same files, in 
 
 SECTIONS: dict[str, Callable[[dict], str]] = {
     "moe_layer": moe_layer,
+    "recorded_routes": recorded_routes,
     "train_step": train_step,
     "profile_step": profile_step,
     "quickstart": quickstart,

@@ -22,6 +22,7 @@ EINSUM = Path(sys.prefix) / "deepspeed-einsum"  # put there by environment.sh
 # name: arguments of benchmarks.NAME. Order is that of docs/measurements/performance.md.
 TABLE: dict[str, tuple[str, ...]] = {
     "moe_layer": ("--deepspeed", str(EINSUM)),
+    "recorded_routes": (),
     "train_step": ("--deepspeed", str(EINSUM)),
     "profile_step": (),
     "quickstart": (),

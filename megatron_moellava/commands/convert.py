@@ -8,6 +8,7 @@
   moellava convert merge runs/lora --save runs/merged                  an adapter (training.lora) into its base
   moellava convert export runs/lora --adapter --save adapter           an adapter for `peft`; import --adapter reads one
   moellava convert average runs/stage3 --save runs/averaged            the averaged weights (optimizer.ema_decay) as the model
+  moellava convert place-experts runs/stage3 --save runs/placed        experts change ranks, so that these are busy alike
   moellava convert inspect runs/moe
   moellava convert diff runs/stage2 runs/moe
   moellava convert seal runs/old                                       digests for an older version's
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_upcycle(commands)
     _add_merge(commands)
     _add_average(commands)
+    _add_place_experts(commands)
     one = commands.add_parser("inspect", help="a table of what a checkpoint holds")
     one.add_argument("checkpoint", type=Path, help="a Megatron checkpoint, or a Hugging Face folder or file")
     _add_no_verify(one)
@@ -251,6 +253,30 @@ def _add_average(commands) -> None:
     )
     parser.add_argument("checkpoint", type=Path, metavar="RUN", help="its newest checkpoint, or one iteration folder")
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="run folder to write iter_0000000 into")
+    _add_no_verify(parser)
+
+
+def _add_place_experts(commands) -> None:
+    parser = commands.add_parser(
+        "place-experts",
+        help="experts change their places in a run's checkpoint, so that expert-parallel ranks are busy alike",
+        description="Says for every layer how much more the busiest rank had to do than the mean, and how much it would have "
+        "with the experts in other places. With --save the newest checkpoint is written so, with optimizer states and all; "
+        "the model computes what it computed, and a run with the same --save goes on from there.",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="its newest checkpoint, or one iteration folder")
+    parser.add_argument(
+        "--save", type=Path, metavar="DIR", help="folder of the run that goes on; without it nothing is written"
+    )
+    parser.add_argument(
+        "--expert-parallel", type=COUNT, metavar="N", help="ranks that share the experts (default: the run's)"
+    )
+    parser.add_argument(
+        "--routing", type=Path, metavar="FILE", help="loads of the experts (default: RUN/routing.jsonl)"
+    )
+    parser.add_argument(
+        "--records", type=COUNT, default=20, help="newest observations that count (default: %(default)s)"
+    )
     _add_no_verify(parser)
 
 
@@ -499,6 +525,33 @@ def run_upcycle(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def run_place_experts(parsed: argparse.Namespace) -> int:
+    """Print what other places would do for the busiest rank, and write them where --save is given."""
+    from megatron_moellava.checkpoint.description import read_description
+    from megatron_moellava.checkpoint.folders import require_checkpoint
+    from megatron_moellava.conversion.place_experts import ROUTING, find_places, note, place_experts
+
+    checkpoint = require_checkpoint(parsed.checkpoint)
+    run = read_description(checkpoint)
+    placings = find_places(run, parsed.routing or checkpoint.parent / ROUTING, parsed.expert_parallel, parsed.records)
+    for placing in placings:
+        print(
+            f"layer {placing.layer}: busiest of {placing.ranks} ranks {placing.before:.2f} x the mean, "
+            f"{placing.after:.2f} with {placing.moved} experts on other ranks"
+        )
+    before, after = (sum(getattr(placing, name) for placing in placings) for name in ("before", "after"))
+    print(f"the experts' share of a step would take {after / before:.0%} of its time, if routers go on as they did")
+    if parsed.save is None:
+        return 0
+    if not any(placing.moved for placing in placings):
+        print("no place is better than today's; nothing was written")
+        return 0
+    if hint := note(run):
+        print(hint)
+    print(f"wrote {place_experts(checkpoint, parsed.save, placings, verify=not parsed.no_verify)}")
+    return 0
+
+
 def run_inspect(parsed: argparse.Namespace) -> int:
     """Print a table of a checkpoint's tensors."""
     from megatron_moellava.conversion.inspection import inspect
@@ -534,6 +587,7 @@ COMMANDS = {
     "upcycle": run_upcycle,
     "merge": run_merge,
     "average": run_average,
+    "place-experts": run_place_experts,
     "inspect": run_inspect,
     "diff": run_diff,
     "seal": run_seal,

@@ -1,0 +1,236 @@
+"""Experts of a training checkpoint change places, so that expert-parallel ranks are busy alike; the model stays what it was.
+
+With an expert go its weights, its adapters, their optimizer states and averages, its row in the router and its bias. In a
+sharded checkpoint an expert is a piece of its own: it changes its place in `.metadata`, and no byte of it moves. Only the
+routers' tensors, which hold all experts in one piece, are written anew.
+"""
+
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_moellava.checkpoint.description import RunDescription, write_description
+from megatron_moellava.checkpoint.folders import RUN_FILE, complete_iterations, require_checkpoint, write_tracker
+from megatron_moellava.checkpoint.integrity import file_digests, files_below
+from megatron_moellava.checkpoint.safe_pickle import restricted_load
+from megatron_moellava.checkpoint.verification import verify_checkpoint
+from megatron_moellava.config import CheckpointError, ConfigError, ParallelConfig
+from megatron_moellava.conversion.writers import staged
+from megatron_moellava.costs.expert_places import busiest_over_mean, kinds_of_places, level_order
+from megatron_moellava.costs.shapes import LANGUAGE, Model, model_from_json
+
+ROUTING = "routing.jsonl"
+RECORDS = 20  # observations that the loads are taken from, the newest
+REWRITTEN = "__places_0.distcp"
+METADATA = ".metadata"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placing:
+    """What was found for one layer: `order[place]` is the expert of today that the place gets."""
+
+    layer: int
+    loads_E: list[float]
+    order: list[int]
+    ranks: int
+
+    @property
+    def before(self) -> float:
+        """Busiest rank over the mean, as the experts lie."""
+        return busiest_over_mean(self.loads_E, self.ranks)
+
+    @property
+    def after(self) -> float:
+        """The same with the experts in their new places."""
+        return busiest_over_mean([self.loads_E[expert] for expert in self.order], self.ranks)
+
+    @property
+    def moved(self) -> int:
+        """Experts that change their rank."""
+        size = len(self.order) // self.ranks
+        return sum(place // size != expert // size for place, expert in enumerate(self.order))
+
+
+def find_places(
+    run: RunDescription, routing: Path, expert_parallel_size: int | None, records: int = RECORDS
+) -> list[Placing]:
+    """The order of every layer with experts, from the newest `records` lines of a run's `routing.jsonl`.
+
+    Raises ConfigError where there is nothing to place, CheckpointError where the file is not of this model.
+    """
+    if run.adapter is not None:
+        raise CheckpointError(
+            "the checkpoint is an adapter, whose base has the experts: join the two first, moellava convert merge"
+        )
+    if ((run.config or {}).get("training") or {}).get("fp8_recipe") == "delayed":
+        raise CheckpointError(
+            "training.fp8_recipe=delayed keeps histories of every expert by rank, which would stay behind: go on for a step "
+            "with another recipe first, or in bf16"
+        )
+    model = model_from_json(run.model)
+    if model.moe is None:
+        raise ConfigError("the checkpoint has no experts to place")
+    ranks = expert_parallel_size or _parallel(run)
+    if ranks < 2 or model.moe.num_moe_experts % ranks:
+        raise ConfigError(
+            f"--expert-parallel {ranks}: give a number of ranks above 1 that divides the {model.moe.num_moe_experts} experts"
+        )
+    loads = _loads(routing, model, records)
+    kinds = kinds_of_places(model.moe)
+    return [
+        Placing(layer=layer, loads_E=loads_E, order=level_order(loads_E, ranks, kinds), ranks=ranks)
+        for layer, loads_E in sorted(loads.items())
+    ]
+
+
+def _parallel(run: RunDescription) -> int:
+    parallel = (run.config or {}).get("parallel") or {}
+    return parallel.get("expert_model_parallel_size", ParallelConfig().expert_model_parallel_size)
+
+
+def _loads(routing: Path, model: Model, records: int) -> dict[int, list[float]]:
+    """layer (from 0) -> choices of each expert, dropped ones included, summed over the newest records."""
+    if not routing.is_file():
+        raise CheckpointError(
+            f"{routing} does not exist; name the routing.jsonl of the run with --routing (logging.routing_interval writes it)"
+        )
+    lines = routing.read_text().splitlines()[-records:]
+    assert model.moe is not None
+    experts, loads = model.moe.num_moe_experts, {layer: [0.0] * model.moe.num_moe_experts for layer in model.moe_layers}
+    try:
+        for line in lines:
+            for found in json.loads(line)["layers"]:
+                asked = [kept + lost for kept, lost in zip(found["choices"], found["dropped"], strict=True)]
+                loads[found["layer"]] = [
+                    sum(pair) for pair in zip(loads[found["layer"]], map(float, asked), strict=True)
+                ]
+    except (ValueError, KeyError, TypeError) as error:
+        layers = ", ".join(map(str, model.moe_layers))
+        raise CheckpointError(
+            f"{routing} is not of this model, with {experts} experts in layers {layers} ({type(error).__name__}: {error})"
+        ) from None
+    if not lines or not all(map(sum, loads.values())):
+        raise CheckpointError(
+            f"{routing} holds no observation of every layer; train on, or name another with --routing"
+        )
+    return loads
+
+
+def note(run: RunDescription) -> str:
+    """What does not stay the same, in words; empty where all does but for the order of sums."""
+    moe = model_from_json(run.model).moe
+    if moe is not None and moe.router == "original" and moe.moe_router_topk == 2 and moe.second_choice == "sampled":
+        return (
+            "moe.second_choice=sampled: the noise is drawn for places, not for experts, so the second choices of training are "
+            "other ones, as with another seed"
+        )
+    return ""
+
+
+def place_experts(checkpoint: Path, save: Path, placings: Sequence[Placing], *, verify: bool = True) -> Path:
+    """Write the newest checkpoint of a run, with optimizer states and all, as the newest of the folder `save`; return it.
+
+    Data files are hard links where the file system has them. A run with `--save SAVE` goes on from there.
+    """
+    source = require_checkpoint(checkpoint)
+    run = verify_checkpoint(source, verify=verify)
+    if complete_iterations(save):
+        raise CheckpointError(f"{save} holds a run already; choose another --save")
+    folder = Path(save) / source.name
+    orders = {placing.layer: placing.order for placing in placings}
+    with staged(folder) as staging:
+        for name in files_below(source):
+            if name not in (RUN_FILE, METADATA):
+                _take_over(source / name, staging / name)
+        _exchange(source, staging, orders)
+        changed = [METADATA, *([REWRITTEN] if (staging / REWRITTEN).exists() else [])]
+        kept = {name: digest for name, digest in run.sha256.items() if name not in changed}
+        digests = kept | file_digests(staging, changed if kept else files_below(staging))
+        placed = {str(layer): order for layer, order in orders.items()}
+        provenance = run.provenance | {"expert_places": [*run.provenance.get("expert_places", []), placed]}
+        write_description(staging, replace(run, sha256=digests, provenance=provenance))
+    write_tracker(Path(save), run.iteration)
+    return folder
+
+
+def _take_over(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def _exchange(source: Path, staging: Path, orders: dict[int, list[int]]) -> None:
+    """Write `.metadata` with the pieces of experts exchanged, and the tensors that hold all experts in one piece anew."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    with (source / METADATA).open("rb") as file:
+        metadata = restricted_load(file)
+    storage, whole = dict(metadata.storage_data), {}
+    for key, entry in metadata.state_dict_metadata.items():
+        order = _order_of(key, orders)
+        if order is None:
+            continue
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointError(
+                f"{key} is of an expert and no tensor, it would stay behind; it is of another version or another program"
+            )
+        if entry.size[0] != len(order):
+            raise CheckpointError(f"{key} has {entry.size[0]} rows and not one for each of {len(order)} experts")
+        if all(chunk.sizes[0] == 1 for chunk in entry.chunks):
+            storage |= _moved(key, order, metadata.storage_data)
+        else:
+            whole[key] = order
+    if whole:
+        storage |= _rewritten(source, staging, whole, metadata)
+    with (staging / METADATA).open("wb") as file:
+        pickle.dump(replace(metadata, storage_data=storage), file)
+
+
+def _order_of(key: str, orders: dict[int, list[int]]) -> list[int] | None:
+    """The order of the layer whose experts or router a stored tensor belongs to; None: neither."""
+    _, found, inner = key.partition(f"{LANGUAGE}decoder.layers.")
+    layer, _, part = inner.partition(".")
+    if not found or not part.startswith(("mlp.experts.", "mlp.router.")):
+        return None
+    return orders.get(int(layer))
+
+
+def _moved(key: str, order: list[int], storage: dict) -> dict:
+    """Index of a piece -> where the piece lies that comes there."""
+    pieces = {tuple(index.offset): (index, place) for index, place in storage.items() if index.fqn == key}
+    return {index: pieces[(order[offset[0]], *offset[1:])][1] for offset, (index, _) in pieces.items()}
+
+
+def _rewritten(source: Path, staging: Path, whole: dict[str, list[int]], metadata) -> dict:
+    """Write the tensors of `whole` with their rows in the new order; index of a piece -> where it lies."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    from megatron_moellava.checkpoint.safe_pickle import guard
+
+    guard()
+    entries = {key: metadata.state_dict_metadata[key] for key in whole}
+    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
+    dcp.load(tensors, checkpoint_id=source, no_dist=True)
+    storage = {}
+    indices = {(index.fqn, tuple(index.offset)): index for index in metadata.storage_data if index.fqn in whole}
+    with (staging / REWRITTEN).open("wb") as file:
+        for key, entry in entries.items():
+            ordered = tensors[key][torch.tensor(whole[key])]
+            for chunk in entry.chunks:
+                region = tuple(
+                    slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
+                )
+                start, content = file.tell(), io.BytesIO()
+                torch.save(ordered[region].clone(), content)
+                file.write(content.getbuffer())
+                storage[indices[key, tuple(chunk.offsets)]] = _StorageInfo(REWRITTEN, start, file.tell() - start)
+    return storage
