@@ -25,34 +25,31 @@ from tests.helpers.served_models import (
 )
 
 PYTHON = REPO / ".vllm-venv/bin/python"
-# Of vLLM's own classes; "transformers": the class of transformers with vLLM's attention, for text models that vLLM has not.
-STOCK = {
-    **dict.fromkeys(
-        (
-            "Llama",
-            "Vicuna (legacy: false), SigLIP",
-            "Mistral, square pictures",
-            "StableLM-2",
-            "Qwen v1",
-            "Qwen2",
-            "Llama, experts",
-            "Mistral, experts",
-            "Qwen2, experts",
-            "Qwen3, experts",
-            "Mixtral",
-            "Qwen2-MoE",
-            "Qwen3-MoE",
-            "OLMoE",
-        ),
-        {},
-    ),
-    "Phi-2": {"model_impl": "transformers"},
-}
+# Of vLLM's own classes.
+STOCK = (
+    "Llama",
+    "Vicuna (legacy: false), SigLIP",
+    "Mistral, square pictures",
+    "StableLM-2",
+    "Qwen v1",
+    "Qwen2",
+    "Llama, experts",
+    "Mistral, experts",
+    "Qwen2, experts",
+    "Qwen3, experts",
+    "Mixtral",
+    "Qwen2-MoE",
+    "Qwen3-MoE",
+    "OLMoE",
+)
+# Of the class of transformers with vLLM's attention: text models that vLLM has none of.
+THROUGH_TRANSFORMERS, OPTIONS = ("Phi-2",), {"model_impl": "transformers"}
 # Of the modelling file, by this package's plugin.
-PLUGIN = {name: {} for name in (*CASES, "DeepSeekMoE") if name not in STOCK}
+PLUGIN = tuple(name for name in (*CASES, "DeepSeekMoE") if name not in STOCK + THROUGH_TRANSFORMERS)
+SERVED = STOCK + THROUGH_TRANSFORMERS + PLUGIN
 LANGUAGE = ("Llama", "StableLM-2", "Phi-2", "Mixtral", "Qwen3-MoE")  # alone, as text models
 UNSCALED = "MiniCPM, words not scaled beside pictures"
-ASKED = [(name, kind) for name in STOCK | PLUGIN for kind in ("picture", "text")]
+ASKED = [(name, kind) for name in SERVED for kind in ("picture", "text")]
 LOGPROBS = 1e-5  # other kernels in fp32; of log-probabilities between -1 and -6
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="make test-vllm makes the environment")
 
@@ -62,18 +59,18 @@ def asked(tmp_path_factory) -> dict:
     """{name: (what this program says with and without a picture, what vLLM says, image token)}"""
     place = tmp_path_factory.mktemp("vllm")
     ours, models, images = {}, {}, {}
-    for number, (name, options) in enumerate((STOCK | PLUGIN).items()):
+    for number, name in enumerate(SERVED):
         folder, case = place / str(number), (CASES | NATIVE)[name]
         folder.mkdir()
         checkpoint_of(case, folder)
         export = export_of(case, folder)
         ours[name] = {"picture": expected(folder), "text": expected(folder, None)}
-        shared = {"known": ours[name]["text"].known, "options": options}
-        models[name] = {"folder": str(export), "kinds": ["picture", "text"], **shared}
+        known, options = ours[name]["text"].known, OPTIONS if name in THROUGH_TRANSFORMERS else {}
+        models[name] = {"folder": str(export), "known": known, "kinds": ["picture", "text"], "options": options}
         images[name] = json.loads((export / "config.json").read_text())["image_token_id"]
         if name in LANGUAGE:
             alone = str(export_of(case, folder, "language-model"))
-            models[_alone(name)] = {"folder": alone, "kinds": ["text"], **shared, "options": {}}
+            models[_alone(name)] = {"folder": alone, "known": known, "kinds": ["text"], "options": {}}
     models[UNSCALED] = models["MiniCPM"] | {"folder": str(unscaled(Path(models["MiniCPM"]["folder"])))}
     theirs = ask(place, {"picture": str(PICTURE), "question": QUESTION, "new_tokens": NEW_TOKENS, "models": models})
     return {name: (ours.get(name), answer, images.get(name)) for name, answer in theirs.items()}
