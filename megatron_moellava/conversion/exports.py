@@ -15,6 +15,7 @@ from megatron_moellava.checkpoint.description import trained_with
 from megatron_moellava.checkpoint.sums import verify_sums, write_sums
 from megatron_moellava.config import CheckpointError, ConfigError
 from megatron_moellava.conversion import for_generation, huggingface, original
+from megatron_moellava.conversion.asked_as import asked_as
 from megatron_moellava.conversion.chat_template import chat_template
 from megatron_moellava.conversion.gguf_export import check_gguf, gguf_notes, write_gguf
 from megatron_moellava.conversion.imports import TOWER_FILE, is_unused, tower_file
@@ -335,6 +336,8 @@ def _plan_llava(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -
 def _plan_language_model(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -> Export:
     model = Model(backbone=source.model.backbone, moe=source.model.moe)
     config = hf_config_of(model.backbone)
+    if said := asked_as(model, trained_with(source.run), {}):
+        config["trained_with"] = {"data": said}
     files, notes = _to_chat(source, served_tokenizer(tokenizer, with_image=False), tokenizer) if tokenizer else ({}, [])
     recipes, tensors = _weights(source, model, LANGUAGE_MODEL, dtype), dict(source.tensors)
     for name in set(model.backbone.hf.drops) - {recipe.name for recipe in recipes}:  # transformers' Phi insists on it

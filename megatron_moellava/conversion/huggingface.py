@@ -233,7 +233,7 @@ def own_config(model: Model, scales: bool) -> dict:
         "model_type": OWN_TYPE,
         "auto_map": {
             "AutoConfig": "modeling_moe_llava.MoELlavaConfig",
-            "AutoModel": "modeling_moe_llava.MoELlavaForConditionalGeneration",
+            "AutoModel": "modeling_moe_llava.MoELlavaModel",
             "AutoModelForImageTextToText": "modeling_moe_llava.MoELlavaForConditionalGeneration",
         },
         "moe_layers": list(model.moe_layers),

@@ -175,6 +175,9 @@ def _training_of(job: Import, projector: Path | None, config: dict) -> tuple[boo
         return job.layout is ORIGINAL, original.said_of(config)
     beside = Path(projector).parent / "config.json"
     said = original.said_of(read_json(beside)) if beside.exists() else {}
+    if job.layout is LANGUAGE_MODEL:  # the projector says how pictures were shown, the language model how it was asked
+        for section, fields in original.said_of(config).items():
+            said[section] = said.get(section, {}) | fields
     return detect(open_huggingface(Path(projector))) is ORIGINAL, said
 
 

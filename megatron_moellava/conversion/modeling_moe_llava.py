@@ -9,7 +9,7 @@ import copy
 
 import torch
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 
 
 class MoELlavaConfig(LlavaConfig):
@@ -73,7 +73,7 @@ class Mixture(nn.Module):
         hidden_TD = hidden_BSD.flatten(0, -2)
         logits_TE = self.gate(hidden_TD)
         if self.owners:
-            logits_TE = self.by_modality(logits_TE)
+            logits_TE = self.by_modality(logits_TE, self.image_tokens_T1(len(logits_TE)))
         if not self.has_expert_bias:
             weights_TK, chosen_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
         else:
@@ -84,11 +84,7 @@ class Mixture(nn.Module):
         if self.normalizes:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         weights_TK = weights_TK * self.scale
-        output_TD = torch.zeros_like(hidden_TD)
-        for number, expert in enumerate(self.experts):
-            tokens, slots = (chosen_TK == number).nonzero(as_tuple=True)
-            weighted = expert(hidden_TD[tokens]) * weights_TK[tokens, slots, None].to(hidden_TD.dtype)
-            output_TD.index_add_(0, tokens, weighted)
+        output_TD = self.of_experts(hidden_TD, weights_TK, chosen_TK)
         if self.shared_expert is not None:
             output_TD = output_TD + self.shared_expert(hidden_TD)
         if self.mlp is not None:
@@ -96,9 +92,22 @@ class Mixture(nn.Module):
             output_TD = output_TD * mix_T2[:, :1] + self.mlp(hidden_TD) * mix_T2[:, 1:]
         return output_TD.view_as(hidden_BSD)
 
-    def by_modality(self, logits_TE):
+    def of_experts(self, hidden_TD, weights_TK, chosen_TK):
+        """Sum of the chosen experts' outputs, times their weights."""
+        output_TD = torch.zeros_like(hidden_TD)
+        for number, expert in enumerate(self.experts):
+            tokens, slots = (chosen_TK == number).nonzero(as_tuple=True)
+            weighted = expert(hidden_TD[tokens]) * weights_TK[tokens, slots, None].to(hidden_TD.dtype)
+            output_TD.index_add_(0, tokens, weighted)
+        return output_TD
+
+    def image_tokens_T1(self, count):
+        """Which of the pass's `count` tokens are of an image."""
+        return self.is_image_BS.reshape(count, 1)
+
+    def by_modality(self, logits_TE, is_image_T1):
         """Logits of the other modality's experts: -inf, or lower by the penalty."""
-        is_image_T1 = self.is_image_BS.reshape(-1, 1).to(logits_TE.device)
+        is_image_T1 = is_image_T1.to(logits_TE.device)
         of_image_E, of_text_E = (
             torch.tensor([owner == name for owner in self.owners], device=logits_TE.device)
             for name in ("image", "text")
@@ -136,6 +145,29 @@ class ScaledHead(nn.Linear):
         return super().forward(hidden / self.divisor)
 
 
+def equip(model: LlavaModel, config: MoELlavaConfig) -> None:
+    """Put `Mixture` in place of the MLPs that `config.moe_layers` names, and the scaling of word embeddings in."""
+    text, decoder = config.text_config, model.language_model
+    for number in config.moe_layers or ():
+        kind = type(decoder.layers[number].mlp)
+        decoder.layers[number].mlp = Mixture(config, lambda size=0, kind=kind: kind(sized(text, size)))
+    if config.embedding_multiplier != 1.0:
+        decoder.embedding_multiplier = 1.0  # Granite's own would scale visual tokens too
+        decoder.embed_tokens = ScaledEmbedding(text.vocab_size, text.hidden_size, decoder.embed_tokens.padding_idx)
+        decoder.embed_tokens.multiplier = config.embedding_multiplier
+
+
+class MoELlavaModel(LlavaModel):
+    """Tower, projector and decoder, without the output layer: what other tools build upon."""
+
+    config_class = MoELlavaConfig
+
+    def __init__(self, config: MoELlavaConfig) -> None:
+        super().__init__(config)
+        equip(self, config)
+        self.post_init()
+
+
 class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """LLaVA with `Mixture` in place of the MLPs that `config.moe_layers` names."""
 
@@ -144,15 +176,7 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, config: MoELlavaConfig) -> None:
         super().__init__(config)
         text = config.text_config
-        layers = self.model.language_model.layers
-        for number in config.moe_layers or ():
-            kind = type(layers[number].mlp)
-            layers[number].mlp = Mixture(config, lambda size=0, kind=kind: kind(sized(text, size)))
-        if config.embedding_multiplier != 1.0:
-            decoder = self.model.language_model
-            decoder.embedding_multiplier = 1.0  # Granite's own would scale visual tokens too
-            decoder.embed_tokens = ScaledEmbedding(text.vocab_size, text.hidden_size, decoder.embed_tokens.padding_idx)
-            decoder.embed_tokens.multiplier = config.embedding_multiplier
+        equip(self.model, config)
         self.lm_head = ScaledHead(text.hidden_size, text.vocab_size, bias=config.output_layer_bias)
         self.lm_head.divisor = config.logits_divisor
         self.post_init()

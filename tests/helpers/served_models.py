@@ -96,6 +96,14 @@ CASES = {
         moe=MoEConfig(expert_groups=ExpertGroups(image=2, text=2, penalty=1.0, order="dealt")),
     ),
 }
+# Families whose own models have experts: in a language model alone, too.
+NATIVE = {
+    "Mixtral": replace(LLAMA, backbone="mixtral-tiny", template="mistral"),
+    "OLMoE": replace(LLAMA, backbone="olmoe-tiny"),
+    "DeepSeekMoE": replace(LLAMA, backbone="deepseek-moe-tiny"),
+    "Qwen2-MoE": Case(backbone="qwen2-moe-tiny", tokenizer=_bytes("Qwen2Tokenizer_plain"), template="chatml"),
+    "Qwen3-MoE": Case(backbone="qwen3-moe-tiny", tokenizer=_bytes("Qwen2Tokenizer_plain"), template="chatml"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -67,6 +67,19 @@ def test_transformers_gives_our_answer_from_the_folder_alone(tmp_path, name):
     assert answer[0, len(prompt) :].tolist() == ours.tokens
 
 
+def test_the_modelling_file_has_the_model_without_its_output_layer(tmp_path):
+    """`AutoModel`, upon which other tools build: hidden states, which the output layer makes the same logits of."""
+    case = CASES["Llama, residual experts"]
+    checkpoint_of(case, tmp_path)
+    folder, row = export_of(case, tmp_path), torch.arange(3, 12)[None]
+    kinds = (transformers.AutoModel, transformers.AutoModelForImageTextToText)
+    base, whole = (kind.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32) for kind in kinds)
+    assert not hasattr(base, "lm_head")
+    with torch.no_grad():
+        logits = whole.lm_head(base(input_ids=row).last_hidden_state)
+        assert torch.equal(logits, whole(input_ids=row).logits)
+
+
 @pytest.mark.parametrize("name", ["Llama", "Llama, residual experts"])
 def test_the_code_of_the_model_card_runs(tmp_path, capsys, name):
     checkpoint_of(CASES[name], tmp_path)

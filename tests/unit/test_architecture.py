@@ -45,6 +45,7 @@ SHARED_TESTS = {
         "they compare models with recordings, and a wrong number has to be seen",
         [f"verify/{name}" for name in ("conversations", "curves", "dense", "moe", "session", "static")],
     ),
+    "tests/vllm/test_vllm.py": ("vLLM is in an environment of its own", ["serving/vllm_plugin", "serving/vllm_model"]),
     "tests/lmms/test_plugin.py": (
         "lmms-eval is in an environment of its own",
         ["evaluation/lmms_eval", "evaluation/lmms_eval_model"],

@@ -21,7 +21,7 @@ os.environ |= {
 
 
 def main(questions: str, answers: str) -> None:
-    """QUESTIONS: {picture, question, new_tokens, models: {name: {folder, known}}}."""
+    """QUESTIONS: {picture, question, new_tokens, models: {name: arguments of `ask`}}."""
     asked = json.loads(Path(questions).read_text())
     found = {}
     for name, model in asked["models"].items():
@@ -32,13 +32,25 @@ def main(questions: str, answers: str) -> None:
         Path(answers).write_text(json.dumps(found))
 
 
-def ask(asked: dict, folder: str, known: int) -> dict:
-    """{"picture", "text"}: ids of the prompt and the answer, and the answer's log-probabilities. `known`: ids it may say."""
+def ask(asked: dict, folder: str, known: int, kinds: list[str], options: dict) -> dict:
+    """{kind: ids of the prompt and the answer, and the answer's log-probabilities}, all kinds in one batch.
+
+    `known`: ids it may say; `options`: of LLM.
+    """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = LLM(
-        model=folder, dtype="float32", max_model_len=512, max_num_seqs=2, enforce_eager=True, disable_log_stats=True
+        model=folder,
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=2,
+        max_num_batched_tokens=512,
+        num_gpu_blocks_override=64,
+        enforce_eager=True,
+        disable_log_stats=True,
+        mm_processor_kwargs={"backend": "pil"},
+        **options,
     )
     sampling = SamplingParams(
         temperature=0.0, max_tokens=asked["new_tokens"], logprobs=0, allowed_token_ids=list(range(known))
@@ -46,13 +58,13 @@ def ask(asked: dict, folder: str, known: int) -> dict:
     data = base64.b64encode(Path(asked["picture"]).read_bytes()).decode()
     text = {"type": "text", "text": asked["question"]}
     picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
-    chats = {"picture": [picture, text], "text": asked["question"]}
+    contents = {"picture": [picture, text], "text": asked["question"]}
+    outputs = llm.chat([[{"role": "user", "content": contents[kind]}] for kind in kinds], sampling, use_tqdm=False)
     found = {}
-    for name, content in chats.items():
-        (output,) = llm.chat([{"role": "user", "content": content}], sampling, use_tqdm=False)
+    for kind, output in zip(kinds, outputs, strict=True):
         answer = output.outputs[0]
         logprobs = [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
-        found[name] = {"prompt": list(output.prompt_token_ids), "tokens": list(answer.token_ids), "logprobs": logprobs}
+        found[kind] = {"prompt": list(output.prompt_token_ids), "tokens": list(answer.token_ids), "logprobs": logprobs}
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()

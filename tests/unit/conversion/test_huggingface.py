@@ -69,6 +69,7 @@ def test_a_model_that_needs_code_says_which(tmp_path):
     config = export_config(as_transformers(model("phi-2-tiny", MoEConfig())), vocab_size=512, image_token=7, trained={})
     assert config["model_type"] == "moe_llava" and config["moe_layers"] == [0, 2]
     assert config["auto_map"]["AutoConfig"].startswith("modeling_moe_llava.")
+    assert config["auto_map"]["AutoModel"] == "modeling_moe_llava.MoELlavaModel"
 
 
 def test_experts_on_llama_become_qwen2_moe_with_biases_of_zero():
