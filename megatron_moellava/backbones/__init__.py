@@ -5,6 +5,8 @@ from pathlib import Path
 
 from megatron_moellava.backbones import (
     deepseek_moe,
+    deepseek_v2,
+    deepseek_v3,
     dots1,
     llama,
     minicpm,
@@ -19,7 +21,7 @@ from megatron_moellava.backbones import (
     qwen3_moe,
     stablelm2,
 )
-from megatron_moellava.backbones.backbone import Backbone, HuggingFace, RopeScaling
+from megatron_moellava.backbones.backbone import Backbone, HuggingFace, LatentAttention, RopeScaling, YarnScaling
 from megatron_moellava.backbones.from_config import (
     backbone_fields,
     backbone_from_fields,
@@ -34,7 +36,9 @@ __all__ = [
     "FAMILIES",
     "Backbone",
     "HuggingFace",
+    "LatentAttention",
     "RopeScaling",
+    "YarnScaling",
     "backbone_fields",
     "backbone_from_fields",
     "backbone_from_hf_config",
@@ -57,6 +61,8 @@ FAMILIES = (
     qwen3_moe,
     olmoe,
     deepseek_moe,
+    deepseek_v2,
+    deepseek_v3,
     dots1,
 )
 BACKBONES: dict[str, Backbone] = {size.name: size for family in FAMILIES for size in family.SIZES}

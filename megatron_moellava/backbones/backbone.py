@@ -5,6 +5,7 @@ which keys must have which value because this program (or Megatron-Core) support
 written for export (`from_config.py`).
 """
 
+import math
 from collections.abc import Callable
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field
@@ -21,6 +22,44 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class YarnScaling:
+    """YaRN's frequency scaling (arXiv 2309.00071), with DeepSeek's two weights of the growth of the attention's logits."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    @property
+    def attention_factor(self) -> float:
+        """What rotated queries and keys are multiplied by."""
+        return self._growth(self.mscale) / self._growth(self.mscale_all_dim)
+
+    def _growth(self, weight: float) -> float:
+        return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentAttention:
+    """Multi-latent attention (MLA, arXiv 2405.04434): the keys and values of all heads come from one narrow latent of a token.
+
+    A head's `kv_channels` are then those of its queries and keys: `qk_head_dim` that positions leave alone, and
+    `qk_pos_emb_head_dim` that they rotate, which keys have once for all heads.
+    """
+
+    q_lora_rank: int | None  # width of the queries' own latent; None: queries come from the hidden states
+    kv_lora_rank: int
+    qk_head_dim: int
+    qk_pos_emb_head_dim: int
+    v_head_dim: int
+    layernorm_epsilon: float = (
+        1e-6  # of the latents' norms; the published code has it so, whatever the other norms have
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +172,8 @@ class Backbone:
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0  # share of a head's channels that is rotated
     rope_scaling: RopeScaling | None = None
+    yarn: YarnScaling | None = None
+    multi_latent_attention: LatentAttention | None = None
     share_embeddings_and_output_weights: bool = False
     sliding_window: int | None = None  # full attention is exact for samples up to this length; longer ones are an error
     # Quirks that Megatron-Core lacks; read in model/layers.py only.
@@ -152,6 +193,17 @@ class Backbone:
     def context_length(self) -> int:
         """Tokens of the longest sample it can take: its positions, and no more than a sliding window sees."""
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head of which `rotary_percent` are rotated."""
+        latent = self.multi_latent_attention
+        return latent.qk_pos_emb_head_dim if latent else self.kv_channels
+
+    @property
+    def value_channels(self) -> int:
+        """Channels of a head of the values."""
+        return self.multi_latent_attention.v_head_dim if self.multi_latent_attention else self.kv_channels
 
     @property
     def heads(self) -> Heads:

@@ -8,7 +8,7 @@ wrong.
 import dataclasses
 from dataclasses import replace
 
-from megatron_moellava.backbones.backbone import Backbone, HuggingFace, RopeScaling
+from megatron_moellava.backbones.backbone import Backbone, HuggingFace, LatentAttention, RopeScaling, YarnScaling
 from megatron_moellava.backbones.experts import hf_experts_of, read_experts
 from megatron_moellava.config import ConfigError, MoEConfig, from_dict
 from megatron_moellava.hf_config import INERT, MULTIMODAL, wrong_numbers
@@ -132,7 +132,17 @@ def hf_config_of(backbone: Backbone) -> dict:
     return config | hf.write(backbone) | hf_experts_of(backbone)
 
 
-LATER = ("moe", "qk_layernorm_spans_heads")  # fields that dense families do without
+LATER = {  # fields that most families do without, with what that means
+    "moe": None,
+    "qk_layernorm_spans_heads": False,
+    "yarn": None,
+    "multi_latent_attention": None,
+}
+PARTS = {  # fields that are records themselves
+    "rope_scaling": RopeScaling,
+    "yarn": YarnScaling,
+    "multi_latent_attention": LatentAttention,
+}
 
 
 def backbone_fields(backbone: Backbone) -> dict:
@@ -145,10 +155,9 @@ def backbone_fields(backbone: Backbone) -> dict:
     for later in LATER:  # earlier versions read the models of all families that they know
         if not fields[later]:
             del fields[later]
-    if backbone.moe:
-        fields["moe"] = dataclasses.asdict(backbone.moe)
-    if backbone.rope_scaling:
-        fields["rope_scaling"] = dataclasses.asdict(backbone.rope_scaling)
+    for name in ("moe", *PARTS):
+        if fields.get(name):
+            fields[name] = dataclasses.asdict(fields[name])
     return {"family": backbone.hf.family, **fields}
 
 
@@ -159,9 +168,10 @@ def backbone_from_fields(fields: dict, families) -> Backbone:
     family = next((family for family in families if family.SIZES[0].hf.family == name), None)
     if family is None:
         raise ConfigError(f"family={name!r} is not known to this version; upgrade megatron-moellava")
-    if values.get("rope_scaling"):
-        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-    values = dict.fromkeys(LATER) | {"qk_layernorm_spans_heads": False} | values
+    for part, kind in PARTS.items():
+        if values.get(part):
+            values[part] = kind(**values[part])
+    values = LATER | values
     if values["moe"]:
         values["moe"] = from_dict(MoEConfig, values["moe"])
     return replace(family.SIZES[0], **values)

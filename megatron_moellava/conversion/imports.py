@@ -153,6 +153,7 @@ def _plan(
     riding = [replace(recipe, dtype=dtype or recipe.dtype) for recipe in _riding(job, model, layout)]
     recipes = import_recipes(lines, job.tensors, dtype) + riding
     _drop_inert(job, model, layout)
+    _drop_layers_ahead(job, model, layout, config)
     check(
         recipes,
         job.tensors,
@@ -315,6 +316,14 @@ def _drop_inert(job: Import, model: Model, layout: Layout) -> None:
                 f"{head} differs from {embedding}, but tie_word_embeddings is true; set it to false in config.json"
             )
         job.drop([head], "tied to the embeddings")
+
+
+def _drop_layers_ahead(job: Import, model: Model, layout: Layout, config: dict) -> None:
+    """Layers that the config counts behind the last (`num_nextn_predict_layers`): transformers leaves them out as well."""
+    first, text = model.backbone.num_layers, config.get("text_config") or config
+    numbers = range(first, first + int(text.get("num_nextn_predict_layers") or 0))
+    prefixes = tuple(f"{layout.language}{model.backbone.hf.prefix}layers.{number}." for number in numbers)
+    job.drop((name for name in job.tensors if name.startswith(prefixes)), "they predict further tokens ahead (MTP)")
 
 
 def _drop_empty_shared_experts(job: Import) -> None:

@@ -13,7 +13,22 @@ from megatron_moellava.mapping import Heads
 from megatron_moellava.stages import ADAPTERS, TARGETS, USUAL_TARGETS
 
 PREFIX = f"{ADAPTERS}."  # of the tensors in a checkpoint: adapters.{name of the matrix}.a
-MATRICES = tuple(f"{name}.weight" for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "router"))
+MATRICES = tuple(
+    f"{name}.weight"
+    for name in (
+        "linear_qkv",
+        "linear_proj",
+        "linear_fc1",
+        "linear_fc2",
+        "router",
+        # of multi-latent attention
+        "linear_q_proj",
+        "linear_q_down_proj",
+        "linear_q_up_proj",
+        "linear_kv_down_proj",
+        "linear_kv_up_proj",
+    )
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

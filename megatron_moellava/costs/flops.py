@@ -6,6 +6,7 @@ Only matrix products and attention; everything element-wise is priced by the byt
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_moellava.costs.shapes import latent_matrices
 from megatron_moellava.costs.sharding import Sharding, routed_tokens
 from megatron_moellava.stages import adapted_roles
 
@@ -50,6 +51,7 @@ class Attention:
     rows: float
     length: float
     width: float  # heads x channels of this rank
+    value_width: float | None = None  # that of the values; None: the same. Kernels fill narrower ones up
     causal: bool = True
     with_backward: bool = True
     part: str = "core attention"
@@ -76,21 +78,41 @@ def linear(part: str, rows: float, inner: float, columns: float, trained: bool) 
 def layer_work(sharding: Sharding, is_moe: bool, tokens: float, length: float) -> Iterator[Work]:
     """One decoder layer over `tokens`; attention reaches back over samples of `length`."""
     backbone, tp, trains = sharding.backbone, sharding.tp, sharding.trains
-    width, query = backbone.hidden_size, backbone.num_attention_heads * backbone.kv_channels
-    qkv = query + 2 * backbone.num_query_groups * backbone.kv_channels
-    attention = "language.attention" in trains
-    split = tokens / sharding.sp
-    yield linear("attention", tokens, width, qkv / tp, attention)
-    yield Attention(rows=tokens, length=length, width=query / tp)
-    yield linear("attention", tokens, query / tp, width, attention)
-    yield from adapter_work(sharding, "attention", "language.attention", (split, width, 3), (tokens, qkv / tp))
-    yield from adapter_work(sharding, "attention", "language.attention", (tokens, query / tp, 1), (split, width))
+    split, latent = tokens / sharding.sp, backbone.multi_latent_attention is not None
+    yield from (latent_attention_work if latent else attention_work)(sharding, tokens, length)
     if not is_moe or sharding.moe.use_residual:
         inner = backbone.ffn_hidden_size / tp
         yield from mlp_work(sharding, "ffn", tokens, inner, "language.ffn" in trains)
         yield from mlp_adapter_work(sharding, "ffn", "language.ffn", (tokens, split), inner)
     if is_moe:
         yield from moe_work(sharding, tokens)
+
+
+def attention_work(sharding: Sharding, tokens: float, length: float) -> Iterator[Work]:
+    """Queries, keys and values by one matrix, scores, and the projection of what they sum up."""
+    backbone, tp = sharding.backbone, sharding.tp
+    width, query = backbone.hidden_size, backbone.num_attention_heads * backbone.kv_channels
+    qkv = query + 2 * backbone.num_query_groups * backbone.kv_channels
+    attention = "language.attention" in sharding.trains
+    split = tokens / sharding.sp
+    yield linear("attention", tokens, width, qkv / tp, attention)
+    yield Attention(rows=tokens, length=length, width=query / tp)
+    yield linear("attention", tokens, query / tp, width, attention)
+    yield from adapter_work(sharding, "attention", "language.attention", (split, width, 3), (tokens, qkv / tp))
+    yield from adapter_work(sharding, "attention", "language.attention", (tokens, query / tp, 1), (split, width))
+
+
+def latent_attention_work(sharding: Sharding, tokens: float, length: float) -> Iterator[Work]:
+    """The same of multi-latent attention: a matrix each for queries (or two) and for the latent and what comes of it."""
+    backbone, tp = sharding.backbone, sharding.tp
+    query, value = (backbone.num_attention_heads * size for size in (backbone.kv_channels, backbone.value_channels))
+    attention, split, width = "language.attention" in sharding.trains, tokens / sharding.sp, backbone.hidden_size
+    for rows, columns in latent_matrices(backbone).values():
+        yield linear("attention", tokens, columns, rows / tp, attention)
+        yield from adapter_work(sharding, "attention", "language.attention", (split, columns, 1), (tokens, rows / tp))
+    yield Attention(rows=tokens, length=length, width=query / tp, value_width=value / tp)
+    yield linear("attention", tokens, value / tp, width, attention)
+    yield from adapter_work(sharding, "attention", "language.attention", (tokens, value / tp, 1), (split, width))
 
 
 def moe_work(sharding: Sharding, tokens: float) -> Iterator[Work]:
@@ -214,4 +236,5 @@ def useful_flops(work: Work, causal: float = CAUSAL) -> float:
     """Forward and backward, without what is computed twice: a flash kernel's backward pass makes the scores again."""
     if isinstance(work, Product):
         return work.forward + work.backward
-    return forward_flops(work, causal) * (3 if work.with_backward else 1)
+    filled = 1.0 if work.value_width is None else (work.width + work.value_width) / (2 * work.width)
+    return forward_flops(work, causal) * (3 if work.with_backward else 1) * filled

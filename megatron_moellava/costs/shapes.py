@@ -157,6 +157,8 @@ def _norm_of(size: int, role: str, bias: bool) -> Tensors:
 
 def _attention(backbone: Backbone) -> Tensors:
     """One layer's attention and norms."""
+    if backbone.multi_latent_attention is not None:
+        return _latent_attention(backbone)
     heads, head, role = backbone.heads, backbone.kv_channels, "language.attention"
     query, hidden = heads.num_attention_heads * head, backbone.hidden_size
     qkv = query + 2 * heads.num_query_groups * head
@@ -173,6 +175,36 @@ def _attention(backbone: Backbone) -> Tensors:
     if not backbone.parallel_residual:
         tensors |= _prefixed("pre_mlp_layernorm.", _norm(backbone))
     return tensors
+
+
+def latent_matrices(backbone: Backbone) -> dict[str, Shape]:
+    """[outputs, inputs] of the matrices before the scores of multi-latent attention, in the order of the computation."""
+    latent, heads, hidden = backbone.multi_latent_attention, backbone.num_attention_heads, backbone.hidden_size
+    assert latent is not None
+    query = heads * backbone.kv_channels
+    of_queries: dict[str, Shape] = {"linear_q_proj": (query, hidden)}
+    if latent.q_lora_rank:
+        rank = latent.q_lora_rank
+        of_queries = {"linear_q_down_proj": (rank, hidden), "linear_q_up_proj": (query, rank)}
+    return of_queries | {
+        "linear_kv_down_proj": (latent.kv_lora_rank + latent.qk_pos_emb_head_dim, hidden),
+        "linear_kv_up_proj": (heads * (latent.qk_head_dim + latent.v_head_dim), latent.kv_lora_rank),
+    }
+
+
+def _latent_attention(backbone: Backbone) -> Tensors:
+    """One layer's attention and norms; every matrix but the last is divided by its outputs."""
+    latent, role, prefix = backbone.multi_latent_attention, "language.attention", "self_attention."
+    assert latent is not None
+    value, hidden = backbone.num_attention_heads * latent.v_head_dim, backbone.hidden_size
+    tensors = _prefixed("input_layernorm.", _norm(backbone))
+    for name, (rows, columns) in latent_matrices(backbone).items():
+        tensors |= _prefixed(f"{prefix}{name}.", _linear(rows, columns, False, role, split=0))
+    for name, size in (("q", latent.q_lora_rank), ("kv", latent.kv_lora_rank)):
+        if size:
+            tensors |= _prefixed(f"{prefix}{name}_layernorm.", _norm_of(size, role, bias=False))
+    tensors |= _prefixed(f"{prefix}linear_proj.", _linear(hidden, value, False, role, split=1))
+    return tensors | _prefixed("pre_mlp_layernorm.", _norm(backbone))
 
 
 def _mlp(backbone: Backbone, inner: int, role: str) -> Tensors:

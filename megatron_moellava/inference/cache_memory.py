@@ -34,8 +34,7 @@ class CacheMemory:
             raise ConfigError(f"--memory-limit={gib:g} must be more than 0 GiB")
         config = model.config
         layers = math.ceil(config.num_layers / config.pipeline_model_parallel_size)
-        groups = math.ceil(config.num_query_groups / config.tensor_model_parallel_size)
-        each = 2 * layers * groups * config.kv_channels * config.params_dtype.itemsize
+        each = layers * _channels(model) * config.params_dtype.itemsize
         return cls(each, math.inf if gib is None else gib * GIB) if not platform.HAS_CUDA or gib else cls(each, _free())
 
     def size(self, rows: int, positions: int) -> int:
@@ -53,6 +52,14 @@ class CacheMemory:
                 f"{rows} row(s) of {positions} tokens need {self.size(rows, positions) / GIB:.2f} GiB for keys and values, and "
                 f"the limit is {self.limit / GIB:.2f} GiB; ask for fewer tokens or beams, or raise --memory-limit"
             )
+
+
+def _channels(model: MoELlava) -> int:
+    """Of one position's keys and values in a layer; every rank has the whole latent of multi-latent attention."""
+    config, latent = model.config, model.backbone.multi_latent_attention
+    if latent is not None:
+        return latent.kv_lora_rank + latent.qk_pos_emb_head_dim
+    return 2 * math.ceil(config.num_query_groups / config.tensor_model_parallel_size) * config.kv_channels
 
 
 def _free() -> float:

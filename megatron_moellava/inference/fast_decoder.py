@@ -3,8 +3,8 @@
 With one token per request, a layer of Megatron-Core's modules spends most of its time on the way to the products:
 process groups, autograd functions, the token dispatcher. Here the same parameters go through plain torch operations; the
 experts of all tokens are two products, and weights are laid out for few rows (`products.py`). What is not spelt out
-(shared experts, unusual routers) runs through its module. tests/unit/inference/test_engine.py compares every logit with
-the modules' own.
+(multi-latent attention, shared experts, unusual routers) runs through its module. tests/unit/inference/test_engine.py compares
+every logit with the modules' own.
 
 Shapes: T tokens of a step, H hidden, E experts, K choices of a token, G query groups, D channels of a head.
 """
@@ -18,6 +18,7 @@ from megatron_moellava import platform
 from megatron_moellava.inference.packed_linear import PackedLinear, can_pack
 from megatron_moellava.model.experts import GroupedLinear
 from megatron_moellava.model.kv_cache import KVCache
+from megatron_moellava.model.latent_attention import LatentSelfAttention
 from megatron_moellava.model.moe_layer import MoELayer, ResidualMoELayer
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.router import MegatronRouter
@@ -74,6 +75,9 @@ class FastDecoder:
 
     def _attention(self, layer, normed_TH: torch.Tensor, cache: KVCache, angles_S11C: torch.Tensor) -> torch.Tensor:
         attention, backbone = layer.self_attention, self.model.backbone
+        if isinstance(attention, LatentSelfAttention):
+            attended_T1H, _ = attention(normed_TH.unsqueeze(1), None, cache, angles_S11C)
+            return attended_T1H.squeeze(1)
         qkv_TN = self.product(normed_TH, attention.linear_qkv.weight, attention.linear_qkv.bias)
         qkv_TGXD = qkv_TN.view(len(qkv_TN), backbone.num_query_groups, -1, backbone.kv_channels)
         value_TGD = qkv_TGXD[:, :, -1]

@@ -47,6 +47,8 @@ class SdpaCoreAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ):
@@ -66,7 +68,8 @@ class SdpaCoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedRow | None = None,
     ) -> torch.Tensor:
-        """Returns [S, B, H * D]. `attention_mask` [B or 1, 1, Sq, Sk]: True = may not attend; None: by the mask type."""
+        """Returns [S, B, H * D], D of the values. `attention_mask` [B or 1, 1, Sq, Sk]: True = may not attend; None: by the
+        mask type."""
         assert attention_bias is None, "attention bias is not supported"
         if self.cp_group is not None:
             assert attention_mask is None, "context parallelism knows causal rows, packed or not"
@@ -84,7 +87,10 @@ class SdpaCoreAttention(MegatronModule):
         if may_attend is not None and platform.HAS_CUDA:  # with grouped queries torch would spell [B, H, S, S] out
             groups = query_BHSD.shape[1] // key_BGSD.shape[1]
             key_BGSD, value_BGSD = (item.repeat_interleave(groups, dim=1) for item in (key_BGSD, value_BGSD))
-        return F.scaled_dot_product_attention(
+        channels, width = value_BGSD.shape[-1], query_BHSD.shape[-1]
+        if channels < width:  # torch's fused kernels want one width; without them it would spell the scores out
+            value_BGSD = F.pad(value_BGSD, (0, width - channels))
+        context_BHSD = F.scaled_dot_product_attention(
             query_BHSD,
             key_BGSD,
             value_BGSD,
@@ -94,6 +100,7 @@ class SdpaCoreAttention(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=query_BHSD.shape[1] != key_BGSD.shape[1],
         )
+        return context_BHSD if channels == width else context_BHSD[..., :channels]
 
     def _attend_short(self, query_NHSD, key_NGSD, value_NGSD) -> torch.Tensor:
         """Causal attention spelt out: for many short samples several times as fast as torch's fused kernel on a CPU."""
@@ -152,7 +159,8 @@ class SdpaCoreAttention(MegatronModule):
 
     def _share_of_row(self, query_LBHD, key_LBGD, value_LBGD, packed: PackedRow | None) -> torch.Tensor:
         """Causal attention of this rank's positions to the whole row, sample by sample (`context_parallel.py`)."""
-        key_SBGD, value_SBGD = gather_positions(torch.cat([key_LBGD, value_LBGD], -1)).chunk(2, -1)
+        both_SBGD = gather_positions(torch.cat([key_LBGD, value_LBGD], -1))
+        key_SBGD, value_SBGD = both_SBGD.split([key_LBGD.shape[-1], value_LBGD.shape[-1]], -1)
         length = key_SBGD.shape[0]
         assert self.cp_group is not None
         boundaries = [0, length] if packed is None else packed.cu_seqlens_q.tolist()

@@ -16,7 +16,7 @@ from megatron_moellava.routers import ROUTERS
 from megatron_moellava.towers import Tower
 
 from megatron.core.activations import quick_gelu
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -56,7 +56,8 @@ FP8_RECIPES = {
 def transformer_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
     """Megatron-Core's configuration of the decoder."""
     granularity, recompute_modules = RECOMPUTE[run.training.recompute]
-    return TransformerConfig(
+    latent = _latent_fields(backbone)
+    return (MLATransformerConfig if latent else TransformerConfig)(
         num_layers=backbone.num_layers,
         hidden_size=backbone.hidden_size,
         ffn_hidden_size=backbone.ffn_hidden_size,
@@ -79,11 +80,34 @@ def transformer_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
         recompute_method="uniform" if granularity == "full" else None,
         recompute_num_layers=1 if granularity == "full" else None,
         bias_activation_fusion=platform.HAS_CUDA and _fusable(backbone),
-        apply_rope_fusion=platform.HAS_TRANSFORMER_ENGINE,
+        apply_rope_fusion=platform.HAS_TRANSFORMER_ENGINE and not latent,
+        **latent,
         **_shared_fields(run),
         **(_moe_fields(run.moe, backbone) if run.moe else _DENSE_FIELDS),
         **_fp8_fields(run),
     )
+
+
+def _latent_fields(backbone: Backbone) -> dict:
+    """Of multi-latent attention; none of another. `LatentSelfAttention` is handed the angles that the model makes, so that
+    Megatron-Core's GPT is not told that its layers make their own, nor these how positions are scaled: the factor and the
+    weight are those of the softmax."""
+    latent, yarn = backbone.multi_latent_attention, backbone.yarn
+    if latent is None:
+        return {}
+    return {
+        "multi_latent_attention": False,
+        "transformer_impl": "transformer_engine" if platform.HAS_TRANSFORMER_ENGINE else "local",
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_pos_emb_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "rope_type": "rope",
+        "rotary_base": backbone.rotary_base,
+        "rotary_scaling_factor": yarn.factor if yarn else 1.0,
+        "mscale_all_dim": yarn.mscale_all_dim if yarn else 0.0,
+    }
 
 
 def _pipeline_layout(layers: list[int] | None) -> list[list[str]] | None:

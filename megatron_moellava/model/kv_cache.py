@@ -4,6 +4,8 @@ One forward pass may hold whole prompts and single next tokens of many requests 
 packed row [T, 1, H], without padding. `Step` says which request (cache row) and which position each token belongs to.
 Keys are stored rotated, so that a step rotates only its new tokens. Plain torch operations on every device.
 
+Multi-latent attention (`latent_attention.py`) stores keys alone, whose first channels are the values.
+
 Shapes: T tokens of a step, R cache rows, N requests that get one token, P tokens of a prompt, S positions, H heads,
 G query groups, D channels of a head, C rotated channels.
 """
@@ -160,10 +162,24 @@ class KVCache:
         between = (slice(None), *(None,) * (x_TAD.dim() - 2))
         return rotate(x_TAD, *(item_TC[between] for item_TC in self._rotation))
 
-    def look(self, layer: int, query_THD, key_TGD, value_TGD) -> torch.Tensor:
-        """`attend`, of queries and keys that are rotated already."""
-        keys_RGSD, values_RGSD = self._memory(layer, key_TGD)
-        scale, step, start, parts = query_THD.shape[-1] ** -0.5, self.current_step, 0, []
+    def look(
+        self,
+        layer: int,
+        query_THD,
+        key_TGD,
+        value_TGD,
+        scale: float | None = None,
+        value_channels: int = 0,
+    ) -> torch.Tensor:
+        """`attend`, of queries and keys that are rotated already.
+
+        `scale`: of the scores; None: 1 / sqrt(D). `value_channels`: the values are so many first channels of the keys, and
+        `value_TGD` is None.
+        """
+        if value_TGD is None:
+            value_TGD = key_TGD[..., :0]
+        keys_RGSD, values_RGSD = self._memory(layer, key_TGD, value_TGD)
+        scale, step, start, parts = scale or query_THD.shape[-1] ** -0.5, self.current_step, 0, []
         for row, length, past in step.prompts_with_pasts():
             new = slice(start, start + length)
             key_GSD, value_GSD = key_TGD[new].transpose(0, 1), value_TGD[new].transpose(0, 1)
@@ -171,22 +187,26 @@ class KVCache:
                 before_keys, before_values = (stored_GSD[:, : past.length] for stored_GSD in past.layers[layer])
                 key_GSD, value_GSD = torch.cat([before_keys, key_GSD], 1), torch.cat([before_values, value_GSD], 1)
             keys_RGSD[row, :, : key_GSD.shape[1]], values_RGSD[row, :, : key_GSD.shape[1]] = key_GSD, value_GSD
-            parts.append(_attend_prompt(query_THD[new], key_GSD, value_GSD, scale))
+            parts.append(_attend_prompt(query_THD[new], key_GSD, key_GSD if value_channels else value_GSD, scale))
             start += length
         if step.decoding:
             keys_RGSD[self._rows_N, :, step.positions_T[start:]] = key_TGD[start:]
             values_RGSD[self._rows_N, :, step.positions_T[start:]] = value_TGD[start:]
             part = slice(0, step.decoding), slice(None), slice(0, self._longest)
+            stored_RGSD = keys_RGSD if value_channels else values_RGSD
             parts.append(
-                _attend_single(query_THD[start:], keys_RGSD[part], values_RGSD[part], self._hidden_N11S, scale)
+                _attend_single(query_THD[start:], keys_RGSD[part], stored_RGSD[part], self._hidden_N11S, scale)
             )
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        context_TX = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if value_channels:  # cut here, since torch's fused kernels want values as wide as keys
+            return context_TX.unflatten(1, (query_THD.shape[1], -1))[..., :value_channels].flatten(1)
+        return context_TX
 
-    def _memory(self, layer: int, like_TGD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _memory(self, layer: int, key_TGD: torch.Tensor, value_TGD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's keys and values, with room for what `held` says."""
         if layer not in self._layers:
-            empty = like_TGD.new_zeros(0, like_TGD.shape[1], 0, like_TGD.shape[2])
-            self._layers[layer] = empty, empty
+            keys, values = (like.new_zeros(0, like.shape[1], 0, like.shape[2]) for like in (key_TGD, value_TGD))
+            self._layers[layer] = keys, values
         self._grow(layer)
         return self._layers[layer]
 

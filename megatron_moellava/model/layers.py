@@ -12,6 +12,7 @@ from megatron_moellava.config import MoEConfig
 from megatron_moellava.model.attention import SdpaCoreAttention
 from megatron_moellava.model.experts import GroupedColumnLinear, GroupedMLP, GroupedRowLinear
 from megatron_moellava.model.kv_cache import CachedSelfAttention
+from megatron_moellava.model.latent_attention import LatentSelfAttention
 from megatron_moellava.model.moe_layer import MoELayer, ResidualMoELayer
 from megatron_moellava.model.norms import HeadsNorm, Norm
 from megatron_moellava.model.router_kinds import router_builder
@@ -29,6 +30,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -183,16 +185,21 @@ def _attention_layer(
     norm = provider.layer_norm(rms_norm=rms)
     q_norm, k_norm = _qk_norms(provider, backbone) if backbone and backbone.qk_layernorm else (IdentityOp, IdentityOp)
     qkv = provider.column_parallel_layer_norm_linear() if fused else provider.column_parallel_linear()
-    attention = SelfAttentionSubmodules(
-        linear_qkv=qkv,
-        core_attention=provider.core_attention(),
-        linear_proj=provider.row_parallel_linear(),
-        q_layernorm=q_norm,
-        k_layernorm=k_norm,
+    attention = ModuleSpec(
+        CachedSelfAttention,
+        params={"attn_mask_type": mask_type},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=qkv,
+            core_attention=provider.core_attention(),
+            linear_proj=provider.row_parallel_linear(),
+            q_layernorm=q_norm,
+            k_layernorm=k_norm,
+        ),
     )
+    latent = backbone is not None and backbone.multi_latent_attention is not None
     submodules = TransformerLayerSubmodules(
-        input_layernorm=IdentityOp if fused else norm,
-        self_attention=ModuleSpec(CachedSelfAttention, params={"attn_mask_type": mask_type}, submodules=attention),
+        input_layernorm=IdentityOp if fused and not latent else norm,  # two layers read what it norms
+        self_attention=_latent_attention(provider, mask_type, backbone) if latent else attention,
         self_attn_bda=add,
         pre_mlp_layernorm=IdentityOp if fused and not is_moe else norm,
         mlp=mlp,
@@ -205,6 +212,31 @@ def _attention_layer(
         else {},
     )
     return ModuleSpec(TransformerLayer, submodules=submodules)
+
+
+def _latent_attention(provider, mask_type, backbone: Backbone) -> ModuleSpec:
+    """Multi-latent attention; see `LatentSelfAttention` for the norms."""
+    latent, yarn = backbone.multi_latent_attention, backbone.yarn
+    column = provider.column_parallel_linear()
+    return ModuleSpec(
+        LatentSelfAttention,
+        params={
+            "attn_mask_type": mask_type,
+            "attention_factor": yarn.attention_factor if yarn else 1.0,
+            "norm": partial(provider.layer_norm(rms_norm=True, for_qk=True), eps=latent.layernorm_epsilon),
+        },
+        submodules=MLASelfAttentionSubmodules(
+            linear_proj=provider.row_parallel_linear(),
+            q_layernorm=IdentityOp,
+            kv_layernorm=IdentityOp,
+            linear_q_proj=column,
+            linear_q_down_proj=column,
+            linear_q_up_proj=column,
+            linear_kv_down_proj=column,
+            linear_kv_up_proj=column,
+            core_attention=provider.core_attention(),
+        ),
+    )
 
 
 def _qk_norms(provider, backbone: Backbone) -> tuple:

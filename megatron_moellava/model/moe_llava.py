@@ -8,7 +8,7 @@ V vocabulary, N images, F visual tokens per image.
 import torch
 
 import megatron_moellava.platform as platform
-from megatron_moellava.backbones import Backbone
+from megatron_moellava.backbones import Backbone, YarnScaling
 from megatron_moellava.config import RunConfig
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
 from megatron_moellava.data.pooling import Pools
@@ -27,6 +27,7 @@ from megatron_moellava.towers import Tower
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -329,6 +330,7 @@ class LanguageModel(GPTModel):
     def positions(self, position_ids_BS: torch.Tensor | None):
         """Within this context the rotary embedding uses these positions (packed rows) instead of 0 .. S - 1."""
         by_engine = platform.HAS_TRANSFORMER_ENGINE and self.config.context_parallel_size == 1
+        by_engine = by_engine and self.backbone.multi_latent_attention is None
         return self.rotary_pos_emb.at(None if by_engine else position_ids_BS)
 
 
@@ -337,7 +339,9 @@ class PositionedRotary(RotaryEmbedding):
 
     def __init__(self, backbone: Backbone):
         super().__init__(
-            kv_channels=backbone.kv_channels, rotary_percent=backbone.rotary_percent, rotary_base=backbone.rotary_base
+            kv_channels=backbone.rotary_channels,
+            rotary_percent=backbone.rotary_percent,
+            rotary_base=backbone.rotary_base,
         )
         scaling = backbone.rope_scaling
         if scaling is not None:
@@ -348,6 +352,8 @@ class PositionedRotary(RotaryEmbedding):
                 scaling.high_freq_factor,
                 scaling.original_max_position_embeddings,
             )
+        if backbone.yarn is not None:
+            self.inv_freq = _yarn_frequencies(backbone.rotary_channels, backbone.rotary_base, backbone.yarn)
         self._positions_S: torch.Tensor | None = None
 
     def at(self, position_ids_BS: torch.Tensor | None) -> "PositionedRotary":
@@ -366,6 +372,20 @@ class PositionedRotary(RotaryEmbedding):
         arguments["packed_seq"] = True  # never cut by Megatron-Core: the positions say what this rank holds
         angles = super().forward(max_seq_len, **arguments)
         return angles if self._positions_S is None else angles[self._positions_S]
+
+
+def _yarn_frequencies(channels: int, base: float, yarn: YarnScaling) -> torch.Tensor:
+    """[channels / 2]: the angles of position 1."""
+    scaled = YarnRotaryEmbedding(
+        kv_channels=channels,
+        rotary_base=base,
+        scaling_factor=yarn.factor,
+        original_max_position_embeddings=yarn.original_max_position_embeddings,
+        beta_fast=yarn.beta_fast,
+        beta_slow=yarn.beta_slow,
+    )
+    angles_S11C, _ = scaled.get_emb(2)
+    return angles_S11C[1, 0, 0, : channels // 2]
 
 
 def causal_padding_mask(padding_mask_BS: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_moellava.costs.layout import Layout
+from megatron_moellava.costs.shapes import latent_matrices
 from megatron_moellava.costs.sharding import routed_tokens
 from megatron_moellava.stages import adapted_roles
 
@@ -31,8 +32,11 @@ COMMON = (
     Saved("keys after rotation", "attention", "key"),
     Saved("queries after rotation", "attention", "query"),
     Saved("qkv, kept alive by the values", "attention", "qkv"),
-    Saved("context, input of the output projection", "attention", "query", when=("language.attention",)),
-    Saved("context", "core attention", "query", when=("!language.attention",)),
+    Saved("context, input of the output projection", "attention", "query", when=("language.attention", "!latent")),
+    Saved("context", "core attention", "query", when=("!language.attention", "!latent")),
+    Saved("context as wide as the keys", "core attention", "query", when=("latent",)),
+    Saved("context, input of the output projection", "attention", "value", when=("language.attention", "latent")),
+    Saved("latents, inputs of their projections", "attention", "latents", when=("language.attention", "latent")),
     Saved("log-sum-exp of the softmax", "core attention", "heads", bytes=FP32),
     Saved("queries in fp32 for a norm over all heads", "attention", "query", bytes=FP32, when=("heads_norm",)),
     Saved("keys in fp32 for a norm over all heads", "attention", "key", bytes=FP32, when=("heads_norm",)),
@@ -76,6 +80,8 @@ LOCAL = (
     Saved("normed input in fp32", "attention", "hidden", bytes=FP32, when=("rmsnorm", "language.norm")),
     Saved("input of qkv", "attention", "hidden", when=("language.attention",)),
     Saved("rotary angles", "attention", "rotary", times=4),
+    Saved("latents in fp32 for their norms", "attention", "latents", bytes=FP32, when=("latent",)),
+    Saved("normed", "attention", "latents", bytes=FP32, when=("latent", "language.attention")),
     Saved("queries in fp32 for their norm", "attention", "query", bytes=FP32, when=("qk_norm", "!heads_norm")),
     Saved("keys in fp32 for their norm", "attention", "key", bytes=FP32, when=("qk_norm", "!heads_norm")),
     Saved("normed", "attention", "query", bytes=FP32, when=("qk_norm", "!heads_norm", "language.attention")),
@@ -106,6 +112,7 @@ TE = (
     Saved("input of qkv", "attention", "hidden", when=("language.attention",)),
     Saved("queries for their norm", "attention", "query", when=("qk_norm", "!heads_norm")),
     Saved("keys for their norm", "attention", "key", when=("qk_norm", "!heads_norm")),
+    Saved("latents for their norms", "attention", "latents", when=("latent",)),
     Saved("dropout masks of attention and FFN", "residual", "hidden", times=2, bytes=MASK, when=("dropout",)),
     Saved("input of the norm", "mlp norm", "hidden", when=("!parallel_residual",)),
     Saved("input of fc1", "ffn", "hidden", when=("language.ffn", "!qkv_input_kept")),
@@ -129,7 +136,7 @@ DROPPED = {
 def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
     """Elements on one rank of everything that `Saved.size` may name, for one micro-batch."""
     backbone, tokens, tp = layout.backbone, layout.tokens, layout.tp
-    split = layout.sp
+    split, latent = layout.sp, backbone.multi_latent_attention
     gated = 2 if backbone.gated_linear_unit else 1
     query = tokens * backbone.num_attention_heads * backbone.kv_channels / tp
     key = tokens * backbone.num_query_groups * backbone.kv_channels / tp
@@ -138,9 +145,9 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
         "unsplit": tokens * backbone.hidden_size * (1 - 1 / split),
         "query": query,
         "key": key,
-        "qkv": query + 2 * key,
+        "qkv": query + 2 * key if latent is None else key,  # latent: the values, filled up to the width of the keys
         "heads": tokens * backbone.num_attention_heads / tp,
-        "rotary": tokens * backbone.kv_channels * backbone.rotary_percent,
+        "rotary": tokens * backbone.rotary_channels * backbone.rotary_percent,
         "inner": tokens * backbone.ffn_hidden_size / tp,
         "inner_in": gated * tokens * backbone.ffn_hidden_size / tp,
         "logits": tokens * layout.vocabulary / tp,
@@ -149,6 +156,9 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
         "tower_layers": layout.tower.num_used_layers * tower_layer_elements(layout),
         "tower_inputs": layout.tower.num_used_layers * layout.images * layout.tower.num_rows * layout.tower.hidden_size,
     }
+    if latent is not None:
+        values["value"] = tokens * backbone.num_attention_heads * latent.v_head_dim / tp
+        values["latents"] = tokens * ((latent.q_lora_rank or 0) + latent.kv_lora_rank) / split
     values |= _expert_sizes(layout, imbalance, gated) if layout.run.moe else {}
     return values | _adapter_sizes(layout, values, gated)
 
@@ -184,9 +194,7 @@ def _adapter_sizes(layout: Layout, values: dict[str, float], gated: int) -> dict
     mlp = (gated * tokens + split) * rank
     found: dict[str, float] = {}
     if "language.attention" in adapted_roles(layout.lora):
-        found["attention_ranks"] = (3 * tokens + split) * rank
-        found["attention_dropped"] = values["hidden"] + values["query"]
-        found["context_dropped"] = values["query"]
+        found |= _attention_adapter_sizes(layout, values)
     if "language.ffn" in adapted_roles(layout.lora):
         found |= {"ffn_ranks": mlp, "ffn_dropped": values["hidden"] + values["inner"]}
     if "experts" in adapted_roles(layout.lora) and layout.run.moe:
@@ -198,6 +206,22 @@ def _adapter_sizes(layout: Layout, values: dict[str, float], gated: int) -> dict
     return {name: size for name, size in found.items() if layout.lora.dropout or name not in dropped}
 
 
+def _attention_adapter_sizes(layout: Layout, values: dict[str, float]) -> dict[str, float]:
+    """What each matrix's A x is, and what their dropout leaves: of q, k and v as one, or of the matrices around the latents."""
+    assert layout.lora is not None
+    rank, tokens, split, backbone = layout.lora.rank, layout.tokens, layout.tokens / layout.sp, layout.backbone
+    inputs, projections, context = values["hidden"], 3, values["query"]
+    if backbone.multi_latent_attention is not None:
+        matrices = latent_matrices(backbone).values()
+        inputs, projections = split * sum(columns for _, columns in matrices), len(matrices)
+        context = values["value"]
+    return {
+        "attention_ranks": (projections * tokens + split) * rank,
+        "attention_dropped": inputs + context,
+        "context_dropped": context,
+    }
+
+
 def conditions(layout: Layout) -> set[str]:
     """Everything that `Saved.when` may ask for and that holds."""
     backbone, moe = layout.backbone, layout.run.moe
@@ -206,6 +230,7 @@ def conditions(layout: Layout) -> set[str]:
         "rmsnorm": backbone.normalization == "RMSNorm",
         "gated": backbone.gated_linear_unit,
         "qk_norm": backbone.qk_layernorm,
+        "latent": backbone.multi_latent_attention is not None,
         "heads_norm": backbone.qk_layernorm and backbone.qk_layernorm_spans_heads,
         "dropout": backbone.hidden_dropout > 0,
         "parallel_residual": backbone.parallel_residual,

@@ -15,6 +15,9 @@ def parallel_problems(run: RunConfig, backbone: Backbone, world_size: int) -> It
         "num_query_groups": backbone.num_query_groups,
         "ffn_hidden_size": backbone.ffn_hidden_size,
     }
+    if (latent := backbone.multi_latent_attention) is not None:
+        sizes["q_lora_rank"] = latent.q_lora_rank or 0
+        sizes["kv_lora_rank + qk_pos_emb_head_dim"] = latent.kv_lora_rank + latent.qk_pos_emb_head_dim
     for name, size in sizes.items():
         if size % tensor:
             yield (

@@ -139,6 +139,14 @@ MODELS = {
     "olmoe": Model(backbone="olmoe-tiny", moe=own_experts("olmoe-tiny")),
     "dots1": Model(backbone="dots1-tiny", moe=own_experts("dots1-tiny") | {"moe_router_bias_update_rate": 0.01}),
     "deepseek-moe": Model(backbone="deepseek-moe-tiny", moe=own_experts("deepseek-moe-tiny")),
+    "deepseek-v2": Model(backbone="deepseek-v2-tiny", moe=own_experts("deepseek-v2-tiny")),
+    "deepseek-v3": Model(
+        backbone="deepseek-v3-tiny", moe=own_experts("deepseek-v3-tiny") | {"moe_router_bias_update_rate": 0.01}
+    ),
+    "deepseek-v3-padded": Model(backbone="deepseek-v3-tiny", moe=own_experts("deepseek-v3-tiny"), rows="padded"),
+    "deepseek-v3-stage3": Model(
+        backbone="deepseek-v3-tiny", moe=own_experts("deepseek-v3-tiny"), roles=None, run={"training.stage": 3}
+    ),
     "olmoe-padded": Model(backbone="olmoe-tiny", moe=own_experts("olmoe-tiny"), rows="padded"),
     "qwen2-moe-stage1": Model(
         backbone="qwen2-moe-tiny", moe=own_experts("qwen2-moe-tiny"), roles=None, run={"training.stage": 1}
@@ -163,6 +171,9 @@ MODELS = {
     "lora-phi": Model(backbone="phi-2-tiny", moe=MOE, roles=[], run=LORA, rows="padded"),
     "lora-dense": Model(roles=None, run={"training.lora.rank": 8, "training.lora.alpha": 8.0}),
     "lora-shared": Model(moe=MOE, roles=["router"], run=LORA_SHARED),
+    "lora-mla": Model(
+        backbone="deepseek-v3-tiny", moe=own_experts("deepseek-v3-tiny"), roles=["language.norm"], run=LORA
+    ),
     # Every part of the model has a rate of its own, in the cooldown of a schedule.
     "rates": Model(moe=MOE, run=RATES),
     # Orthogonalized in fp32: in bf16, Megatron-Core's default, what two layouts sum up differently would be seen.
@@ -314,6 +325,14 @@ LAYOUTS = [
     *_layouts("qwen2-moe olmoe dots1 qwen2-moe-stage1", "pp2", 2, pp=2),
     *_layouts("mixtral qwen2-moe olmoe deepseek-moe", "tp2-etp2", 2, tp=2, etp=2),
     *_layouts("qwen2-moe olmoe dots1", "cp2", 2, cp=2),
+    *_layouts("deepseek-v2 deepseek-v3", "ep2", 2, ep=2),
+    *_layouts("deepseek-v2 deepseek-v3 deepseek-v3-padded lora-mla", "tp2", 2, tp=2),
+    *_layouts("deepseek-v3 deepseek-v3-stage3 lora-mla", "pp2", 2, pp=2),
+    *_layouts("deepseek-v2 deepseek-v3", "cp2", 2, cp=2),
+    *_layouts("deepseek-v3", "tp2-etp2", 2, tp=2, etp=2),
+    *_layouts("deepseek-v3", "recompute-full", 1, recompute="full"),
+    *_layouts("deepseek-v3", "recompute-selective", 1, recompute="selective"),
+    *_layouts("deepseek-v3", "tp2-recompute-moe", 2, tp=2, recompute="moe"),
     *_layouts("fp16", "dp2", 2),
     *_layouts("fp16", "tp2", 2, tp=2),
     *_layouts("fp16", "pp2", 2, pp=2),
@@ -453,6 +472,7 @@ CONTINUATIONS = [
     ("shared-experts:tp2", "shared-experts:ep2"),
     ("qwen2-moe:tp2", "qwen2-moe:pp2"),
     ("olmoe:tp2", "olmoe:ep2"),
+    ("deepseek-v3:tp2", "deepseek-v3:pp2"),
     ("expert-bias:ep2", "expert-bias:tp2"),
     ("residual:tp2", "residual:pp2"),
     ("rates:ep2", "rates:pp2"),

@@ -31,6 +31,8 @@ CASES: dict[str, tuple[str, str, dict | None, str, str]] = {
     "minicpm": ("minicpm-tiny", "clip-tiny", MOE, "packed", "fp32"),
     "qwen": ("qwen-tiny", "clip-tiny", MOE, "packed", "fp32"),
     "mistral": ("mistral-tiny", "clip-tiny", MOE, "packed", "fp32"),
+    "latent attention": ("deepseek-v3-tiny", "clip-tiny", MOE, "packed", "fp32"),
+    "latent attention padded": ("deepseek-v2-tiny", "clip-tiny", MOE, "padded", "fp32"),
     "original": ("llama-tiny", "clip-tiny", ORIGINAL, "padded", "fp32"),
     "original, mostly padding": (
         "llama-tiny",
@@ -41,6 +43,7 @@ CASES: dict[str, tuple[str, str, dict | None, str, str]] = {
     ),
     "bf16": ("llama-tiny", "clip-tiny", MOE, "packed", "bf16"),
     "phi bf16": ("phi-2-tiny", "clip-tiny", MOE, "packed", "bf16"),
+    "latent attention bf16": ("deepseek-v3-tiny", "clip-tiny", MOE, "packed", "bf16"),
     "original bf16": ("llama-tiny", "clip-tiny", ORIGINAL, "padded", "bf16"),
 }
 

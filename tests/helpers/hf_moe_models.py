@@ -6,6 +6,9 @@ from pathlib import Path
 import torch
 from transformers import (
     DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Dots1Config,
     Dots1ForCausalLM,
     LlamaConfig,
@@ -73,12 +76,64 @@ def dots1(n_group: int = 4, topk_group: int = 2) -> Dots1ForCausalLM:
         norm_topk_prob=True,
         routed_scaling_factor=2.5,
     )
-    model = Dots1ForCausalLM(config)
+    return with_biases(Dots1ForCausalLM(config))
+
+
+def with_biases(model):
+    """The same with expert biases that decide."""
     generator = torch.Generator().manual_seed(7)
     for name, value in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             value.copy_(torch.randn(value.shape, generator=generator))
     return model
+
+
+# Heads of queries and keys, of their rotated part, and of values have three sizes; YaRN's ramp lies within the few channels.
+LATENT = {
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": SIZES["num_attention_heads"],
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 4096}
+
+
+def deepseek_v2() -> DeepseekV2ForCausalLM:
+    """Multi-latent attention whose queries have no latent, YaRN, scaled weights that do not sum to 1, and a shared expert."""
+    config = DeepseekV2Config(
+        **SIZES | LATENT,
+        q_lora_rank=None,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=WIDTH,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.5,
+        rope_parameters=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    )
+    return DeepseekV2ForCausalLM(config)
+
+
+def deepseek_v3(
+    q_lora_rank: int | None = 24, yarn: bool = True, epsilon: float = 1e-3, **changes
+) -> DeepseekV3ForCausalLM:
+    """Queries with a latent, sigmoids and groups as in dots.llm1; the latents' norms have an epsilon of their own."""
+    scaling = YARN | {"mscale": 1.0, "mscale_all_dim": 0.5} if yarn else None
+    settings = {
+        "q_lora_rank": q_lora_rank,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": WIDTH,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "rms_norm_eps": epsilon,
+        "rope_parameters": scaling,
+    }
+    return with_biases(DeepseekV3ForCausalLM(DeepseekV3Config(**SIZES | LATENT | settings | changes)))
 
 
 def deepseek_moe() -> LlamaForCausalLM:
@@ -120,6 +175,8 @@ MODELS = {
     "olmoe": olmoe,
     "dots1": dots1,
     "deepseek_moe": deepseek_moe,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
 }
 
 

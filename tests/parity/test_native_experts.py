@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_moellava import parallel
 from megatron_moellava.backbones import get_backbone
@@ -25,7 +25,7 @@ from megatron_moellava.inference.requests import Request, Sampling
 from megatron_moellava.validation.run import load_run
 from tests.helpers.conversion_models import TOWER
 from tests.helpers.hf_models import randomised
-from tests.helpers.hf_moe_models import MODELS, dots1, saved
+from tests.helpers.hf_moe_models import MODELS, deepseek_v3, dots1, saved
 from tests.helpers.inference_models import TOKENIZER
 
 transformers.logging.set_verbosity_error()
@@ -197,6 +197,23 @@ def test_biases_grow_with_their_experts(tmp_path):
     grown = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "twice_out").eval()
     with torch.no_grad():
         same(model(input_ids=TEXT).logits, grown(input_ids=TEXT).logits)
+
+
+def test_layers_that_predict_ahead_are_left_out_and_latents_may_be_of_keys_alone(tmp_path):
+    """Moonlight's shape of DeepSeek-V3: no latent of queries, no scaling, no groups, its epsilon; with an MTP layer behind."""
+    options = {"q_lora_rank": None, "yarn": False, "epsilon": 1e-2, "n_group": 1, "topk_group": 1}
+    model = randomised(deepseek_v3(**options))
+    model.save_pretrained(tmp_path / "hf")
+    weights = tmp_path / "hf/model.safetensors"
+    ahead = {f"model.layers.4.{name}": torch.ones(4, 4) for name in ("eh_proj.weight", "mlp.gate.weight")}
+    save_file(load_file(weights) | ahead, weights, metadata={"format": "pt"})
+    report = import_checkpoint(tmp_path / "hf", save=tmp_path / "run", tower=str(TOWER))
+    assert report["dropped"]["they predict further tokens ahead (MTP)"] == sorted(ahead)
+    loaded, _ = load_model(tmp_path / "run", tokenizer=str(TOKENIZER), template="v1", precision="fp32")
+    positions, real = torch.arange(TEXT.shape[1])[None], torch.ones_like(TEXT, dtype=torch.bool)
+    with torch.no_grad():
+        same(loaded.eval()(TEXT, positions, None, real), model(input_ids=TEXT).logits)
+    parallel.shutdown()
 
 
 def test_a_16_bit_release_is_trained_with_a_router_in_fp32(tmp_path):

@@ -20,8 +20,8 @@ PROGRAMS = sorted([*REPO.glob("tools/*.py"), *REPO.glob("examples/*/run.py")])
 SHARED_TESTS = {
     "tests/unit/backbones/test_families.py": (
         "sizes and weight mappings of one shape, asserted in tables over all families",
-        [f"backbones/{name}" for name in ("deepseek_moe", "dots1", "llama", "minicpm", "mistral", "mixtral", "olmoe", "phi2",
-                                          "qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm2")],
+        [f"backbones/{name}" for name in ("deepseek_moe", "deepseek_v3", "dots1", "llama", "minicpm", "mistral", "mixtral",
+                                          "olmoe", "phi2", "qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm2")],
     ),
     "tests/unit/towers/test_families.py": ("the same for towers", ["towers/clip", "towers/siglip", "towers/siglip2"]),
     "tests/unit/commands/test_main.py": (

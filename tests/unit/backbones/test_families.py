@@ -52,6 +52,9 @@ OWN_EXPERTS = {
     "qwen3-30b-a3b": (3.3, 30.5),
     "olmoe-1b-7b-0924": (1.3, 6.9),
     "deepseek-moe-16b": (2.8, 16.4),
+    "deepseek-v2-lite": (2.66, 15.7),
+    "deepseek-v3": (37.5, 671.0),
+    "moonlight-16b-a3b": (2.9, 16.0),
 }
 
 

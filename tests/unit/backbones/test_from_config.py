@@ -64,6 +64,7 @@ def test_unknown_name_lists_the_nearest():
 # --- published configs ------------------------------------------------------------------------------------------------
 
 # {"backbones" or "towers": {repository: {"name": ours, "but": fields that differ from it, "config": its config.json}}}
+# Those of DeepSeek-V2-Lite, DeepSeek-V3 and Moonlight are written down from memory, beside transformers' config classes.
 PUBLISHED_CONFIGS = json.loads((REPO / "tests/published/configs.json").read_text())
 PARTS = {"backbones": (get_backbone, BACKBONES), "towers": (get_tower, TOWERS)}
 

@@ -49,6 +49,13 @@ def test_names_are_those_of_the_layout():
     names = {line.name for line in lines(language, LoraConfig(), LANGUAGE_MODEL)}
     assert "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight" in names
     assert "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight" in names
+    latent = replace(model("deepseek-v3-tiny"), tower=None, moe=get_backbone("deepseek-v3-tiny").moe)
+    attention = {line.name for line in lines(latent, LoraConfig(targets=("attention",)), LANGUAGE_MODEL)}
+    projections = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    layer = "base_model.model.model.layers.1.self_attn."
+    assert {name for name in attention if name.startswith(layer)} == {
+        f"{layer}{projection}.lora_{letter}.weight" for projection in projections for letter in "AB"
+    }
     experts = {line.name for line in lines(model("phi-2-tiny", MoEConfig()), LoraConfig(), OWN)}
     assert "base_model.model.model.language_model.layers.0.mlp.experts.3.fc2.lora_B.weight" in experts
 

@@ -8,6 +8,7 @@ import torch
 from gguf import GGUFReader, dequantize
 from safetensors.torch import load_file
 
+from megatron_moellava.backbones import get_backbone
 from megatron_moellava.checkpoint.sums import verify_sums
 from megatron_moellava.config import ConfigError, MoEConfig
 from megatron_moellava.conversion.exports import export_checkpoint
@@ -139,6 +140,15 @@ def test_narrow_experts_are_written_where_every_layer_has_some(place):
         else:
             with pytest.raises(ConfigError, match="another width than the experts"):
                 check_gguf(narrow, place / "tokenizer")
+
+
+def test_latents_are_refused(place):
+    source = open_checkpoint(place / "moe")
+    backbone = get_backbone("deepseek-v3-tiny")
+    with pytest.raises(ConfigError, match=r"llama\.cpp has no deepseek_v3 with experts of this kind"):
+        check_gguf(
+            replace(source, model=replace(source.model, backbone=backbone, moe=backbone.moe)), place / "tokenizer"
+        )
 
 
 def test_what_llama_cpp_makes_of_a_class_token_is_said(place):

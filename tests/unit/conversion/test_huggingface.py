@@ -97,7 +97,18 @@ def test_experts_that_no_upcycling_makes_are_the_familys_own(change, means):
     assert {name: getattr(own.moe, name) for name in means} == means
 
 
-@pytest.mark.parametrize("name", ["mixtral-tiny", "qwen2-moe-tiny", "qwen3-moe-tiny", "olmoe-tiny", "dots1-tiny"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral-tiny",
+        "qwen2-moe-tiny",
+        "qwen3-moe-tiny",
+        "olmoe-tiny",
+        "dots1-tiny",
+        "deepseek-v2-tiny",
+        "deepseek-v3-tiny",
+    ],
+)
 def test_a_family_with_experts_of_its_own_stays_what_it_is(name):
     given = model(name, get_backbone(name).moe)
     assert needs_modelling_file(given) == "" and as_transformers(given) == given

@@ -36,6 +36,15 @@ def test_projections_and_columns_make_up_the_whole_matrix(backbone, moe):
     assert names == {"q", "k", "v", ""} | ({"gate", "up"} if whole.backbone.gated_linear_unit else set())
 
 
+def test_every_projection_around_the_latents_is_a_matrix_of_attention():
+    backbone = get_backbone("deepseek-v3-tiny")
+    found = adapted_matrices(model("deepseek-v3-tiny", backbone.moe), LoraConfig(targets=("attention",)))
+    names = {item.name.rpartition(".")[2]: item for item in found if ".layers.1." in item.name}
+    latents = {f"linear_{name}_proj" for name in ("q_down", "q_up", "kv_down", "kv_up")}
+    assert names.keys() == latents | {"linear_proj"} and all(names[name].split == 0 for name in latents)
+    assert all(item.parts == (("", item.parts[0][1]),) for item in found)
+
+
 def test_the_usual_targets_are_the_language_models_own_as_far_as_it_has_them():
     dense, sparse = (
         {item.role for item in adapted_matrices(model(moe=moe), LoraConfig())} for moe in (None, MoEConfig())

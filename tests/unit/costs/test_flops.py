@@ -1,7 +1,10 @@
 """The products of one micro-batch on one rank."""
 
+from dataclasses import replace
+
 import pytest
 
+from megatron_moellava.backbones import get_backbone
 from megatron_moellava.costs.flops import (
     Attention,
     Product,
@@ -10,6 +13,7 @@ from megatron_moellava.costs.flops import (
     layer_work,
     useful_flops,
 )
+from megatron_moellava.costs.shapes import layer_tensors
 from megatron_moellava.planning.activations import sizes
 from tests.helpers.planning import layout_of
 
@@ -38,6 +42,21 @@ def test_a_dense_layer_is_twice_its_weights_for_each_token():
         hidden * (hidden + 2 * backbone.num_query_groups * backbone.kv_channels) + hidden * hidden + 2 * hidden * ffn
     )
     assert sum(item.forward for item in work) == 2 * 7 * weights
+
+
+def test_latents_are_products_of_their_own_and_narrow_values_are_filled_up():
+    backbone, tokens = get_backbone("deepseek-v3-tiny"), 7
+    layout = replace(layout_of(1), backbone=backbone)
+    work = list(layer_work(layout, False, tokens=tokens, length=tokens))
+    tensors = layer_tensors(layout.model, is_moe=False)
+    weights = sum(tensor.size for tensor in tensors.values() if len(tensor.shape) == 2)
+    assert sum(item.forward for item in work if isinstance(item, Product)) == 2 * tokens * weights
+    (scores,) = (item for item in work if isinstance(item, Attention))
+    query, value = (backbone.num_attention_heads * size for size in (backbone.kv_channels, backbone.value_channels))
+    assert scores.forward == 4 * tokens**2 * query
+    narrow = Attention(rows=8, length=8, width=16, value_width=8, causal=False)
+    assert useful_flops(narrow) == 3 * 2 * 8 * 8 * (16 + 8)
+    assert scores.value_width == value
 
 
 def test_a_token_goes_through_its_chosen_experts():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_moellava import parallel
+from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import ConfigError, DataError
 from megatron_moellava.inference.cache_memory import GIB, CacheMemory
 from megatron_moellava.model import kv_cache
@@ -33,6 +34,15 @@ def test_growing_in_small_blocks_changes_no_token(monkeypatch):
     engine = tiny_engine(max_batch_size=5)
     assert answers(engine, requests) == whole
     assert engine.cache.held[1] < engine.max_sequence_length
+
+
+def test_a_position_of_multi_latent_attention_is_a_latent_and_what_positions_rotate():
+    backbone = get_backbone("deepseek-v2-tiny")
+    engine = tiny_engine(backbone.moe, "deepseek-v2-tiny", max_batch_size=2)
+    engine.generate([ask(0, max_new_tokens=3)])
+    memory = CacheMemory.of(engine.model, None)
+    assert memory.bytes_per_position == backbone.num_layers * (48 + 8) * 4
+    assert memory.size(*engine.cache.held) == held_bytes(engine)
 
 
 def test_the_cache_is_as_large_as_its_requests():

@@ -14,15 +14,17 @@ from megatron.core.transformer.enums import AttnMaskType
 
 
 @pytest.mark.parametrize("lengths", [[3, 2, 5], [SHORT + 60, 7, SHORT, SHORT + 1], [SHORT + 1]])
-@pytest.mark.parametrize("groups", [4, 2])
-def test_packed_attention_is_each_sample_by_itself(lengths, groups):
+@pytest.mark.parametrize(("groups", "channels"), [(4, 8), (2, 8), (4, 6)])
+def test_packed_attention_is_each_sample_by_itself(lengths, groups, channels):
+    """`channels`: of the values, which multi-latent attention has fewer of."""
     torch.manual_seed(1)
     config = SimpleNamespace(context_parallel_size=1, kv_channels=8, attention_dropout=0.0)
     module = SdpaCoreAttention(config, 1, AttnMaskType.causal, "self")
     tokens = sum(lengths)
     boundaries = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     packed = packed_seq_params(torch.tensor(boundaries), max(lengths))
-    inputs = [torch.randn(tokens, 1, heads, 8, requires_grad=True) for heads in (4, groups, groups)]
+    shapes = ((4, 8), (groups, 8), (groups, channels))
+    inputs = [torch.randn(tokens, 1, *shape, requires_grad=True) for shape in shapes]
     output = module(*inputs, None, packed_seq_params=packed)
 
     def sample(start: int, end: int) -> torch.Tensor:

@@ -64,6 +64,28 @@ def test_prompts_and_single_tokens_side_by_side_see_their_own_past_only():
     assert torch.allclose(seen, torch.stack([expected[0][5], expected[1][3], expected[2][2]]), atol=1e-5)
 
 
+def test_values_that_are_the_first_channels_of_keys_are_stored_once():
+    """Multi-latent attention: a prompt, single tokens, a past and another scale."""
+    torch.manual_seed(0)
+    query, key, channels = draw(7, HEADS, CHANNELS), draw(7, 1, CHANNELS), 5
+    q, k, v = (item.transpose(0, 1)[None] for item in (query, key, key[..., :channels]))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.3)[0]
+    expected = expected.transpose(0, 1).flatten(1)
+    cache = KVCache(max_batch_size=2, max_sequence_length=16)
+    options = {"scale": 0.3, "value_channels": channels}
+    cache.begin(step(((0, 5),), 0, range(5)))
+    assert torch.allclose(cache.look(1, query[:5], key[:5], None, **options), expected[:5], atol=1e-5)
+    past = Past(length=3, layers=cache.row(0))
+    cache.begin(Step(prompts=((1, 2),), pasts=(past,), decoding=1, positions_T=torch.tensor([3, 4, 5])))
+    seen = cache.look(1, query[3:6], key[3:6], None, **options)
+    assert torch.allclose(seen, expected[3:6], atol=1e-5)
+    cache.copy_row(0, 1)
+    cache.begin(step((), 2, [6, 6]))
+    seen = cache.look(1, query[[6, 6]], key[[6, 6]], None, **options)
+    assert torch.allclose(seen, expected[[6, 6]], atol=1e-5)
+    assert sum(item.numel() for item in cache.row(0)[1]) == 7 * CHANNELS
+
+
 def test_a_prompt_with_a_past_sees_it_and_the_row_holds_both():
     torch.manual_seed(0)
     query, key, value = draw(9, HEADS, CHANNELS), draw(9, GROUPS, CHANNELS), draw(9, GROUPS, CHANNELS)

@@ -1,5 +1,8 @@
 """Layouts that do not fit a model or a row are refused with the way out."""
 
+from dataclasses import asdict
+
+from megatron_moellava.backbones import get_backbone
 from tests.helpers.runs import problems
 
 
@@ -14,6 +17,13 @@ def test_rows_must_be_cut_into_two_chunks_per_rank_on_a_multiple_of_the_tensor_p
         moe__moe_expert_capacity_factor=1.0,
         data__packing=False,
     )
+
+
+def test_tensor_parallelism_divides_latents():
+    own = {f"moe__{name}": value for name, value in asdict(get_backbone("deepseek-v3-tiny").moe).items()}
+    found = problems(3, model__backbone="deepseek-v3-tiny", parallel__tensor_model_parallel_size=3, **own)
+    assert "does not divide q_lora_rank=64" in found
+    assert "does not divide kv_lora_rank + qk_pos_emb_head_dim=56" in found
 
 
 def test_split_of_stages_must_fit():
