@@ -94,7 +94,13 @@ class Modality:
     missing: tuple[float, ...] = ()  # levels that mean "not measured"; NaN always does
     missing_shown: int = 0  # the level of 0 to 255 that shows them
     channels: tuple[Channel, ...] = ()  # how the quantity becomes red, green and blue: one for all three, or three
-    tower: str = ""  # empty: model.tower, with its projector; nothing else is supported
+    tower: str = ""  # of its own: a name in towers/, or a folder with a config.json; empty: model.tower
+    projector: Literal["shared", "own"] = "shared"  # own: which a tower whose features are of another width needs
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether its pictures have a tower or a projector of their own on their way to the language model."""
+        return bool(self.tower) or self.projector == "own"
 
     @property
     def placeholder(self) -> str:

@@ -31,6 +31,7 @@ from megatron_moellava.routing.records import routing_record
 from megatron_moellava.routing.statistics import RoutingStatistics
 from megatron_moellava.routing.token_groups import MODALITIES, token_modalities
 from megatron_moellava.routing.token_weights import TokenWeights
+from megatron_moellava.towers.branches import tower_for
 from megatron_moellava.training.broadcast import broadcast_batch
 
 NONE = -1  # in place of a choice that was dropped
@@ -216,7 +217,7 @@ def first_choices(weights_TE: torch.Tensor, topk: int) -> np.ndarray:
 
 def _pictures(question: Question, model: MoELlava, first_RL: np.ndarray) -> Iterator[Picture]:
     """The first tile of the first picture of each modality. `first_RL`: the first choices of the visual tokens."""
-    encoded, tower = question.encoded, model.tower
+    encoded = question.encoded
     starts = [0, *accumulate(encoded.features)]
     seen: set[str] = set()
     for number, (ref, pixels_NCHW) in enumerate(zip(encoded.images, question.pixels, strict=True)):
@@ -224,6 +225,7 @@ def _pictures(question: Question, model: MoELlava, first_RL: np.ndarray) -> Iter
         if modality in seen:
             continue
         seen.add(modality)
+        tower = tower_for(ref.modality, model.tower)
         rows, columns = encoded.grids[number] if tower.native else (0, 0)
         # Those of the overview where there are tiles; pooled frames and pictures at native resolution have fewer.
         count = min(encoded.features[number], tower.num_features)

@@ -4,6 +4,7 @@
   moellava convert import phi-2 --tower clip-vit-large-patch14-336 --projector mm_projector.bin --save runs/stage1
   moellava convert import MoE-LLaVA-Phi2-2.7B-4e --tower clip-vit-large-patch14-336 --save runs/released
   moellava convert upcycle runs/stage2 --num-experts 4 --placement sparse --save runs/moe         start of stage 3
+  moellava convert add-modality runs/start --modality depth --tower depth_clip --save runs/start-depth
   moellava convert export runs/stage3 --layout transformers --tokenizer phi-2 --save exported
   moellava convert merge runs/lora --save runs/merged                  an adapter (training.lora) into its base
   moellava convert export runs/lora --adapter --save adapter           an adapter for `peft`; import --adapter reads one
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_import(commands)
     _add_export(commands)
     _add_upcycle(commands)
+    _add_modality(commands)
     _add_merge(commands)
     _add_average(commands)
     _add_place_experts(commands)
@@ -226,6 +228,28 @@ def _add_upcycle(commands) -> None:
         help="new router weights, times the original's range (1)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of router and noise")
+    _add_no_verify(parser)
+
+
+def _add_modality(commands) -> None:
+    parser = commands.add_parser(
+        "add-modality",
+        help="a checkpoint whose depth, thermal, ... pictures get a tower, a projector, or both of their own",
+        description="Before training: records of data.modalities with that name then go through what is added here. Copies of "
+        "the model's own tower and projector compute what was computed before.",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="run folder to write iter_0000000 into")
+    parser.add_argument("--modality", required=True, metavar="NAME", help="`name` of its record, such as depth")
+    parser.add_argument("--tower", metavar="DIR", help="folder of a published tower, which becomes its own")
+    parser.add_argument("--copy-tower", action="store_true", help="a copy of the model's tower becomes its own")
+    parser.add_argument(
+        "--projector",
+        choices=("new", "copy", "shared"),
+        default="new",
+        help="of its own, new or a copy of the model's; or the model's (default: new)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of a new projector")
     _add_no_verify(parser)
 
 
@@ -473,6 +497,33 @@ def run_average(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def run_add_modality(parsed: argparse.Namespace) -> int:
+    """A checkpoint -> one with a tower, a projector, or both for a modality; prints what its pictures go through."""
+    from megatron_moellava.conversion.modality import add_modality
+
+    bar = Bar()
+    report = add_modality(
+        parsed.checkpoint,
+        save=parsed.save,
+        modality=parsed.modality,
+        tower=parsed.tower,
+        copy_tower=parsed.copy_tower,
+        projector=parsed.projector,
+        seed=parsed.seed,
+        verify=not parsed.no_verify,
+        progress=bar,
+        begin=bar.begin,
+    )
+    branch, main = report["branch"], report["model"].tower
+    tower = branch.seen_by(main)
+    print(
+        f"pictures of {branch.modality}: {'a tower of their own, ' if branch.tower else 'the tower '}{tower.name} "
+        f"({tower.num_features} visual tokens each), {parsed.projector} projector; {bar.finish()}"
+    )
+    print(f"wrote {report['tensors']} tensors to {report['folder']}")
+    return 0
+
+
 def run_upcycle(parsed: argparse.Namespace) -> int:
     """A dense checkpoint -> one whose MLPs are copied to experts; prints the experts and their layers."""
     from megatron_moellava.conversion.upcycle import upcycle_checkpoint
@@ -585,6 +636,7 @@ COMMANDS = {
     "import": run_import,
     "export": run_export,
     "upcycle": run_upcycle,
+    "add-modality": run_add_modality,
     "merge": run_merge,
     "average": run_average,
     "place-experts": run_place_experts,

@@ -22,6 +22,7 @@ from megatron_moellava.conversion.adapters import (
 from megatron_moellava.conversion.for_generation import levels_of_others
 from megatron_moellava.conversion.layout import OWN, entries
 from megatron_moellava.conversion.megatron_checkpoint import Checkpoint, open_checkpoint
+from megatron_moellava.conversion.modality import check_no_branches
 from megatron_moellava.conversion.recipes import Recipe, check, export_recipes, identity
 from megatron_moellava.conversion.writers import Progress, staged, write_safetensors
 from megatron_moellava.costs.adapters import PREFIX
@@ -36,6 +37,7 @@ def export_adapter(
     Raises ConfigError or CheckpointError before anything is written.
     """
     source = open_checkpoint(checkpoint, verify=verify, adapter=True)
+    check_no_branches(source.model, "peft's model in transformers")
     lora = lora_of(source)
     model = huggingface.as_transformers(source.model)
     found = lines(model, lora, OWN)

@@ -13,6 +13,7 @@ from megatron_moellava.conversion.adapters import CONFIG_FILE, PEFT, WEIGHTS, Li
 from megatron_moellava.conversion.initial import language_dtype, zeros
 from megatron_moellava.conversion.layout import LANGUAGE_MODEL, LLAVA, ORIGINAL, OWN, TRANSFORMERS, Layout, entries
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint, write_checkpoint
+from megatron_moellava.conversion.modality import check_no_branches
 from megatron_moellava.conversion.readers import open_bin, open_safetensors
 from megatron_moellava.conversion.recipes import Part, Recipe, check, import_recipes
 from megatron_moellava.conversion.tensors import Tensor
@@ -54,6 +55,7 @@ def import_adapter(
     config = read_peft_config(source)
     under = open_checkpoint(base, verify=verify)
     tensors = _opened(source)
+    check_no_branches(under.model, "the model that peft has adapted")
     layout, lora = _recognised(source, tensors, under.model, config)
     model = _named_model(under.model, layout)
     found = lines(model, lora, layout)

@@ -35,6 +35,7 @@ from megatron_moellava.conversion.layout import (
     outside_name,
 )
 from megatron_moellava.conversion.megatron_checkpoint import Checkpoint, check_complete, open_checkpoint
+from megatron_moellava.conversion.modality import check_no_branches
 from megatron_moellava.conversion.model_card import model_card
 from megatron_moellava.conversion.native import native_config
 from megatron_moellava.conversion.quantised import check_quantised, quantised
@@ -61,6 +62,7 @@ TOKENIZER_FILES = (
     "arcade100k.tiktoken",
 )
 GGUF = "gguf"
+PARTS = (LANGUAGE_MODEL.name, VISION_TOWER.name, "projector")  # layouts of a part of the model
 EXPORT_LAYOUTS = (*LAYOUTS, "projector", GGUF)
 MODELLING_FILE = "modeling_moe_llava.py"
 
@@ -110,6 +112,9 @@ def export_checkpoint(
     source = open_checkpoint(checkpoint, verify=verify)
     check_complete(source)
     _check_exportable(source, layout)
+    source = replace(
+        source, model=replace(source.model, branches=())
+    )  # what it had of them is no part of these layouts
     if tower:
         verify_sums(Path(tower), verify=verify)
         source = _with_unused(source, Path(tower))
@@ -187,6 +192,8 @@ def _check_exportable(source: Checkpoint, layout: str) -> None:
     """What Megatron-Core can train and the released layouts cannot hold."""
     moe, tower, backbone = source.model.moe, source.model.tower, source.model.backbone
     _check_modalities(trained_with(source.run), layout)
+    if layout not in PARTS:
+        check_no_branches(source.model, f"--layout {layout}")
     if tower and layout in (ORIGINAL.name, LLAVA.name, TRANSFORMERS.name):
         _check_tower(tower, layout)
     if moe and moe.expert_groups and layout not in (VISION_TOWER.name, "projector"):

@@ -109,6 +109,12 @@ def model_lines(model: Model) -> list[str]:
     lines = [f"  backbone     {f'{backbone.name} ({family})' if backbone.name in BACKBONES else f'{family}: {size}'}"]
     if model.tower:
         lines.append(f"  tower        {model.tower.name}, {model.tower.num_features} visual tokens")
+    for branch in model.branches:
+        tower, own = branch.seen_by(model.required_tower), "own" if branch.own_projector else "shared"
+        shared = "" if branch.tower else " (shared)"
+        lines.append(
+            f"  {branch.modality:<12} {tower.name}{shared}, {tower.num_features} visual tokens, {own} projector"
+        )
     if model.moe:
         moe = model.moe
         lines.append(

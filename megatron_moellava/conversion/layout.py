@@ -186,6 +186,11 @@ def _router_entries(model: Model, layer: int, layout: Layout, wanted: dict[str, 
         yield _required_entry(mapping, layer, LANGUAGE, layout, model, wanted)
 
 
+def tower_entries(model: Model, layout: Layout) -> list[Entry]:
+    """The part of `entries` that is the tower's."""
+    return list(_tower_entries(model, layout, megatron_tensors(model)))
+
+
 def _tower_entries(model: Model, layout: Layout, wanted: dict[str, Shape]) -> Iterator[Entry]:
     if model.tower is None or not layout.tower:
         return

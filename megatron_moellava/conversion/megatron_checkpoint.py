@@ -28,6 +28,7 @@ from megatron_moellava.costs.shapes import (
     megatron_tensors,
     model_from_json,
 )
+from megatron_moellava.towers.branches import PREFIX as MODALITY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +55,7 @@ def open_checkpoint(
     run = read_description(folder) if verified else verify_checkpoint(folder, verify=verify)
     if run.adapter is not None and not adapter:
         raise CheckpointError(f"{folder} is an adapter and no whole model; join it to its base: moellava convert merge")
-    prefixes = (LANGUAGE, TOWER, PROJECTOR, ADAPTERS)
+    prefixes = (LANGUAGE, TOWER, PROJECTOR, ADAPTERS, MODALITY)
     tensors = {
         name: tensor
         for stored, tensor in open_megatron(folder).items()

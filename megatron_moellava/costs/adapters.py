@@ -121,7 +121,7 @@ def _adapted(model: Model, lora: LoraConfig, tensors: Tensors) -> list[Adapted]:
 def _heads(model: Model, name: str, role: str) -> Heads | None:
     if not name.endswith("linear_qkv.weight"):
         return None
-    return model.required_tower.heads if role == "tower" or name.startswith(TOWER) else model.backbone.heads
+    return model.tower_of(name).heads if role == "tower" or name.startswith(TOWER) else model.backbone.heads
 
 
 def _parts(model: Model, name: str, role: str, rows: int, heads: Heads | None) -> tuple[tuple[str, int], ...]:

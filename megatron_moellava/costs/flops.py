@@ -3,12 +3,13 @@
 Only matrix products and attention; everything element-wise is priced by the bytes it moves (planning/pricing.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_moellava.costs.shapes import latent_matrices
 from megatron_moellava.costs.sharding import Sharding, routed_tokens
 from megatron_moellava.stages import adapted_roles
+from megatron_moellava.towers import Tower
 
 CAUSAL = 0.5  # share of the scores that a causal kernel computes
 
@@ -170,9 +171,27 @@ def adapter_work(
         yield Product(part=part, rows=rows, inner=inner, columns=columns, weights=weights, weight_gradient=True)
 
 
-def first_stage_work(sharding: Sharding, images: float, reach: float | None = None) -> Iterator[Work]:
-    """Tower and projector over `images`; `reach` as in `tower_layers_work`."""
-    tower, hidden = sharding.tower, sharding.backbone.hidden_size
+def first_stage_work(
+    sharding: Sharding, images: float, reach: float | None = None, apart: Sequence[float] | None = None
+) -> Iterator[Work]:
+    """Towers and projectors over `images`, and over those of each modality that is apart (`apart`; None: as many of each).
+    `reach` as in `tower_layers_work`."""
+    for tower, count, reached in ways(sharding, images, reach, apart):
+        yield from _way_work(sharding, tower, count, reached)
+
+
+def ways(
+    sharding: Sharding, images: float, reach: float | None = None, apart: Sequence[float] | None = None
+) -> Iterator[tuple[Tower, float, float | None]]:
+    """(tower, images, reach) of plain pictures and of each modality that is apart."""
+    yield sharding.tower, images, reach
+    counts = [images] * len(sharding.branches) if apart is None else apart
+    for branch, count in zip(sharding.branches, counts, strict=True):
+        yield branch.seen_by(sharding.tower), count, None
+
+
+def _way_work(sharding: Sharding, tower: Tower, images: float, reach: float | None) -> Iterator[Work]:
+    hidden = sharding.backbone.hidden_size
     yield Product(
         part="tower",
         rows=images * tower.num_patches,
@@ -182,17 +201,19 @@ def first_stage_work(sharding: Sharding, images: float, reach: float | None = No
         weight_gradient="tower" in sharding.trains,
         copies=sharding.tp,
     )
-    yield from tower_layers_work(sharding, images, reach)
+    yield from tower_layers_work(sharding, images, reach, tower)
     visual, projects = images * tower.num_features, "projector" in sharding.trains
     # Megatron-Core's linear layer computes the gradient of the frozen tower's features too.
     yield linear("projector", visual, tower.projector_input_size, hidden / sharding.tp, projects)
     yield linear("projector", visual, hidden / sharding.tp, hidden, projects)
 
 
-def tower_layers_work(sharding: Sharding, images: float, reach: float | None = None) -> Iterator[Work]:
-    """The transformer layers of the tower that features need. `reach`: rows that a row attends to; None: those of the largest
-    picture."""
-    tower, tp, trained = sharding.tower, sharding.tp, "tower" in sharding.backpropagates
+def tower_layers_work(
+    sharding: Sharding, images: float, reach: float | None = None, tower: Tower | None = None
+) -> Iterator[Work]:
+    """The transformer layers of a tower (None: the model's) that features need. `reach`: rows that a row attends to; None:
+    those of the largest picture."""
+    tower, tp, trained = tower or sharding.tower, sharding.tp, "tower" in sharding.backpropagates
     rows, width, inner, layers = (
         images * tower.num_rows,
         tower.hidden_size,

@@ -14,6 +14,7 @@ from megatron_moellava.costs.shapes import (
     Model,
     ModelTensor,
     Tensors,
+    branch_tensors,
     embedding_tensors,
     layer_tensors,
     model_tensors,
@@ -115,7 +116,9 @@ def _held(layout: Layout, pipeline_rank: int) -> Iterator[tuple[int, Tensors]]:
     if pipeline_rank == 0:
         yield 1, tower_stem_tensors(layout.tower)
         yield layout.tower.num_used_layers, tower_layer_tensors(layout.tower)
-        yield 1, projector_tensors(model)
+        yield 1, projector_tensors(model.backbone, layout.tower)
+        for branch in model.branches:
+            yield 1, branch_tensors(model, branch)
         yield 1, embedding_tensors(model.backbone)
     for is_moe, layers in Counter(layout.kinds_of(pipeline_rank)).items():
         yield layers, layer_tensors(model, is_moe)

@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import ParallelConfig, RunConfig
-from megatron_moellava.costs.flops import Work, forward_flops, last_stage_work, layer_work, tower_layers_work
+from megatron_moellava.costs.flops import Work, forward_flops, last_stage_work, layer_work, tower_layers_work, ways
 from megatron_moellava.costs.sharding import Sharding
 from megatron_moellava.placement import moe_layer_freq
 from megatron_moellava.towers import tower_of_run
@@ -81,10 +81,12 @@ def first_stage_cost(run: RunConfig, backbone: Backbone) -> float:
     """Of the images of a row: packed samples fill it, a padded row has one. Where frames are pooled, of videos."""
     whole = _whole(run, backbone)
     images, visual = whole.fullest_sample
+    visual += images * sum(branch.seen_by(whole.tower).num_features for branch in whole.branches)
     samples = run.data.seq_length / (visual + WORDS_PER_IMAGE) if run.data.packing else 1.0
     passes = TRAINED if "tower" in whole.backpropagates else FORWARD_ONLY
     passes += passes == TRAINED and run.training.recompute_tower
-    return passes * _forward(tower_layers_work(whole, images * samples))
+    towers = (tower_layers_work(whole, count, tower=tower) for tower, count, _ in ways(whole, images * samples))
+    return passes * sum(map(_forward, towers))
 
 
 def last_stage_cost(run: RunConfig, backbone: Backbone) -> float:

@@ -13,8 +13,10 @@ from megatron_moellava.config import MoEConfig, current_names, from_dict
 from megatron_moellava.mapping import Shape
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import Tower, tower_fields, tower_of_section
+from megatron_moellava.towers.branches import Branch, branches_of_section
 
 LANGUAGE, TOWER, PROJECTOR = "language_model.", "vision_tower.", "projector."
+OWN_TOWER = "tower."  # of a modality, behind its prefix, as PROJECTOR is
 UNUSED = f"{TOWER}unused."  # tensors that ride along so that an export is complete
 EXPERTS = "experts.experts."  # Megatron-Core's key for SequentialMLP and the grouped MLP alike
 RESIDUAL = "residual_mlp."
@@ -29,6 +31,7 @@ class Model:
     backbone: Backbone
     tower: Tower | None = None  # None: a language model alone
     moe: MoEConfig | None = None  # None: dense
+    branches: tuple[Branch, ...] = ()  # modalities with a tower or a projector of their own
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -47,6 +50,11 @@ class Model:
         assert self.tower is not None
         return self.tower
 
+    def tower_of(self, name: str) -> Tower:
+        """The tower that a tensor belongs to, by the tensor's name."""
+        branch = next((item for item in self.branches if name.startswith(item.prefix)), None)
+        return branch.seen_by(self.required_tower) if branch else self.required_tower
+
     def to_json(self) -> dict:
         """The `model` section of run.json."""
         backbone = self.backbone
@@ -58,13 +66,19 @@ class Model:
             "moe": asdict(self.moe) if self.moe else None,
             "backbone_fields": backbone_fields(backbone),
             "tower_fields": tower_fields(self.tower) if self.tower else None,
+            **({"branches": [branch.to_json() for branch in self.branches]} if self.branches else {}),
         }
 
 
 def model_from_json(section: dict) -> Model:
     """The inverse of `Model.to_json`; also reads the short form, with names alone."""
     moe = from_dict(MoEConfig, current_names(section)["moe"]) if section.get("moe") else None
-    return Model(backbone=backbone_of_section(section), tower=tower_of_section(section), moe=moe)
+    return Model(
+        backbone=backbone_of_section(section),
+        tower=tower_of_section(section),
+        moe=moe,
+        branches=branches_of_section(section),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +118,20 @@ def model_tensors(model: Model) -> Tensors:
         tensors |= _prefixed(f"{LANGUAGE}decoder.layers.{layer}.", layer_tensors(model, layer in moe_layers))
     tensors |= _prefixed(LANGUAGE, output_tensors(model.backbone))
     if model.tower:
-        tensors |= _prefixed(TOWER, tower_stem_tensors(model.tower))
-        for layer in range(model.tower.num_used_layers):
-            tensors |= _prefixed(f"{TOWER}decoder.layers.{layer}.", tower_layer_tensors(model.tower))
-        tensors |= _prefixed(PROJECTOR, projector_tensors(model))
+        tensors |= _prefixed(TOWER, tower_tensors(model.tower))
+        tensors |= _prefixed(PROJECTOR, projector_tensors(model.backbone, model.tower))
+    for branch in model.branches:
+        tensors |= branch_tensors(model, branch)
+    return tensors
+
+
+def branch_tensors(model: Model, branch: Branch) -> Tensors:
+    """What a modality has of its own."""
+    tower, tensors = branch.seen_by(model.required_tower), {}
+    if branch.tower:
+        tensors = _prefixed(f"{branch.prefix}{OWN_TOWER}", tower_tensors(tower))
+    if branch.own_projector:
+        tensors |= _prefixed(f"{branch.prefix}{PROJECTOR}", projector_tensors(model.backbone, tower))
     return tensors
 
 
@@ -232,6 +256,14 @@ def _moe(model: Model) -> Tensors:
     return tensors
 
 
+def tower_tensors(tower: Tower) -> Tensors:
+    """A whole tower, as far as features need it."""
+    tensors = tower_stem_tensors(tower)
+    for layer in range(tower.num_used_layers):
+        tensors |= _prefixed(f"decoder.layers.{layer}.", tower_layer_tensors(tower))
+    return tensors
+
+
 def tower_stem_tensors(tower: Tower) -> Tensors:
     """What lies around the tower's layers."""
     hidden, role = tower.hidden_size, "tower"
@@ -263,10 +295,10 @@ def tower_layer_tensors(tower: Tower) -> Tensors:
     return tensors
 
 
-def projector_tensors(model: Model) -> Tensors:
+def projector_tensors(backbone: Backbone, tower: Tower) -> Tensors:
     """LLaVA's mlp2x_gelu, over what the projector's kind makes of the features."""
-    hidden, role = model.backbone.hidden_size, "projector"
-    fc1 = _linear(hidden, model.required_tower.projector_input_size, True, role, split=0)
-    newline = {"image_newline.weight": ModelTensor((hidden,), role)} if model.required_tower.newline else {}
+    hidden, role = backbone.hidden_size, "projector"
+    fc1 = _linear(hidden, tower.projector_input_size, True, role, split=0)
+    newline = {"image_newline.weight": ModelTensor((hidden,), role)} if tower.newline else {}
     fc2 = _linear(hidden, hidden, True, role, split=1)
     return _prefixed("linear_fc1.", fc1) | _prefixed("linear_fc2.", fc2) | newline

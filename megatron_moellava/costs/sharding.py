@@ -12,6 +12,7 @@ from megatron_moellava.config import LoraConfig, MoEConfig, RunConfig
 from megatron_moellava.costs.shapes import Model, expert_ffn_hidden_size
 from megatron_moellava.stages import adapted_roles, trained_roles
 from megatron_moellava.towers import POOLINGS, Tower
+from megatron_moellava.towers.branches import Branch, branches_of_data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +26,12 @@ class Sharding:
     @property
     def model(self) -> Model:
         """The same as shapes.py lists it."""
-        return Model(backbone=self.backbone, tower=self.tower, moe=self.run.moe)
+        return Model(backbone=self.backbone, tower=self.tower, moe=self.run.moe, branches=self.branches)
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """Modalities with a tower or a projector of their own."""
+        return branches_of_data(self.run.data)
 
     @property
     def tp(self) -> int:
@@ -65,7 +71,8 @@ class Sharding:
     @property
     def fullest_sample(self) -> tuple[int, int]:
         """(images that the tower encodes, visual tokens) of the sample that gives the tower most to do for its tokens: a
-        picture, or where frames are pooled a video, as much of it as a row holds."""
+        picture, or where frames are pooled a video, as much of it as a row holds. With each image comes one of every modality
+        that is apart (`branches`), whose visual tokens are not among these."""
         data, features = self.run.data, self.tower.num_features
         pooling = POOLINGS[data.video_pooling]
         if pooling == POOLINGS["none"]:
@@ -79,7 +86,8 @@ class Sharding:
         """Of the fullest micro-batch: whole samples of a picture or a video with a short text each in a packed row, one per
         padded row."""
         images, visual = self.fullest_sample
-        fits = self.run.data.seq_length // (visual + 16)
+        apart = images * sum(branch.seen_by(self.tower).num_features for branch in self.branches)
+        fits = self.run.data.seq_length // (visual + apart + 16)
         return self.run.training.micro_batch_size * images * (max(fits, 1) if self.run.data.packing else 1)
 
     @property

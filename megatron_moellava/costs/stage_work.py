@@ -1,7 +1,7 @@
 """What the ranks of a pipeline compute for one micro-batch: the products of `flops.py`, gathered over the layers held."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_moellava.costs.flops import (
@@ -13,6 +13,7 @@ from megatron_moellava.costs.flops import (
     layer_work,
     tower_layers_work,
     useful_flops,
+    ways,
 )
 from megatron_moellava.costs.layout import Layout
 
@@ -34,6 +35,13 @@ class Load:
     images: float  # that the tower encodes: pictures, tiles, frames; at native resolution in largest pictures
     samples: float
     reach: float | None = None  # rows of the tower that a row attends to; None: those of the largest picture
+    # of each modality with a tower or a projector of its own, beside `images`; None: as many of each
+    apart: tuple[float, ...] | None = None
+
+    @property
+    def pictures(self) -> tuple[float, float | None, tuple[float, ...] | None]:
+        """What the towers have to do: the last arguments of `stage_work`."""
+        return self.images, self.reach, self.apart
 
 
 def decoder_work(layout: Layout, pipeline_rank: int, tokens: float, length: float) -> Iterator[Work]:
@@ -43,11 +51,18 @@ def decoder_work(layout: Layout, pipeline_rank: int, tokens: float, length: floa
 
 
 def recomputed_work(
-    layout: Layout, pipeline_rank: int, tokens: float, length: float, images: float, reach: float | None = None
+    layout: Layout,
+    pipeline_rank: int,
+    tokens: float,
+    length: float,
+    images: float,
+    reach: float | None = None,
+    apart: Sequence[float] | None = None,
 ) -> Iterator[Work]:
     """What the backward pass of one micro-batch computes again."""
     if pipeline_rank == 0 and layout.run.training.recompute_tower and "tower" in layout.backpropagates:
-        yield from tower_layers_work(layout, images, reach)
+        for tower, count, reached in ways(layout, images, reach, apart):
+            yield from tower_layers_work(layout, count, reached, tower)
     parts = RECOMPUTED[layout.run.training.recompute]
     for work in decoder_work(layout, pipeline_rank, tokens, length):
         if parts is None or work.part in parts:
@@ -55,11 +70,17 @@ def recomputed_work(
 
 
 def stage_work(
-    layout: Layout, pipeline_rank: int, tokens: float, length: float, images: float, reach: float | None = None
+    layout: Layout,
+    pipeline_rank: int,
+    tokens: float,
+    length: float,
+    images: float,
+    reach: float | None = None,
+    apart: Sequence[float] | None = None,
 ) -> Iterator[Work]:
     """Everything that one pipeline rank computes for one micro-batch, recomputation apart."""
     if pipeline_rank == 0:
-        yield from first_stage_work(layout, images, reach)
+        yield from first_stage_work(layout, images, reach, apart)
     yield from decoder_work(layout, pipeline_rank, tokens, length)
     if pipeline_rank == layout.pp - 1:
         yield from last_stage_work(layout, tokens)
@@ -70,7 +91,7 @@ def model_flops(layout: Layout, load: Load, causal: float = CAUSAL) -> float:
     gradients of what is trained. Recomputation and attention above the diagonal do not count."""
     total = 0.0
     for rank in range(layout.pp):
-        for work in stage_work(layout, rank, load.tokens, load.length, load.images, load.reach):
+        for work in stage_work(layout, rank, load.tokens, load.length, *load.pictures):
             # Routed tokens of all tensor ranks are the whole; the router's rows are split too.
             copies = work.copies if isinstance(work, Product) else 1
             total += useful_flops(work, causal) * layout.tp / copies

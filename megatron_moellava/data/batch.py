@@ -1,8 +1,8 @@
 """`Batch`: one micro-batch, packed or padded. Suffixes: B rows, S positions, N images, C H W channels and pixels."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch.utils.data import get_worker_info
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN, EncodedSample
 from megatron_moellava.data.pooling import Pools
 from megatron_moellava.data.quantities import PLAIN, kinds_of
+
+SHARED = ""  # the way of pictures that go through the model's own tower and projector
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,18 @@ class Counts:
     chosen_tokens: int = 0  # positions with a label, of the chosen answers
     tower_inputs: int = 0  # pictures, tiles and frames that the tower encodes; at native resolution: patches
     tower_squares: int = 0  # at native resolution: sum of patches ** 2 over the pictures
+    apart_inputs: tuple[int, ...] = ()  # pictures and tiles of each modality in `Batch.apart`
+
+    def numbers(self) -> list[int]:
+        """All of them in a row."""
+        *own, apart = astuple(self)
+        return [*own, *apart]
+
+
+def counts_of(numbers: Sequence[int]) -> Counts:
+    """The inverse of `Counts.numbers`."""
+    own = len(fields(Counts)) - 1
+    return Counts(*numbers[:own], tuple(numbers[own:]))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,6 +71,9 @@ class Batch:
     teacher_ids_TK: torch.Tensor | None = None  # int32
     teacher_log_probs_TC: torch.Tensor | None = None  # fp16 or fp32, C = K + 1
     pools: Pools = ()  # images that become one set of visual tokens, and which neighbours one token; empty: each its own
+    # Of each modality that is apart (`config.Modality`): the pixels of its pictures, which are not in pixel_values_NCHW. Their
+    # visual tokens follow those, in this order, and shows_R says where each belongs.
+    apart: dict[str, torch.Tensor] = field(default_factory=dict)
     # (modality, visual tokens) of each picture in the order of the image tokens; empty: all pictures are plain ones
     pictures: tuple[tuple[str, int], ...] = ()
     counts: Counts = None  # type: ignore[assignment]  # taken from the tensors when the batch is made, on the host, and carried along
@@ -91,6 +108,7 @@ def count(batch: Batch) -> Counts:
         chosen_tokens=_chosen_tokens(batch),
         tower_inputs=len(batch.pixel_values_NCHW),
         tower_squares=sum(math.prod(grid) ** 2 for grid in batch.grids if len(grid) == 2),
+        apart_inputs=tuple(map(len, batch.apart.values())),
     )
 
 
@@ -104,7 +122,7 @@ def _chosen_tokens(batch: Batch) -> int:
 
 def total(counts: Iterable[Counts]) -> Counts:
     """The counts of several batches together."""
-    return Counts(*map(sum, zip(*map(astuple, counts), strict=True)))
+    return counts_of(list(map(sum, zip(*(item.numbers() for item in counts), strict=True))))
 
 
 _SMALL = (
@@ -125,7 +143,8 @@ def to_wire(batch: Batch) -> Batch:
     than a small one's bytes in the message. Pixels stay a tensor, and go into shared memory here: where that is too small,
     the thread that sends them would only print so, and the other end would wait for ever."""
     if get_worker_info() is not None and batch.pixel_values_NCHW is not None:
-        batch.pixel_values_NCHW.share_memory_()
+        for pixels_NCHW in (batch.pixel_values_NCHW, *batch.apart.values()):
+            pixels_NCHW.share_memory_()
     small = {name: getattr(batch, name) for name in _SMALL}
     return replace(batch, **{name: value.numpy() for name, value in small.items() if value is not None})
 
@@ -137,8 +156,17 @@ def from_wire(batch: Batch) -> Batch:
     return replace(batch, **tensors)
 
 
-def pack(samples: list[EncodedSample], pixels: list[np.ndarray], seq_length: int, pad_id: int, shape) -> Batch:
-    """One row of exactly seq_length. `pixels`: [T, 3, H, W] of each image; `shape`: (3, H, W).
+def pack(
+    samples: list[EncodedSample],
+    pixels: list[np.ndarray],
+    seq_length: int,
+    pad_id: int,
+    shape,
+    apart: Sequence[str] = (),
+    shown: list[EncodedSample] | None = None,
+) -> Batch:
+    """One row of exactly seq_length. `pixels`: [T, 3, H, W] of each image; `shape`: (3, H, W) of plain ones; `apart`: the
+    modalities of the run that are. `shown`: samples whose images `pixels` are, where `samples` share them.
 
     >>> lengths 3 and 2, seq_length 8 -> cu_seqlens [0, 3, 5, 8], position_ids [0 1 2 0 1 0 1 2]
     """
@@ -156,7 +184,7 @@ def pack(samples: list[EncodedSample], pixels: list[np.ndarray], seq_length: int
         padding_mask_BS=(torch.arange(seq_length) < seq_length - tail)[None],
         cu_seqlens=torch.tensor(np.cumsum([0, *segments]), dtype=torch.int32),
         max_seqlen=max(segments),
-        pixel_values_NCHW=_stack(pixels, shape),
+        **_pixels(samples if shown is None else shown, pixels, shape, apart),
         sample_ids=[sample.id for sample in samples],
         tags=[sample.tag for sample in samples],
         grids=tuple(grid for sample in samples for grid in sample.grids),
@@ -165,7 +193,14 @@ def pack(samples: list[EncodedSample], pixels: list[np.ndarray], seq_length: int
     )
 
 
-def pad(samples: list[EncodedSample], pixels: list[np.ndarray], multiple: int, pad_id: int, shape) -> Batch:
+def pad(
+    samples: list[EncodedSample],
+    pixels: list[np.ndarray],
+    multiple: int,
+    pad_id: int,
+    shape,
+    apart: Sequence[str] = (),
+) -> Batch:
     """One row per sample, right-padded to the longest, rounded up to a multiple."""
     longest = max(len(sample) for sample in samples)
     width = -(-longest // multiple) * multiple
@@ -182,7 +217,7 @@ def pad(samples: list[EncodedSample], pixels: list[np.ndarray], multiple: int, p
         padding_mask_BS=torch.arange(width) < lengths_B[:, None],
         cu_seqlens=None,
         max_seqlen=width,
-        pixel_values_NCHW=_stack(pixels, shape),
+        **_pixels(samples, pixels, shape, apart),
         sample_ids=[sample.id for sample in samples],
         tags=[sample.tag for sample in samples],
         grids=tuple(grid for sample in samples for grid in sample.grids),
@@ -195,6 +230,26 @@ def _pictures(samples: list[EncodedSample]) -> tuple[tuple[str, int], ...]:
     kinds = [ref.modality.name if ref.modality else PLAIN for sample in samples for ref in sample.images]
     tokens = [count for sample in samples for count in sample.features]
     return tuple(zip(kinds, tokens, strict=True)) if kinds_of(kinds) else ()
+
+
+def _pixels(samples: list[EncodedSample], pixels: list[np.ndarray], shape, apart: Sequence[str]) -> dict[str, Any]:
+    """The fields of a batch that hold its pictures, and `shows_R` where some of them are apart."""
+    refs = [ref for sample in samples for ref in sample.images]
+    ways = [ref.modality.name if ref.modality and ref.modality.is_apart else SHARED for ref in refs]
+    names = [name for name in dict.fromkeys((*apart, *ways)) if name != SHARED]
+    if not {*ways} - {SHARED}:
+        return {"pixel_values_NCHW": _stack(pixels, shape), "apart": {name: torch.zeros(0, *shape) for name in names}}
+    of_way = {way: [part for part, own in zip(pixels, ways, strict=True) if own == way] for way in (SHARED, *names)}
+    counts = np.array([count for sample in samples for count in sample.features])
+    order = [number for way in of_way for number, own in enumerate(ways) if own == way]  # as they are encoded
+    starts = np.zeros(len(order), dtype=np.int64)
+    starts[order] = np.cumsum(counts[order]) - counts[order]
+    shows_R = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
+    return {
+        "pixel_values_NCHW": _stack(of_way.pop(SHARED), shape),
+        "apart": {name: _stack(parts, shape) for name, parts in of_way.items()},
+        "shows_R": torch.from_numpy(shows_R),
+    }
 
 
 def _stack(pixels: list[np.ndarray], shape: tuple[int, int, int]) -> torch.Tensor:

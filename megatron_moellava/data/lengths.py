@@ -17,8 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_moellava.config import DataError
+from megatron_moellava.data.encode import EncodedSample
+from megatron_moellava.data.pairs import EncodedPair
 from megatron_moellava.data.pipeline import Pipeline
 from megatron_moellava.data.sample import BadSample
+from megatron_moellava.towers.branches import tower_for
 
 PROBES = 64  # samples measured again at each start
 CHUNK = 512  # samples a process measures at a time
@@ -56,9 +59,10 @@ def measured_lengths(pipeline: Pipeline, key: list, folder: str | Path) -> np.nd
 
 
 def counts_work(pipeline: Pipeline) -> bool:
-    """Whether what a sample's pictures cost the tower does not follow from their tokens: at native resolution, and where frames
-    of videos are pooled behind it."""
-    return pipeline.tower.native or pipeline.data.video_pooling != "none"
+    """Whether what a sample's pictures cost the tower does not follow from their tokens: at native resolution, where frames of
+    videos are pooled behind it, and where modalities have towers of their own."""
+    own_towers = any(modality.tower for modality in pipeline.data.modalities)
+    return pipeline.tower.native or pipeline.data.video_pooling != "none" or own_towers
 
 
 def tokens_of(lengths: np.ndarray) -> np.ndarray:
@@ -131,7 +135,23 @@ def _length(pipeline: Pipeline, number: int) -> tuple[int, int]:
         encoded, *_ = pipeline.encode(number)
     except BadSample:
         return 0, 0
-    tower = pipeline.tower
-    patches = [rows * columns for rows, columns in encoded.grids] if tower.native else []
-    patches += [tower.num_rows] * sum(images for images, _ in encoded.pools)
-    return len(encoded), int(sum(map(tower.work, patches)))
+    return len(encoded), int(_work(encoded, pipeline.tower))
+
+
+def _work(encoded: EncodedSample | EncodedPair, tower) -> float:
+    """`Tower.work` of a sample's pictures, in a pass through `tower`, the model's: a tower of another width or depth counts as
+    much more or less."""
+    if tower.native:
+        return sum(tower.work(rows * columns) for rows, columns in encoded.grids)
+    read = encoded.chosen if isinstance(encoded, EncodedPair) else encoded  # a pair shares its pictures
+    kinds = list(zip(read.images, read.features, strict=True))
+    images = sum(images for images, _ in read.pools)
+    if not read.pools:
+        images = sum(tokens for ref, tokens in kinds if not ref.is_apart) // tower.num_features
+    work = images * tower.work(tower.num_rows)
+    for ref, tokens in kinds:
+        if ref.is_apart:
+            own = tower_for(ref.modality, tower)
+            size = own.hidden_size * own.num_used_layers / (tower.hidden_size * tower.num_used_layers)
+            work += tokens // own.num_features * own.work(own.num_rows) * size
+    return work

@@ -30,6 +30,7 @@ from megatron_moellava.data.sources import OpenSource, Reader, open_sources
 from megatron_moellava.data.state import redistribute
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.data.tokenizer import Tokenizer
+from megatron_moellava.towers.branches import own_tower
 
 _LOG = logging.getLogger(__name__)
 SHARED_MEMORY_LOW = 64 * 2**20  # bytes free, as much as Docker gives a container in all
@@ -252,7 +253,7 @@ def check_fingerprint(saved: dict | None, now: dict, ignore: tuple[str, ...] = (
     """Raise DataError, naming the differences, unless `saved` describes the same data order as `now`."""
     if not saved:
         raise DataError("the checkpoint holds no loader state; start from its weights alone, with a new data order")
-    keys = [key for key in (*now, *({*LATER} & saved.keys() - now.keys())) if key not in ignore]
+    keys = [key for key in (*now, *({*LATER, TOWERS} & saved.keys() - now.keys())) if key not in ignore]
     changed = [_difference(key, saved.get(key), now.get(key)) for key in keys if saved.get(key) != now.get(key)]
     if changed:
         raise DataError(
@@ -385,6 +386,11 @@ def _length_key(fingerprint: dict, opened: list[OpenSource], data, tower) -> lis
     # Tiles, native resolution and the numbers of boxes depend on the pictures and on how they are shown.
     tiles = [[entry.folder for entry in opened], tower.image_size, data.image_aspect_ratio, data.image_grid]
     tiles += [fingerprint["native"]] if tower.has_grids else []
+    tiles += [
+        [item.name, own.image_size, own.num_features, own.hidden_size, own.num_used_layers]
+        for item in data.modalities
+        if (own := own_tower(item))
+    ]
     seen = {name: fingerprint[name] for name in LATER if name in fingerprint}
     return [{name: fingerprint[name] for name in fields} | seen, [entry.fingerprint for entry in opened], tiles]
 
@@ -412,11 +418,13 @@ def build_encoder(data, tokenizer: Tokenizer, tower, template: str = "", context
 
 # Fields that older checkpoints do not know: in the fingerprint only where they are not the default, which was the only way.
 LATER = ("box_format", "video_frames", "video_fps", "video_times", "video_pooling", "modalities")
+TOWERS = "towers"  # likewise, of modalities with one of their own: name -> visual tokens of a picture
 
 
 def order_fields(data, encoder: Encoder, tower, opened: list[OpenSource]) -> dict:
     """What decides which sample lands in which batch; a resumed run must have the same."""
     tokens = encoder.tokenizer.encode_text("The quick brown fox; <image> 12345")[0]
+    towers = {item.name: own.num_features for item in data.modalities if (own := own_tower(item))}
     return (
         {
             "order": ORDER,
@@ -438,7 +446,8 @@ def order_fields(data, encoder: Encoder, tower, opened: list[OpenSource]) -> dic
         }
         | _grid_fields(data, tower)
         | _later_fields(data)
-        | ({"cost": "attention and tower"} if data.packing and data.video_pooling != "none" else {})
+        | ({"cost": "attention and tower"} if data.packing and (data.video_pooling != "none" or towers) else {})
+        | ({TOWERS: towers} if towers else {})
     )
 
 

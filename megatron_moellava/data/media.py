@@ -8,17 +8,19 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
+from megatron_moellava.config import Modality
 from megatron_moellava.data import geometry, images, native, quantities
 from megatron_moellava.data import tiling as grid
 from megatron_moellava.data.encode import EncodedSample
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.paths import locate
 from megatron_moellava.data.plan import Plan
-from megatron_moellava.data.pooling import pools, widths
+from megatron_moellava.data.pooling import Frame, pools, widths
 from megatron_moellava.data.regions import View, rewrite
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, BadSample, ImageRef, Sample
 from megatron_moellava.data.video import FRAME, Video, last_video, open_video
-from megatron_moellava.towers import POOLINGS
+from megatron_moellava.towers import POOLINGS, Pooling
+from megatron_moellava.towers.branches import tower_for
 
 
 def source(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> bytes | str:
@@ -74,12 +76,24 @@ def encoded(encoder: Encoder, sample: Sample, folder: str, where: str, tower, da
     if not tower.has_grids:
         counts = [num_tiles(ref, folder, where, tower, data) for ref in sample.images]
         frames, pooling = [ref.frame for ref in sample.images], POOLINGS[data.video_pooling]
-        found = encoder(sample, widths(frames, counts, tower.num_features, pooling))
-        kept = len(found.images)
-        return replace(found, pools=pools(frames[:kept], counts[:kept], pooling))
+        kinds = [ref.modality for ref in sample.images]
+        found = encoder(sample, widths_of(kinds, frames, counts, tower, pooling))
+        shared = [number for number, ref in enumerate(found.images) if not ref.is_apart]
+        return replace(found, pools=pools([frames[n] for n in shared], [counts[n] for n in shared], pooling))
     made = plans(sample.images, folder, where, tower, data)
     found = encoder(sample, tuple(plan.tokens for plan in made))
     return replace(found, grids=tuple(plan.grid for plan in made[: len(found.images)]))
+
+
+def widths_of(
+    kinds: Sequence[Modality | None], frames: Sequence[Frame], tiles: Sequence[int], tower, pooling: Pooling
+) -> tuple[int, ...]:
+    """Visual tokens of each picture, of towers without grids: `pooling.widths`, each by the tower of its modality."""
+    shared = widths(frames, tiles, tower.num_features, pooling)
+    return tuple(
+        count * tower_for(kind, tower).num_features if kind is not None and kind.tower else width
+        for kind, count, width in zip(kinds, tiles, shared, strict=True)
+    )
 
 
 def pixels_of(sample: EncodedSample, folder: str, where: str, tower, data) -> list[tuple[np.ndarray, tuple[str, ...]]]:
@@ -96,6 +110,7 @@ def tiles(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Normalised pixels [T, 3, H, W] and notes; T = 1 unless data.image_grid. At native resolution patches [P, 3, H, W], by
     their `plan`."""
+    tower = tower_for(ref.modality, tower)
     image, notes = open_ref(ref, folder, where, data.trust_paths)
     if plan is not None and tower.native:
         return native.patches(image, tower, plan, ref.frame is not None), notes
@@ -109,6 +124,7 @@ def num_tiles(ref: ImageRef, folder: str, where: str, tower, data) -> int:
     if not data.image_grid or ref.frame is not None:
         return 1
     size = images.image_size(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
+    tower = tower_for(ref.modality, tower)
     return grid.num_tiles(*size, tower.image_size, tower.tiles)
 
 
@@ -166,7 +182,8 @@ def write_regions(sample: Sample, folder: str, tower, data) -> Sample:
         for ref in sample.images
     ]
     made: tuple = plans(sample.images, folder, where, tower, data) if tower.has_grids else (None,) * len(stored)
-    views = [view(turn, tower, data, plan) for turn, plan in zip(stored, made, strict=True)]
+    towers = [tower_for(ref.modality, tower) for ref in sample.images]
+    views = [view(turn, own, data, plan) for turn, own, plan in zip(stored, towers, made, strict=True)]
     texts = [turn.text for turn in sample.turns]
     texts, notes = rewrite(texts, sample.regions, sample.box_format, data.box_format, views, sample.origin)
     turns = tuple(replace(turn, text=text) for turn, text in zip(sample.turns, texts, strict=True))

@@ -4,6 +4,7 @@ Both follow the same prompt about the same pictures: a picture is read and encod
 tokens stand before each answer, so that every attention kernel can read such a row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -72,19 +73,21 @@ def pack_pairs(
     seq_length: int,
     pad_id: int,
     shape: tuple[int, int, int],
+    apart: Sequence[str] = (),
 ) -> Batch:
     """One row of exactly seq_length. `pixels`: of each picture of each pair, once; `reference_R2`: of all rows.
 
     >>> two pairs with one picture of two tokens each -> shows_R [0 1 0 1 2 3 2 3]
     """
-    batch = pack(
-        [answer for pair in pairs for answer in (pair.chosen, pair.rejected)], pixels, seq_length, pad_id, shape
-    )
+    answers = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    shown = [pair.chosen for pair in pairs]
+    batch = pack(answers, pixels, seq_length, pad_id, shape, apart, shown)
     shows, first = [], 0
     for pair in pairs:
         tokens = sum(pair.chosen.features)
         shows += 2 * [*range(first, first + tokens)]
         first += tokens
+    shows_R = torch.tensor(shows, dtype=torch.int64)
     return replace(
         batch,
         sample_ids=batch.sample_ids[::2],
@@ -92,6 +95,6 @@ def pack_pairs(
         pools=tuple(pool for pair in pairs for pool in pair.chosen.pools),
         pairs=numbers,
         reference_P2=None if reference_R2 is None else torch.from_numpy(reference_R2[numbers].astype(np.float32)),
-        shows_R=torch.tensor(shows, dtype=torch.int64),
+        shows_R=shows_R if batch.shows_R is None else batch.shows_R[shows_R],
         counts=None,  # type: ignore[arg-type]  # anew, with what is known now
     )

@@ -70,6 +70,7 @@ class Pipeline:
         self.reference_R2: np.ndarray | None = None
         self.teacher: TeacherLogits | None = None
         self.pixel_shape = tower.pixel_shape
+        self.apart = tuple(item.name for item in data.modalities if item.is_apart)
 
     def __getitem__(self, numbers: list[int]) -> dict:
         """{"batch": Batch or None if no sample can be used, "events"}"""
@@ -143,10 +144,12 @@ class Pipeline:
                 seq_length=self.data.seq_length,
                 pad_id=self.encoder.tokenizer.pad_id,
                 shape=self.pixel_shape,
+                apart=self.apart,
             )
+        pad_id = self.encoder.tokenizer.pad_id
         if self.data.packing:
-            return pack(encoded, pixels, self.data.seq_length, self.encoder.tokenizer.pad_id, self.pixel_shape)
-        return pad(encoded, pixels, self.pad_multiple, self.encoder.tokenizer.pad_id, self.pixel_shape)
+            return pack(encoded, pixels, self.data.seq_length, pad_id, self.pixel_shape, self.apart)
+        return pad(encoded, pixels, self.pad_multiple, pad_id, self.pixel_shape, self.apart)
 
 
 def _of_teacher(taught: list) -> dict[str, Any]:

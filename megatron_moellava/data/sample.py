@@ -65,6 +65,11 @@ class ImageRef:
     is_still: bool = False  # of a frame: `name` and `data` are the picture itself, taken from the video before
     modality: Modality | None = None  # None: a plain picture
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether its modality has a tower or a projector of its own."""
+        return self.modality is not None and self.modality.is_apart
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:

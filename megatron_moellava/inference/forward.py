@@ -34,6 +34,7 @@ class Picture:
     grid: tuple[int, ...] | None  # how its tokens lie (`Plan.grid`), of towers that have that
     features: int  # visual tokens
     block: int = 1  # of pooled frames: side of the blocks of visual tokens that become one
+    way: str = ""  # its modality, if that is apart
 
 
 @dataclass(slots=True)
@@ -98,14 +99,15 @@ class Forward:
     def _encode(self, images: dict[bytes, Picture]) -> None:
         """Remember the visual tokens [N, F, D] of images by their digests (of towers that `has_grids`: [F, D]).
 
-        Those not known yet go through the tower at once.
+        Those not known yet go through their tower at once.
         """
-        new = {digest: image for digest, image in images.items() if digest not in self.features}
-        if new:
+        unknown = {digest: image for digest, image in images.items() if digest not in self.features}
+        for way in dict.fromkeys(image.way for image in unknown.values()):
+            new = {digest: image for digest, image in unknown.items() if image.way == way}
             pixels_NCHW = torch.cat([image.tiles_NCHW for image in new.values()])
             pixels_NCHW = pixels_NCHW.to(platform.device(), self.model.config.params_dtype)
             grids = tuple(image.grid for image in new.values() if image.grid is not None)
-            features = self.model.encode_images(pixels_NCHW, grids)
+            features = self.model.encode_images(pixels_NCHW, grids, way)
             counts = [image.features if grids else len(image.tiles_NCHW) for image in new.values()]
             for (digest, image), own in zip(new.items(), features.split(counts), strict=True):
                 own = own if image.block == 1 else pooled(own, ((len(own), image.block),))
@@ -141,14 +143,14 @@ def _is_image(prompts: Sequence[Prompt], starts: Sequence[int], tokens: int) -> 
 
 def _images(prompt: Prompt, start: int) -> list[Picture]:
     """The images of a prompt whose visual tokens do not come before position `start`."""
-    parts = prompt.pixels_NCHW.split(prompt.tiles) if prompt.tiles else ()
     before, found = prompt.tokens[:start].count(IMAGE_TOKEN), []
-    for number, tiles_NCHW in enumerate(parts):
+    for number, tiles_NCHW in enumerate(prompt.parts):
         if before > 0:
             before -= prompt.widths[number]
             continue
         grid = prompt.grids[number] if prompt.grids else None
         block = prompt.blocks[number] if prompt.blocks else 1
-        found.append(Picture(prompt.digests[number], tiles_NCHW, grid, prompt.features[number] if grid else 0, block))
+        features, way = prompt.features[number] if grid else 0, prompt.way(number)
+        found.append(Picture(prompt.digests[number], tiles_NCHW, grid, features, block, way))
     assert before == 0, "a prompt is not cut within a picture"
     return found

@@ -31,6 +31,7 @@ from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.precision import settled
 from megatron_moellava.model.weights import load_with_base
 from megatron_moellava.routers import ROUTERS
+from megatron_moellava.towers.branches import completed
 
 from megatron.core import parallel_state
 
@@ -137,6 +138,11 @@ def inference_run(folder: Path, layout: ParallelConfig, *, tokenizer: str, templ
     model, trained = description.model, trained_with(description)
     data = dict((description.config or {}).get("data") or {}) | trained.get("data", {})
     data |= {"packing": False, "sources": ()}
+    if data.get("modalities"):
+        records = [
+            {name: item[name] for name in item if name not in ("tower", "projector")} for item in data["modalities"]
+        ]
+        data["modalities"] = completed(records, model, folder)
     # The names may be folders that are gone; the checkpoint itself says which model it holds.
     names = {"backbone": str(folder), "tower": str(folder)} if model.get("backbone_fields") else model
     tree = {

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_moellava.config import DataConfig, DataError
+from megatron_moellava.config import DataConfig, DataError, Modality
 from megatron_moellava.data import images, media, native
 from megatron_moellava.data import tiling as grid
 from megatron_moellava.data.encode import IMAGE_TOKEN, answer_ends, check_template, encode
 from megatron_moellava.data.plan import Plan
-from megatron_moellava.data.pooling import Frame, widths
+from megatron_moellava.data.pooling import Frame
 from megatron_moellava.data.quantities import MODALITY, PLAIN, kinds_of
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from megatron_moellava.data.templates import Template
@@ -21,6 +21,7 @@ from megatron_moellava.data.tokenizer import Tokenizer
 from megatron_moellava.data.video import FRAME
 from megatron_moellava.inference.requests import Request
 from megatron_moellava.towers import POOLINGS, Pooling, Tower
+from megatron_moellava.towers.branches import tower_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -34,18 +35,36 @@ class Prompt:
     grids: tuple[tuple[int, ...], ...] = ()  # how each image's tokens lie (`Plan.grid`), of towers that have that
     blocks: tuple[int, ...] = ()  # of images that are frames pooled together: side of the blocks in space; empty: all 1
     modalities: tuple[str, ...] = ()  # of each image, "image" for a plain one; empty: all are
+    # tiles of each image whose modality is apart (`config.Modality`), which are not in pixels_NCHW, else None; empty: all are
+    apart: tuple[torch.Tensor | None, ...] = ()
     digests: tuple[bytes, ...] = field(init=False)  # of each image as the tower sees it
 
     def __post_init__(self) -> None:
-        parts = self.pixels_NCHW.split(self.tiles) if self.tiles else ()
+        parts = self.parts
         grids = [repr(grid).encode() for grid in self.grids] or [b""] * len(parts)
         if self.blocks:
             grids = [
                 repr((side, len(part))).encode() if side > 1 else b""
                 for part, side in zip(parts, self.blocks, strict=True)
             ]
-        found = [hashlib.sha256(part.numpy().tobytes() + grid) for part, grid in zip(parts, grids, strict=True)]
+        ways = [self.way(number).encode() for number in range(len(parts))]
+        found = [
+            hashlib.sha256(part.numpy().tobytes() + grid + way)
+            for part, grid, way in zip(parts, grids, ways, strict=True)
+        ]
         object.__setattr__(self, "digests", tuple(digest.digest() for digest in found))
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The tiles of each image."""
+        apart = self.apart or (None,) * len(self.tiles)
+        own = [tiles for tiles, part in zip(self.tiles, apart, strict=True) if part is None]
+        shared = iter(self.pixels_NCHW.split(own) if own else ())
+        return tuple(next(shared) if part is None else part for part in apart)
+
+    def way(self, number: int) -> str:
+        """The modality of an image that is apart; "" for others."""
+        return self.modalities[number] if self.apart and self.apart[number] is not None else ""
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -77,6 +96,8 @@ class Prompter:
         if request.images and placeholders != len(request.images):
             raise DataError(f"request {request.id}: {placeholders} `<image>` for {len(request.images)} images")
         plans = self.plans(request.images, f"request {request.id}")
+        kinds = [self.kind(image) for image in request.images]
+        towers = [self.tower_of(image) for image in request.images]
         if self.tower.native:
             pixels = [
                 native.patches(image, self.tower, plan, FRAME in image.info)
@@ -87,20 +108,26 @@ class Prompter:
                 not self.data.image_grid or FRAME in image.info for image in request.images
             ]
             pixels = [
-                self._pixels(image, request.image_aspect_ratio, alone)
-                for image, alone in zip(request.images, whole, strict=True)
+                self._pixels(image, request.image_aspect_ratio, alone, own)
+                for image, alone, own in zip(request.images, whole, towers, strict=True)
             ]
         frames, pooling = [image.info.get(FRAME) for image in request.images], POOLINGS[self.data.video_pooling]
         features = tuple(plan.tokens for plan in plans)
         if not plans:
-            features = widths(frames, [len(part) for part in pixels], self.tower.num_features, pooling)
+            tiles = [len(part) for part in pixels]
+            features = media.widths_of(kinds, frames, tiles, self.tower, pooling)
         names = tuple(ImageRef(name=str(number)) for number in range(len(pixels)))
         ids, _ = encode(
             Sample(id=request.id, origin=request.id, turns=turns, images=names), self.template, self.tokenizer
         )
+        is_apart = [kind is not None and kind.is_apart for kind in kinds]
+        shared = [part for part, own in zip(pixels, is_apart, strict=True) if not own]
         found = Prompt(
             tokens=expand(ids, list(features)),
-            pixels_NCHW=torch.from_numpy(np.concatenate(pixels)) if pixels else torch.zeros(0, *self.tower.pixel_shape),
+            pixels_NCHW=torch.from_numpy(np.concatenate(shared)) if shared else torch.zeros(0, *self.tower.pixel_shape),
+            apart=tuple(torch.from_numpy(part) if own else None for part, own in zip(pixels, is_apart, strict=True))
+            if any(is_apart)
+            else (),
             tiles=tuple(len(part) for part in pixels),
             features=features,
             grids=tuple(plan.grid for plan in plans),
@@ -115,12 +142,21 @@ class Prompter:
         sizes = [None if FRAME in image.info else image.size for image in images]
         return media.plans_of_sizes(sizes, self.tower, self.data, where)
 
-    def _pixels(self, image: Image.Image, aspect_ratio: str, whole: bool) -> np.ndarray:
+    def kind(self, image: Image.Image) -> Modality | None:
+        """The modality of an open picture; None: it is a plain one."""
+        name = image.info.get(MODALITY)
+        return next((item for item in self.data.modalities if item.name == name), None)
+
+    def tower_of(self, image: Image.Image) -> Tower:
+        """The tower that sees an open picture."""
+        return tower_for(self.kind(image), self.tower)
+
+    def _pixels(self, image: Image.Image, aspect_ratio: str, whole: bool, tower: Tower) -> np.ndarray:
         """`whole`: not cut into tiles."""
         if not whole:
-            return grid.tile(image, self.tower)
+            return grid.tile(image, tower)
         shape = self.data.image_aspect_ratio if aspect_ratio == "model" else aspect_ratio
-        return images.preprocess(image, self.tower, shape)[None]
+        return images.preprocess(image, tower, shape)[None]
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -143,6 +179,7 @@ def _together(prompt: Prompt, frames: Sequence[Frame], pooling: Pooling) -> Prom
         features=tuple(prompt.features[start] for start in starts),
         blocks=tuple(1 if frames[start] is None else pooling.spatial for start in starts),
         modalities=tuple(prompt.modalities[start] for start in starts) if prompt.modalities else (),
+        apart=tuple(prompt.apart[start] for start in starts) if prompt.apart else (),
     )
 
 

@@ -15,10 +15,10 @@ def locate_answer(
     text: str, images: Sequence[Image.Image], prompter: Prompter, image_aspect_ratio: str = "model"
 ) -> list[Located]:
     """What `text` names in the last of `images`, read as the checkpoint was trained (`data.box_format`)."""
-    data, tower = prompter.data, prompter.tower
+    data = prompter.data
     data = data if image_aspect_ratio == "model" else replace(data, image_aspect_ratio=image_aspect_ratio)  # type: ignore[arg-type]
     views = [
-        media.view(geometry.Map(size=image.size), tower, data, plan, FRAME in image.info)
+        media.view(geometry.Map(size=image.size), prompter.tower_of(image), data, plan, FRAME in image.info)
         for image, plan in zip(images, prompter.plans(images, "the answer") or (None,) * len(images), strict=True)
     ]
     return locate(text, data.box_format, views)

@@ -17,4 +17,5 @@ def model_inputs(batch: Batch) -> dict:
         "grids": batch.grids,
         "shows_R": batch.shows_R,
         "pools": batch.pools,
+        "apart": batch.apart,
     }

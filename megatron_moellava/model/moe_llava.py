@@ -5,11 +5,16 @@ Megatron's [S, B, D] order begins after the embedding and ends at the logits. Sh
 V vocabulary, N images, F visual tokens per image.
 """
 
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+
 import torch
 
 import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone, YarnScaling
 from megatron_moellava.config import RunConfig
+from megatron_moellava.costs.shapes import Model
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
 from megatron_moellava.data.pooling import Pools
 from megatron_moellava.model.attention import packed_seq_params
@@ -20,9 +25,10 @@ from megatron_moellava.model.layers import decoder_spec
 from megatron_moellava.model.lora import attach
 from megatron_moellava.model.modality_router import marks_of
 from megatron_moellava.model.pooling import pooled
-from megatron_moellava.model.vision import Grids, Projector, VisionTower, lines_of, merged
+from megatron_moellava.model.vision import Grids, ModalityBranch, Projector, VisionTower, lines_of, merged
 from megatron_moellava.routers import ROUTERS, knows_modality
 from megatron_moellava.towers import Tower
+from megatron_moellava.towers.branches import PREFIX, Branch, branches_of_data
 
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
@@ -31,6 +37,8 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import Yar
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+
+NO_PICTURES: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 class MoELlava(MegatronModule):
@@ -49,13 +57,27 @@ class MoELlava(MegatronModule):
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # Megatron-Core's schedules ask for it
         self.run, self.backbone, self.tower = run, backbone, tower
+        self.branches = branches_of_data(run.data)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.language_model = LanguageModel(run, backbone, config, pre_process, post_process, vp_stage)
         self.share_embeddings_and_output_weights = backbone.share_embeddings_and_output_weights
         if pre_process:
             self.vision_tower = VisionTower(tower_config(tower, run), tower, adapted=run.training.lora is not None)
             self.projector = Projector(projector_config(backbone, run), tower)
+            for branch in self.branches:
+                self.add_module(branch.prefix.rstrip("."), self._branch(branch))
         self.adapters = attach(self, run)
+
+    def _branch(self, branch: Branch) -> ModalityBranch:
+        run, sizes, config = self.run, branch.seen_by(self.tower), projector_config(self.backbone, self.run)
+        tower = None
+        if branch.tower:
+            tower = VisionTower(tower_config(sizes, run), sizes, adapted=run.training.lora is not None)
+        return ModalityBranch(config, tower, Projector(config, sizes) if branch.own_projector else None)
+
+    def sizes(self) -> Model:
+        """Of the whole model, all pipeline stages together."""
+        return Model(backbone=self.backbone, tower=self.tower, moe=self.run.moe, branches=self.branches)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Megatron-Core's schedules hand over the hidden states of the stage before."""
@@ -65,18 +87,24 @@ class MoELlava(MegatronModule):
         """Megatron-Core keeps the two copies of a tied embedding equal through this."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def encode_images(self, pixels_NCHW: torch.Tensor, grids: Grids = ()) -> torch.Tensor:
+    def encode_images(self, pixels_NCHW: torch.Tensor, grids: Grids = (), modality: str = "") -> torch.Tensor:
         """Projected visual tokens [N, F, D]. The tower runs without a graph unless it is trained.
 
         `grids`: how each image's tokens lie, of towers that `has_grids`; the result then is [V, D], the visual tokens of all
-        images, one after the other. At native resolution N are patches.
+        images, one after the other. At native resolution N are patches. `modality`: that the images are of, if it is apart.
         """
-        return self._laid_out(self._encode(pixels_NCHW, grids), grids)
+        return self._laid_out(self._encode(pixels_NCHW, grids, modality), grids)
 
-    def _encode(self, pixels_NCHW: torch.Tensor, grids: Grids = ()) -> torch.Tensor:
-        with torch.set_grad_enabled(self._trains_tower() and torch.is_grad_enabled()):
-            features = self.vision_tower(pixels_NCHW, grids)
-        return self.projector(merged(features, grids, self.tower))
+    def _encode(self, pixels_NCHW: torch.Tensor, grids: Grids = (), modality: str = "") -> torch.Tensor:
+        tower, projector = self._way(modality)
+        with torch.set_grad_enabled(self._trains(tower) and torch.is_grad_enabled()):
+            features = tower(pixels_NCHW, grids)
+        return projector(merged(features, grids, tower.tower))
+
+    def _way(self, modality: str) -> tuple[VisionTower, Projector]:
+        """Of the pictures of a modality; "": of all that have nothing of their own."""
+        own = getattr(self, f"{PREFIX}{modality}") if modality else None
+        return (own and own.tower) or self.vision_tower, (own and own.projector) or self.projector
 
     def _laid_out(self, features: torch.Tensor, grids: Grids) -> torch.Tensor:
         return lines_of(features, grids, self.projector.image_newline.weight) if self.tower.newline else features
@@ -91,6 +119,7 @@ class MoELlava(MegatronModule):
         grids: Grids = (),
         pools: Pools = (),
         shows_R: torch.Tensor | None = None,
+        apart: Mapping[str, torch.Tensor] = NO_PICTURES,
     ) -> torch.Tensor:
         """Word embeddings [S, B, D]; the rows of IMAGE_TOKEN are overwritten by the visual tokens, in batch order.
 
@@ -101,24 +130,32 @@ class MoELlava(MegatronModule):
         `pools`: frames of videos whose visual tokens are averaged (`model/pooling.py`).
         `has_images`: the tokens continue a text with images (only MiniCPM's embeddings depend on it). `image_rows`: how
         many rows are placeholders, where the host knows (`Batch.counts`); None: counted here, which waits for the device.
-        `shows_R`: which visual token each placeholder is, where several show the same picture, which is encoded once.
+        `shows_R`: which visual token each placeholder is, where several show the same picture, which is encoded once, and
+        where pictures are `apart`: those of modalities with a tower or a projector of their own, whose visual tokens follow
+        those of `pixels_NCHW`, one modality after the other.
         Raises ValueError when the number of placeholder rows differs from the number of visual tokens.
         """
         is_image_BS = tokens_BS == IMAGE_TOKEN
         words_BS = share(tokens_BS.masked_fill(is_image_BS, 0))
         words_SBD = self.language_model.embedding(words_BS, position_ids=None)
+        encoded = {name: pixels for name, pixels in apart.items() if len(pixels)}
         if features_NFD is None and pixels_NCHW is not None and len(pixels_NCHW) > 0:
             features_NFD = self._encode_together(pixels_NCHW, grids)
-        words_SBD = self._scale_words(words_SBD, has_images or features_NFD is not None)
-        if features_NFD is None:
-            return words_SBD + self._untouched() if torch.is_grad_enabled() else words_SBD
-        features_RD = pooled(features_NFD, pools).to(words_SBD.dtype)
+        words_SBD = self._scale_words(words_SBD, has_images or features_NFD is not None or bool(encoded))
+        if torch.is_grad_enabled():
+            present = {*encoded, *([] if features_NFD is None else [""])}
+            for way in ("", *(branch.modality for branch in self.branches)):
+                words_SBD = words_SBD if way in present else words_SBD + self._untouched(way)
+        if features_NFD is None and not encoded:
+            return words_SBD
+        parts = [] if features_NFD is None else [pooled(features_NFD, pools)]
+        parts += [self._encode_together(pixels, (), name).flatten(0, 1) for name, pixels in encoded.items()]
+        features_RD = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(words_SBD.dtype)
         features_RD = features_RD if shows_R is None else features_RD[shows_R]
         rows = int(is_image_BS.sum()) if image_rows is None else image_rows
         if features_RD.shape[0] != rows:
-            raise ValueError(
-                f"{rows} placeholder rows for {features_RD.shape[0]} visual tokens of {len(grids or features_NFD)} images"
-            )
+            images = sum(map(len, encoded.values())) + (0 if features_NFD is None else len(grids or features_NFD))
+            raise ValueError(f"{rows} placeholder rows for {features_RD.shape[0]} visual tokens of {images} images")
         if self.config.context_parallel_size > 1:
             order_BS = is_image_BS.flatten().cumsum(0).view_as(is_image_BS) - 1  # which visual token each image row is
             is_image_BS, order_BS = share(is_image_BS), share(order_BS)
@@ -126,11 +163,11 @@ class MoELlava(MegatronModule):
         words_BSD = words_SBD.transpose(0, 1)
         return words_BSD.masked_scatter(is_image_BS.unsqueeze(-1), features_RD).transpose(0, 1).contiguous()
 
-    def _encode_together(self, pixels_NCHW: torch.Tensor, grids: Grids) -> torch.Tensor:
+    def _encode_together(self, pixels_NCHW: torch.Tensor, grids: Grids, modality: str = "") -> torch.Tensor:
         """`encode_images`; under context parallelism each rank does its part of the images."""
         if self.tower.native:
             return encode_share_of_grids(self._encode, pixels_NCHW, grids, self.tower)
-        return self._laid_out(encode_share(self._encode, pixels_NCHW), grids)
+        return self._laid_out(encode_share(partial(self._encode, modality=modality), pixels_NCHW), grids)
 
     def _scale_words(self, words_SBD: torch.Tensor, has_images: bool) -> torch.Tensor:
         multiplier = self.backbone.embedding_multiplier
@@ -138,19 +175,22 @@ class MoELlava(MegatronModule):
             return words_SBD
         return words_SBD * multiplier
 
-    def _untouched(self) -> torch.Tensor:
-        """Zero, with what is trained in its graph: a micro-batch without images must not leave a rank waiting for gradients."""
-        like = self.projector.linear_fc1.weight
-        newline = self.projector.image_newline.weight.sum() * 0.0 if self.tower.newline else 0.0
-        if self._trains_tower():
-            side = self.tower.shuffle  # at native resolution: the smallest picture
-            count, grids = (side**2, ((side, side),)) if self.tower.native else (1, ())
-            return self._encode(like.new_zeros(count, *self.tower.pixel_shape), grids).sum() * 0.0 + newline
-        return self.projector(like.new_zeros(1, 1, self.tower.projector_input_size)).sum() * 0.0 + newline
+    def _untouched(self, modality: str = "") -> torch.Tensor:
+        """Zero, with what is trained in its graph: a micro-batch without images of a way (`_way`) must not leave a rank waiting
+        for gradients."""
+        (module, projector), newline = self._way(modality), 0.0
+        like, tower = projector.linear_fc1.weight, module.tower
+        if tower.newline:
+            newline = projector.image_newline.weight.sum() * 0.0
+        if self._trains(module):
+            side = tower.shuffle  # at native resolution: the smallest picture
+            count, grids = (side**2, ((side, side),)) if tower.native else (1, ())
+            return self._encode(like.new_zeros(count, *tower.pixel_shape), grids, modality).sum() * 0.0 + newline
+        return projector(like.new_zeros(1, 1, tower.projector_input_size)).sum() * 0.0 + newline
 
-    def _trains_tower(self) -> bool:
+    def _trains(self, tower: VisionTower) -> bool:
         adapted = self.adapters is not None and self.adapters.has_role("tower")
-        return adapted or any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        return adapted or any(parameter.requires_grad for parameter in tower.parameters())
 
     def forward(
         self,
@@ -168,6 +208,7 @@ class MoELlava(MegatronModule):
         grids: Grids = (),
         pools: Pools = (),
         shows_R: torch.Tensor | None = None,
+        apart: Mapping[str, torch.Tensor] = NO_PICTURES,
         gather_logits: bool = True,
         is_image_BS: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -176,8 +217,9 @@ class MoELlava(MegatronModule):
 
         A stage that is not the last returns its hidden states. `padding_mask_BS`: True where a token is real. Packed
         rows (B = 1) bring `cu_seqlens` [n + 1] and `max_seqlen`; `embeddings_SBD` replaces tokens and images, and
-        `is_image_BS` then says which are of an image, to routers that ask; `image_rows`, `grids`, `pools` and `shows_R` are
-        `embed`'s. Under context parallelism the arguments are of whole rows, and the result is of the positions of this rank.
+        `is_image_BS` then says which are of an image, to routers that ask; `image_rows`, `grids`, `pools`, `shows_R` and
+        `apart` are `embed`'s. Under context parallelism the arguments are of whole rows, and the result is of the positions of
+        this rank.
         """
         counted_BS = padding_mask_BS if self._padding_counts() else None
         if knows_modality(self.run.moe) and is_image_BS is None:
@@ -185,7 +227,7 @@ class MoELlava(MegatronModule):
             is_image_BS = tokens_BS == IMAGE_TOKEN
         if self.pre_process and embeddings_SBD is None:
             embeddings_SBD = self.embed(
-                tokens_BS, pixels_NCHW, image_rows=image_rows, grids=grids, pools=pools, shows_R=shows_R
+                tokens_BS, pixels_NCHW, image_rows=image_rows, grids=grids, pools=pools, shows_R=shows_R, apart=apart
             )
             if counted_BS is not None:
                 embeddings_SBD = embeddings_SBD * counted_BS.transpose(0, 1).unsqueeze(-1)

@@ -18,6 +18,8 @@ def parameter_roles(model: MoELlava) -> Iterator[tuple[str, str, torch.nn.Parame
     if model.pre_process:
         yield from _named("tower", "vision_tower", model.vision_tower)
         yield from _named("projector", "projector", model.projector)
+        for branch in model.branches:
+            yield from _branch_roles(branch.prefix, model)
         yield from _named("language.embedding", "language_model.embedding", model.language_model.embedding)
     decoder = model.language_model.decoder
     for index, layer in enumerate(decoder.layers):
@@ -28,6 +30,11 @@ def parameter_roles(model: MoELlava) -> Iterator[tuple[str, str, torch.nn.Parame
         yield from _named("language.embedding", "language_model.output_layer", model.language_model.output_layer)
     if model.adapters is not None:
         yield from _named(ADAPTERS, "adapters", model.adapters)
+
+
+def _branch_roles(prefix: str, model: MoELlava) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
+    for part, module in getattr(model, prefix.rstrip(".")).named_children():
+        yield from _named(part, f"{prefix}{part}", module)
 
 
 def _layer_roles(prefix: str, layer) -> Iterator[tuple[str, str, torch.nn.Parameter]]:

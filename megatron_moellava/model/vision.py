@@ -164,6 +164,14 @@ def lines_of(features_NVL: torch.Tensor, grids: Grids, newline_L: torch.Tensor) 
     return torch.cat(parts)
 
 
+class ModalityBranch(MegatronModule):
+    """What one modality has of its own; what is None is the model's."""
+
+    def __init__(self, config: TransformerConfig, tower: VisionTower | None, projector: "Projector | None"):
+        super().__init__(config=config)
+        self.tower, self.projector = tower, projector
+
+
 class Projector(MLP):
     """Linear, exact GELU, Linear: visual features -> word embeddings (LLaVA-1.5's `mlp2x_gelu`)."""
 

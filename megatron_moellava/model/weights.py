@@ -19,6 +19,7 @@ from megatron_moellava.config import CheckpointError
 from megatron_moellava.costs.adapters import PREFIX as ADAPTER_PREFIX
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.roles import parameter_roles
+from megatron_moellava.towers.branches import branch_problems
 from megatron_moellava.validation.checkpoints import differing_fields
 
 from megatron.core import dist_checkpointing, parallel_state
@@ -94,7 +95,13 @@ def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = Fals
     }
     fresh = set() if is_adapter else _fresh_biases(description.model, state, stored)
     _check_tensors(
-        checkpoint, state, stored, differing_fields(description.model, model.backbone, model.tower, model.run.moe)
+        checkpoint,
+        state,
+        stored,
+        [
+            *differing_fields(description.model, model.backbone, model.tower, model.run.moe),
+            *branch_problems(description.model, model.branches),
+        ],
     )
     with readable(checkpoint):
         if not is_adapter:

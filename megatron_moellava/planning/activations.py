@@ -8,10 +8,12 @@ measured. A row applies when all its conditions hold, and is counted `times` the
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_moellava.costs.flops import ways
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.shapes import latent_matrices
 from megatron_moellava.costs.sharding import routed_tokens
 from megatron_moellava.stages import adapted_roles
+from megatron_moellava.towers import Tower
 
 FP32, MASK = 4, 1
 
@@ -151,11 +153,7 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
         "inner": tokens * backbone.ffn_hidden_size / tp,
         "inner_in": gated * tokens * backbone.ffn_hidden_size / tp,
         "logits": tokens * layout.vocabulary / tp,
-        "features": layout.images * layout.tower.num_features * layout.tower.projector_input_size,
-        "projected": layout.images * layout.tower.num_features * backbone.hidden_size / tp,
-        "tower_layers": layout.tower.num_used_layers * tower_layer_elements(layout),
-        "tower_inputs": layout.tower.num_used_layers * layout.images * layout.tower.num_rows * layout.tower.hidden_size,
-    }
+    } | _tower_sizes(layout)
     if latent is not None:
         values["value"] = tokens * backbone.num_attention_heads * latent.v_head_dim / tp
         values["latents"] = tokens * ((latent.q_lora_rank or 0) + latent.kv_lora_rank) / split
@@ -163,9 +161,19 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
     return values | _adapter_sizes(layout, values, gated)
 
 
-def tower_layer_elements(layout: Layout) -> float:
-    """What one layer of the tower makes for one micro-batch: residual stream and norms whole, products split."""
-    tower = layout.tower
+def _tower_sizes(layout: Layout) -> dict[str, float]:
+    """Of plain pictures and of all that are apart together."""
+    found = {"features": 0.0, "projected": 0.0, "tower_layers": 0.0, "tower_inputs": 0.0}
+    for tower, images, _ in ways(layout, layout.images):
+        found["features"] += images * tower.num_features * tower.projector_input_size
+        found["projected"] += images * tower.num_features * layout.backbone.hidden_size / layout.tp
+        found["tower_layers"] += tower.num_used_layers * tower_layer_elements(layout, tower)
+        found["tower_inputs"] += tower.num_used_layers * images * tower.num_rows * tower.hidden_size
+    return found
+
+
+def tower_layer_elements(layout: Layout, tower: Tower) -> float:
+    """What one layer of a tower makes for one micro-batch: residual stream and norms whole, products split."""
     inner = 3 if tower.activation == "quick_gelu" else 2  # x * sigmoid(1.7 x) keeps one more than a fused GELU
     whole, split = 4 * tower.hidden_size, 4 * tower.hidden_size + inner * tower.ffn_hidden_size
     return layout.images * tower.num_rows * (whole + split / layout.tp)

@@ -19,6 +19,7 @@ from megatron_moellava.planning.picture import draw, label
 from megatron_moellava.planning.search import Found, Request, search
 from megatron_moellava.planning.workload import STAGE_DATA, StageData
 from megatron_moellava.towers import tower_of_run
+from megatron_moellava.validation.modalities import way_problems
 from megatron_moellava.validation.pictures import picture_problems
 from megatron_moellava.validation.run import experts_of_backbone
 
@@ -85,7 +86,7 @@ def request_of(arguments: argparse.Namespace, given: list[str]) -> Request:
             "time are in no formula; use 1 here"
         )
     tower = tower_of_run(run)
-    if problems := list(picture_problems(run, tower)):
+    if problems := [*picture_problems(run, tower), *way_problems(run.data, tower)]:
         raise ConfigError("\n".join(problems))
     if arguments.tokens_per_sample:
         text = max(arguments.tokens_per_sample - data.shown(tower, run.data).tokens, 0.0)

@@ -245,9 +245,14 @@ def _embed(layout: Layout, chunk: MoELlava, tokens_BS: torch.Tensor) -> torch.Te
     count, grids, pools = fullest_pictures(layout)
     pixels_NCHW = torch.zeros(count, *layout.tower.pixel_shape, device=platform.device())
     features_NFD = chunk.encode_images(pixels_NCHW, grids)
+    visual_RD = [pooled(features_NFD, pools)]
+    for branch in layout.branches:
+        pixels_NCHW = torch.zeros(layout.images, *branch.seen_by(layout.tower).pixel_shape, device=platform.device())
+        visual_RD.append(chunk.encode_images(pixels_NCHW, modality=branch.modality).flatten(0, -2))
     words_BSD = chunk.language_model.embedding(tokens_BS, position_ids=None).transpose(0, 1)
     is_image_BS1 = (tokens_BS == 1).unsqueeze(-1)
-    placed_BSD = words_BSD.masked_scatter(is_image_BS1, pooled(features_NFD, pools).to(words_BSD.dtype))
+    features_RD = torch.cat(visual_RD) if len(visual_RD) > 1 else visual_RD[0]
+    placed_BSD = words_BSD.masked_scatter(is_image_BS1, features_RD.to(words_BSD.dtype))
     return placed_BSD.transpose(0, 1).contiguous()
 
 

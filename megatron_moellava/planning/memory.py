@@ -13,6 +13,7 @@ Parts of the prediction, in bytes:
 
 from dataclasses import asdict, dataclass, replace
 
+from megatron_moellava.costs.flops import ways
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.parameters import FP32_ROLE, OF_EXPERTS, parameters_of, role_of
 from megatron_moellava.costs.sharding import routed_tokens
@@ -99,7 +100,8 @@ def working_bytes(layout: Layout, pipeline_rank: int, kept: Activations) -> floa
     elements, width = sizes(layout), layout.activation_bytes
     worst = elements["logits"] * width if pipeline_rank == layout.pp - 1 else 0.0
     if pipeline_rank == 0:
-        worst = max(worst, tower_layer_elements(layout) * width - kept.chunks[0])
+        largest = max(tower_layer_elements(layout, tower) for tower, *_ in ways(layout, layout.images))
+        worst = max(worst, largest * width - kept.chunks[0])
     gradients = {is_moe: gradient_elements(layout, is_moe) * width for is_moe in set(layout.kinds_of(pipeline_rank))}
     # Measured: without a pipeline what the loss keeps is let go of only after the last layer's backward pass.
     holds_loss = layout.pp == 1

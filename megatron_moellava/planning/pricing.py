@@ -132,7 +132,7 @@ def costs_of(layout: Layout, pricing: Pricing, load: Load, samples: int = 0) -> 
 
 def rank_time(layout: Layout, pipeline_rank: int, pricing: Pricing, load: Load) -> RankTime:
     """Seconds of one micro-batch with `load` on one pipeline rank, exposed communication included."""
-    work = list(stage_work(layout, pipeline_rank, load.tokens, load.length, load.images, load.reach))
+    work = list(stage_work(layout, pipeline_rank, load.tokens, load.length, *load.pictures))
     products = sum(work_seconds(item, pricing) for item in work)
     share = load.tokens / layout.tokens
     elementwise = _elementwise_bytes(layout, pipeline_rank) * share * (MOVES_FORWARD + MOVES_BACKWARD)
@@ -169,7 +169,7 @@ def _elementwise_bytes(layout: Layout, pipeline_rank: int) -> float:
 
 
 def _recomputation_seconds(layout: Layout, pipeline_rank: int, pricing: Pricing, load: Load) -> float:
-    work = recomputed_work(layout, pipeline_rank, load.tokens, load.length, load.images, load.reach)
+    work = recomputed_work(layout, pipeline_rank, load.tokens, load.length, *load.pictures)
     seconds = sum(work_seconds(item, pricing, forward_only=True) for item in work)
     bytes_of, kinds = part_bytes(layout, "te"), layout.kinds_of(pipeline_rank)
     dropped = sum(layer_bytes(layout, bytes_of, is_moe)[1] * count for is_moe, count in Counter(kinds).items())

@@ -107,7 +107,7 @@ def _width(moe: MoEConfig) -> str:
 
 def language_model(request: Request) -> dict[str, int]:
     """Parameters of the language model, those that one token passes through, and what it computes there, forward."""
-    model = Model(backbone=request.backbone, tower=request.tower, moe=request.run.moe)
+    model = Model(backbone=request.backbone, moe=request.run.moe)
     whole, activated = whole_parameters(model), activated_parameters(model)
     return {
         "total": sum(whole[role] for role in LANGUAGE_ROLES),

@@ -14,6 +14,7 @@ from megatron_moellava.costs.stage_work import Load
 from megatron_moellava.data.length_distribution import PROMPT_TOKENS, SOURCES
 from megatron_moellava.planning.pictures import Shown, of_pictures, of_video
 from megatron_moellava.towers import Tower
+from megatron_moellava.towers.branches import branches_of_data
 
 
 def _mean_text_tokens() -> float:
@@ -44,6 +45,8 @@ class StageData:
         found, together = Shown(), math.ceil(self.images)  # pictures share a sample's budget
         if together:
             found += of_pictures([self.image_size] * together, tower, settings).times(self.images / together)
+            apart = sum(branch.seen_by(tower).num_features for branch in branches_of_data(settings))
+            found += Shown(tokens=self.images * apart)  # with each picture comes one of every modality that is apart
         if self.videos:
             found += of_video(self.video_seconds, tower, settings).times(self.videos)
         return found
@@ -74,12 +77,21 @@ def mean_load(layout: Layout, data: StageData) -> Load:
     images = shown.images * (length / whole)  # what is cut off is not encoded
     reach = shown.squares / (shown.images * layout.tower.num_patches) if shown.squares else None
     rows = layout.run.training.micro_batch_size
+    pictures, modalities = data.images * (length / whole), len(layout.branches)
     if layout.run.data.packing:
         samples = layout.tokens * PACKED_FILL / length
         images = samples * images / data.shows
-        return Load(tokens=layout.tokens, length=length, images=images, samples=samples, reach=reach)
+        apart = (samples * pictures / data.shows,) * modalities
+        return Load(tokens=layout.tokens, length=length, images=images, samples=samples, reach=reach, apart=apart)
     padded = min(length / PADDED_FILL, layout.run.data.seq_length)
-    return Load(tokens=rows * padded, length=padded, images=rows * images, samples=rows, reach=reach)
+    return Load(
+        tokens=rows * padded,
+        length=padded,
+        images=rows * images,
+        samples=rows,
+        reach=reach,
+        apart=(rows * pictures,) * modalities,
+    )
 
 
 def full_load(layout: Layout) -> Load:

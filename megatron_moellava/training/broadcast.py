@@ -7,6 +7,7 @@ from megatron_moellava import parallel
 from megatron_moellava.data.batch import Batch
 
 _PIXELS = "pixel_values_NCHW"  # only the first pipeline stage looks at images
+_APART = "apart"  # likewise, of modalities, by their names
 _META = (
     "cu_seqlens",
     "max_seqlen",
@@ -30,9 +31,9 @@ def broadcast_batch(batch: Batch | None) -> Batch:
     if batch is not None:
         fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
         meta = {name: fields.pop(name) for name in _META}
-        pixels = {_PIXELS: fields.pop(_PIXELS)}
+        pixels = {_PIXELS: fields.pop(_PIXELS), **fields.pop(_APART)}
         tensors = fields
     tensors, meta = parallel.broadcast_from_reader(tensors, meta)
     first_stage = parallel.is_first_stage()
     pixels = parallel.broadcast_on_first_stage(pixels) if first_stage else {_PIXELS: None}
-    return Batch(**tensors, **pixels, **meta)
+    return Batch(**tensors, **meta, **{_PIXELS: pixels.pop(_PIXELS), _APART: pixels})

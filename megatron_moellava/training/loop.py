@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import astuple, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from megatron_moellava.checkpoint.base import base_of, base_to_load, name_of_bas
 from megatron_moellava.checkpoint.description import RunDescription, read_description
 from megatron_moellava.checkpoint.folders import AVERAGE, require_checkpoint
 from megatron_moellava.config import DataError, MoELlavaError, OptimizerConfig, RunConfig, from_dict
-from megatron_moellava.data.batch import Batch, Counts, total
+from megatron_moellava.data.batch import Batch, Counts, counts_of, total
 from megatron_moellava.data.loader import Loader
 from megatron_moellava.exit_codes import INTERRUPTED
 from megatron_moellava.model.build import build_model
@@ -319,7 +319,7 @@ class Trainer:
         waited = time.perf_counter() - started
         self.stragglers.pause(self.state.iteration + 1)
         own = total(batch.counts for batch in batches)
-        ranks = [Counts(*values) for values in parallel.gather_over_data_parallel(astuple(own))]
+        ranks = [counts_of(values) for values in parallel.gather_over_data_parallel(own.numbers())]
         counts = total(ranks)
 
         for wrapped in self.wrapped:

@@ -16,6 +16,7 @@ from megatron_moellava.costs.parameters import activated_parameters, token_flops
 from megatron_moellava.costs.shapes import Model
 from megatron_moellava.machine import installed_version
 from megatron_moellava.towers import Tower
+from megatron_moellava.towers.branches import branches_of_data
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "megatron-energon", "numpy")
 
@@ -25,7 +26,7 @@ def run_record(run: RunConfig, backbone: Backbone, tower: Tower) -> dict:
     return {
         "run": to_dict(run),
         "git": git_state(Path(megatron_moellava.__file__).parent),
-        "costs": costs(Model(backbone=backbone, tower=tower, moe=run.moe)),
+        "costs": costs(Model(backbone=backbone, tower=tower, moe=run.moe, branches=branches_of_data(run.data))),
         "environment": environment(),
     }
 

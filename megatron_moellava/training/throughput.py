@@ -38,6 +38,7 @@ class Throughput:
             length=counts.squared_lengths / max(counts.real_tokens, 1),
             images=counts.tower_inputs / (tower.num_patches if tower.native else 1),
             samples=counts.samples,
+            apart=counts.apart_inputs or (0,) * len(self.layout.branches),
             reach=counts.tower_squares / max(counts.tower_inputs, 1) if tower.native else None,
         )
         return model_flops(self.layout, load)

@@ -13,6 +13,7 @@ from megatron_moellava.checkpoint.resume_point import newest_described
 from megatron_moellava.config import CheckpointError, ConfigError, MoEConfig, MoELlavaError, RunConfig, to_dict
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import Tower, tower_fields
+from megatron_moellava.towers.branches import Branch, branch_problems, branches_of_data
 from megatron_moellava.validation.adapters import base_problems
 from megatron_moellava.validation.resume import differences, refusal
 
@@ -112,6 +113,7 @@ def model_problems(given: str, stored: dict, run: RunConfig, backbone: Backbone,
     if run.moe is None and stored.get("moe"):
         yield f"{given} holds a MoE model, and this run sets moe to null; leave moe out, or load a dense checkpoint"
         return
+    yield from (f"{given} {problem}" for problem in branch_problems(stored, _branches(run)))
     differing = differing_fields(stored, backbone, tower, run.moe)
     if differing:
         held = ", ".join(str(stored[part]) for part in ("backbone", "tower") if stored.get(part))
@@ -121,6 +123,14 @@ def model_problems(given: str, stored: dict, run: RunConfig, backbone: Backbone,
             return
         listed = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
         yield f"{given} holds {held}, which is not the model of this run: {listed}; leave --backbone, --tower and moe.* out"
+
+
+def _branches(run: RunConfig) -> tuple[Branch, ...]:
+    """Those of the records whose tower is there; of others `branch_problems` of a run says it (validation/modalities.py)."""
+    try:
+        return branches_of_data(run.data)
+    except MoELlavaError:
+        return ()
 
 
 def differing_fields(stored: dict, backbone: Backbone, tower: Tower, moe: MoEConfig | None) -> list[str]:

@@ -4,9 +4,11 @@ import math
 import re
 from collections.abc import Iterator
 
-from megatron_moellava.config import Channel, DataConfig, Modality
+from megatron_moellava.config import Channel, DataConfig, Modality, MoELlavaError
 from megatron_moellava.data.quantities import COLOURS
 from megatron_moellava.data.sample import TAKEN
+from megatron_moellava.towers import Tower
+from megatron_moellava.towers.branches import tower_for
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 ONLY_OF_LEVELS = ("scale", "offset", "missing", "missing_shown", "channels")
@@ -18,11 +20,6 @@ def modality_problems(data: DataConfig) -> Iterator[str]:
     for index, modality in enumerate(data.modalities):
         where = f"data.modalities[{index}]"
         yield from _name_problems(where, modality, data, names)
-        if modality.tower:
-            yield (
-                f"{where}.tower={modality.tower}: pictures of all modalities go through model.tower and its projector; leave "
-                "it unset"
-            )
         if modality.levels == COLOURS:
             yield from _colour_problems(where, modality)
         else:
@@ -32,6 +29,36 @@ def modality_problems(data: DataConfig) -> Iterator[str]:
             "data.sampler=modality_length tells rows with `image` from text alone, as the original; use data.sampler=shuffle "
             "beside data.modalities"
         )
+
+
+def way_problems(data: DataConfig, tower: Tower) -> Iterator[str]:
+    """Of towers and projectors of their own: whether they fit to `tower`, the model's."""
+    for index, modality in enumerate(data.modalities):
+        where = f"data.modalities[{index}]"
+        if not modality.is_apart:
+            continue
+        try:
+            own = tower_for(modality, tower)
+        except MoELlavaError as error:
+            yield str(error)
+            continue
+        of_grids = [item.name for item in (own, tower) if item.has_grids]
+        if of_grids:
+            yield (
+                f"{where} has a {'tower' if modality.tower else 'projector'} of its own, and {of_grids[0]} gives pictures "
+                "different numbers of visual tokens; beside such a modality every tower must take pictures of one size, as "
+                "CLIP, SigLIP and SigLIP 2 do"
+            )
+        elif modality.projector == "shared" and not projector_fits(own, tower):
+            yield (
+                f"{where}.tower={modality.tower}: its features are {own.projector_input_size} wide, and those of model.tower "
+                f"{tower.projector_input_size}, so that they cannot share a projector; set {where}.projector to own"
+            )
+
+
+def projector_fits(tower: Tower, main: Tower) -> bool:
+    """Whether features of `tower` can go through the projector that is made for those of `main`."""
+    return (tower.projector_input_size, tower.projector) == (main.projector_input_size, main.projector)
 
 
 def _name_problems(where: str, modality: Modality, data: DataConfig, names: list[str]) -> Iterator[str]:

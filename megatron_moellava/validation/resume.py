@@ -217,6 +217,11 @@ def effective(tree: dict, backbone: Backbone) -> dict[str, object]:
         if part is not None
         for name, value in part.items()
     }
+    if flat.get("data.modalities"):  # their towers and projectors: validation.checkpoints compares every field of them
+        flat["data.modalities"] = [
+            {name: value for name, value in item.items() if name not in ("tower", "projector")}
+            for item in flat["data.modalities"]
+        ]
     stage, seq_length, lora = flat["training.stage"], flat["data.seq_length"], flat.get("training.lora")
     trains = flat.get("training.trains")
     flat["training.trains"] = sorted(trains if trains is not None else usual_roles(stage, lora and LoraConfig(**lora)))

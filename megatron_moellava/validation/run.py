@@ -15,12 +15,14 @@ from megatron_moellava.config import ConfigError, MoELlavaError, RunConfig, read
 from megatron_moellava.data.templates import get_template
 from megatron_moellava.machine import GPU_CLUSTER, Machine, this_machine
 from megatron_moellava.towers import TOWERS, tower_fields, tower_of_run
+from megatron_moellava.towers.branches import completed
 from megatron_moellava.validation.adapters import adapter_problems
 from megatron_moellava.validation.checkpoints import checkpoint_problems
 from megatron_moellava.validation.data import data_problems, length_problems
 from megatron_moellava.validation.distillation import distillation_problems
 from megatron_moellava.validation.experts import expert_problems
 from megatron_moellava.validation.layout import parallel_problems
+from megatron_moellava.validation.modalities import way_problems
 from megatron_moellava.validation.numbers import number_problems
 from megatron_moellava.validation.pictures import least_features, picture_problems
 from megatron_moellava.validation.precision import decided
@@ -62,13 +64,17 @@ def load_run(
         fields = given.get(section)
         if isinstance(fields, dict) and isinstance(fields.get(name), str):
             fields[name] = os.path.expanduser(fields[name])
-    tree = _model_of_checkpoint(given.get("checkpoint"))
+    start = _start(given.get("checkpoint"))
+    tree = _model_of_checkpoint(start) if start else {}
     if isinstance(given.get("model"), dict):
         given["model"] = {part: value for part, value in given["model"].items() if not _is_gone(part, value, tree)}
     if "moe" not in tree:
         tree |= experts_of_backbone(given.get("model"))
     for section, fields in given.items():
         tree[section] = {**tree[section], **fields} if section in tree and isinstance(fields, dict) else fields
+    if start and isinstance(tree.get("data"), dict) and "modalities" in tree["data"]:
+        stored = read_description(start).model
+        tree["data"] = tree["data"] | {"modalities": completed(tree["data"]["modalities"], stored, start)}
     run, problems = typed_tree.build(RunConfig, tree)
     if problems:
         rules = run_problems(run, world_size()) if run is not None else []
@@ -82,13 +88,15 @@ def _about_other_fields(rules: list[str], problems: list[str]) -> list[str]:
     return [rule for rule in rules if not rule.startswith(wrong)] if wrong else rules
 
 
-def _model_of_checkpoint(options: object) -> dict:
-    """Sections `model` and `moe` of the checkpoint that a run goes on with, or starts from."""
+def _start(options: object) -> Path | None:
+    """The checkpoint that a run goes on with, or starts from."""
     save, load = (options.get("save"), options.get("load")) if isinstance(options, dict) else (None, None)
     resumed = newest_described(str(save)) if save else None
-    found = resumed[0] if resumed else newest_checkpoint(str(load)) if load else None
-    if found is None:
-        return {}
+    return resumed[0] if resumed else newest_checkpoint(str(load)) if load else None
+
+
+def _model_of_checkpoint(found: Path) -> dict:
+    """Its sections `model` and `moe`."""
     description = read_description(found)
     moe = description.model.get("moe")
     model = trained_with(description).get("model", {}) | model_names(found)
@@ -167,7 +175,10 @@ def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None
     if backbone is None:
         return [*found, *batch_problems(run, world_size), *training_problems(run, machine)]
     if tower is not None:
-        found += [*picture_problems(run, tower), *adapter_problems(run, backbone, tower)]
+        apart = list(way_problems(run.data, tower))
+        found += [*picture_problems(run, tower), *apart, *([] if apart else adapter_problems(run, backbone, tower))]
+        if apart:  # what follows counts them
+            return found
     return [*found, *_sizes(run, backbone, world_size, machine)]
 
 

@@ -24,6 +24,7 @@ from megatron_moellava.training.weight_average import averages_in_place
 from tests.distributed.layouts import BY_ID, MODELS, MOE, REFERENCES, SAVED_AT, SOURCES, STEPS, Layout
 from tests.distributed.rows import MICRO_BATCH, NUM_ROWS, SEQ_LENGTH, Rows
 from tests.distributed.shards import draw, fill, gather_gradients, gather_parameters
+from tests.helpers.modalities import DEPTH
 
 torch.set_num_threads(1)
 TINY = {
@@ -89,6 +90,7 @@ def start(layout: Layout, first_step: int = 0, **more) -> tuple[Trainer, Recorde
             parallel.data_parallel_rank(),
             parallel.data_parallel_size(),
             first_step,
+            next(iter(run.data.modalities), DEPTH),
         )
     fill(trainer.chunks)
     trainer.optimizer.reload_model_params()

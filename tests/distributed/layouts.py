@@ -34,6 +34,13 @@ LORA = {
     "training.lora.alpha": 6.0,
     "training.lora.targets": ["attention", "ffn", "experts", "router", "projector", "tower"],
 }
+
+
+def apart(**fields) -> dict:
+    """Depth with a tower or a projector of its own."""
+    return {"data.modalities": [{"name": "depth", "levels": "uint16", **fields}]}
+
+
 LORA_SHARED = {"training.lora.rank": 4, "training.lora.alpha": 4.0, "training.lora.shared_outer": True}
 MUON = {"optimizer.optimizer": "muon", "optimizer.muon_fp32_matmul_prec": "highest", "optimizer.lr": 1e-3}
 RATES = {
@@ -86,6 +93,15 @@ MODELS = {
     "native-stage3": Model(moe=MOE, rows="native", roles=None, run={"model.tower": "naflex-tiny", "training.stage": 3}),
     # Depth beside plain pictures, also in one sample; the statistics tell them apart.
     "modalities": Model(moe=MOE, rows="modalities", run={"data.modalities": [{"name": "depth", "levels": "uint16"}]}),
+    # depth has a tower of its own, of another resolution, and a projector; or one of the two
+    "own-tower": Model(
+        moe=MOE, rows="modalities", run=apart(tower="clip-tiny", projector="own") | {"model.tower": "siglip-tiny"}
+    ),
+    "own-projector": Model(moe=MOE, rows="modalities", run=apart(projector="own")),
+    "own-tower-stage1": Model(
+        moe=None, roles=None, rows="modalities", run=apart(tower="clip-tiny") | {"training.stage": 1}
+    ),
+    "own-tower-lora": Model(moe=MOE, roles=[], rows="modalities", run=apart(tower="clip-tiny", projector="own") | LORA),
     "videos": Model(moe=MOE, rows="videos", run={"data.video_pooling": "2x2x2"}),
     "videos-stage3": Model(
         moe=MOE, rows="videos", roles=None, run={"data.video_pooling": "2x2x2", "training.stage": 3}
@@ -296,6 +312,12 @@ LAYOUTS = [
     *_layouts("modalities", "pp2", 2, pp=2),
     *_layouts("modalities", "cp2", 2, cp=2),
     *_layouts("modalities", "ep2", 2, ep=2),
+    *_layouts("own-tower own-projector own-tower-stage1 own-tower-lora", "dp2", 2),
+    *_layouts("own-tower own-projector own-tower-stage1 own-tower-lora", "tp2", 2, tp=2),
+    *_layouts("own-tower own-projector own-tower-stage1 own-tower-lora", "pp2", 2, pp=2),
+    *_layouts("own-tower own-projector own-tower-lora", "cp2", 2, cp=2),
+    *_layouts("own-tower own-projector", "ep2", 2, ep=2),
+    *_layouts("own-tower", "recompute-tower", 1, recompute_tower=True),
     *_layouts("videos", "dp2", 2),
     *_layouts("videos", "tp2", 2, tp=2),
     *_layouts("videos videos-stage3", "pp2", 2, pp=2),
@@ -478,6 +500,10 @@ CONTINUATIONS = [
     ("rates:ep2", "rates:pp2"),
     ("average:ep2-overlap", "average:tp2-etp2"),
     ("average:pp2", "average:dp2"),
+    ("own-tower:tp2", "own-tower:pp2"),
+    ("own-tower:ep2", "own-tower:cp2"),
+    ("own-tower-stage1:pp2", "own-tower-stage1:tp2"),
+    ("own-tower-lora:tp2", "own-tower-lora:pp2"),
     ("lora:ep2", "lora:tp2-etp2"),
     ("lora:tp2-etp2", "lora:pp2"),
     ("lora-shared:tp2-ep2-etp1", "lora-shared:ep2"),

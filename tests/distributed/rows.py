@@ -10,11 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from megatron_moellava.config import Modality
 from megatron_moellava.data.batch import Batch, pack, pad
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN, EncodedSample
 from megatron_moellava.data.loader import Batches
 from megatron_moellava.data.sample import ImageRef
 from megatron_moellava.towers import Tower
+from megatron_moellava.towers.branches import tower_for
 from tests.helpers.modalities import DEPTH
 
 SEQ_LENGTH = 128
@@ -31,16 +33,29 @@ TAGS = ("color", "color+shape", "", "existence")  # question types; some ranks n
 IMAGES = (2, 0, 1, 0)  # of each micro-batch
 
 
-def micro_batches(kind: str, vocab_size: int, tower: Tower, step: int) -> list[Batch]:
+def micro_batches(kind: str, vocab_size: int, tower: Tower, depth: Modality, step: int) -> list[Batch]:
     """The four micro-batches of one optimizer step."""
-    return [_micro_batch(kind, vocab_size, tower, 10 * step + index, images) for index, images in enumerate(IMAGES)]
+    return [
+        _micro_batch(kind, vocab_size, tower, depth, 10 * step + index, images) for index, images in enumerate(IMAGES)
+    ]
 
 
 class Rows(Batches):
-    """An endless loader with the interface of data.loader.Loader: data-parallel rank r takes micro-batches r, r + n, ..."""
+    """An endless loader with the interface of data.loader.Loader: data-parallel rank r takes micro-batches r, r + n, ...
 
-    def __init__(self, kind: str, vocab_size: int, tower: Tower, rank: int, world_size: int, first_step: int = 0):
-        self._arguments = (kind, vocab_size, tower)
+    `depth`: the record of the pictures that are of depth."""
+
+    def __init__(
+        self,
+        kind: str,
+        vocab_size: int,
+        tower: Tower,
+        rank: int,
+        world_size: int,
+        first_step: int = 0,
+        depth: Modality = DEPTH,
+    ):
+        self._arguments = (kind, vocab_size, tower, depth)
         self._rank, self._world_size, self._step = rank, world_size, first_step
         self._iterator = self._batches()
 
@@ -56,7 +71,7 @@ class Rows(Batches):
         return {"step": self._step}
 
 
-def _micro_batch(kind: str, vocab_size: int, tower: Tower, seed: int, images: int) -> Batch:
+def _micro_batch(kind: str, vocab_size: int, tower: Tower, depth: Modality, seed: int, images: int) -> Batch:
     images = 0 if kind == "text" else images
     draw = np.random.default_rng(seed)
     known = GRIDS if tower.native else TILES if tower.newline else ((),)
@@ -73,10 +88,16 @@ def _micro_batch(kind: str, vocab_size: int, tower: Tower, seed: int, images: in
             samples, pixels, 1, 0, shape
         )  # the longest row is a multiple of 4, so that every layout has this width
     if kind == "modalities":
-        refs = (ImageRef(name=""), ImageRef(name="", modality=DEPTH))[:: -1 if seed % 2 else 1][:images]
-        sample = _sample(draw, f"{seed}.0", vocab_size, tower, images, 11)
-        shown = replace(sample, images=refs, features=(tower.num_features,) * images)
-        return pack([shown, _sample(draw, f"{seed}.1", vocab_size, tower, 0, 13)], pixels, SEQ_LENGTH, 0, shape)
+        refs = (ImageRef(name=""), ImageRef(name="", modality=depth))[:: -1 if seed // 10 % 2 else 1][:images]
+        towers = [tower_for(ref.modality, tower) for ref in refs]
+        pixels = [draw.standard_normal((1, *own.pixel_shape), dtype=np.float32) for own in towers]
+        features = tuple(own.num_features for own in towers)
+        sample = _sample(draw, f"{seed}.0", vocab_size, tower, images, 11, features=sum(features))
+        samples = [
+            replace(sample, images=refs, features=features),
+            _sample(draw, f"{seed}.1", vocab_size, tower, 0, 13),
+        ]
+        return pack(samples, pixels, SEQ_LENGTH, 0, shape, (depth.name,) if depth.is_apart else ())
     samples = [_sample(draw, f"{seed}.{i}", vocab_size, tower, 1, 11 + i, grid) for i, grid in enumerate(grids)]
     samples += [_sample(draw, f"{seed}.{i}", vocab_size, tower, 0, 13 + i) for i in range(images, 3)]
     return pack(samples, pixels, SEQ_LENGTH, 0, shape)
@@ -96,11 +117,12 @@ def _with_videos(draw, name: str, vocab_size: int, tower: Tower, videos: list) -
 
 
 def _sample(
-    draw, name: str, vocab_size: int, tower: Tower, images: int, words: int, grid=(), pools=()
+    draw, name: str, vocab_size: int, tower: Tower, images: int, words: int, grid=(), pools=(), features: int = 0
 ) -> EncodedSample:
-    """`words` random words after the images; the later two thirds are trained on."""
+    """`words` random words after the images; the later two thirds are trained on. `features`: of all images together, where
+    they differ."""
     text = draw.integers(3, vocab_size, words)
-    features = tower.num_features
+    images, features = (1, features) if features else (images, tower.num_features)
     if grid:
         features = grid[0] * grid[1] // tower.shuffle**2 if tower.native else features + (grid[2] * (grid[3] + 1) or 1)
     if pools:

@@ -1,5 +1,6 @@
 """A tiny random model with a real tokenizer, for the tests of the engine: fp32, one process."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from megatron_moellava import parallel
 from megatron_moellava.config import (
     DataConfig,
     ExpertGroups,
+    Modality,
     ModelConfig,
     MoEConfig,
     ParallelConfig,
@@ -86,10 +88,12 @@ def tiny_engine(
     backbone: str = "llama-tiny",
     seed: int = 1,
     tower: str = "clip-tiny",
+    modalities: tuple[Modality, ...] = (),
     **options,
 ) -> Engine:
     parallel.initialize(ParallelConfig(), seed)
     run = tiny_run(moe, backbone, tower=tower)
+    run = replace(run, data=replace(run.data, modalities=modalities))
     (model,) = build_model(run)
     scatter(model)
     prompter = Prompter(

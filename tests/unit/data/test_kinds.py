@@ -167,3 +167,81 @@ def test_a_file_that_the_record_does_not_declare_stops_the_run_before_and_in_it(
         next(loader)
     with pytest.raises(DataError, match=message):
         make_shards(path, tmp_path, tmp_path / "shards", modalities=(DEPTH,))
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_a_modality_with_a_tower_of_its_own_has_its_pixels_and_its_tokens_there(tmp_path, packing):
+    """Of another resolution. `shows_R` says where each visual token belongs: those of the model's tower come first."""
+    path = write_rows(tmp_path, mixed(tmp_path))
+    own = get_tower("siglip-tiny")
+    records = (replace(DEPTH, tower="siglip-tiny", projector="own"), THERMAL)
+    loader, tower = make_loader(config(path, packing=packing, modalities=records, seq_length=512))
+    levels = np.asarray(Image.open(tmp_path / "depth/1.png"))
+    far = torch.from_numpy(preprocess(Image.fromarray(shown(levels, DEPTH)), own, "pad"))
+    seen = set()
+    for batch in take(loader, 6):
+        seen |= {*batch.sample_ids}
+        tokens = [count for _, count in batch.pictures]
+        depth = [count for kind, count in batch.pictures if kind == "depth"]
+        assert set(depth) <= {own.num_features} and len(batch.apart["depth"]) == len(depth)
+        assert batch.counts.apart_inputs == (len(depth),) and batch.counts.image_rows == (batch.tokens_BS == -200).sum()
+        if not depth:
+            assert batch.shows_R is None
+            continue
+        shared = len(batch.pixel_values_NCHW) * tower.num_features
+        numbers = torch.split(batch.shows_R, tokens)
+        kinds = [kind for kind, _ in batch.pictures]
+        starts = {True: iter(range(0, shared, tower.num_features)), False: iter(range(shared, 10**6, own.num_features))}
+        for kind, part in zip(kinds, numbers, strict=True):
+            start = next(starts[kind != "depth"])
+            assert part.tolist() == list(range(start, start + len(part)))
+        if batch.sample_ids == ["id4"]:
+            assert kinds == ["depth", "image", "thermal", "depth"] and torch.equal(batch.apart["depth"][0], far)
+    assert len(seen) == 6
+    loader.close()
+
+
+def test_an_own_towers_tokens_are_part_of_the_order_and_of_the_lengths(tmp_path):
+    path = write_rows(tmp_path, [record | {"id": f"{n}{record['id']}"} for n in range(5) for record in mixed(tmp_path)])
+    data = config(path, modalities=(replace(DEPTH, tower="siglip-tiny", projector="own"), THERMAL), seq_length=512)
+    loader, _ = make_loader(data)
+    take(loader, 2)
+    saved, expected = json.loads(json.dumps(loader.state_dict())), take(loader, 4)
+    resumed, _ = make_loader(data)
+    resumed.load_state_dict(saved)
+    for batch in expected:
+        again = next(resumed)
+        assert again.sample_ids == batch.sample_ids and torch.equal(again.apart["depth"], batch.apart["depth"])
+    other, _ = make_loader(replace(data, modalities=(DEPTH, THERMAL)))
+    with pytest.raises(DataError, match="towers: "):
+        other.load_state_dict(saved)
+
+
+def test_pairs_encode_a_picture_of_an_own_tower_once(tmp_path):
+    write_images(tmp_path)
+    write_pictures(tmp_path)
+    rows = [
+        {
+            "id": f"p{n}",
+            "prompt": "<depth> or <image>?",
+            "image": "a.png",
+            "depth": f"depth/{n % 2}.png",
+            "chosen": "yes",
+            "rejected": "no",
+        }
+        for n in range(4)
+    ]
+    path = write_rows(tmp_path, rows)
+    record = replace(DEPTH, tower="siglip-tiny", projector="own")
+    data = config(path, modalities=(record,), seq_length=512)
+    share = {"seed": 1, "rank": 0, "world_size": 1, "micro_batch_size": 1}
+    tower = get_tower(str(ASSETS / TOWERS["clip"]))
+    loader = build_train_loader(data, load_tokenizer(ASSETS / "tok_bpe"), tower, pad_multiple=1, pairs=True, **share)
+    batch = next(loader)
+    pairs, own = len(batch.pairs), get_tower("siglip-tiny").num_features
+    assert len(batch.pixel_values_NCHW) == len(batch.apart["depth"]) == pairs > 1
+    parts = batch.shows_R.split([own, tower.num_features] * 2 * pairs)
+    for pair in range(pairs):
+        first, second = pairs * tower.num_features + pair * own, pair * tower.num_features
+        assert [part[0].item() for part in parts[4 * pair : 4 * pair + 4]] == [first, second] * 2
+    loader.close()

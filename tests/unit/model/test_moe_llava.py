@@ -11,8 +11,10 @@ from megatron_moellava.model.attention import packed_seq_params
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.moe_llava import PositionedRotary, causal_padding_mask
+from tests.distributed.rows import micro_batches
 from tests.helpers.batches import X, padded, words
 from tests.helpers.inference_models import tiny_run
+from tests.helpers.modalities import DEPTH
 
 
 @pytest.fixture
@@ -103,3 +105,58 @@ def test_columns_that_only_align_rows_do_not_count_in_the_originals_gate(world, 
     filled = replace(batch, position_ids_BS=torch.arange(multiple).expand(2, -1), max_seqlen=multiple, **fill)
     expected_BS, losses_BS = narrow(**model_inputs(batch)), wide(**model_inputs(filled))
     assert torch.allclose(losses_BS[:, :length], expected_BS, atol=1e-5) and not losses_BS[:, length:].any()
+
+
+OWN = {
+    "tower": {"tower": "clip-tiny"},
+    "projector": {"projector": "own"},
+    "both": {"tower": "clip-tiny", "projector": "own"},
+}
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_copies_of_tower_and_projector_compute_and_learn_what_the_shared_ones_do(world, own):
+    """Losses of every row, and of each shared parameter the sum of both gradients. Micro-batches have plain pictures, depth,
+    both in either order, or none: all trained parameters get gradients from each."""
+    record = replace(DEPTH, **OWN[own])
+    shared, apart = (build_model(with_modality(item))[0].eval() for item in (DEPTH, record))
+    weights = shared.state_dict()
+    for part, prefix in (("tower", "vision_tower."), ("projector", "projector.")):
+        copies = {
+            f"modality_depth.{part}.{name.removeprefix(prefix)}": value
+            for name, value in weights.items()
+            if name.startswith(prefix)
+        }
+        weights |= {name: value for name, value in copies.items() if name in apart.state_dict()}
+    apart.load_state_dict(weights)
+    kinds = set()
+    for step in range(2):
+        batches = [micro_batches("modalities", 512, shared.tower, item, step) for item in (DEPTH, record)]
+        for one, other in zip(*batches, strict=True):
+            kinds.add(tuple(kind for kind, _ in one.pictures) or len(one.pixel_values_NCHW))
+            assert sum(map(len, other.apart.values())) == sum(kind == "depth" for kind, _ in one.pictures)
+            gradients = []
+            for model, batch in ((shared, one), (apart, other)):
+                model.zero_grad()
+                losses_BS = model(**model_inputs(batch))
+                losses_BS.sum().backward()
+                gradients.append((losses_BS, {name: item.grad for name, item in model.named_parameters()}))
+            (expected_BS, whole), (losses_BS, parts) = gradients
+            torch.testing.assert_close(losses_BS, expected_BS, rtol=1e-5, atol=1e-5)
+            assert all(gradient is not None for gradient in parts.values())
+            for name, gradient in whole.items():
+                twin = (
+                    name.replace("vision_tower.", "modality_depth.tower.")
+                    if name.startswith("vision")
+                    else f"modality_depth.{name}"
+                )
+                found = parts[name] + parts.get(twin, 0)
+                torch.testing.assert_close(
+                    found, gradient, rtol=1e-3, atol=1e-5 * max(1.0, float(gradient.abs().max()))
+                )
+    assert kinds == {0, 1, ("image", "depth"), ("depth", "image"), ("depth",)}
+
+
+def with_modality(record):
+    run = tiny_run()
+    return replace(run, data=replace(run.data, modalities=(record,), packing=True, seq_length=128))

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_moellava.config import Channel, DataConfig, Modality
-from megatron_moellava.validation.modalities import modality_problems
+from megatron_moellava.towers import TOWERS, get_tower
+from megatron_moellava.validation.modalities import modality_problems, way_problems
 from tests.helpers.modalities import DEPTH, THERMAL
 
 COLOUR = Modality(name="nightvision", levels="colours", formats=("JPEG",))
@@ -24,7 +25,6 @@ WRONG = {
     "missing": ((replace(DEPTH, missing=(float("nan"),)),), "NaN is missing in any case"),
     "shown": ((replace(DEPTH, missing_shown=256),), "missing_shown=256 must lie between 0 and 255"),
     "colours": ((replace(COLOUR, scale=2.0),), "data.modalities[0].scale: colours are shown as they are"),
-    "tower": ((replace(DEPTH, tower="clip"),), "data.modalities[0].tower=clip: pictures of all modalities go through"),
 }
 
 
@@ -43,3 +43,39 @@ def test_good_records_are_not_touched():
 def test_the_originals_order_knows_no_modalities():
     (said,) = modality_problems(DataConfig(modalities=(DEPTH,), sampler="modality_length"))
     assert said.startswith("data.sampler=modality_length")
+
+
+WAYS = {
+    "unknown": ({"tower": "clip-tin"}, "clip-tiny", "data.modalities depth: tower='clip-tin' is neither"),
+    "width": (
+        {"tower": "siglip-tiny"},
+        "clip-tiny",
+        "data.modalities[0].tower=siglip-tiny: its features are 128 wide, and those of model.tower 96, so that they cannot "
+        "share a projector; set data.modalities[0].projector to own",
+    ),
+    "kind": ({"tower": "siglip-tiny@pixel_shuffle"}, "siglip-tiny", "cannot share a projector"),
+    "native": (
+        {"tower": "naflex-tiny", "projector": "own"},
+        "clip-tiny",
+        "has a tower of its own, and naflex-tiny gives",
+    ),
+    "beside native": (
+        {"projector": "own"},
+        "naflex-tiny",
+        "has a projector of its own, and naflex-tiny gives pictures",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_towers_that_do_not_fit_are_refused_with_the_way_out(name):
+    fields, tower, message = WAYS[name]
+    (said,) = way_problems(DataConfig(modalities=(replace(DEPTH, **fields),)), get_tower(tower))
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    "fields", [{"projector": "own"}, {"tower": "clip-tiny"}, {"tower": "siglip-tiny", "projector": "own"}]
+)
+def test_towers_and_projectors_that_fit_are_not_touched(fields):
+    assert not [*way_problems(DataConfig(modalities=(THERMAL, replace(DEPTH, **fields))), TOWERS["clip-tiny"])]
