@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from megatron_moellava import parallel
+from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import (
     DataConfig,
     ExpertGroups,
@@ -59,6 +60,7 @@ class Case:
 
 
 LLAMA = Case(backbone="llama-tiny", tokenizer=_llama("legacy_true"), template="v1")
+QWEN = Case(backbone="qwen2-tiny", tokenizer=_bytes("Qwen2Tokenizer_plain"), template="chatml")
 CASES = {
     "Llama": LLAMA,
     "Llama, experts": replace(LLAMA, moe=MOE),
@@ -76,9 +78,9 @@ CASES = {
         backbone="stablelm-2-tiny", tokenizer=_bytes("GPT2Tokenizer_plain"), template="stablelm", moe=MOE
     ),
     "Qwen v1": Case(backbone="qwen-tiny", tokenizer=_bytes("Qwen2Tokenizer_plain"), template="qwen"),
-    "Qwen2": Case(backbone="qwen2-tiny", tokenizer=_bytes("Qwen2Tokenizer_plain"), template="chatml"),
-    "Qwen2, experts": Case(backbone="qwen2-tiny", tokenizer=_bytes("Qwen2Tokenizer_plain"), template="chatml", moe=MOE),
-    "Qwen3, experts": Case(backbone="qwen3-tiny", tokenizer=_bytes("Qwen2Tokenizer_plain"), template="chatml", moe=MOE),
+    "Qwen2": QWEN,
+    "Qwen2, experts": replace(QWEN, moe=MOE),
+    "Qwen3, experts": replace(QWEN, backbone="qwen3-tiny", moe=MOE),
     "MiniCPM": replace(LLAMA, backbone="minicpm-tiny", template="minicpm"),
     "Llama, residual experts": replace(LLAMA, moe=MoEConfig(use_residual=True)),
     "Llama, experts by modality": replace(
@@ -98,11 +100,14 @@ CASES = {
 }
 # Families whose own models have experts: in a language model alone, too.
 NATIVE = {
-    "Mixtral": replace(LLAMA, backbone="mixtral-tiny", template="mistral"),
-    "OLMoE": replace(LLAMA, backbone="olmoe-tiny"),
-    "DeepSeekMoE": replace(LLAMA, backbone="deepseek-moe-tiny"),
-    "Qwen2-MoE": Case(backbone="qwen2-moe-tiny", tokenizer=_bytes("Qwen2Tokenizer_plain"), template="chatml"),
-    "Qwen3-MoE": Case(backbone="qwen3-moe-tiny", tokenizer=_bytes("Qwen2Tokenizer_plain"), template="chatml"),
+    name: replace(case, backbone=backbone, moe=get_backbone(backbone).moe)
+    for name, case, backbone in (
+        ("Mixtral", replace(LLAMA, template="mistral"), "mixtral-tiny"),
+        ("OLMoE", LLAMA, "olmoe-tiny"),
+        ("DeepSeekMoE", LLAMA, "deepseek-moe-tiny"),
+        ("Qwen2-MoE", QWEN, "qwen2-moe-tiny"),
+        ("Qwen3-MoE", QWEN, "qwen3-moe-tiny"),
+    )
 }
 
 
