@@ -46,6 +46,19 @@ def open_url(url: str, limits: PictureLimits, modality: Modality | None = None) 
     return open_image(data, "image")[0] if modality is None else open_picture(data, modality, name)[0]
 
 
+def endings(modality: Modality) -> str:
+    """Of the names of its files, as a page's file dialog takes them; empty: all."""
+    known = Image.registered_extensions()
+    return ",".join(ending for ending, kind in known.items() if kind in formats_of(modality))
+
+
+def png_url(image: Image.Image) -> str:
+    """A data URL of a PNG."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
 def open_video_url(url: str, limits: PictureLimits, data: DataConfig) -> tuple[str, list[Image.Image]]:
     """(text with an `<image>` for each frame, frames) of a data URL with a video, as training shows it.
 

@@ -21,7 +21,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
-from megatron_moellava.config import DataError
+from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.data.tokenizer import Tokenizer
 from megatron_moellava.inference.prompts import Prompt
 from megatron_moellava.inference.regions import locate_answer
@@ -29,8 +29,10 @@ from megatron_moellava.inference.requests import Completion, Event
 from megatron_moellava.serving import openai_answers
 from megatron_moellava.serving.metrics import ServerMetrics
 from megatron_moellava.serving.openai_api import ApiLimits, ChatRequest, parse_chat
-from megatron_moellava.serving.pictures import PictureLimits
+from megatron_moellava.serving.pictures import PictureLimits, endings, open_url, png_url
 from megatron_moellava.serving.service import EngineFailed, Service
+from megatron_moellava.towers import Tower
+from megatron_moellava.towers.branches import tower_for
 
 logger = logging.getLogger(__name__)
 DISCARDED = (
@@ -95,6 +97,11 @@ def build_app(service: Service, options: ServerOptions) -> FastAPI:
         authorise(request, options.token)
         return await answering.answer(request)
 
+    @app.post("/shown")
+    async def shown(request: Request) -> dict:
+        authorise(request, options.token)
+        return await answering.shown(request)
+
     @app.get("/v1/models")
     async def models(request: Request) -> dict:
         authorise(request, options.token)
@@ -133,12 +140,12 @@ def _add_page(app: FastAPI, service: Service, options: ServerOptions) -> None:
             "examples": list(examples),
             # How the page lays patches over a picture: as the tower sees it.
             # (At native resolution each answer brings the grids of its pictures.)
-            "grid": tower.position_side // tower.shuffle,
-            "first_patch": int(tower.drop_first_feature and not tower.class_token),
-            "square": "squash"
-            if tower.native or (tower.resize, data.image_aspect_ratio) == ("square", "square")
-            else data.image_aspect_ratio,
+            **seen_by(tower, data),
             "tiles": data.image_grid,
+            "modalities": [
+                {"name": item.name, "accept": endings(item), **seen_by(tower_for(item, tower), data)}
+                for item in data.modalities
+            ],
         }
 
     @app.get("/examples/{name}")
@@ -146,6 +153,16 @@ def _add_page(app: FastAPI, service: Service, options: ServerOptions) -> None:
         if name not in examples:
             raise Refused(404, "no such example")
         return FileResponse(examples[name])
+
+
+def seen_by(tower: Tower, data: DataConfig) -> dict:
+    """The grid of a tower's visual tokens, how many patches it leaves out before the first, and what it makes of a picture."""
+    squashes = tower.native or (tower.resize, data.image_aspect_ratio) == ("square", "square")
+    return {
+        "grid": tower.position_side // tower.shuffle,
+        "first_patch": int(tower.drop_first_feature and not tower.class_token),
+        "square": "squash" if squashes else data.image_aspect_ratio,
+    }
 
 
 def authorise(request: Request, token: str) -> None:
@@ -175,9 +192,7 @@ class Answering:
 
         Raises Refused (429) when none is free.
         """
-        if self.open >= self.options.max_open_requests:
-            raise Refused(429, f"{self.open} requests are open already; try again later", "rate_limit_error")
-        self.open += 1
+        self._take()
         handed_over = False
         try:
             chat, prompt = await self._prepare(await self._body(request))
@@ -191,8 +206,40 @@ class Answering:
             if not handed_over:
                 self._close()
 
+    def _take(self) -> None:
+        if self.open >= self.options.max_open_requests:
+            raise Refused(429, f"{self.open} requests are open already; try again later", "rate_limit_error")
+        self.open += 1
+
     def _close(self) -> None:
         self.open -= 1
+
+    async def shown(self, request: Request) -> dict:
+        """For the page: {"url"} of a picture of a modality as the model sees its levels, of {"modality", "url"} with the file.
+
+        Raises Refused with what is wrong with the file.
+        """
+        self._take()
+        try:
+            data, modalities = await self._body(request), self.service.engine.prompter.data.modalities
+
+            def work() -> dict:
+                try:
+                    body = json.loads(data)
+                except (ValueError, RecursionError) as error:
+                    raise Refused(400, f"the body is not valid JSON ({type(error).__name__})") from None
+                asked = body.get("modality") if isinstance(body, dict) else None
+                modality = next((item for item in modalities if item.name == asked), None)
+                if modality is None or not isinstance(body.get("url"), str):
+                    raise Refused(400, "the body must be {modality, url} of a modality that the checkpoint has")
+                try:
+                    return {"url": png_url(open_url(body["url"], self.options.pictures, modality))}
+                except DataError as error:
+                    raise Refused(400, str(error)) from None
+
+            return await asyncio.get_running_loop().run_in_executor(self.preparing, work)
+        finally:
+            self._close()
 
     async def _body(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -1,19 +1,26 @@
 """The page in a real Chromium, against a server of its own (`make test-browser`).
 
 For the screenshots in docs/: MOELLAVA_CHECKPOINT=FOLDER is served instead of a tiny random model, MOELLAVA_PICTURE=FILE is
-asked about, and MOELLAVA_SCREENSHOTS=FOLDER keeps them.
+asked about, and MOELLAVA_SCREENSHOTS=FOLDER keeps them. MOELLAVA_MODALITIES=FOLDER likewise serves one with depth and thermal,
+which is asked about MOELLAVA_DEPTH=FILE and MOELLAVA_THERMAL=FILE.
 """
 
+import base64
 import contextlib
+import io
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
+from megatron_moellava.data.quantities import open_picture
 from tests.helpers.inference_models import picture
+from tests.helpers.modalities import DEPTH, THERMAL, write_pictures
 from tests.helpers.serving import serving
 from tests.helpers.videos import write_video
 
@@ -237,3 +244,64 @@ def test_a_video_is_taken_shown_and_asked_about(page, tmp_path):
     assert not page.locator(".turn.error").count()
     tokens = page.evaluate("view.routing.tokens.filter(token => 'image' in token).map(token => token.image)")
     assert {*tokens} == set(range(8))
+
+
+@pytest.fixture(scope="module")
+def seeing(browser):
+    """A page over a model that knows depth, with a tower of its own, and thermal."""
+    own = replace(DEPTH, tower="siglip-tiny", projector="own")
+    checkpoint = os.environ.get("MOELLAVA_MODALITIES")
+    with serving(checkpoint=checkpoint, engine_options={} if checkpoint else {"modalities": (own, THERMAL)}) as running:
+        context = browser.new_context(viewport={"width": 1360, "height": 860})
+        page = context.new_page()
+        page.goto(running.url)
+        page.wait_for_selector("#kinds button")
+        yield page
+        context.close()
+
+
+def test_depth_and_thermal_files_are_shown_as_the_model_sees_them_and_asked_about(seeing, file, tmp_path):
+    """A picture, a 16-bit PNG and a TIFF, which no browser shows: each overlay has the grid of its own tower."""
+    page, files = seeing, [os.environ.get(f"MOELLAVA_{name}") for name in ("DEPTH", "THERMAL")]
+    if not all(files):
+        write_pictures(tmp_path)
+        files = [str(tmp_path / "depth/1.png"), str(tmp_path / "thermal/1.tif")]
+    assert page.locator("#kinds button").all_inner_texts() == ["+ depth", "+ thermal"]
+    assert set(page.get_attribute("#file_thermal", "accept").split(",")) >= {".tif", ".tiff", ".png"}
+    page.set_input_files("#file", str(file))
+    for count, (name, path) in enumerate(zip(("depth", "thermal"), files, strict=True), start=1):
+        page.set_input_files(f"#file_{name}", path)
+        until(page, f"document.querySelectorAll('#thumbs small').length === {count}")
+    assert page.locator("#thumbs small").all_inner_texts() == ["depth", "thermal"]
+    shown = page.evaluate("pending[1].shown")
+    levels, _ = open_picture(files[0], DEPTH, "depth")
+    if not os.environ.get("MOELLAVA_MODALITIES"):
+        with Image.open(io.BytesIO(base64.b64decode(shown.partition(",")[2]))) as image:
+            assert image.tobytes() == levels.tobytes(), "as the record of the modality shows its levels"
+    keep(page, "page_modalities_start.png")
+    page.evaluate("document.getElementById('max_tokens').value = 24")
+    ask(page, "which is nearer, left or right?")
+    assert not page.locator(".turn.error").count() and page.locator(".turn.user img").count() == 3
+    assert page.locator("#pictures figcaption").all_inner_texts() == ["image", "depth", "thermal"]
+    assert page.locator("#share span").all_inner_texts() == ["image", "depth", "thermal", "words"]
+    grids = page.evaluate("[0, 1, 2].map(number => gridOf(number).join(' x '))")
+    patches = page.evaluate(
+        "[0, 1, 2].map(number => view.routing.tokens.filter(token => token.image === number).length)"
+    )
+    if not os.environ.get("MOELLAVA_MODALITIES"):
+        assert grids == ["6 x 6", "4 x 4", "6 x 6"] and patches == [36, 16, 36]
+    keep(page, "page_modalities.png")
+    page.reload()
+    page.locator("#history button").first.click()
+    until(page, "document.querySelectorAll('#pictures canvas').length === 3")
+    assert ask(page, "and the other?") is not None, "a conversation goes on with the files that it has shown"
+
+
+@pytest.mark.skipif("MOELLAVA_MODALITIES" in os.environ, reason="its records may take such files")
+def test_a_file_that_is_not_what_its_modality_declares_is_refused_with_the_reason(seeing, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "flat.png")
+    seeing.click("#new")
+    seeing.set_input_files("#file_depth", str(tmp_path / "flat.png"))
+    said = seeing.wait_for_selector(".turn.error").inner_text()
+    assert said.startswith("flat.png: ") and "holds uint8" in said and "levels=uint16" in said
+    assert not seeing.locator("#thumbs img").count()

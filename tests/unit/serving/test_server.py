@@ -14,10 +14,13 @@ import urllib.request
 import zlib
 
 import pytest
+from PIL import Image
 
+from megatron_moellava.data.quantities import open_picture
 from megatron_moellava.data.sample import Turn
 from megatron_moellava.inference.requests import Request, Sampling
 from tests.helpers.inference_models import picture
+from tests.helpers.modalities import DEPTH, write_pictures
 from tests.helpers.serving import serving
 
 
@@ -49,9 +52,9 @@ def question(text: str = "What is it?", *urls: str) -> list[dict]:
     return [{"role": "user", "content": parts}]
 
 
-def post(server, data: bytes, **headers) -> tuple[int, dict]:
+def post(server, data: bytes, path: str = "/v1/chat/completions", **headers) -> tuple[int, dict]:
     headers = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
-    request = urllib.request.Request(f"{server.url}/v1/chat/completions", data, headers)
+    request = urllib.request.Request(f"{server.url}{path}", data, headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, json.load(response)
@@ -327,3 +330,30 @@ def test_a_failed_engine_says_so_to_everyone():
         assert post(running, data)[0] == 503
         assert post(running, data)[0] == 503
         assert get(running, "/health")[0] == 503
+
+
+def test_the_page_is_shown_a_file_of_levels_as_the_model_sees_it_or_told_what_is_wrong(tmp_path):
+    write_pictures(tmp_path)
+    Image.new("L", (8, 8)).save(tmp_path / "flat.png")
+
+    def asked(file: str, modality: str = "depth") -> bytes:
+        content = base64.b64encode((tmp_path / file).read_bytes()).decode()
+        return json.dumps({"modality": modality, "url": f"data:image/levels;base64,{content}"}).encode()
+
+    with serving(engine_options={"modalities": (DEPTH,)}, token="secret") as running:
+        key = {"Authorization": "Bearer secret"}
+        status, body = post(running, asked("depth/0.png"), "/shown", **key)
+        with Image.open(io.BytesIO(base64.b64decode(body["url"].partition(",")[2]))) as image:
+            expected, _ = open_picture(str(tmp_path / "depth/0.png"), DEPTH, "depth")
+            assert status == 200 and image.mode == "RGB" and image.tobytes() == expected.tobytes()
+        refused = {
+            "holds uint8, and 'depth' of data.modalities declares levels=uint16": asked("flat.png"),
+            "the body must be {modality, url} of a modality that the checkpoint has": asked("depth/0.png", "thermal"),
+            "the body is not valid JSON": b"{",
+            "depth_url must be a data: URL": json.dumps({"modality": "depth", "url": "file:///etc/passwd"}).encode(),
+        }
+        for said, data in refused.items():
+            status, body = post(running, data, "/shown", **key)
+            assert status == 400 and said in body["error"]["message"]
+        assert post(running, asked("depth/0.png"), "/shown")[0] == 401
+        assert running.service.open_requests == 0

@@ -55,7 +55,7 @@ EFFECTIVE = {
     "data.max_sample_length": (128, 32),
     "data.modalities": (
         "",
-        "name=depth levels=uint16 formats= scale=1.0 offset=0.0 missing= missing_shown=0 channels= tower=",
+        "name=depth levels=uint16 formats= scale=1.0 offset=0.0 missing= missing_shown=0 channels=",
     ),
 }
 
@@ -150,3 +150,12 @@ def test_a_run_of_before_there_were_modalities_goes_on():
     saved = to_dict(tiny())
     del saved["data"]["modalities"], saved["data"]["ignore_keys"]
     assert differences(saved, tiny(), BACKBONE) == differences(to_dict(tiny()), tiny(), BACKBONE)
+
+
+def test_towers_of_modalities_are_compared_by_what_they_are_and_not_by_name():
+    """A checkpoint brings them along, as a path that is another one with every step."""
+    record = {"name": "depth", "levels": "uint16", "projector": "own"}
+    then, now = (
+        tiny(data__modalities=[{**record, "tower": f"runs/a/iter_00000{step}"}], training__stage=1) for step in (10, 20)
+    )
+    assert differences(to_dict(then), now, BACKBONE).refused == []
