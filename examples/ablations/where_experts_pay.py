@@ -34,6 +34,7 @@ GRIDS = (
     "knowledge_capacity",
     "knowledge_length",
     "knowledge_lr",
+    "knowledge_distilled",
 )
 KEPT = (  # of a run's numbers
     METRIC,
@@ -97,7 +98,11 @@ LESSONS = """## What they say
   at more FLOPs. What a capacity of 1.0 drops does no harm; 1.5 drops nothing here.
 - **Finer experts and redrawn columns need a longer stage III.** Sixteen of half the width are as good as the dense model, no
   better: the two parts of a copy are chosen together until their rows in the router have come apart. Redrawing half of each
-  copy's columns forgets more than so short a stage III learns."""
+  copy's columns forgets more than so short a stage III learns.
+- **A teacher does not help here.** At equal steps the MoE that learns from a teacher knows as much as the one without, whatever
+  the weight. The teacher knows the facts (a thirtieth of a bit is left of each), so that what it thinks likely is the label
+  over again; what the student lacks is steps and not better targets. At a temperature of 3, which flattens what both are
+  sure of, the student learns less of them in as many steps."""
 
 
 # --- the data -------------------------------------------------------------------------------------------------------------

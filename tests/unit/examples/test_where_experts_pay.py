@@ -49,6 +49,15 @@ def test_what_the_page_says_is_true_of_the_data(program):
     length = partial(bits, "knowledge_length")
     gaps = [length(f"dense-{steps}") - length(f"moe-{steps}") for steps in (75, 150, 300)]
     assert 0 < gaps[0] < gaps[1] < gaps[2]
+    taught = partial(bits, "knowledge_distilled")
+    assert all(abs(taught(f"weight {weight}") - taught("top-1 of 8")) < 0.1 for weight in (0.5, 0.9))
+    assert taught("weight 0.9, temperature 3") > taught("top-1 of 8") + 1
+    assert taught("the teacher") < 1 / 28
+    teacher = next(row for row in rows if row["cell"] == "the teacher")["parameters"]
+    student = next(row for row in rows if (row["grid"], row["cell"]) == ("knowledge_distilled", "top-1 of 8"))
+    assert (
+        round(teacher / student["activated_parameters"], 1) == 3.7 and round(teacher / student["parameters"], 1) == 1.4
+    )
     cost = {row["cell"]: row["mflops_per_token"] for row in rows if row["grid"] == "knowledge"}
     assert cost["top-1 of 8"] / cost["dense"] < 1.01 < 1.3 < cost["top-2 of 4, as the paper"] / cost["dense"] < 1.35
 
