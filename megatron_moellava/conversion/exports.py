@@ -30,6 +30,7 @@ from megatron_moellava.conversion.layout import (
     TRANSFORMERS,
     VISION_TOWER,
     Layout,
+    check_vision_experts,
     entries,
     outside_name,
 )
@@ -108,6 +109,7 @@ def export_checkpoint(
             raise ConfigError(f"--quantize {quantize}: --layout {layout} cannot say it; export --layout transformers")
     source = open_checkpoint(checkpoint, verify=verify)
     check_complete(source)
+    check_vision_experts(source.model, layout)
     _check_exportable(source, layout)
     if tower:
         verify_sums(Path(tower), verify=verify)

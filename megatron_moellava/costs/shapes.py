@@ -9,7 +9,14 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 from megatron_moellava.backbones import Backbone, backbone_fields, backbone_of_section
-from megatron_moellava.config import MoEConfig, current_names, from_dict
+from megatron_moellava.config import (
+    MoEConfig,
+    ProjectorMoEConfig,
+    RunConfig,
+    TowerMoEConfig,
+    current_names,
+    from_dict,
+)
 from megatron_moellava.mapping import Shape
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import Tower, tower_fields, tower_of_section
@@ -29,6 +36,15 @@ class Model:
     backbone: Backbone
     tower: Tower | None = None  # None: a language model alone
     moe: MoEConfig | None = None  # None: dense
+    tower_moe: TowerMoEConfig | None = None  # None: dense
+    projector_moe: ProjectorMoEConfig | None = None  # None: dense
+
+    @property
+    def tower_moe_layers(self) -> tuple[int, ...]:
+        """0-based layers of the tower with experts."""
+        if self.tower is None or self.tower_moe is None:
+            return ()
+        return moe_layers(self.tower_moe.placement, self.tower.num_used_layers, "tower_moe.placement")
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -58,13 +74,26 @@ class Model:
             "moe": asdict(self.moe) if self.moe else None,
             "backbone_fields": backbone_fields(backbone),
             "tower_fields": tower_fields(self.tower) if self.tower else None,
+            # Not in the file of a model that has none: versions that do not know them read it.
+            **({"tower_moe": asdict(self.tower_moe)} if self.tower_moe else {}),
+            **({"projector_moe": asdict(self.projector_moe)} if self.projector_moe else {}),
         }
 
 
 def model_from_json(section: dict) -> Model:
     """The inverse of `Model.to_json`; also reads the short form, with names alone."""
     moe = from_dict(MoEConfig, current_names(section)["moe"]) if section.get("moe") else None
-    return Model(backbone=backbone_of_section(section), tower=tower_of_section(section), moe=moe)
+    vision = {
+        name: from_dict(kind, dict(section[name]))
+        for name, kind in (("tower_moe", TowerMoEConfig), ("projector_moe", ProjectorMoEConfig))
+        if section.get(name)
+    }
+    return Model(backbone=backbone_of_section(section), tower=tower_of_section(section), moe=moe, **vision)
+
+
+def model_of_run(run: RunConfig, backbone: Backbone, tower: Tower | None) -> Model:
+    """The model of a run whose backbone and tower have been looked up."""
+    return Model(backbone=backbone, tower=tower, moe=run.moe, tower_moe=run.tower_moe, projector_moe=run.projector_moe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +127,7 @@ def megatron_tensors(model: Model) -> dict[str, Shape]:
 
 def model_tensors(model: Model) -> Tensors:
     """The same keys with role and division. Parameter counts (`parameters.py`) are sums over this list."""
-    moe_layers = set(model.moe_layers)
+    moe_layers, tower_moe_layers = set(model.moe_layers), set(model.tower_moe_layers)
     tensors = _prefixed(LANGUAGE, embedding_tensors(model.backbone))
     for layer in range(model.backbone.num_layers):
         tensors |= _prefixed(f"{LANGUAGE}decoder.layers.{layer}.", layer_tensors(model, layer in moe_layers))
@@ -106,7 +135,9 @@ def model_tensors(model: Model) -> Tensors:
     if model.tower:
         tensors |= _prefixed(TOWER, tower_stem_tensors(model.tower))
         for layer in range(model.tower.num_used_layers):
-            tensors |= _prefixed(f"{TOWER}decoder.layers.{layer}.", tower_layer_tensors(model.tower))
+            tensors |= _prefixed(
+                f"{TOWER}decoder.layers.{layer}.", tower_layer_tensors(model, layer in tower_moe_layers)
+            )
         tensors |= _prefixed(PROJECTOR, projector_tensors(model))
     return tensors
 
@@ -187,9 +218,7 @@ def _moe(model: Model) -> Tensors:
     tensors = {"router.weight": ModelTensor((experts, backbone.hidden_size), "router")}
     if moe.moe_router_enable_expert_bias:
         tensors["router.expert_bias"] = ModelTensor((experts,), "router", is_parameter=False)
-    for key, one in _mlp(backbone, inner, "experts").items():
-        split = None if one.split is None else one.split + 1
-        tensors[EXPERTS + key] = ModelTensor((experts, *one.shape), "experts", split, is_expert=True)
+    tensors |= _copies(experts, _mlp(backbone, inner, "experts"))
     if moe.use_residual:
         tensors |= _prefixed(RESIDUAL, _mlp(backbone, backbone.ffn_hidden_size, "language.ffn"))
         tensors |= _prefixed("coefficient.", _linear(2, backbone.hidden_size, bias=True, role="router"))
@@ -198,6 +227,22 @@ def _moe(model: Model) -> Tensors:
     if moe.moe_shared_expert_gate:
         tensors[SHARED_EXPERTS + SHARED_GATE] = ModelTensor((1, backbone.hidden_size), "experts")
     return tensors
+
+
+def _copies(experts: int, mlp: Tensors) -> Tensors:
+    """Those of an MLP, as many times as there are experts."""
+    return {
+        EXPERTS + key: ModelTensor(
+            (experts, *one.shape), one.role, None if one.split is None else one.split + 1, is_expert=True
+        )
+        for key, one in mlp.items()
+    }
+
+
+def _routed(moe: ProjectorMoEConfig, mlp: Tensors, role: str) -> Tensors:
+    """An MLP of tower or projector as experts, and the router that chooses among them."""
+    experts, inputs = moe.num_moe_experts, mlp["linear_fc1.weight"].shape[1]
+    return {"router.weight": ModelTensor((experts, inputs), role)} | _copies(experts, mlp)
 
 
 def tower_stem_tensors(tower: Tower) -> Tensors:
@@ -216,25 +261,29 @@ def tower_stem_tensors(tower: Tower) -> Tensors:
     return tensors
 
 
-def tower_layer_tensors(tower: Tower) -> Tensors:
+def tower_layer_tensors(model: Model, is_moe: bool = False) -> Tensors:
     """One layer of the tower."""
-    hidden, ffn, role = tower.hidden_size, tower.ffn_hidden_size, "tower"
+    tower, role = model.required_tower, "tower"
+    hidden, ffn = tower.hidden_size, tower.ffn_hidden_size
     norm = _norm_of(hidden, role, bias=True)
     tensors = _prefixed("input_layernorm.", norm) | _prefixed("pre_mlp_layernorm.", norm)
     for name, rows, columns, split in (
         ("self_attention.linear_qkv.", 3 * hidden, hidden, 0),
         ("self_attention.linear_proj.", hidden, hidden, 1),
-        ("mlp.linear_fc1.", ffn, hidden, 0),
-        ("mlp.linear_fc2.", hidden, ffn, 1),
     ):
         tensors |= _prefixed(name, _linear(rows, columns, True, role, split))
-    return tensors
+    mlp = _two_layers(hidden, ffn, hidden, role)
+    return tensors | _prefixed("mlp.", _routed(model.tower_moe, mlp, role) if model.tower_moe and is_moe else mlp)
+
+
+def _two_layers(inputs: int, inner: int, outputs: int, role: str) -> Tensors:
+    fc1, fc2 = _linear(inner, inputs, True, role, split=0), _linear(outputs, inner, True, role, split=1)
+    return _prefixed("linear_fc1.", fc1) | _prefixed("linear_fc2.", fc2)
 
 
 def projector_tensors(model: Model) -> Tensors:
     """LLaVA's mlp2x_gelu, over what the projector's kind makes of the features."""
     hidden, role = model.backbone.hidden_size, "projector"
-    fc1 = _linear(hidden, model.required_tower.projector_input_size, True, role, split=0)
+    mlp = _two_layers(model.required_tower.projector_input_size, hidden, hidden, role)
     newline = {"image_newline.weight": ModelTensor((hidden,), role)} if model.required_tower.newline else {}
-    fc2 = _linear(hidden, hidden, True, role, split=1)
-    return _prefixed("linear_fc1.", fc1) | _prefixed("linear_fc2.", fc2) | newline
+    return (_routed(model.projector_moe, mlp, role) if model.projector_moe else mlp) | newline

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from megatron_moellava import platform
 from megatron_moellava.config import LoraConfig, RunConfig
 from megatron_moellava.costs.adapters import PREFIX, Adapted, adapted_matrices, b_name
-from megatron_moellava.costs.shapes import EXPERTS, LANGUAGE, Model, ModelTensor
+from megatron_moellava.costs.shapes import EXPERTS, LANGUAGE, ModelTensor, model_of_run
 from megatron_moellava.mapping import Shape
 from megatron_moellava.model.experts import grouped_product
 
@@ -214,7 +214,7 @@ def attach(model, run: RunConfig) -> Adapters | None:
     lora = run.training.lora
     if lora is None:
         return None
-    whole = Model(backbone=model.backbone, tower=model.tower, moe=run.moe)
+    whole = model_of_run(run, model.backbone, model.tower)
     adapters = Adapters(model.config)
     for adapted in adapted_matrices(whole, lora):
         module = _module(model, adapted.name)

@@ -9,18 +9,24 @@ import torch
 
 import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone
-from megatron_moellava.config import RunConfig
+from megatron_moellava.config import Component, RunConfig
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
 from megatron_moellava.data.pooling import Pools
 from megatron_moellava.model.attention import packed_seq_params
-from megatron_moellava.model.configuration import projector_config, tower_config, transformer_config
+from megatron_moellava.model.configuration import (
+    moe_projector_config,
+    projector_config,
+    tower_config,
+    transformer_config,
+)
 from megatron_moellava.model.context_parallel import encode_share, encode_share_of_grids, sequence_share, share
 from megatron_moellava.model.kv_cache import KVCache
 from megatron_moellava.model.layers import decoder_spec
 from megatron_moellava.model.lora import attach
 from megatron_moellava.model.modality_router import marks_of
+from megatron_moellava.model.moe_projector import MoEProjector
 from megatron_moellava.model.pooling import pooled
-from megatron_moellava.model.vision import Grids, Projector, VisionTower, lines_of, merged
+from megatron_moellava.model.vision import Grids, Projector, VisionTower, filled_up, lines_of, merged
 from megatron_moellava.routers import ROUTERS, knows_modality
 from megatron_moellava.towers import Tower
 
@@ -52,8 +58,13 @@ class MoELlava(MegatronModule):
         self.language_model = LanguageModel(run, backbone, config, pre_process, post_process, vp_stage)
         self.share_embeddings_and_output_weights = backbone.share_embeddings_and_output_weights
         if pre_process:
-            self.vision_tower = VisionTower(tower_config(tower, run), tower, adapted=run.training.lora is not None)
-            self.projector = Projector(projector_config(backbone, run), tower)
+            adapted, mixtures = run.training.lora is not None, run.mixtures
+            self.vision_tower = VisionTower(tower_config(tower, run), tower, adapted=adapted, moe=mixtures.get("tower"))
+            self.projector: Projector | MoEProjector = (
+                MoEProjector(moe_projector_config(backbone, tower, run), tower, mixtures["projector"])
+                if "projector" in mixtures
+                else Projector(projector_config(backbone, run), tower)
+            )
         self.adapters = attach(self, run)
 
     def set_input_tensor(self, input_tensor) -> None:
@@ -72,10 +83,17 @@ class MoELlava(MegatronModule):
         """
         return self._laid_out(self._encode(pixels_NCHW, grids), grids)
 
-    def _encode(self, pixels_NCHW: torch.Tensor, grids: Grids = ()) -> torch.Tensor:
+    def _encode(self, pixels_NCHW: torch.Tensor, grids: Grids = (), real: int | None = None) -> torch.Tensor:
         with torch.set_grad_enabled(self._trains_tower() and torch.is_grad_enabled()):
-            features = self.vision_tower(pixels_NCHW, grids)
-        return self.projector(merged(features, grids, self.tower))
+            features = self.vision_tower(pixels_NCHW, grids, real)
+        rows = merged(features, grids, self.tower)
+        return self.projector(rows, None if real is None else self._filled_up(rows, real))
+
+    def _filled_up(self, rows: torch.Tensor, real: int) -> torch.Tensor:
+        """bool [N, V] (at native resolution [1, V]) of projector rows: True in images that are none."""
+        if self.tower.native:
+            return filled_up(len(rows), 1, real)
+        return filled_up(rows.shape[1], len(rows), real)
 
     def _laid_out(self, features: torch.Tensor, grids: Grids) -> torch.Tensor:
         return lines_of(features, grids, self.projector.image_newline.weight) if self.tower.newline else features
@@ -138,14 +156,27 @@ class MoELlava(MegatronModule):
         return words_SBD * multiplier
 
     def _untouched(self) -> torch.Tensor:
-        """Zero, with what is trained in its graph: a micro-batch without images must not leave a rank waiting for gradients."""
-        like = self.projector.linear_fc1.weight
+        """Zero, with what is trained in its graph: a micro-batch without images must not leave a rank waiting for gradients,
+        nor for tokens of experts that ranks share. To routers it is padding."""
+        like = torch.zeros((), dtype=self.config.params_dtype, device=platform.device())
         newline = self.projector.image_newline.weight.sum() * 0.0 if self.tower.newline else 0.0
-        if self._trains_tower():
+        if self._trains_tower() or self.shares_experts_of("tower"):
             side = self.tower.shuffle  # at native resolution: the smallest picture
             count, grids = (side**2, ((side, side),)) if self.tower.native else (1, ())
-            return self._encode(like.new_zeros(count, *self.tower.pixel_shape), grids).sum() * 0.0 + newline
-        return self.projector(like.new_zeros(1, 1, self.tower.projector_input_size)).sum() * 0.0 + newline
+            return self._encode(like.new_zeros(count, *self.tower.pixel_shape), grids, real=0).sum() * 0.0 + newline
+        padding_11 = torch.ones(1, 1, dtype=torch.bool, device=like.device)
+        features_11D = like.new_zeros(1, 1, self.tower.projector_input_size)
+        return self.projector(features_11D, padding_11).sum() * 0.0 + newline
+
+    @torch.no_grad()
+    def meet_at_experts(self) -> None:
+        """Go through tower and projector without a picture, as other ranks of shared experts do with theirs. Collective."""
+        self._untouched()
+
+    def shares_experts_of(self, *components: Component) -> bool:
+        """Whether ranks that may have different images meet at the experts of one of these parts."""
+        is_divided = parallel_state.get_expert_model_parallel_world_size() > 1
+        return is_divided and any(component in self.run.mixtures for component in components)
 
     def _trains_tower(self) -> bool:
         adapted = self.adapters is not None and self.adapters.has_role("tower")
@@ -186,6 +217,9 @@ class MoELlava(MegatronModule):
             embeddings_SBD = self.embed(
                 tokens_BS, pixels_NCHW, image_rows=image_rows, grids=grids, pools=pools, shows_R=shows_R
             )
+            has_none = pixels_NCHW is None or len(pixels_NCHW) == 0
+            if has_none and not torch.is_grad_enabled() and self.shares_experts_of("tower", "projector"):
+                self.meet_at_experts()  # with a graph `embed` has done so
             if counted_BS is not None:
                 embeddings_SBD = embeddings_SBD * counted_BS.transpose(0, 1).unsqueeze(-1)
         if embeddings_SBD is not None and self.config.sequence_parallel:

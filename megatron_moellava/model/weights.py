@@ -17,6 +17,7 @@ from megatron_moellava.checkpoint.safe_pickle import guard
 from megatron_moellava.checkpoint.verification import verify_checkpoint
 from megatron_moellava.config import CheckpointError
 from megatron_moellava.costs.adapters import PREFIX as ADAPTER_PREFIX
+from megatron_moellava.costs.shapes import model_of_run
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.roles import parameter_roles
 from megatron_moellava.validation.checkpoints import differing_fields
@@ -94,7 +95,10 @@ def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = Fals
     }
     fresh = set() if is_adapter else _fresh_biases(description.model, state, stored)
     _check_tensors(
-        checkpoint, state, stored, differing_fields(description.model, model.backbone, model.tower, model.run.moe)
+        checkpoint,
+        state,
+        stored,
+        differing_fields(description.model, model_of_run(model.run, model.backbone, model.tower)),
     )
     with readable(checkpoint):
         if not is_adapter:

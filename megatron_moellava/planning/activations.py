@@ -133,6 +133,9 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
     gated = 2 if backbone.gated_linear_unit else 1
     query = tokens * backbone.num_attention_heads * backbone.kv_channels / tp
     key = tokens * backbone.num_query_groups * backbone.kv_channels / tp
+    visual, projector_moe = layout.images * layout.tower.num_features, layout.run.projector_moe
+    # Copies of each visual token that the projector's experts take.
+    routed = projector_moe.moe_router_topk if projector_moe else 0
     values = {
         "hidden": tokens * backbone.hidden_size / split,
         "unsplit": tokens * backbone.hidden_size * (1 - 1 / split),
@@ -144,20 +147,32 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
         "inner": tokens * backbone.ffn_hidden_size / tp,
         "inner_in": gated * tokens * backbone.ffn_hidden_size / tp,
         "logits": tokens * layout.vocabulary / tp,
-        "features": layout.images * layout.tower.num_features * layout.tower.projector_input_size,
-        "projected": layout.images * layout.tower.num_features * backbone.hidden_size / tp,
-        "tower_layers": layout.tower.num_used_layers * tower_layer_elements(layout),
+        "features": visual * layout.tower.projector_input_size * (1 + routed / tp),
+        "projected": visual * backbone.hidden_size / tp * max(routed, 1),
+        "tower_layers": _tower_elements(layout),
         "tower_inputs": layout.tower.num_used_layers * layout.images * layout.tower.num_rows * layout.tower.hidden_size,
     }
     values |= _expert_sizes(layout, imbalance, gated) if layout.run.moe else {}
     return values | _adapter_sizes(layout, values, gated)
 
 
-def tower_layer_elements(layout: Layout) -> float:
-    """What one layer of the tower makes for one micro-batch: residual stream and norms whole, products split."""
-    tower = layout.tower
+def _tower_elements(layout: Layout) -> float:
+    """Of all its layers."""
+    sparse = len(layout.model.tower_moe_layers)
+    dense = (layout.tower.num_used_layers - sparse) * tower_layer_elements(layout)
+    return dense + sparse * tower_layer_elements(layout, is_moe=True)
+
+
+def tower_layer_elements(layout: Layout, is_moe: bool = False) -> float:
+    """What one layer of the tower makes for one micro-batch: residual stream and norms whole, products split.
+
+    Of experts top-k inner values and copies of each row, before and behind them.
+    """
+    tower, moe = layout.tower, layout.run.tower_moe
+    routed = moe.moe_router_topk if moe and is_moe else 0
     inner = 3 if tower.activation == "quick_gelu" else 2  # x * sigmoid(1.7 x) keeps one more than a fused GELU
-    whole, split = 4 * tower.hidden_size, 4 * tower.hidden_size + inner * tower.ffn_hidden_size
+    whole = 4 * tower.hidden_size
+    split = (4 + 2 * routed) * tower.hidden_size + inner * tower.ffn_hidden_size * max(routed, 1)
     return layout.images * tower.num_rows * (whole + split / layout.tp)
 
 

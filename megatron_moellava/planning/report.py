@@ -8,7 +8,7 @@ import yaml
 from megatron_moellava.config import MoEConfig, read_yaml, set_override, split_override
 from megatron_moellava.costs.gpus import GIB
 from megatron_moellava.costs.parameters import activated_parameters, token_flops, whole_parameters
-from megatron_moellava.costs.shapes import Model
+from megatron_moellava.costs.shapes import model_of_run
 from megatron_moellava.planning.picture import label, time_parts
 from megatron_moellava.planning.pictures import num_frames
 from megatron_moellava.planning.search import Found, Plan, Request
@@ -107,7 +107,7 @@ def _width(moe: MoEConfig) -> str:
 
 def language_model(request: Request) -> dict[str, int]:
     """Parameters of the language model, those that one token passes through, and what it computes there, forward."""
-    model = Model(backbone=request.backbone, tower=request.tower, moe=request.run.moe)
+    model = model_of_run(request.run, request.backbone, request.tower)
     whole, activated = whole_parameters(model), activated_parameters(model)
     return {
         "total": sum(whole[role] for role in LANGUAGE_ROLES),

@@ -41,7 +41,7 @@ from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
 from megatron_moellava.checkpoint.resume_point import ResumePoint, resume_point
 from megatron_moellava.checkpoint.verification import digests_together, verify_checkpoint
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
-from megatron_moellava.costs.shapes import Model
+from megatron_moellava.costs.shapes import model_of_run
 from megatron_moellava.model.fp8_emulation import Emulation
 from megatron_moellava.model.fp8_engine import EngineHistories
 from megatron_moellava.model.moe_llava import MoELlava
@@ -144,7 +144,7 @@ def _describe(run: RunConfig, model: MoELlava, state: TrainingState, optimizer_s
         optimizer_steps=optimizer_steps,
         world_size=dist.get_world_size(),
         data_parallel_size=parallel.data_parallel_size(),
-        model=Model(backbone=model.backbone, tower=model.tower, moe=run.moe).to_json(),
+        model=model_of_run(run, model.backbone, model.tower).to_json(),
         config=to_dict(run),
         loss_scale=state.loss_scale,
         provenance=state.provenance,
