@@ -56,6 +56,7 @@ Role = Literal[
     "experts",
     "router",  # and the mixing coefficient of a residual MoE
 ]
+Component = Literal["language", "tower", "projector"]  # what may have experts
 Tracker = Literal["wandb", "mlflow", "swanlab"]
 BoxFormatName = Literal["thousand", "llava", "qwen", "qwen_vl"]
 LoraTarget = Literal["attention", "ffn", "experts", "router", "projector", "tower"]
@@ -174,6 +175,35 @@ class MoEConfig:
     moe_grouped_gemm: bool = True  # one product for all experts of a rank; False: one after the other
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"  # flex: DeepEP, on GPUs
     moe_router_padding_for_quantization: bool = False  # FP8 on a GPU: the router fills experts up, instead of zero rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectorMoEConfig:
+    """Experts in the projector's place, each a projector of its own (CuMo, arXiv 2405.05949); null for a dense projector."""
+
+    num_moe_experts: int = 4
+    moe_router_topk: int = 2  # experts per token
+    normalize_top1: bool = False  # top-1: the weight is 1, with the gradient of its log-probability
+    moe_aux_loss_coeff: float = 0.1  # 0: the loss is logged and has no gradient
+    moe_z_loss_coeff: float | None = 0.01  # None: there is none
+    moe_router_load_balancing_type: Literal["aux_loss", "none"] = "aux_loss"  # of a micro-batch's images together
+
+    @property
+    def mixture(self) -> MoEConfig:
+        """The same as the language model's experts would have it; the router is Megatron-Core's."""
+        return MoEConfig(
+            **{"placement": (0,)} | {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TowerMoEConfig(ProjectorMoEConfig):
+    """Experts in the place of the vision tower's FFNs (CuMo, arXiv 2405.05949); null for a dense tower."""
+
+    num_moe_experts: int = 4  # per MoE layer
+    # of the tower's layers that features need: by name (sparse: layers 0, 2, 4, ...), or layer numbers
+    placement: Placement | tuple[int, ...] = "dense"
+    moe_aux_loss_coeff: float = 0.1  # per MoE layer, summed over layers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -463,6 +493,8 @@ class RunConfig:
     model: ModelConfig
     training: TrainingConfig
     moe: MoEConfig | None = None  # None: dense
+    tower_moe: TowerMoEConfig | None = None  # None: dense
+    projector_moe: ProjectorMoEConfig | None = None  # None: dense
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
@@ -477,6 +509,16 @@ class RunConfig:
         """For code that only MoE runs reach."""
         assert self.moe is not None
         return self.moe
+
+    @property
+    def mixtures(self) -> dict[Component, MoEConfig]:
+        """The experts of each part of the model that has some."""
+        vision: tuple[tuple[Component, ProjectorMoEConfig | None], ...] = (
+            ("tower", self.tower_moe),
+            ("projector", self.projector_moe),
+        )
+        found: dict[Component, MoEConfig] = {"language": self.moe} if self.moe else {}
+        return found | {component: moe.mixture for component, moe in vision if moe is not None}
 
     @property
     def row_multiple(self) -> int:

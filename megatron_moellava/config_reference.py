@@ -85,7 +85,10 @@ def _table(section: str, cls: type, meanings: dict[tuple[str, str], str]) -> str
     rows = ["| field | values | default | |", "|---|---|---|---|"]
     for item in dataclasses.fields(cls):
         _, rule = RULES.get(f"{section}.{item.name}", (None, ""))
-        meaning = meanings.get((cls.__name__, item.name), "")
+        meaning = next(
+            (meanings[owner.__name__, item.name] for owner in cls.__mro__ if (owner.__name__, item.name) in meanings),
+            "",
+        )
         cells = (f"`{item.name}`", _kind(hints[item.name]), _default(item), "; ".join(filter(None, (meaning, rule))))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)

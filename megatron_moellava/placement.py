@@ -3,10 +3,11 @@
 from megatron_moellava.config import ConfigError
 
 
-def moe_layers(placement: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+def moe_layers(placement: str | tuple[int, ...], num_layers: int, field: str = "moe.placement") -> tuple[int, ...]:
     """Layers that become MoE, of 4: first_half (0, 1), second_half (2, 3), sparse (0, 2), dense (0, 1, 2, 3), or a list.
 
-    Raises ConfigError for an unknown name, an empty list, a layer twice, or one that the model does not have.
+    Raises ConfigError, which names the `field`, for an unknown name, an empty list, a layer twice, or one that the model does
+    not have.
     """
     half = num_layers // 2
     named = {
@@ -18,12 +19,12 @@ def moe_layers(placement: str | tuple[int, ...], num_layers: int) -> tuple[int, 
     if isinstance(placement, str):
         if placement not in named:
             raise ConfigError(
-                f"moe.placement={placement!r} is unknown; use {', '.join(named)} or a list of layers such as [0, 2]"
+                f"{field}={placement!r} is unknown; use {', '.join(named)} or a list of layers such as [0, 2]"
             )
         return tuple(named[placement])
     outside = [layer for layer in placement if not 0 <= layer < num_layers]
     if outside or not placement or len(set(placement)) != len(placement):
-        raise ConfigError(f"moe.placement={list(placement)} must name different layers between 0 and {num_layers - 1}")
+        raise ConfigError(f"{field}={list(placement)} must name different layers between 0 and {num_layers - 1}")
     return tuple(sorted(placement))
 
 

@@ -50,6 +50,8 @@ def write_report(
     """PNGs, routing.json and report.html in `out`; returns a summary for the terminal."""
     out.mkdir(parents=True, exist_ok=True)
     warnings = advise(find_anomalies(routes.record))
+    for part, record in routes.vision.items():
+        warnings += [f"{part}, {text}" for text in advise(find_anomalies(record), part)]
     facts = {
         "checkpoint": name,
         "data": ", ".join(data),
@@ -65,10 +67,11 @@ def write_report(
         pathway_section(out, routes, pca),
         *([coactivation_section(out, routes)] if routes.topk > 1 else []),
         *([traffic_section(routes)] if divisions(routes.num_experts) else []),
+        *(vision_section(part, record) for part, record in routes.vision.items()),
         similarity_section(out, similarity),
         *([overlay_section(out, routes)] if routes.pictures else []),
     ]
-    numbers = {"facts": facts, "warnings": warnings, **routes.record, "similarity": plain(similarity)}
+    numbers = {"facts": facts, "warnings": warnings, **routes.record, **routes.vision, "similarity": plain(similarity)}
     (out / "routing.json").write_text(json.dumps(rounded(numbers), indent=1))
     write_html(out / "report.html", f"Routing of {name}", facts, warnings, sections)
     lines = [f"{key}: {value}" for key, value in facts.items()] + [f"warning: {text}" for text in warnings]
@@ -84,16 +87,28 @@ def load_section(out: Path, routes: Routes) -> Section:
     """Share of the choices that each expert takes, layer by layer, with balance and dropped tokens."""
     path = out / "load.png"
     plot_expert_load(routes.counts_LME, routes.layers, path, "Expert load", routes.modalities)
+    text = "Share of the choices that each expert takes. Balance is Switch Transformer's auxiliary loss: 1 is perfect."
+    return Section("Expert load", text, [path], [load_table(routes.record)])
+
+
+def vision_section(part: str, record: dict) -> Section:
+    """The same for the experts of the tower or the projector, as a table."""
+    text = f"Experts of the {part}: share of the choices that each takes; its tokens are those of images."
+    return Section(f"Expert load of the {part}", text, [], [load_table(record)])
+
+
+def load_table(record: dict) -> tuple[list[str], list[list[str]]]:
+    """Head and rows, one for each layer with experts."""
     head = [
         "layer",
         "tokens",
         "busiest / mean",
         "balance",
-        *(f"expert {e}" for e in range(routes.num_experts)),
+        *(f"expert {e}" for e in range(record["num_experts"])),
         "dropped",
     ]
     rows = []
-    for layer in routes.record["layers"]:
+    for layer in record["layers"]:
         total = max(sum(layer["choices"]), 1)
         asked = total + sum(layer["dropped"])
         shares = [f"{count / total:.1%}" for count in layer["choices"]]
@@ -101,8 +116,7 @@ def load_section(out: Path, routes: Routes) -> Section:
             [str(layer["layer"]), f"{layer['tokens']:,}", f"{layer['max_load']:.2f}", f"{layer['balance']:.3f}", *shares,
              f"{sum(layer['dropped']) / asked:.1%}"]
         )  # fmt: skip
-    text = "Share of the choices that each expert takes. Balance is Switch Transformer's auxiliary loss: 1 is perfect."
-    return Section("Expert load", text, [path], [(head, rows)])
+    return head, rows
 
 
 def preference_section(out: Path, routes: Routes) -> Section:

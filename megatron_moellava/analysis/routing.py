@@ -4,8 +4,8 @@ Shapes: T tokens of all samples, L MoE layers, K choices, E experts, M modalitie
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -64,6 +64,9 @@ class Routes:
     num_samples: int
     skipped: tuple[str, ...]  # what was wrong with rows that could not be used
     modalities: tuple[str, ...] = MODALITIES
+    vision: dict[str, dict] = field(
+        default_factory=dict
+    )  # records of the tower's and the projector's experts, if they have some
 
     @property
     def is_image_T(self) -> np.ndarray:
@@ -105,7 +108,10 @@ def collect_routes(
         )
     token_weights, statistics = TokenWeights(model), RoutingStatistics([model])
     if not token_weights.layers:
-        raise ConfigError("the checkpoint is dense: it has no routers; give one made by stage 3 or by upcycling")
+        raise ConfigError(
+            "the checkpoint's language model is dense: it has no routers; give one made by stage 3 or by upcycling"
+        )
+    vision = {part: RoutingStatistics([model], part) for part in model.run.mixtures if part != "language"}
     rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
     questions, skipped = _questions(prompter, data, limit)
     mine = questions[rank::size]
@@ -114,13 +120,14 @@ def collect_routes(
     for number in range(-(-len(questions) // size)):  # the last round may repeat, so that shared experts are met
         counted = number < len(mine)
         batch = broadcast_batch(_batch(mine[number if counted else 0], prompter)) if mine else _nothing(prompter)
-        choices_TLK = _forward(model, batch, token_weights, statistics if counted else None)
+        choices_TLK = _forward(model, batch, token_weights, [statistics, *vision.values()] if counted else [])
         if counted:
             modality_T = token_modalities(batch, statistics.modalities)[0].cpu().numpy()
             parts.append((choices_TLK, modality_T))
             if len(shown) < pictures:
                 shown += _pictures(mine[number], model, choices_TLK[modality_T > 0, :, 0])
     sums = statistics.collect()
+    vision_records = {part: routing_record(counted.collect()) for part, counted in vision.items()}
     gathered = _gathered((parts, shown))
     parts = [part for rank_parts, _ in gathered for part in rank_parts]
     if not parts:
@@ -137,6 +144,7 @@ def collect_routes(
         num_samples=len(questions),
         skipped=tuple(skipped),
         modalities=statistics.modalities,
+        vision=vision_records,
     )
 
 
@@ -199,11 +207,14 @@ def _nothing(prompter: Prompter) -> Batch:
 
 @torch.no_grad()
 def _forward(
-    model: MoELlava, batch: Batch, token_weights: TokenWeights, statistics: RoutingStatistics | None
+    model: MoELlava, batch: Batch, token_weights: TokenWeights, statistics: Sequence[RoutingStatistics]
 ) -> np.ndarray:
     """[T, L, K]"""
     model.eval()
-    with token_weights.recording(), statistics.count(batch) if statistics else nullcontext():
+    with ExitStack() as stack:
+        stack.enter_context(token_weights.recording())
+        for counting in statistics:
+            stack.enter_context(counting.count(batch))
         model(**(model_inputs(batch) | {"labels_BS": None}))
     topk = model.config.moe_router_topk
     return np.stack([first_choices(token_weights.weights_TE[layer], topk) for layer in token_weights.layers], axis=1)

@@ -159,7 +159,12 @@ def _add_upcycle(commands) -> None:
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="run folder to write iter_0000000 into")
-    parser.add_argument("--num-experts", type=COUNT, default=4, help="copies of the MLP (default: 4)")
+    parser.add_argument(
+        "--num-experts",
+        type=COUNT,
+        help="copies of the MLP (default: 4; without it the language model stays as it is beside --tower-experts or "
+        "--projector-experts)",
+    )
     parser.add_argument("--topk", type=COUNT, help="experts per token (default: 2, or the checkpoint's)")
     parser.add_argument(
         "--granularity",
@@ -212,6 +217,27 @@ def _add_upcycle(commands) -> None:
         action="store_true",
         help="an expert that sees every token: the dense MLP, whose output it and the others halve (the function stays); "
         "beside trained experts it starts with an output of zero",
+    )
+    parser.add_argument(
+        "--tower-experts",
+        type=COUNT,
+        metavar="N",
+        help="copies of the FFN in layers of the vision tower, too (CuMo: 4)",
+    )
+    parser.add_argument(
+        "--tower-topk", type=COUNT, metavar="K", help="of them, experts per row of the tower (default: 2)"
+    )
+    parser.add_argument(
+        "--tower-placement",
+        nargs="+",
+        metavar="WHERE",
+        help="layers of the tower with experts, as --placement says it (default: dense, which is every layer)",
+    )
+    parser.add_argument(
+        "--projector-experts", type=COUNT, metavar="N", help="copies of the whole projector as experts, too (CuMo: 4)"
+    )
+    parser.add_argument(
+        "--projector-topk", type=COUNT, metavar="K", help="of them, experts per visual token (default: 2)"
     )
     parser.add_argument(
         "--noise",
@@ -527,25 +553,38 @@ def run_add_modality(parsed: argparse.Namespace) -> int:
 def run_upcycle(parsed: argparse.Namespace) -> int:
     """A dense checkpoint -> one whose MLPs are copied to experts; prints the experts and their layers."""
     from megatron_moellava.conversion.upcycle import upcycle_checkpoint
-    from megatron_moellava.conversion.upcycle_request import request
+    from megatron_moellava.conversion.upcycle_request import request, vision_request
 
     bar = Bar()
-    moe = request(
-        parsed.checkpoint,
-        num_experts=parsed.num_experts,
-        topk=parsed.topk,
-        placement=parsed.placement,
-        residual=parsed.residual,
-        expert_bias=parsed.expert_bias,
-        shared_expert=parsed.shared_expert,
-        granularity=parsed.granularity,
-        expert_width=parsed.moe_ffn_hidden_size,
+    vision = vision_request(
+        tower_experts=parsed.tower_experts,
+        tower_topk=parsed.tower_topk,
+        tower_placement=parsed.tower_placement,
+        projector_experts=parsed.projector_experts,
+        projector_topk=parsed.projector_topk,
         normalize_top1=parsed.normalize_top1,
     )
+    moe = None
+    if parsed.num_experts or not vision:
+        moe = request(
+            parsed.checkpoint,
+            num_experts=parsed.num_experts or 4,
+            topk=parsed.topk,
+            placement=parsed.placement,
+            residual=parsed.residual,
+            expert_bias=parsed.expert_bias,
+            shared_expert=parsed.shared_expert,
+            granularity=parsed.granularity,
+            expert_width=parsed.moe_ffn_hidden_size,
+            normalize_top1=parsed.normalize_top1,
+        )
+    else:
+        _refuse_without_language_experts(parsed)
     report = upcycle_checkpoint(
         parsed.checkpoint,
         save=parsed.save,
         moe=moe,
+        **vision,
         noise_std=parsed.noise,
         router_scale=parsed.router_scale,
         drop=parsed.drop,
@@ -555,9 +594,42 @@ def run_upcycle(parsed: argparse.Namespace) -> int:
         progress=bar,
         begin=bar.begin,
     )
-    layers = ", ".join(map(str, report["model"].moe_layers))
-    width = f" of width {moe.moe_ffn_hidden_size}" if moe.moe_ffn_hidden_size else ""
-    print(f"{moe.num_moe_experts} experts{width}, top-{moe.moe_router_topk}, in layers {layers}; {bar.finish()}")
+    first, *others = _made_experts(report["model"], moe is not None, vision)
+    print("\n".join([f"{first}; {bar.finish()}", *others]))
+    if moe is not None:
+        _say_what_the_language_model_computes(parsed, moe, report)
+    print(f"wrote {report['tensors']} tensors to {report['folder']}")
+    return 0
+
+
+def _refuse_without_language_experts(parsed: argparse.Namespace) -> None:
+    """ConfigError for options that describe experts of the language model, where only other parts get some."""
+    from megatron_moellava.config import ConfigError
+
+    plain = {"granularity": 1, "drop": 0.0}
+    named = ("topk", "placement", "residual", "expert_bias", "shared_expert", "granularity", "moe_ffn_hidden_size")
+    for name in (*named, "drop", "select"):
+        if getattr(parsed, name) not in (None, False, "", plain.get(name)):
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} describes experts of the language model; give --num-experts as well")
+
+
+def _made_experts(model, has_language: bool, vision: dict) -> list[str]:
+    """A line for each part of the model that has got experts."""
+    lines = []
+    if has_language:
+        moe, layers = model.moe, ", ".join(map(str, model.moe_layers))
+        width = f" of width {moe.moe_ffn_hidden_size}" if moe.moe_ffn_hidden_size else ""
+        lines.append(f"{moe.num_moe_experts} experts{width}, top-{moe.moe_router_topk}, in layers {layers}")
+    for section, moe in vision.items():
+        where = f", in layers {', '.join(map(str, model.tower_moe_layers))}" if section == "tower_moe" else ""
+        part = section.removesuffix("_moe")
+        lines.append(f"{part}: {moe.num_moe_experts} experts, top-{moe.moe_router_topk}{where}")
+    return lines
+
+
+def _say_what_the_language_model_computes(parsed: argparse.Namespace, moe, report: dict) -> None:
+    """Whether the function stays, and where the experts come from."""
     if moe.moe_router_topk == 1 and not moe.normalize_top1 and not parsed.expert_bias:
         print(
             "top-1: the chosen expert's weight is its probability, so the function changes; --normalize-top1 keeps it"
@@ -572,8 +644,6 @@ def run_upcycle(parsed: argparse.Namespace) -> int:
         )
     if parsed.shared_expert:
         print("a shared expert that leaves the function as it is: it halves the others' output, or starts at zero")
-    print(f"wrote {report['tensors']} tensors to {report['folder']}")
-    return 0
 
 
 def run_place_experts(parsed: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from megatron_moellava.conversion.layout import (
     TRANSFORMERS,
     VISION_TOWER,
     Layout,
+    check_vision_experts,
     entries,
     outside_name,
 )
@@ -111,6 +112,7 @@ def export_checkpoint(
             raise ConfigError(f"--quantize {quantize}: --layout {layout} cannot say it; export --layout transformers")
     source = open_checkpoint(checkpoint, verify=verify)
     check_complete(source)
+    check_vision_experts(source.model, layout)
     _check_exportable(source, layout)
     source = replace(
         source, model=replace(source.model, branches=())

@@ -44,6 +44,8 @@ class Parameters:
     activated: int  # what one token passes through: top-k of the experts
     tower: int
     projector: int
+    activated_tower: int  # what one row of the tower passes through, and below one visual token
+    activated_projector: int
 
 
 def count_parameters(model: Model) -> Parameters:
@@ -54,6 +56,8 @@ def count_parameters(model: Model) -> Parameters:
         activated=sum(activated[role] for role in LANGUAGE_ROLES),
         tower=whole["tower"],
         projector=whole["projector"],
+        activated_tower=activated["tower"],
+        activated_projector=activated["projector"],
     )
 
 
@@ -127,9 +131,20 @@ def model_lines(model: Model) -> list[str]:
             )
             + (", residual" if moe.use_residual else "")
         )
+    if model.tower_moe:
+        moe, layers = model.tower_moe, ", ".join(map(str, model.tower_moe_layers))
+        lines.append(f"  tower MoE    {moe.num_moe_experts} experts, top-{moe.moe_router_topk}, layers {layers}")
+    if model.projector_moe:
+        moe = model.projector_moe
+        lines.append(f"  projector    {moe.num_moe_experts} experts, top-{moe.moe_router_topk}")
     lines.append(
         f"  parameters   language model {_count(counts.total)}, activated per token {_count(counts.activated)}"
-        + (f"; tower {_count(counts.tower)}, projector {_count(counts.projector)}" if model.tower else "")
+        + (
+            f"; tower {_of_two(counts.tower, counts.activated_tower)}, "
+            f"projector {_of_two(counts.projector, counts.activated_projector)}"
+            if model.tower
+            else ""
+        )
     )
     lines.append(f"  computation  {token_flops(model) / 1e9:.3g} GFLOPs per token forward, attention's scores apart")
     return lines
@@ -152,6 +167,10 @@ def _provenance_lines(provenance: dict) -> list[str]:
             lines.append(f"  {'':<12} {'  ' * depth}left out {len(names)} tensors: {why}")
         provenance, depth = provenance.get("parent") or {}, depth + 1
     return lines
+
+
+def _of_two(total: int, activated: int) -> str:
+    return _count(total) if total == activated else f"{_count(total)} ({_count(activated)} activated)"
 
 
 def _count(number: int) -> str:

@@ -130,6 +130,8 @@ class Entry:
 
 def entries(model: Model, layout: Layout) -> list[Entry]:
     """The whole correspondence. A Megatron tensor without a line in a table is our own bug, hence the assertion."""
+    if model.tower is not None:
+        check_vision_experts(model, layout.name)
     wanted, own = megatron_tensors(model), model.backbone.hf.experts
     if own is not None and layout.by_family:
         names = ("expert", "router", "expert_bias", "shared", "shared_gate")
@@ -140,6 +142,18 @@ def entries(model: Model, layout: Layout) -> list[Entry]:
     missing = wanted.keys() - {entry.megatron for entry in found}
     assert not missing, f"mapping tables of {model.backbone.name} lack {sorted(missing)}"
     return found
+
+
+def check_vision_experts(model: Model, layout: str) -> None:
+    """ConfigError where the tower or the projector has experts and the layout holds more than the language model: no class
+    of others has them."""
+    sections = [name for name in ("tower_moe", "projector_moe") if getattr(model, name)]
+    if sections and layout != LANGUAGE_MODEL.name:
+        parts = " and the ".join(name.removesuffix("_moe") for name in sections)
+        raise ConfigError(
+            f"layout {layout} has no experts in the {parts} ({', '.join(sections)}); chat, serve and evaluate read the "
+            f"checkpoint itself, and --layout {LANGUAGE_MODEL.name} exports the language model alone"
+        )
 
 
 def _language_entries(model: Model, layout: Layout, wanted: dict[str, Shape]) -> Iterator[Entry]:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_moellava.checkpoint.description import converted
-from megatron_moellava.config import ConfigError, MoEConfig
+from megatron_moellava.config import ConfigError, MoEConfig, ProjectorMoEConfig, TowerMoEConfig
 from megatron_moellava.conversion.expert_parts import FC2, Division, expert_parts
 from megatron_moellava.conversion.initial import language_dtype, linear_default, noise, zeros
 from megatron_moellava.conversion.layout import MLP
@@ -30,8 +30,10 @@ from megatron_moellava.conversion.utility import sources_by_utility
 from megatron_moellava.conversion.writers import Progress
 from megatron_moellava.costs.shapes import (
     EXPERTS,
+    PROJECTOR,
     RESIDUAL,
     SHARED_EXPERTS,
+    TOWER,
     UNUSED,
     expert_ffn_hidden_size,
     megatron_tensors,
@@ -61,7 +63,9 @@ def upcycle_checkpoint(
     checkpoint: Path,
     *,
     save: Path,
-    moe: MoEConfig,
+    moe: MoEConfig | None,
+    tower_moe: TowerMoEConfig | None = None,
+    projector_moe: ProjectorMoEConfig | None = None,
     noise_std: float = 0.0,
     router_scale: float = 1.0,
     drop: float = 0.0,
@@ -72,6 +76,9 @@ def upcycle_checkpoint(
     begin: Callable[[int], object] = lambda total: None,
 ) -> dict:
     """Write the MoE model `moe` that starts from `checkpoint` to SAVE/iter_0000000.
+
+    `tower_moe`, `projector_moe`: experts of the tower and the projector, likewise copies of what they replace, with routers
+    drawn anew. None, also for `moe`: that part stays what it is.
 
     With `moe.moe_ffn_hidden_size` a copy of an MLP becomes several experts: the MLP's width divided by it is the granularity.
 
@@ -84,8 +91,10 @@ def upcycle_checkpoint(
     Raises ConfigError for a negative router_scale, a drop that is no share, and sizes that do not divide each other.
     """
     source = open_checkpoint(checkpoint, verify=verify)
-    model = replace(source.model, moe=moe)
-    old = source.model.moe
+    old, asked = source.model.moe, moe
+    moe = moe or old
+    vision = {name: fields for name, fields in (("tower_moe", tower_moe), ("projector_moe", projector_moe)) if fields}
+    model = replace(source.model, moe=moe, **vision)
     check_request(source.model, model)
     if router_scale < 0:
         raise ConfigError(
@@ -94,12 +103,12 @@ def upcycle_checkpoint(
     if not 0 <= drop <= 1:
         raise ConfigError(f"drop={drop} must lie between 0 and 1; 0.5 is Drop-Upcycling's")
     check_complete(source)
-    kind, sources = _selected(source, moe, select)
+    kind, sources = _selected(source, asked, select) if asked else ("", {})
     inner = expert_ffn_hidden_size(old, model.backbone) if old else model.backbone.ffn_hidden_size
     division = Division(
         inner=inner,
         gated=model.backbone.gated_linear_unit,
-        granularity=inner // expert_ffn_hidden_size(moe, model.backbone),
+        granularity=inner // expert_ffn_hidden_size(moe, model.backbone) if moe else 1,
         drop=drop,
         seed=seed,
     )
@@ -107,8 +116,9 @@ def upcycle_checkpoint(
         tensors=dict(source.tensors),
         hidden_size=model.backbone.hidden_size,
         old_experts=old.num_moe_experts if old else 0,
-        halves=old is None and bool(moe.moe_shared_expert_intermediate_size),
+        halves=old is None and moe is not None and bool(moe.moe_shared_expert_intermediate_size),
         repeats_router=old is not None
+        and moe is not None
         and moe.num_moe_experts * old.moe_router_topk == old.num_moe_experts * moe.moe_router_topk,
         noise_std=noise_std,
         router_scale=router_scale,
@@ -127,7 +137,7 @@ def upcycle_checkpoint(
     check(recipes, tensors, what=str(source.folder), copies=True)
     provenance = converted(
         source.run,
-        "upcycle" if old is None else "grow",
+        "grow" if old is not None and asked is not None else "upcycle",
         source=source.folder.name,
         noise_std=noise_std,
         router_scale=router_scale,
@@ -153,6 +163,8 @@ def upcycle_checkpoint(
 
 def _made(name: str, shape: Shape, job: "Upcycling") -> Recipe:
     """A tensor that the checkpoint lacks, or has with fewer experts."""
+    if name.startswith((TOWER, PROJECTOR)):
+        return _of_vision(name, shape, job)
     layer, _, tail = name.partition(MLP)
     if tail.startswith(EXPERTS):
         dense = name if job.old_experts else f"{layer}{MLP}{tail.removeprefix(EXPERTS)}"
@@ -171,6 +183,14 @@ def _made(name: str, shape: Shape, job: "Upcycling") -> Recipe:
     if tail == ROUTER and job.division.granularity > 1:
         return _repeated_rows(name, shape, job)
     return _new(name, linear_default(name, shape, job.hidden_size, dtype, job.seed, scale), job)
+
+
+def _of_vision(name: str, shape: Shape, job: "Upcycling") -> Recipe:
+    """Of the experts of the tower or the projector: a router drawn anew, and copies of the one MLP that there is."""
+    if name.endswith(ROUTER):
+        return _new(name, linear_default(name, shape, shape[1], "float32", job.seed, job.router_scale), job)
+    whole = replace(job.division, granularity=1, drop=0.0)
+    return _copies(name, shape, name.replace(EXPERTS, "", 1), 1, replace(job, division=whole, halves=False, sources={}))
 
 
 def _biases(name: str, shape: Shape, job: "Upcycling") -> Recipe:

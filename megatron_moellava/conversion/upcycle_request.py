@@ -7,7 +7,7 @@ from megatron_moellava.backbones import Backbone
 from megatron_moellava.backbones.experts import mixture_of
 from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
-from megatron_moellava.config import ConfigError, MoEConfig
+from megatron_moellava.config import ConfigError, MoEConfig, ProjectorMoEConfig, TowerMoEConfig
 from megatron_moellava.costs.shapes import Model, expert_ffn_hidden_size, model_from_json
 
 
@@ -34,12 +34,7 @@ def request(
     model = model_from_json(read_description(require_checkpoint(checkpoint)).model)
     old = model.moe
     start = old or MoEConfig()
-    where: str | tuple[int, ...] = start.placement
-    if placement:
-        numbers = all(part.isdigit() for part in placement)
-        if len(placement) > 1 and not numbers:
-            raise ConfigError(f"--placement {' '.join(placement)}: one name, or layer numbers such as 0 2 4")
-        where = tuple(map(int, placement)) if numbers else placement[0]
+    where = _place("--placement", placement) if placement else start.placement
     if expert_bias:
         start = replace(start, moe_router_enable_expert_bias=True, router="megatron")
     if normalize_top1:
@@ -59,6 +54,51 @@ def request(
         placement=where,  # type: ignore[arg-type]  # other names are refused where it is resolved
         use_residual=residual or bool(old and old.use_residual),
     )
+
+
+def vision_request(
+    *,
+    tower_experts: int | None,
+    tower_topk: int | None,
+    tower_placement: list[str] | None,
+    projector_experts: int | None,
+    projector_topk: int | None,
+    normalize_top1: bool = False,
+) -> dict[str, TowerMoEConfig | ProjectorMoEConfig]:
+    """{"tower_moe": ..., "projector_moe": ...}, those of them that a person asked for; what was left out is CuMo's.
+
+    Raises ConfigError for what describes experts that were not asked for, and for a placement that is none.
+    """
+    idle = {"--tower-topk": tower_topk, "--tower-placement": tower_placement} if not tower_experts else {}
+    idle |= {"--projector-topk": projector_topk} if not projector_experts else {}
+    for option, value in idle.items():
+        if value:
+            part = option.split("-")[2]
+            raise ConfigError(f"{option} describes experts that nobody asked for; give --{part}-experts as well")
+    found: dict[str, TowerMoEConfig | ProjectorMoEConfig] = {}
+    if tower_experts:
+        options: dict = {"placement": _place("--tower-placement", tower_placement)} if tower_placement else {}
+        found["tower_moe"] = TowerMoEConfig(**options, **_numbers(tower_experts, tower_topk, normalize_top1))
+    if projector_experts:
+        found["projector_moe"] = ProjectorMoEConfig(**_numbers(projector_experts, projector_topk, normalize_top1))
+    return found
+
+
+def _numbers(num_experts: int, topk: int | None, normalize_top1: bool) -> dict:
+    topk = topk or ProjectorMoEConfig.__dataclass_fields__["moe_router_topk"].default
+    return {
+        "num_moe_experts": num_experts,
+        "moe_router_topk": topk,
+        "normalize_top1": normalize_top1 and topk == 1,
+    }
+
+
+def _place(option: str, placement: list[str]) -> str | tuple[int, ...]:
+    """A placement by name, or layer numbers."""
+    numbers = all(part.isdigit() for part in placement)
+    if len(placement) > 1 and not numbers:
+        raise ConfigError(f"{option} {' '.join(placement)}: one name, or layer numbers such as 0 2 4")
+    return tuple(map(int, placement)) if numbers else placement[0]
 
 
 def _shared_size(old: MoEConfig | None, backbone: Backbone) -> int:
@@ -83,7 +123,10 @@ def _divided(model: Model, granularity: int) -> int:
 
 def check_request(there: Model, asked: Model) -> None:
     """ConfigError where `asked` cannot be made of `there`."""
-    old, new, layers = there.moe, asked.required_moe, asked.moe_layers
+    _check_vision(there, asked)
+    if asked.moe is None:
+        return
+    old, new, layers = there.moe, asked.moe, asked.moe_layers
     if not 1 <= new.moe_router_topk <= new.num_moe_experts:
         raise ConfigError(
             f"moe_router_topk={new.moe_router_topk} must be between 1 and num_moe_experts={new.num_moe_experts}"
@@ -111,6 +154,29 @@ def check_request(there: Model, asked: Model) -> None:
         raise ConfigError(
             f"num_moe_experts={new.num_moe_experts}, but the checkpoint has {old.num_moe_experts}; experts only grow"
         )
+
+
+def _check_vision(there: Model, asked: Model) -> None:
+    """The experts of the tower and the projector are made once."""
+    if asked.moe is None and asked == there:
+        raise ConfigError("no experts were asked for; give --num-experts, --tower-experts or --projector-experts")
+    for component in ("tower", "projector"):
+        section = f"{component}_moe"
+        old, new = getattr(there, section), getattr(asked, section)
+        if new is None:
+            continue
+        if there.tower is None:
+            raise ConfigError(f"--{component}-experts: the checkpoint is a language model alone")
+        if not 1 <= new.moe_router_topk <= new.num_moe_experts:
+            raise ConfigError(
+                f"--{component}-topk {new.moe_router_topk} must be between 1 and --{component}-experts {new.num_moe_experts}"
+            )
+        if old is not None and old != new:
+            raise ConfigError(
+                f"--{component}-experts: the checkpoint's {component} has {old.num_moe_experts} experts already, and they "
+                "stay; leave it out"
+            )
+    _ = asked.tower_moe_layers  # says what is wrong with a placement
 
 
 def _check_own(there: Model, asked: Model) -> None:

@@ -6,6 +6,7 @@ Only matrix products and attention; everything element-wise is priced by the byt
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_moellava.config import MoEConfig
 from megatron_moellava.costs.shapes import latent_matrices
 from megatron_moellava.costs.sharding import Sharding, routed_tokens
 from megatron_moellava.stages import adapted_roles
@@ -203,9 +204,36 @@ def _way_work(sharding: Sharding, tower: Tower, images: float, reach: float | No
     )
     yield from tower_layers_work(sharding, images, reach, tower)
     visual, projects = images * tower.num_features, "projector" in sharding.trains
+    sizes, mixture = (tower.projector_input_size, hidden, hidden), sharding.run.mixtures.get("projector")
+    if mixture is not None:
+        yield from vision_moe_work(sharding, "projector", visual, sizes, mixture)
+        return
     # Megatron-Core's linear layer computes the gradient of the frozen tower's features too.
     yield linear("projector", visual, tower.projector_input_size, hidden / sharding.tp, projects)
     yield linear("projector", visual, hidden / sharding.tp, hidden, projects)
+
+
+def vision_moe_work(
+    sharding: Sharding, part: str, rows: float, sizes: tuple[int, int, int], mixture: MoEConfig, times: int = 1
+) -> Iterator[Product]:
+    """Router and experts (balanced) of `times` MoE layers of the tower or the projector (`part`). `sizes`: inputs, inner and
+    output columns of an expert. Tensor-parallel ranks divide the tokens."""
+    own, local = rows / sharding.tp, mixture.num_moe_experts / sharding.ep
+    gradient, trained = part == "projector" or part in sharding.backpropagates, part in sharding.trains
+    inputs, inner, outputs = sizes
+    products = [(own, inputs, mixture.num_moe_experts, 1.0)]
+    products += [(own * mixture.moe_router_topk, *shape, local) for shape in ((inputs, inner), (inner, outputs))]
+    for tokens, columns_in, columns_out, weights in products:
+        yield Product(
+            part=part,
+            rows=tokens,
+            inner=columns_in,
+            columns=columns_out,
+            times=times,
+            weights=weights,
+            input_gradient=gradient,
+            weight_gradient=trained,
+        )
 
 
 def tower_layers_work(
@@ -220,13 +248,21 @@ def tower_layers_work(
         tower.ffn_hidden_size,
         tower.num_used_layers,
     )
-    for inputs, outputs in ((width, 3 * width / tp), (width / tp, width), (width, inner / tp), (inner / tp, width)):
+    mixture, sparse = sharding.run.mixtures.get("tower"), len(sharding.model.tower_moe_layers)
+    if mixture is not None:
+        yield from vision_moe_work(sharding, "tower", rows, (width, inner, width), mixture, sparse)
+    for inputs, outputs, times in (
+        (width, 3 * width / tp, layers),
+        (width / tp, width, layers),
+        (width, inner / tp, layers - sparse),
+        (inner / tp, width, layers - sparse),
+    ):
         yield Product(
             part="tower",
             rows=rows,
             inner=inputs,
             columns=outputs,
-            times=layers,
+            times=times,
             input_gradient=trained,
             weight_gradient="tower" in sharding.trains,
         )

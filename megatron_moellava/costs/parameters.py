@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
+from megatron_moellava.config import MoEConfig, ProjectorMoEConfig
 from megatron_moellava.costs.adapters import adapters_beside
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.shapes import (
@@ -27,7 +28,13 @@ from megatron_moellava.stages import ADAPTERS
 
 SHARED = "shared experts"  # of role `experts`, but whole on every expert rank and reduced like the dense layers
 EXPERT_ADAPTERS = "experts' adapters"  # of role `adapters`, reduced like the experts
-OF_EXPERTS = ("experts", EXPERT_ADAPTERS)  # divided among expert-parallel ranks
+VISION_EXPERTS = {
+    "tower": "tower's experts",
+    "projector": "projector's experts",
+}  # of these roles, reduced like the experts
+VISION_ROUTERS = {"tower": "tower's routers", "projector": "projector's router"}  # of these roles, in fp32
+# Divided among expert-parallel ranks.
+OF_EXPERTS = ("experts", EXPERT_ADAPTERS, *VISION_EXPERTS.values())
 # Sums over the parts of a rank (bytes, seconds) are made in this order, so that they do not depend on shapes.py's.
 PARTS = (
     "tower",
@@ -41,13 +48,18 @@ PARTS = (
     SHARED,
     ADAPTERS,
     EXPERT_ADAPTERS,
+    *VISION_EXPERTS.values(),
+    *VISION_ROUTERS.values(),
 )
-FP32_ROLE = "router"  # kept in fp32 whatever the run's precision
+FP32_PARTS = ("router", *VISION_ROUTERS.values())  # kept in fp32 whatever the run's precision
+ROLES_OF_PARTS = {SHARED: "experts", EXPERT_ADAPTERS: ADAPTERS} | {
+    part: role for parts in (VISION_EXPERTS, VISION_ROUTERS) for role, part in parts.items()
+}
 
 
 def role_of(part: str) -> str:
     """The training role of a key of `parameters_of`."""
-    return {SHARED: "experts", EXPERT_ADAPTERS: ADAPTERS}.get(part, part)
+    return ROLES_OF_PARTS.get(part, part)
 
 
 def whole_parameters(model: Model) -> Counter:
@@ -63,9 +75,16 @@ def activated_parameters(model: Model) -> Counter:
     count = whole_parameters(model)
     for tensor in model_tensors(model).values():
         if tensor.is_expert:
-            moe = model.required_moe
+            moe = mixture_of_role(model, tensor.role)
             count[tensor.role] -= tensor.size // moe.num_moe_experts * (moe.num_moe_experts - moe.moe_router_topk)
     return count
+
+
+def mixture_of_role(model: Model, role: str) -> MoEConfig | ProjectorMoEConfig:
+    """The numbers of the experts whose tensors have this role."""
+    moe = {"tower": model.tower_moe, "projector": model.projector_moe}.get(role, model.moe)
+    assert moe is not None
+    return moe
 
 
 def token_flops(model: Model) -> int:
@@ -87,14 +106,18 @@ def parameters_of(layout: Layout, pipeline_rank: int) -> Counter:
     for times, tensors in _held(layout, pipeline_rank):
         own: Counter = Counter()
         tensors = tensors | adapters_beside(layout.model, layout.lora, tensors)
-        for tensor in tensors.values():
-            own[_part(tensor)] += elements_on_rank(layout, tensor) if tensor.is_parameter else 0
+        for name, tensor in tensors.items():
+            own[_part(name, tensor)] += elements_on_rank(layout, tensor) if tensor.is_parameter else 0
         for part in sorted(own, key=PARTS.index):
             count[part] += times * own[part]
     return count
 
 
-def _part(tensor: ModelTensor) -> str:
+def _part(name: str, tensor: ModelTensor) -> str:
+    if tensor.role in VISION_EXPERTS and tensor.is_expert:
+        return VISION_EXPERTS[tensor.role]
+    if tensor.role in VISION_ROUTERS and name.endswith("router.weight"):
+        return VISION_ROUTERS[tensor.role]
     if tensor.role == ADAPTERS:
         return EXPERT_ADAPTERS if tensor.is_expert else ADAPTERS
     return SHARED if tensor.role == "experts" and not tensor.is_expert else tensor.role
@@ -115,8 +138,11 @@ def _held(layout: Layout, pipeline_rank: int) -> Iterator[tuple[int, Tensors]]:
     model = layout.model
     if pipeline_rank == 0:
         yield 1, tower_stem_tensors(layout.tower)
-        yield layout.tower.num_used_layers, tower_layer_tensors(layout.tower)
-        yield 1, projector_tensors(model.backbone, layout.tower)
+        routed = len(model.tower_moe_layers)
+        yield layout.tower.num_used_layers - routed, tower_layer_tensors(layout.tower)
+        if routed:
+            yield routed, tower_layer_tensors(layout.tower, model.tower_moe)
+        yield 1, projector_tensors(model.backbone, layout.tower, model.projector_moe)
         for branch in model.branches:
             yield 1, branch_tensors(model, branch)
         yield 1, embedding_tensors(model.backbone)

@@ -9,11 +9,18 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 from megatron_moellava.backbones import Backbone, backbone_fields, backbone_of_section
-from megatron_moellava.config import MoEConfig, current_names, from_dict
+from megatron_moellava.config import (
+    MoEConfig,
+    ProjectorMoEConfig,
+    RunConfig,
+    TowerMoEConfig,
+    current_names,
+    from_dict,
+)
 from megatron_moellava.mapping import Shape
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import Tower, tower_fields, tower_of_section
-from megatron_moellava.towers.branches import Branch, branches_of_section
+from megatron_moellava.towers.branches import Branch, branches_of_data, branches_of_section
 
 LANGUAGE, TOWER, PROJECTOR = "language_model.", "vision_tower.", "projector."
 OWN_TOWER = "tower."  # of a modality, behind its prefix, as PROJECTOR is
@@ -31,7 +38,16 @@ class Model:
     backbone: Backbone
     tower: Tower | None = None  # None: a language model alone
     moe: MoEConfig | None = None  # None: dense
-    branches: tuple[Branch, ...] = ()  # modalities with a tower or a projector of their own
+    branches: tuple[Branch, ...] = ()  # modalities with a tower or a projector of their own, which are dense
+    tower_moe: TowerMoEConfig | None = None  # None: dense
+    projector_moe: ProjectorMoEConfig | None = None  # None: dense
+
+    @property
+    def tower_moe_layers(self) -> tuple[int, ...]:
+        """0-based layers of the tower with experts."""
+        if self.tower is None or self.tower_moe is None:
+            return ()
+        return moe_layers(self.tower_moe.placement, self.tower.num_used_layers, "tower_moe.placement")
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -66,18 +82,39 @@ class Model:
             "moe": asdict(self.moe) if self.moe else None,
             "backbone_fields": backbone_fields(backbone),
             "tower_fields": tower_fields(self.tower) if self.tower else None,
+            # Not in the file of a model that has none: versions that do not know them read it.
             **({"branches": [branch.to_json() for branch in self.branches]} if self.branches else {}),
+            **({"tower_moe": asdict(self.tower_moe)} if self.tower_moe else {}),
+            **({"projector_moe": asdict(self.projector_moe)} if self.projector_moe else {}),
         }
 
 
 def model_from_json(section: dict) -> Model:
     """The inverse of `Model.to_json`; also reads the short form, with names alone."""
     moe = from_dict(MoEConfig, current_names(section)["moe"]) if section.get("moe") else None
+    vision = {
+        name: from_dict(kind, dict(section[name]))
+        for name, kind in (("tower_moe", TowerMoEConfig), ("projector_moe", ProjectorMoEConfig))
+        if section.get(name)
+    }
     return Model(
         backbone=backbone_of_section(section),
         tower=tower_of_section(section),
         moe=moe,
         branches=branches_of_section(section),
+        **vision,
+    )
+
+
+def model_of_run(run: RunConfig, backbone: Backbone, tower: Tower | None) -> Model:
+    """The model of a run whose backbone and tower have been looked up."""
+    return Model(
+        backbone=backbone,
+        tower=tower,
+        moe=run.moe,
+        branches=branches_of_data(run.data),
+        tower_moe=run.tower_moe,
+        projector_moe=run.projector_moe,
     )
 
 
@@ -118,8 +155,8 @@ def model_tensors(model: Model) -> Tensors:
         tensors |= _prefixed(f"{LANGUAGE}decoder.layers.{layer}.", layer_tensors(model, layer in moe_layers))
     tensors |= _prefixed(LANGUAGE, output_tensors(model.backbone))
     if model.tower:
-        tensors |= _prefixed(TOWER, tower_tensors(model.tower))
-        tensors |= _prefixed(PROJECTOR, projector_tensors(model.backbone, model.tower))
+        tensors |= _prefixed(TOWER, tower_tensors(model.tower, model.tower_moe, model.tower_moe_layers))
+        tensors |= _prefixed(PROJECTOR, projector_tensors(model.backbone, model.tower, model.projector_moe))
     for branch in model.branches:
         tensors |= branch_tensors(model, branch)
     return tensors
@@ -243,9 +280,7 @@ def _moe(model: Model) -> Tensors:
     tensors = {"router.weight": ModelTensor((experts, backbone.hidden_size), "router")}
     if moe.moe_router_enable_expert_bias:
         tensors["router.expert_bias"] = ModelTensor((experts,), "router", is_parameter=False)
-    for key, one in _mlp(backbone, inner, "experts").items():
-        split = None if one.split is None else one.split + 1
-        tensors[EXPERTS + key] = ModelTensor((experts, *one.shape), "experts", split, is_expert=True)
+    tensors |= _copies(experts, _mlp(backbone, inner, "experts"))
     if moe.use_residual:
         tensors |= _prefixed(RESIDUAL, _mlp(backbone, backbone.ffn_hidden_size, "language.ffn"))
         tensors |= _prefixed("coefficient.", _linear(2, backbone.hidden_size, bias=True, role="router"))
@@ -256,12 +291,29 @@ def _moe(model: Model) -> Tensors:
     return tensors
 
 
-def tower_tensors(tower: Tower) -> Tensors:
-    """A whole tower, as far as features need it."""
+def tower_tensors(tower: Tower, moe: TowerMoEConfig | None = None, layers: tuple[int, ...] = ()) -> Tensors:
+    """A whole tower, as far as features need it; `layers`: those with the experts of `moe`."""
     tensors = tower_stem_tensors(tower)
     for layer in range(tower.num_used_layers):
-        tensors |= _prefixed(f"decoder.layers.{layer}.", tower_layer_tensors(tower))
+        own = tower_layer_tensors(tower, moe if layer in layers else None)
+        tensors |= _prefixed(f"decoder.layers.{layer}.", own)
     return tensors
+
+
+def _copies(experts: int, mlp: Tensors) -> Tensors:
+    """Those of an MLP, as many times as there are experts."""
+    return {
+        EXPERTS + key: ModelTensor(
+            (experts, *one.shape), one.role, None if one.split is None else one.split + 1, is_expert=True
+        )
+        for key, one in mlp.items()
+    }
+
+
+def _routed(moe: ProjectorMoEConfig, mlp: Tensors, role: str) -> Tensors:
+    """An MLP of tower or projector as experts, and the router that chooses among them."""
+    experts, inputs = moe.num_moe_experts, mlp["linear_fc1.weight"].shape[1]
+    return {"router.weight": ModelTensor((experts, inputs), role)} | _copies(experts, mlp)
 
 
 def tower_stem_tensors(tower: Tower) -> Tensors:
@@ -280,25 +332,29 @@ def tower_stem_tensors(tower: Tower) -> Tensors:
     return tensors
 
 
-def tower_layer_tensors(tower: Tower) -> Tensors:
-    """One layer of the tower."""
-    hidden, ffn, role = tower.hidden_size, tower.ffn_hidden_size, "tower"
+def tower_layer_tensors(tower: Tower, moe: TowerMoEConfig | None = None) -> Tensors:
+    """One layer of a tower, dense or with the experts of `moe`."""
+    role = "tower"
+    hidden, ffn = tower.hidden_size, tower.ffn_hidden_size
     norm = _norm_of(hidden, role, bias=True)
     tensors = _prefixed("input_layernorm.", norm) | _prefixed("pre_mlp_layernorm.", norm)
     for name, rows, columns, split in (
         ("self_attention.linear_qkv.", 3 * hidden, hidden, 0),
         ("self_attention.linear_proj.", hidden, hidden, 1),
-        ("mlp.linear_fc1.", ffn, hidden, 0),
-        ("mlp.linear_fc2.", hidden, ffn, 1),
     ):
         tensors |= _prefixed(name, _linear(rows, columns, True, role, split))
-    return tensors
+    mlp = _two_layers(hidden, ffn, hidden, role)
+    return tensors | _prefixed("mlp.", _routed(moe, mlp, role) if moe else mlp)
 
 
-def projector_tensors(backbone: Backbone, tower: Tower) -> Tensors:
+def _two_layers(inputs: int, inner: int, outputs: int, role: str) -> Tensors:
+    fc1, fc2 = _linear(inner, inputs, True, role, split=0), _linear(outputs, inner, True, role, split=1)
+    return _prefixed("linear_fc1.", fc1) | _prefixed("linear_fc2.", fc2)
+
+
+def projector_tensors(backbone: Backbone, tower: Tower, moe: ProjectorMoEConfig | None = None) -> Tensors:
     """LLaVA's mlp2x_gelu, over what the projector's kind makes of the features."""
     hidden, role = backbone.hidden_size, "projector"
-    fc1 = _linear(hidden, tower.projector_input_size, True, role, split=0)
+    mlp = _two_layers(tower.projector_input_size, hidden, hidden, role)
     newline = {"image_newline.weight": ModelTensor((hidden,), role)} if tower.newline else {}
-    fc2 = _linear(hidden, hidden, True, role, split=1)
-    return _prefixed("linear_fc1.", fc1) | _prefixed("linear_fc2.", fc2) | newline
+    return (_routed(moe, mlp, role) if moe else mlp) | newline

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import LoraConfig, MoEConfig, RunConfig
-from megatron_moellava.costs.shapes import Model, expert_ffn_hidden_size
+from megatron_moellava.costs.shapes import Model, expert_ffn_hidden_size, model_of_run
 from megatron_moellava.stages import adapted_roles, trained_roles
 from megatron_moellava.towers import POOLINGS, Tower
 from megatron_moellava.towers.branches import Branch, branches_of_data
@@ -26,7 +26,7 @@ class Sharding:
     @property
     def model(self) -> Model:
         """The same as shapes.py lists it."""
-        return Model(backbone=self.backbone, tower=self.tower, moe=self.run.moe, branches=self.branches)
+        return model_of_run(self.run, self.backbone, self.tower)
 
     @property
     def branches(self) -> tuple[Branch, ...]:

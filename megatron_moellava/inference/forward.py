@@ -102,6 +102,8 @@ class Forward:
         Those not known yet go through their tower at once.
         """
         unknown = {digest: image for digest, image in images.items() if digest not in self.features}
+        if self._anyone_encodes(bool(unknown)) and not unknown:
+            self.model.meet_at_experts()
         for way in dict.fromkeys(image.way for image in unknown.values()):
             new = {digest: image for digest, image in unknown.items() if image.way == way}
             pixels_NCHW = torch.cat([image.tiles_NCHW for image in new.values()])
@@ -115,6 +117,14 @@ class Forward:
             self.images_encoded += len(new)
         for digest in images:
             self.features.move_to_end(digest)
+
+    def _anyone_encodes(self, mine: bool) -> bool:
+        """Whether a rank that shares the tower's or the projector's experts with this one has new images in this step."""
+        if not self.model.shares_experts_of("tower", "projector"):
+            return mine
+        flag = torch.tensor(int(mine), device=platform.device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel_state.get_expert_model_parallel_group())
+        return bool(flag)
 
     def _embed_tokens(self, tokens: Sequence[int], has_images: Sequence[bool]) -> list[torch.Tensor]:
         """[] or [embeddings [T, 1, D]]: rows with and without images may be scaled differently."""

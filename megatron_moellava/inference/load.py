@@ -148,7 +148,7 @@ def inference_run(folder: Path, layout: ParallelConfig, *, tokenizer: str, templ
     tree = {
         "model": trained.get("model", {}) | {"backbone": names["backbone"], "tower": names["tower"]},
         "training": {"stage": description.stage or 2, "lora": description.adapter and description.adapter["lora"]},
-        "moe": dict(model["moe"]) if model.get("moe") else None,
+        **{name: dict(model[name]) for name in ("moe", "tower_moe", "projector_moe") if model.get(name)},
         "data": data,
     }
     run = from_dict(RunConfig, tree)

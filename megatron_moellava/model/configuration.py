@@ -82,8 +82,12 @@ def transformer_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
         bias_activation_fusion=platform.HAS_CUDA and _fusable(backbone),
         apply_rope_fusion=platform.HAS_TRANSFORMER_ENGINE and not latent,
         **latent,
-        **_shared_fields(run),
-        **(_moe_fields(run.moe, backbone) if run.moe else _DENSE_FIELDS),
+        **_shared_fields(run, **({} if run.moe else {"expert_model_parallel_size": 1})),
+        **(
+            _moe_fields(run.moe, backbone.num_layers, expert_ffn_hidden_size(run.moe, backbone))
+            if run.moe
+            else _DENSE_FIELDS
+        ),
         **_fp8_fields(run),
     )
 
@@ -153,12 +157,12 @@ def _shared_fields(run: RunConfig, **overrides) -> dict:
 _DENSE_FIELDS = {"moe_token_dispatcher_type": "alltoall"}
 
 
-def _moe_fields(moe: MoEConfig, backbone: Backbone) -> dict:
+def _moe_fields(moe: MoEConfig, num_layers: int, moe_ffn_hidden_size: int) -> dict:
     balancing = moe.moe_router_load_balancing_type
     return {
         "num_moe_experts": moe.num_moe_experts,
-        "moe_layer_freq": moe_layer_freq(moe.placement, backbone.num_layers),
-        "moe_ffn_hidden_size": expert_ffn_hidden_size(moe, backbone),
+        "moe_layer_freq": moe_layer_freq(moe.placement, num_layers),
+        "moe_ffn_hidden_size": moe_ffn_hidden_size,
         "moe_router_topk": moe.moe_router_topk,
         "moe_router_dtype": "fp32" if moe.moe_router_dtype == "fp32" else None,  # None: the dtype of the hidden states
         # Megatron-Core demands it for one expert.
@@ -224,7 +228,7 @@ def tower_config(tower: Tower, run: RunConfig) -> TransformerConfig:
         recompute_method="uniform" if run.training.recompute_tower else None,
         recompute_num_layers=1 if run.training.recompute_tower else None,
         bias_activation_fusion=False,
-        **_shared_fields(run, **_FIRST_STAGE_ONLY),
+        **_vision_fields(run, run.mixtures.get("tower"), tower.num_used_layers, tower.ffn_hidden_size),
     )
 
 
@@ -240,6 +244,17 @@ _FIRST_STAGE_ONLY = {
 }
 
 
+def _vision_fields(run: RunConfig, moe: MoEConfig | None, num_layers: int, moe_ffn_hidden_size: int) -> dict:
+    """Of a part of the model on the first stage; its experts are divided like the language model's, but never cut."""
+    if moe is None:
+        return _shared_fields(run, **_FIRST_STAGE_ONLY)
+    divided = {
+        "expert_model_parallel_size": run.parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": 1,
+    }
+    return _shared_fields(run, **(_FIRST_STAGE_ONLY | divided)) | _moe_fields(moe, num_layers, moe_ffn_hidden_size)
+
+
 def projector_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
     """The two-layer projector: Linear, exact GELU, Linear, with biases, at the width of the language model."""
     return TransformerConfig(
@@ -251,4 +266,19 @@ def projector_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
         add_bias_linear=True,
         bias_activation_fusion=False,
         **_shared_fields(run, **_FIRST_STAGE_ONLY),
+    )
+
+
+def moe_projector_config(backbone: Backbone, tower: Tower, run: RunConfig) -> TransformerConfig:
+    """The projector as experts: a MoE layer at the width of the features, whose experts end at the language model's."""
+    width = backbone.hidden_size
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=tower.projector_input_size,
+        ffn_hidden_size=width,
+        num_attention_heads=backbone.num_attention_heads,
+        activation_func=F.gelu,
+        add_bias_linear=True,
+        bias_activation_fusion=False,
+        **_vision_fields(run, run.mixtures["projector"], 1, width),
     )

@@ -65,13 +65,18 @@ def whole_rows(share_BL: torch.Tensor) -> torch.Tensor:
 
 
 def encode_share(encode, images_N: torch.Tensor) -> torch.Tensor:
-    """`encode` of all images, each rank doing its part of them; zero images make the parts equal and are dropped."""
+    """`encode` of all images, each rank doing its part of them; zero images make the parts equal and are dropped.
+
+    `encode(images)`, or where some of them only fill up `encode(images, real=how many do not)`.
+    """
     size, count = parallel.context_parallel_size(), len(images_N)
     if size == 1:
         return encode(images_N)
     missing = -count % size
     images_N = torch.cat([images_N, images_N.new_zeros(missing, *images_N.shape[1:])])
-    mine = encode(images_N.chunk(size)[parallel.context_parallel_rank()])
+    rank, part = parallel.context_parallel_rank(), len(images_N) // size
+    real = min(max(count - rank * part, 0), part)
+    mine = encode(images_N.chunk(size)[rank], **({"real": real} if real < part else {}))
     return gather_from_sequence_parallel_region(mine, group=parallel_state.get_context_parallel_group())[:count]
 
 
@@ -92,7 +97,7 @@ def encode_share_of_grids(encode, patches_NCHW: torch.Tensor, grids, tower: Towe
         features_VD = encode(torch.cat([parts[number] for number in mine]), tuple(grids[number] for number in mine))
     else:
         smallest = patches_NCHW.new_zeros(shuffle**2, *patches_NCHW.shape[1:])
-        features_VD = encode(smallest, ((shuffle, shuffle),))
+        features_VD = encode(smallest, ((shuffle, shuffle),), real=0)
     tokens = [count // shuffle**2 for count in patches]
     longest = max(1, *(sum(tokens[number] for number in share) for share in shares))
     filled_VD = torch.cat([features_VD, features_VD.new_zeros(longest - len(features_VD), features_VD.shape[1])])

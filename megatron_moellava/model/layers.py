@@ -13,7 +13,7 @@ from megatron_moellava.model.attention import SdpaCoreAttention
 from megatron_moellava.model.experts import GroupedColumnLinear, GroupedMLP, GroupedRowLinear
 from megatron_moellava.model.kv_cache import CachedSelfAttention
 from megatron_moellava.model.latent_attention import LatentSelfAttention
-from megatron_moellava.model.moe_layer import MoELayer, ResidualMoELayer
+from megatron_moellava.model.moe_layer import MoELayer, ResidualMoELayer, VisionMoELayer
 from megatron_moellava.model.norms import HeadsNorm, Norm
 from megatron_moellava.model.router_kinds import router_builder
 from megatron_moellava.routers import ROUTERS
@@ -129,11 +129,26 @@ def decoder_spec(
     return TransformerBlockSubmodules(layer_specs=[sparse if is_moe else dense for is_moe in built], layer_norm=norm)
 
 
-def tower_spec(config: TransformerConfig, adapted: bool = False) -> TransformerBlockSubmodules:
+def tower_spec(
+    config: TransformerConfig, adapted: bool = False, moe: MoEConfig | None = None
+) -> TransformerBlockSubmodules:
     """Pre-norm blocks with full attention, as CLIP and SigLIP have them. `adapted`: see `modules`."""
     provider = modules(adapted=adapted)
-    layer = _attention_layer(provider, AttnMaskType.no_mask, get_mlp_module_spec_for_backend(provider), fused=True)
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=None)
+    dense = _attention_layer(provider, AttnMaskType.no_mask, get_mlp_module_spec_for_backend(provider), fused=True)
+    if moe is None:
+        return TransformerBlockSubmodules(layer_specs=[dense] * config.num_layers, layer_norm=None)
+    mlp = partial(VisionMoELayer, submodules=vision_moe_submodules(moe, provider))
+    sparse = _attention_layer(provider, AttnMaskType.no_mask, mlp, fused=True, is_moe=True)
+    specs = [sparse if is_moe else dense for is_moe in config.moe_layer_freq]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=None)
+
+
+def vision_moe_submodules(moe: MoEConfig, provider=None) -> MoESubmodules:
+    """Router and experts of a MoE layer of the tower or the projector."""
+    provider = provider or modules()
+    return MoESubmodules(
+        router=router_builder(moe), experts=provider.grouped_mlp_modules(moe.moe_grouped_gemm), shared_experts=None
+    )
 
 
 def mlp_submodules(provider=None, fused_norm: bool = False) -> MLPSubmodules:

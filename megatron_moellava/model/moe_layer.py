@@ -1,9 +1,16 @@
-"""MoE layers beyond Megatron-Core's: experts that are all on this rank, and the residual MoE."""
+"""MoE layers beyond Megatron-Core's: experts that are all on this rank, the residual MoE, those of tower and projector."""
+
+import copy
 
 import torch
+import torch.nn.functional as F
 
 from megatron_moellava.model.experts import GroupedMLP
 
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -63,3 +70,40 @@ class ResidualMoELayer(MoELayer):
             dense_SBH = dense_SBH + bias_H
         share_SB2 = self.coefficient(hidden_SBH).softmax(dim=-1)
         return expert_SBH * share_SB2[..., :1] + dense_SBH * share_SB2[..., 1:], None
+
+
+class VisionMoELayer(MoELayer):
+    """A MoE layer of the tower or the projector, where every tensor-parallel rank has all tokens.
+
+    The ranks divide the tokens among themselves, as sequence parallelism would, and gather what the experts say: without
+    that each would send the same tokens, and their gradients would count as often as there are ranks.
+    """
+
+    def __init__(self, config, submodules: MoESubmodules, **kwargs):
+        divided = copy.copy(config)
+        divided.sequence_parallel = config.tensor_model_parallel_size > 1
+        super().__init__(divided, submodules, **kwargs)
+        # Megatron-Core moves the expert biases of all routers of a model together, and resets all their counts, where the
+        # language model's have some; these have none.
+        self.router.frozen_expert_bias = True
+        self.router.local_tokens_per_expert = torch.zeros(config.num_moe_experts)
+
+    def forward(self, hidden_SBH: torch.Tensor, intermediate_tensors=None, padding_mask: torch.Tensor | None = None):
+        """[S, B, H] -> [S, B, O], and None for the bias. `padding_mask` [B, S]: True where a token is none."""
+        size, count = self.tp_group.size(), hidden_SBH.shape[0] * hidden_SBH.shape[1]
+        if size == 1:
+            return super().forward(hidden_SBH, intermediate_tensors, padding_mask)
+        missing = -count % size
+        if missing and padding_mask is None:
+            padding_mask = hidden_SBH.new_zeros(hidden_SBH.shape[1::-1], dtype=torch.bool)
+        hidden_N1H = F.pad(hidden_SBH.flatten(0, 1).unsqueeze(1), (0, 0, 0, 0, 0, missing))
+        share_N1H = scatter_to_sequence_parallel_region(hidden_N1H, group=self.tp_group)
+        if padding_mask is not None:
+            padding_N = F.pad(padding_mask.transpose(0, 1).flatten(), (0, missing), value=True)
+            padding_mask = padding_N.chunk(size)[self.tp_group.rank()].unsqueeze(0)
+        output_N1O, _ = super().forward(share_N1H, intermediate_tensors, padding_mask)
+        # What follows is the same on all ranks, and so is its gradient: each takes its share of it.
+        whole_N1O = gather_from_sequence_parallel_region(
+            output_N1O, tensor_parallel_output_grad=False, group=self.tp_group
+        )
+        return whole_N1O[:count].view(*hidden_SBH.shape[:2], -1), None

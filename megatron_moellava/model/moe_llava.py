@@ -13,19 +13,33 @@ import torch
 
 import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone, YarnScaling
-from megatron_moellava.config import RunConfig
-from megatron_moellava.costs.shapes import Model
+from megatron_moellava.config import Component, RunConfig
+from megatron_moellava.costs.shapes import Model, model_of_run
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
 from megatron_moellava.data.pooling import Pools
 from megatron_moellava.model.attention import packed_seq_params
-from megatron_moellava.model.configuration import projector_config, tower_config, transformer_config
+from megatron_moellava.model.configuration import (
+    moe_projector_config,
+    projector_config,
+    tower_config,
+    transformer_config,
+)
 from megatron_moellava.model.context_parallel import encode_share, encode_share_of_grids, sequence_share, share
 from megatron_moellava.model.kv_cache import KVCache
 from megatron_moellava.model.layers import decoder_spec
 from megatron_moellava.model.lora import attach
 from megatron_moellava.model.modality_router import marks_of
+from megatron_moellava.model.moe_projector import MoEProjector
 from megatron_moellava.model.pooling import pooled
-from megatron_moellava.model.vision import Grids, ModalityBranch, Projector, VisionTower, lines_of, merged
+from megatron_moellava.model.vision import (
+    Grids,
+    ModalityBranch,
+    Projector,
+    VisionTower,
+    filled_up,
+    lines_of,
+    merged,
+)
 from megatron_moellava.routers import ROUTERS, knows_modality
 from megatron_moellava.towers import Tower
 from megatron_moellava.towers.branches import PREFIX, Branch, branches_of_data
@@ -62,8 +76,13 @@ class MoELlava(MegatronModule):
         self.language_model = LanguageModel(run, backbone, config, pre_process, post_process, vp_stage)
         self.share_embeddings_and_output_weights = backbone.share_embeddings_and_output_weights
         if pre_process:
-            self.vision_tower = VisionTower(tower_config(tower, run), tower, adapted=run.training.lora is not None)
-            self.projector = Projector(projector_config(backbone, run), tower)
+            adapted, mixtures = run.training.lora is not None, run.mixtures
+            self.vision_tower = VisionTower(tower_config(tower, run), tower, adapted=adapted, moe=mixtures.get("tower"))
+            self.projector: Projector | MoEProjector = (
+                MoEProjector(moe_projector_config(backbone, tower, run), tower, mixtures["projector"])
+                if "projector" in mixtures
+                else Projector(projector_config(backbone, run), tower)
+            )
             for branch in self.branches:
                 self.add_module(branch.prefix.rstrip("."), self._branch(branch))
         self.adapters = attach(self, run)
@@ -77,7 +96,7 @@ class MoELlava(MegatronModule):
 
     def sizes(self) -> Model:
         """Of the whole model, all pipeline stages together."""
-        return Model(backbone=self.backbone, tower=self.tower, moe=self.run.moe, branches=self.branches)
+        return model_of_run(self.run, self.backbone, self.tower)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Megatron-Core's schedules hand over the hidden states of the stage before."""
@@ -95,16 +114,25 @@ class MoELlava(MegatronModule):
         """
         return self._laid_out(self._encode(pixels_NCHW, grids, modality), grids)
 
-    def _encode(self, pixels_NCHW: torch.Tensor, grids: Grids = (), modality: str = "") -> torch.Tensor:
+    def _encode(
+        self, pixels_NCHW: torch.Tensor, grids: Grids = (), modality: str = "", real: int | None = None
+    ) -> torch.Tensor:
         tower, projector = self._way(modality)
         with torch.set_grad_enabled(self._trains(tower) and torch.is_grad_enabled()):
-            features = tower(pixels_NCHW, grids)
-        return projector(merged(features, grids, tower.tower))
+            features = tower(pixels_NCHW, grids, real)
+        rows = merged(features, grids, tower.tower)
+        return projector(rows, None if real is None else self._filled_up(rows, real))
 
-    def _way(self, modality: str) -> tuple[VisionTower, Projector]:
+    def _way(self, modality: str) -> tuple[VisionTower, Projector | MoEProjector]:
         """Of the pictures of a modality; "": of all that have nothing of their own."""
         own = getattr(self, f"{PREFIX}{modality}") if modality else None
         return (own and own.tower) or self.vision_tower, (own and own.projector) or self.projector
+
+    def _filled_up(self, rows: torch.Tensor, real: int) -> torch.Tensor:
+        """bool [N, V] (at native resolution [1, V]) of projector rows: True in images that are none."""
+        if self.tower.native:
+            return filled_up(len(rows), 1, real)
+        return filled_up(rows.shape[1], len(rows), real)
 
     def _laid_out(self, features: torch.Tensor, grids: Grids) -> torch.Tensor:
         return lines_of(features, grids, self.projector.image_newline.weight) if self.tower.newline else features
@@ -177,16 +205,28 @@ class MoELlava(MegatronModule):
 
     def _untouched(self, modality: str = "") -> torch.Tensor:
         """Zero, with what is trained in its graph: a micro-batch without images of a way (`_way`) must not leave a rank waiting
-        for gradients."""
-        (module, projector), newline = self._way(modality), 0.0
-        like, tower = projector.linear_fc1.weight, module.tower
-        if tower.newline:
-            newline = projector.image_newline.weight.sum() * 0.0
-        if self._trains(module):
+        for gradients, nor for tokens of experts that ranks share. To routers it is padding."""
+        module, projector = self._way(modality)
+        tower, like = module.tower, torch.zeros((), dtype=self.config.params_dtype, device=platform.device())
+        newline = projector.image_newline.weight.sum() * 0.0 if tower.newline else 0.0
+        if self._trains(module) or self.shares_experts_of("tower"):
             side = tower.shuffle  # at native resolution: the smallest picture
             count, grids = (side**2, ((side, side),)) if tower.native else (1, ())
-            return self._encode(like.new_zeros(count, *tower.pixel_shape), grids, modality).sum() * 0.0 + newline
-        return projector(like.new_zeros(1, 1, tower.projector_input_size)).sum() * 0.0 + newline
+            pixels_NCHW = like.new_zeros(count, *tower.pixel_shape)
+            return self._encode(pixels_NCHW, grids, modality, real=0).sum() * 0.0 + newline
+        padding_11 = torch.ones(1, 1, dtype=torch.bool, device=like.device)
+        features_11D = like.new_zeros(1, 1, tower.projector_input_size)
+        return projector(features_11D, padding_11).sum() * 0.0 + newline
+
+    @torch.no_grad()
+    def meet_at_experts(self) -> None:
+        """Go through tower and projector without a picture, as other ranks of shared experts do with theirs. Collective."""
+        self._untouched()
+
+    def shares_experts_of(self, *components: Component) -> bool:
+        """Whether ranks that may have different images meet at the experts of one of these parts."""
+        is_divided = parallel_state.get_expert_model_parallel_world_size() > 1
+        return is_divided and any(component in self.run.mixtures for component in components)
 
     def _trains(self, tower: VisionTower) -> bool:
         adapted = self.adapters is not None and self.adapters.has_role("tower")
@@ -229,6 +269,9 @@ class MoELlava(MegatronModule):
             embeddings_SBD = self.embed(
                 tokens_BS, pixels_NCHW, image_rows=image_rows, grids=grids, pools=pools, shows_R=shows_R, apart=apart
             )
+            has_none = pixels_NCHW is None or len(pixels_NCHW) == 0
+            if has_none and not torch.is_grad_enabled() and self.shares_experts_of("tower", "projector"):
+                self.meet_at_experts()  # with a graph `embed` has done so
             if counted_BS is not None:
                 embeddings_SBD = embeddings_SBD * counted_BS.transpose(0, 1).unsqueeze(-1)
         if embeddings_SBD is not None and self.config.sequence_parallel:

@@ -13,6 +13,8 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
+from megatron_moellava import platform
+from megatron_moellava.config import MoEConfig
 from megatron_moellava.model.attention import packed_seq_params
 from megatron_moellava.model.layers import mlp_submodules, modules, tower_spec
 from megatron_moellava.towers import Tower
@@ -28,7 +30,14 @@ Grids = tuple[tuple[int, ...], ...]  # `Plan.grid` of each image; empty: the tow
 class VisionTower(MegatronModule):
     """The layers of a published vision transformer up to its feature layer; a norm after them only if features have it."""
 
-    def __init__(self, config: TransformerConfig, tower: Tower, pg_collection=None, adapted: bool = False):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        tower: Tower,
+        pg_collection=None,
+        adapted: bool = False,
+        moe: MoEConfig | None = None,
+    ):
         super().__init__(config=config)
         self.tower = tower
         dtype = config.params_dtype
@@ -47,7 +56,11 @@ class VisionTower(MegatronModule):
         if tower.pre_layernorm:
             self.ln_pre = self._norm()
         self.decoder = TransformerBlock(
-            config, tower_spec(config, adapted), post_process=False, post_layer_norm=False, pg_collection=pg_collection
+            config,
+            tower_spec(config, adapted, moe),
+            post_process=False,
+            post_layer_norm=False,
+            pg_collection=pg_collection,
         )
         if tower.post_layernorm:
             self.ln_post = self._norm()
@@ -57,10 +70,11 @@ class VisionTower(MegatronModule):
             config=self.config, hidden_size=self.tower.hidden_size, eps=self.tower.layernorm_epsilon
         )
 
-    def forward(self, pixels_NCHW: torch.Tensor, grids: Grids = ()) -> torch.Tensor:
+    def forward(self, pixels_NCHW: torch.Tensor, grids: Grids = (), real: int | None = None) -> torch.Tensor:
         """Visual features [N, V, D] of preprocessed images: hidden_states[feature_layer], less the first row if so set.
 
-        At native resolution [N, D], one for each patch.
+        At native resolution [N, D], one for each patch. `real`: how many images are some; those after them only fill up, and
+        routers leave them out (at native resolution: all, or 0). None: all.
         """
         packed = None
         if self.tower.native:
@@ -72,7 +86,10 @@ class VisionTower(MegatronModule):
             hidden_RND = self.embed(pixels_NCHW).transpose(0, 1).contiguous()
         if self.config.recompute_granularity is not None and torch.is_grad_enabled():
             hidden_RND.requires_grad_()  # where only adapters are trained, see MoELlava._needs_differentiable_input
-        hidden_RND = self.decoder(hidden_RND, attention_mask=None, packed_seq_params=packed)
+        padding_NR = None
+        if real is not None and self.config.num_moe_experts is not None:
+            padding_NR = filled_up(*hidden_RND.shape[:2], real)
+        hidden_RND = self.decoder(hidden_RND, attention_mask=None, packed_seq_params=packed, padding_mask=padding_NR)
         if self.tower.post_layernorm:
             hidden_RND = self.ln_post(hidden_RND)
         if self.tower.native:
@@ -100,6 +117,11 @@ class VisionTower(MegatronModule):
         table_1DHW = weight.float().view(1, side, side, -1).permute(0, 3, 1, 2)
         resized_1DHW = F.interpolate(table_1DHW, size=grid, mode="bilinear", align_corners=False, antialias=True)
         return resized_1DHW.flatten(2)[0].T.to(weight.dtype)
+
+
+def filled_up(rows: int, images: int, real: int) -> torch.Tensor:
+    """bool [images, rows]: True in the images that are none, those after the first `real`."""
+    return (torch.arange(images, device=platform.device()) >= real).unsqueeze(1).expand(images, rows)
 
 
 def merged(features: torch.Tensor, grids: Grids, tower: Tower) -> torch.Tensor:
@@ -130,10 +152,9 @@ def merged(features: torch.Tensor, grids: Grids, tower: Tower) -> torch.Tensor:
 class ImageNewline(torch.nn.Module):
     """The learned row [L] that ends each line of a picture's features."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, width: int, dtype: torch.dtype):
         super().__init__()
-        width = config.hidden_size
-        self.weight = torch.nn.Parameter(torch.randn(width, dtype=config.params_dtype) / math.sqrt(width))
+        self.weight = torch.nn.Parameter(torch.randn(width, dtype=dtype) / math.sqrt(width))
 
 
 def lines_of(features_NVL: torch.Tensor, grids: Grids, newline_L: torch.Tensor) -> torch.Tensor:
@@ -179,9 +200,9 @@ class Projector(MLP):
         size = tower.projector_input_size
         super().__init__(config, mlp_submodules(), input_size=size, ffn_hidden_size=config.ffn_hidden_size)
         if tower.newline:
-            self.image_newline = ImageNewline(config)
+            self.image_newline = ImageNewline(config.hidden_size, config.params_dtype)
 
-    def forward(self, features_NVD: torch.Tensor) -> torch.Tensor:
-        """[N, V, D] -> [N, V, L], or [V, D] -> [V, L]."""
+    def forward(self, features_NVD: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, V, D] -> [N, V, L], or [V, D] -> [V, L]. `padding`: what a router would leave out."""
         output_NVL, bias_L = super().forward(features_NVD)
         return output_NVL + bias_L

@@ -99,7 +99,7 @@ def load_weights(checkpoint: Path, chunks: list[MoELlava], verified: bool = Fals
         state,
         stored,
         [
-            *differing_fields(description.model, model.backbone, model.tower, model.run.moe),
+            *differing_fields(description.model, model.sizes()),
             *branch_problems(description.model, model.branches),
         ],
     )

@@ -164,18 +164,28 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
 def _tower_sizes(layout: Layout) -> dict[str, float]:
     """Of plain pictures and of all that are apart together."""
     found = {"features": 0.0, "projected": 0.0, "tower_layers": 0.0, "tower_inputs": 0.0}
+    mixture, sparse = layout.run.projector_moe, len(layout.model.tower_moe_layers)
+    routed = mixture.moe_router_topk if mixture else 0  # copies of each visual token that the projector's experts take
     for tower, images, _ in ways(layout, layout.images):
-        found["features"] += images * tower.num_features * tower.projector_input_size
-        found["projected"] += images * tower.num_features * layout.backbone.hidden_size / layout.tp
-        found["tower_layers"] += tower.num_used_layers * tower_layer_elements(layout, tower)
-        found["tower_inputs"] += tower.num_used_layers * images * tower.num_rows * tower.hidden_size
+        visual, layers = images * tower.num_features, tower.num_used_layers
+        found["features"] += visual * tower.projector_input_size * (1 + routed / layout.tp)
+        found["projected"] += visual * layout.backbone.hidden_size / layout.tp * max(routed, 1)
+        found["tower_layers"] += (layers - sparse) * tower_layer_elements(layout, tower)
+        found["tower_layers"] += sparse * tower_layer_elements(layout, tower, is_moe=True)
+        found["tower_inputs"] += layers * images * tower.num_rows * tower.hidden_size
     return found
 
 
-def tower_layer_elements(layout: Layout, tower: Tower) -> float:
-    """What one layer of a tower makes for one micro-batch: residual stream and norms whole, products split."""
+def tower_layer_elements(layout: Layout, tower: Tower, is_moe: bool = False) -> float:
+    """What one layer of a tower makes for one micro-batch: residual stream and norms whole, products split.
+
+    Of experts top-k inner values and copies of each row, before and behind them.
+    """
+    moe = layout.run.tower_moe
+    routed = moe.moe_router_topk if moe and is_moe else 0
     inner = 3 if tower.activation == "quick_gelu" else 2  # x * sigmoid(1.7 x) keeps one more than a fused GELU
-    whole, split = 4 * tower.hidden_size, 4 * tower.hidden_size + inner * tower.ffn_hidden_size
+    whole = 4 * tower.hidden_size
+    split = (4 + 2 * routed) * tower.hidden_size + inner * tower.ffn_hidden_size * max(routed, 1)
     return layout.images * tower.num_rows * (whole + split / layout.tp)
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 
 from megatron_moellava.costs.flops import ways
 from megatron_moellava.costs.layout import Layout
-from megatron_moellava.costs.parameters import FP32_ROLE, OF_EXPERTS, parameters_of, role_of
+from megatron_moellava.costs.parameters import FP32_PARTS, OF_EXPERTS, parameters_of, role_of
 from megatron_moellava.costs.sharding import routed_tokens
 from megatron_moellava.planning.activations import Activations, activations_of, sizes, tower_layer_elements
 from megatron_moellava.planning.hardware import CONTEXT_BYTES, FRAGMENTATION, IMBALANCE
@@ -63,7 +63,7 @@ def state_bytes(layout: Layout, pipeline_rank: int) -> tuple[float, float, float
     """(weights, gradients, optimizer) of one rank: what does not depend on the batch."""
     weights = gradients = optimizer = 0.0
     for part, count in parameters_of(layout, pipeline_rank).items():
-        is_fp32 = part == FP32_ROLE or layout.run.training.precision == "fp32"
+        is_fp32 = part in FP32_PARTS or layout.run.training.precision == "fp32"
         weights += count * (FP32 if is_fp32 else layout.activation_bytes)
         if role_of(part) not in layout.trains:
             continue
@@ -100,7 +100,8 @@ def working_bytes(layout: Layout, pipeline_rank: int, kept: Activations) -> floa
     elements, width = sizes(layout), layout.activation_bytes
     worst = elements["logits"] * width if pipeline_rank == layout.pp - 1 else 0.0
     if pipeline_rank == 0:
-        largest = max(tower_layer_elements(layout, tower) for tower, *_ in ways(layout, layout.images))
+        is_moe = bool(layout.model.tower_moe_layers)
+        largest = max(tower_layer_elements(layout, tower, is_moe) for tower, *_ in ways(layout, layout.images))
         worst = max(worst, largest * width - kept.chunks[0])
     gradients = {is_moe: gradient_elements(layout, is_moe) * width for is_moe in set(layout.kinds_of(pipeline_rank))}
     # Measured: without a pipeline what the loss keeps is let go of only after the last layer's backward pass.

@@ -6,6 +6,8 @@ Works on the plain numbers of `routing.records.routing_record`, so that a traini
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from megatron_moellava.config import Component
+
 NEARLY_ALL = 0.95  # of the tokens at one expert, though others are free
 FAR_ABOVE = 4.0  # times the mean load
 DEAD = 0.01  # of the mean load
@@ -22,6 +24,12 @@ ADVICE = {
         "moe.moe_router_enable_expert_bias=true, which also brings back an expert that is long idle"
     ),
 }
+
+# Of the experts of tower and projector.
+VISION_ADVICE = (
+    "balance the routers: raise {component}_moe.moe_aux_loss_coeff (0.1 is CuMo's) or {component}_moe.moe_z_loss_coeff; the "
+    "losses have an effect only where training.trains has {component}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +77,11 @@ def _of_layer(layer: int, asked: Sequence[int], fair: Sequence[float], tokens: i
             )
 
 
-def advise(found: Sequence[Anomaly]) -> list[str]:
-    """One line for each kind of anomaly: what, and what to do."""
+def advise(found: Sequence[Anomaly], component: Component = "language") -> list[str]:
+    """One line for each kind of anomaly: what, and what to do. `component`: the part of the model whose routers these are."""
     lines = []
-    for kind, advice in ADVICE.items():
+    known = ADVICE if component == "language" else {kind: VISION_ADVICE.format(component=component) for kind in ADVICE}
+    for kind, advice in known.items():
         texts = [anomaly.text for anomaly in found if anomaly.kind == kind]
         if texts:
             lines.append(f"{'; '.join(texts)}. Advice: {advice}")
@@ -82,7 +91,8 @@ def advise(found: Sequence[Anomaly]) -> list[str]:
 class RoutingHealthMonitor:
     """Says what is new since the last observation, so that an anomaly is not repeated every time."""
 
-    def __init__(self) -> None:
+    def __init__(self, component: Component = "language") -> None:
+        self.component = component
         self.known: set[tuple[str, int, int]] = set()
 
     def __call__(self, record: dict) -> list[str]:
@@ -90,4 +100,4 @@ class RoutingHealthMonitor:
         found = find_anomalies(record)
         new = [anomaly for anomaly in found if anomaly.key not in self.known]
         self.known = {anomaly.key for anomaly in found}
-        return advise(new)
+        return advise(new, self.component)

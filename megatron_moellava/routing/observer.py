@@ -15,9 +15,11 @@ from functools import cached_property
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from megatron_moellava.config import Component
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.original_gate import Gate
 from megatron_moellava.model.router import MegatronRouter, OriginalRouter
+from megatron_moellava.placement import moe_layer_freq
 
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -59,6 +61,13 @@ class RouterCall:
         """Over all experts (fp32), before any choice."""
         return self.router.probabilities(self.logits_NE)
 
+    @property
+    def is_real_N(self) -> torch.Tensor:
+        """bool: tokens that stand for something, of a router that is told which are padding and no more."""
+        if self._marks is None:
+            return torch.ones(len(self.map_NE), dtype=torch.bool, device=self.map_NE.device)
+        return ~self._marks.flatten()
+
     @cached_property
     def asked_NE(self) -> torch.Tensor:
         """bool: what the tokens asked for. `map_NE` is what they got; what a full expert dropped is missing there."""
@@ -76,12 +85,14 @@ Subscriber = Callable[[RouterCall], None]
 
 
 class RoutingObserver:
-    """The routers of this rank's chunks, by decoder layer from 0."""
+    """The routers of this rank's chunks, by layer from 0: of the language model, or of the tower or the projector."""
 
-    def __init__(self, chunks: Sequence[MoELlava]):
-        layers = [layer for chunk in chunks for layer in chunk.language_model.decoder.layers]
+    def __init__(self, chunks: Sequence[MoELlava], component: Component = "language"):
         self.routers: dict[int, MegatronRouter] = {
-            layer.layer_number - 1: layer.mlp.router for layer in layers if isinstance(layer.mlp, MoELayer)
+            number: mlp.router
+            for chunk in chunks
+            for number, mlp in _mlps(chunk, component)
+            if isinstance(mlp, MoELayer)
         }
 
     @contextmanager
@@ -95,6 +106,23 @@ class RoutingObserver:
         finally:
             for tap in taps:
                 tap.remove(subscriber)
+
+
+def _mlps(chunk: MoELlava, component: Component) -> list[tuple[int, torch.nn.Module]]:
+    """(layer from 0, what may be its experts) of what this rank holds of a part of the model."""
+    if component == "language":
+        return [(layer.layer_number - 1, layer.mlp) for layer in chunk.language_model.decoder.layers]
+    if not chunk.pre_process:
+        return []
+    if component == "projector":
+        return [(0, chunk.projector)]
+    return [(layer.layer_number - 1, layer.mlp) for layer in chunk.vision_tower.decoder.layers]
+
+
+def layer_freq(chunk: MoELlava, component: Component) -> list[int]:
+    """Of each layer of a part of the whole model: 1 with experts, 0 without; on ranks that hold none of it, too."""
+    sizes = {"language": chunk.backbone.num_layers, "tower": chunk.tower.num_used_layers, "projector": 1}
+    return moe_layer_freq(chunk.run.mixtures[component].placement, sizes[component])
 
 
 def is_observed(router: MegatronRouter) -> bool:

@@ -14,35 +14,44 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import platform
-from megatron_moellava.config import MoEConfig
+from megatron_moellava.config import Component, MoEConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.model.context_parallel import sequence_share, share
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.routers import admissible_experts
-from megatron_moellava.routing.observer import RouterCall, RoutingObserver
+from megatron_moellava.routing.observer import RouterCall, RoutingObserver, layer_freq
 from megatron_moellava.routing.records import PER_EXPERT, PER_TOKEN, RoutingSums
 from megatron_moellava.routing.token_groups import modalities_of, token_groups
 
 from megatron.core import parallel_state
 
+NO_EXPERTS = MoEConfig(num_moe_experts=1, moe_router_topk=1)  # of a dense model, where nothing is ever counted
+
 
 class RoutingStatistics:
-    """Counts what the routers of this rank's layers do."""
+    """Counts what the routers of this rank's layers do, in one part of the model.
 
-    def __init__(self, chunks: list[MoELlava]):
-        self.config, self.observer = chunks[0].config, RoutingObserver(chunks)
-        self.modalities = modalities_of(chunks[0].run)
+    Of the tower and the projector all tokens are visual ones, of one group; there a layer is one of the tower's.
+    """
+
+    def __init__(self, chunks: list[MoELlava], component: Component = "language"):
+        run = chunks[0].run
+        self.config, self.observer, self.component = chunks[0].config, RoutingObserver(chunks, component), component
+        self.moe = run.mixtures.get(component, NO_EXPERTS)
+        self.layer_freq = layer_freq(chunks[0], component) if component in run.mixtures else []
+        self.modalities = modalities_of(run) if component == "language" else ("image",)
         self.sums: dict[str, torch.Tensor] = {}  # group -> [L, C]
-        moe = chunks[0].run.moe
-        self.admissible = _admissible(moe, self.modalities) if moe and moe.expert_groups else None
+        self.admissible = _admissible(self.moe, self.modalities) if self.moe.expert_groups else None
 
     @property
     def width(self) -> int:
         """Columns of a layer's row."""
-        return len(PER_EXPERT) * self.config.num_moe_experts + len(PER_TOKEN)
+        return len(PER_EXPERT) * self.moe.num_moe_experts + len(PER_TOKEN)
 
     def count(self, batch: Batch) -> AbstractContextManager[None]:
         """Context of the forward pass of this batch."""
+        if self.component != "language":
+            return self.observer.watch(lambda call: self._add(["image"], call.is_real_N[None].double(), call))
         names, members_GBS = token_groups(batch, self.modalities)
         members_GBS = share(members_GBS, dim=2)
         if self.config.sequence_parallel:
@@ -55,7 +64,7 @@ class RoutingStatistics:
         sums_GC = members_GN @ token_table(call)
         for name, sums_C in zip(names, sums_GC, strict=True):
             if name not in self.sums:
-                self.sums[name] = sums_C.new_zeros(self.config.num_layers, self.width)
+                self.sums[name] = sums_C.new_zeros(len(self.layer_freq), self.width)
             self.sums[name][call.layer] += sums_C
 
     def forget(self) -> None:
@@ -65,18 +74,20 @@ class RoutingStatistics:
     def collect(self) -> RoutingSums:
         """The sums of all ranks since the last call. Collective."""
         names = [*self.modalities, *self._all_types()]
-        empty = torch.zeros(self.config.num_layers, self.width, dtype=torch.float64, device=platform.device())
+        empty = torch.zeros(len(self.layer_freq), self.width, dtype=torch.float64, device=platform.device())
         total_GLC = torch.stack([self.sums.get(name, empty) for name in names])
-        if not self.config.sequence_parallel and parallel_state.get_tensor_model_parallel_rank() > 0:
-            total_GLC.zero_()  # without sequence parallelism every tensor-parallel rank saw the same tokens
+        # Without sequence parallelism every tensor-parallel rank saw the same tokens; those of images are always divided.
+        sees_all = self.component == "language" and not self.config.sequence_parallel
+        if sees_all and parallel_state.get_tensor_model_parallel_rank() > 0:
+            total_GLC.zero_()
         dist.all_reduce(total_GLC)
         self.sums.clear()
         return RoutingSums(
             groups=tuple(names),
             modalities=self.modalities,
-            layers=tuple(layer for layer, is_moe in enumerate(self.config.moe_layer_freq) if is_moe),
-            num_experts=self.config.num_moe_experts,
-            topk=self.config.moe_router_topk,
+            layers=tuple(layer for layer, is_moe in enumerate(self.layer_freq) if is_moe),
+            num_experts=self.moe.num_moe_experts,
+            topk=self.moe.moe_router_topk,
             sums_GLC=total_GLC.cpu(),
             admissible=self.admissible,
         )

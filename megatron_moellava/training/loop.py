@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from megatron_moellava import parallel, platform
 from megatron_moellava.checkpoint.base import base_of, base_to_load, name_of_base
 from megatron_moellava.checkpoint.description import RunDescription, read_description
 from megatron_moellava.checkpoint.folders import AVERAGE, require_checkpoint
-from megatron_moellava.config import DataError, MoELlavaError, OptimizerConfig, RunConfig, from_dict
+from megatron_moellava.config import Component, DataError, MoELlavaError, OptimizerConfig, RunConfig, from_dict
 from megatron_moellava.data.batch import Batch, Counts, counts_of, total
 from megatron_moellava.data.loader import Loader
 from megatron_moellava.exit_codes import INTERRUPTED
@@ -41,7 +41,14 @@ from megatron_moellava.training.first_gradients import FirstGradients, require_t
 from megatron_moellava.training.held_out import HeldOut
 from megatron_moellava.training.loss_scale import share_loss_scale
 from megatron_moellava.training.max_activations import MaxActivations
-from megatron_moellava.training.metrics import StepLog, imbalance, load_imbalance, router_losses, routing_summary
+from megatron_moellava.training.metrics import (
+    StepLog,
+    imbalance,
+    load_imbalance,
+    prefix_of,
+    router_losses,
+    routing_summary,
+)
 from megatron_moellava.training.non_finite_hunt import NonFiniteHunt
 from megatron_moellava.training.non_finite_report import NonFiniteReport
 from megatron_moellava.training.optimizer import (
@@ -58,7 +65,7 @@ from megatron_moellava.training.optimizer import (
 from megatron_moellava.training.preference import PairLoss, next_shift
 from megatron_moellava.training.profiling import Profiler, phase
 from megatron_moellava.training.run_record import run_record
-from megatron_moellava.training.schedule import run_schedule
+from megatron_moellava.training.schedule import run_schedule, scale_router_losses
 from megatron_moellava.training.stragglers import Stragglers
 from megatron_moellava.training.throughput import Throughput
 from megatron_moellava.training.watchdog import Watchdog
@@ -97,12 +104,12 @@ class Trainer:
         stage 4. `teacher`: the digest of the logits that `training.distillation` names."""
         self.run, self.loader, self.train_steps, self.held_out = run, loader, train_steps, held_out
         self.chunks = build_model(run)
-        roles = trained_roles(run.training)
+        self.roles = roles = trained_roles(run.training)
         self.trained: dict = {}
         for chunk in self.chunks:
             self.trained |= freeze(chunk, roles)
         require_trained(self.trained, roles)
-        self.routing = RoutingStatistics(self.chunks) if run.moe else None
+        self.routing = {component: RoutingStatistics(self.chunks, component) for component in run.mixtures}
         self.max_activations = MaxActivations(self.chunks)
         self.fp8 = self._fp8()
         self.state = checkpoints.TrainingState(iteration=0, consumed_samples=0, data=None)
@@ -368,8 +375,9 @@ class Trainer:
             **imbalance(ranks),
             **read,
         }
-        if self.routing is not None and not applied:
-            self.routing.forget()  # what routers make of numbers that are not finite is no statistics
+        if not applied:
+            for statistics in self.routing.values():
+                statistics.forget()  # what routers make of numbers that are not finite is no statistics
         elif self._counts_routing(self.state.iteration):
             numbers |= self._router_numbers(by_layer)
         if self._records_activations(self.state.iteration):
@@ -389,9 +397,9 @@ class Trainer:
 
     def _losses(
         self, loss_sums: list[torch.Tensor], names: tuple[str, ...]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
+    ) -> tuple[dict[str, torch.Tensor], dict[Component, dict[str, list[float]]]]:
         """(numbers of all ranks, still on the device: those of `names` summed on the last stage, means of the routers'
-        losses; the latter by layer, where the routers' state is logged). Collective."""
+        losses; the latter by part of the model and by layer, where the routers' state is logged). Collective."""
         losses: dict[str, torch.Tensor] = {}
         self.loss_sum = 0.0
         if loss_sums:
@@ -399,11 +407,13 @@ class Trainer:
             everywhere = parallel.sum_over_data_parallel(summed)
             losses |= zip(names, everywhere.view(len(names)).unbind(), strict=True)
             self.loss_sum = summed.view(len(names))[0]
-        if not self.run.moe:
-            return losses, {}
-        by_layer = self._counts_routing(self.state.iteration + 1)
-        means, layers = router_losses(self.chunks, self.num_microbatches, by_layer)
-        return losses | means, layers
+        counts, layers = self._counts_routing(self.state.iteration + 1), {}
+        for component in self.routing:
+            if component == "tower" and "tower" not in self.roles:
+                continue  # a frozen tower runs without a graph, where there are no losses
+            means, layers[component] = router_losses(self.chunks, self.num_microbatches, counts, component)
+            losses |= {f"{prefix_of(component)}{name}": mean for name, mean in means.items()}
+        return losses, layers
 
     def _read_ahead(self) -> None:
         """Read the step's micro-batches. Where the data are at fault, the run ends on all ranks, with a checkpoint."""
@@ -467,28 +477,35 @@ class Trainer:
 
     def _forward_step(self, batches: Iterator[Batch], model, scale: float, objective: Objective | None = None):
         batch = next(batches)
-        routing = self.routing if self._counts_routing(self.state.iteration + 1) else None
-        with routing.count(batch) if routing else nullcontext():
+        if self.routing and self.run.moe is None:
+            scale_router_losses(self.chunks[0].config, self.num_microbatches)
+        counts = self._counts_routing(self.state.iteration + 1)
+        with ExitStack() as stack:
+            for statistics in self.routing.values() if counts else ():
+                stack.enter_context(statistics.count(batch))
             output = model(**(model_inputs(batch) | (objective.inputs if objective else {})))
         return output, partial(objective, batch=batch) if objective else partial(global_token_mean, scale=scale)
 
     def _counts_routing(self, iteration: int) -> bool:
         """Whether the routers' state goes to the log in this step: every `logging.routing_interval` steps."""
-        return self.routing is not None and iteration % self.run.logging.routing_interval == 0
+        return bool(self.routing) and iteration % self.run.logging.routing_interval == 0
 
     def _records_activations(self, iteration: int | None = None) -> bool:
         """Whether the step to come, or that of `iteration`, records each layer's largest activation and gradient."""
         interval, number = self.run.logging.max_activations_interval, iteration or self.state.iteration + 1
         return interval > 0 and number % interval == 0
 
-    def _router_numbers(self, by_layer: dict[str, list[float]]) -> dict[str, float]:
+    def _router_numbers(self, by_layer: dict[Component, dict[str, list[float]]]) -> dict[str, float]:
         """Write the routers' state to the log, and sum it up for the step's own line."""
-        assert self.routing is not None
-        sums = self.routing.collect()
-        record = routing_record(sums, by_layer)
-        self.log.routing(self.state.iteration, record)
-        load_LE = sums.choices_LME.sum(dim=1)[list(sums.layers)]
-        return routing_summary(record) | load_imbalance(load_LE, self.run.parallel.expert_model_parallel_size)
+        numbers = {}
+        for component, statistics in self.routing.items():
+            sums = statistics.collect()
+            record = routing_record(sums, by_layer.get(component))
+            self.log.routing(self.state.iteration, record, component)
+            load_LE = sums.choices_LME.sum(dim=1)[list(sums.layers)]
+            found = routing_summary(record) | load_imbalance(load_LE, self.run.parallel.expert_model_parallel_size)
+            numbers |= {f"{prefix_of(component)}{name}": value for name, value in found.items()}
+        return numbers
 
     def _straggler_numbers(self) -> dict[str, float]:
         """Every `logging.straggler_interval` steps: which rank is the slowest, and a line on the screen if it stays so."""

@@ -11,18 +11,23 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_moellava import parallel, platform
-from megatron_moellava.config import LoggingConfig
+from megatron_moellava.config import Component, LoggingConfig
 from megatron_moellava.data.batch import Counts
 from megatron_moellava.data.loader import summary
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.routing.health import RoutingHealthMonitor
-from megatron_moellava.routing.observer import RoutingObserver
+from megatron_moellava.routing.observer import RoutingObserver, layer_freq
 from megatron_moellava.training.held_out import Score
 from megatron_moellava.training.max_activations import scalars
 from megatron_moellava.training.trackers import Trackers
 
 # What the ranks of a step should have equally much of, and which of the batches' counts says it.
 COSTS = {"tokens": "real_tokens", "image_tokens": "image_rows", "attention": "attended"}
+ROUTING_LOGS: dict[Component, str] = {  # in the folder of the log, by the part of the model whose routers they are of
+    "language": "routing.jsonl",
+    "tower": "routing_tower.jsonl",
+    "projector": "routing_projector.jsonl",
+}
 LAYER_NUMBERS = ("max_load", "balance", "load_balancing_loss", "z_loss")
 
 
@@ -40,12 +45,12 @@ class StepLog:
         self.active = parallel.is_main_process()
         self.title, self.train_steps = title, train_steps
         self.file: TextIO | None = None
-        self.routing_file: TextIO | None = None
+        self.routing_files: dict[str, TextIO] = {}  # by the part of the model
         self.validation_file: TextIO | None = None
         self.activations_file: TextIO | None = None
         self.writer: SummaryWriter | None = None
         self.trackers: Trackers | None = None
-        self.routing_health = RoutingHealthMonitor()
+        self.routing_health = {component: RoutingHealthMonitor(component) for component in ROUTING_LOGS}
         self.clock = time.time() - time.monotonic()  # what must be added to the latter
         self.folder = folder
         if self.active and folder is not None:
@@ -60,21 +65,24 @@ class StepLog:
 
     def _open(self, folder: Path, tensorboard: bool, iteration: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        steps, routing, validation = (folder / f"{name}.jsonl" for name in ("steps", "routing", "validation"))
+        steps, validation = (folder / f"{name}.jsonl" for name in ("steps", "validation"))
         last = rewind(steps, iteration)
-        rewind(routing, iteration)
         rewind(validation, iteration)
         self.activations_path = folder / "activations.jsonl"
         rewind(self.activations_path, iteration)
+        for name in ROUTING_LOGS.values():
+            rewind(folder / name, iteration)
         self.clock = max(time.time(), last) - time.monotonic()
         purge = iteration + 1 if iteration else None
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge) if tensorboard else None
-        self.file, self.routing_file = steps.open("a", buffering=1), routing.open("a", buffering=1)
+        self.file = steps.open("a", buffering=1)
+        self._routing_file("language")  # there in every run, so that whoever follows it finds it
         self.validation_file = validation.open("a", buffering=1)
 
     def _without(self, error: OSError) -> None:
         """A log is not worth a run; a disk that stays full will end it at the next checkpoint, with a clear message."""
-        self.file = self.routing_file = self.validation_file = self.activations_file = self.writer = self.folder = None
+        self.file = self.validation_file = self.activations_file = self.writer = self.folder = None
+        self.routing_files = {}
         self.say(f"cannot write the log ({error}); training goes on without it")
 
     def step(self, iteration: int, numbers: dict[str, float], show: bool, sample_ids: list[str] | None = None) -> None:
@@ -121,15 +129,15 @@ class StepLog:
             self.validation_file.write(json.dumps(record) + "\n")
             self._add_scalars(iteration, {f"validation/{score.name}/{name}": value for name, value in numbers.items()})
 
-    def routing(self, iteration: int, record: dict) -> None:
-        """What the routers did in one step (`routing.records.routing_record`)."""
+    def routing(self, iteration: int, record: dict, component: Component = "language") -> None:
+        """What the routers of a part of the model did in one step (`routing.records.routing_record`)."""
         if not self.active:
             return
-        warnings = self.routing_health(record)
+        warnings = self.routing_health[component](record)
         for warning in warnings:
-            self.say(f"step {iteration} warning: {warning}")
+            self.say(f"step {iteration} warning: {prefix_of(component).replace('/', ', ')}{warning}")
         try:
-            self._write_routing(iteration, record, warnings)
+            self._write_routing(iteration, record, warnings, component)
         except OSError as error:
             self._without(error)
 
@@ -153,11 +161,18 @@ class StepLog:
         self.file.write(json.dumps({"iteration": iteration, "time": round(now, 3), **numbers, **more}) + "\n")
         self._add_scalars(iteration, {f"train/{name}": value for name, value in numbers.items()})
 
-    def _write_routing(self, iteration: int, record: dict, warnings: list[str]) -> None:
-        if not self.routing_file:
+    def _routing_file(self, component: Component) -> TextIO:
+        if component not in self.routing_files:
+            assert self.folder is not None
+            self.routing_files[component] = (self.folder / ROUTING_LOGS[component]).open("a", buffering=1)
+        return self.routing_files[component]
+
+    def _write_routing(self, iteration: int, record: dict, warnings: list[str], component: Component) -> None:
+        if not self.file:
             return
-        self.routing_file.write(json.dumps(rounded({"iteration": iteration, **record, "warnings": warnings})) + "\n")
-        self._add_scalars(iteration, routing_scalars(record))
+        line = json.dumps(rounded({"iteration": iteration, **record, "warnings": warnings}))
+        self._routing_file(component).write(line + "\n")
+        self._add_scalars(iteration, routing_scalars(record, f"routing/{prefix_of(component)}"))
 
     def _add_scalars(self, iteration: int, values: dict[str, float]) -> None:
         if self.trackers is not None:
@@ -220,7 +235,8 @@ class StepLog:
         """What is still to be written may not fit; the run has its exit code all the same."""
         if self.trackers is not None:
             self.trackers.close(finished)
-        for item in (self.writer, self.file, self.routing_file, self.validation_file, self.activations_file):
+        files = (self.file, *self.routing_files.values(), self.validation_file, self.activations_file)
+        for item in (self.writer, *files):
             try:
                 if item:
                     item.close()
@@ -309,11 +325,11 @@ def load_imbalance(load_LE: torch.Tensor, expert_parallel_size: int) -> dict[str
     return {f"routing/imbalance/{name}": float(value) for name, value in worst.items()}
 
 
-def routing_scalars(record: dict) -> dict[str, float]:
+def routing_scalars(record: dict, where: str = "routing/") -> dict[str, float]:
     """TensorBoard's names and numbers of a routing record: shares of the choices by group, and what each layer sums up to."""
     scalars: dict[str, float] = {}
     for layer in record["layers"]:
-        prefix = f"routing/layer{layer['layer']}"
+        prefix = f"{where}layer{layer['layer']}"
         for group, numbers in {"all": layer, **layer["groups"]}.items():
             total = max(sum(numbers["choices"]), 1)
             scalars |= {f"{prefix}/{group}/expert{e}": count / total for e, count in enumerate(numbers["choices"])}
@@ -333,23 +349,28 @@ def routing_summary(record: dict) -> dict[str, float]:
 
 
 def router_losses(
-    chunks: Sequence[MoELlava], num_microbatches: int, by_layer: bool
+    chunks: Sequence[MoELlava], num_microbatches: int, by_layer: bool, component: Component = "language"
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
-    """(mean over MoE layers of the routers' losses in the last step, before their coefficients; the same by layer).
+    """(mean over a part's MoE layers of its routers' losses in the last step, before their coefficients; the same by layer).
 
     The means stay on the device, and nothing waits for them; `by_layer` waits. Collective: every rank adds its shares,
     also one that has no MoE layer, and all get the result.
     """
-    config = chunks[0].config
-    names = ["load_balancing_loss"] if config.moe_router_load_balancing_type != "none" else []
-    names += ["z_loss"] if config.moe_z_loss_coeff else []
-    sums_CL = torch.zeros(len(names), config.num_layers, device=platform.device())
-    for layer, router in RoutingObserver(chunks).routers.items():
+    moe, freq = chunks[0].run.mixtures[component], layer_freq(chunks[0], component)
+    names = ["load_balancing_loss"] if moe.moe_router_load_balancing_type != "none" else []
+    names += ["z_loss"] if moe.moe_z_loss_coeff else []
+    sums_CL = torch.zeros(len(names), len(freq), device=platform.device())
+    for layer, router in RoutingObserver(chunks, component).routers.items():
         for row, name in enumerate(names):
             sums_CL[row, layer] = router.losses.get(name, 0.0)
         router.losses.clear()
     dist.all_reduce(sums_CL)
     by_layer_CL = sums_CL / parallel.data_parallel_size() * (1.0 / num_microbatches)
-    means_C = by_layer_CL.sum(dim=1) / sum(config.moe_layer_freq)
+    means_C = by_layer_CL.sum(dim=1) / sum(freq)
     means = dict(zip(names, means_C.unbind(), strict=True))
     return means, dict(zip(names, by_layer_CL.tolist(), strict=True)) if by_layer else {}
+
+
+def prefix_of(component: Component) -> str:
+    """What stands before the names of a part's numbers in a log; the language model's have none."""
+    return "" if component == "language" else f"{component}/"

@@ -91,7 +91,7 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Ch
     overrides |= role_overrides(options, chunks)
     # Routers are fp32 in a bf16 model. In one group with bf16 parameters Megatron-Core would save the Adam states of one
     # parameter as another's: it numbers a group's parameters by buffer, and orders them by dtype.
-    overrides[ParamKey(name="*.mlp.router.*")] = ParamGroupOverride(**{ROUTER_GROUP: True})
+    overrides[ParamKey(name=("*.mlp.router.*", "*projector.router.*"))] = ParamGroupOverride(**{ROUTER_GROUP: True})
     if options.optimizer == "muon":
         return build_muon(run, config, chunks, overrides)
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)

@@ -13,10 +13,9 @@ from megatron_moellava import platform
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import RunConfig, to_dict
 from megatron_moellava.costs.parameters import activated_parameters, token_flops, whole_parameters
-from megatron_moellava.costs.shapes import Model
+from megatron_moellava.costs.shapes import Model, model_of_run
 from megatron_moellava.machine import installed_version
 from megatron_moellava.towers import Tower
-from megatron_moellava.towers.branches import branches_of_data
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "megatron-energon", "numpy")
 
@@ -26,7 +25,7 @@ def run_record(run: RunConfig, backbone: Backbone, tower: Tower) -> dict:
     return {
         "run": to_dict(run),
         "git": git_state(Path(megatron_moellava.__file__).parent),
-        "costs": costs(Model(backbone=backbone, tower=tower, moe=run.moe, branches=branches_of_data(run.data))),
+        "costs": costs(model_of_run(run, backbone, tower)),
         "environment": environment(),
     }
 

@@ -7,10 +7,9 @@ from megatron_moellava.checkpoint.base import SEAL_FIRST
 from megatron_moellava.checkpoint.description import RunDescription
 from megatron_moellava.config import LoraConfig, RunConfig, from_dict
 from megatron_moellava.costs.adapters import targets_without_a_matrix
-from megatron_moellava.costs.shapes import Model
+from megatron_moellava.costs.shapes import model_of_run
 from megatron_moellava.stages import TARGETS, adapted_roles
 from megatron_moellava.towers import Tower
-from megatron_moellava.towers.branches import branches_of_data
 
 MERGE = "merge it first: moellava convert merge"
 SAME = ("rank", "alpha", "use_rslora", "shared_outer")  # besides the targets: what makes the function of an adapter
@@ -25,9 +24,7 @@ def adapter_problems(run: RunConfig, backbone: Backbone, tower: Tower) -> Iterat
         yield "training.lora: stage 1 trains a new projector whole, and nothing else; leave lora out, or use stage 2 or 3"
     if lora.targets == ():
         yield f"training.lora.targets is empty, so nothing would be adapted; name some of {', '.join(TARGETS)}"
-    missing = targets_without_a_matrix(
-        Model(backbone=backbone, tower=tower, moe=run.moe, branches=branches_of_data(run.data)), lora
-    )
+    missing = targets_without_a_matrix(model_of_run(run, backbone, tower), lora)
     if missing:
         yield (
             f"training.lora.targets: this model has no matrices of {', '.join(missing)} (a dense model has no experts and no "

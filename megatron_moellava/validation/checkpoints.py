@@ -10,7 +10,8 @@ from megatron_moellava.checkpoint.base import base_of, base_to_load
 from megatron_moellava.checkpoint.description import RunDescription, read_description
 from megatron_moellava.checkpoint.folders import newest_checkpoint, require_checkpoint
 from megatron_moellava.checkpoint.resume_point import newest_described
-from megatron_moellava.config import CheckpointError, ConfigError, MoEConfig, MoELlavaError, RunConfig, to_dict
+from megatron_moellava.config import CheckpointError, ConfigError, MoELlavaError, RunConfig, to_dict
+from megatron_moellava.costs.shapes import Model
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import Tower, tower_fields
 from megatron_moellava.towers.branches import Branch, branch_problems, branches_of_data
@@ -113,16 +114,27 @@ def model_problems(given: str, stored: dict, run: RunConfig, backbone: Backbone,
     if run.moe is None and stored.get("moe"):
         yield f"{given} holds a MoE model, and this run sets moe to null; leave moe out, or load a dense checkpoint"
         return
+    for section, option in (("tower_moe", "--tower-experts"), ("projector_moe", "--projector-experts")):
+        if getattr(run, section) is not None and not stored.get(section):
+            yield (
+                f"{given} has no experts in its {section.removesuffix('_moe')}, and {section}.* asks for some; make them: "
+                f"moellava convert upcycle {option} N"
+            )
+            return
     yield from (f"{given} {problem}" for problem in branch_problems(stored, _branches(run)))
-    differing = differing_fields(stored, backbone, tower, run.moe)
+    here = Model(backbone=backbone, tower=tower, moe=run.moe, tower_moe=run.tower_moe, projector_moe=run.projector_moe)
+    differing = differing_fields(stored, here)
     if differing:
         held = ", ".join(str(stored[part]) for part in ("backbone", "tower") if stored.get(part))
         shared = next((text for text in differing if "moe_shared_expert_intermediate_size None there" in text), None)
         if shared:
             yield f"{given} has no shared expert ({shared}); make one first: moellava convert upcycle --shared-expert"
             return
+        sections = "moe.*" if not (run.tower_moe or run.projector_moe) else "moe.*, tower_moe.* and projector_moe.*"
         listed = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
-        yield f"{given} holds {held}, which is not the model of this run: {listed}; leave --backbone, --tower and moe.* out"
+        yield (
+            f"{given} holds {held}, which is not the model of this run: {listed}; leave --backbone, --tower and {sections} out"
+        )
 
 
 def _branches(run: RunConfig) -> tuple[Branch, ...]:
@@ -133,17 +145,22 @@ def _branches(run: RunConfig) -> tuple[Branch, ...]:
         return ()
 
 
-def differing_fields(stored: dict, backbone: Backbone, tower: Tower, moe: MoEConfig | None) -> list[str]:
+def differing_fields(stored: dict, model: Model) -> list[str]:
     """What a checkpoint's `model` section and a run contradict each other in: `backbone.rotary_base 1e4 there, 1e6 here`.
 
     Some of it changes no tensor's shape, and would only be seen in what the model says.
     """
+    backbone, tower, moe = model.backbone, model.required_tower, model.moe
     here = {
         "backbone": backbone_fields(backbone),
         "tower": tower_fields(tower),
         "moe": _moe_fields(to_dict(moe) if moe else None, backbone.num_layers),
+        "tower_moe": _vision_fields(model.tower_moe and to_dict(model.tower_moe), tower.num_used_layers),
+        "projector_moe": _vision_fields(model.projector_moe and to_dict(model.projector_moe), 1),
     }
     there = {
+        "tower_moe": _vision_fields(stored.get("tower_moe"), tower.num_used_layers),
+        "projector_moe": _vision_fields(stored.get("projector_moe"), 1),
         "backbone": stored.get("backbone_fields") or {},  # a converter of another program may not describe its model
         "tower": stored.get("tower_fields") or {},
         "moe": _moe_fields(stored.get("moe"), (stored.get("backbone_fields") or here["backbone"])["num_layers"]),
@@ -169,6 +186,16 @@ _FREE_FIELDS = (
     "hidden_dropout",
     "moe",  # compared as the run's
 )
+
+
+def _vision_fields(moe: dict | None, num_layers: int) -> dict:
+    """The fields of a run's section tower_moe or projector_moe that its tensors depend on."""
+    if moe is None:
+        return {"num_moe_experts": None}
+    placement = moe.get("placement", (0,))
+    placement = placement if isinstance(placement, str) else tuple(placement)
+    layers = moe_layers(placement, num_layers, "tower_moe.placement")
+    return {"num_moe_experts": moe["num_moe_experts"], "layers": list(layers)}
 
 
 def _moe_fields(moe: dict | None, num_layers: int) -> dict:

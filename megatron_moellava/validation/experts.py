@@ -20,14 +20,14 @@ def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Ite
         yield f"moe is null, and {backbone.name} has experts of its own; leave moe out, and the run takes them over"
         return
     if moe is None:
-        if run.training.stage == 3 and run.training.trains is None:
+        if run.training.stage == 3 and run.training.trains is None and not run.mixtures:
             yield (
                 "training.stage=3 trains MoE layers, and this model has none; start from a checkpoint made by "
                 "`moellava convert upcycle`" + ("" if run.checkpoint.load else ", or set moe.num_moe_experts")
             )
         if run.training.trains and {*run.training.trains} <= {"experts", "router"}:
             yield f"training.trains={list(run.training.trains)}: a dense model has no such parameters, so nothing would train"
-        if parallel.expert_model_parallel_size > 1:
+        if parallel.expert_model_parallel_size > 1 and not run.mixtures:
             yield f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} needs a MoE model; use 1"
         return
     if moe.num_moe_experts % parallel.expert_model_parallel_size:

@@ -31,6 +31,15 @@ RULES: dict[str, Rule] = {
     "moe.moe_shared_expert_intermediate_size": AT_LEAST_1,
     "moe.moe_expert_capacity_factor": POSITIVE,
     "moe.eval_capacity_factor": POSITIVE,
+    **{
+        f"{section}.{name}": rule
+        for section in ("tower_moe", "projector_moe")
+        for name, rule in (
+            ("num_moe_experts", AT_LEAST_1),
+            ("moe_aux_loss_coeff", AT_LEAST_0),
+            ("moe_z_loss_coeff", AT_LEAST_0),
+        )
+    },
     "moe.min_capacity": AT_LEAST_0,
     "data.seq_length": AT_LEAST_1,
     "data.max_sample_length": AT_LEAST_1,

@@ -73,6 +73,11 @@ NOTED = {
     "moe.moe_router_bias_update_rate": "",
     "moe.eval_capacity_factor": "evaluation alone",
     "moe.aux_loss_gradient": "",
+    **{
+        f"{section}.{name}": ""
+        for section in ("tower_moe", "projector_moe")
+        for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_load_balancing_type")
+    },
     "data.ignore_keys": "rows that were bad may count now",
     "data.trust_paths": "rows that were bad may count now",
     "training.train_steps": "the schedule's length",
@@ -126,6 +131,11 @@ REFUSED = {
     "moe.moe_router_num_groups": "another function of the same weights",
     "moe.moe_router_group_topk": "another function of the same weights",
     "moe.expert_groups": "another function of the same weights",
+    **{
+        f"{section}.{name}": "another function of the same weights"
+        for section in ("tower_moe", "projector_moe")
+        for name in ("moe_router_topk", "normalize_top1")
+    },
     "moe.moe_router_enable_expert_bias": "the biases have a history",
     "moe.moe_expert_capacity_factor": "other tokens reach the experts",
     "moe.min_capacity": "other tokens reach the experts",
@@ -168,6 +178,9 @@ CONTENT = {
     "moe.use_residual": "validation.checkpoints compares the tensors that it makes",
     "moe.moe_shared_expert_intermediate_size": "validation.checkpoints compares the tensors that it makes",
     "moe.moe_shared_expert_gate": "validation.checkpoints compares the tensors that it makes",
+    "tower_moe.num_moe_experts": "validation.checkpoints compares the tensors that it makes",
+    "tower_moe.placement": "validation.checkpoints compares the layers that it names",
+    "projector_moe.num_moe_experts": "validation.checkpoints compares the tensors that it makes",
     "data.sources": "data.loader compares digests of the rows, and the weights",
     "data.tokenizer": "data.loader compares what it makes of a text",
     "checkpoint.load": "validation.checkpoints compares the seals of the start checkpoints",
@@ -190,8 +203,9 @@ def differences(saved: dict, run: RunConfig, backbone: Backbone) -> Differences:
     version did not have was at today's default then.
     """
     then, now = effective(saved, backbone), effective(to_dict(run), backbone)
-    if not saved.get("moe"):  # to a dense model that gets experts validation.checkpoints has its own answer
-        now = {path: value for path, value in now.items() if not path.startswith("moe.")}
+    for section in ("moe", "tower_moe", "projector_moe"):
+        if not saved.get(section):  # to a dense model that gets experts validation.checkpoints has its own answer
+            now = {path: value for path, value in now.items() if not path.startswith(f"{section}.")}
     changed = {path: (then.get(path, default_of(path)), value) for path, value in now.items()}
     texts = {
         path: f"{path}={_shown(old)} then, {_shown(new)} now" for path, (old, new) in changed.items() if old != new

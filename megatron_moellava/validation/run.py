@@ -35,6 +35,7 @@ from megatron_moellava.validation.training import (
     tracker_problems,
     training_problems,
 )
+from megatron_moellava.validation.vision_experts import tower_expert_problems, vision_expert_problems
 
 # Folders that a run writes to, or starts from: no shell has put in the home folder for `~` in a YAML file.
 FOLDERS = (("checkpoint", "save"), ("checkpoint", "load"), ("logging", "directory"))
@@ -98,9 +99,9 @@ def _start(options: object) -> Path | None:
 def _model_of_checkpoint(found: Path) -> dict:
     """Its sections `model` and `moe`."""
     description = read_description(found)
-    moe = description.model.get("moe")
     model = trained_with(description).get("model", {}) | model_names(found)
-    return {"model": model} | ({"moe": dict(moe)} if moe else {})
+    experts = {name: description.model.get(name) for name in ("moe", "tower_moe", "projector_moe")}
+    return {"model": model} | {name: dict(fields) for name, fields in experts.items() if fields}
 
 
 def experts_of_backbone(model: object) -> dict:
@@ -175,8 +176,10 @@ def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None
     if backbone is None:
         return [*found, *batch_problems(run, world_size), *training_problems(run, machine)]
     if tower is not None:
-        apart = list(way_problems(run.data, tower))
-        found += [*picture_problems(run, tower), *apart, *([] if apart else adapter_problems(run, backbone, tower))]
+        apart, misplaced = list(way_problems(run.data, tower)), list(tower_expert_problems(run, tower))
+        found += [*picture_problems(run, tower), *apart, *misplaced]
+        if not apart and not misplaced:  # adapters are read off the list of the model's tensors
+            found += adapter_problems(run, backbone, tower)
         if apart:  # what follows counts them
             return found
     return [*found, *_sizes(run, backbone, world_size, machine)]
@@ -193,6 +196,7 @@ def _sizes(run: RunConfig, backbone: Backbone, world_size: int, machine: Machine
         return  # number_problems has said so, and every rule below divides by them
     yield from parallel_problems(run, backbone, world_size)
     yield from expert_problems(run, backbone, machine)
+    yield from vision_expert_problems(run)
     yield from length_problems(run, backbone)
     yield from batch_problems(run, world_size)
     yield from training_problems(run, machine)

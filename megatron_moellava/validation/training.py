@@ -73,7 +73,7 @@ def training_problems(run: RunConfig, machine: Machine) -> Iterator[str]:
                 yield f"optimizer.{name}={value} is about optimizer.optimizer=muon, and this run has adam; leave it out"
     if run.validation.ema and optimizer.ema_decay is None:
         yield "validation.ema=true: there are no averaged weights; set optimizer.ema_decay, e.g. 0.999, or leave it out"
-    if optimizer.router_lr_warmup_fraction is not None and run.moe is None:
+    if optimizer.router_lr_warmup_fraction is not None and not run.mixtures:
         yield f"optimizer.router_lr_warmup_fraction={optimizer.router_lr_warmup_fraction} needs a MoE model; leave it unset"
 
 

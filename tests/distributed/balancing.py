@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel
-from megatron_moellava.config import RunConfig, from_dict, set_override
+from megatron_moellava.config import Component, RunConfig, from_dict, set_override
 from megatron_moellava.data.batch import Batch, pack, pad
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN, EncodedSample
 from megatron_moellava.data.loader import Batches
 from megatron_moellava.routers import knows_modality
 from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.training.loop import Trainer
+from megatron_moellava.training.metrics import prefix_of
 from tests.distributed.shards import fill, gather_gradients
 
 from megatron.core import parallel_state
@@ -27,6 +28,12 @@ from megatron.core import parallel_state
 SAMPLES, SEQ_LENGTH = 8, 64
 AUX, Z = 10.0, 0.5  # coefficients that make the losses larger than the cross-entropy
 LENGTHS = (9, 31, 14, 40, 22, 11, 27, 17)
+SECTIONS = {"language": "moe", "tower": "tower_moe", "projector": "projector_moe"}
+ROUTERS = {  # the last one of each part of the model
+    "language": "language_model.decoder.layers.{layer}.mlp.router.weight",
+    "tower": "vision_tower.decoder.layers.{layer}.mlp.router.weight",
+    "projector": "projector.router.weight",
+}
 SHOWN = (0, 2, 5)  # samples with a picture before them, in jobs with pictures
 
 
@@ -75,16 +82,17 @@ def _pixels(samples: list[EncodedSample]) -> list[np.ndarray]:
 
 
 def trainer_of(job: dict, aux: float, z: float | None) -> Trainer:
-    packed, size = job["rows"] == "packed", job["size"]
-    tree: dict = {"moe": {"num_moe_experts": 4, "placement": "sparse"} | job["moe"]}
+    packed, size, section = job["rows"] == "packed", job["size"], SECTIONS[job["component"]]
+    tree: dict = {section: {"num_moe_experts": 4} | job["moe"]}
     settings = {
         "model.backbone": "llama-tiny",
         "model.tower": "clip-tiny",
         "data.packing": packed,
         "data.seq_length": 2 * SEQ_LENGTH if packed else SEQ_LENGTH,
-        "moe.moe_aux_loss_coeff": aux,
-        "moe.moe_z_loss_coeff": z,
+        f"{section}.moe_aux_loss_coeff": aux,
+        f"{section}.moe_z_loss_coeff": z,
         "training.stage": 3,
+        "training.trains": None if section == "moe" else ["tower", "projector"],
         "training.precision": "fp32",
         "training.micro_batch_size": 1 if packed else size,
         "training.global_batch_size": SAMPLES // size if packed else SAMPLES,
@@ -100,7 +108,7 @@ def trainer_of(job: dict, aux: float, z: float | None) -> Trainer:
     trainer = Trainer(run, None, 3)
     if parallel.reads_data():
         ranks = parallel.data_parallel_rank(), parallel.data_parallel_size()
-        trainer.loader = Samples(job["rows"], size, *ranks, pictures=knows_modality(run.moe))
+        trainer.loader = Samples(job["rows"], size, *ranks, pictures=knows_modality(run.moe) or section != "moe")
     fill(trainer.chunks)
     trainer.optimizer.reload_model_params()
     for chunk in trainer.wrapped:
@@ -108,16 +116,19 @@ def trainer_of(job: dict, aux: float, z: float | None) -> Trainer:
     return trainer
 
 
-def one_step(trainer: Trainer) -> tuple[dict, dict, dict, list]:
+def one_step(trainer: Trainer, component: Component) -> tuple[dict, dict, dict, list]:
     """(numbers, routing record, gradients on rank 0, what the routers of this rank were shown) of a step."""
     shown: list[tuple] = []
-    for layer, router in RoutingObserver(trainer.chunks).routers.items():
+    for layer, router in RoutingObserver(trainer.chunks, component).routers.items():
         counter = iter(range(1000))
 
         def keep(router, inputs, output, layer=layer, counter=counter):
             place = (layer, next(counter), parallel.data_parallel_rank(), parallel_state.get_context_parallel_rank())
             tensor = parallel_state.get_tensor_model_parallel_rank()
             hidden_SBH, marks = inputs
+            if component != "language":  # rows of images, which no loss knows of
+                hidden_SBH = hidden_SBH.flatten(0, 1).unsqueeze(1)
+                marks = hidden_SBH.new_zeros(len(hidden_SBH), 1) > 0 if marks is None else marks.reshape(-1, 1)
             padding_SB, is_image_SB = marks.unbind(-1) if marks.dim() == 3 else (marks, torch.zeros_like(marks))
             marked_SBX = torch.cat([hidden_SBH.detach().double(), is_image_SB[..., None].double()], dim=-1)
             shown.append((*place, tensor, marked_SBX, padding_SB, router.weight.detach().double()))
@@ -130,26 +141,27 @@ def one_step(trainer: Trainer) -> tuple[dict, dict, dict, list]:
         gradients.append(gather_gradients(trainer.chunks, trainer.optimizer)[0])
         return update()
 
-    trainer.update, trainer.log.routing = kept, lambda iteration, record: records.append(record)
+    trainer.update, trainer.log.routing = kept, lambda iteration, record, component: records.append(record)
     numbers, _, _ = trainer.step()
     return numbers, records[0], gradients[0], shown
 
 
 def run_balancing(job: dict, folder: Path) -> dict:
     """{name: (what a run trains or logs, what the definition says)}"""
-    numbers, record, with_losses, shown = one_step(trainer_of(job, AUX, Z))
-    _, _, without, _ = one_step(trainer_of(job, 0.0, None))
+    component = job["component"]
+    numbers, record, with_losses, shown = one_step(trainer_of(job, AUX, Z), component)
+    _, _, without, _ = one_step(trainer_of(job, 0.0, None), component)
     everywhere: list[list] = [[]] * dist.get_world_size()
     dist.all_gather_object(everywhere, shown)
     logged: list[dict] = [{}] * dist.get_world_size()
-    names = ("load_balancing_loss", "z_loss")
-    dist.all_gather_object(logged, {name: numbers[name] for name in names if name in numbers})
+    prefix, names = prefix_of(component), ("load_balancing_loss", "z_loss")
+    dist.all_gather_object(logged, {name: numbers[prefix + name] for name in names if prefix + name in numbers})
     if dist.get_rank():
         return {}
     expected = Definition(job["moe"], [item for rank in everywhere for item in rank])
     layers = record["layers"]
     last = layers[-1]["layer"]
-    name = f"language_model.decoder.layers.{last}.mlp.router.weight"
+    name = ROUTERS[component].format(layer=last)
     gradient = expected.gradient(last)
     result = {"gradient": worst(with_losses[name] - without[name], gradient), "size": float(gradient.abs().max())}
     for loss in logged[0]:
@@ -210,6 +222,8 @@ class Definition:
     def balance(self, layer: int, tokens_TX: torch.Tensor, counted_TX: torch.Tensor) -> torch.Tensor:
         """E * sum_e(share of the choices of `counted` * mean probability of `tokens`); or that of each modality, with the
         number of its experts, times its share of `tokens`."""
+        if not len(tokens_TX):  # a micro-batch without images
+            return torch.zeros((), dtype=torch.float64)
         if not self.apart:
             return 4 * self.product(layer, tokens_TX, counted_TX)
         loss = torch.zeros((), dtype=torch.float64)
@@ -239,7 +253,8 @@ class Definition:
     def z(self, layer: int) -> torch.Tensor:
         batches = self.micro_batches(layer)
         logits = [self.logits(layer, torch.cat(rows)) for ranks in batches for rows in ranks]
-        return torch.stack([logits_TE.logsumexp(dim=-1).square().mean() for logits_TE in logits]).mean()
+        squares = [logits_TE.logsumexp(dim=-1).square() for logits_TE in logits]
+        return torch.stack([square_T.sum() / max(len(square_T), 1) for square_T in squares]).mean()
 
     def value(self, layer: int, loss: str) -> float:
         return float((self.z if loss == "z_loss" else self.balancing)(layer))

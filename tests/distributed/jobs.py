@@ -17,6 +17,7 @@ from megatron_moellava.config import RunConfig, from_dict, set_override
 from megatron_moellava.model import weights as reading
 from megatron_moellava.model.router import OriginalRouter
 from megatron_moellava.routing.observer import RoutingObserver
+from megatron_moellava.routing.records import RoutingSums
 from megatron_moellava.training import checkpoint as checkpoints
 from megatron_moellava.training.loop import Trainer
 from megatron_moellava.training.optimizer import distributed_optimizers
@@ -27,6 +28,7 @@ from tests.distributed.shards import draw, fill, gather_gradients, gather_parame
 from tests.helpers.modalities import DEPTH
 
 torch.set_num_threads(1)
+PARTS = ("", "tower/", "projector/")  # of the model, whose routers a log tells of
 TINY = {
     "llama-tiny-tied": replace(BACKBONES["llama-tiny"], share_embeddings_and_output_weights=True, vocab_size=509),
     "phi-2-tiny-biased-output": replace(BACKBONES["phi-2-tiny"], output_layer_bias=True, vocab_size=509),
@@ -77,7 +79,7 @@ class Recorder:
         return self.update()
 
 
-def start(layout: Layout, first_step: int = 0, **more) -> tuple[Trainer, Recorder, list]:
+def start(layout: Layout, first_step: int = 0, **more) -> tuple[Trainer, Recorder, dict[str, list]]:
     """A trainer with the weights of `shards.fill`, what records its gradients, and its counts of routed tokens."""
     run = run_config(layout, **more)
     parallel.initialize(run.parallel, run.training.seed)
@@ -97,13 +99,17 @@ def start(layout: Layout, first_step: int = 0, **more) -> tuple[Trainer, Recorde
     if MODELS[layout.model].moe and not layout.model.endswith("-noise"):
         inject_noise(trainer)
     trainer.update = recorder = Recorder(trainer)
-    routed: list = []
-    if trainer.routing is not None:
-        collect = trainer.routing.collect
-        trainer.routing.collect = lambda: routed.append(collect()) or routed[-1]  # RoutingSums
+    routed: dict[str, list] = {component: [] for component in trainer.routing}
+    for component, statistics in trainer.routing.items():
+        statistics.collect = partial(_kept, routed[component], statistics.collect)
     for chunk in trainer.wrapped:
         chunk.train()
     return trainer, recorder, routed
+
+
+def _kept(routed: list, collect) -> RoutingSums:
+    routed.append(collect())
+    return routed[-1]
 
 
 def inject_noise(trainer: Trainer) -> None:
@@ -142,14 +148,16 @@ def run_layout(job: dict, folder: Path) -> dict:
     result = {
         "loss": everywhere([step["loss"] for step in steps]),
         "grad_norm": [step["grad_norm"] for step in steps],
-        "aux_loss": everywhere([step.get("load_balancing_loss", 0.0) for step in steps]),
-        "z_loss": everywhere([step.get("z_loss", 0.0) for step in steps]),
+        **{
+            name: everywhere([step.get(f"{part}{logged}", 0.0) for step in steps for part in PARTS])
+            for name, logged in (("aux_loss", "load_balancing_loss"), ("z_loss", "z_loss"))
+        },
         "gradients": recorder.gradients,
         "initial": initial,
         "final": final,
         "averages": averages,
-        "routed": torch.stack([sums.sums_GLC for sums in routed]) if routed else None,
-        "groups": list(routed[0].groups) if routed else None,
+        "routed": {component: torch.stack([sums.sums_GLC for sums in found]) for component, found in routed.items()},
+        "groups": {component: list(found[0].groups) for component, found in routed.items()},
         "copies": max(difference, recorder.difference),
     }
     if torch.distributed.get_rank():
@@ -192,13 +200,12 @@ def reference_file(layout: Layout, folder: Path) -> Path:
 
 def compare(result: dict, reference: dict) -> dict:
     """Largest relative differences, each with the name of the tensor where it is."""
-    groups = len(result["groups"] or ())
     counts = 2 * MOE["num_moe_experts"]  # the columns of choices, after and before dropping, are whole numbers
-    same_routing = result["routed"] is None or (
-        result["groups"] == reference["groups"]
-        and groups > 2
-        and torch.equal(result["routed"][..., :counts], reference["routed"][..., :counts])
-        and bool(result["routed"][..., :counts].sum() > 0)
+    same_routing = result["groups"] == reference["groups"] and all(
+        len(result["groups"][component]) > (2 if component == "language" else 0)
+        and torch.equal(routed[..., :counts], reference["routed"][component][..., :counts])
+        and bool(routed[..., :counts].sum() > 0)
+        for component, routed in result["routed"].items()
     )
     still = [name for name, value in reference["final"].items() if torch.equal(value, reference["initial"][name])]
     return {
@@ -212,15 +219,18 @@ def compare(result: dict, reference: dict) -> dict:
         "updates": worst(pairs(updates(result), updates(reference))),
         "copies": result["copies"],
         "same_routing": same_routing,
-        "routing_sums": (0.0, "") if result["routed"] is None else worst(_columns(result, reference, counts)),
+        "routing_sums": worst(_columns(result, reference, counts)),
         "frozen_moved": [name for name in still if not torch.equal(result["final"][name], reference["final"][name])],
     }
 
 
 def _columns(result: dict, reference: dict, first: int) -> dict:
     """Probabilities, entropy and confidences: sums of rounded numbers."""
-    here, there = result["routed"][..., first:], reference["routed"][..., first:]
-    return {str(i): (here[..., i], there[..., i]) for i in range(here.shape[-1])}
+    return {
+        f"{component} {column}": (routed[..., column], reference["routed"][component][..., column])
+        for component, routed in result["routed"].items()
+        for column in range(first, routed.shape[-1])
+    }
 
 
 def updates(result: dict) -> dict:

@@ -43,6 +43,10 @@ def apart(**fields) -> dict:
 
 LORA_SHARED = {"training.lora.rank": 4, "training.lora.alpha": 4.0, "training.lora.shared_outer": True}
 MUON = {"optimizer.optimizer": "muon", "optimizer.muon_fp32_matmul_prec": "highest", "optimizer.lr": 1e-3}
+CUMO = {
+    "tower_moe": {"moe_aux_loss_coeff": 0.1, "moe_z_loss_coeff": 0.05},
+    "projector_moe": {"moe_aux_loss_coeff": 0.2, "moe_z_loss_coeff": 0.03},
+}
 RATES = {
     "optimizer.lr_decay_style": "WSD",
     "optimizer.lr_wsd_decay_style": "linear",
@@ -146,6 +150,20 @@ MODELS = {
     "balance-per-modality": Model(
         moe=MOE | {"balance_per_modality": True, "moe_router_load_balancing_type": "global_aux_loss"}, rows="padded"
     ),
+    # Experts in the tower and the projector, too (CuMo): beside a dense language model, one with experts and biases that
+    # balance them, with the tower frozen, in stage 1, with pictures at their own resolution, and put together of tiles.
+    "cumo": Model(run=CUMO),
+    "cumo-moe": Model(moe=MOE | {"moe_z_loss_coeff": 0.05}, run=CUMO),
+    "cumo-bias": Model(
+        moe=MOE | {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01},
+        run=CUMO | {"tower_moe": CUMO["tower_moe"] | {"placement": [1], "moe_router_topk": 1, "normalize_top1": True}},
+        rows="padded",
+    ),
+    "cumo-stage3": Model(moe=MOE, roles=None, run=CUMO | {"training.stage": 3}),
+    "cumo-stage1": Model(roles=None, run={"projector_moe": CUMO["projector_moe"], "training.stage": 1}),
+    "cumo-native": Model(rows="native", run=CUMO | {"model.tower": "naflex-tiny@pixel_shuffle"}),
+    "cumo-newline": Model(rows="native", run=CUMO | {"model.tower": "siglip-tiny@newline"}),
+    "bf16-cumo": Model(moe=MOE, run=CUMO | {"training.precision": "bf16"}),
     "residual": Model(backbone="phi-2-tiny", moe=MOE | {"use_residual": True}),
     "top1": Model(moe=MOE | {"moe_router_topk": 1}),
     "normalized-top1": Model(moe=MOE | {"moe_router_topk": 1, "normalize_top1": True}),
@@ -370,6 +388,15 @@ LAYOUTS = [
     *_layouts("rates", "tp2-etp2", 2, tp=2, etp=2),
     *_layouts("rates", "pp2", 2, pp=2),
     *_layouts("rates", "ep2", 2, ep=2),
+    *_layouts("cumo cumo-moe cumo-bias cumo-stage3 cumo-stage1", "dp2", 2),
+    *_layouts("cumo cumo-moe cumo-bias cumo-stage3 cumo-stage1 cumo-native cumo-newline", "tp2", 2, tp=2),
+    *_layouts("cumo cumo-moe cumo-bias cumo-stage1", "pp2", 2, pp=2),
+    *_layouts("cumo cumo-moe cumo-bias cumo-stage3 cumo-stage1 cumo-native cumo-newline", "ep2", 2, ep=2),
+    *_layouts("cumo cumo-moe cumo-stage3 cumo-native cumo-newline", "cp2", 2, cp=2),
+    *_layouts("cumo cumo-moe cumo-native", "tp2-ep2-etp1", 2, tp=2, ep=2),
+    *_layouts("cumo", "cp2-ep2", 2, cp=2, ep=2),
+    *_layouts("cumo cumo-native", "recompute-tower", 1, recompute_tower=True),
+    *_layouts("cumo-stage3", "ep2-overlap", 2, ep=2, overlap_grads=True, overlap_params=True),
     # global_aux_loss under data parallelism sees more rows at once: tests/distributed/test_balancing.py
     *_layouts("sequence-aux-loss global-aux-loss first-half", "pp2", 2, pp=2),
     *_layouts("global-aux-loss", "tp2", 2, tp=2),
@@ -399,8 +426,8 @@ LAYOUTS = [
     *_layouts("llama phi", "cp2-ep2", 2, cp=2, ep=2),
     *_layouts("llama", "cp2-recompute-full", 2, cp=2, recompute="full"),
     *_layouts("llama", "cp2-overlap", 2, cp=2, overlap_grads=True, overlap_params=True),
-    *_layouts("bf16 bf16-phi", "ep2", 2, ep=2),
-    *_layouts("bf16 bf16-phi", "tp2", 2, tp=2),
+    *_layouts("bf16 bf16-phi bf16-cumo", "ep2", 2, ep=2),
+    *_layouts("bf16 bf16-phi bf16-cumo", "tp2", 2, tp=2),
     *_layouts("bf16", "pp2", 2, pp=2),
     *_layouts("bf16", "cp2", 2, cp=2),
     *_layouts("fp8-tensorwise fp8-delayed fp8-blockwise fp8-mxfp8", "pp2", 2, pp=2),
@@ -433,6 +460,8 @@ LAYOUTS = [
     *_layouts("llama phi", "cp2-tp2-ep2", 4, cp=2, tp=2, ep=2),
     *_layouts("llama llama-stage1 tied", "cp2-pp2", 4, cp=2, pp=2),
     *_layouts("llama", "cp4-ep2", 4, cp=4, ep=2),
+    *_layouts("cumo-moe", "cp2-tp2-ep2", 4, cp=2, tp=2, ep=2),
+    *_layouts("cumo", "pp2-ep2", 4, pp=2, ep=2),
     *_layouts("llama", "dp2-cp2-ep4", 4, cp=2, ep=4),
     *_layouts("padded router-losses", "cp2-tp2", 4, cp=2, tp=2),
     *_layouts("first-half global-aux-loss", "pp2-tp2", 4, pp=2, tp=2),

@@ -19,8 +19,8 @@ from megatron.core import parallel_state
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
 LOCAL_EXPERT = (
-    re.compile(r"\.mlp\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weight|bias)$"),  # sequential
-    re.compile(r"\.mlp\.experts\.()(linear_fc\d)\.(weight|bias)(\d+)$"),  # grouped
+    re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weight|bias)$"),  # sequential
+    re.compile(r"\.experts\.()(linear_fc\d)\.(weight|bias)(\d+)$"),  # grouped
 )
 
 
@@ -89,9 +89,11 @@ def _global_name(chunk: MoELlava, name: str) -> str:
         if found:
             before, linear, kind, *after = found.groups()
             local = int(before or after[0])
-            per_rank = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+            part = {"vision_tower": "tower"}.get(name.partition(".")[0], name.partition(".")[0].removesuffix("_model"))
+            experts = chunk.run.mixtures[part].num_moe_experts
+            per_rank = experts // parallel_state.get_expert_model_parallel_world_size()
             expert = parallel_state.get_expert_model_parallel_rank() * per_rank + local
-            return f"{name[: found.start()]}.mlp.experts.{expert}.{linear}.{kind}"
+            return f"{name[: found.start()]}.experts.{expert}.{linear}.{kind}"
     return name
 
 
@@ -100,7 +102,7 @@ def _shard(chunk: MoELlava, name: str, tensor: torch.Tensor) -> Shard:
         return _shard_of_adapter(name, tensor)
     vocabulary = ".word_embeddings." in name or ".output_layer." in name
     rows = chunk.backbone.vocab_size if vocabulary else None
-    if ".mlp.experts." in name:
+    if ".experts." in name:
         rank, size = (
             parallel_state.get_expert_tensor_parallel_rank(),
             parallel_state.get_expert_tensor_parallel_world_size(),

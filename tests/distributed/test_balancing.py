@@ -50,6 +50,23 @@ def job(kind: str, gate: str, rows: str, size: int, layout: str, placement: str 
         "moe": moe,
         "rows": rows,
         "size": size,
+        "component": "language",
+    }
+
+
+def vision_job(component: str, kind: str, layout: str, **moe) -> dict:
+    """Rows of images in the place of tokens; half of the micro-batches of a data-parallel rank may have none."""
+    world, parallel = (ONE | LAYOUTS)[layout]
+    gate = " ".join(f"{name}={value}" for name, value in moe.items())
+    return {
+        "id": f"balancing {component} {kind} {layout} {gate}".strip(),
+        "run": "run_balancing",
+        "world": world,
+        "parallel": parallel,
+        "moe": moe | {"moe_router_load_balancing_type": kind},
+        "rows": "padded",
+        "size": 2,
+        "component": component,
     }
 
 
@@ -74,6 +91,13 @@ JOBS = [
     *(job(kind, "by modality", "padded", 2, layout) for kind in KINDS[:3] for layout in ("dp2", "tp2")),
     *(job(kind, "by modality", "packed", 2, layout) for kind in KINDS[:3] for layout in ("cp2", "pp2-vpp2")),
     *(job(kind, "by modality, together", "padded", 2, "dp2") for kind in KINDS[:3]),
+    *(
+        vision_job(component, "aux_loss", layout)
+        for component in ("tower", "projector")
+        for layout in ("one", "dp2", "ep2", "tp2", "cp2", "pp2", "dp2-tp2", "dp2-cp2")
+    ),
+    *(vision_job(component, "none", "one") for component in ("tower", "projector")),
+    vision_job("tower", "aux_loss", "dp2", moe_router_topk=1, normalize_top1=True),
 ]
 
 

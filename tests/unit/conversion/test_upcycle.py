@@ -6,11 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_moellava.config import ConfigError, MoEConfig
+from megatron_moellava.config import ConfigError, MoEConfig, ProjectorMoEConfig, TowerMoEConfig
 from megatron_moellava.conversion.exports import export_checkpoint
+from megatron_moellava.conversion.inspection import inspect
+from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.conversion.upcycle import upcycle_checkpoint
 from megatron_moellava.conversion.upcycle_request import request
 from megatron_moellava.placement import moe_layers
+from tests.helpers.conversion_models import read
 
 EXPERTS = ".mlp.deepspeed_moe.experts.deepspeed_experts."
 GATE = ".mlp.deepspeed_moe.gate.wg.weight"
@@ -129,3 +132,59 @@ def test_router_scale_shrinks_the_new_router_and_nothing_else(dense, tmp_path):
             assert torch.equal(small[name], value)
     with pytest.raises(ConfigError, match="router_scale=-1"):
         upcycle_checkpoint(folder, save=tmp_path / "wrong", moe=MoEConfig(), router_scale=-1.0)
+
+
+def vision_tensors(folder) -> dict[str, torch.Tensor]:
+    source = open_checkpoint(folder)
+    return {
+        name: read(tensor)
+        for name, tensor in source.tensors.items()
+        if name.startswith(("projector.", "vision_tower.decoder"))
+    }
+
+
+def test_experts_of_tower_and_projector_are_bit_identical_copies(dense, tmp_path):
+    """Alone, beside those of the language model, and before them: the result is the same."""
+    folder, _ = dense
+    vision = {"tower_moe": TowerMoEConfig(placement=(1,)), "projector_moe": ProjectorMoEConfig(num_moe_experts=3)}
+    before = vision_tensors(folder)
+    upcycle_checkpoint(folder, save=tmp_path / "vision", moe=None, **vision)
+    upcycle_checkpoint(folder, save=tmp_path / "both", moe=MoEConfig(), noise_std=0.0, **vision)
+    upcycle_checkpoint(tmp_path / "vision", save=tmp_path / "after", moe=MoEConfig())
+    after = vision_tensors(tmp_path / "vision")
+    for name, value in after.items():
+        if name.endswith("router.weight"):
+            bound = value.shape[1] ** -0.5
+            assert value.dtype == torch.float32 and 0.9 * bound < value.abs().max() <= bound
+            continue
+        copies = value if "experts." in name else [value]
+        source = before[name.replace("experts.experts.", "")]
+        assert len(copies) == (4 if "tower" in name else 3) or "experts." not in name
+        assert all(torch.equal(copy, source) for copy in copies), name
+    for other in ("both", "after"):
+        others = vision_tensors(tmp_path / other)
+        assert others.keys() == after.keys() and all(torch.equal(others[name], after[name]) for name in after)
+    assert open_checkpoint(tmp_path / "vision").model.moe is None
+    described = open_checkpoint(tmp_path / "after").model
+    assert (described.tower_moe, described.projector_moe) == (vision["tower_moe"], vision["projector_moe"])
+    assert described.moe == MoEConfig()
+
+
+def test_noise_and_drop_are_not_the_projectors_but_for_the_noise(dense, tmp_path):
+    folder, _ = dense
+    upcycle_checkpoint(
+        folder, save=tmp_path / "moe", moe=MoEConfig(), drop=0.5, noise_std=0.1, projector_moe=ProjectorMoEConfig()
+    )
+    first, second, *_ = vision_tensors(tmp_path / "moe")["projector.experts.experts.linear_fc1.weight"].float()
+    assert torch.equal(first, vision_tensors(folder)["projector.linear_fc1.weight"].float())
+    assert float((second - first).std() / first.std()) == pytest.approx(0.1, rel=0.15)
+
+
+@pytest.mark.parametrize("layout", ["original", "transformers", "tower", "projector", "gguf"])
+def test_layouts_without_such_experts_are_refused(dense, tmp_path, layout):
+    folder, _ = dense
+    upcycle_checkpoint(folder, save=tmp_path / "moe", moe=None, projector_moe=ProjectorMoEConfig())
+    with pytest.raises(ConfigError, match=rf"layout {layout} has no experts in the projector \(projector_moe\)"):
+        export_checkpoint(tmp_path / "moe", save=tmp_path / "out", layout=layout)
+    export_checkpoint(tmp_path / "moe", save=tmp_path / "text", layout="language-model")
+    assert "  projector    4 experts, top-2" in inspect(tmp_path / "moe")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megatron_moellava.config import ConfigError, MoEConfig
+from megatron_moellava.config import ConfigError, MoEConfig, ProjectorMoEConfig, TowerMoEConfig
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
 from megatron_moellava.conversion.upcycle import upcycle_checkpoint
-from megatron_moellava.conversion.upcycle_request import request
+from megatron_moellava.conversion.upcycle_request import request, vision_request
 from tests.helpers.conversion_models import read
 
 
@@ -73,3 +73,37 @@ def test_an_expert_of_weight_1_takes_megatrons_router(dense):
     folder, _ = dense
     moe = asked(folder, topk=1, normalize_top1=True)
     assert moe.normalize_top1 and moe.router == "megatron"
+
+
+def wanted(**options) -> dict:
+    names = ("tower_experts", "tower_topk", "tower_placement", "projector_experts", "projector_topk")
+    return vision_request(**(dict.fromkeys(names) | options))
+
+
+def test_what_is_not_said_of_tower_and_projector_is_cumos():
+    assert wanted() == {}
+    assert wanted(tower_experts=4, projector_experts=4) == {
+        "tower_moe": TowerMoEConfig(),
+        "projector_moe": ProjectorMoEConfig(),
+    }
+    found = wanted(tower_experts=8, tower_topk=1, tower_placement=["0", "2"], normalize_top1=True)
+    assert found["tower_moe"] == TowerMoEConfig(
+        num_moe_experts=8, moe_router_topk=1, placement=(0, 2), normalize_top1=True
+    )
+    with pytest.raises(ConfigError, match="--tower-topk describes experts that nobody asked for; give --tower-experts"):
+        wanted(tower_topk=2, projector_experts=4)
+
+
+def test_experts_of_tower_and_projector_are_made_once(dense, tmp_path):
+    folder, _ = dense
+    for vision, message in (
+        ({}, "no experts were asked for"),
+        ({"tower_moe": TowerMoEConfig(placement=(7,))}, r"tower_moe.placement=\[7\] must name different layers"),
+        ({"projector_moe": ProjectorMoEConfig(moe_router_topk=5)}, "--projector-topk 5 must be between 1 and"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            upcycle_checkpoint(folder, save=tmp_path / "x", moe=None, **vision)
+    upcycle_checkpoint(folder, save=tmp_path / "moe", moe=None, projector_moe=ProjectorMoEConfig())
+    with pytest.raises(ConfigError, match="the checkpoint's projector has 4 experts already"):
+        more = ProjectorMoEConfig(num_moe_experts=8)
+        upcycle_checkpoint(tmp_path / "moe", save=tmp_path / "x", moe=None, projector_moe=more)

@@ -1,9 +1,12 @@
 """Every tensor of a model, from its sizes alone; a built model is the independent witness."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_moellava.backbones import FAMILIES, get_backbone
-from megatron_moellava.config import MoEConfig
+from megatron_moellava.config import MoEConfig, ProjectorMoEConfig, TowerMoEConfig
+from megatron_moellava.costs.parameters import activated_parameters, whole_parameters
 from megatron_moellava.costs.shapes import Model, megatron_tensors, model_from_json, model_tensors
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.roles import parameter_roles
@@ -68,3 +71,30 @@ def test_a_model_comes_back_from_json():
     alone = Model(backbone=get_backbone("llama-tiny"))
     assert model_from_json(alone.to_json()) == alone
     assert not any(name.startswith(("vision_tower", "projector")) for name in megatron_tensors(alone))
+
+
+@pytest.mark.parametrize("tower", ["clip-tiny", "siglip-tiny@newline"])
+def test_experts_of_tower_and_projector_are_those_of_a_built_model(world, tower):
+    vision = {"tower_moe": TowerMoEConfig(placement=(1,)), "projector_moe": ProjectorMoEConfig(num_moe_experts=3)}
+    model = Model(backbone=get_backbone("llama-tiny"), tower=get_tower(tower), **vision)
+    (built,) = build_model(replace(tiny_run(None, tower=tower), **vision))
+    state = built.sharded_state_dict(metadata={"non_homogeneous_layers": True, "dp_cp_group": None})
+    keys = {value.key for value in nested_values(state) if isinstance(value, ShardedBase)}
+    assert {key for key in keys if "_extra_state" not in key} == model_tensors(model).keys()
+    counted: dict[str, int] = {}
+    for role, _, parameter in parameter_roles(built):
+        counted[role] = counted.get(role, 0) + parameter.numel()
+    assert whole_parameters(model) == counted
+    fc2 = model_tensors(model)["projector.experts.experts.linear_fc2.weight"]
+    assert fc2.shape == (3, 128, 128) and (fc2.split, fc2.is_expert, fc2.role) == (2, True, "projector")
+    plain = replace(model, tower_moe=None, projector_moe=None)
+    one, router = (
+        whole_parameters(plain),
+        {"tower": 4 * model.tower.hidden_size, "projector": 3 * model.tower.projector_input_size},
+    )
+    newline = 128 if model.tower.newline else 0
+    activated = activated_parameters(model)
+    assert activated["projector"] == 2 * (one["projector"] - newline) + newline + router["projector"]
+    mlp = sum(p.numel() for p in built.vision_tower.decoder.layers[0].mlp.parameters())
+    assert activated["tower"] == one["tower"] + mlp + router["tower"]
+    assert model_from_json(model.to_json()) == model and "tower_moe" not in plain.to_json()

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from megatron_moellava import parallel
-from megatron_moellava.config import CheckpointError, ConfigError, ParallelConfig
+from megatron_moellava.config import (
+    CheckpointError,
+    ConfigError,
+    ParallelConfig,
+    ProjectorMoEConfig,
+    TowerMoEConfig,
+)
+from megatron_moellava.conversion.upcycle import upcycle_checkpoint
 from megatron_moellava.inference.load import inference_layout, inference_run, load_for_inference, load_model
 from tests.helpers.inference_models import TOKENIZER, ask, tiny_checkpoint
 from tests.helpers.paths import ASSETS
@@ -89,3 +96,17 @@ def test_layouts_for_generation_cut_neither_sequence_nor_stages_into_pieces():
     assert not inference_layout(ParallelConfig(tensor_model_parallel_size=2)).sequence_parallel
     with pytest.raises(ConfigError, match="context_parallel_size must be 1"):
         inference_layout(ParallelConfig(context_parallel_size=2))
+
+
+def test_upcycling_tower_and_projector_changes_no_answer(saved, tmp_path):
+    """Through a checkpoint, the reader of its description and the engine, whose experts lie in one tensor."""
+    vision = {"tower_moe": TowerMoEConfig(), "projector_moe": ProjectorMoEConfig(num_moe_experts=3)}
+    upcycle_checkpoint(saved, save=tmp_path / "moe", moe=None, **vision)
+    answers = []
+    for folder in (saved, tmp_path / "moe"):
+        engine = load_for_inference(folder, max_batch_size=2)
+        answers.append([completion.tokens for completion in engine.generate([ask(0), ask(1, images=2)])])
+        mixtures = engine.model.run.mixtures.keys()
+        parallel.shutdown()
+    assert mixtures == {"language", "tower", "projector"}
+    assert answers[0] == answers[1] and len(answers[0][0]) > 0

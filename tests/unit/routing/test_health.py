@@ -80,3 +80,20 @@ def test_log_writes_record_and_warning(tmp_path, capsys):
     scalars = routing_scalars(observation)
     assert sum(scalars[f"routing/layer0/text/expert{e}"] for e in range(4)) == pytest.approx(1.0)
     assert "routing/layer2/type:color/entropy" in scalars
+
+
+def test_each_part_of_the_model_has_a_log_and_advice_of_its_own(tmp_path, capsys):
+    log = StepLog(tmp_path, False, "stage 2", 10)
+    (layer,) = record([970, 10, 10, 10], 1)["layers"]
+    layer |= {"groups": {}, "entropy": 0.5, "top1": 0.9, "top2": 0.1}
+    for component in ("language", "tower"):
+        log.routing(5, {"topk": 1, "layers": [layer]}, component)
+    log.close()
+    language, tower = capsys.readouterr().out.splitlines()
+    assert "tower" not in language and "moe.moe_aux_loss_coeff" in language
+    assert "warning: tower, layer 3: expert 0" in tower and "raise tower_moe.moe_aux_loss_coeff" in tower
+    names = [path.name for path in sorted(tmp_path.glob("routing*.jsonl"))]
+    assert names == ["routing.jsonl", "routing_tower.jsonl"]
+    for name in names:
+        (line,) = (tmp_path / name).read_text().splitlines()
+        assert json.loads(line)["iteration"] == 5

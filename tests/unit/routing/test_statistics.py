@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_moellava import parallel
-from megatron_moellava.config import ExpertGroups, MoEConfig, ParallelConfig
+from megatron_moellava.config import ExpertGroups, MoEConfig, ParallelConfig, ProjectorMoEConfig, TowerMoEConfig
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.model.build import build_model
@@ -112,3 +112,22 @@ def test_pictures_of_every_kind_have_the_experts_of_images():
     (layer, *_) = routing_record(sums)["layers"]
     assert layer["groups"]["text"]["choices"][:2] == [0, 0] and layer["groups"]["depth"]["choices"][3] == 0
     assert layer["fair"] == pytest.approx([4.0, 4.0, 4.0 + 15, 15.0])  # 6 visual tokens and 15 others, two choices each
+
+
+def test_experts_of_tower_and_projector_count_images_alone():
+    """Every row of the tower and every visual token, for each choice; a stand-in for images is none."""
+    parallel.initialize(ParallelConfig(), 1)
+    vision = {"tower_moe": TowerMoEConfig(placement=(1,)), "projector_moe": ProjectorMoEConfig(num_moe_experts=3)}
+    (model,) = build_model(replace(tiny_run(None), **vision))
+    statistics = {component: RoutingStatistics([model], component) for component in model.run.mixtures}
+    with statistics["tower"].count(words()), statistics["projector"].count(words()):
+        model.encode_images(torch.randn(2, 3, 72, 72))
+        model.embed(words().tokens_BS, None)  # with a graph: a stand-in goes through both
+    sums = {component: counting.collect() for component, counting in statistics.items()}
+    rows = {"tower": 2 * model.tower.num_rows, "projector": 2 * model.tower.num_features}
+    for component, layer, experts in (("tower", 1, 4), ("projector", 0, 3)):
+        record = routing_record(sums[component], {"z_loss": [1.0, 2.0]})
+        assert (record["num_experts"], [item["layer"] for item in record["layers"]]) == (experts, [layer])
+        (found,) = record["layers"]
+        assert found["tokens"] == rows[component] and sum(found["choices"]) == 2 * rows[component]
+        assert found["groups"].keys() == {"image"} and 1.0 <= found["max_load"] <= experts

@@ -41,7 +41,7 @@ def trainer(moe: MoEConfig, precision: str = "bf16", stage: int = 3, **optimizer
 
 
 def routers(started: Trainer) -> list:
-    return list(started.routing.observer.routers.values())
+    return list(started.routing["language"].observer.routers.values())
 
 
 @pytest.mark.parametrize("router", ["megatron", "original"])

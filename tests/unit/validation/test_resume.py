@@ -73,8 +73,8 @@ def other_value(hint, value):
 
 def saved_and_now(*paths: str) -> tuple[dict, RunConfig]:
     """A saved run, and one that differs from it in these fields."""
-    saved = to_dict(tiny())
-    now = to_dict(tiny())
+    vision = [name for name in ("tower_moe", "projector_moe") if any(path.startswith(name) for path in paths)]
+    saved, now = (to_dict(tiny(**{name: {} for name in vision})) for _ in range(2))
     for path in paths:
         section, name = path.split(".")
         set_override(now, path, OTHER.get(path) or other_value(HINTS[path], saved[section][name]))
