@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel, platform
-from megatron_moellava.config import ConfigError, DataError
+from megatron_moellava.config import Component, ConfigError, DataError
 from megatron_moellava.data import media
 from megatron_moellava.data.batch import Batch, pad
 from megatron_moellava.data.encode import EncodedSample
@@ -64,7 +64,7 @@ class Routes:
     num_samples: int
     skipped: tuple[str, ...]  # what was wrong with rows that could not be used
     modalities: tuple[str, ...] = MODALITIES
-    vision: dict[str, dict] = field(
+    vision: dict[Component, dict] = field(
         default_factory=dict
     )  # records of the tower's and the projector's experts, if they have some
 
@@ -127,7 +127,9 @@ def collect_routes(
             if len(shown) < pictures:
                 shown += _pictures(mine[number], model, choices_TLK[modality_T > 0, :, 0])
     sums = statistics.collect()
-    vision_records = {part: routing_record(counted.collect()) for part, counted in vision.items()}
+    vision_records: dict[Component, dict] = {
+        part: routing_record(counted.collect()) for part, counted in vision.items()
+    }
     gathered = _gathered((parts, shown))
     parts = [part for rank_parts, _ in gathered for part in rank_parts]
     if not parts:

@@ -11,6 +11,19 @@ from megatron_moellava.backbones.backbone import Experts, HuggingFace, Original
 from megatron_moellava.backbones.experts import FIRST_DENSE
 from megatron_moellava.config import MoEConfig
 
+EXPERTS = Experts(
+    fields={
+        "n_routed_experts": "num_moe_experts",
+        "num_experts_per_tok": "moe_router_topk",
+        "moe_intermediate_size": "moe_ffn_hidden_size",
+        "aux_loss_alpha": "moe_aux_loss_coeff",
+    },
+    defaults={"moe_intermediate_size": 1407, "aux_loss_alpha": 0.001},
+    constants={"moe_router_load_balancing_type": "seq_aux_loss"},
+    layers=FIRST_DENSE,
+    norm_topk_prob=False,
+    shared_count="n_shared_experts",
+)
 HF = HuggingFace(
     family="deepseek_moe",
     model_type="deepseek",
@@ -28,19 +41,7 @@ HF = HuggingFace(
         "seq_aux": True,
     },
     export_as="llama",
-    experts=Experts(
-        fields={
-            "n_routed_experts": "num_moe_experts",
-            "num_experts_per_tok": "moe_router_topk",
-            "moe_intermediate_size": "moe_ffn_hidden_size",
-            "aux_loss_alpha": "moe_aux_loss_coeff",
-        },
-        defaults={"moe_intermediate_size": 1407, "aux_loss_alpha": 0.001},
-        constants={"moe_router_load_balancing_type": "seq_aux_loss"},
-        layers=FIRST_DENSE,
-        norm_topk_prob=False,
-        shared_count="n_shared_experts",
-    ),
+    experts=EXPERTS,
 )
 
 DEEPSEEK_MOE_16B_EXPERTS = MoEConfig(

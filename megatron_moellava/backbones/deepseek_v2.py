@@ -135,9 +135,9 @@ HF = HuggingFace(
     read=read,
     write=lambda backbone: mla_write(backbone) | {"topk_method": "greedy"},
     experts=replace(
-        deepseek_moe.HF.experts,
-        fields=deepseek_moe.HF.experts.fields | {"routed_scaling_factor": "moe_router_topk_scaling_factor"},
-        defaults=deepseek_moe.HF.experts.defaults | {"routed_scaling_factor": 1.0},
+        deepseek_moe.EXPERTS,
+        fields={**deepseek_moe.EXPERTS.fields, "routed_scaling_factor": "moe_router_topk_scaling_factor"},
+        defaults={**deepseek_moe.EXPERTS.defaults, "routed_scaling_factor": 1.0},
     ),
 )
 

@@ -31,12 +31,22 @@ HF = HuggingFace(
     read=deepseek_v2.mla_read,
     write=deepseek_v2.mla_write,
     experts=replace(
-        dots1.HF.experts,
+        dots1.EXPERTS,
         defaults={"moe_intermediate_size": 2048, "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4},
         norm_topk_prob=True,
     ),
 )
 
+DEEPSEEK_V3_EXPERTS = replace(
+    dots1.DOTS1_TINY_EXPERTS,
+    num_moe_experts=256,
+    moe_router_topk=8,
+    placement=tuple(range(3, 61)),
+    moe_ffn_hidden_size=2048,
+    moe_router_num_groups=8,
+    moe_router_group_topk=4,
+    moe_shared_expert_intermediate_size=2048,
+)
 DEEPSEEK_V3 = replace(
     deepseek_v2.DEEPSEEK_V2_LITE,
     name="deepseek-v3",
@@ -49,16 +59,7 @@ DEEPSEEK_V3 = replace(
     vocab_size=129280,
     multi_latent_attention=replace(deepseek_v2.DEEPSEEK_V2_LITE_MLA, q_lora_rank=1536),
     yarn=YarnScaling(factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0),
-    moe=replace(
-        dots1.DOTS1_TINY.moe,
-        num_moe_experts=256,
-        moe_router_topk=8,
-        placement=tuple(range(3, 61)),
-        moe_ffn_hidden_size=2048,
-        moe_router_num_groups=8,
-        moe_router_group_topk=4,
-        moe_shared_expert_intermediate_size=2048,
-    ),
+    moe=DEEPSEEK_V3_EXPERTS,
     hf=HF,
 )
 MOONLIGHT_16B_A3B = replace(
@@ -72,7 +73,7 @@ MOONLIGHT_16B_A3B = replace(
     rotary_base=50000.0,
     yarn=None,
     moe=replace(
-        DEEPSEEK_V3.moe,
+        DEEPSEEK_V3_EXPERTS,
         num_moe_experts=64,
         moe_router_topk=6,
         placement=tuple(range(1, 27)),
@@ -92,7 +93,7 @@ DEEPSEEK_V3_TINY = replace(
         q_lora_rank=64, kv_lora_rank=48, qk_head_dim=24, qk_pos_emb_head_dim=8, v_head_dim=32
     ),
     yarn=YarnScaling(factor=4.0, original_max_position_embeddings=512, mscale=1.0, mscale_all_dim=0.5),
-    moe=dots1.DOTS1_TINY.moe,
+    moe=dots1.DOTS1_TINY_EXPERTS,
     hf=HF,
 )
 SIZES = (DEEPSEEK_V3, MOONLIGHT_16B_A3B, DEEPSEEK_V3_TINY)

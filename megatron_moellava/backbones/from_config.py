@@ -132,7 +132,7 @@ def hf_config_of(backbone: Backbone) -> dict:
     return config | hf.write(backbone) | hf_experts_of(backbone)
 
 
-LATER = {  # fields that most families do without, with what that means
+LATER: dict = {  # fields that most families do without, with what that means
     "moe": None,
     "qk_layernorm_spans_heads": False,
     "yarn": None,
@@ -171,7 +171,7 @@ def backbone_from_fields(fields: dict, families) -> Backbone:
     for part, kind in PARTS.items():
         if values.get(part):
             values[part] = kind(**values[part])
-    values = LATER | values
+    values = {**LATER, **values}
     if values["moe"]:
         values["moe"] = from_dict(MoEConfig, values["moe"])
     return replace(family.SIZES[0], **values)

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_moellava.backbones import BACKBONES
 from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.checkpoint.sums import verify_sums
-from megatron_moellava.config import CheckpointError, LoraConfig, MoELlavaError, from_dict
+from megatron_moellava.config import CheckpointError, LoraConfig, MoELlavaError, ProjectorMoEConfig, from_dict
 from megatron_moellava.conversion import original
 from megatron_moellava.conversion.huggingface import moe_config as moe_of_transformers
 from megatron_moellava.conversion.huggingface import text_backbone
@@ -132,11 +132,10 @@ def model_lines(model: Model) -> list[str]:
             + (", residual" if moe.use_residual else "")
         )
     if model.tower_moe:
-        moe, layers = model.tower_moe, ", ".join(map(str, model.tower_moe_layers))
-        lines.append(f"  tower MoE    {moe.num_moe_experts} experts, top-{moe.moe_router_topk}, layers {layers}")
+        layers = ", ".join(map(str, model.tower_moe_layers))
+        lines.append(f"  tower MoE    {_experts(model.tower_moe)}, layers {layers}")
     if model.projector_moe:
-        moe = model.projector_moe
-        lines.append(f"  projector    {moe.num_moe_experts} experts, top-{moe.moe_router_topk}")
+        lines.append(f"  projector    {_experts(model.projector_moe)}")
     lines.append(
         f"  parameters   language model {_count(counts.total)}, activated per token {_count(counts.activated)}"
         + (
@@ -171,6 +170,10 @@ def _provenance_lines(provenance: dict) -> list[str]:
 
 def _of_two(total: int, activated: int) -> str:
     return _count(total) if total == activated else f"{_count(total)} ({_count(activated)} activated)"
+
+
+def _experts(moe: ProjectorMoEConfig) -> str:
+    return f"{moe.num_moe_experts} experts, top-{moe.moe_router_topk}"
 
 
 def _count(number: int) -> str:

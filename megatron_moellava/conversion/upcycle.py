@@ -93,8 +93,9 @@ def upcycle_checkpoint(
     source = open_checkpoint(checkpoint, verify=verify)
     old, asked = source.model.moe, moe
     moe = moe or old
-    vision = {name: fields for name, fields in (("tower_moe", tower_moe), ("projector_moe", projector_moe)) if fields}
-    model = replace(source.model, moe=moe, **vision)
+    vision = {"tower_moe": tower_moe, "projector_moe": projector_moe}
+    asked_for: dict = {name: fields for name, fields in vision.items() if fields}
+    model = replace(source.model, moe=moe, **asked_for)
     check_request(source.model, model)
     if router_scale < 0:
         raise ConfigError(

@@ -64,7 +64,7 @@ def vision_request(
     projector_experts: int | None,
     projector_topk: int | None,
     normalize_top1: bool = False,
-) -> dict[str, TowerMoEConfig | ProjectorMoEConfig]:
+) -> dict:
     """{"tower_moe": ..., "projector_moe": ...}, those of them that a person asked for; what was left out is CuMo's.
 
     Raises ConfigError for what describes experts that were not asked for, and for a placement that is none.
@@ -75,7 +75,7 @@ def vision_request(
         if value:
             part = option.split("-")[2]
             raise ConfigError(f"{option} describes experts that nobody asked for; give --{part}-experts as well")
-    found: dict[str, TowerMoEConfig | ProjectorMoEConfig] = {}
+    found: dict = {}
     if tower_experts:
         options: dict = {"placement": _place("--tower-placement", tower_placement)} if tower_placement else {}
         found["tower_moe"] = TowerMoEConfig(**options, **_numbers(tower_experts, tower_topk, normalize_top1))
@@ -85,7 +85,7 @@ def vision_request(
 
 
 def _numbers(num_experts: int, topk: int | None, normalize_top1: bool) -> dict:
-    topk = topk or ProjectorMoEConfig.__dataclass_fields__["moe_router_topk"].default
+    topk = topk or ProjectorMoEConfig().moe_router_topk
     return {
         "num_moe_experts": num_experts,
         "moe_router_topk": topk,

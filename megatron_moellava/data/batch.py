@@ -42,7 +42,8 @@ class Counts:
 def counts_of(numbers: Sequence[int]) -> Counts:
     """The inverse of `Counts.numbers`."""
     own = len(fields(Counts)) - 1
-    return Counts(*numbers[:own], tuple(numbers[own:]))
+    names = (field.name for field in fields(Counts)[:own])
+    return Counts(**dict(zip(names, numbers, strict=False)), apart_inputs=tuple(numbers[own:]))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -51,11 +51,12 @@ def ask_closed(
     encoder = build_encoder(
         run.data, load_tokenizer(run.data.tokenizer), trainer.chunks[0].tower, _template(run, trainer)
     )
-    if trainer.routing is not None:
-        trainer.routing.collect()  # what training has left
-    said = predict(trainer.chunks, encoder, rows, image_folder, statistics=trainer.routing)
+    statistics = trainer.routing.get("language")
+    if statistics is not None:
+        statistics.collect()  # what training has left
+    said = predict(trainer.chunks, encoder, rows, image_folder, statistics=statistics)
     answered = [row | answer for row, answer in zip(rows, said, strict=True)]
-    routing = trainer.routing.collect() if trainer.routing is not None else None
+    routing = statistics.collect() if statistics is not None else None
     blanked = None
     if blank:
         said = predict(trainer.chunks, encoder, rows, image_folder, blank=True)

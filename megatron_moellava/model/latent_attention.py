@@ -64,7 +64,7 @@ class LatentSelfAttention(MLASelfAttention):
             value.contiguous(),
         )
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-            found = tuple(item.squeeze(1) for item in found)
+            return *(item.squeeze(1) for item in found), None, None
         return *found, None, None
 
     def latents(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -232,6 +232,7 @@ def _attention_layer(
 def _latent_attention(provider, mask_type, backbone: Backbone) -> ModuleSpec:
     """Multi-latent attention; see `LatentSelfAttention` for the norms."""
     latent, yarn = backbone.multi_latent_attention, backbone.yarn
+    assert latent is not None
     column = provider.column_parallel_linear()
     return ModuleSpec(
         LatentSelfAttention,

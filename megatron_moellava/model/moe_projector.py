@@ -28,7 +28,7 @@ class MoEProjector(VisionMoELayer):
         if tower.newline:
             self.image_newline = ImageNewline(self.output_size, config.params_dtype)
 
-    def forward(self, features_NVD: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, features_NVD: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
         """[N, V, D] -> [N, V, L], or [V, D] -> [V, L]. `padding` [N, V] (or [V]): True where a token stands for nothing."""
         tokens_T1D = features_NVD.reshape(-1, 1, features_NVD.shape[-1])
         mask_1T = None if padding is None else padding.reshape(1, -1)

@@ -88,7 +88,8 @@ class VisionTower(MegatronModule):
             hidden_RND.requires_grad_()  # where only adapters are trained, see MoELlava._needs_differentiable_input
         padding_NR = None
         if real is not None and self.config.num_moe_experts is not None:
-            padding_NR = filled_up(*hidden_RND.shape[:2], real)
+            rows, images, _ = hidden_RND.shape
+            padding_NR = filled_up(rows, images, real)
         hidden_RND = self.decoder(hidden_RND, attention_mask=None, packed_seq_params=packed, padding_mask=padding_NR)
         if self.tower.post_layernorm:
             hidden_RND = self.ln_post(hidden_RND)

@@ -8,6 +8,7 @@ import yaml
 from megatron_moellava.config import MoEConfig, read_yaml, set_override, split_override
 from megatron_moellava.costs.gpus import GIB
 from megatron_moellava.costs.parameters import activated_parameters, token_flops, whole_parameters
+from megatron_moellava.costs.shapes import Model
 from megatron_moellava.planning.picture import label, time_parts
 from megatron_moellava.planning.pictures import num_frames
 from megatron_moellava.planning.search import Found, Plan, Request

@@ -497,7 +497,7 @@ class Trainer:
 
     def _router_numbers(self, by_layer: dict[Component, dict[str, list[float]]]) -> dict[str, float]:
         """Write the routers' state to the log, and sum it up for the step's own line."""
-        numbers = {}
+        numbers: dict[str, float] = {}
         for component, statistics in self.routing.items():
             sums = statistics.collect()
             record = routing_record(sums, by_layer.get(component))

@@ -155,8 +155,8 @@ def differing_fields(stored: dict, model: Model) -> list[str]:
         "backbone": backbone_fields(backbone),
         "tower": tower_fields(tower),
         "moe": _moe_fields(to_dict(moe) if moe else None, backbone.num_layers),
-        "tower_moe": _vision_fields(model.tower_moe and to_dict(model.tower_moe), tower.num_used_layers),
-        "projector_moe": _vision_fields(model.projector_moe and to_dict(model.projector_moe), 1),
+        "tower_moe": _vision_fields(to_dict(model.tower_moe) if model.tower_moe else None, tower.num_used_layers),
+        "projector_moe": _vision_fields(to_dict(model.projector_moe) if model.projector_moe else None, 1),
     }
     there = {
         "tower_moe": _vision_fields(stored.get("tower_moe"), tower.num_used_layers),

@@ -19,8 +19,8 @@ def vision_expert_problems(run: RunConfig) -> Iterator[str]:
         section = f"{component}_moe"
         if apart := [modality.name for modality in run.data.modalities if modality.is_apart]:
             yield (
-                f"{section} with {', '.join(apart)} in data.modalities: experts of tower and projector beside towers or projectors "
-                "of a modality's own are not supported; leave one of them out"
+                f"{section} with {', '.join(apart)} in data.modalities: experts of tower and projector beside towers or "
+                "projectors of a modality's own are not supported; leave one of them out"
             )
         if moe.num_moe_experts < 1:  # which validation/numbers.py says
             continue
