@@ -1,7 +1,10 @@
 """What pipeline ranks compute, gathered over their layers."""
 
+from dataclasses import replace
+
 import pytest
 
+from megatron_moellava.config import Modality
 from megatron_moellava.costs.stage_work import Load, decoder_work, model_flops, recomputed_work, stage_work
 from tests.helpers.planning import layout_of
 
@@ -46,3 +49,14 @@ def test_more_recomputation_does_more_again(recompute):
 
 def test_recomputed_work_is_no_useful_work():
     assert model_flops(layout_of(1, training__recompute="full"), LOAD) == model_flops(layout_of(1), LOAD)
+
+
+@pytest.mark.parametrize("trains", [("projector",), ("tower", "projector", "language.ffn")])
+def test_pictures_through_a_copy_of_the_tower_cost_what_they_cost_through_the_tower(trains):
+    shared = layout_of(1, training__trains=trains)
+    name = shared.tower.name
+    record = Modality(name="depth", levels="uint16", tower=name, projector="own")
+    apart = layout_of(1, training__trains=trains, data__modalities=(record,))
+    both = replace(LOAD, images=4, apart=(2,))
+    assert model_flops(apart, both) == pytest.approx(model_flops(shared, replace(LOAD, images=6)), rel=1e-12)
+    assert model_flops(apart, LOAD) == model_flops(apart, replace(LOAD, apart=(4,))), "a plan has as many of each"

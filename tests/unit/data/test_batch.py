@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_moellava.data.batch import Batch, Counts, count, from_wire, pack, pad, to_wire, total
+from megatron_moellava.data.batch import Batch, Counts, count, counts_of, from_wire, pack, pad, to_wire, total
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN, EncodedSample
 
 SHAPE = (3, 4, 4)
@@ -108,3 +108,9 @@ def test_a_batch_comes_back_from_the_wire_as_it_was():
         received = from_wire(sent)
         assert torch.equal(received.tokens_BS, batch.tokens_BS) and received.sample_ids == batch.sample_ids
         assert (received.cu_seqlens is None) == (batch.cu_seqlens is None)
+
+
+def test_counts_of_modalities_that_are_apart_add_up_by_modality():
+    counts = [replace(packed().counts, apart_inputs=apart) for apart in ((1, 0), (2, 5))]
+    assert total(counts).apart_inputs == (3, 5) and total(counts).samples == 4
+    assert [counts_of(item.numbers()) for item in counts] == counts

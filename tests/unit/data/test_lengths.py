@@ -1,5 +1,7 @@
 """Tokens of every sample, measured once."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -20,6 +22,7 @@ from tests.helpers.data_files import (
     write_images,
     write_rows,
 )
+from tests.helpers.modalities import DEPTH, write_pictures
 from tests.helpers.paths import ASSETS
 
 
@@ -110,3 +113,21 @@ def test_rows_that_were_sorted_without_the_work_of_the_tower_are_another_order(t
     again = make_loader(config(tmp_path / "rows.json", video_pooling="2x2x2", seq_length=512))
     with pytest.raises(DataError, match="cost: None then, 'attention and tower' now"):
         again.load_state_dict(saved)
+
+
+def test_a_tower_of_a_modalitys_own_counts_as_much_as_it_does(tmp_path, tokenizer):
+    """A copy of the tower as a picture of the tower; one of other sizes by its layers, its width and its patches."""
+    write_images(tmp_path)
+    write_pictures(tmp_path)
+    asked = conversation("<image> <depth>?", "yes")
+    path = write_rows(tmp_path, [{"id": "a", "image": "a.png", "depth": "depth/0.png", "conversations": asked}])
+    reader = Reader(open_sources([Source(path=str(path))], tmp_path / "cache")[0])
+    found = {}
+    for name in (str(ASSETS / "openai/clip-tiny"), "siglip-tiny"):
+        data = config(path, modalities=(replace(DEPTH, tower=name, projector="own"),))
+        made = Pipeline(reader, encoder(tokenizer), TOWER, data, pad_multiple=4)
+        ((tokens, found[name]),) = measured_lengths(made, [name], tmp_path)
+        assert tokens == len(made.encode(0)[0])
+    one, own = TOWER.work(TOWER.num_rows), get_tower("siglip-tiny")
+    times = own.hidden_size * own.num_used_layers / (TOWER.hidden_size * TOWER.num_used_layers)
+    assert [*found.values()] == [2 * one, int(one + own.work(own.num_rows) * times)]
