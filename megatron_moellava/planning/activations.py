@@ -89,6 +89,8 @@ LOCAL = (
     Saved("gate after its activation, linear half", "moe", "expert_inner", times=2, when=("gated", "!grouped")),
     Saved("activation before the router's weight", "moe", "expert_inner", when=("!grouped",)),
     Saved("the experts' weights, stacked", "moe", "expert_weights", when=("grouped",)),
+    Saved("those of a trained tower", "start", "tower_expert_weights", when=("tower", "!recompute_tower")),
+    Saved("those of the projector", "start", "projector_expert_weights", when=("projector",)),
     Saved("gate after its activation, linear half", "moe", "shared_inner", times=2, when=("shared", "gated")),
     Saved("input of the last norm", "end", "hidden", when=("layernorm",)),
     Saved("input of the last norm in fp32", "end", "hidden", bytes=FP32, when=("rmsnorm",)),
@@ -150,10 +152,24 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
         "features": visual * layout.tower.projector_input_size * (1 + routed / tp),
         "projected": visual * backbone.hidden_size / tp * max(routed, 1),
         "tower_layers": _tower_elements(layout),
+        **_vision_expert_weights(layout),
         "tower_inputs": layout.tower.num_used_layers * layout.images * layout.tower.num_rows * layout.tower.hidden_size,
     }
     values |= _expert_sizes(layout, imbalance, gated) if layout.run.moe else {}
     return values | _adapter_sizes(layout, values, gated)
+
+
+def _vision_expert_weights(layout: Layout) -> dict[str, float]:
+    """Of all layers of the tower with experts, and of the projector, on one rank."""
+    tower, hidden, run = layout.tower, layout.backbone.hidden_size, layout.run
+    found = {}
+    if run.tower_moe:
+        layers, width = len(layout.model.tower_moe_layers), 2 * tower.hidden_size * tower.ffn_hidden_size
+        found["tower_expert_weights"] = layers * run.tower_moe.num_moe_experts / layout.ep * width
+    if run.projector_moe:
+        width = (tower.projector_input_size + hidden) * hidden
+        found["projector_expert_weights"] = run.projector_moe.num_moe_experts / layout.ep * width
+    return found
 
 
 def _tower_elements(layout: Layout) -> float:
