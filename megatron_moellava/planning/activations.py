@@ -97,6 +97,8 @@ LOCAL = (
     Saved("gate after its activation, linear half", "moe", "expert_inner", times=2, when=("gated", "!grouped")),
     Saved("activation before the router's weight", "moe", "expert_inner", when=("!grouped",)),
     Saved("the experts' weights, stacked", "moe", "expert_weights", when=("grouped",)),
+    Saved("those of a trained tower", "start", "tower_expert_weights", when=("tower", "!recompute_tower")),
+    Saved("those of the projector", "start", "projector_expert_weights", when=("projector",)),
     Saved("gate after its activation, linear half", "moe", "shared_inner", times=2, when=("shared", "gated")),
     Saved("input of the last norm", "end", "hidden", when=("layernorm",)),
     Saved("input of the last norm in fp32", "end", "hidden", bytes=FP32, when=("rmsnorm",)),
@@ -153,7 +155,8 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
         "inner": tokens * backbone.ffn_hidden_size / tp,
         "inner_in": gated * tokens * backbone.ffn_hidden_size / tp,
         "logits": tokens * layout.vocabulary / tp,
-    } | _tower_sizes(layout)
+    }
+    values |= _tower_sizes(layout) | _vision_expert_weights(layout)
     if latent is not None:
         values["value"] = tokens * backbone.num_attention_heads * latent.v_head_dim / tp
         values["latents"] = tokens * ((latent.q_lora_rank or 0) + latent.kv_lora_rank) / split
@@ -173,6 +176,19 @@ def _tower_sizes(layout: Layout) -> dict[str, float]:
         found["tower_layers"] += (layers - sparse) * tower_layer_elements(layout, tower)
         found["tower_layers"] += sparse * tower_layer_elements(layout, tower, is_moe=True)
         found["tower_inputs"] += layers * images * tower.num_rows * tower.hidden_size
+    return found
+
+
+def _vision_expert_weights(layout: Layout) -> dict[str, float]:
+    """Of all layers of the tower with experts, and of the projector, on one rank."""
+    tower, hidden, run = layout.tower, layout.backbone.hidden_size, layout.run
+    found = {}
+    if run.tower_moe:
+        layers, width = len(layout.model.tower_moe_layers), 2 * tower.hidden_size * tower.ffn_hidden_size
+        found["tower_expert_weights"] = layers * run.tower_moe.num_moe_experts / layout.ep * width
+    if run.projector_moe:
+        width = (tower.projector_input_size + hidden) * hidden
+        found["projector_expert_weights"] = run.projector_moe.num_moe_experts / layout.ep * width
     return found
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from megatron_moellava import parallel
+from megatron_moellava.config import ProjectorMoEConfig, TowerMoEConfig
+from megatron_moellava.conversion.upcycle import upcycle_checkpoint
 from megatron_moellava.inference.load import load_for_inference
 from tests.distributed.generation_worker import answers_of, requests_of_the_test
 from tests.helpers.inference_models import tiny_checkpoint
@@ -24,12 +26,16 @@ LAYOUTS = {
     "dp2": {},
     "tp2 ep2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
 }
+VISION = (
+    "dense, with experts in tower and projector"  # one rank's pictures meet those of another at the experts, or none
+)
 CASES = [
     *(("megatron", name, False) for name in LAYOUTS),
     ("megatron", "ep2", True),
     ("original deterministic", "tp2", False),
     ("original deterministic", "ep2", False),
     ("residual", "pp2", False),
+    *((VISION, name, False) for name in LAYOUTS if name != "dp2"),
 ]
 
 
@@ -38,7 +44,14 @@ def checkpoints(tmp_path_factory) -> dict[str, tuple[Path, dict]]:
     """(checkpoint, answers of one process) by gate."""
     found = {}
     for gate in {gate for gate, *_ in CASES}:
-        folder = tiny_checkpoint(tmp_path_factory.mktemp("generation"), gate)
+        folder = tmp_path_factory.mktemp("generation")
+        if gate == VISION:  # with noise, so that it matters who meets which expert
+            tiny_checkpoint(folder / "dense", "dense")
+            vision = {"tower_moe": TowerMoEConfig(), "projector_moe": ProjectorMoEConfig()}
+            folder = folder / "moe"
+            upcycle_checkpoint(folder.parent / "dense", save=folder, moe=None, noise_std=0.5, **vision)
+        else:
+            tiny_checkpoint(folder, gate)
         engine = load_for_inference(folder, max_batch_size=4)
         answers = answers_of(engine, requests_of_the_test())
         parallel.shutdown()

@@ -111,7 +111,7 @@ def test_modalities_with_towers_of_their_own_are_counted_as_the_formulas_say(fie
 def test_experts_of_tower_and_projector_are_counted_as_the_formulas_say(ranks):
     settings = ["model.backbone=llama-tiny", "model.tower=siglip-base-patch16-224", "training.stage=2"]
     settings += ["data.seq_length=512", "training.trains=[tower,projector]", "tower_moe.placement=[0,3]"]
-    settings += ["projector_moe.num_moe_experts=8", "projector_moe.moe_router_topk=3"]
+    settings += ["projector_moe.num_moe_experts=8"]  # 196 tokens of a rank, twice, are as many for each
     settings += [f"parallel.{kind}_model_parallel_size={ranks}" for kind in ("tensor", "expert")]
     run = load_config(None, settings)
     layout = Layout(run=run, backbone=get_backbone("llama-tiny"), tower=tower_of_run(run), world_size=ranks)
