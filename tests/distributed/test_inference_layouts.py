@@ -30,7 +30,10 @@ CASES = [
     ("original deterministic", "tp2", False),
     ("original deterministic", "ep2", False),
     ("residual", "pp2", False),
+    ("latent attention", "tp2", False),
+    ("latent attention", "pp2", False),
 ]
+BACKBONES = {"latent attention": ("megatron", "deepseek-v3-tiny")}  # of cases that are no gate: gate and backbone
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,8 @@ def checkpoints(tmp_path_factory) -> dict[str, tuple[Path, dict]]:
     """(checkpoint, answers of one process) by gate."""
     found = {}
     for gate in {gate for gate, *_ in CASES}:
-        folder = tiny_checkpoint(tmp_path_factory.mktemp("generation"), gate)
+        router, backbone = BACKBONES.get(gate, (gate, "llama-tiny"))
+        folder = tiny_checkpoint(tmp_path_factory.mktemp("generation"), router, backbone=backbone)
         engine = load_for_inference(folder, max_batch_size=4)
         answers = answers_of(engine, requests_of_the_test())
         parallel.shutdown()
