@@ -5,6 +5,7 @@ Megatron's [S, B, D] order begins after the embedding and ends at the logits. Sh
 V vocabulary, N images, F visual tokens per image.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
@@ -47,7 +48,6 @@ from megatron_moellava.towers.branches import PREFIX, Branch, branches_of_data
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -438,7 +438,7 @@ class PositionedRotary(RotaryEmbedding):
                 scaling.original_max_position_embeddings,
             )
         if backbone.yarn is not None:
-            self.inv_freq = _yarn_frequencies(backbone.rotary_channels, backbone.rotary_base, backbone.yarn)
+            self.inv_freq = _between_scales(self.inv_freq, backbone.rotary_base, backbone.yarn)
         self._positions_S: torch.Tensor | None = None
 
     def at(self, position_ids_BS: torch.Tensor | None) -> "PositionedRotary":
@@ -459,18 +459,22 @@ class PositionedRotary(RotaryEmbedding):
         return angles if self._positions_S is None else angles[self._positions_S]
 
 
-def _yarn_frequencies(channels: int, base: float, yarn: YarnScaling) -> torch.Tensor:
-    """[channels / 2]: the angles of position 1."""
-    scaled = YarnRotaryEmbedding(
-        kv_channels=channels,
-        rotary_base=base,
-        scaling_factor=yarn.factor,
-        original_max_position_embeddings=yarn.original_max_position_embeddings,
-        beta_fast=yarn.beta_fast,
-        beta_slow=yarn.beta_slow,
-    )
-    angles_S11C, _ = scaled.get_emb(2)
-    return angles_S11C[1, 0, 0, : channels // 2]
+def _between_scales(inv_freq: torch.Tensor, base: float, yarn: YarnScaling) -> torch.Tensor:
+    """YaRN's frequencies: as they are where channels turn often within the original length, divided where they turn seldom.
+
+    Megatron-Core has the formula in a class that is not built under context parallelism without a GPU.
+    """
+    channels = 2 * len(inv_freq)
+
+    def place(turns: float) -> float:
+        """The pair of channels that turns so often."""
+        ratio = yarn.original_max_position_embeddings / (2 * math.pi * turns)
+        return channels * math.log(ratio) / (2 * math.log(base))
+
+    low, high = max(math.floor(place(yarn.beta_fast)), 0), min(math.ceil(place(yarn.beta_slow)), channels - 1)
+    ramp = (torch.arange(len(inv_freq), device=inv_freq.device) - low) / (high - low or 1e-3)
+    divided = ramp.clamp(0, 1)
+    return inv_freq / yarn.factor * divided + inv_freq * (1 - divided)
 
 
 def causal_padding_mask(padding_mask_BS: torch.Tensor) -> torch.Tensor:

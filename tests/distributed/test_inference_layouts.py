@@ -36,7 +36,10 @@ CASES = [
     ("original deterministic", "ep2", False),
     ("residual", "pp2", False),
     *((VISION, name, False) for name in LAYOUTS if name != "dp2"),
+    ("latent attention", "tp2", False),
+    ("latent attention", "pp2", False),
 ]
+BACKBONES = {"latent attention": ("megatron", "deepseek-v3-tiny")}  # of cases that are no gate: gate and backbone
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,8 @@ def checkpoints(tmp_path_factory) -> dict[str, tuple[Path, dict]]:
             folder = folder / "moe"
             upcycle_checkpoint(folder.parent / "dense", save=folder, moe=None, noise_std=0.5, **vision)
         else:
-            tiny_checkpoint(folder, gate)
+            router, backbone = BACKBONES.get(gate, (gate, "llama-tiny"))
+            tiny_checkpoint(folder, router, backbone=backbone)
         engine = load_for_inference(folder, max_batch_size=4)
         answers = answers_of(engine, requests_of_the_test())
         parallel.shutdown()

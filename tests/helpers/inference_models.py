@@ -106,10 +106,12 @@ def tiny_engine(
     return engine
 
 
-def tiny_checkpoint(folder: Path, gate: str = "megatron", precision: str = "fp32") -> Path:
+def tiny_checkpoint(
+    folder: Path, gate: str = "megatron", precision: str = "fp32", backbone: str = "llama-tiny"
+) -> Path:
     """Save a random model as a training run would; the process groups exist while it does, and no longer."""
     parallel.initialize(ParallelConfig(), seed=1)
-    run = tiny_run(GATES[gate], precision=precision)
+    run = tiny_run(GATES[gate], backbone, precision)
     chunks = build_model(run)
     scatter(chunks[0])
     save_checkpoint(folder, run, chunks, TrainingState(iteration=1, consumed_samples=0, data=None))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_moellava.backbones import get_backbone
 from megatron_moellava.config import MoEConfig
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.model.attention import packed_seq_params
@@ -15,6 +16,8 @@ from tests.distributed.rows import micro_batches
 from tests.helpers.batches import X, padded, words
 from tests.helpers.inference_models import tiny_run
 from tests.helpers.modalities import DEPTH
+
+from megatron.core.models.common.embeddings import YarnRotaryEmbedding
 
 
 @pytest.fixture
@@ -66,6 +69,23 @@ def test_positions_restart_where_a_packed_row_says_so(model):
     with rotary.at(torch.tensor([[0, 1, 0, 1]])):
         assert torch.equal(rotary(4), plain[[0, 1, 0, 1]])
     assert torch.equal(rotary(4), plain), "the positions are forgotten"
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2-lite", "deepseek-v3", "deepseek-v3-tiny"])
+def test_scaled_frequencies_are_megatron_cores(world, name):
+    backbone = get_backbone(name)
+    yarn, channels = backbone.yarn, backbone.rotary_channels
+    theirs = YarnRotaryEmbedding(
+        kv_channels=channels,
+        rotary_base=backbone.rotary_base,
+        scaling_factor=yarn.factor,
+        original_max_position_embeddings=yarn.original_max_position_embeddings,
+        mscale=yarn.mscale,
+        mscale_all_dim=yarn.mscale_all_dim,
+    )
+    angles, factor = theirs.get_emb(2)
+    torch.testing.assert_close(PositionedRotary(backbone).inv_freq, angles[1, 0, 0, : channels // 2])
+    assert yarn.attention_factor == pytest.approx(factor)
 
 
 def test_only_packed_rows_have_a_description():
