@@ -261,6 +261,8 @@ class Quickstart:
             ],
             "data.tokenizer": str(data / "tokenizer.model"),
         }
+        if "trains" in plan:
+            flags["training.trains"] = plan["trains"]
         run = load_run(
             config=str(HERE / "quickstart.yaml"), flags=flags | (more or {}), overrides=self.arguments.overrides
         )
