@@ -128,4 +128,4 @@ def test_a_language_model_alone_gives_our_tokens_and_logprobs(asked, name):
 @pytest.mark.parametrize("name", ["MiniCPM"])
 def test_what_depends_on_the_rest_of_the_request_is_refused(asked, name):
     _, theirs, _ = asked[UNSCALED]
-    assert "scale_multimodal_embeddings=False" in theirs["error"]
+    assert "ValueError: scale_multimodal_embeddings=False" in theirs["error"]
