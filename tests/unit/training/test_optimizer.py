@@ -11,8 +11,10 @@ from megatron_moellava.config import (
     MoEConfig,
     OptimizerConfig,
     ParallelConfig,
+    ProjectorMoEConfig,
     RoleOptions,
     RolesConfig,
+    TowerMoEConfig,
 )
 from megatron_moellava.model.roles import parameter_roles
 from megatron_moellava.training.loop import Trainer
@@ -26,12 +28,21 @@ from megatron.core.distributed import DistributedDataParallel
 STEPS = 20
 
 
-def trainer(moe: MoEConfig, precision: str = "bf16", stage: int = 3, **optimizer) -> Trainer:
+def trainer(
+    moe: MoEConfig | None, precision: str = "bf16", stage: int = 3, vision: dict | None = None, **optimizer
+) -> Trainer:
     parallel.initialize(ParallelConfig(), 1)
-    run = tiny_run(moe)
+    run = replace(tiny_run(moe), **vision or {})
     run = replace(
         run,
-        training=replace(run.training, stage=stage, precision=precision, micro_batch_size=2, global_batch_size=2),
+        training=replace(
+            run.training,
+            stage=stage,
+            precision=precision,
+            micro_batch_size=2,
+            global_batch_size=2,
+            trains=("tower", "projector") if vision else None,
+        ),
         optimizer=OptimizerConfig(lr=1e-3, lr_decay_style="constant", lr_warmup_fraction=0.0, **optimizer),
         logging=LoggingConfig(tensorboard=False),
     )
@@ -87,6 +98,21 @@ def test_an_update_gathers_every_parameter_once(monkeypatch):
 def test_a_checkpoint_gets_every_parameter_its_own_states(stage, use_residual):
     """Routers are fp32 among bf16 parameters, and which come first depends on what is trained."""
     started = trainer(MoEConfig(use_residual=use_residual), stage=stage)
+    every_parameter_has_its_own_states(started)
+
+
+def test_routers_of_tower_and_projector_are_routers_to_the_optimizer():
+    vision = {"tower_moe": TowerMoEConfig(), "projector_moe": ProjectorMoEConfig()}
+    started = trainer(None, stage=2, vision=vision, router_lr_warmup_fraction=0.5)
+    every_parameter_has_its_own_states(started)
+    groups = [group for group in started.optimizer.param_groups if group.get("is_router") and group["params"]]
+    model = started.chunks[0]
+    sizes = sum(parameter.numel() for group in groups for parameter in group["params"])
+    expected = 4 * (model.tower.num_used_layers * model.tower.hidden_size + model.tower.projector_input_size)
+    assert sizes == expected and {group["lr"] for group in groups} == {0.0}
+
+
+def every_parameter_has_its_own_states(started: Trainer) -> None:
     started.optimizer.reload_model_params()
     seen = 0
     for part in distributed_optimizers(started.optimizer):
