@@ -1,5 +1,6 @@
 """The checkpoint that a run starts from or goes on with, and the folder that it writes to."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from megatron_moellava.checkpoint.resume_point import newest_described
 from megatron_moellava.config import CheckpointError, ConfigError, MoEConfig, MoELlavaError, RunConfig, to_dict
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import Tower, tower_fields
-from megatron_moellava.towers.branches import Branch, branch_problems, branches_of_data
+from megatron_moellava.towers.branches import branch_problems, branches_of_data
 from megatron_moellava.validation.adapters import base_problems
 from megatron_moellava.validation.resume import differences, refusal
 
@@ -113,7 +114,7 @@ def model_problems(given: str, stored: dict, run: RunConfig, backbone: Backbone,
     if run.moe is None and stored.get("moe"):
         yield f"{given} holds a MoE model, and this run sets moe to null; leave moe out, or load a dense checkpoint"
         return
-    yield from (f"{given} {problem}" for problem in branch_problems(stored, _branches(run)))
+    yield from (f"{given} {problem}" for problem in _branch_problems(stored, run))
     differing = differing_fields(stored, backbone, tower, run.moe)
     if differing:
         held = ", ".join(str(stored[part]) for part in ("backbone", "tower") if stored.get(part))
@@ -125,12 +126,10 @@ def model_problems(given: str, stored: dict, run: RunConfig, backbone: Backbone,
         yield f"{given} holds {held}, which is not the model of this run: {listed}; leave --backbone, --tower and moe.* out"
 
 
-def _branches(run: RunConfig) -> tuple[Branch, ...]:
-    """Those of the records whose tower is there; of others `branch_problems` of a run says it (validation/modalities.py)."""
-    try:
-        return branches_of_data(run.data)
-    except MoELlavaError:
-        return ()
+def _branch_problems(stored: dict, run: RunConfig) -> Iterator[str]:
+    """Of towers and projectors of modalities; nothing where one cannot be found, which `way_problems` says."""
+    with contextlib.suppress(MoELlavaError):
+        yield from branch_problems(stored, branches_of_data(run.data))
 
 
 def differing_fields(stored: dict, backbone: Backbone, tower: Tower, moe: MoEConfig | None) -> list[str]:
