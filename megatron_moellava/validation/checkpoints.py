@@ -1,5 +1,6 @@
 """The checkpoint that a run starts from or goes on with, and the folder that it writes to."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from megatron_moellava.config import CheckpointError, ConfigError, MoELlavaError
 from megatron_moellava.costs.shapes import Model
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.towers import Tower, tower_fields
-from megatron_moellava.towers.branches import Branch, branch_problems, branches_of_data
+from megatron_moellava.towers.branches import branch_problems, branches_of_data
 from megatron_moellava.validation.adapters import base_problems
 from megatron_moellava.validation.resume import differences, refusal
 
@@ -121,7 +122,7 @@ def model_problems(given: str, stored: dict, run: RunConfig, backbone: Backbone,
                 f"moellava convert upcycle {option} N"
             )
             return
-    yield from (f"{given} {problem}" for problem in branch_problems(stored, _branches(run)))
+    yield from (f"{given} {problem}" for problem in _branch_problems(stored, run))
     here = Model(backbone=backbone, tower=tower, moe=run.moe, tower_moe=run.tower_moe, projector_moe=run.projector_moe)
     differing = differing_fields(stored, here)
     if differing:
@@ -137,12 +138,10 @@ def model_problems(given: str, stored: dict, run: RunConfig, backbone: Backbone,
         )
 
 
-def _branches(run: RunConfig) -> tuple[Branch, ...]:
-    """Those of the records whose tower is there; of others `branch_problems` of a run says it (validation/modalities.py)."""
-    try:
-        return branches_of_data(run.data)
-    except MoELlavaError:
-        return ()
+def _branch_problems(stored: dict, run: RunConfig) -> Iterator[str]:
+    """Of towers and projectors of modalities; nothing where one cannot be found, which `way_problems` says."""
+    with contextlib.suppress(MoELlavaError):
+        yield from branch_problems(stored, branches_of_data(run.data))
 
 
 def differing_fields(stored: dict, model: Model) -> list[str]:

@@ -23,6 +23,12 @@ def test_a_release_is_imported_upcycled_inspected_compared_and_exported(tmp_path
     source = write_folder(tmp_path / "llama", original_state("llama", "dense"), original_config("llama", "dense"))
     code, out, error = convert("import", source, "--tower", TOWER, "--save", tmp_path / "dense")
     assert code == 0 and "wrote 78 tensors" in out, error
+    seen = ("--modality", "depth", "--copy-tower", "--projector", "copy")
+    code, out, error = convert("add-modality", tmp_path / "dense", *seen, "--save", tmp_path / "depth")
+    assert (
+        code == 0 and "pictures of depth: a tower of their own, " in out and "16 visual tokens each), copy proj" in out
+    )
+    assert "depth  " in convert("inspect", tmp_path / "depth")[1]
     assert convert("upcycle", tmp_path / "dense", "--placement", 1, 3, "--save", tmp_path / "moe")[0] == 0
     assert "layers 1, 3" in convert("inspect", tmp_path / "moe")[1]
     assert convert("diff", tmp_path / "dense", tmp_path / "moe")[0] == 1
