@@ -165,7 +165,7 @@ def test_every_router_of_a_model_is_told_which_tokens_are_of_an_image(world):
 
     (model,) = build_model(tiny_run(MoEConfig(num_moe_experts=E, expert_groups=GROUPS, placement="dense")))
     scatter(model)
-    batch = micro_batches("padded", 400, model.tower, 1)[0]
+    batch = micro_batches("padded", 400, model.tower, DEPTH, 1)[0]
     is_image_N = (batch.tokens_BS == -200).T.flatten()
     assert 0 < is_image_N.sum() < len(is_image_N)
     seen = []

@@ -74,7 +74,7 @@ def test_images_that_fill_up_make_no_loss_and_no_gradient_of_one(world, tower):
     results = []
     for images, real in ((pixels[:1], None), (torch.cat([pixels[:1], pixels[1:] * 7]), 1)):
         model.zero_grad()
-        model._encode(images, grids[: len(images)], real)[0].sum().backward()
+        model._encode(images, grids[: len(images)], real=real)[0].sum().backward()
         gradients = [router.weight.grad.clone() for router in routers(model)]
         losses = [dict(router.losses) for router in routers(model)]
         for router in routers(model):
