@@ -12,6 +12,7 @@ from megatron_moellava.model.modality_router import ModalityRouter, marks_of
 from megatron_moellava.model.router import MegatronRouter
 from megatron_moellava.routing.observer import RoutingObserver
 from tests.helpers.inference_models import scatter, tiny_run
+from tests.helpers.modalities import DEPTH
 
 S, B, E = 24, 2, 6
 GROUPS = ExpertGroups(image=2, text=3, shared=1)  # 0 1 image, 2 shared, 3 4 5 text
