@@ -35,6 +35,8 @@ EXTRAS_REQUIRE = {
     "eval": ["openpyxl>=3.1", "httpx>=0.27"],  # openpyxl: MMBench submission tables
     # An environment of its own: it wants an older `av` than `video`, and reads filelock's private modules of before 4.
     "lmms-eval": ["lmms-eval~=0.7.3", "filelock<4"],
+    # An environment of its own, where this package is installed without what it depends on: vLLM names one release of torch.
+    "vllm": ["vllm~=0.32.0"],
     "demo": ["fastapi>=0.110", "starlette", "uvicorn>=0.29", "prometheus-client>=0.20"],
     "json": ["llguidance>=1.9,<2"],  # answers that a JSON schema allows; needs no other package
     "quickstart": [
