@@ -177,10 +177,9 @@ class MoELlava(MegatronModule):
     def _untouched(self, modality: str = "") -> torch.Tensor:
         """Zero, with what is trained in its graph: a micro-batch without images of a way (`_way`) must not leave a rank waiting
         for gradients."""
-        (module, projector), newline = self._way(modality), 0.0
+        module, projector = self._way(modality)
         like, tower = projector.linear_fc1.weight, module.tower
-        if tower.newline:
-            newline = projector.image_newline.weight.sum() * 0.0
+        newline = projector.image_newline.weight.sum() * 0.0 if tower.newline else 0.0
         if self._trains(module):
             side = tower.shuffle  # at native resolution: the smallest picture
             count, grids = (side**2, ((side, side),)) if tower.native else (1, ())
