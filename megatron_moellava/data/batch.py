@@ -41,9 +41,8 @@ class Counts:
 
 def counts_of(numbers: Sequence[int]) -> Counts:
     """The inverse of `Counts.numbers`."""
-    own = len(fields(Counts)) - 1
-    names = (field.name for field in fields(Counts)[:own])
-    return Counts(**dict(zip(names, numbers, strict=False)), apart_inputs=tuple(numbers[own:]))
+    *own, _ = (item.name for item in fields(Counts))
+    return Counts(**dict(zip(own, numbers, strict=False)), apart_inputs=tuple(numbers[len(own) :]))
 
 
 @dataclass(kw_only=True, slots=True)

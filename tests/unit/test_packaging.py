@@ -143,8 +143,6 @@ def test_every_import_is_a_declared_dependency():
         ours = {"megatron_moellava", "tools", *(other.stem for other in (REPO / source.path).parent.glob("*.py"))}
         if source.path.startswith("examples/"):  # the ablations share the quickstart's data
             ours |= {other.stem for other in (REPO / "examples/quickstart").glob("*.py")}
-        if source.path.startswith("megatron_moellava/serving/vllm_"):  # imported by vLLM alone, which brings us in
-            ours.add("vllm")
         for top in {item.name.split(".")[0] for item in source.imports} - sys.stdlib_module_names - ours:
             if not {name_of(item) for item in providers.get(top, [top])} & declared:
                 offenders.add(f"{source.path} imports {top}, which setup.py does not list")
