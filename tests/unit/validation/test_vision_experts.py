@@ -46,6 +46,14 @@ LAYOUT = "parallel__expert_model_parallel_size"
             {"projector_moe__num_moe_experts": 4, "optimizer__optimizer": "muon"},
             "optimizer.optimizer=muon with projector_moe has not been tried",
         ),
+        (
+            1,
+            {
+                "tower_moe__num_moe_experts": 4,
+                "data__modalities": [{"name": "depth", "levels": "uint16", "projector": "own"}],
+            },
+            "tower_moe with depth in data.modalities: experts of tower and projector beside towers or projectors of a",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_way_out(world, fields, message):
