@@ -52,9 +52,8 @@ class MoELlavaForConditionalGeneration(TransformersMultiModalForCausalLM):
                 "expert_owners: later stages of a pipeline do not see which tokens are of an image; serve the model with "
                 "pipeline_parallel_size=1"
             )
-        config.vision_config.vision_use_head = (
-            False  # SigLIP's pooling, which no feature needs and vLLM's layers do not fit
-        )
+        # SigLIP's pooling, which no feature needs: vLLM's linear layers do not fit into its attention.
+        config.vision_config.vision_use_head = False
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.ignore_unexpected_prefixes.append("model.vision_tower.head.")
         self.logits_processor.scale /= config.logits_divisor
