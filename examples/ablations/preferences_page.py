@@ -55,7 +55,7 @@ LESSONS = """## What it says
 - **The chosen answers alone do nearly as well.** These seeds cannot tell pairs from their better halves.
 - **Longer is more of both.** Three times the steps, in one seed, gain more than five points, and lose more of easy-VQA.
 - **Why not more.** So few pairs, most of which only tell an answer from a word that is none. More of them, other rates, and
-  pairs about the quickstart's own pictures among them, which would hold what the model knew, have not been tried on this poll."""
+  pairs about the quickstart's own pictures among them, which would hold what the model knew, have not been tried."""
 
 
 def gather(runs: Path, grid: Grid) -> list[dict]:
