@@ -53,9 +53,9 @@ LESSONS = """## What it says
 - **What is mended is what the model overlooks.** Stage III invents little: it denies nearly all that is not there. It overlooks
   more than half of what is there, and says yes more often after stage 4, in the mean also to what is not there.
 - **The chosen answers alone do nearly as well.** These seeds cannot tell pairs from their better halves.
-- **Why not more.** So few steps on so few pairs, most of which only tell an answer from a word that is none. More pairs, more
-  steps, other rates, and pairs about the quickstart's own pictures among them, which would hold what the model knew, have not
-  been tried on this poll."""
+- **Longer is more of both.** Three times the steps, in one seed, gain more than five points, and lose more of easy-VQA.
+- **Why not more.** So few pairs, most of which only tell an answer from a word that is none. More of them, other rates, and
+  pairs about the quickstart's own pictures among them, which would hold what the model knew, have not been tried."""
 
 
 def gather(runs: Path, grid: Grid) -> list[dict]:
@@ -125,7 +125,8 @@ def page(grid: Grid, rows: list[dict]) -> str:
     pairs, contrasts = ([row[key] for row in trained] for key in ("pairs", "contrasts"))
     made = (
         f"A seed's model made {min(pairs):,} to {max(pairs):,} pairs, of which {min(contrasts):,} to {max(contrasts):,} "
-        f"contrast a yes with a no; in the others the worse answer is none. Stage 4 takes {trained[0]['steps']:.0f} steps."
+        "contrast a yes with a no; in the others the worse answer is none. "
+        f"Stage 4 takes {min(row['steps'] for row in trained):.0f} steps where nothing else is said."
     )
     return "\n\n".join([HEAD, made, table(grid, rows), findings(grid, rows), LESSONS]) + "\n"
 
