@@ -30,7 +30,7 @@ class Answers:
 
     score: dict  # evaluation.quickstart.metrics.score_quickstart
     answered: list[dict]  # the rows with `prediction` and `loss`
-    routing: RoutingSums | None  # of the questions; None: dense
+    routing: RoutingSums | None  # of the questions, in the language model; None: dense
     blanked: list[dict] | None  # the same rows with blank pictures
 
 
@@ -51,11 +51,12 @@ def ask_closed(
     encoder = build_encoder(
         run.data, load_tokenizer(run.data.tokenizer), trainer.chunks[0].tower, _template(run, trainer)
     )
-    if trainer.routing is not None:
-        trainer.routing.collect()  # what training has left
-    said = predict(trainer.chunks, encoder, rows, image_folder, statistics=trainer.routing)
+    statistics = trainer.routing.get("language")
+    if statistics is not None:
+        statistics.collect()  # what training has left
+    said = predict(trainer.chunks, encoder, rows, image_folder, statistics=statistics)
     answered = [row | answer for row, answer in zip(rows, said, strict=True)]
-    routing = trainer.routing.collect() if trainer.routing is not None else None
+    routing = statistics.collect() if statistics is not None else None
     blanked = None
     if blank:
         said = predict(trainer.chunks, encoder, rows, image_folder, blank=True)
