@@ -46,7 +46,8 @@ COMMANDS = {
 }
 # An override among other words of a command line: `--data a.json b.json optimizer.lr=1e-4`.
 SETTING = re.compile(
-    r"(model|moe|data|parallel|training|preference|optimizer|checkpoint|logging|validation|profile)(\.\w+)+="
+    r"(model|moe|tower_moe|projector_moe|data|parallel|training|preference|optimizer|checkpoint|logging|validation|profile)"
+    r"(\.\w+)+="
 )
 MENTION = re.compile(rf"\bmoellava ({'|'.join(sorted(COMMANDS, key=len, reverse=True))})\b")
 

@@ -30,7 +30,7 @@ class Answers:
 
     score: dict  # evaluation.quickstart.metrics.score_quickstart
     answered: list[dict]  # the rows with `prediction` and `loss`
-    routing: RoutingSums | None  # of the questions; None: dense
+    routing: RoutingSums | None  # of the questions, in the language model; None: dense
     blanked: list[dict] | None  # the same rows with blank pictures
 
 

@@ -156,14 +156,14 @@ def run_closed_questions(job: dict, folder: Path) -> dict:
         for number, word in enumerate(data_files.WORDS)
     ]
     encoder = build_encoder(data, tokenizer, trainer.chunks[0].tower)
-    said = predict(trainer.chunks, encoder, rows, images, statistics=trainer.routing)
+    said = predict(trainer.chunks, encoder, rows, images, statistics=trainer.routing["language"])
     texts, losses = ([one[name] for one in said] for name in ("prediction", "loss"))
     reference = losses_of_training(trainer, encoder, rows, images) if dist.get_world_size() == 1 else None
     return {
         "said": texts,
         "losses": losses,
         "reference": reference,
-        "choices": trainer.routing.collect().choices_LME.tolist(),
+        "choices": trainer.routing["language"].collect().choices_LME.tolist(),
     }
 
 

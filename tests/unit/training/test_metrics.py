@@ -28,7 +28,7 @@ def test_a_log_that_does_not_fit_at_the_end_takes_no_exit_code_away(tmp_path, mo
         log.file.write("a record")
         log.close()
     assert "cannot write the log to its end" in capsys.readouterr().out
-    assert log.routing_file.closed
+    assert log.routing_files["language"].closed
 
 
 def test_load_of_the_busiest_rank_and_expert():

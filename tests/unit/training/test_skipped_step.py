@@ -79,9 +79,9 @@ def everything(trainer: Trainer) -> dict[str, object]:
         found |= {f"fp8 {number} history": scaling.history_TKE.clone(), f"fp8 {number} seen": scaling.seen_KE.clone()}
     found["schedule"] = trainer.scheduler.num_steps
     found["updates"] = optimizer_step_count(trainer.optimizer)
-    for layer, router in trainer.routing.observer.routers.items() if trainer.routing else ():
+    for layer, router in trainer.routing["language"].observer.routers.items() if trainer.routing else ():
         found |= {f"losses {layer}": dict(router.losses), f"counts {layer}": router.counts_of_step_P1E}
-    found["statistics"] = dict(trainer.routing.sums) if trainer.routing else {}
+    found["statistics"] = dict(trainer.routing["language"].sums) if trainer.routing else {}
     return found
 
 
