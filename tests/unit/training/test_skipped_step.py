@@ -103,7 +103,7 @@ def test_a_skipped_step_moves_nothing_and_the_next_is_that_of_a_run_without_it(n
     trainer = trainer_of(name)
     spoil(trainer, name)
     records: list[int] = []
-    trainer.log.routing = lambda iteration, record: records.append(iteration)
+    trainer.log.routing = lambda iteration, record, component: records.append(iteration)
     before = everything(trainer)
     skipped, applied, _ = trainer.step()
     assert (applied, skipped["skipped"], trainer.state.iteration) == (False, 1.0, 1)
