@@ -2,7 +2,8 @@
 
 `LOCAL` are the modules of a machine without Transformer Engine. The tests compare it with what autograd really saved on
 a CPU. `TE` are Transformer Engine's fused modules and flash attention; it follows from their sources and has not been
-measured. A row applies when all its conditions hold, and is counted `times` the size it names.
+measured, and neither have the rows of latents. A row applies when all its conditions hold, and is counted `times` the size
+it names.
 """
 
 from collections.abc import Iterable
