@@ -48,12 +48,12 @@ correction."""
 # What a test holds to the data (tests/unit/examples/test_preferences_page.py).
 LESSONS = """## What it says
 
-- **The poll improves in every seed, by less than five points in the mean, and not for nothing.** Every seed answers fewer of
-  easy-VQA's questions than before, too.
+- **The poll improves in every seed, in 25 steps by less than five points in the mean, and not for nothing.** Every seed answers
+  fewer of easy-VQA's questions than before, too.
 - **What is mended is what the model overlooks.** Stage III invents little: it denies nearly all that is not there. It overlooks
   more than half of what is there, and says yes more often after stage 4, in the mean also to what is not there.
 - **The chosen answers alone do nearly as well.** These seeds cannot tell pairs from their better halves.
-- **Longer is more of both.** Three times the steps, in one seed, gain more than five points, and lose more of easy-VQA.
+- **Longer is more of both.** Three times the steps gain more than five points in every seed, and lose more of easy-VQA.
 - **Why not more.** So few pairs, most of which only tell an answer from a word that is none. More of them, other rates, and
   pairs about the quickstart's own pictures among them, which would hold what the model knew, have not been tried."""
 
