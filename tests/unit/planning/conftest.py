@@ -24,7 +24,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def planned(tmp_path_factory) -> tuple[str, dict, Path, int]:
     """(text, JSON, picture, peak bytes) of the command on full-size phi-2 with a dry run of two pipeline stages."""
     folder = tmp_path_factory.mktemp("plan")
-    options = "--backbone phi-2 --stage 3 --gpus 8 --dry-run".split()
+    options = ["--backbone", "phi-2", "--stage", "3", "--gpus", "8", "--dry-run"]
     command = [sys.executable, "-c", WITH_PEAK, str(folder / "status"), "tools/plan.py", *options]
     command += ["--picture", str(folder / "plan.png"), "--json", str(folder / "plan.json")]
     command += [
