@@ -58,9 +58,9 @@ LESSONS = """## What it says
   more than half of what is there, and says yes more often after stage 4, in the mean also to what is not there.
 - **The chosen answers alone do nearly as well.** These seeds cannot tell pairs from their better halves.
 - **Longer is more of both.** Three times the steps gain more than five points in every seed, and lose more of easy-VQA.
-- **Anchors, one to each pair, have not lifted the trade.** Every seed gains with them, by less than five points in the mean, and
-  every seed loses. Gain and loss are about those of 25 steps without anchors; these seeds cannot tell the two apart. What the 75
-  steps lose is not lost, and what they gain is not gained.
+- **Anchors, one to each pair, have not lifted the trade.** Every seed gains with them, by less than five points in the mean,
+  and every seed loses. Gain and loss are about those of 25 steps without anchors; these seeds cannot tell the two apart. What
+  the 75 steps lose is not lost, and what they gain is not gained.
 - **Why not more.** So few pairs, most of which only tell an answer from a word that is none. More of them, more steps with
   anchors, other shares of them, other rates, and the anchors' chosen answers alone have not been tried."""
 
