@@ -82,4 +82,9 @@ def test_what_the_page_says_is_true_of_the_data(program):
     longer = "the same for 75 steps"
     assert min(gained(longer, program.F1)) > 5
     assert max(gained(longer, program.ORDINARY)) < min(gained(preferred, program.ORDINARY))
+    anchored = "with anchors, 100 steps"
+    assert min(gained(anchored, program.F1)) > 0 and statistics.fmean(gained(anchored, program.F1)) < 5
+    assert max(gained(anchored, program.ORDINARY)) < 0
+    for metric, near in ((program.F1, 1), (program.ORDINARY, 0.5)):
+        assert abs(statistics.fmean(gained(anchored, metric)) - statistics.fmean(gained(preferred, metric))) < near
     assert all(2 * row["contrasts"] < row["pairs"] for row in rows if "pairs" in row)
