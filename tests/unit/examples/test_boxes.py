@@ -77,3 +77,13 @@ def test_the_page_is_made_of_what_the_tutorial_leaves(measure, tmp_path):
     page = measure.page(data)
     assert "| pictures | 61.5 ± 2.2 | 80.0 | 20.0 | 55.0 | 90.0 | 99.0 |" in page
     assert "With the picture 61.5 % of the boxes are right, without it 3.0 %" in page and "the 800 shapes" in page
+
+
+def test_the_page_is_what_the_data_give_and_the_tutorial_says_the_same(measure):
+    data = json.loads((measure.DOCS / measure.DATA).read_text())
+    assert (measure.DOCS / measure.PAGE).read_text() == measure.page(data)
+    seen, unseen = (data["scores"][shown] for shown in measure.ASKED)
+    said = f"{seen['value']:.1f} ± {seen['standard_error']:.1f} % of the boxes are right, {unseen['value']:.1f} % with blank"
+    assert said in (REPO / "docs/tutorials/boxes.md").read_text()
+    error = (seen["standard_error"] ** 2 + unseen["standard_error"] ** 2) ** 0.5
+    assert seen["value"] - unseen["value"] > 3 * error
