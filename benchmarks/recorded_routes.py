@@ -10,7 +10,9 @@ lie, and with the places of `moellava convert place-experts` (arithmetic on the 
 
 import argparse
 import json
+import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -18,6 +20,7 @@ from benchmarks.measure import finish, median, ratio, say, take_turns
 from benchmarks.moe_layer import our_layer, trainer_of
 from megatron_moellava import parallel
 from megatron_moellava.config import ParallelConfig
+from megatron_moellava.conversion.routing_log import ROUTING, asked_for, newest_steps, records_until
 from megatron_moellava.costs.expert_places import busiest_over_mean, level_order
 
 ROUTES = Path(__file__).with_name("routes.json")
@@ -27,13 +30,10 @@ TOKENS, HIDDEN, FFN = 8192, 512, 1408
 
 def take(run: Path, name: str) -> None:
     """Sum the newest loads of a run by layer into routes.json."""
-    records = [json.loads(line) for line in (run / "routing.jsonl").read_text().splitlines()[-RECORDS:]]
-    layers: dict[str, list[int]] = {}
-    for record in records:
-        for layer in record["layers"]:
-            asked = [kept + lost for kept, lost in zip(layer["choices"], layer["dropped"], strict=True)]
-            before = layers.get(str(layer["layer"]), [0] * len(asked))
-            layers[str(layer["layer"])] = [sum(pair) for pair in zip(before, asked, strict=True)]
+    records = newest_steps(records_until(run / ROUTING, sys.maxsize), RECORDS)
+    if not records:
+        raise SystemExit(f"{run} holds no {ROUTING} of a run with experts (logging.routing_interval writes it)")
+    layers = {str(layer): loads_E for layer, loads_E in asked_for(records).items()}
     routes = json.loads(ROUTES.read_text()) if ROUTES.exists() else {}
     routes[name] = {"topk": records[-1]["topk"], "layers": layers}
     ROUTES.write_text(json.dumps(routes, indent=1) + "\n")
@@ -75,17 +75,16 @@ def layer_times(loads_E: list[int], topk: int, rounds: int) -> dict:
 
 def rank_loads(layers: dict[str, list[int]]) -> dict:
     """ranks -> mean over layers of the busiest rank over the mean, as the experts lie and placed anew."""
-    experts, found, ranks = len(next(iter(layers.values()))), {}, 2
-    while ranks <= experts:
-        if experts % ranks == 0:
-            today = [busiest_over_mean(loads_E, ranks) for loads_E in layers.values()]
-            placed = []
-            for loads_E in layers.values():
-                order = level_order(loads_E, ranks, [()] * experts)
-                placed.append(busiest_over_mean([loads_E[expert] for expert in order], ranks))
-            found[str(ranks)] = {"as they lie": sum(today) / len(today), "placed": sum(placed) / len(placed)}
-        ranks *= 2
-    return found
+    experts = len(next(iter(layers.values())))
+    divisors = [2**power for power in range(1, experts.bit_length()) if experts % 2**power == 0]
+    return {str(ranks): mean_of_layers(list(layers.values()), ranks) for ranks in divisors}
+
+
+def mean_of_layers(layers: list[list[int]], ranks: int) -> dict[str, float]:
+    orders = [level_order(loads_E, ranks, [()] * len(loads_E)) for loads_E in layers]
+    placed = [[loads_E[expert] for expert in order] for loads_E, order in zip(layers, orders, strict=True)]
+    ways = {"as they lie": layers, "placed": placed}
+    return {way: fmean(busiest_over_mean(loads_E, ranks) for loads_E in found) for way, found in ways.items()}
 
 
 def main() -> None:

@@ -650,7 +650,8 @@ def run_place_experts(parsed: argparse.Namespace) -> int:
     """Print what other places would do for the busiest rank, and write them where --save is given."""
     from megatron_moellava.checkpoint.description import read_description
     from megatron_moellava.checkpoint.folders import require_checkpoint
-    from megatron_moellava.conversion.place_experts import ROUTING, find_places, note, place_experts
+    from megatron_moellava.conversion.place_experts import find_places, note, place_experts
+    from megatron_moellava.conversion.routing_log import ROUTING
 
     checkpoint = require_checkpoint(parsed.checkpoint)
     run = read_description(checkpoint)

@@ -6,7 +6,6 @@ routers' tensors, which hold all experts in one piece, are written anew.
 """
 
 import io
-import json
 import os
 import pickle
 import shutil
@@ -20,11 +19,11 @@ from megatron_moellava.checkpoint.integrity import file_digests, files_below
 from megatron_moellava.checkpoint.safe_pickle import restricted_load
 from megatron_moellava.checkpoint.verification import verify_checkpoint
 from megatron_moellava.config import CheckpointError, ConfigError, ParallelConfig
+from megatron_moellava.conversion.routing_log import asked_for, fits, newest_steps, records_until
 from megatron_moellava.conversion.writers import staged
 from megatron_moellava.costs.expert_places import busiest_over_mean, kinds_of_places, level_order
 from megatron_moellava.costs.shapes import LANGUAGE, Model, model_from_json
 
-ROUTING = "routing.jsonl"
 RECORDS = 20  # observations that the loads are taken from, the newest
 REWRITTEN = "__places_0.distcp"
 METADATA = ".metadata"
@@ -35,7 +34,7 @@ class Placing:
     """What was found for one layer: `order[place]` is the expert of today that the place gets."""
 
     layer: int
-    loads_E: list[float]
+    loads_E: list[int]
     order: list[int]
     ranks: int
 
@@ -59,7 +58,7 @@ class Placing:
 def find_places(
     run: RunDescription, routing: Path, expert_parallel_size: int | None, records: int = RECORDS
 ) -> list[Placing]:
-    """The order of every layer with experts, from the newest `records` lines of a run's `routing.jsonl`.
+    """The order of every layer with experts, from the newest `records` of a run's `routing.jsonl`.
 
     Raises ConfigError where there is nothing to place, CheckpointError where the file is not of this model.
     """
@@ -80,7 +79,7 @@ def find_places(
         raise ConfigError(
             f"--expert-parallel {ranks}: give a number of ranks above 1 that divides the {model.moe.num_moe_experts} experts"
         )
-    loads = _loads(routing, model, records)
+    loads = _loads(routing, run, model, records)
     kinds = kinds_of_places(model.moe)
     return [
         Placing(layer=layer, loads_E=loads_E, order=level_order(loads_E, ranks, kinds), ranks=ranks)
@@ -93,30 +92,24 @@ def _parallel(run: RunDescription) -> int:
     return parallel.get("expert_model_parallel_size", ParallelConfig().expert_model_parallel_size)
 
 
-def _loads(routing: Path, model: Model, records: int) -> dict[int, list[float]]:
-    """layer (from 0) -> choices of each expert, dropped ones included, summed over the newest records."""
+def _loads(routing: Path, run: RunDescription, model: Model, records: int) -> dict[int, list[int]]:
+    """layer (from 0) -> choices of each expert, in the newest records before the checkpoint."""
     if not routing.is_file():
         raise CheckpointError(
             f"{routing} does not exist; name the routing.jsonl of the run with --routing (logging.routing_interval writes it)"
         )
-    lines = routing.read_text().splitlines()[-records:]
-    assert model.moe is not None
-    experts, loads = model.moe.num_moe_experts, {layer: [0.0] * model.moe.num_moe_experts for layer in model.moe_layers}
-    try:
-        for line in lines:
-            for found in json.loads(line)["layers"]:
-                asked = [kept + lost for kept, lost in zip(found["choices"], found["dropped"], strict=True)]
-                loads[found["layer"]] = [
-                    sum(pair) for pair in zip(loads[found["layer"]], map(float, asked), strict=True)
-                ]
-    except (ValueError, KeyError, TypeError) as error:
+    newest = newest_steps(records_until(routing, run.iteration), records)
+    experts = model.required_moe.num_moe_experts
+    if not all(fits(record, model.moe_layers, experts) for record in newest):
         layers = ", ".join(map(str, model.moe_layers))
         raise CheckpointError(
-            f"{routing} is not of this model, with {experts} experts in layers {layers} ({type(error).__name__}: {error})"
-        ) from None
-    if not lines or not all(map(sum, loads.values())):
+            f"{routing} is not of this model, with {experts} experts in layers {layers}; give its run's own"
+        )
+    loads = asked_for(newest)
+    if not loads or not all(map(sum, loads.values())):
         raise CheckpointError(
-            f"{routing} holds no observation of every layer; train on, or name another with --routing"
+            f"{routing} holds no observation of every layer up to step {run.iteration}; train on, or name another with "
+            "--routing"
         )
     return loads
 

@@ -8,18 +8,16 @@ as the run's `routing.jsonl` last recorded it. A token count says how much an ex
 Copies are given one by one, each to the expert with the largest utility per copy it has so far.
 """
 
-import json
-from pathlib import Path
-
 from megatron_moellava.config import CheckpointError
 from megatron_moellava.conversion.layout import MLP
 from megatron_moellava.conversion.megatron_checkpoint import Checkpoint
 from megatron_moellava.conversion.readers import open_megatron
+from megatron_moellava.conversion.routing_log import ROUTING, fits, records_until
 from megatron_moellava.conversion.tensors import Files, Tensor
 from megatron_moellava.costs.shapes import EXPERTS, LANGUAGE
 
 SECOND_MOMENTS = "optimizer.state.exp_avg_sq."
-GRADIENTS, TOKENS = "gradients (exp_avg_sq)", "tokens (routing.jsonl)"
+GRADIENTS, TOKENS = "gradients (exp_avg_sq)", f"tokens ({ROUTING})"
 
 
 def sources_by_utility(source: Checkpoint, experts: int) -> tuple[str, dict[int, list[int]]]:
@@ -29,11 +27,11 @@ def sources_by_utility(source: Checkpoint, experts: int) -> tuple[str, dict[int,
     """
     kind, utilities = GRADIENTS, _squared_gradients(source)
     if not utilities:
-        kind, utilities = TOKENS, _chosen(source.folder.parent / "routing.jsonl", source)
+        kind, utilities = TOKENS, _chosen(source)
     if not utilities:
         raise CheckpointError(
             f"--select utility: {source.folder} has no optimizer states of its experts, and {source.folder.parent} no "
-            "routing.jsonl with their load; take a checkpoint as training wrote it, or leave --select out"
+            f"{ROUTING} with their load; take a checkpoint as training wrote it, or leave --select out"
         )
     return kind, {layer: greedy(values, experts) for layer, values in utilities.items()}
 
@@ -76,17 +74,10 @@ def _sums(files: Files, tensor: Tensor, experts: int) -> list[float]:
     ]
 
 
-def _chosen(file: Path, source: Checkpoint) -> dict[int, list[float]]:
+def _chosen(source: Checkpoint) -> dict[int, list[float]]:
     """For each MoE layer how many tokens chose each expert in the last recorded step; empty without a fitting record."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:  # a line that a kill cut off
-            continue
-        found = {row["layer"]: [float(count) for count in row["choices"]] for row in record["layers"]}
-        layers, experts = source.model.moe_layers, source.model.required_moe.num_moe_experts
-        fits = record["iteration"] <= source.run.iteration and set(found) == set(layers)
-        if fits and all(len(row) == experts for row in found.values()):
-            return found
+    layers, experts = source.model.moe_layers, source.model.required_moe.num_moe_experts
+    for record in reversed(records_until(source.folder.parent / ROUTING, source.run.iteration)):
+        if fits(record, layers, experts):
+            return {row["layer"]: [float(count) for count in row["choices"]] for row in record["layers"]}
     return {}

@@ -13,7 +13,8 @@ from megatron_moellava.checkpoint.verification import verify_checkpoint
 from megatron_moellava.commands.convert import main
 from megatron_moellava.config import CheckpointError
 from megatron_moellava.conversion.inspection import diff
-from megatron_moellava.conversion.place_experts import ROUTING, Placing, find_places, note, place_experts
+from megatron_moellava.conversion.place_experts import Placing, find_places, note, place_experts
+from megatron_moellava.conversion.routing_log import ROUTING
 from megatron_moellava.costs.shapes import model_from_json
 from tests.helpers.trainers import one_layout, started, state
 
@@ -125,12 +126,12 @@ def test_an_adapter_does_not_move_without_its_base(tmp_path, capsys):
 
 def log(folder, loads, layers):
     lines = []
-    for scale in (9, 1):
+    for iteration, scale in ((1, 9), (2, 1), (3, 7)):  # the checkpoint is of step 2
         found = [
             {"layer": layer, "choices": [scale * load for load in loads], "dropped": [1, 0, 0, 0]} for layer in layers
         ]
-        lines.append(json.dumps({"layers": found}))
-    (folder / ROUTING).write_text("\n".join(lines) + "\n")
+        lines.append(json.dumps({"iteration": iteration, "layers": found if iteration < 3 else found[:1]}))
+    (folder / ROUTING).write_text("\n".join(lines) + '\n{"iteration": 2, "lay')
 
 
 def test_the_command_says_what_it_would_do_and_does_it_where_told(tmp_path, capsys):
@@ -166,9 +167,15 @@ def test_what_cannot_be_placed_is_refused_in_a_sentence(tmp_path, capsys):
     layers = [placing.layer for placing in placings(tmp_path / "run")]
     for content, says in (
         ("", "no observation"),
-        ('{"layers": [{"layer": 77, "choices": [1, 1, 1, 1], "dropped": [0, 0, 0, 0]}]}', "is not of this model"),
-        (f'{{"layers": [{{"layer": {layers[0]}, "choices": [1, 1], "dropped": [0, 0]}}]}}', "is not of this model"),
-        ("not JSON", "is not of this model"),
+        (
+            '{"iteration": 1, "layers": [{"layer": 77, "choices": [1, 1, 1, 1], "dropped": [0, 0, 0, 0]}]}',
+            "is not of this model",
+        ),
+        (
+            f'{{"iteration": 1, "layers": [{{"layer": {layers[0]}, "choices": [1, 1], "dropped": [0, 0]}}]}}',
+            "is not of this model",
+        ),
+        ("not JSON", "no observation"),
     ):
         (tmp_path / "run" / ROUTING).write_text(content)
         assert main([*run, "--expert-parallel", "2"]) == 2

@@ -1,0 +1,35 @@
+"""A run's record of its routers, as it lies on a disk after kills and steps back."""
+
+import json
+
+from megatron_moellava.conversion.routing_log import asked_for, fits, newest_steps, records_until
+
+
+def record(iteration, *choices, dropped=(0, 0)):
+    layers = [{"layer": number, "choices": list(row), "dropped": list(dropped)} for number, row in enumerate(choices)]
+    return {"iteration": iteration, "layers": layers}
+
+
+def test_each_step_counts_once_in_its_order_and_none_behind_the_checkpoint(tmp_path):
+    told = [record(10, (1, 1)), record(20, (2, 2)), record(30, (9, 9)), record(20, (3, 3))]  # went back to 10, then on
+    file = tmp_path / "routing.jsonl"
+    file.write_text("\n".join(json.dumps(item) for item in told) + '\n{"iteration": 25, "la')
+    assert records_until(file, 25) == [told[0], told[1], told[3]]
+    assert newest_steps(records_until(file, 25), 5) == [told[0], told[3]] and newest_steps(told[:2], 1) == [told[1]]
+    assert records_until(file, 9) == [] == records_until(tmp_path / "none.jsonl", 25)
+
+
+def test_a_line_that_a_kill_cut_off_may_have_others_behind_it(tmp_path):
+    file = tmp_path / "routing.jsonl"
+    file.write_text('{"iteration": 1, "la\n' + json.dumps(record(2, (1, 0))) + "\n")
+    assert records_until(file, 5) == [record(2, (1, 0))]
+
+
+def test_what_fits_has_the_models_layers_and_experts():
+    assert fits(record(1, (1, 2), (3, 4)), (0, 1), 2)
+    assert not fits(record(1, (1, 2)), (0, 1), 2) and not fits(record(1, (1, 2), (3, 4)), (0, 1), 3)
+
+
+def test_dropped_choices_were_asked_for():
+    assert asked_for([record(1, (1, 2), (3, 4), dropped=(5, 0)), record(2, (1, 0), (0, 1))]) == {0: [7, 2], 1: [8, 5]}
+    assert asked_for([]) == {}
