@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from compositions import training_questions
+from compositions import needs, training_questions
 
 SHARE = 1.0  # anchors for each pair
 
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=SHARE, help=f"anchors for each pair ({SHARE})")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     args = parser.parse_args()
+    needs(parser, args.pairs, args.data / "conversations.json")
     print(write_anchored(args.pairs, args.images, args.data, args.out, share=args.share, seed=args.seed))
 
 

@@ -203,6 +203,13 @@ def ordinary_questions(asked: Sequence[dict], source: Path, images: Path, count:
     ]
 
 
+def needs(parser: argparse.ArgumentParser, *files: Path) -> None:
+    """End with a sentence where the quickstart has not written what is read."""
+    missing = [str(file) for file in files if not file.exists()]
+    if missing:
+        parser.error(f"{', '.join(missing)} missing; run `make quickstart` first, and name its files")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the quickstart's data")
@@ -212,6 +219,7 @@ def main() -> None:
     parser.add_argument("--ordinary", type=int, default=ORDINARY, help=f"questions of easy-VQA's ({ORDINARY})")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     args = parser.parse_args()
+    needs(parser, args.data / "test.jsonl", args.data / "conversations.json")
     counts = {"train": args.train, "test": args.test, "ordinary": args.ordinary}
     print(write_compositions(args.data, args.out, **counts, seed=args.seed))
 

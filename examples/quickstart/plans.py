@@ -4,6 +4,8 @@ Stage 2 goes on with names. From there the dense model is continued and, upcycle
 layer, one for each token, so that a token passes through as many FLOPs as in the dense model (but for the router's).
 """
 
+from megatron_moellava.stages import STAGES
+
 # File -> how often an epoch sees each of its rows: names, and enough of easy-VQA that it is not forgotten.
 MIXTURE = {"names.json": 1.0, "conversations.json": 0.1}
 THINGS = 100  # emoji, of about 1,900
@@ -11,20 +13,11 @@ VIEWS = 10  # training pictures of each
 TURNS = 1  # languages a conversation asks for: an earlier answer would give the next one away
 QUESTIONS = 2  # held-out questions about each thing
 EXPERTS = {"num_moe_experts": 8, "moe_router_topk": 1, "placement": "dense", "normalize_top1": True}
-# What the dense model's stage trains, so that experts are all that the two differ in; the recipe's stage 3 keeps attention,
-# embeddings and norms as they are, with which facts are learned slower (docs/measurements/where_experts_pay.md).
-EVERYTHING = [
-    "projector",
-    "language.embedding",
-    "language.attention",
-    "language.norm",
-    "language.ffn",
-    "experts",
-    "router",
-]
 RUNS = {
     "names": {"stage": 2, "from": "stage2", "steps": 300, "lr": 2e-3, "data": MIXTURE},
-    "stage3": {"stage": 3, "from": "upcycled", "steps": 200, "lr": 2e-3, "data": MIXTURE, "trains": EVERYTHING},
+    # Trains what the dense model's stage does, so that experts are all that the two differ in; the recipe's stage 3 keeps
+    # attention, embeddings and norms as they are, with which facts are learned slower (docs/measurements/where_experts_pay.md).
+    "stage3": {"stage": 3, "from": "upcycled", "steps": 200, "lr": 2e-3, "data": MIXTURE, "trains": list(STAGES[2])},
     "dense": {"stage": 2, "from": "names", "steps": 200, "lr": 2e-3, "data": MIXTURE},
 }
 TITLES = {

@@ -24,6 +24,7 @@ from megatron_moellava.costs.stage_work import model_flops
 from megatron_moellava.planning.memory import worst_memory
 from megatron_moellava.planning.pricing import Pricing, costs_of
 from megatron_moellava.planning.workload import STAGE_DATA, StageData, full_load, mean_load
+from megatron_moellava.stages import STAGES
 from megatron_moellava.towers import TOWERS
 
 MISTRAL = BACKBONES["mistral-7b-v0.1"]
@@ -50,15 +51,6 @@ QWEN2_57B = replace(
     num_query_groups=4,
     kv_channels=128,
     vocab_size=151936,
-)
-EVERY_ROLE: tuple[Role, ...] = (
-    "projector",
-    "language.embedding",
-    "language.attention",
-    "language.norm",
-    "language.ffn",
-    "experts",
-    "router",
 )
 TOP2_OF_8 = MoEConfig(num_moe_experts=8, placement="dense")
 TOP8_OF_64 = MoEConfig(
@@ -105,7 +97,7 @@ class Published:
                 micro_batch_size=self.micro_batch_size,
                 global_batch_size=self.global_batch_size,
                 recompute=self.recompute,
-                trains=EVERY_ROLE if self.data is None else self.trains,
+                trains=STAGES[2] if self.data is None else self.trains,
             ),
             data=DataConfig(seq_length=self.seq_length, packing=self.data is None),
             parallel=self.parallel,
@@ -209,7 +201,7 @@ RUNS = (
     _llava("stage 2", 20.0, "13B", "a100-80", 2, 16, "ZeRO-3"),
     _ablation("dense", 13.0, None),
     _ablation("FFN only", 20.0, TOP2_OF_4),
-    _ablation("all parameters", 27.0, TOP2_OF_4, EVERY_ROLE),
+    _ablation("all parameters", 27.0, TOP2_OF_4, STAGES[2]),
     _ablation("experts in all layers", 32.0, replace(TOP2_OF_4, placement="dense")),
 )
 

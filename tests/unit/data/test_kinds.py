@@ -138,16 +138,21 @@ def test_modalities_from_json_and_from_shards_with_known_pixels(tmp_path, packin
     assert torch.equal(found["id4"][1][3], expected) and torch.equal(found["id2"][1][0], expected)
 
 
+def continued(data, before: int, after: int) -> tuple[dict, list]:
+    """(state after `before` batches; the next `after`, each beside that of a loader that goes on from the state)"""
+    loader, _ = make_loader(data)
+    take(loader, before)
+    saved, expected = json.loads(json.dumps(loader.state_dict())), take(loader, after)
+    resumed, _ = make_loader(data)
+    resumed.load_state_dict(saved)
+    return saved, list(zip(expected, take(resumed, after), strict=True))
+
+
 def test_a_run_with_modalities_continues_exactly_and_not_with_others(tmp_path):
     path = write_rows(tmp_path, [record | {"id": f"{n}{record['id']}"} for n in range(5) for record in mixed(tmp_path)])
     data = config(path, modalities=(DEPTH, THERMAL))
-    loader, _ = make_loader(data)
-    take(loader, 3)
-    saved, expected = json.loads(json.dumps(loader.state_dict())), take(loader, 6)
-    resumed, _ = make_loader(data)
-    resumed.load_state_dict(saved)
-    for batch in expected:
-        again = next(resumed)
+    saved, batches = continued(data, 3, 6)
+    for batch, again in batches:
         assert again.sample_ids == batch.sample_ids and again.pictures == batch.pictures
         assert torch.equal(again.pixel_values_NCHW, batch.pixel_values_NCHW)
     other, _ = make_loader(replace(data, modalities=(THERMAL, DEPTH)))
@@ -204,13 +209,8 @@ def test_a_modality_with_a_tower_of_its_own_has_its_pixels_and_its_tokens_there(
 def test_an_own_towers_tokens_are_part_of_the_order_and_of_the_lengths(tmp_path):
     path = write_rows(tmp_path, [record | {"id": f"{n}{record['id']}"} for n in range(5) for record in mixed(tmp_path)])
     data = config(path, modalities=(replace(DEPTH, tower="siglip-tiny", projector="own"), THERMAL), seq_length=512)
-    loader, _ = make_loader(data)
-    take(loader, 2)
-    saved, expected = json.loads(json.dumps(loader.state_dict())), take(loader, 4)
-    resumed, _ = make_loader(data)
-    resumed.load_state_dict(saved)
-    for batch in expected:
-        again = next(resumed)
+    saved, batches = continued(data, 2, 4)
+    for batch, again in batches:
         assert again.sample_ids == batch.sample_ids and torch.equal(again.apart["depth"], batch.apart["depth"])
     other, _ = make_loader(replace(data, modalities=(DEPTH, THERMAL)))
     with pytest.raises(DataError, match="towers: "):
