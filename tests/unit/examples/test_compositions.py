@@ -122,3 +122,14 @@ def test_the_same_seed_gives_the_same_bytes(program, data, tmp_path):
         return [(str(file.relative_to(folder)), hashlib.sha256(file.read_bytes()).digest()) for file in files]
 
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_what_the_quickstart_has_not_written_is_named(program, tmp_path, monkeypatch, capsys):
+    options = ["--data"]
+    given = [part for option in options for part in (option, str(tmp_path / "none"))]
+    monkeypatch.setattr("sys.argv", ["program", *given, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "conversations.json missing; run `make quickstart` first" in said
+    assert not (tmp_path / "out").exists()
