@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from megatron_moellava.checkpoint.integrity import file_digests, files_below
 from megatron_moellava.checkpoint.safe_pickle import restricted_load
 from megatron_moellava.checkpoint.verification import verify_checkpoint
 from megatron_moellava.config import CheckpointError, ConfigError, ParallelConfig
-from megatron_moellava.conversion.routing_log import asked_for, fits, newest_steps, records_until
+from megatron_moellava.conversion.routing_log import asked_for, fits, records_until
 from megatron_moellava.conversion.writers import staged
 from megatron_moellava.costs.expert_places import busiest_over_mean, kinds_of_places, level_order
 from megatron_moellava.costs.shapes import LANGUAGE, Model, model_from_json
@@ -77,7 +78,8 @@ def find_places(
     ranks = expert_parallel_size or _parallel(run)
     if ranks < 2 or model.moe.num_moe_experts % ranks:
         raise ConfigError(
-            f"--expert-parallel {ranks}: give a number of ranks above 1 that divides the {model.moe.num_moe_experts} experts"
+            f"--expert-parallel {ranks}{'' if expert_parallel_size else ', as the run has it'}: give a number of ranks above 1 "
+            f"that divides the {model.moe.num_moe_experts} experts"
         )
     loads = _loads(routing, run, model, records)
     kinds = kinds_of_places(model.moe)
@@ -98,8 +100,7 @@ def _loads(routing: Path, run: RunDescription, model: Model, records: int) -> di
         raise CheckpointError(
             f"{routing} does not exist; name the routing.jsonl of the run with --routing (logging.routing_interval writes it)"
         )
-    newest = newest_steps(records_until(routing, run.iteration), records)
-    experts = model.required_moe.num_moe_experts
+    newest, experts = records_until(routing, run.iteration)[-records:], model.required_moe.num_moe_experts
     if not all(fits(record, model.moe_layers, experts) for record in newest):
         layers = ", ".join(map(str, model.moe_layers))
         raise CheckpointError(
@@ -212,7 +213,9 @@ def _rewritten(source: Path, staging: Path, whole: dict[str, list[int]], metadat
     guard()
     entries = {key: metadata.state_dict_metadata[key] for key in whole}
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
-    dcp.load(tensors, checkpoint_id=source, no_dist=True)
+    with warnings.catch_warnings():  # that one process loads, which is meant
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(tensors, checkpoint_id=source, no_dist=True)
     storage = {}
     indices = {(index.fqn, tuple(index.offset)): index for index in metadata.storage_data if index.fqn in whole}
     with (staging / REWRITTEN).open("wb") as file:

@@ -7,8 +7,8 @@ ROUTING = "routing.jsonl"
 
 
 def records_until(file: Path, iteration: int) -> list[dict]:
-    """Records of steps up to `iteration`, as they were written; none where there is no file. A line that a kill cut off is
-    passed over."""
+    """Records of steps up to `iteration`, oldest first, each step once, as training keeps them; none where there is no file. A
+    line that a kill cut off is passed over."""
     found = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
@@ -18,12 +18,6 @@ def records_until(file: Path, iteration: int) -> list[dict]:
         if record["iteration"] <= iteration:
             found.append(record)
     return found
-
-
-def newest_steps(records: list[dict], count: int) -> list[dict]:
-    """Those of the last `count` recorded steps, oldest first. Of a step that a continued run has recorded again, the later."""
-    by_step = {record["iteration"]: record for record in records}
-    return [by_step[step] for step in sorted(by_step)[-count:]]
 
 
 def fits(record: dict, layers: tuple[int, ...], experts: int) -> bool:

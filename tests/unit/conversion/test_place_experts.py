@@ -91,6 +91,13 @@ def test_the_run_goes_on_as_it_would_have(kind, tmp_path):
         torch.testing.assert_close(after[name], before[name][order], atol=1e-5 if kind != "muon" else 1e-3, rtol=1e-3)
 
 
+def test_nothing_is_said_of_how_it_was_read(tmp_path, recwarn):
+    trained(tmp_path / "run")
+    recwarn.clear()
+    place_experts(tmp_path / "run", tmp_path / "placed", placings(tmp_path / "run"))
+    assert not recwarn.list
+
+
 def test_places_that_do_not_change_change_nothing(tmp_path):
     trainer = trained(tmp_path / "run")
     place_experts(tmp_path / "run", tmp_path / "placed", placings(tmp_path / "run", range(4)))
@@ -158,7 +165,8 @@ def test_what_cannot_be_placed_is_refused_in_a_sentence(tmp_path, capsys):
     trained(tmp_path / "run")
     run = ["place-experts", str(tmp_path / "run")]
     for more, says in (
-        ([], "--expert-parallel 1: give a number of ranks above 1"),
+        ([], "--expert-parallel 1, as the run has it: give a number of ranks above 1 that divides the 4 experts"),
+        (["--expert-parallel", "1"], "--expert-parallel 1: give a number of ranks above 1"),
         (["--expert-parallel", "3"], "divides the 4 experts"),
         (["--expert-parallel", "2", "--routing", str(tmp_path / "none.jsonl")], "none.jsonl does not exist"),
     ):
