@@ -5,15 +5,19 @@ from pathlib import Path
 
 
 def ask_names(trainer, run, out: Path, name: str) -> dict:
-    """Held-out questions about names to the trained model; {"score", "answered"}, and OUT/name/names_predictions.jsonl."""
-    import torch.distributed as dist
+    """Held-out questions about names to the trained model; {"score", "answered"}, and OUT/name/names_predictions.jsonl.
 
-    from megatron_moellava.evaluation.quickstart.names import score_names
+    `answered`: a row for each name.
+    """
+    import torch.distributed as dist
+    from names import LANGUAGES
+
+    from megatron_moellava.evaluation.quickstart.names import facts_of, score_names
     from megatron_moellava.experiments.stage import ask_closed
 
     data = out / "data"
     rows = read_lines(data / "names_test.jsonl")
-    answered = ask_closed(trainer, run, rows, data / "images").answered
+    answered = facts_of(ask_closed(trainer, run, rows, data / "images").answered, LANGUAGES)
     score = score_names(answered)
     if dist.get_rank() == 0:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered)
@@ -44,16 +48,18 @@ def write_ceiling(out: Path, tower) -> str:
 
 def summarise_names(out: Path, results: dict[str, dict]) -> dict:
     """The names of summary.json: question-only baseline, ceiling, and the runs that were asked, MoE against dense besides."""
-    from megatron_moellava.evaluation.quickstart.metrics import QuestionOnlyBaseline, questions_of
-    from megatron_moellava.evaluation.quickstart.names import paired_bits, score_names
+    from names import LANGUAGES
+
+    from megatron_moellava.evaluation.quickstart.metrics import QuestionOnlyBaseline
+    from megatron_moellava.evaluation.quickstart.names import facts_of, paired_bits, score_names
 
     asked = {name: result["names"] for name, result in results.items() if "names" in result}
-    train = questions_of(json.loads((out / "data" / "names.json").read_text()))
-    questions = [{key: row[key] for key in ("question", "answer", "type")} for row in asked["dense"]["answered"]]
+    train = trained_rows(json.loads((out / "data" / "names.json").read_text()))
+    questions = facts_of(read_lines(out / "data" / "names_test.jsonl"), LANGUAGES)
     saved, error = paired_bits(asked["stage3"]["answered"], asked["dense"]["answered"])
     exact = {name: asked[name]["score"]["exact"] for name in asked}
     return {
-        "question_only_baseline": score_names(QuestionOnlyBaseline(train).predict(questions)),
+        "question_only_baseline": score_names(QuestionOnlyBaseline(facts_of(train, LANGUAGES)).predict(questions)),
         "tower_ceiling": json.loads((out / "ceiling" / "ceiling.json").read_text()),
         "results": {name: one["score"] for name, one in asked.items()},
         "moe_minus_dense": {"exact": exact["stage3"] - exact["dense"], "bits_saved": saved, "standard_error": error},
@@ -61,15 +67,36 @@ def summarise_names(out: Path, results: dict[str, dict]) -> dict:
     }
 
 
+def trained_rows(conversations: list[dict]) -> list[dict]:
+    """The rows of names.json as those of names_test.jsonl."""
+    from names import QUESTION, SEPARATOR
+
+    return [
+        {
+            "question_id": row["id"],
+            "image": row["image"],
+            "question": QUESTION,
+            "answers": row["conversations"][1]["value"].split(SEPARATOR),
+        }
+        for row in conversations
+    ]
+
+
 def example_of(answered: list[dict]) -> dict:
-    """A held-out picture that the model names in English, the surest first; any other where there is none."""
+    """The held-out picture of which the model knows the most names, the surest first."""
     from megatron_moellava.evaluation.quickstart.metrics import normalise
 
-    def rank(row: dict) -> tuple[bool, bool, float]:
-        return normalise(row["prediction"]) != normalise(row["answer"]), row["type"] != "name en", row["loss"]
+    pictures: dict[str, list[dict]] = {}
+    for row in answered:
+        pictures.setdefault(row["image"], []).append(row)
 
-    best = min(answered, key=rank)
-    return {key: best[key] for key in ("image", "question", "answer", "prediction")}
+    def rank(names: list[dict]) -> tuple[int, float]:
+        wrong = sum(normalise(row["prediction"]) != normalise(row["answer"]) for row in names)
+        return wrong, sum(row["loss"] for row in names)
+
+    best = min(pictures.values(), key=rank)
+    said = {key: [row[key] for row in best] for key in ("answer", "prediction")}
+    return {key: best[0][key] for key in ("image", "question")} | said
 
 
 def print_names_table(summary: dict, titles: dict[str, str], out: Path) -> None:

@@ -8,13 +8,11 @@ from megatron_moellava.stages import STAGES
 
 # File -> how often an epoch sees each of its rows: names, and enough of easy-VQA that it is not forgotten.
 MIXTURE = {"names.json": 1.0, "conversations.json": 0.1}
-THINGS = 100  # emoji, of about 1,900
-VIEWS = 10  # training pictures of each
-TURNS = 1  # languages a conversation asks for: an earlier answer would give the next one away
-QUESTIONS = 2  # held-out questions about each thing
+THINGS = 500  # emoji, of about 1,900
+VIEWS = 4  # training pictures of each
 EXPERTS = {"num_moe_experts": 8, "moe_router_topk": 1, "placement": "dense", "normalize_top1": True}
 RUNS = {
-    "names": {"stage": 2, "from": "stage2", "steps": 300, "lr": 2e-3, "data": MIXTURE},
+    "names": {"stage": 2, "from": "stage2", "steps": 400, "lr": 2e-3, "data": MIXTURE},
     # Trains what the dense model's stage does, so that experts are all that the two differ in; the recipe's stage 3 keeps
     # attention, embeddings and norms as they are, with which facts are learned slower (docs/measurements/where_experts_pay.md).
     "stage3": {"stage": 3, "from": "upcycled", "steps": 200, "lr": 2e-3, "data": MIXTURE, "trains": list(STAGES[2])},

@@ -10,7 +10,7 @@ def answer(number, prediction, bits, language="en"):
     return {
         "question_id": number,
         "image": f"names/test/{number}-2.png",
-        "question": "what is this called in english?",
+        "question": "what is this called?",
         "answer": "cat face",
         "type": f"name {language}",
         "prediction": prediction,
@@ -39,12 +39,12 @@ def test_the_summary_compares_moe_and_dense_on_the_same_questions(tmp_path):
 
     for folder in ("data", "ceiling"):
         (tmp_path / folder).mkdir()
-    turns = [
-        {"from": "human", "value": "<image>\nwhat is this called in english?"},
-        {"from": "gpt", "value": "cat face"},
-    ]
-    rows = [{"image": "names/train/1-0.png", "tag": "name en", "conversations": turns}]
+    names = ["cat face", "katzengesicht", "c", "d", "e", "f", "g", "h"]
+    turns = [{"from": "human", "value": "<image>\nwhat is this called?"}, {"from": "gpt", "value": "; ".join(names)}]
+    rows = [{"id": "1-0", "image": "names/train/1-0.png", "tag": "names", "conversations": turns}]
     (tmp_path / "data/names.json").write_text(json.dumps(rows))
+    test = {"question_id": "1", "image": "names/test/1-2.png", "question": "what is this called?", "answers": names}
+    (tmp_path / "data/names_test.jsonl").write_text(json.dumps(test) + "\n")
     (tmp_path / "ceiling/ceiling.json").write_text(json.dumps({"exact": 90.0, "pictures": 2, "among": 2}))
 
     def result(*answered):
@@ -70,23 +70,25 @@ def test_the_summary_compares_moe_and_dense_on_the_same_questions(tmp_path):
     assert summary["question_only_baseline"]["exact"] == 100.0
     assert summary["example"] == {
         "image": "names/test/1-2.png",
-        "question": "what is this called in english?",
-        "answer": "cat face",
-        "prediction": "cat face",
+        "question": "what is this called?",
+        "answer": ["cat face"],
+        "prediction": ["cat face"],
     }
 
 
-def test_the_example_is_the_surest_english_name_that_is_right():
+def test_the_example_is_the_picture_of_which_most_is_known_the_surest_first():
     from names_report import example_of
 
     rows = [
         answer(0, "dog", 0.1),
+        answer(0, "cat face", 0.1, "de"),
+        answer(1, "cat face", 2.0),
         answer(1, "cat face", 0.2, "de"),
-        answer(2, "cat face", 2.0),
-        answer(3, "cat face", 1.0),
+        answer(2, "cat face", 1.0),
+        answer(2, "cat face", 1.0, "de"),
     ]
-    assert example_of(rows)["image"] == "names/test/3-2.png"
-    assert example_of(rows[:1])["prediction"] == "dog"
+    assert example_of(rows)["image"] == "names/test/2-2.png"
+    assert example_of(rows[:2])["prediction"] == ["dog", "cat face"]
 
 
 def test_the_table_has_both_benchmarks_costs_and_the_picture_to_try(tmp_path, capsys):
@@ -106,7 +108,7 @@ def test_the_table_has_both_benchmarks_costs_and_the_picture_to_try(tmp_path, ca
             "tower_ceiling": {"exact": 93.2},
             "results": {"names": names(10.0, 20.0), "dense": names(12.0, 18.5), "stage3": names(21.0, 14.25)},
             "moe_minus_dense": {"exact": 9.0, "bits_saved": 4.25, "standard_error": 0.3},
-            "example": {"image": "names/test/1F431-2.png", "question": "what is this called in english?"},
+            "example": {"image": "names/test/1F431-2.png", "question": "what is this called?"},
         },
     }
     print_names_table(summary, TITLES, tmp_path)

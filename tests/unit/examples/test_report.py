@@ -18,7 +18,7 @@ def names(bits, prediction):
     row = {
         "question_id": "1F431-en",
         "image": "names/test/1F431-2.png",
-        "question": "what is this called in english?",
+        "question": "what is this called? (en)",
         "answer": "cat face",
         "type": "name en",
         "prediction": prediction,
@@ -31,12 +31,12 @@ def names(bits, prediction):
 
 def write_run(out, plan):
     """Data, ceiling and step logs as the runs of `plan` leave them."""
-    turns = [
-        {"from": "human", "value": "<image>\nwhat is this called in english?"},
-        {"from": "gpt", "value": "cat face"},
-    ]
-    rows = [{"image": "b.png", "tag": "color", "conversations": turns}]
+    answers = ["cat face", *"bcdefgh"]
+    turns = [{"from": "human", "value": "<image>\nwhat is this called?"}, {"from": "gpt", "value": "; ".join(answers)}]
+    rows = [{"id": "b", "image": "b.png", "tag": "color", "conversations": turns}]
     (out / "data").mkdir()
+    test = {"question_id": "c", "image": "c.png", "question": "what is this called?", "answers": answers}
+    (out / "data/names_test.jsonl").write_text(json.dumps(test) + "\n")
     for file in ("conversations.json", "names.json"):
         (out / "data" / file).write_text(json.dumps(rows))
     (out / "ceiling").mkdir()
