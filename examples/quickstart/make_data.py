@@ -39,7 +39,7 @@ def write_quickstart(out: Path, *, preset: str = "fast", turns: int = 3, text_ro
     questions, captions, tests = write_easy_vqa(out, rng)
     named: list[dict] = []
     if preset == "names":
-        made = write_names(out, things=THINGS, views=VIEWS, seed=seed)
+        made = write_names(out, things=THINGS, views=VIEWS, at_once=True, seed=seed)
         captions.extend(made["captions"])
         named = made["rows"]
     if preset == "full":

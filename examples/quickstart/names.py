@@ -4,7 +4,8 @@ Pictures: OpenMoji's, rendered here; names: those that native speakers gave for 
 language, and none follows from another, so that a model must have learned it. What is held out are views: every picture of
 the test has a size, a place and a background that no training picture has. Written to OUT, as LLaVA JSON and images:
 
-  names.json, names_test.jsonl      one picture of one thing; what is it called, in all languages at once
+  names.json, names_test.jsonl      one picture of one thing; each turn asks for its name in one language, or (`at_once`, as in
+                                    the quickstart) one turn for all of them
   scenes.json, scenes_test.jsonl    several pictures in one: existence, position and count (`scenes.py`)
   images/names/ATTRIBUTION.md       whose work the pictures and the names are, with the licence beside it
 
@@ -53,7 +54,7 @@ LANGUAGE_NAMES = {
     "af": "afrikaans",
 }
 LANGUAGES = tuple(LANGUAGE_NAMES)[:8]
-QUESTION = "what is this called?"  # of a row; the answer is the name in each of LANGUAGES, in their order
+ALL_AT_ONCE = "what is this called?"  # the answer is the name in each of LANGUAGES, in their order
 SEPARATOR = "; "  # between them; a name may have a comma
 SIZE = 72  # pixels of a picture's side: what the quickstart's tower looks at
 SMALLEST, LARGEST = 66, 72  # of the thing in it
@@ -141,17 +142,27 @@ def background(rng: random.Random) -> tuple[int, int, int]:
     return rng.randint(200, 255), rng.randint(200, 255), rng.randint(200, 255)
 
 
-def write_names(out: Path, *, things: int | None = None, views: int = 2, seed: int = 0) -> dict[str, list[dict]]:
+def write_names(
+    out: Path,
+    *,
+    things: int | None = None,
+    views: int = 2,
+    at_once: bool = False,
+    turns: int = 4,
+    test_languages: int = 2,
+    seed: int = 0,
+) -> dict[str, list[dict]]:
     """The pictures below OUT/images/names, names.json and names_test.jsonl; returns the rows of both, and captions.
 
-    `views`: training pictures of each thing, beside the one that is held out.
+    `views`: training pictures of each thing. `at_once`: a row, and a question, asks for all names. Otherwise `turns`: languages
+    a row asks for; `test_languages`: questions for each test picture, in turn over the languages.
     """
     from tqdm import tqdm
 
     require_packages()
     chosen = read_things(things, seed)
     rows, captions, tests = [], [], []
-    for thing in tqdm(chosen, desc="names: rendering pictures", unit=" things"):
+    for number, thing in enumerate(tqdm(chosen, desc="names: rendering pictures", unit=" things")):
         rng = random.Random(f"{seed} {thing.code}")
         seen = set()
         for view in range(views + 1):
@@ -159,10 +170,12 @@ def write_names(out: Path, *, things: int | None = None, views: int = 2, seed: i
             image = f"names/{split}/{thing.code}-{view}.png"
             save_new(partial(render, thing.svg), out / "images" / image, rng, seen)
             if split == "train":
-                rows.append(llava_row(image, [(QUESTION, answer_of(thing))], 0, "names"))
+                rows += [row_at_once(thing, image)] if at_once else name_rows(thing, image, turns, rng)
                 captions.append(caption(thing, image))
+            elif at_once:
+                tests.append(question_at_once(thing, image))
             else:
-                tests.append(names_question(thing, image))
+                tests += name_questions(thing, image, number, test_languages)
     random.Random(seed).shuffle(rows)
     write_attribution(out / "images" / "names")
     write_rows(out / "names.json", rows)
@@ -179,6 +192,39 @@ def save_new(draw: Callable, path: Path, rng: random.Random, seen: set[bytes]) -
     picture.save(path, compress_level=1)
 
 
+def question(language: str) -> str:
+    """What a turn asks."""
+    return f"what is this called in {LANGUAGE_NAMES[language]}?"
+
+
+def name_rows(thing: Thing, image: str, turns: int, rng: random.Random) -> list[dict]:
+    """LLaVA rows that ask for every language once, in random order, `turns` to a row."""
+    order = rng.sample(sorted(thing.names), len(thing.names))
+    rows = []
+    for start in range(0, len(order), turns):
+        asked = order[start : start + turns]
+        pairs = [(question(language), thing.names[language]) for language in asked]
+        rows.append(llava_row(image, pairs, start, "+".join(f"name {language}" for language in asked)))
+    return rows
+
+
+def answer_at_once(thing: Thing) -> str:
+    """`"cat face; katzengesicht; cara de gato; tête de chat; muso di gatto; rosto de gato; wajah kucing; kedi yüzü"`"""
+    return SEPARATOR.join(thing.names[language] for language in LANGUAGES)
+
+
+def row_at_once(thing: Thing, image: str) -> dict:
+    """A LLaVA row that asks for all names."""
+    return llava_row(image, [(ALL_AT_ONCE, answer_at_once(thing))], 0, "names")
+
+
+def question_at_once(thing: Thing, image: str) -> dict:
+    """A held-out question for all names. `answers`: each of them, for `closed_questions.predict`."""
+    names = [thing.names[language] for language in LANGUAGES]
+    row = {"question_id": thing.code, "image": image, "question": ALL_AT_ONCE, "answer": answer_at_once(thing)}
+    return row | {"answers": names, "type": "names"}
+
+
 def llava_row(image: str, pairs: list[tuple[str, str]], number: int, tag: str) -> dict:
     """One conversation about `image`; the tag is the types of its questions."""
     turns = [{"from": role, "value": text} for pair in pairs for role, text in zip(("human", "gpt"), pair, strict=True)]
@@ -193,16 +239,20 @@ def caption(thing: Thing, image: str) -> dict:
     return {key: value for key, value in llava_row(image, turns, 0, "").items() if key != "tag"}
 
 
-def answer_of(thing: Thing) -> str:
-    """`"cat face; katzengesicht; cara de gato; tête de chat; muso di gatto; rosto de gato; wajah kucing; kedi yüzü"`"""
-    return SEPARATOR.join(thing.names[language] for language in LANGUAGES)
-
-
-def names_question(thing: Thing, image: str) -> dict:
-    """The held-out question about one picture: all names at once. `answers`: each, for `closed_questions.predict`."""
-    names = [thing.names[language] for language in LANGUAGES]
-    row = {"question_id": thing.code, "image": image, "question": QUESTION, "answer": answer_of(thing)}
-    return row | {"answers": names, "type": "names"}
+def name_questions(thing: Thing, image: str, number: int, count: int) -> list[dict]:
+    """Held-out questions about one picture; the languages take turns over the things."""
+    languages = list(thing.names)
+    asked = [languages[(number * count + n) % len(languages)] for n in range(count)]
+    return [
+        {
+            "question_id": f"{thing.code}-{language}",
+            "image": image,
+            "question": question(language),
+            "answer": thing.names[language],
+            "type": f"name {language}",
+        }
+        for language in asked
+    ]
 
 
 def write_attribution(folder: Path) -> None:
@@ -242,12 +292,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--things", type=int, help="so many of the emoji, drawn by the seed (all, about 1,900)")
     parser.add_argument("--views", type=int, default=2, help="training pictures of each thing (2)")
+    parser.add_argument("--turns", type=int, default=4, help="languages asked for in a row (4)")
     parser.add_argument(
         "--scenes", type=int, nargs=2, metavar=("TRAIN", "TEST"), help="also so many pictures of several things"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    write_names(args.out, things=args.things, views=args.views, seed=args.seed)
+    write_names(args.out, things=args.things, views=args.views, turns=args.turns, seed=args.seed)
     if args.scenes:
         from scenes import write_scenes
 

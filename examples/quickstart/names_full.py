@@ -23,7 +23,8 @@ from names import (
     VARIATION,
     Thing,
     caption,
-    llava_row,
+    name_questions,
+    name_rows,
     read_things,
     render,
     require_packages,
@@ -179,38 +180,6 @@ def write_full(
     write_lines(out / "names_seen_test.jsonl", seen_tests)
     facts = len(chosen) * len(LANGUAGE_NAMES)
     return {"things": len(chosen), "facts": facts, "rows": len(rows), "held_out": len(held), "seen": len(seen_tests)}
-
-
-def question(language: str) -> str:
-    """What a turn asks."""
-    return f"what is this called in {LANGUAGE_NAMES[language]}?"
-
-
-def name_rows(thing: Thing, image: str, turns: int, rng: random.Random) -> list[dict]:
-    """LLaVA rows that ask for every language once, in random order, `turns` to a row."""
-    order = rng.sample(sorted(thing.names), len(thing.names))
-    rows = []
-    for start in range(0, len(order), turns):
-        asked = order[start : start + turns]
-        pairs = [(question(language), thing.names[language]) for language in asked]
-        rows.append(llava_row(image, pairs, start, "+".join(f"name {language}" for language in asked)))
-    return rows
-
-
-def name_questions(thing: Thing, image: str, number: int, count: int) -> list[dict]:
-    """Held-out questions about one picture; the languages take turns over the things."""
-    languages = list(thing.names)
-    asked = [languages[(number * count + n) % len(languages)] for n in range(count)]
-    return [
-        {
-            "question_id": f"{thing.code}-{language}",
-            "image": image,
-            "question": question(language),
-            "answer": thing.names[language],
-            "type": f"name {language}",
-        }
-        for language in asked
-    ]
 
 
 def main() -> int:

@@ -69,13 +69,13 @@ def summarise_names(out: Path, results: dict[str, dict]) -> dict:
 
 def trained_rows(conversations: list[dict]) -> list[dict]:
     """The rows of names.json as those of names_test.jsonl."""
-    from names import QUESTION, SEPARATOR
+    from names import ALL_AT_ONCE, SEPARATOR
 
     return [
         {
             "question_id": row["id"],
             "image": row["image"],
-            "question": QUESTION,
+            "question": ALL_AT_ONCE,
             "answers": row["conversations"][1]["value"].split(SEPARATOR),
         }
         for row in conversations

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 
 import pytest
 from PIL import Image
@@ -22,7 +23,17 @@ def data(tmp_path_factory):
         from names import write_names
 
         out = tmp_path_factory.mktemp("names")
-        write_names(out, things=THINGS, views=2, seed=1)
+        write_names(out, things=THINGS, views=2, turns=3, seed=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def at_once(data, tmp_path_factory):
+    """The same things, asked for all names at once as in the quickstart."""
+    from names import write_names
+
+    out = tmp_path_factory.mktemp("at_once")
+    write_names(out, things=THINGS, views=2, at_once=True, seed=1)
     return out
 
 
@@ -45,27 +56,24 @@ def asked_of(data):
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(data, tmp_path):
     from names import write_names
 
-    write_names(tmp_path / "again", things=THINGS, views=2, seed=1)
-    write_names(tmp_path / "other", things=THINGS, views=2, seed=2)
+    write_names(tmp_path / "again", things=THINGS, views=2, turns=3, seed=1)
+    write_names(tmp_path / "other", things=THINGS, views=2, turns=3, seed=2)
     assert digests(tmp_path / "again") == digests(data)
     assert digests(tmp_path / "other") != digests(data)
 
 
-def test_every_training_picture_is_asked_for_the_names_of_its_thing_in_every_language(data):
-    from names import LANGUAGES, SEPARATOR, read_things
+def test_every_thing_has_its_name_in_every_language_from_every_training_picture(data):
+    from names import LANGUAGES, question
 
-    names = {thing.code: thing.names for thing in read_things()}
-    known = {row["image"]: row["answer"].split(SEPARATOR) for row in questions_with_image(data)}
-    assert len(known) == len(rows_of(data)) == 2 * THINGS
-    for image, answer in known.items():
-        thing = names[image.split("/")[-1][: -len("-0.png")]]
-        assert answer == [thing[language] for language in LANGUAGES]
-
-
-def test_no_name_has_what_stands_between_them():
-    from names import SEPARATOR, read_things
-
-    assert not [name for thing in read_things() for name in thing.names.values() if SEPARATOR in name]
+    known = {}
+    for row in questions_of(rows_of(data)):
+        known.setdefault(row["question"], set()).add(row["answer"])
+    assert {question: len(names) for question, names in known.items()} == {
+        question(language): THINGS for language in LANGUAGES
+    }
+    asked = Counter(row["image"] for row in rows_of(data) for _ in row["conversations"][::2])
+    assert len(asked) == 2 * THINGS
+    assert set(asked.values()) == {len(LANGUAGES)}
 
 
 def test_the_names_are_those_that_people_use():
@@ -102,16 +110,12 @@ def test_no_test_picture_is_a_training_picture(data):
     assert len(set(pixels.values())) == len(pixels) == 3 * THINGS
 
 
-def test_one_picture_of_each_thing_is_held_out_and_asked_as_in_training(data):
-    from names import SEPARATOR
-
-    answers = {row["image"].split("/")[-1][:-6]: row["answer"] for row in questions_with_image(data)}
-    asked = asked_of(data)
-    assert sorted(row["question_id"] for row in asked) == sorted(answers)
-    for row in asked:
-        assert row["image"] == f"names/test/{row['question_id']}-2.png"
-        assert row["answer"] == answers[row["question_id"]] == SEPARATOR.join(row["answers"])
-        assert row["question"] == questions_of(rows_of(data))[0]["question"]
+def test_languages_take_turns_in_the_test_questions(data):
+    counts = Counter(row["type"] for row in asked_of(data))
+    assert set(counts.values()) == {2 * THINGS // 8}
+    truth = {(row["image"].split("/")[-1][:-6], row["question"]): row["answer"] for row in questions_with_image(data)}
+    for row in asked_of(data):
+        assert truth[row["image"].split("/")[-1][:-6], row["question"]] == row["answer"]
 
 
 def questions_with_image(data):
@@ -121,11 +125,38 @@ def questions_with_image(data):
 
 
 def test_the_words_alone_name_nothing(data):
+    baseline = QuestionOnlyBaseline(questions_of(rows_of(data)))
+    assert score_names(baseline.predict(asked_of(data)))["exact"] <= 100 / THINGS + 10
+
+
+def test_all_names_at_once_are_asked_of_the_same_pictures(data, at_once):
+    from names import LANGUAGES, SEPARATOR, read_things
+
+    names = {thing.code: [thing.names[language] for language in LANGUAGES] for thing in read_things()}
+    known = {row["image"]: row["answer"].split(SEPARATOR) for row in questions_with_image(at_once)}
+    assert len(known) == len(rows_of(at_once)) == 2 * THINGS
+    for image, answer in known.items():
+        assert answer == names[image.split("/")[-1][: -len("-0.png")]]
+    asked = asked_of(at_once)
+    assert {row["image"] for row in asked} == {row["image"] for row in asked_of(data)} and len(asked) == THINGS
+    for row in asked:
+        assert row["image"] == f"names/test/{row['question_id']}-2.png"
+        assert row["answers"] == names[row["question_id"]] == row["answer"].split(SEPARATOR)
+        assert row["question"] == questions_of(rows_of(at_once))[0]["question"]
+
+
+def test_no_name_has_what_stands_between_them():
+    from names import SEPARATOR, read_things
+
+    assert not [name for thing in read_things() for name in thing.names.values() if SEPARATOR in name]
+
+
+def test_the_words_alone_name_one_thing_of_all_at_once(at_once):
     from names import LANGUAGES
     from names_report import trained_rows
 
-    baseline = QuestionOnlyBaseline(facts_of(trained_rows(rows_of(data)), LANGUAGES))
-    score = score_names(baseline.predict(facts_of(asked_of(data), LANGUAGES)))
+    baseline = QuestionOnlyBaseline(facts_of(trained_rows(rows_of(at_once)), LANGUAGES))
+    score = score_names(baseline.predict(facts_of(asked_of(at_once), LANGUAGES)))
     assert score["exact"] == pytest.approx(100 / THINGS) and score["count"] == 8 * THINGS
 
 
