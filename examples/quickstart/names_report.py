@@ -106,7 +106,7 @@ def print_names_table(summary: dict, titles: dict[str, str], out: Path) -> None:
     baseline, ceiling = names["question_only_baseline"], names["tower_ceiling"]
     easy_baseline = f"{summary['question_only_baseline']['accuracy']:.1f}"
     rows = [("question-only baseline", easy_baseline, f"{baseline['exact']:.1f}", "", "", "")]
-    for name in ("stage2", "names", "dense", "stage3"):
+    for name in ("stage2", "dense", "stage3"):
         score = names["results"].get(name)
         cost = costs[name]
         rows.append(

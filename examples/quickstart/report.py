@@ -11,14 +11,12 @@ from names_report import print_names_table, summarise_names
 SHORT = {
     "stage1": "stage 1",
     "stage2": "stage 2",
-    "names": "with\nnames",
     "stage3": "stage 3\nMoE",
     "dense": "stage 2\ncontinued",
 }
 COLOURS = {
     "stage1": "tab:blue",
     "stage2": "tab:orange",
-    "names": "tab:purple",
     "stage3": "tab:green",
     "dense": "tab:gray",
 }
@@ -101,8 +99,7 @@ def plot_curves(steps: dict, summary: dict, titles: dict, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(1.6, 1))
     first = {"stage1": 0}
     first["stage2"] = len(steps["stage1"])
-    first["names"] = first["stage2"] + len(steps["stage2"])
-    first["stage3"] = first["dense"] = first["names"] + len(steps.get("names", ()))
+    first["stage3"] = first["dense"] = first["stage2"] + len(steps["stage2"])
     for name, rows in steps.items():
         x = [first[name] + row["iteration"] for row in rows]
         line = {"color": COLOURS[name], "label": titles[name], "linewidth": 1.5}

@@ -29,33 +29,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 import plans
 from models import TOWER_STEPS
 from parts import Part, Parts, digest_of_sources
-from speed import Speed, said_time
+from speed import TOKENS, Speed, said_time
 
 HERE = Path(__file__).parent
 QUESTIONS = 2500  # after each run, of the 9,673 that easy-VQA holds out: the standard error of 99 % is 0.2
 BLANKED = 800  # about so many of them are asked once more, with and without their pictures
-# Optimizer steps and peak learning rate of each run, and what it starts from.
-PLAN = {
-    "stage1": {"stage": 1, "from": "start", "steps": 25, "lr": 3e-3, "data": "captions.json", "questions": 1000},
-    "stage2": {"stage": 2, "from": "stage1", "steps": 600, "lr": 2e-3, "data": "conversations.json"},
-    "stage3": {"stage": 3, "from": "upcycled", "steps": 90, "lr": 1e-3, "data": "conversations.json"},
-    "dense": {"stage": 2, "from": "stage2", "steps": 90, "lr": 1e-3, "data": "conversations.json"},
-}
-TITLES = {
-    "stage1": "stage 1: projector",
-    "stage2": "stage 2: projector + language model",
-    "stage3": "stage 3: MoE",
-    "dense": "stage 2 continued for as long (dense)",
-}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--preset",
-        choices=("fast", "names", "full"),
-        default="fast",
-        help="easy-VQA (default); easy-VQA and names; easy-VQA and digits",
+        choices=tuple(plans.PLANS),
+        default="names",
+        help="easy-VQA and names (default); easy-VQA alone; easy-VQA and digits",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
     parser.add_argument("--backbone", default="llama-tiny", help="llama-tiny (default) or phi-2-tiny")
@@ -94,11 +81,7 @@ class Quickstart:
     @property
     def plan(self) -> dict[str, dict]:
         """The runs of the preset."""
-        return plans.with_names(PLAN) if self.has_names else PLAN
-
-    @property
-    def titles(self) -> dict[str, str]:
-        return TITLES | plans.TITLES if self.has_names else TITLES
+        return plans.PLANS[self.arguments.preset]
 
     @property
     def upcycled_from(self) -> str:
@@ -144,6 +127,7 @@ class Quickstart:
         if self.has_names:
             ceiling = Part(name="ceiling", settings=[], action=alone(self.measure_ceiling), needs=["data", "tower"])
             parts.append(ceiling)
+        row = plans.SEQ_LENGTH[options.preset] / TOKENS
         for name, plan in self.plan.items() if not options.prepare_only else ():
             if plan["from"] == "upcycled":
                 source = self.upcycled_from
@@ -156,7 +140,7 @@ class Quickstart:
                     action=partial(self.train, name, plan),
                     needs=["data", plan["from"]],
                     goes_on=True,
-                    seconds=speed.training(steps, self.num_questions(plan), is_moe=plan["stage"] == 3),
+                    seconds=speed.training(steps * row, self.num_questions(plan), is_moe=plan["stage"] == 3),
                 )
             )
         return parts
@@ -220,7 +204,7 @@ class Quickstart:
     def experts(self):
         from megatron_moellava.config import MoEConfig
 
-        return MoEConfig(**(plans.EXPERTS if self.has_names else {}))
+        return MoEConfig(**plans.EXPERTS[self.arguments.preset])
 
     def measure_ceiling(self) -> None:
         from names_report import write_ceiling
@@ -247,7 +231,6 @@ class Quickstart:
         from megatron_moellava.validation.run import load_run
 
         data = self.out / "data"
-        files = plan["data"] if isinstance(plan["data"], dict) else {plan["data"]: 1.0}
         images = str(data / "images")
         flags = {
             "training.stage": plan["stage"],
@@ -257,9 +240,11 @@ class Quickstart:
             "checkpoint.load": str(self.out / plan["from"]),
             "checkpoint.save": str(self.out / name),
             "data.sources": [
-                {"path": str(data / file), "image_folder": images, "weight": weight} for file, weight in files.items()
+                {"path": str(data / file), "image_folder": images, "weight": weight}
+                for file, weight in plan["data"].items()
             ],
             "data.tokenizer": str(data / "tokenizer.model"),
+            "data.seq_length": plans.SEQ_LENGTH[self.arguments.preset],
         }
         if "trains" in plan:
             flags["training.trains"] = plan["trains"]
@@ -274,7 +259,7 @@ class Quickstart:
         from megatron_moellava.experiments.stage import train_stage
 
         run = self.run_config(name, plan)
-        say(f"--- {self.titles[name]}")
+        say(f"--- {plans.TITLES[name]}")
         return self.ask(name, run, train_stage(run))
 
     def ask(self, name: str, run, trainer) -> dict:
@@ -293,7 +278,7 @@ class Quickstart:
         result = {"score": answers.score, "answered": answers.answered, "cost": cost}
         on_first_rank(lambda: write_jsonl(self.out / name / "predictions.jsonl", answers.answered))
         say(summary_line(answers.score, len(rows), time.perf_counter() - started))
-        if self.has_names and name in plans.RUNS:
+        if self.has_names and self.plan[name]["stage"] > 1:
             result["names"] = ask_names(trainer, run, self.out, name)
         if answers.routing is not None:
             every = max(1, len(rows) // BLANKED)
@@ -309,7 +294,7 @@ class Quickstart:
     def report(self) -> None:
         from report import write_report
 
-        write_report(self.out, self.arguments, self.plan, self.titles, self.results, self.parts.seconds)
+        write_report(self.out, self.arguments, self.plan, plans.TITLES, self.results, self.parts.seconds)
 
 
 def summary_line(score: dict, count: int, seconds: float) -> str:

@@ -39,8 +39,8 @@ class Speed:
         dist.all_gather_object(slowest, seconds_of_a_pass(precision))
         return cls(max(slowest), dist.get_world_size())
 
-    def training(self, steps: int, questions: int, *, is_moe: bool) -> float:
-        """Seconds of a run and of asking so many questions after it."""
+    def training(self, steps: float, questions: int, *, is_moe: bool) -> float:
+        """Seconds of a run of so many steps, of rows of TOKENS tokens, and of asking so many questions after it."""
         rows = max(1, ROWS // self.processes)
         return self._some(steps * rows * STEP[is_moe] + questions / self.processes * QUESTION[is_moe])
 

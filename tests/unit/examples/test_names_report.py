@@ -18,20 +18,26 @@ def answer(number, prediction, bits, language="en"):
     }
 
 
-def test_the_runs_of_the_preset_start_from_what_is_there():
-    from plans import RUNS, with_names
+@pytest.mark.parametrize("preset", ["names", "fast", "full"])
+def test_the_runs_of_a_preset_start_from_what_is_there_and_moe_and_dense_learn_alike(preset):
+    from plans import EXPERTS, PLANS, SEQ_LENGTH
 
-    plan = with_names({"stage1": {"from": "start"}, "stage2": {"from": "stage1"}, "stage3": {}, "dense": {}})
-    made = {"start"}
+    plan, made = PLANS[preset], {"start"}
     for name, run in plan.items():
-        if run["from"] == "upcycled":
-            assert "names" in made
-        else:
-            assert run["from"] in made
+        assert run["from"] in made or (run["from"] == "upcycled" and plan["dense"]["from"] in made)
         made.add(name)
-    assert RUNS["stage3"]["steps"] == RUNS["dense"]["steps"]
-    assert RUNS["stage3"]["lr"] == RUNS["dense"]["lr"]
-    assert RUNS["stage3"]["data"] == RUNS["dense"]["data"]
+    for name in ("steps", "lr", "data"):
+        assert plan["stage3"][name] == plan["dense"][name]
+    assert preset in EXPERTS and preset in SEQ_LENGTH
+
+
+def test_with_names_moe_and_dense_train_the_same_and_a_token_meets_one_expert():
+    from plans import EXPERTS, PLANS
+
+    from megatron_moellava.stages import STAGES
+
+    assert set(PLANS["names"]["stage3"]["trains"]) >= set(STAGES[2])
+    assert EXPERTS["names"]["moe_router_topk"] == 1 and "moe_ffn_hidden_size" not in EXPERTS["names"]
 
 
 def test_the_summary_compares_moe_and_dense_on_the_same_questions(tmp_path):
@@ -101,12 +107,12 @@ def test_the_table_has_both_benchmarks_costs_and_the_picture_to_try(tmp_path, ca
     cost = {"flops_per_token": 2.5e6, "activated": 1_000_000, "total": 1_000_000}
     summary = {
         "question_only_baseline": {"accuracy": 66.9},
-        "results": {name: {"accuracy": 99.0} for name in ("stage2", "names", "dense", "stage3")},
-        "costs": dict.fromkeys(("stage2", "names", "dense"), cost) | {"stage3": cost | {"total": 5_100_000}},
+        "results": {name: {"accuracy": 99.0} for name in ("stage2", "dense", "stage3")},
+        "costs": dict.fromkeys(("stage2", "dense"), cost) | {"stage3": cost | {"total": 5_100_000}},
         "names": {
             "question_only_baseline": names(0.6, None),
             "tower_ceiling": {"exact": 93.2},
-            "results": {"names": names(10.0, 20.0), "dense": names(12.0, 18.5), "stage3": names(21.0, 14.25)},
+            "results": {"stage2": names(10.0, 20.0), "dense": names(12.0, 18.5), "stage3": names(21.0, 14.25)},
             "moe_minus_dense": {"exact": 9.0, "bits_saved": 4.25, "standard_error": 0.3},
             "example": {"image": "names/test/1F431-2.png", "question": "what is this called?"},
         },
@@ -116,7 +122,7 @@ def test_the_table_has_both_benchmarks_costs_and_the_picture_to_try(tmp_path, ca
     rows = {title: line for title in TITLES.values() for line in lines if line.startswith(title)}
     assert rows[TITLES["stage3"]].split()[-7:] == ["99.0", "21.0", "14.25", "2.50", "1.00", "/", "5.10"]
     assert rows[TITLES["dense"]].split()[-7:] == ["99.0", "12.0", "18.50", "2.50", "1.00", "/", "1.00"]
-    assert rows[TITLES["stage2"]].split()[-5:] == ["99.0", "2.50", "1.00", "/", "1.00"]
+    assert rows[TITLES["stage2"]].split()[-7:] == ["99.0", "10.0", "20.00", "2.50", "1.00", "/", "1.00"]
     assert any(line.startswith("the tower's own retrieval") and "93.2" in line for line in lines)
     assert any("4.25 ± 0.30 bits per fact saved" in line for line in lines)
     assert any(f"--image {tmp_path}/data/images/names/test/1F431-2.png" in line for line in lines)

@@ -54,9 +54,7 @@ def test_table_summary_and_pictures_of_either_preset(preset, tmp_path, capsys):
 
     from megatron_moellava.evaluation.quickstart.metrics import score_quickstart
 
-    easy = {name: {"from": "x"} for name in ("stage1", "stage2", "stage3", "dense")}
-    plan = plans.with_names(easy) if preset == "names" else easy
-    titles = {name: name for name in plan} | (plans.TITLES if preset == "names" else {})
+    plan = plans.PLANS[preset]
     write_run(tmp_path, plan)
     cost = {"flops_per_token": 2.5e6, "activated": 1_000_000, "total": 1_000_000}
     results = {name: {"score": score_quickstart(answered()), "answered": answered(), "cost": cost} for name in plan}
@@ -67,11 +65,11 @@ def test_table_summary_and_pictures_of_either_preset(preset, tmp_path, capsys):
         "moe_layers": [0, 2],
     }
     if preset == "names":
-        results["names"]["names"] = names(9.0, "dog")
+        results["stage2"]["names"] = names(9.0, "dog")
         results["dense"]["names"] = names(7.0, "dog")
         results["stage3"]["names"] = names(4.0, "cat face")
     arguments = Namespace(preset=preset, backbone="llama-tiny", seed=1, overrides=[])
-    write_report(tmp_path, arguments, plan, titles, results, {"data": 1.0})
+    write_report(tmp_path, arguments, plan, plans.TITLES, results, {"data": 1.0})
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary["results"]) == list(plan)
     assert ("names" in summary) == (preset == "names")
