@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from megatron_moellava.evaluation.quickstart.names import SEPARATOR
+
 # What the questions call a language. The first eight are those in Latin script that the `emoji` package has; the others are
 # asked for by `names_full.py`.
 LANGUAGE_NAMES = {
@@ -55,9 +57,8 @@ LANGUAGE_NAMES = {
 }
 LANGUAGES = tuple(LANGUAGE_NAMES)[:8]
 ALL_AT_ONCE = "what is this called?"  # the answer is the name in each of LANGUAGES, in their order
-SEPARATOR = "; "  # between them; a name may have a comma
 SIZE = 72  # pixels of a picture's side: what the quickstart's tower looks at
-SMALLEST, LARGEST = 66, 72  # of the thing in it
+SMALLEST, LARGEST = 70, 72  # of the thing in it
 SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 VARIATION = "-FE0F"  # "show as a picture": part of a file's name, or not
 FULLY_QUALIFIED = 2  # `status` in the emoji package

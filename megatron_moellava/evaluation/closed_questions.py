@@ -25,6 +25,7 @@ from megatron_moellava.data.batch import Batch, pack
 from megatron_moellava.data.encode import IGNORE_INDEX, EncodedSample
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.sample import Sample, parse_record
+from megatron_moellava.evaluation.quickstart.names import SEPARATOR
 from megatron_moellava.model.answers import token_losses
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.moe_llava import MoELlava
@@ -32,8 +33,6 @@ from megatron_moellava.routing.statistics import RoutingStatistics
 from megatron_moellava.towers import Tower
 from megatron_moellava.training.broadcast import broadcast_batch
 from megatron_moellava.training.schedule import ROWS_PER_STAGE, run_schedule
-
-SEPARATOR = "; "  # between the answers of a row that has several
 
 
 def predict(

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from megatron_moellava.config import DataError
 from megatron_moellava.evaluation.quickstart.metrics import Row, normalise, rows_by_type
 
+SEPARATOR = "; "  # between the names of an answer that has several; a name may have a comma
+
 
 def score_names(predictions: Iterable[Row]) -> dict:
     """{"count", "exact" and its "standard_error" in percent, "bits_per_fact" and its "bits_standard_error", "types": the same

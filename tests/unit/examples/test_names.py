@@ -9,7 +9,7 @@ from PIL import Image
 
 from megatron_moellava.config import DataError
 from megatron_moellava.evaluation.quickstart.metrics import QuestionOnlyBaseline, questions_of
-from megatron_moellava.evaluation.quickstart.names import facts_of, score_names
+from megatron_moellava.evaluation.quickstart.names import SEPARATOR, facts_of, score_names
 
 THINGS = 12
 
@@ -130,7 +130,7 @@ def test_the_words_alone_name_nothing(data):
 
 
 def test_all_names_at_once_are_asked_of_the_same_pictures(data, at_once):
-    from names import LANGUAGES, SEPARATOR, read_things
+    from names import LANGUAGES, read_things
 
     names = {thing.code: [thing.names[language] for language in LANGUAGES] for thing in read_things()}
     known = {row["image"]: row["answer"].split(SEPARATOR) for row in questions_with_image(at_once)}
@@ -146,7 +146,7 @@ def test_all_names_at_once_are_asked_of_the_same_pictures(data, at_once):
 
 
 def test_no_name_has_what_stands_between_them():
-    from names import SEPARATOR, read_things
+    from names import read_things
 
     assert not [name for thing in read_things() for name in thing.names.values() if SEPARATOR in name]
 

@@ -57,7 +57,8 @@ def test_table_summary_and_pictures_of_either_preset(preset, tmp_path, capsys):
     plan = plans.PLANS[preset]
     write_run(tmp_path, plan)
     cost = {"flops_per_token": 2.5e6, "activated": 1_000_000, "total": 1_000_000}
-    results = {name: {"score": score_quickstart(answered()), "answered": answered(), "cost": cost} for name in plan}
+    easy = {"score": score_quickstart(answered()), "answered": answered()}
+    results = {name: {"cost": cost} | (easy if name in plans.PERCEPTION else {}) for name in plan}
     results["stage3"] |= {
         "blanked": answered(),
         "blanked_every": 1,
@@ -65,17 +66,17 @@ def test_table_summary_and_pictures_of_either_preset(preset, tmp_path, capsys):
         "moe_layers": [0, 2],
     }
     if preset == "names":
-        results["stage2"]["names"] = names(9.0, "dog")
-        results["dense"]["names"] = names(7.0, "dog")
-        results["stage3"]["names"] = names(4.0, "cat face")
+        results["names"]["names"] = names(9.0, "dog")
+        results["names_dense"]["names"] = names(7.0, "dog")
+        results["names_moe"]["names"] = names(4.0, "cat face")
     arguments = Namespace(preset=preset, backbone="llama-tiny", seed=1, overrides=[])
     write_report(tmp_path, arguments, plan, plans.TITLES, results, {"data": 1.0})
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary["results"]) == list(plan)
+    assert list(summary["results"]) == list(plans.PERCEPTION)
     assert ("names" in summary) == (preset == "names")
     if preset == "names":
         assert summary["names"]["moe_minus_dense"]["bits_saved"] == pytest.approx(3.0)
         assert summary["names"]["moe_minus_dense"]["exact"] == 100.0
-        assert "make chat ARGS='--image" in capsys.readouterr().out
-    for picture in ("curves.png", "expert_load.png"):
+        assert "make chat ARGS='--load" in capsys.readouterr().out
+    for picture in ("curves.png", "expert_load.png", *["names.png"] * (preset == "names")):
         assert (tmp_path / picture).stat().st_size > 1000
