@@ -88,8 +88,11 @@ LESSONS = """## What they say
 - **What stage III trains decides as much.** The recipe's stage III leaves attention, embeddings and norms as stage II left
   them; the dense model continued trains everything. Where the dense model learns slowly (eight thousand facts) the recipe's
   MoE wins all the same, by half as much as one that trains everything; where it learns fast (two thousand facts) what is
-  frozen costs more than the experts bring. In the quickstart's preset `names` the MoE fell far behind so, and comes close where
-  it trains everything ([its page](../tutorials/quickstart.md)).
+  frozen costs more than the experts bring.
+- **With pictures it is the same.** The quickstart's preset `names` asks for four thousand facts about real pictures, through
+  a tower of its own: experts pay there, too ([its page](../tutorials/quickstart.md)). Where the model is large enough to hold the
+  facts, they do not: a model of a million parameters (stage II of 1,200 steps, one seed) knew 76 % of these names after 300 more
+  steps as a dense model, and 64 % as an MoE.
 - **The paper's two of four experts** beat the dense model, at 1.3 times its FLOPs, by less than one of eight.
 - **Of the paper's findings those about experts hold, those about stages do not.** Two experts are better than one, and two
   active ones better than one. But here nothing is pretrained: the language model is random when stage II begins, and what is
