@@ -48,8 +48,7 @@ from megatron_moellava.costs.shapes import LANGUAGE, PROJECTOR, TOWER, UNUSED, M
 from megatron_moellava.data.llama_tokenizer import DEFAULTS
 from megatron_moellava.data.tokenizer import load_tokenizer
 from megatron_moellava.towers import Tower, get_tower
-from megatron_moellava.towers.from_config import hf_config_of as tower_config_of
-from megatron_moellava.towers.from_config import processor_config_of
+from megatron_moellava.towers.from_config import processor_config_of, published_config_of
 
 TOKENIZER_FILES = (
     "token",
@@ -254,6 +253,11 @@ def _check_tower(tower: Tower, layout: str) -> None:
         raise ConfigError(
             f"model.tower={tower.name}: --layout {layout} has no native resolution; export --layout transformers"
         )
+    if tower.takes_videos:
+        raise ConfigError(
+            f"model.tower={tower.name}: --layout {layout} has no tower that attends across the frames of a video; export "
+            "--layout language-model, tower and projector"
+        )
     if tower.shuffle > 1 and not tower.native:
         raise ConfigError(
             f"model.tower={tower.name}: --layout {layout} has no projector {tower.projector!r}; export --layout "
@@ -378,7 +382,7 @@ def _plan_tower(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -
     tower = source.model.required_tower
     recipes = _weights(source, source.model, replace(ORIGINAL, tower=VISION_TOWER.tower), dtype)
     recipes = [recipe for recipe in recipes if recipe.name.startswith(VISION_TOWER.tower)]
-    config = tower_config_of(tower) | ({"vision_use_head": _has_head(source)} if tower.native else {})
+    config = published_config_of(tower) | ({"vision_use_head": _has_head(source)} if tower.native else {})
     files = {"config.json": config, "preprocessor_config.json": processor_config_of(tower)}
     return Export(recipes, source.tensors, files, VISION_TOWER.title)
 

@@ -71,13 +71,44 @@ def plans_of_sizes(sizes: Sequence[tuple[int, int] | None], tower, data, where: 
     return grid.plans(sizes, tower, data.image_grid)
 
 
+def check_videos(refs: Sequence[ImageRef], tower, where: str) -> None:
+    """Raises BadSample where a tower that takes whole videos would get anything else. `tower`: the model's."""
+    for modality in dict.fromkeys(ref.modality for ref in refs):
+        own = tower_for(modality, tower)
+        wrong = [place for ref in refs if ref.modality == modality for place in [ref.frame] if not _fits(place, own)]
+        if wrong:
+            found = "a picture" if wrong[0] is None else f"{wrong[0][1]} frames of a video"
+            raise BadSample(
+                "no whole video",
+                f"{where}: shows {found}, and {own.name} attends across the {own.num_frames} frames of a video; name videos in "
+                f"`video`, with data.video_frames={own.num_frames}, or use a tower for pictures such as "
+                "languagebind-image-large-patch14",
+            )
+
+
+def _fits(place: Frame, tower) -> bool:
+    return not tower.takes_videos or (place is not None and place[1] == tower.num_frames)
+
+
+def _check_cut(rest: Sequence[ImageRef], length: int, tower, where: str) -> None:
+    """Raises BadSample where the pictures that are cut off begin within a video that the tower takes whole."""
+    if rest and rest[0].frame and rest[0].frame[0] and tower_for(rest[0].modality, tower).takes_videos:
+        raise BadSample(
+            "too long",
+            f"{where}: {length} tokens with its videos, and the cut would go through one, which the tower takes whole; shorten "
+            "the row, or raise data.seq_length and data.max_sample_length",
+        )
+
+
 def encoded(encoder: Encoder, sample: Sample, folder: str, where: str, tower, data) -> EncodedSample:
     """Tokens and labels, with as much room for each picture as this tower needs. Raises BadSample."""
+    check_videos(sample.images, tower, where)
     if not tower.has_grids:
         counts = [num_tiles(ref, folder, where, tower, data) for ref in sample.images]
         frames, pooling = [ref.frame for ref in sample.images], POOLINGS[data.video_pooling]
         kinds = [ref.modality for ref in sample.images]
         found = encoder(sample, widths_of(kinds, frames, counts, tower, pooling))
+        _check_cut(sample.images[len(found.images) :], found.length, tower, where)
         shared = [number for number, ref in enumerate(found.images) if not ref.is_apart]
         return replace(found, pools=pools([frames[n] for n in shared], [counts[n] for n in shared], pooling))
     made = plans(sample.images, folder, where, tower, data)

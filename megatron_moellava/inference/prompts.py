@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -95,8 +96,13 @@ class Prompter:
         placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
         if request.images and placeholders != len(request.images):
             raise DataError(f"request {request.id}: {placeholders} `<image>` for {len(request.images)} images")
-        plans = self.plans(request.images, f"request {request.id}")
         kinds = [self.kind(image) for image in request.images]
+        names = tuple(
+            ImageRef(name=str(number), frame=image.info.get(FRAME), modality=kind)
+            for number, (image, kind) in enumerate(zip(request.images, kinds, strict=True))
+        )
+        media.check_videos(names, self.tower, f"request {request.id}")
+        plans = self.plans(request.images, f"request {request.id}")
         towers = [self.tower_of(image) for image in request.images]
         if self.tower.native:
             pixels = [
@@ -116,7 +122,6 @@ class Prompter:
         if not plans:
             tiles = [len(part) for part in pixels]
             features = media.widths_of(kinds, frames, tiles, self.tower, pooling)
-        names = tuple(ImageRef(name=str(number)) for number in range(len(pixels)))
         ids, _ = encode(
             Sample(id=request.id, origin=request.id, turns=turns, images=names), self.template, self.tokenizer
         )
@@ -133,6 +138,8 @@ class Prompter:
             grids=tuple(plan.grid for plan in plans),
             modalities=kinds_of(image.info.get(MODALITY, PLAIN) for image in request.images),
         )
+        if self.tower.takes_videos:
+            return _together(found, frames, Pooling(1, self.tower.num_frames))
         return found if plans or pooling == POOLINGS["none"] else _together(found, frames, pooling)
 
     def plans(self, images: Sequence[Image.Image], where: str) -> tuple[Plan, ...]:
@@ -170,13 +177,13 @@ class Prompter:
 
 
 def _together(prompt: Prompt, frames: Sequence[Frame], pooling: Pooling) -> Prompt:
-    """Frames that are pooled together as one image of the prompt."""
+    """Frames that are pooled together, or go through the tower together, as one image of the prompt."""
     starts = [number for number, frame in enumerate(frames) if frame is None or frame[0] % pooling.temporal == 0]
-    ends = [*starts[1:], len(frames)]
+    spans = list(pairwise([*starts, len(frames)]))
     return replace(
         prompt,
-        tiles=tuple(sum(prompt.tiles[start:end]) for start, end in zip(starts, ends, strict=True)),
-        features=tuple(prompt.features[start] for start in starts),
+        tiles=tuple(sum(prompt.tiles[start:end]) for start, end in spans),
+        features=tuple(sum(prompt.features[start:end]) for start, end in spans),
         blocks=tuple(1 if frames[start] is None else pooling.spatial for start in starts),
         modalities=tuple(prompt.modalities[start] for start in starts) if prompt.modalities else (),
         apart=tuple(prompt.apart[start] for start in starts) if prompt.apart else (),

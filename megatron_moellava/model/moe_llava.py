@@ -195,7 +195,8 @@ class MoELlava(MegatronModule):
         """`encode_images`; under context parallelism each rank does its part of the images."""
         if self.tower.native:
             return encode_share_of_grids(self._encode, pixels_NCHW, grids, self.tower)
-        return self._laid_out(encode_share(partial(self._encode, modality=modality), pixels_NCHW), grids)
+        frames = self._way(modality)[0].tower.num_frames
+        return self._laid_out(encode_share(partial(self._encode, modality=modality), pixels_NCHW, frames), grids)
 
     def _scale_words(self, words_SBD: torch.Tensor, has_images: bool) -> torch.Tensor:
         multiplier = self.backbone.embedding_multiplier
@@ -211,7 +212,7 @@ class MoELlava(MegatronModule):
         newline = projector.image_newline.weight.sum() * 0.0 if tower.newline else 0.0
         if self._trains(module) or self.shares_experts_of("tower"):
             side = tower.shuffle  # at native resolution: the smallest picture
-            count, grids = (side**2, ((side, side),)) if tower.native else (1, ())
+            count, grids = (side**2, ((side, side),)) if tower.native else (tower.num_frames, ())
             pixels_NCHW = like.new_zeros(count, *tower.pixel_shape)
             return self._encode(pixels_NCHW, grids, modality, real=0).sum() * 0.0 + newline
         padding_11 = torch.ones(1, 1, dtype=torch.bool, device=like.device)

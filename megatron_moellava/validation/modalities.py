@@ -49,6 +49,11 @@ def way_problems(data: DataConfig, tower: Tower) -> Iterator[str]:
                 "different numbers of visual tokens; beside such a modality every tower must take pictures of one size, as "
                 "CLIP, SigLIP and SigLIP 2 do"
             )
+        elif own.takes_videos and modality.tower:
+            yield (
+                f"{where}.tower={modality.tower}: it takes whole videos, and a modality has pictures; use it as model.tower, "
+                "or languagebind-image-large-patch14 here"
+            )
         elif modality.projector == "shared" and not projector_fits(own, tower):
             yield (
                 f"{where}.tower={modality.tower}: its features are {own.projector_input_size} wide, and those of model.tower "

@@ -110,6 +110,14 @@ MODELS = {
     "videos-stage3": Model(
         moe=MOE, rows="videos", roles=None, run={"data.video_pooling": "2x2x2", "training.stage": 3}
     ),
+    # The tower attends across the frames of a video; frozen, too, and with adapters.
+    "across-frames": Model(moe=MOE, run={"model.tower": "languagebind-video-tiny", "data.video_frames": 4}),
+    "across-frames-stage1": Model(
+        roles=None, run={"model.tower": "languagebind-video-tiny", "data.video_frames": 4, "training.stage": 1}
+    ),
+    "across-frames-lora": Model(
+        moe=MOE, roles=[], run={"model.tower": "languagebind-video-tiny", "data.video_frames": 4} | LORA
+    ),
     "text-only": Model(moe=MOE, rows="text"),
     "padded": Model(moe=MOE, rows="padded"),
     "padded-phi": Model(backbone="phi-2-tiny", moe=MOE, rows="padded"),
@@ -342,6 +350,11 @@ LAYOUTS = [
     *_layouts("videos videos-stage3", "cp2", 2, cp=2),
     *_layouts("videos-stage3", "ep2", 2, ep=2),
     *_layouts("videos", "recompute-tower", 1, recompute_tower=True),
+    *_layouts("across-frames", "dp2", 2),
+    *_layouts("across-frames across-frames-stage1 across-frames-lora", "tp2", 2, tp=2),
+    *_layouts("across-frames across-frames-stage1", "pp2", 2, pp=2),
+    *_layouts("across-frames across-frames-lora", "cp2", 2, cp=2),
+    *_layouts("across-frames", "recompute-tower", 1, recompute_tower=True),
     *_layouts("text-only", "dp2", 2),
     *_layouts("text-only", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("text-only", "pp2", 2, pp=2),
@@ -536,6 +549,7 @@ CONTINUATIONS = [
     ("own-tower:ep2", "own-tower:cp2"),
     ("own-tower-stage1:pp2", "own-tower-stage1:tp2"),
     ("own-tower-lora:tp2", "own-tower-lora:pp2"),
+    ("across-frames:tp2", "across-frames:pp2"),
     ("lora:ep2", "lora:tp2-etp2"),
     ("lora:tp2-etp2", "lora:pp2"),
     ("lora-shared:tp2-ep2-etp1", "lora-shared:ep2"),

@@ -78,8 +78,8 @@ def _micro_batch(kind: str, vocab_size: int, tower: Tower, depth: Modality, seed
     shape, grids = tower.pixel_shape, [known[(seed + number) % len(known)] for number in range(images)]
     if kind == "videos":
         return _with_videos(draw, str(seed), vocab_size, tower, [POOLS[(seed + n) % len(POOLS)] for n in range(images)])
-    # Patches, tiles with their overview, or one tile.
-    counts = [grid[0] * grid[1] + tower.newline if grid else 1 for grid in grids]
+    # Patches, tiles with their overview, or one tile; the frames of a video.
+    counts = [grid[0] * grid[1] + tower.newline if grid else tower.num_frames for grid in grids]
     pixels = [draw.standard_normal((count, *shape), dtype=np.float32) for count in counts]
     if kind == "padded":
         per_sample = {0: (0, 0), 1: (0, 1), 2: (1, 1)}[images]
@@ -122,7 +122,7 @@ def _sample(
     """`words` random words after the images; the later two thirds are trained on. `features`: of all images together, where
     they differ."""
     text = draw.integers(3, vocab_size, words)
-    images, features = (1, features) if features else (images, tower.num_features)
+    images, features = (1, features) if features else (images, tower.num_frames * tower.num_features)
     if grid:
         features = grid[0] * grid[1] // tower.shuffle**2 if tower.native else features + (grid[2] * (grid[3] + 1) or 1)
     if pools:
