@@ -31,8 +31,16 @@ def source(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> byt
         try:
             return base64.b64decode(ref.name.partition(",")[2], validate=True)
         except binascii.Error as error:
-            raise BadSample("unreadable image", f"{where}: broken base64 image ({error}); encode it again") from None
-    return locate(folder, ref.name, where, trusted)
+            raise BadSample(
+                "unreadable image", f"{where}: broken base64 {ref.key} ({error}); encode it again"
+            ) from None
+    return locate(folder, ref.name, where, trusted, ref.key)
+
+
+def _size(ref: ImageRef, folder: str, where: str, data) -> tuple[int, int]:
+    return images.image_size(
+        source(ref, folder, where, data.trust_paths), f"{where}, {ref.key} {ref.name[:80]!r}", ref.key
+    )
 
 
 def open_ref(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> tuple[Image.Image, tuple[str, ...]]:
@@ -40,7 +48,7 @@ def open_ref(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> t
     if ref.frame is not None and not ref.is_still:
         video = last_video(source(ref, folder, where, trusted), f"{where}, video {ref.name[:80]!r}", trusted)
         return video.frame(video.clip.pick(*ref.frame))
-    where, origin = f"{where}, {'image' if ref.modality is None else ref.modality.name} {ref.name[:80]!r}", where
+    where, origin = f"{where}, {ref.key} {ref.name[:80]!r}", where
     data = source(ref, folder, origin, trusted)
     return (
         images.open_image(data, where) if ref.modality is None else quantities.open_picture(data, ref.modality, where)
@@ -55,12 +63,7 @@ def pixels(ref: ImageRef, folder: str, where: str, tower, aspect_ratio: str) -> 
 
 def plans(refs: Sequence[ImageRef], folder: str, where: str, tower, data) -> tuple[Plan, ...]:
     """What becomes of a sample's pictures, of a tower that `has_grids`, from the files' headers alone. Raises BadSample."""
-    sizes = [
-        None
-        if ref.frame is not None
-        else images.image_size(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
-        for ref in refs
-    ]
+    sizes = [None if ref.frame is not None else _size(ref, folder, where, data) for ref in refs]
     return plans_of_sizes(sizes, tower, data, where)
 
 
@@ -154,7 +157,7 @@ def num_tiles(ref: ImageRef, folder: str, where: str, tower, data) -> int:
     """T of `tiles`, from the file's header alone."""
     if not data.image_grid or ref.frame is not None:
         return 1
-    size = images.image_size(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
+    size = _size(ref, folder, where, data)
     tower = tower_for(ref.modality, tower)
     return grid.num_tiles(*size, tower.image_size, tower.tiles)
 
@@ -163,7 +166,7 @@ def frame_texts(name: str, folder: str, where: str, data) -> Sequence[str]:
     """What the text says for each frame that is shown of a video. Raises BadSample where that depends on the video."""
     if not data.video_fps and data.video_times == "none":
         return [IMAGE_PLACEHOLDER] * data.video_frames
-    origin = source(ImageRef(name=name), folder, where, data.trust_paths)
+    origin = source(ImageRef(name=name, frame=(0, 1)), folder, where, data.trust_paths)
     return last_video(origin, f"{where}, video {name[:80]!r}", data.trust_paths).clip.texts(data)
 
 
@@ -209,7 +212,7 @@ def write_regions(sample: Sample, folder: str, tower, data) -> Sample:
         return sample
     where = sample.origin
     stored = [
-        images.upright(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
+        images.upright(source(ref, folder, where, data.trust_paths), f"{where}, {ref.key} {ref.name[:80]!r}", ref.key)
         for ref in sample.images
     ]
     made: tuple = plans(sample.images, folder, where, tower, data) if tower.has_grids else (None,) * len(stored)

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from megatron_moellava.config import DataConfig
 from megatron_moellava.data.encode import IMAGE_TOKEN
 from megatron_moellava.data.media import encoded as media_encoded
-from megatron_moellava.data.media import frame_texts, num_tiles, open_ref, show_video, source, tiles
+from megatron_moellava.data.media import frame_texts, num_tiles, open_ref, plans, show_video, source, tiles
 from megatron_moellava.data.sample import BadSample, ImageRef, parse_record
 from megatron_moellava.data.shards import make_shards
 from megatron_moellava.data.templates import get_template
@@ -28,6 +29,7 @@ from tests.helpers.data_files import (
     write_images,
     write_rows,
 )
+from tests.helpers.modalities import DEPTH
 from tests.helpers.videos import number_of, write_video
 
 
@@ -174,3 +176,27 @@ def test_a_tower_for_videos_gets_whole_ones_or_the_row_is_named(record, longest,
     else:
         found = media_encoded(*arguments, "", "row 3", get_tower("languagebind-video-tiny"), data)
         assert len(found.images) % 4 == 0 and (found.tokens_S == IMAGE_TOKEN).sum() == 4 * len(found.images)
+
+
+@pytest.mark.parametrize("key", ["image", "depth", "video"])
+def test_what_is_wrong_with_a_file_is_said_of_the_rows_own_key(tmp_path, key):
+    """Missing when it is opened and when its size is read, outside the folder, on the web, broken."""
+    more = {"depth": {"modality": DEPTH}, "video": {"frame": (0, 8)}}.get(key, {})
+    tower, data = get_tower("siglip-tiny@newline"), DataConfig(image_grid=True)
+    gone, where = ImageRef(name="gone.png", **more), "row 1"
+    said = []
+    for call in (
+        lambda: open_ref(gone, str(tmp_path), where),
+        lambda: plans([gone], str(tmp_path), where, tower, data),
+        lambda: source(replace(gone, name="../x.png"), str(tmp_path), where),
+        lambda: source(replace(gone, name="https://a/x.png"), str(tmp_path), where),
+        lambda: source(replace(gone, name="data:image/png;base64,@@@"), str(tmp_path), where),
+    ):
+        try:
+            call()
+        except BadSample as error:
+            said.append(str(error))
+    assert len(said) == (4 if key == "video" else 5), "of a video no size is read"
+    for text in said:
+        assert key in text and all(other not in text for other in {"`image`", "`depth`", "`video`"} - {f"`{key}`"})
+    assert f"check image_folder and the row's `{key}`" in said[0] and f"row 1, {key} 'gone.png'" in said[0]
