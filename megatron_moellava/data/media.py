@@ -19,8 +19,8 @@ from megatron_moellava.data.pooling import Frame, pools, widths
 from megatron_moellava.data.regions import View, rewrite
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, BadSample, ImageRef, Sample
 from megatron_moellava.data.video import FRAME, Video, last_video, open_video
-from megatron_moellava.towers import POOLINGS, Pooling
-from megatron_moellava.towers.branches import tower_for
+from megatron_moellava.towers import POOLINGS, Pooling, Tower
+from megatron_moellava.towers.branches import own_tower, tower_for
 
 
 def source(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> bytes | str:
@@ -64,14 +64,26 @@ def pixels(ref: ImageRef, folder: str, where: str, tower, aspect_ratio: str) -> 
 def plans(refs: Sequence[ImageRef], folder: str, where: str, tower, data) -> tuple[Plan, ...]:
     """What becomes of a sample's pictures, of a tower that `has_grids`, from the files' headers alone. Raises BadSample."""
     sizes = [None if ref.frame is not None else _size(ref, folder, where, data) for ref in refs]
-    return plans_of_sizes(sizes, tower, data, where)
+    return plans_of_sizes(sizes, tower, data, where, [ref.modality for ref in refs])
 
 
-def plans_of_sizes(sizes: Sequence[tuple[int, int] | None], tower, data, where: str) -> tuple[Plan, ...]:
-    """The same of their (width, height); None: a frame of a video."""
-    if tower.native:
-        return native.plans(sizes, tower, data, where)
-    return grid.plans(sizes, tower, data.image_grid)
+def plans_of_sizes(
+    sizes: Sequence[tuple[int, int] | None], tower, data, where: str, kinds: Sequence[Modality | None] = ()
+) -> tuple[Plan, ...]:
+    """The same of their (width, height); None: a frame of a video. `kinds`: the modality of each; empty: all are plain."""
+    owns = [kind and own_tower(kind) for kind in kinds] or [None] * len(sizes)
+    shared = [size for size, own in zip(sizes, owns, strict=True) if own is None]
+    found = iter(
+        native.plans(shared, tower, data, where) if tower.native else grid.plans(shared, tower, data.image_grid)
+    )
+    return tuple(
+        next(found) if own is None else _of_one_size(size, own, data) for size, own in zip(sizes, owns, strict=True)
+    )
+
+
+def _of_one_size(size: tuple[int, int] | None, own: Tower, data) -> Plan:
+    tiles = grid.num_tiles(*size, own.image_size, own.tiles) if data.image_grid and size else 1
+    return Plan(tiles * own.num_features, ())
 
 
 def check_videos(refs: Sequence[ImageRef], tower, where: str) -> None:
@@ -148,7 +160,7 @@ def tiles(
     image, notes = open_ref(ref, folder, where, data.trust_paths)
     if plan is not None and tower.native:
         return native.patches(image, tower, plan, ref.frame is not None), notes
-    if data.image_grid and ref.frame is None and (plan is None or plan.grid[0]):
+    if data.image_grid and ref.frame is None and (plan is None or not plan.grid or plan.grid[0]):
         return grid.tile(image, tower), notes
     return images.preprocess(image, tower, data.image_aspect_ratio)[None], notes
 
@@ -201,7 +213,7 @@ def view(stored: geometry.Map, tower, data, plan: Plan | None = None, is_frame: 
         shown = geometry.padded(width, height) if is_frame else geometry.Map(size=(width, height))
         seen = shown.then(geometry.scaled(shown.size, (columns * tower.patch_size, rows * tower.patch_size)))
     else:
-        tiled = not is_frame and (data.image_grid if plan is None else bool(plan.grid[0]))
+        tiled = not is_frame and (bool(plan.grid[0]) if plan and plan.grid else data.image_grid)
         seen = geometry.seen(width, height, tower, aspect_ratio=data.image_aspect_ratio, grid=tiled)
     return View(stored=stored, seen=seen)
 

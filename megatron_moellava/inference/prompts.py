@@ -104,19 +104,10 @@ class Prompter:
         media.check_videos(names, self.tower, f"request {request.id}")
         plans = self.plans(request.images, f"request {request.id}")
         towers = [self.tower_of(image) for image in request.images]
-        if self.tower.native:
-            pixels = [
-                native.patches(image, self.tower, plan, FRAME in image.info)
-                for image, plan in zip(request.images, plans, strict=True)
-            ]
-        else:
-            whole = [not plan.grid[0] for plan in plans] or [
-                not self.data.image_grid or FRAME in image.info for image in request.images
-            ]
-            pixels = [
-                self._pixels(image, request.image_aspect_ratio, alone, own)
-                for image, alone, own in zip(request.images, whole, towers, strict=True)
-            ]
+        pixels = [
+            self._pixels(image, request.image_aspect_ratio, plan, own)
+            for image, plan, own in zip(request.images, plans or [None] * len(towers), towers, strict=True)
+        ]
         frames, pooling = [image.info.get(FRAME) for image in request.images], POOLINGS[self.data.video_pooling]
         features = tuple(plan.tokens for plan in plans)
         if not plans:
@@ -147,7 +138,7 @@ class Prompter:
         if not self.tower.has_grids:
             return ()
         sizes = [None if FRAME in image.info else image.size for image in images]
-        return media.plans_of_sizes(sizes, self.tower, self.data, where)
+        return media.plans_of_sizes(sizes, self.tower, self.data, where, [self.kind(image) for image in images])
 
     def kind(self, image: Image.Image) -> Modality | None:
         """The modality of an open picture; None: it is a plain one."""
@@ -158,9 +149,11 @@ class Prompter:
         """The tower that sees an open picture."""
         return tower_for(self.kind(image), self.tower)
 
-    def _pixels(self, image: Image.Image, aspect_ratio: str, whole: bool, tower: Tower) -> np.ndarray:
-        """`whole`: not cut into tiles."""
-        if not whole:
+    def _pixels(self, image: Image.Image, aspect_ratio: str, plan: Plan | None, tower: Tower) -> np.ndarray:
+        is_frame, lies = FRAME in image.info, plan.grid if plan else ()
+        if plan is not None and tower.native:
+            return native.patches(image, tower, plan, is_frame)
+        if lies[0] if lies else self.data.image_grid and not is_frame:
             return grid.tile(image, tower)
         shape = self.data.image_aspect_ratio if aspect_ratio == "model" else aspect_ratio
         return images.preprocess(image, tower, shape)[None]

@@ -101,6 +101,10 @@ MODELS = {
     "own-tower": Model(
         moe=MOE, rows="modalities", run=apart(tower="clip-tiny", projector="own") | {"model.tower": "siglip-tiny"}
     ),
+    # ... beside pictures at their own resolution
+    "own-tower-native": Model(
+        moe=MOE, rows="modalities", run=apart(tower="clip-tiny", projector="own") | {"model.tower": "naflex-tiny"}
+    ),
     "own-projector": Model(moe=MOE, rows="modalities", run=apart(projector="own")),
     "own-tower-stage1": Model(
         moe=None, roles=None, rows="modalities", run=apart(tower="clip-tiny") | {"training.stage": 1}
@@ -344,6 +348,10 @@ LAYOUTS = [
     *_layouts("own-tower own-projector own-tower-lora", "cp2", 2, cp=2),
     *_layouts("own-tower own-projector", "ep2", 2, ep=2),
     *_layouts("own-tower", "recompute-tower", 1, recompute_tower=True),
+    *_layouts("own-tower-native", "dp2", 2),
+    *_layouts("own-tower-native", "tp2", 2, tp=2),
+    *_layouts("own-tower-native", "pp2", 2, pp=2),
+    *_layouts("own-tower-native", "cp2", 2, cp=2),
     *_layouts("videos", "dp2", 2),
     *_layouts("videos", "tp2", 2, tp=2),
     *_layouts("videos videos-stage3", "pp2", 2, pp=2),

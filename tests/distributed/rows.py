@@ -90,11 +90,18 @@ def _micro_batch(kind: str, vocab_size: int, tower: Tower, depth: Modality, seed
     if kind == "modalities":
         refs = (ImageRef(name=""), ImageRef(name="", modality=depth))[:: -1 if seed // 10 % 2 else 1][:images]
         towers = [tower_for(ref.modality, tower) for ref in refs]
-        pixels = [draw.standard_normal((1, *own.pixel_shape), dtype=np.float32) for own in towers]
-        features = tuple(own.num_features for own in towers)
+        lie = [GRIDS[(seed + number) % len(GRIDS)] if own.native else () for number, own in enumerate(towers)]
+        counts = [math.prod(grid) for grid in lie]  # of one image, or of its patches
+        pixels = [
+            draw.standard_normal((count, *own.pixel_shape), dtype=np.float32)
+            for count, own in zip(counts, towers, strict=True)
+        ]
+        features = tuple(
+            count if grid else own.num_features for count, grid, own in zip(counts, lie, towers, strict=True)
+        )
         sample = _sample(draw, f"{seed}.0", vocab_size, tower, images, 11, features=sum(features))
         samples = [
-            replace(sample, images=refs, features=features),
+            replace(sample, images=refs, features=features, grids=tuple(lie) if tower.native else ()),
             _sample(draw, f"{seed}.1", vocab_size, tower, 0, 13),
         ]
         return pack(samples, pixels, SEQ_LENGTH, 0, shape, (depth.name,) if depth.is_apart else ())
