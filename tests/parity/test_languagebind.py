@@ -21,6 +21,8 @@ from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import CheckpointError, ConfigError, ParallelConfig, RunConfig, from_dict
 from megatron_moellava.conversion.exports import export_checkpoint
 from megatron_moellava.conversion.imports import import_checkpoint
+from megatron_moellava.conversion.layout import ORIGINAL
+from megatron_moellava.conversion.original import tower_of
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.weights import load_weights
 from megatron_moellava.towers import get_tower
@@ -279,3 +281,12 @@ def test_unmerged_adapters_are_refused(imported, tmp_path):
     torch.save(weights, folder / "pytorch_model.bin")
     with pytest.raises((CheckpointError, ConfigError), match="base_model"):
         import_checkpoint(imported["language"], save=tmp_path / "run", tower=str(folder))
+
+
+def test_what_moe_llava_calls_the_image_tower_is_known():
+    """Its config names towers as they are published."""
+    found = tower_of({"mm_image_tower": "LanguageBind/LanguageBind_Image", "mm_video_tower": None}, ORIGINAL, None)
+    assert found == get_tower("languagebind-image-large-patch14")
+    assert tower_of({"mm_image_tower": "openai/clip-vit-large-patch14-336"}, ORIGINAL, None).name.endswith("-336")
+    with pytest.raises(ConfigError, match="tower 'LanguageBind/LanguageBind_Depth' is not a known one"):
+        tower_of({"mm_image_tower": "LanguageBind/LanguageBind_Depth"}, ORIGINAL, None)
