@@ -35,8 +35,7 @@ from megatron_moellava.conversion.recipes import Recipe, export_recipes, identit
 from megatron_moellava.conversion.served_tokenizer import ServedTokenizer, served_tokenizer
 from megatron_moellava.conversion.tensors import Tensor
 from megatron_moellava.costs.shapes import TOWER, UNUSED, Model
-from megatron_moellava.towers.from_config import hf_config_of as tower_config_of
-from megatron_moellava.towers.from_config import processor_config_of
+from megatron_moellava.towers.from_config import processor_config_of, published_config_of
 
 MODELLING_FILE = "modeling_moe_llava.py"
 
@@ -114,7 +113,7 @@ def _plan_tower(source: Checkpoint, tokenizer: Path | None, dtype: str | None) -
     tower = source.model.required_tower
     recipes = _weights(source, source.model, replace(ORIGINAL, tower=VISION_TOWER.tower), dtype)
     recipes = [recipe for recipe in recipes if recipe.name.startswith(VISION_TOWER.tower)]
-    config = tower_config_of(tower) | ({"vision_use_head": _has_head(source)} if tower.native else {})
+    config = published_config_of(tower) | ({"vision_use_head": _has_head(source)} if tower.native else {})
     files = {"config.json": config, "preprocessor_config.json": processor_config_of(tower)}
     return Export(recipes, source.tensors, files, VISION_TOWER.title)
 

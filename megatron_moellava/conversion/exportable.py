@@ -83,6 +83,11 @@ def _check_tower(tower: Tower, layout: str) -> None:
         raise ConfigError(
             f"model.tower={tower.name}: --layout {layout} has no native resolution; export --layout transformers"
         )
+    if tower.takes_videos:
+        raise ConfigError(
+            f"model.tower={tower.name}: --layout {layout} has no tower that attends across the frames of a video; export "
+            "--layout language-model, tower and projector"
+        )
     if tower.shuffle > 1 and not tower.native:
         raise ConfigError(
             f"model.tower={tower.name}: --layout {layout} has no projector {tower.projector!r}; export --layout "

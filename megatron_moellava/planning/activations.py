@@ -196,13 +196,15 @@ def _vision_expert_weights(layout: Layout) -> dict[str, float]:
 def tower_layer_elements(layout: Layout, tower: Tower, is_moe: bool = False) -> float:
     """What one layer of a tower makes for one micro-batch: residual stream and norms whole, products split.
 
-    Of experts top-k inner values and copies of each row, before and behind them.
+    Attention across the frames of videos has a norm of its own, too. Of experts top-k inner values and copies of each row,
+    before and behind them.
     """
     moe = layout.run.tower_moe
     routed = moe.moe_router_topk if moe and is_moe else 0
     inner = 3 if tower.activation == "quick_gelu" else 2  # x * sigmoid(1.7 x) keeps one more than a fused GELU
-    whole = 4 * tower.hidden_size
-    split = (4 + 2 * routed) * tower.hidden_size + inner * tower.ffn_hidden_size * max(routed, 1)
+    attentions = 2 if tower.takes_videos else 1
+    whole = (2 + 2 * attentions) * tower.hidden_size
+    split = (4 * attentions + 2 * routed) * tower.hidden_size + inner * tower.ffn_hidden_size * max(routed, 1)
     return layout.images * tower.num_rows * (whole + split / layout.tp)
 
 
