@@ -23,38 +23,20 @@ from megatron_moellava.inference.grammar import ANY_OBJECT
 from megatron_moellava.inference.requests import Request, Sampling
 from megatron_moellava.serving.pictures import PictureLimits, open_url, open_video_url
 
-# What would change an answer and is not done here, of OpenAI's fields and of those that other servers add -> values that change
-# nothing, beside null, false, zero and what is empty.
-REFUSED: dict[str, tuple] = {
-    "tools": (),
+# What would change an answer and is not done here, of OpenAI's fields and of those that other servers add.
+ASKS_FOR_MORE = ("tools functions audio web_search_options logit_bias frequency_penalty presence_penalty min_p min_tokens "
+                 "ignore_eos stop_token_ids bad_words allowed_token_ids use_beam_search prompt_logprobs continue_final_message "
+                 "structured_outputs guided_json guided_regex guided_choice guided_grammar")  # fmt: skip
+# Field -> values that change nothing, beside null, false, zero and what is empty.
+REFUSED: dict[str, tuple] = dict.fromkeys(ASKS_FOR_MORE.split(), ()) | {
     "tool_choice": ("none", "auto"),
-    "functions": (),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-    "logit_bias": (),
-    "frequency_penalty": (),
-    "presence_penalty": (),
     "repetition_penalty": (1,),
     "top_k": (-1,),
-    "min_p": (),
     "typical_p": (1,),
-    "min_tokens": (),
-    "ignore_eos": (),
-    "stop_token_ids": (),
-    "bad_words": (),
-    "allowed_token_ids": (),
     "best_of": (1,),
-    "use_beam_search": (),
     "length_penalty": (1,),
-    "prompt_logprobs": (),
-    "continue_final_message": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
 }
 ROLES = ("system", "developer", "user", "assistant")
 MEDIUM = "\0"  # stands for a picture or a video until it has been opened; no text holds it

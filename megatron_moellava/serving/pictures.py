@@ -28,6 +28,7 @@ class PictureLimits:
 
     max_bytes: int = 20_000_000  # of one encoded picture
     max_pixels: int = 50_000_000  # of one decoded picture
+    max_frames: int = 1000  # of a video that comes as frames
     allow_remote: bool = False  # fetch http and https URLs of public hosts
     remote_seconds: float = 10.0
 
@@ -91,6 +92,8 @@ def open_video_url(url: str, limits: PictureLimits, data: DataConfig) -> tuple[s
 
 def _frames(text: str, limits: PictureLimits) -> _Frames:
     _check_length(text, limits, "video")
+    if (count := text.count(",") + 1) > limits.max_frames:
+        raise DataError(f"the video has {count:,} frames, more than {limits.max_frames:,}; send fewer of them")
     contents = [_decoded(part, "video") for part in text.split(",")]
     for content in contents:
         _check(content, limits)

@@ -85,6 +85,7 @@ def test_a_video_may_come_as_its_frames():
         (url + ",", LIMITS, "cannot be read"),
         (url[:-9] + "@@@", LIMITS, "the video's base64 text is broken"),
         (url, PictureLimits(max_bytes=100), "the video has more than 100 bytes"),
+        (FRAMES + 100_000 * ",", LIMITS, "the video has 100,001 frames, more than 1,000"),
     ):
         with pytest.raises(DataError, match=message):
             open_video_url(bad, limits, DataConfig(video_frames=2))
