@@ -297,9 +297,11 @@ class MoELlava(MegatronModule):
     def _needs_differentiable_input(self) -> bool:
         """A recomputed part of the decoder has a backward pass only where one of its inputs requires a gradient: with tower,
         projector and embeddings frozen none would, and nothing would train (reentrant checkpointing,
-        megatron/core/tensor_parallel/random.py; Megatron-Bridge does the same for adapters)."""
+        megatron/core/tensor_parallel/random.py; Megatron-Bridge does the same for adapters). The experts' activation stands
+        behind a matrix, and needs no such input."""
         return (
             self.config.recompute_granularity is not None
+            and self.run.training.recompute != "moe_act"
             and torch.is_grad_enabled()
             and (
                 self.adapters is not None

@@ -295,6 +295,7 @@ LAYOUTS = [
     *_layouts("llama phi original-noise", "recompute-full", 1, recompute="full"),
     *_layouts("llama", "recompute-selective", 1, recompute="selective"),
     *_layouts("llama phi original-noise", "recompute-moe", 1, recompute="moe"),
+    *_layouts("llama phi", "recompute-moe-act", 1, recompute="moe_act"),
     *_layouts("llama", "recompute-tower", 1, recompute_tower=True),
     # two processes
     *_layouts("llama phi", "dp2", 2),
@@ -324,6 +325,7 @@ LAYOUTS = [
     *_layouts("llama", "tp2-etp2-sequential", 2, tp=2, etp=2, grouped=False),
     *_layouts("llama", "tp2-ep2-recompute-full", 2, tp=2, ep=2, recompute="full"),
     *_layouts("llama", "pp2-recompute-moe", 2, pp=2, recompute="moe"),
+    *_layouts("llama", "tp2-ep2-recompute-moe-act", 2, tp=2, ep=2, recompute="moe_act"),
     *_layouts("llama", "ep2-recompute-tower", 2, ep=2, recompute_tower=True),
     *_layouts("llama-stage1 phi-stage1 llama-stage2", "dp2", 2),
     *_layouts("llama-stage1 phi-stage1 llama-stage2", "tp2", 2, tp=2),
