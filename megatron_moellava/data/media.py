@@ -71,7 +71,7 @@ def plans_of_sizes(
     sizes: Sequence[tuple[int, int] | None], tower, data, where: str, kinds: Sequence[Modality | None] = ()
 ) -> tuple[Plan, ...]:
     """The same of their (width, height); None: a frame of a video. `kinds`: the modality of each; empty: all are plain."""
-    owns = [kind and own_tower(kind) for kind in kinds] or [None] * len(sizes)
+    owns = [None if kind is None else own_tower(kind) for kind in kinds] or [None] * len(sizes)
     shared = [size for size, own in zip(sizes, owns, strict=True) if own is None]
     found = iter(
         native.plans(shared, tower, data, where) if tower.native else grid.plans(shared, tower, data.image_grid)
