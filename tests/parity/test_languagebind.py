@@ -41,11 +41,19 @@ EXACT = 1e-5  # of features around 4; measured 4e-6
 # What the checkpoints hold beside the tower, and their configs beside its sizes.
 OTHERS = {"text_model.final_layer_norm.weight": (8,), "visual_projection.weight": (8, 16), "logit_scale": ()}
 INERT = {
-    "lora_r": 0,
-    "lora_alpha": 16,
-    "force_patch_dropout": 0.0,
-    "video_decode_backend": "decord",
     "projection_dim": 8,
+    "num_channels": 3,
+    "layer_norm_eps": 1e-5,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "initializer_factor": 1.0,
+    "force_patch_dropout": 0.5,
+    "lora_r": 16,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "num_mel_bins": 0.0,
+    "target_length": 0.0,
+    "video_decode_backend": "decord",
 }
 
 
