@@ -300,6 +300,25 @@ Beside transformers' `generate` (static batch of {results["batch"]}, the same we
 {table(["model", "equal lengths: ours, theirs (tokens/s): ratio", "mixed lengths", "identical answers", "error in bf16: ours, theirs", "second / first"], rows)}"""
 
 
+def compiled_kernels(results: dict) -> str:
+    rows = [
+        [
+            f"{int(kept):,}",
+            number(way["compiled"]),
+            percent(way["share"]),
+            f"{number(way['over library'])} ({' to '.join(number(value) for value in way['quartiles'])})",
+            number(way["megabytes"], 4),
+        ]
+        for kept, way in results["ways"].items()
+    ]
+    model = f"{results['layers']} layers of {results['hidden']}, {results['experts']} experts, fp32"
+    return f"""## Compiled kernels
+
+oneDNN compiles a kernel for every number of rows and shape of a weight that it meets. By themselves it and torch keep 1,024; here they keep {results["kept"]} ([the engine](../how-to/serving.md#the-engine)). Processes with the same model ({model}; a larger one loses less) answer the same {results["requests"]} requests in turns, {results["batch"]} at a time, {results["rounds"]} rounds of ever other lengths. A kernel costs {number(1000 * results["compile seconds"], 2)} ms, measured apart; those that a way compiles beyond the last one make the share of the time that its bound costs. Aim: at most 3 %. The processor's seconds beside those of the last way, in each round, agree as far as they can: two ways that compile the same differ by as much as they do here. Memory is that of the process after the last round.
+
+{table(["kernels kept", "compiled in a round (median)", "share of the time", "seconds, relative: median (quartiles)", "MB"], rows)}"""
+
+
 def data(results: dict) -> str:
     flat = {name: value for name, value in results.items() if not isinstance(value, dict | list)}
     rows = [[name, number(value) if isinstance(value, int | float) else value] for name, value in flat.items()]
@@ -349,6 +368,7 @@ SECTIONS: dict[str, Callable[[dict], str]] = {
     "communication": communication,
     "layouts": layouts,
     "generation": generation,
+    "compiled_kernels": compiled_kernels,
     "data": data,
     "conversion": conversion,
 }
