@@ -33,7 +33,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
 
-BLOCK = 3 * 2**15  # entries whose rows, in fp32 and with their gradients, stay in a core's second cache
+BLOCK = 2**17  # entries whose rows, in fp32 and with their gradients, stay in a core's second cache
 
 
 class GroupedLinear(MegatronModule):

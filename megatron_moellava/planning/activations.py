@@ -2,8 +2,7 @@
 
 `LOCAL` are the modules of a machine without Transformer Engine. The tests compare it with what autograd really saved on
 a CPU. `TE` are Transformer Engine's fused modules and flash attention; it follows from their sources and has not been
-measured, and neither have the rows of latents. A row applies when all its conditions hold, and is counted `times` the size
-it names.
+measured. A row applies when all its conditions hold, and is counted `times` the size it names.
 """
 
 from collections.abc import Iterable
@@ -35,10 +34,14 @@ COMMON = (
     Saved("keys after rotation", "attention", "key"),
     Saved("queries after rotation", "attention", "query"),
     Saved("qkv, kept alive by the values", "attention", "qkv"),
-    Saved("context, input of the output projection", "attention", "query", when=("language.attention", "!latent")),
-    Saved("context", "core attention", "query", when=("!language.attention", "!latent")),
-    Saved("context as wide as the keys", "core attention", "query", when=("latent",)),
-    Saved("context, input of the output projection", "attention", "value", when=("language.attention", "latent")),
+    Saved(
+        "context, input of the output projection", "attention", "query", when=("language.attention", "!narrow_values")
+    ),
+    Saved("context", "core attention", "query", when=("!language.attention", "!narrow_values")),
+    Saved("context as wide as the keys", "core attention", "query", when=("narrow_values",)),
+    Saved(
+        "context, input of the output projection", "attention", "value", when=("language.attention", "narrow_values")
+    ),
     Saved("latents, inputs of their projections", "attention", "latents", when=("language.attention", "latent")),
     Saved("log-sum-exp of the softmax", "core attention", "heads", bytes=FP32),
     Saved("queries in fp32 for a norm over all heads", "attention", "query", bytes=FP32, when=("heads_norm",)),
@@ -252,6 +255,7 @@ def conditions(layout: Layout) -> set[str]:
         "gated": backbone.gated_linear_unit,
         "qk_norm": backbone.qk_layernorm,
         "latent": backbone.multi_latent_attention is not None,
+        "narrow_values": backbone.value_channels < backbone.kv_channels,  # filled up for the kernels, and cut again
         "heads_norm": backbone.qk_layernorm and backbone.qk_layernorm_spans_heads,
         "dropout": backbone.hidden_dropout > 0,
         "parallel_residual": backbone.parallel_residual,
