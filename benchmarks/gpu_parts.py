@@ -139,7 +139,7 @@ def checkpoints(place: Place) -> dict:
 def quickstart(place: Place) -> dict:
     """(d) The three stages in miniature, on one GPU."""
     out = place.out / "quickstart"
-    place.start("examples/quickstart/run.py", "--out", str(out), *place.quickstart, minutes=20)
+    place.start("examples/quickstart/run.py", "--preset", "fast", "--out", str(out), *place.quickstart, minutes=20)
     return json.loads((out / "summary.json").read_text())
 
 

@@ -207,7 +207,7 @@ def needs(parser: argparse.ArgumentParser, *files: Path) -> None:
     """End with a sentence where the quickstart has not written what is read."""
     missing = [str(file) for file in files if not file.exists()]
     if missing:
-        parser.error(f"{', '.join(missing)} missing; run `make quickstart` first, and name its files")
+        parser.error(f"{', '.join(missing)} missing; run `make quickstart PRESET=fast` first, and name its files")
 
 
 def main() -> None:

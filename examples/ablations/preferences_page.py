@@ -26,7 +26,7 @@ HEAD = """# Preferences against hallucination
 Made from `data/preferences.jsonl`, which holds the result of every run:
 
 ```bash
-make quickstart                                                                  # its stage II is where all seeds start
+make quickstart PRESET=fast                                                      # its stage II is where all seeds start
 moellava ablate examples/ablations/preferences.yaml                              # run or continue
 python examples/ablations/preferences_page.py --runs runs/ablations              # this page
 ```

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from digits import write_digits
 from names import write_names
-from plans import QUESTIONS, THINGS, TURNS, VIEWS
+from plans import THINGS, VIEWS
 
 COLORS = "black|blue|brown|gray|green|red|teal|yellow"
 SHAPES = "circle|rectangle|triangle"
@@ -29,7 +29,7 @@ def write_quickstart(out: Path, *, preset: str = "fast", turns: int = 3, text_ro
     """Write everything; returns the counts. A folder that already holds the same data is left alone."""
     wanted = {"preset": preset, "turns": turns, "text_rows": text_rows, "seed": seed, "format": 1}
     if preset == "names":
-        wanted["names"] = [THINGS, VIEWS, TURNS, QUESTIONS]
+        wanted["names"] = [THINGS, VIEWS]
     summary_file = out / "summary.json"
     if summary_file.exists() and (summary := json.loads(summary_file.read_text()))["wanted"] == wanted:
         print(f"{out} already holds this data")
@@ -39,7 +39,7 @@ def write_quickstart(out: Path, *, preset: str = "fast", turns: int = 3, text_ro
     questions, captions, tests = write_easy_vqa(out, rng)
     named: list[dict] = []
     if preset == "names":
-        made = write_names(out, things=THINGS, views=VIEWS, turns=TURNS, test_languages=QUESTIONS, seed=seed)
+        made = write_names(out, things=THINGS, views=VIEWS, at_once=True, seed=seed)
         captions.extend(made["captions"])
         named = made["rows"]
     if preset == "full":

@@ -4,7 +4,8 @@ Pictures: OpenMoji's, rendered here; names: those that native speakers gave for 
 language, and none follows from another, so that a model must have learned it. What is held out are views: every picture of
 the test has a size, a place and a background that no training picture has. Written to OUT, as LLaVA JSON and images:
 
-  names.json, names_test.jsonl      one picture of one thing; each turn asks for its name in one language
+  names.json, names_test.jsonl      one picture of one thing; each turn asks for its name in one language, or (`at_once`, as in
+                                    the quickstart) one turn for all of them
   scenes.json, scenes_test.jsonl    several pictures in one: existence, position and count (`scenes.py`)
   images/names/ATTRIBUTION.md       whose work the pictures and the names are, with the licence beside it
 
@@ -19,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from megatron_moellava.evaluation.quickstart.names import SEPARATOR
 
 # What the questions call a language. The first eight are those in Latin script that the `emoji` package has; the others are
 # asked for by `names_full.py`.
@@ -53,8 +56,9 @@ LANGUAGE_NAMES = {
     "af": "afrikaans",
 }
 LANGUAGES = tuple(LANGUAGE_NAMES)[:8]
+ALL_AT_ONCE = "what is this called?"  # the answer is the name in each of LANGUAGES, in their order
 SIZE = 72  # pixels of a picture's side: what the quickstart's tower looks at
-SMALLEST, LARGEST = 66, 72  # of the thing in it
+SMALLEST, LARGEST = 70, 72  # of the thing in it
 SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 VARIATION = "-FE0F"  # "show as a picture": part of a file's name, or not
 FULLY_QUALIFIED = 2  # `status` in the emoji package
@@ -140,12 +144,19 @@ def background(rng: random.Random) -> tuple[int, int, int]:
 
 
 def write_names(
-    out: Path, *, things: int | None = None, views: int = 2, turns: int = 4, test_languages: int = 2, seed: int = 0
+    out: Path,
+    *,
+    things: int | None = None,
+    views: int = 2,
+    at_once: bool = False,
+    turns: int = 4,
+    test_languages: int = 2,
+    seed: int = 0,
 ) -> dict[str, list[dict]]:
     """The pictures below OUT/images/names, names.json and names_test.jsonl; returns the rows of both, and captions.
 
-    `views`: training pictures of each thing; `turns`: languages a row asks for; `test_languages`: questions for each test
-    picture, in turn over the languages.
+    `views`: training pictures of each thing. `at_once`: a row, and a question, asks for all names. Otherwise `turns`: languages
+    a row asks for; `test_languages`: questions for each test picture, in turn over the languages.
     """
     from tqdm import tqdm
 
@@ -160,8 +171,10 @@ def write_names(
             image = f"names/{split}/{thing.code}-{view}.png"
             save_new(partial(render, thing.svg), out / "images" / image, rng, seen)
             if split == "train":
-                rows += name_rows(thing, image, turns, rng)
+                rows += [row_at_once(thing, image)] if at_once else name_rows(thing, image, turns, rng)
                 captions.append(caption(thing, image))
+            elif at_once:
+                tests.append(question_at_once(thing, image))
             else:
                 tests += name_questions(thing, image, number, test_languages)
     random.Random(seed).shuffle(rows)
@@ -194,6 +207,23 @@ def name_rows(thing: Thing, image: str, turns: int, rng: random.Random) -> list[
         pairs = [(question(language), thing.names[language]) for language in asked]
         rows.append(llava_row(image, pairs, start, "+".join(f"name {language}" for language in asked)))
     return rows
+
+
+def answer_at_once(thing: Thing) -> str:
+    """`"cat face; katzengesicht; cara de gato; tête de chat; muso di gatto; rosto de gato; wajah kucing; kedi yüzü"`"""
+    return SEPARATOR.join(thing.names[language] for language in LANGUAGES)
+
+
+def row_at_once(thing: Thing, image: str) -> dict:
+    """A LLaVA row that asks for all names."""
+    return llava_row(image, [(ALL_AT_ONCE, answer_at_once(thing))], 0, "names")
+
+
+def question_at_once(thing: Thing, image: str) -> dict:
+    """A held-out question for all names. `answers`: each of them, for `closed_questions.predict`."""
+    names = [thing.names[language] for language in LANGUAGES]
+    row = {"question_id": thing.code, "image": image, "question": ALL_AT_ONCE, "answer": answer_at_once(thing)}
+    return row | {"answers": names, "type": "names"}
 
 
 def llava_row(image: str, pairs: list[tuple[str, str]], number: int, tag: str) -> dict:

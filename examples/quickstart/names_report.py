@@ -3,17 +3,24 @@
 import json
 from pathlib import Path
 
+SHORT = {"names": "stage 2", "names_moe": "stage 3\nMoE", "names_dense": "stage 2\ncontinued"}
+COLOURS = {"names": "tab:orange", "names_moe": "tab:green", "names_dense": "tab:gray"}
+
 
 def ask_names(trainer, run, out: Path, name: str) -> dict:
-    """Held-out questions about names to the trained model; {"score", "answered"}, and OUT/name/names_predictions.jsonl."""
-    import torch.distributed as dist
+    """Held-out questions about names to the trained model; {"score", "answered"}, and OUT/name/names_predictions.jsonl.
 
-    from megatron_moellava.evaluation.quickstart.names import score_names
+    `answered`: a row for each name.
+    """
+    import torch.distributed as dist
+    from names import LANGUAGES
+
+    from megatron_moellava.evaluation.quickstart.names import facts_of, score_names
     from megatron_moellava.experiments.stage import ask_closed
 
     data = out / "data"
     rows = read_lines(data / "names_test.jsonl")
-    answered = ask_closed(trainer, run, rows, data / "images").answered
+    answered = facts_of(ask_closed(trainer, run, rows, data / "images").answered, LANGUAGES)
     score = score_names(answered)
     if dist.get_rank() == 0:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered)
@@ -44,64 +51,118 @@ def write_ceiling(out: Path, tower) -> str:
 
 def summarise_names(out: Path, results: dict[str, dict]) -> dict:
     """The names of summary.json: question-only baseline, ceiling, and the runs that were asked, MoE against dense besides."""
-    from megatron_moellava.evaluation.quickstart.metrics import QuestionOnlyBaseline, questions_of
-    from megatron_moellava.evaluation.quickstart.names import paired_bits, score_names
+    from names import LANGUAGES
+
+    from megatron_moellava.evaluation.quickstart.metrics import QuestionOnlyBaseline
+    from megatron_moellava.evaluation.quickstart.names import facts_of, paired_bits, score_names
 
     asked = {name: result["names"] for name, result in results.items() if "names" in result}
-    train = questions_of(json.loads((out / "data" / "names.json").read_text()))
-    questions = [{key: row[key] for key in ("question", "answer", "type")} for row in asked["dense"]["answered"]]
-    saved, error = paired_bits(asked["stage3"]["answered"], asked["dense"]["answered"])
-    exact = {name: asked[name]["score"]["exact"] for name in asked}
+    train = trained_rows(json.loads((out / "data" / "names.json").read_text()))
+    questions = facts_of(read_lines(out / "data" / "names_test.jsonl"), LANGUAGES)
+    moe, dense = asked["names_moe"], asked["names_dense"]
+    saved, error = paired_bits(moe["answered"], dense["answered"])
+    gained = moe["score"]["exact"] - dense["score"]["exact"]
     return {
-        "question_only_baseline": score_names(QuestionOnlyBaseline(train).predict(questions)),
+        "question_only_baseline": score_names(QuestionOnlyBaseline(facts_of(train, LANGUAGES)).predict(questions)),
         "tower_ceiling": json.loads((out / "ceiling" / "ceiling.json").read_text()),
         "results": {name: one["score"] for name, one in asked.items()},
-        "moe_minus_dense": {"exact": exact["stage3"] - exact["dense"], "bits_saved": saved, "standard_error": error},
-        "example": example_of(asked["stage3"]["answered"]),
+        "moe_minus_dense": {"exact": gained, "bits_saved": saved, "standard_error": error},
+        "example": example_of(moe["answered"]),
     }
 
 
+def trained_rows(conversations: list[dict]) -> list[dict]:
+    """The rows of names.json as those of names_test.jsonl."""
+    from names import ALL_AT_ONCE
+
+    from megatron_moellava.evaluation.quickstart.names import SEPARATOR
+
+    return [
+        {
+            "question_id": row["id"],
+            "image": row["image"],
+            "question": ALL_AT_ONCE,
+            "answers": row["conversations"][1]["value"].split(SEPARATOR),
+        }
+        for row in conversations
+    ]
+
+
 def example_of(answered: list[dict]) -> dict:
-    """A held-out picture that the model names in English, the surest first; any other where there is none."""
+    """The held-out picture of which the model knows the most names, the surest first."""
     from megatron_moellava.evaluation.quickstart.metrics import normalise
 
-    def rank(row: dict) -> tuple[bool, bool, float]:
-        return normalise(row["prediction"]) != normalise(row["answer"]), row["type"] != "name en", row["loss"]
+    pictures: dict[str, list[dict]] = {}
+    for row in answered:
+        pictures.setdefault(row["image"], []).append(row)
 
-    best = min(answered, key=rank)
-    return {key: best[key] for key in ("image", "question", "answer", "prediction")}
+    def rank(names: list[dict]) -> tuple[int, float]:
+        wrong = sum(normalise(row["prediction"]) != normalise(row["answer"]) for row in names)
+        return wrong, sum(row["loss"] for row in names)
+
+    best = min(pictures.values(), key=rank)
+    said = {key: [row[key] for row in best] for key in ("answer", "prediction")}
+    return {key: best[0][key] for key in ("image", "question")} | said
 
 
 def print_names_table(summary: dict, titles: dict[str, str], out: Path) -> None:
-    """Both benchmarks beside what a token costs in every run."""
+    """Names beside what a token costs in every run."""
     names, costs = summary["names"], summary["costs"]
-    easy = {name: f"{score['accuracy']:.1f}" for name, score in summary["results"].items()}
-    baseline, ceiling = names["question_only_baseline"], names["tower_ceiling"]
-    easy_baseline = f"{summary['question_only_baseline']['accuracy']:.1f}"
-    rows = [("question-only baseline", easy_baseline, f"{baseline['exact']:.1f}", "", "", "")]
-    for name in ("stage2", "names", "dense", "stage3"):
-        score = names["results"].get(name)
+    rows = [("question-only baseline", f"{names['question_only_baseline']['exact']:.1f}", "", "", "")]
+    for name, score in names["results"].items():
         cost = costs[name]
         rows.append(
             (
                 titles[name],
-                easy[name],
-                f"{score['exact']:.1f}" if score else "",
-                f"{score['bits_per_fact']:.2f}" if score else "",
+                f"{score['exact']:.1f}",
+                f"{score['bits_per_fact']:.2f}",
                 f"{cost['flops_per_token'] / 1e6:.2f}",
                 f"{cost['activated'] / 1e6:.2f} / {cost['total'] / 1e6:.2f}",
             )
         )
-    rows.append(("the tower's own retrieval (ceiling)", "", f"{ceiling['exact']:.1f}", "", "", ""))
-    heads = ("", "easy-VQA %", "names exact %", "bits/fact", "MFLOPs/token", "M params (act. / all)")
-    widths = (11, 14, 10, 13, 22)
+    rows.append(("the tower's own retrieval (ceiling)", f"{names['tower_ceiling']['exact']:.1f}", "", "", ""))
+    heads = ("", "names exact %", "bits/fact", "MFLOPs/token", "M params (act. / all)")
+    widths = (14, 10, 13, 22)
     print()
     for row in (heads, *rows):
-        print(f"{row[0]:40}" + "".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths, strict=True)))
+        print(f"{row[0]:42}" + "".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths, strict=True)))
     gap = names["moe_minus_dense"]
     print(
         f"\nMoE against dense on names, at equal FLOPs per token: {gap['exact']:+.1f} % exact, "
         f"{gap['bits_saved']:.2f} ± {gap['standard_error']:.2f} bits per fact saved"
     )
     example = names["example"]
-    print(f"try: make chat ARGS='--image {out}/data/images/{example['image']}'   then: {example['question']}")
+    picture = f"--load {out}/names_moe --image {out}/data/images/{example['image']}"
+    print(f"try: make chat ARGS='{picture}'   then: {example['question']}")
+
+
+def plot_names(out: Path, steps: dict[str, list[dict]], summary: dict, titles: dict[str, str]) -> None:
+    """OUT/names.png: the training loss of the runs on names, and the bits that a fact costs after each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = summary["names"]["results"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(1.6, 1))
+    for name in results:
+        first = 0 if name == "names" else len(steps["names"])
+        x = [first + row["iteration"] for row in steps[name]]
+        left.plot(x, running_mean([row["loss"] for row in steps[name]]), color=COLOURS[name], label=titles[name])
+    left.set(xlabel="optimizer step", ylabel="loss per trained token", title="training loss on names (running mean)")
+    left.legend(frameon=False)
+    bits = [score["bits_per_fact"] for score in results.values()]
+    bars = right.bar([SHORT[name] for name in results], bits, color=[COLOURS[name] for name in results])
+    right.bar_label(bars, [f"{value:.1f}" for value in bits])
+    right.set(ylabel="bits per fact, lower is better", title="what a held-out name still costs the model")
+    figure.tight_layout()
+    figure.savefig(out / "names.png", dpi=120)
+    plt.close(figure)
+
+
+def running_mean(values: list[float], share: float = 0.1) -> list[float]:
+    """Exponential mean that forgets by `share` a step."""
+    means = values[:1]
+    for value in values[1:]:
+        means.append(means[-1] + share * (value - means[-1]))
+    return means

@@ -6,19 +6,17 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-from names_report import print_names_table, summarise_names
+from names_report import plot_names, print_names_table, running_mean, summarise_names
 
 SHORT = {
     "stage1": "stage 1",
     "stage2": "stage 2",
-    "names": "with\nnames",
     "stage3": "stage 3\nMoE",
     "dense": "stage 2\ncontinued",
 }
 COLOURS = {
     "stage1": "tab:blue",
     "stage2": "tab:orange",
-    "names": "tab:purple",
     "stage3": "tab:green",
     "dense": "tab:gray",
 }
@@ -37,6 +35,8 @@ def write_report(out: Path, arguments, plan: dict, titles: dict, results: dict, 
         summary["names"] = summarise_names(out, results)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     plot_curves(steps, summary, titles, out / "curves.png")
+    if "names" in summary:
+        plot_names(out, steps, summary, titles)
     moe = results["stage3"]
     plot_expert_load(
         np.array(moe["expert_load"]), moe["moe_layers"], out / "expert_load.png", "Where the held-out tokens go"
@@ -66,7 +66,7 @@ def summarise(out: Path, arguments, plan: dict, results: dict, seconds: dict, st
         "seed": arguments.seed,
         "overrides": arguments.overrides,
         "question_only_baseline": score(baseline),
-        "results": {name: results[name]["score"] for name in plan},
+        "results": {name: results[name]["score"] for name in plan if "score" in results[name]},
         "blanked_pictures": compare_blanked(answered[::every], blanked, baseline[::every]),
         "costs": {name: results[name]["cost"] for name in plan},
         "moe_minus_dense": results["stage3"]["score"]["accuracy"] - results["dense"]["score"]["accuracy"],
@@ -101,9 +101,9 @@ def plot_curves(steps: dict, summary: dict, titles: dict, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(1.6, 1))
     first = {"stage1": 0}
     first["stage2"] = len(steps["stage1"])
-    first["names"] = first["stage2"] + len(steps["stage2"])
-    first["stage3"] = first["dense"] = first["names"] + len(steps.get("names", ()))
-    for name, rows in steps.items():
+    first["stage3"] = first["dense"] = first["stage2"] + len(steps["stage2"])
+    for name in summary["results"]:
+        rows = steps[name]
         x = [first[name] + row["iteration"] for row in rows]
         line = {"color": COLOURS[name], "label": titles[name], "linewidth": 1.5}
         left.plot(x, running_mean([row["loss"] for row in rows]), **line)
@@ -122,14 +122,6 @@ def plot_curves(steps: dict, summary: dict, titles: dict, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def running_mean(values: list[float], share: float = 0.1) -> list[float]:
-    """Exponential mean that forgets by `share` a step."""
-    means = values[:1]
-    for value in values[1:]:
-        means.append(means[-1] + share * (value - means[-1]))
-    return means
 
 
 def print_table(summary: dict, titles: dict) -> None:

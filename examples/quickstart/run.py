@@ -34,28 +34,15 @@ from speed import Speed, said_time
 HERE = Path(__file__).parent
 QUESTIONS = 2500  # after each run, of the 9,673 that easy-VQA holds out: the standard error of 99 % is 0.2
 BLANKED = 800  # about so many of them are asked once more, with and without their pictures
-# Optimizer steps and peak learning rate of each run, and what it starts from.
-PLAN = {
-    "stage1": {"stage": 1, "from": "start", "steps": 25, "lr": 3e-3, "data": "captions.json", "questions": 1000},
-    "stage2": {"stage": 2, "from": "stage1", "steps": 600, "lr": 2e-3, "data": "conversations.json"},
-    "stage3": {"stage": 3, "from": "upcycled", "steps": 90, "lr": 1e-3, "data": "conversations.json"},
-    "dense": {"stage": 2, "from": "stage2", "steps": 90, "lr": 1e-3, "data": "conversations.json"},
-}
-TITLES = {
-    "stage1": "stage 1: projector",
-    "stage2": "stage 2: projector + language model",
-    "stage3": "stage 3: MoE",
-    "dense": "stage 2 continued for as long (dense)",
-}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--preset",
-        choices=("fast", "names", "full"),
+        choices=tuple(plans.PLANS),
         default="fast",
-        help="easy-VQA (default); easy-VQA and names; easy-VQA and digits",
+        help="easy-VQA (default); easy-VQA, and names with a model of their own; easy-VQA and digits",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
     parser.add_argument("--backbone", default="llama-tiny", help="llama-tiny (default) or phi-2-tiny")
@@ -94,16 +81,11 @@ class Quickstart:
     @property
     def plan(self) -> dict[str, dict]:
         """The runs of the preset."""
-        return plans.with_names(PLAN) if self.has_names else PLAN
+        return plans.PLANS[self.arguments.preset]
 
-    @property
-    def titles(self) -> dict[str, str]:
-        return TITLES | plans.TITLES if self.has_names else TITLES
-
-    @property
-    def upcycled_from(self) -> str:
-        """The run whose model is upcycled, and continued without experts."""
-        return self.plan["dense"]["from"]
+    def backbone(self, plan: dict) -> str:
+        """Of a run."""
+        return plan.get("backbone", self.arguments.backbone)
 
     def steps(self, full: int) -> int:
         """Of a run that has `full` steps at --steps-scale 1."""
@@ -139,15 +121,19 @@ class Quickstart:
                 goes_on=True,
                 seconds=speed.tower(steps),
             ),
-            Part(name="start", settings=options.backbone, action=alone(self.make_start), needs=["tower"]),
         ]
+        for plan in self.plan.values():
+            if (name := plan["from"]) in plans.STARTS:
+                backbone = self.backbone(plan)
+                make = alone(partial(self.make_start, name, backbone))
+                parts.append(Part(name=name, settings=backbone, action=make, needs=["tower"]))
         if self.has_names:
             ceiling = Part(name="ceiling", settings=[], action=alone(self.measure_ceiling), needs=["data", "tower"])
             parts.append(ceiling)
         for name, plan in self.plan.items() if not options.prepare_only else ():
-            if plan["from"] == "upcycled":
-                source = self.upcycled_from
-                parts.append(Part(name="upcycled", settings=[], action=alone(self.upcycle), needs=[source]))
+            if (copied := plan["from"]) in plans.UPCYCLED:
+                source, make = plans.UPCYCLED[copied], alone(partial(self.upcycle, copied, experts(plan)))
+                parts.append(Part(name=copied, settings=[], action=make, needs=[source]))
             steps = self.steps(plan["steps"])
             parts.append(
                 Part(
@@ -156,7 +142,7 @@ class Quickstart:
                     action=partial(self.train, name, plan),
                     needs=["data", plan["from"]],
                     goes_on=True,
-                    seconds=speed.training(steps, self.num_questions(plan), is_moe=plan["stage"] == 3),
+                    seconds=speed.training(steps, self.num_questions(plan), plan),
                 )
             )
         return parts
@@ -167,6 +153,8 @@ class Quickstart:
 
     def num_questions(self, plan: dict) -> int:
         """How many are asked after a run, with those that are asked twice."""
+        if plans.NAMES in plan["data"]:
+            return plans.THINGS
         asked = self.num_asked(plan)
         return asked + (2 * min(asked, BLANKED) if plan["stage"] == 3 else 0)
 
@@ -196,31 +184,25 @@ class Quickstart:
         tower = get_tower("clip-tiny")
         write_tower(self.out / "tower", tower, data / "captions.json", data / "images", self.arguments.seed, steps)
 
-    def make_start(self) -> None:
+    def make_start(self, name: str, backbone_name: str) -> None:
         from models import write_language_model
 
         from megatron_moellava.backbones import get_backbone
         from megatron_moellava.conversion.imports import import_checkpoint
 
-        seed, backbone = self.arguments.seed, get_backbone(self.arguments.backbone)
+        seed, backbone = self.arguments.seed, get_backbone(backbone_name)
         say(f"--- a random {backbone.name}, and a Megatron checkpoint of both")
-        language_model, tower = self.out / "language_model", str(self.out / "tower")
+        language_model, tower = self.out / plans.STARTS[name], str(self.out / "tower")
         write_language_model(language_model, backbone, self.out / "data" / "tokenizer.model", seed)
-        import_checkpoint(language_model, save=self.out / "start", tower=tower, dtype="bfloat16", seed=seed)
+        import_checkpoint(language_model, save=self.out / name, tower=tower, dtype="bfloat16", seed=seed)
 
-    def upcycle(self) -> None:
+    def upcycle(self, name: str, moe) -> None:
         from megatron_moellava.conversion.upcycle import upcycle_checkpoint
 
-        moe = self.experts()
         which = "every" if moe.placement == "dense" else "every other"
         say(f"--- upcycling: the FFN of {which} layer copied into {moe.num_moe_experts} experts, new routers")
-        source = self.out / self.upcycled_from
-        upcycle_checkpoint(source, save=self.out / "upcycled", moe=moe, seed=self.arguments.seed)
-
-    def experts(self):
-        from megatron_moellava.config import MoEConfig
-
-        return MoEConfig(**(plans.EXPERTS if self.has_names else {}))
+        source = self.out / plans.UPCYCLED[name]
+        upcycle_checkpoint(source, save=self.out / name, moe=moe, seed=self.arguments.seed)
 
     def measure_ceiling(self) -> None:
         from names_report import write_ceiling
@@ -239,15 +221,14 @@ class Quickstart:
         from megatron_moellava.validation.run import validate_run
 
         for name, plan in self.plan.items():
-            moe = asdict(self.experts()) if plan["stage"] == 3 else {}
-            model = {"model.backbone": self.arguments.backbone} | {f"moe.{key}": value for key, value in moe.items()}
+            moe = asdict(experts(plan)) if plan["stage"] == 3 else {}
+            model = {"model.backbone": self.backbone(plan)} | {f"moe.{key}": value for key, value in moe.items()}
             validate_run(self.run_config(name, plan, model | {"checkpoint.load": None, "checkpoint.save": None}))
 
     def run_config(self, name: str, plan: dict, more: dict | None = None):
         from megatron_moellava.validation.run import load_run
 
         data = self.out / "data"
-        files = plan["data"] if isinstance(plan["data"], dict) else {plan["data"]: 1.0}
         images = str(data / "images")
         flags = {
             "training.stage": plan["stage"],
@@ -257,12 +238,13 @@ class Quickstart:
             "checkpoint.load": str(self.out / plan["from"]),
             "checkpoint.save": str(self.out / name),
             "data.sources": [
-                {"path": str(data / file), "image_folder": images, "weight": weight} for file, weight in files.items()
+                {"path": str(data / file), "image_folder": images, "weight": weight}
+                for file, weight in plan["data"].items()
             ],
             "data.tokenizer": str(data / "tokenizer.model"),
         }
-        if "trains" in plan:
-            flags["training.trains"] = plan["trains"]
+        own = {"trains": "training.trains", "seq_length": "data.seq_length"}
+        flags |= {option: plan[key] for key, option in own.items() if key in plan}
         run = load_run(
             config=str(HERE / "quickstart.yaml"), flags=flags | (more or {}), overrides=self.arguments.overrides
         )
@@ -274,7 +256,7 @@ class Quickstart:
         from megatron_moellava.experiments.stage import train_stage
 
         run = self.run_config(name, plan)
-        say(f"--- {self.titles[name]}")
+        say(f"--- {plans.TITLES[name]}")
         return self.ask(name, run, train_stage(run))
 
     def ask(self, name: str, run, trainer) -> dict:
@@ -284,17 +266,16 @@ class Quickstart:
         from megatron_moellava.experiments.cost import cost_of
         from megatron_moellava.experiments.stage import ask_closed
 
+        cost = cost_of(run, trainer.chunks[0].backbone, trainer.chunks[0].tower)
+        if plans.NAMES in self.plan[name]["data"]:
+            return {"names": ask_names(trainer, run, self.out, name), "cost": cost}
         started = time.perf_counter()
         rows = [json.loads(line) for line in (self.out / "data" / "test.jsonl").open()]
         rows = spread(rows, self.num_asked(self.plan[name]))
         answers = ask_closed(trainer, run, rows, self.out / "data" / "images")
-        model = trainer.chunks[0]
-        cost = cost_of(run, model.backbone, model.tower)
         result = {"score": answers.score, "answered": answers.answered, "cost": cost}
         on_first_rank(lambda: write_jsonl(self.out / name / "predictions.jsonl", answers.answered))
         say(summary_line(answers.score, len(rows), time.perf_counter() - started))
-        if self.has_names and name in plans.RUNS:
-            result["names"] = ask_names(trainer, run, self.out, name)
         if answers.routing is not None:
             every = max(1, len(rows) // BLANKED)
             blind = ask_closed(trainer, run, rows[::every], self.out / "data" / "images", blank=True)
@@ -309,7 +290,14 @@ class Quickstart:
     def report(self) -> None:
         from report import write_report
 
-        write_report(self.out, self.arguments, self.plan, self.titles, self.results, self.parts.seconds)
+        write_report(self.out, self.arguments, self.plan, plans.TITLES, self.results, self.parts.seconds)
+
+
+def experts(plan: dict):
+    """Of a run of stage 3."""
+    from megatron_moellava.config import MoEConfig
+
+    return MoEConfig(**plan.get("moe", {}))
 
 
 def summary_line(score: dict, count: int, seconds: float) -> str:

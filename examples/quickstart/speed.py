@@ -14,6 +14,7 @@ ROWS = 2  # of a step, over all processes
 # In passes of the probe: a step of one row, and a question; of a dense model and of one with experts.
 STEP = {False: 21.0, True: 29.0}
 QUESTION = {False: 0.33, True: 0.33}
+OF_TINY = {"llama-tiny": 1.0, "llama-nano": 0.4}  # what a step of a backbone costs beside llama-tiny's
 TOWER_SECONDS = 0.06  # of a step of the tower's pretraining, in fp32 on all cores
 START_SECONDS = 6.0  # of a part, beside its steps: building and loading the model, saving
 
@@ -39,10 +40,12 @@ class Speed:
         dist.all_gather_object(slowest, seconds_of_a_pass(precision))
         return cls(max(slowest), dist.get_world_size())
 
-    def training(self, steps: int, questions: int, *, is_moe: bool) -> float:
-        """Seconds of a run and of asking so many questions after it."""
-        rows = max(1, ROWS // self.processes)
-        return self._some(steps * rows * STEP[is_moe] + questions / self.processes * QUESTION[is_moe])
+    def training(self, steps: int, questions: int, plan: dict) -> float:
+        """Seconds of a run of so many steps and of asking so many questions after it. `plan`: of plans.PLANS."""
+        is_moe = plan["stage"] == 3
+        rows = max(1, ROWS // self.processes) * plan.get("seq_length", TOKENS) / TOKENS
+        passes = steps * rows * STEP[is_moe] + questions / self.processes * QUESTION[is_moe]
+        return self._some(passes * OF_TINY[plan.get("backbone", "llama-tiny")])
 
     def tower(self, steps: int) -> float:
         """Seconds of the tower's pretraining."""

@@ -168,6 +168,7 @@ LLAMA_TINY = replace(
     vocab_size=512,
     max_position_embeddings=2048,
 )
+LLAMA_NANO = replace(LLAMA_TINY, name="llama-nano", num_layers=2, hidden_size=64, ffn_hidden_size=128, kv_channels=16)
 SIZES = (
     LLAMA_2_7B,
     LLAMA_2_13B,
@@ -178,4 +179,5 @@ SIZES = (
     LLAMA_3_2_1B,
     LLAMA_3_2_3B,
     LLAMA_TINY,
+    LLAMA_NANO,
 )

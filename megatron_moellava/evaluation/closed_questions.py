@@ -3,9 +3,11 @@
 Greedy decoding reproduces the truth exactly when, with the truth as input, the most likely token at every answer position
 is the next one of the truth (its end token included). Where one differs, greedy decoding would have said that token; the
 text up to and including it is the prediction. The same pass gives the loss of the truth, which still tells models apart
-that answer nearly everything. Questions are packed like training rows. Suffixes: B rows, S positions, L those of a rank.
+that answer nearly everything. Questions are packed like training rows. Suffixes: B rows, S positions, L those of a rank, T
+tokens of an answer.
 """
 
+import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,12 +19,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_moellava import parallel
-from megatron_moellava.config import DataConfig
+from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.data import media
 from megatron_moellava.data.batch import Batch, pack
 from megatron_moellava.data.encode import IGNORE_INDEX, EncodedSample
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.sample import Sample, parse_record
+from megatron_moellava.evaluation.quickstart.names import SEPARATOR
 from megatron_moellava.model.answers import token_losses
 from megatron_moellava.model.inputs import model_inputs
 from megatron_moellava.model.moe_llava import MoELlava
@@ -43,7 +46,9 @@ def predict(
 ) -> list[dict]:
     """{"prediction", "loss"} of each row {image, question, answer}, in order, on every rank.
 
-    `prediction` is what greedy decoding answers, `loss` minus the log of the probability of the truth, in nats. `blank`:
+    `prediction` is what greedy decoding answers, `loss` minus the log of the probability of the truth, in nats. A row with
+    `answers` besides, whose `answer` is all of them with SEPARATOR between, also gets "parts": the same two of each of them,
+    given the true ones before it. `blank`:
     every picture is replaced by the mean colour, to see what the words alone give away. `statistics`: counts which
     experts the tokens go to.
     """
@@ -114,6 +119,10 @@ class Plan:
         packed: list[list[tuple[int, EncodedSample]]] = [[]]
         space = self.encoder.max_length
         for index, row in enumerate(self.rows):
+            if row.get("answers") and SEPARATOR.join(row["answers"]) != row["answer"]:
+                raise DataError(
+                    f"question {index}: answer is not its answers with {SEPARATOR!r} between; write both alike"
+                )
             sample = self._encoded(parse_record(_record(index, row), origin=f"question {index}"))
             if len(sample) > space:
                 packed.append([])
@@ -160,9 +169,29 @@ class Plan:
             wrong = np.flatnonzero(truth != guess)
             said = truth[:-1] if not len(wrong) else guess[: wrong[0] + 1]
             text = self.encoder.tokenizer.decode([int(token) for token in said]).strip()
-            found[index] = {"prediction": text, "loss": float(loss_S[here][answer].sum())}
+            loss = loss_S[here][answer]
+            found[index] = {"prediction": text, "loss": float(loss.sum())}
+            if answers := self.rows[index].get("answers"):
+                found[index]["parts"] = self._parts(answers, truth, guess, loss)
             start += len(sample)
         return found
+
+    def _parts(
+        self, answers: Sequence[str], truth_T: np.ndarray, guess_T: np.ndarray, loss_T: np.ndarray
+    ) -> list[dict]:
+        """{"prediction", "loss"} of each of the answers that `truth_T` is the tokens of; separators belong to what they end."""
+        decode = self.encoder.tokenizer.decode
+        ends_T = [len(decode(truth_T[: n + 1].tolist()).lstrip()) for n in range(len(truth_T))]  # in characters
+        parts, first, end = [], 0, 0
+        for answer in answers:
+            end += len(answer) + len(SEPARATOR)
+            last = bisect.bisect_right(ends_T, end)
+            here = slice(first, last)
+            right = (truth_T[here] == guess_T[here]).all()
+            said = answer if right else decode(guess_T[here].tolist()).strip(SEPARATOR)
+            parts.append({"prediction": said, "loss": float(loss_T[here].sum())})
+            first = last
+        return parts
 
 
 def _record(index: int, row: dict) -> dict:

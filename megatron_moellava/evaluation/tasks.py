@@ -196,7 +196,7 @@ _ALL = (
         questions="names_test.jsonl",
         reader="quickstart",
         images="images",
-        max_new_tokens=48,
+        max_new_tokens=128,  # names in eight languages
         score=partial(held_out.held_out, train_file="names.json"),
         origin="examples/quickstart/names.py",
     ),

@@ -14,8 +14,8 @@ import pytest
 from tests.helpers.paths import REPO
 from tests.resilience.training import PATIENCE, digests, records
 
-RUNS = ("stage1", "stage2", "stage3", "dense")
-SHORT = ("--preset", "fast", "--steps-scale", "0.01", "--questions", "200", "checkpoint.save_interval=2")
+RUNS = ("stage1", "stage2", "stage3", "dense", "names", "names_moe", "names_dense")
+SHORT = ("--preset", "names", "--steps-scale", "0.01", "--questions", "200", "checkpoint.save_interval=2")
 KILLS = max(3, int(os.environ.get("KILLS", "200")) // 40)
 
 
@@ -67,7 +67,8 @@ def same(out: Path, whole: Path) -> None:
         assert [(step["iteration"], step["loss"]) for step in here] == [
             (step["iteration"], step["loss"]) for step in there
         ]
-        assert (out / name / "predictions.jsonl").read_text() == (whole / name / "predictions.jsonl").read_text()
+        answers = "names_predictions.jsonl" if name.startswith("names") else "predictions.jsonl"
+        assert (out / name / answers).read_text() == (whole / name / answers).read_text()
     mine, other = (json.loads((folder / "summary.json").read_text()) for folder in (out, whole))
     for timed in ("seconds", "tokens_per_second"):
         assert mine.pop(timed).keys() == other.pop(timed).keys()

@@ -1,9 +1,14 @@
 """Short answers from one forward pass are those of greedy decoding."""
 
+import itertools
+
+import numpy as np
 import pytest
 from PIL import Image
 
 from megatron_moellava import parallel
+from megatron_moellava.config import DataError
+from megatron_moellava.data.encode import IGNORE_INDEX
 from megatron_moellava.data.encoder import Encoder
 from megatron_moellava.data.sample import Turn
 from megatron_moellava.evaluation.closed_questions import Plan, predict
@@ -48,6 +53,37 @@ def test_the_first_token_that_differs_is_what_greedy_decoding_says(asked):
         (completion,) = engine.generate([request])
         assert completion.text.strip().startswith(said["prediction"])
         assert said["loss"] > 0
+
+
+def test_several_answers_at_once_are_judged_one_by_one_given_the_true_ones_before(asked):
+    engine, encoder, folder = asked
+    answers = ["red", "a blue circle", "yes"]
+    row = {"image": "a.png", "question": "what is it?", "answer": "; ".join(answers), "answers": answers}
+    (said,) = predict([engine.model], encoder, [row], folder)
+    assert sum(part["loss"] for part in said["parts"]) == pytest.approx(said["loss"])
+    plan = Plan(encoder, [row], folder, False, engine.model.tower, engine.prompter.data)
+    ((packed,), _) = plan.of_rank(0, 1)
+    labels = packed[0][1].labels_S
+    truth = labels[labels != IGNORE_INDEX]
+    parts = plan._parts(answers, truth, truth, np.ones(len(truth)))  # so that a part's loss is how many tokens it has
+    assert [part["prediction"] for part in parts] == answers
+    ends = [0, *itertools.accumulate(round(part["loss"]) for part in parts)]
+    assert ends[-1] == len(truth)
+    for answer, (first, last) in zip(answers, itertools.pairwise(ends), strict=True):
+        assert encoder.tokenizer.decode(truth[first:last].tolist()).strip("; ") == answer
+    for token in range(len(truth)):
+        guess = truth.copy()
+        guess[token] += 1
+        judged = plan._parts(answers, truth, guess, np.ones(len(truth)))
+        right = [part["prediction"] == answer for part, answer in zip(judged, answers, strict=True)]
+        assert right == [not first <= token < last for first, last in itertools.pairwise(ends)]
+
+
+def test_answers_that_are_not_the_answer_are_refused(asked):
+    engine, encoder, folder = asked
+    row = {"image": "a.png", "question": "what is it?", "answer": "red, yes", "answers": ["red", "yes"]}
+    with pytest.raises(DataError, match="question 0: answer is not its answers with '; ' between"):
+        predict([engine.model], encoder, [row], folder)
 
 
 def test_blank_pictures_tell_what_the_words_alone_give_away(asked):

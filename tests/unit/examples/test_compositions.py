@@ -131,5 +131,5 @@ def test_what_the_quickstart_has_not_written_is_named(program, tmp_path, monkeyp
     with pytest.raises(SystemExit) as ended:
         program.main()
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and "conversations.json missing; run `make quickstart` first" in said
+    assert ended.value.code == 2 and "conversations.json missing; run `make quickstart PRESET=fast` first" in said
     assert not (tmp_path / "out").exists()

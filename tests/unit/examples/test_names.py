@@ -9,7 +9,7 @@ from PIL import Image
 
 from megatron_moellava.config import DataError
 from megatron_moellava.evaluation.quickstart.metrics import QuestionOnlyBaseline, questions_of
-from megatron_moellava.evaluation.quickstart.names import score_names
+from megatron_moellava.evaluation.quickstart.names import SEPARATOR, facts_of, score_names
 
 THINGS = 12
 
@@ -24,6 +24,16 @@ def data(tmp_path_factory):
 
         out = tmp_path_factory.mktemp("names")
         write_names(out, things=THINGS, views=2, turns=3, seed=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def at_once(data, tmp_path_factory):
+    """The same things, asked for all names at once as in the quickstart."""
+    from names import write_names
+
+    out = tmp_path_factory.mktemp("at_once")
+    write_names(out, things=THINGS, views=2, at_once=True, seed=1)
     return out
 
 
@@ -117,6 +127,37 @@ def questions_with_image(data):
 def test_the_words_alone_name_nothing(data):
     baseline = QuestionOnlyBaseline(questions_of(rows_of(data)))
     assert score_names(baseline.predict(asked_of(data)))["exact"] <= 100 / THINGS + 10
+
+
+def test_all_names_at_once_are_asked_of_the_same_pictures(data, at_once):
+    from names import LANGUAGES, read_things
+
+    names = {thing.code: [thing.names[language] for language in LANGUAGES] for thing in read_things()}
+    known = {row["image"]: row["answer"].split(SEPARATOR) for row in questions_with_image(at_once)}
+    assert len(known) == len(rows_of(at_once)) == 2 * THINGS
+    for image, answer in known.items():
+        assert answer == names[image.split("/")[-1][: -len("-0.png")]]
+    asked = asked_of(at_once)
+    assert {row["image"] for row in asked} == {row["image"] for row in asked_of(data)} and len(asked) == THINGS
+    for row in asked:
+        assert row["image"] == f"names/test/{row['question_id']}-2.png"
+        assert row["answers"] == names[row["question_id"]] == row["answer"].split(SEPARATOR)
+        assert row["question"] == questions_of(rows_of(at_once))[0]["question"]
+
+
+def test_no_name_has_what_stands_between_them():
+    from names import read_things
+
+    assert not [name for thing in read_things() for name in thing.names.values() if SEPARATOR in name]
+
+
+def test_the_words_alone_name_one_thing_of_all_at_once(at_once):
+    from names import LANGUAGES
+    from names_report import trained_rows
+
+    baseline = QuestionOnlyBaseline(facts_of(trained_rows(rows_of(at_once)), LANGUAGES))
+    score = score_names(baseline.predict(facts_of(asked_of(at_once), LANGUAGES)))
+    assert score["exact"] == pytest.approx(100 / THINGS) and score["count"] == 8 * THINGS
 
 
 def test_the_picture_shows_the_thing_on_a_light_background(data):

@@ -10,7 +10,7 @@ def answer(number, prediction, bits, language="en"):
     return {
         "question_id": number,
         "image": f"names/test/{number}-2.png",
-        "question": "what is this called in english?",
+        "question": "what is this called?",
         "answer": "cat face",
         "type": f"name {language}",
         "prediction": prediction,
@@ -18,20 +18,35 @@ def answer(number, prediction, bits, language="en"):
     }
 
 
-def test_the_runs_of_the_preset_start_from_what_is_there():
-    from plans import RUNS, with_names
+@pytest.mark.parametrize("preset", ["fast", "names", "full"])
+def test_the_runs_of_a_preset_start_from_what_is_there(preset):
+    from plans import PLANS, STARTS, TITLES, UPCYCLED
 
-    plan = with_names({"stage1": {"from": "start"}, "stage2": {"from": "stage1"}, "stage3": {}, "dense": {}})
-    made = {"start"}
-    for name, run in plan.items():
-        if run["from"] == "upcycled":
-            assert "names" in made
-        else:
-            assert run["from"] in made
+    made = set()
+    for name, run in PLANS[preset].items():
+        assert run["from"] in made | set(STARTS) or UPCYCLED[run["from"]] in made
+        assert name in TITLES
         made.add(name)
-    assert RUNS["stage3"]["steps"] == RUNS["dense"]["steps"]
-    assert RUNS["stage3"]["lr"] == RUNS["dense"]["lr"]
-    assert RUNS["stage3"]["data"] == RUNS["dense"]["data"]
+
+
+@pytest.mark.parametrize(("moe", "dense", "roles"), [("stage3", "dense", {}), ("names_moe", "names_dense", {2})])
+def test_moe_and_dense_learn_the_same_for_as_long_from_the_same_model(moe, dense, roles):
+    from plans import PLANS, UPCYCLED
+
+    from megatron_moellava.stages import STAGES
+
+    one, other = PLANS["names"][moe], PLANS["names"][dense]
+    for setting in ("steps", "lr", "data", "backbone", "seq_length"):
+        assert one.get(setting) == other.get(setting)
+    assert UPCYCLED[one["from"]] == other["from"]
+    for stage in roles:
+        assert set(one["trains"]) == set(STAGES[stage])
+
+
+def test_a_token_of_the_moe_that_learns_names_meets_one_whole_expert():
+    from plans import EXPERTS
+
+    assert EXPERTS["moe_router_topk"] == 1 and "moe_ffn_hidden_size" not in EXPERTS
 
 
 def test_the_summary_compares_moe_and_dense_on_the_same_questions(tmp_path):
@@ -39,12 +54,12 @@ def test_the_summary_compares_moe_and_dense_on_the_same_questions(tmp_path):
 
     for folder in ("data", "ceiling"):
         (tmp_path / folder).mkdir()
-    turns = [
-        {"from": "human", "value": "<image>\nwhat is this called in english?"},
-        {"from": "gpt", "value": "cat face"},
-    ]
-    rows = [{"image": "names/train/1-0.png", "tag": "name en", "conversations": turns}]
+    names = ["cat face", "katzengesicht", "c", "d", "e", "f", "g", "h"]
+    turns = [{"from": "human", "value": "<image>\nwhat is this called?"}, {"from": "gpt", "value": "; ".join(names)}]
+    rows = [{"id": "1-0", "image": "names/train/1-0.png", "tag": "names", "conversations": turns}]
     (tmp_path / "data/names.json").write_text(json.dumps(rows))
+    test = {"question_id": "1", "image": "names/test/1-2.png", "question": "what is this called?", "answers": names}
+    (tmp_path / "data/names_test.jsonl").write_text(json.dumps(test) + "\n")
     (tmp_path / "ceiling/ceiling.json").write_text(json.dumps({"exact": 90.0, "pictures": 2, "among": 2}))
 
     def result(*answered):
@@ -57,11 +72,11 @@ def test_the_summary_compares_moe_and_dense_on_the_same_questions(tmp_path):
 
     results = {
         "stage2": {},
-        "dense": result(answer(1, "cat", 4.0), answer(2, "dog", 6.0)),
-        "stage3": result(answer(1, "cat face", 1.0), answer(2, "dog", 5.0)),
+        "names_dense": result(answer(1, "cat", 4.0), answer(2, "dog", 6.0)),
+        "names_moe": result(answer(1, "cat face", 1.0), answer(2, "dog", 5.0)),
     }
     summary = summarise_names(tmp_path, results)
-    assert set(summary["results"]) == {"dense", "stage3"}
+    assert set(summary["results"]) == {"names_dense", "names_moe"}
     assert summary["moe_minus_dense"] == {
         "exact": 50.0,
         "bits_saved": pytest.approx(2.0),
@@ -70,51 +85,52 @@ def test_the_summary_compares_moe_and_dense_on_the_same_questions(tmp_path):
     assert summary["question_only_baseline"]["exact"] == 100.0
     assert summary["example"] == {
         "image": "names/test/1-2.png",
-        "question": "what is this called in english?",
-        "answer": "cat face",
-        "prediction": "cat face",
+        "question": "what is this called?",
+        "answer": ["cat face"],
+        "prediction": ["cat face"],
     }
 
 
-def test_the_example_is_the_surest_english_name_that_is_right():
+def test_the_example_is_the_picture_of_which_most_is_known_the_surest_first():
     from names_report import example_of
 
     rows = [
         answer(0, "dog", 0.1),
+        answer(0, "cat face", 0.1, "de"),
+        answer(1, "cat face", 2.0),
         answer(1, "cat face", 0.2, "de"),
-        answer(2, "cat face", 2.0),
-        answer(3, "cat face", 1.0),
+        answer(2, "cat face", 1.0),
+        answer(2, "cat face", 1.0, "de"),
     ]
-    assert example_of(rows)["image"] == "names/test/3-2.png"
-    assert example_of(rows[:1])["prediction"] == "dog"
+    assert example_of(rows)["image"] == "names/test/2-2.png"
+    assert example_of(rows[:2])["prediction"] == ["dog", "cat face"]
 
 
-def test_the_table_has_both_benchmarks_costs_and_the_picture_to_try(tmp_path, capsys):
+def test_the_table_has_names_costs_and_the_picture_to_try(tmp_path, capsys):
     from names_report import print_names_table
     from plans import TITLES
 
     def names(exact, bits):
         return {"exact": exact, "bits_per_fact": bits}
 
-    cost = {"flops_per_token": 2.5e6, "activated": 1_000_000, "total": 1_000_000}
+    cost = {"flops_per_token": 0.31e6, "activated": 210_000, "total": 210_000}
     summary = {
-        "question_only_baseline": {"accuracy": 66.9},
-        "results": {name: {"accuracy": 99.0} for name in ("stage2", "names", "dense", "stage3")},
-        "costs": dict.fromkeys(("stage2", "names", "dense"), cost) | {"stage3": cost | {"total": 5_100_000}},
+        "costs": dict.fromkeys(("stage2", "names", "names_dense"), cost) | {"names_moe": cost | {"total": 560_000}},
         "names": {
             "question_only_baseline": names(0.6, None),
             "tower_ceiling": {"exact": 93.2},
-            "results": {"names": names(10.0, 20.0), "dense": names(12.0, 18.5), "stage3": names(21.0, 14.25)},
+            "results": {"names": names(10.0, 20.0), "names_moe": names(21.0, 14.25), "names_dense": names(12.0, 18.5)},
             "moe_minus_dense": {"exact": 9.0, "bits_saved": 4.25, "standard_error": 0.3},
-            "example": {"image": "names/test/1F431-2.png", "question": "what is this called in english?"},
+            "example": {"image": "names/test/1F431-2.png", "question": "what is this called?"},
         },
     }
     print_names_table(summary, TITLES, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     rows = {title: line for title in TITLES.values() for line in lines if line.startswith(title)}
-    assert rows[TITLES["stage3"]].split()[-7:] == ["99.0", "21.0", "14.25", "2.50", "1.00", "/", "5.10"]
-    assert rows[TITLES["dense"]].split()[-7:] == ["99.0", "12.0", "18.50", "2.50", "1.00", "/", "1.00"]
-    assert rows[TITLES["stage2"]].split()[-5:] == ["99.0", "2.50", "1.00", "/", "1.00"]
+    assert rows[TITLES["names_moe"]].split()[-6:] == ["21.0", "14.25", "0.31", "0.21", "/", "0.56"]
+    assert rows[TITLES["names_dense"]].split()[-6:] == ["12.0", "18.50", "0.31", "0.21", "/", "0.21"]
+    assert rows[TITLES["names"]].split()[-6:] == ["10.0", "20.00", "0.31", "0.21", "/", "0.21"]
     assert any(line.startswith("the tower's own retrieval") and "93.2" in line for line in lines)
     assert any("4.25 ± 0.30 bits per fact saved" in line for line in lines)
-    assert any(f"--image {tmp_path}/data/images/names/test/1F431-2.png" in line for line in lines)
+    picture = f"{tmp_path}/data/images/names/test/1F431-2.png"
+    assert any(f"--load {tmp_path}/names_moe --image {picture}" in line for line in lines)

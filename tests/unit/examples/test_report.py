@@ -18,7 +18,7 @@ def names(bits, prediction):
     row = {
         "question_id": "1F431-en",
         "image": "names/test/1F431-2.png",
-        "question": "what is this called in english?",
+        "question": "what is this called? (en)",
         "answer": "cat face",
         "type": "name en",
         "prediction": prediction,
@@ -31,12 +31,12 @@ def names(bits, prediction):
 
 def write_run(out, plan):
     """Data, ceiling and step logs as the runs of `plan` leave them."""
-    turns = [
-        {"from": "human", "value": "<image>\nwhat is this called in english?"},
-        {"from": "gpt", "value": "cat face"},
-    ]
-    rows = [{"image": "b.png", "tag": "color", "conversations": turns}]
+    answers = ["cat face", *"bcdefgh"]
+    turns = [{"from": "human", "value": "<image>\nwhat is this called?"}, {"from": "gpt", "value": "; ".join(answers)}]
+    rows = [{"id": "b", "image": "b.png", "tag": "color", "conversations": turns}]
     (out / "data").mkdir()
+    test = {"question_id": "c", "image": "c.png", "question": "what is this called?", "answers": answers}
+    (out / "data/names_test.jsonl").write_text(json.dumps(test) + "\n")
     for file in ("conversations.json", "names.json"):
         (out / "data" / file).write_text(json.dumps(rows))
     (out / "ceiling").mkdir()
@@ -54,12 +54,11 @@ def test_table_summary_and_pictures_of_either_preset(preset, tmp_path, capsys):
 
     from megatron_moellava.evaluation.quickstart.metrics import score_quickstart
 
-    easy = {name: {"from": "x"} for name in ("stage1", "stage2", "stage3", "dense")}
-    plan = plans.with_names(easy) if preset == "names" else easy
-    titles = {name: name for name in plan} | (plans.TITLES if preset == "names" else {})
+    plan = plans.PLANS[preset]
     write_run(tmp_path, plan)
     cost = {"flops_per_token": 2.5e6, "activated": 1_000_000, "total": 1_000_000}
-    results = {name: {"score": score_quickstart(answered()), "answered": answered(), "cost": cost} for name in plan}
+    easy = {"score": score_quickstart(answered()), "answered": answered()}
+    results = {name: {"cost": cost} | (easy if name in plans.PERCEPTION else {}) for name in plan}
     results["stage3"] |= {
         "blanked": answered(),
         "blanked_every": 1,
@@ -68,16 +67,16 @@ def test_table_summary_and_pictures_of_either_preset(preset, tmp_path, capsys):
     }
     if preset == "names":
         results["names"]["names"] = names(9.0, "dog")
-        results["dense"]["names"] = names(7.0, "dog")
-        results["stage3"]["names"] = names(4.0, "cat face")
+        results["names_dense"]["names"] = names(7.0, "dog")
+        results["names_moe"]["names"] = names(4.0, "cat face")
     arguments = Namespace(preset=preset, backbone="llama-tiny", seed=1, overrides=[])
-    write_report(tmp_path, arguments, plan, titles, results, {"data": 1.0})
+    write_report(tmp_path, arguments, plan, plans.TITLES, results, {"data": 1.0})
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary["results"]) == list(plan)
+    assert list(summary["results"]) == list(plans.PERCEPTION)
     assert ("names" in summary) == (preset == "names")
     if preset == "names":
         assert summary["names"]["moe_minus_dense"]["bits_saved"] == pytest.approx(3.0)
         assert summary["names"]["moe_minus_dense"]["exact"] == 100.0
-        assert "make chat ARGS='--image" in capsys.readouterr().out
-    for picture in ("curves.png", "expert_load.png"):
+        assert "make chat ARGS='--load" in capsys.readouterr().out
+    for picture in ("curves.png", "expert_load.png", *["names.png"] * (preset == "names")):
         assert (tmp_path / picture).stat().st_size > 1000

@@ -62,7 +62,7 @@ def test_steps_scale_shortens_every_training(tmp_path):
 
 
 def test_shipped_grids_train_at_the_quickstarts_rates_and_their_arms_as_long():
-    plan = runpy.run_path(str(REPO / "examples/quickstart/run.py"))["PLAN"]
+    plan = runpy.run_path(str(REPO / "examples/quickstart/plans.py"))["PERCEPTION"]
     grid = load_grid(REPO / "examples/ablations/strategy.yaml")
     chains = {cell: {node.step: node.settings for node in grid.chain(cell, 1)} for cell in grid.cells}
     staged = chains["moe-in-stage-3"]

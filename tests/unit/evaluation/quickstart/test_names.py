@@ -6,12 +6,13 @@ import pytest
 
 from megatron_moellava.config import DataError
 from megatron_moellava.evaluation.quickstart.metrics import QuestionOnlyBaseline
-from megatron_moellava.evaluation.quickstart.names import paired_bits, score_names
+from megatron_moellava.evaluation.quickstart.names import facts_of, paired_bits, score_names
 
 
 def row(number, answer, prediction, bits, language="de"):
     return {
         "question_id": number,
+        "image": f"{number}.png",
         "question": f"what is this called in {language}?",
         "answer": answer,
         "type": f"name {language}",
@@ -32,7 +33,8 @@ def test_exact_match_and_bits_over_all_and_for_each_language():
     scores = score_names(ROWS)
     assert scores["count"] == 4
     assert scores["exact"] == 50.0
-    assert scores["standard_error"] == pytest.approx(25.0)
+    # Two right, two wrong: 50 from their mean, each; squared, summed over 3 and 4.
+    assert scores["standard_error"] == pytest.approx(math.sqrt(4 * 50**2 / 3 / 4))
     assert scores["bits_per_fact"] == pytest.approx(3.0)
     # Squared distances from 3: 4, 1, 16, 9; their sum over 3 is the variance of one, over 4 that of the mean.
     assert scores["bits_standard_error"] == pytest.approx(math.sqrt(30 / 3 / 4))
@@ -70,3 +72,39 @@ def test_other_questions_cannot_be_paired():
 def test_nothing_to_score():
     with pytest.raises(DataError, match="predictions is empty"):
         score_names([])
+
+
+def test_names_of_one_picture_count_as_one_observation_in_the_standard_errors():
+    twice = [one | {"type": f"name {language}"} for one in ROWS for language in ("de", "fr")]
+    once, both = score_names(ROWS), score_names(twice)
+    for name in ("exact", "bits_per_fact", "standard_error", "bits_standard_error"):
+        assert both[name] == pytest.approx(once[name])
+    better = [{**one, "loss": one["loss"] - (1 + n % 2) * math.log(2)} for n, one in enumerate(ROWS)]
+    doubled = [one | {"type": f"name {language}"} for one in better for language in ("de", "fr")]
+    assert paired_bits(doubled, twice) == pytest.approx(paired_bits(better, ROWS))
+
+
+def test_a_row_for_several_names_is_taken_apart():
+    asked = {
+        "question_id": "1F431",
+        "image": "a.png",
+        "question": "names?",
+        "answers": ["cat", "katze"],
+        "answer": "cat; katze",
+    }
+    parts = [{"prediction": "cat", "loss": 0.5}, {"prediction": "kater", "loss": 2.0}]
+    first, second = facts_of([asked | {"parts": parts, "prediction": "cat; kater", "loss": 2.5}], ("en", "de"))
+    assert first == {
+        "question_id": "1F431 en",
+        "image": "a.png",
+        "question": "names? (en)",
+        "answer": "cat",
+        "type": "name en",
+        "prediction": "cat",
+        "loss": 0.5,
+    }
+    assert (second["answer"], second["prediction"], second["loss"]) == ("katze", "kater", 2.0)
+    unasked = facts_of([asked], ("en", "de"))
+    assert [sorted(fact) for fact in unasked] == [sorted(first.keys() - {"prediction", "loss"})] * 2
+    with pytest.raises(ValueError):
+        facts_of([asked], ("en", "de", "fr"))
