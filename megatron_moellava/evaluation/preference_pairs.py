@@ -83,7 +83,8 @@ def scorer_of(name: str, judge: Judge | None) -> Scorer:
     """By the name of --scorer. ConfigError for a judge that is not named, or one that nobody asks."""
     if (name == "judge") != (judge is not None):
         raise ConfigError("--scorer judge goes together with --judge-url and --judge-model: give all three or none")
-    return judged(judge) if judge is not None else {"exact": exact, "poll": poll}[name]
+    without_judge: dict[str, Scorer] = {"exact": exact, "poll": poll}
+    return judged(judge) if judge is not None else without_judge[name]
 
 
 # --- questions --------------------------------------------------------------------------------------------------------

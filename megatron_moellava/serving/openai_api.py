@@ -28,7 +28,8 @@ ASKS_FOR_MORE = ("tools functions audio web_search_options logit_bias frequency_
                  "ignore_eos stop_token_ids bad_words allowed_token_ids use_beam_search prompt_logprobs continue_final_message "
                  "structured_outputs guided_json guided_regex guided_choice guided_grammar")  # fmt: skip
 # Field -> values that change nothing, beside null, false, zero and what is empty.
-REFUSED: dict[str, tuple] = dict.fromkeys(ASKS_FOR_MORE.split(), ()) | {
+REFUSED: dict[str, tuple] = {
+    **dict.fromkeys(ASKS_FOR_MORE.split(), ()),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
