@@ -9,7 +9,8 @@ standard errors are those of pictures.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from megatron_moellava.config import DataError
 from megatron_moellava.evaluation.quickstart.metrics import Row, normalise, rows_by_type
@@ -65,7 +66,7 @@ def paired_bits(rows: Sequence[Row], others: Sequence[Row]) -> tuple[float, floa
     return _mean(saved, rows)
 
 
-def facts_of(answered: Iterable[Row], languages: Sequence[str]) -> list[dict]:
+def facts_of(answered: Iterable[Mapping[str, Any]], languages: Sequence[str]) -> list[dict]:
     """A row for each name that was asked for, of rows that were asked for their names in all `languages` at once.
 
     The rows have `answers` and `parts` (`closed_questions.predict`); those of the question-only baseline and of training have
