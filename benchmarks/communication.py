@@ -21,12 +21,18 @@ from benchmarks.processes import in_processes
 CONTROL = 8192  # bytes
 HIDDEN, LAYERS, FFN, SAMPLES = 256, 4, 704, 8
 BINNED = {"expert_groups": {"image": 2, "text": 2}}  # each rank of two has the experts of one modality
-LAYOUTS: dict[str, tuple[int, bool | dict, dict]] = {  # name: (processes, MoE, parallel.*)
+# Every layer of the tower and the projector has experts, too; stage 3 trains the projector's, and these roles the tower's.
+VISION = {"vision": {"tower_moe": {}, "projector_moe": {}}}
+ALL_EXPERTS = VISION | {"trains": ["tower", "projector", "experts", "router"]}
+# name: (processes, MoE, parallel.*), and what else `run_config` takes
+LAYOUTS: dict[str, tuple[int, bool | dict, dict] | tuple[int, bool | dict, dict, dict]] = {
     "DP2": (2, False, {}),
     "TP2 (sequence parallel)": (2, False, {"tensor_model_parallel_size": 2}),
     "PP2": (2, False, {"pipeline_model_parallel_size": 2}),
     "EP2": (2, True, {"expert_model_parallel_size": 2}),
     "EP2, experts by modality": (2, BINNED, {"expert_model_parallel_size": 2}),
+    "EP2, experts of tower and projector": (2, True, {"expert_model_parallel_size": 2}, VISION),
+    "EP2, the same, tower trained": (2, True, {"expert_model_parallel_size": 2}, ALL_EXPERTS),
     "DP2 x TP2": (4, False, {"tensor_model_parallel_size": 2}),
     "TP2 x PP2": (4, False, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "DP4, EP2": (4, True, {"expert_model_parallel_size": 2}),
@@ -117,14 +123,21 @@ def misplaced(rows: list) -> float:
 
 
 def theory(
-    layout: str, parameters: dict[str, float], microbatches: int, images: float, scale, leaves: float | None = None
+    layout: str,
+    parameters: dict[str, float],
+    microbatches: int,
+    images: float,
+    scale,
+    leaves: float | None = None,
+    vision: float = 0.0,
 ) -> dict[str, float]:
     """Bytes that a process sends per step and axis. bf16 activations and parameters, fp32 gradients.
 
     `parameters`: trained ones of a process, dense and expert; `microbatches` of a process; `images` of a micro-batch;
-    `leaves`: share of the tokens whose experts are on another rank, where it does not follow from an even router.
+    `leaves`: share of the tokens whose experts are on another rank, where it does not follow from an even router; `vision`:
+    what a micro-batch hands out to the experts of tower and projector (`costs/exchange.py`).
     """
-    processes, moe, axes = LAYOUTS[layout]
+    processes, moe, axes, *_ = LAYOUTS[layout]
     tp = axes.get("tensor_model_parallel_size", 1)
     pp = axes.get("pipeline_model_parallel_size", 1)
     ep = axes.get("expert_model_parallel_size", 1)
@@ -140,12 +153,25 @@ def theory(
         layers = (LAYERS + 1) // 2
         result["EP"] = (
             layers * microbatches * rows * (4 * 2 * HIDDEN + 2 * 4) * ((ep - 1) / ep if leaves is None else leaves)
-        )
+        ) + microbatches * vision * (ep - 1) / ep
     if pp > 1:  # every boundary once each way; the mean over the processes
         result["PP"] = 2 * (pp - 1) * microbatches * (hidden_state / tp) / pp
     if tp > 1:
         result["TP"] = microbatches * (tp - 1) / tp * tensor_parallel_bytes(hidden_state, images, scale, pp)
     return result
+
+
+def handed_out(run, images: float) -> float:
+    """Bytes that one micro-batch hands out to the experts of tower and projector, forward and backward."""
+    from megatron_moellava.backbones import get_backbone
+    from megatron_moellava.costs.exchange import vision_exchanges
+    from megatron_moellava.costs.layout import Layout
+    from megatron_moellava.towers import get_tower
+
+    backbone, tower = get_backbone(run.model.backbone), get_tower(run.model.tower)
+    layout = Layout(run=run, backbone=backbone, tower=tower, world_size=2)
+    exchanges, element = list(vision_exchanges(layout, images)), layout.activation_bytes
+    return sum(exchange.forward(element) + exchange.backward(element) for exchange in exchanges)
 
 
 def tensor_parallel_bytes(hidden_state: float, images: float, scale, pp: int) -> float:
@@ -179,8 +205,9 @@ def work(names: list[str], out: Path) -> None:
     register_model("bench", QUARTER, hidden=HIDDEN, layers=LAYERS, ffn=FFN)
     rows = packed_rows(make_samples(SAMPLES, QUARTER), QUARTER)[:4]
     for name in names:
-        _, moe, layout = LAYOUTS[name]
-        trainer = trainer_of(run_config("bench", QUARTER, len(rows), moe=moe, layout=layout), rows)
+        _, moe, layout, *more = LAYOUTS[name]
+        run = run_config("bench", QUARTER, len(rows), moe=moe, layout=layout, **(more[0] if more else {}))
+        trainer = trainer_of(run, rows)
         counter.know()
         trainer.step()
         counter.bytes.clear()
@@ -203,7 +230,9 @@ def work(names: list[str], out: Path) -> None:
                 "counted": {
                     axis: sum(item["bytes"].get(axis, 0.0) for item in everyone) / len(everyone) for axis in axes
                 },
-                "theory": theory(name, parameters, trainer.num_microbatches, images, QUARTER, leaves),
+                "theory": theory(
+                    name, parameters, trainer.num_microbatches, images, QUARTER, leaves, handed_out(run, images)
+                ),
             }
             (out / f"{name}.json").write_text(json.dumps(entry))
     parallel.shutdown()

@@ -22,6 +22,7 @@ import jsonschema
 from PIL import Image, ImageDraw
 
 PATH = "/v1/chat/completions"
+PATIENCE = 900  # seconds that a client waits for the next byte: longer than a server may take for an answer
 QUESTIONS = ("what is the color of the shape?", "what shape is in the image?", "is there a red circle?")
 RUBBISH = (
     b"{",
@@ -81,7 +82,7 @@ class Client:
 
     def post(self, body: bytes) -> http.client.HTTPResponse:
         """The response to a body, its head read."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         connection.request("POST", PATH, body, {"Content-Type": "application/json"})
         return connection.getresponse()
 

@@ -1,6 +1,7 @@
 """What quantised exports cost in answers: the quickstart's held-out questions, from bf16, fp8 and int4 weights.
 
   python -m benchmarks.quantised --run runs/quickstart [--limit 1000]     export, read back, ask; then write data and page
+  python -m benchmarks.quantised --run runs/quickstart --models dense     one model; the data of the others stay
   python -m benchmarks.quantised                                          write the page from the data alone
 
 Each kind goes the way of a user: exported (`--layout transformers`), imported again, evaluated by the same scorer. Computation
@@ -104,10 +105,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a finished quickstart; none: write the page alone")
     parser.add_argument("--limit", type=int, default=1000, help="questions, the first ones (1000)")
+    parser.add_argument("--models", nargs="+", choices=RUNS, default=list(RUNS), help="checkpoints of the run (all)")
     parsed = parser.parse_args()
     if parsed.run:
         data: dict = {"count": parsed.limit, "runs": {}}
-        for name in RUNS:
+        if set(parsed.models) < set(RUNS):
+            data = json.loads(DATA.read_text())
+            if data["count"] != parsed.limit:
+                parser.error(f"the others were asked {data['count']} questions; give --limit {data['count']}")
+        for name in parsed.models:
             data["runs"][name] = measure_run(parsed.run, name, parsed.limit)
             DATA.write_text(json.dumps(data, indent=1) + "\n")
     PAGE.write_text(page(json.loads(DATA.read_text())))

@@ -22,6 +22,7 @@ NAMES = {
     "deepspeed einsum": "DeepSpeed, einsum dispatch",
     "deepspeed newest": "DeepSpeed, newest",
     "bound": "bound: the products alone",
+    "by expert": "the products alone, by expert",
 }
 
 
@@ -51,6 +52,9 @@ def reached(value: float, target: float, at_least: bool = True) -> str:
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
+BY_EXPERT = " By expert they read the weights of each, twice, and write its gradients: with few rows of many experts that, not the multiplications, is what a layer cannot do without."
+
+
 def moe_layer(results: dict) -> str:
     rows = {(row["tokens"], row["experts"]): row for row in results["rows"]}
     present = [name for name in NAMES if any(name in row["milliseconds"] for row in rows.values())]
@@ -63,7 +67,7 @@ def moe_layer(results: dict) -> str:
     return f"""## One MoE layer, forward and backward
 
 Hidden {results["hidden"]}, experts of {results["ffn"]} (SwiGLU), top-{results["top-k"]}, bf16. Milliseconds, medians of rounds in which the ways take turns.
-Ours, SequentialMLP and transformers drop nothing and give the same outputs. DeepSpeed has capacity factor 1.5, as in the original's recipes ({versions}; the original's 0.9.5 has the same einsum, but does not import with today's packages). The bound computes the six matrix products of all tokens and their choices as two dense layers: no router, no activation, no sorting.
+Ours, SequentialMLP and transformers drop nothing and give the same outputs. DeepSpeed has capacity factor 1.5, as in the original's recipes ({versions}; the original's 0.9.5 has the same einsum, but does not import with today's packages). The bound computes the six matrix products of all tokens and their choices as two dense layers: no router, no activation, no sorting.{BY_EXPERT if "by expert" in present else ""}
 
 {table(["tokens", "experts", *(NAMES[name] for name in present)], body)}
 
@@ -154,6 +158,7 @@ def train_step(results: dict) -> str:
         "padded": f"transformers + DeepSpeed {results['deepspeed']}, padded",
         "recipe": "the same with gradient checkpointing, as in all of the original's recipes",
         "eager": "transformers' own experts (eager), padded",
+        "bound": "bound: the products of our step alone",
     }
     rows = [
         [
@@ -161,7 +166,7 @@ def train_step(results: dict) -> str:
             number(results["step seconds"][name]),
             number(speed),
             number(results["times ours"].get(name, 1.0)),
-            f"{results['first loss'][name]:.4f}",
+            f"{results['first loss'][name]:.4f}" if name in results["first loss"] else "-",
         ]
         for name, speed in speeds.items()
     ]
@@ -172,7 +177,14 @@ Stage 3 of a LLaVA with {results["parameters"] / 1e6:.0f} M parameters ({sizes["
 
 {table(["", "seconds per step", "useful tokens/s", "times our time", "first loss"], rows)}
 
-Aim: at least 3 times the padded step's useful tokens per second; here {reached(results["times ours"]["recipe"], 3)} beside the original's recipe, {reached(results["times ours"]["padded"], 3)} without its gradient checkpointing (ours keeps its activations). DeepSpeed's gate draws its second choice at random and drops tokens, hence the other loss."""
+Aim: at least 3 times the padded step's useful tokens per second; here {reached(results["times ours"]["recipe"], 3)} beside the original's recipe, {reached(results["times ours"]["padded"], 3)} without its gradient checkpointing (ours keeps its activations).{step_bound(results.get("times the bound"))} DeepSpeed's gate draws its second choice at random and drops tokens, hence the other loss."""
+
+
+def step_bound(times: dict | None) -> str:
+    """How much faster than the padded steps a step could be that packs as ours and computes nothing but its products."""
+    if times is None:
+        return ""
+    return f" A step of the same packed rows that consisted of its products alone would be {number(times['padded'])} times as fast as the padded one without checkpointing and {number(times['eager'])} times as fast as transformers' own experts; ours takes {number(times['ours'])} times as long as that."
 
 
 def profile_step(results: dict) -> str:
@@ -288,6 +300,25 @@ Beside transformers' `generate` (static batch of {results["batch"]}, the same we
 {table(["model", "equal lengths: ours, theirs (tokens/s): ratio", "mixed lengths", "identical answers", "error in bf16: ours, theirs", "second / first"], rows)}"""
 
 
+def compiled_kernels(results: dict) -> str:
+    rows = [
+        [
+            f"{int(kept):,}",
+            number(way["compiled"]),
+            percent(way["share"]),
+            f"{number(way['over library'])} ({' to '.join(number(value) for value in way['quartiles'])})",
+            number(way["megabytes"], 4),
+        ]
+        for kept, way in results["ways"].items()
+    ]
+    model = f"{results['layers']} layers of {results['hidden']}, {results['experts']} experts, fp32"
+    return f"""## Compiled kernels
+
+oneDNN compiles a kernel for every number of rows and shape of a weight that it meets. By themselves it and torch keep 1,024; here they keep {results["kept"]} ([the engine](../how-to/serving.md#the-engine)). Processes with the same model ({model}; a larger one loses less) answer the same {results["requests"]} requests in turns, {results["batch"]} at a time, {results["rounds"]} rounds of ever other lengths. A kernel costs {number(1000 * results["compile seconds"], 2)} ms, measured apart; those that a way compiles beyond the last one make the share of the time that its bound costs. Aim: at most 3 %. The processor's seconds beside those of the last way, in each round, agree as far as they can: two ways that compile the same differ by as much as they do here. Memory is that of the process after the last round.
+
+{table(["kernels kept", "compiled in a round (median)", "share of the time", "seconds, relative: median (quartiles)", "MB"], rows)}"""
+
+
 def data(results: dict) -> str:
     flat = {name: value for name, value in results.items() if not isinstance(value, dict | list)}
     rows = [[name, number(value) if isinstance(value, int | float) else value] for name, value in flat.items()]
@@ -337,6 +368,7 @@ SECTIONS: dict[str, Callable[[dict], str]] = {
     "communication": communication,
     "layouts": layouts,
     "generation": generation,
+    "compiled_kernels": compiled_kernels,
     "data": data,
     "conversion": conversion,
 }

@@ -29,6 +29,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "communication": (),
     "layouts": (),
     "generation": (),
+    "compiled_kernels": (),
     "data": (),
     "conversion": (),
 }

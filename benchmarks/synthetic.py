@@ -124,15 +124,24 @@ def register_model(name: str, scale: Scale, *, hidden: int, layers: int, ffn: in
 
 
 def run_config(
-    name: str, scale: Scale, rows: int, *, moe: bool | dict, layout: dict | None = None, **optimizer
+    name: str,
+    scale: Scale,
+    rows: int,
+    *,
+    moe: bool | dict,
+    layout: dict | None = None,
+    trains: list[str] | None = None,
+    vision: dict | None = None,
+    **optimizer,
 ) -> RunConfig:
-    """Stage 3 with four experts in every other layer (`moe`: fields that differ), or stage 2."""
+    """Stage 3 with four experts in every other layer (`moe`: fields that differ), or stage 2. `vision`: the experts of tower
+    and projector."""
     tree = {
         "model": {"backbone": name, "tower": name},
         "data": {"seq_length": scale.seq_length},
-        "training": {"stage": 3 if moe else 2, "precision": "bf16", "global_batch_size": rows},
+        "training": {"stage": 3 if moe else 2, "precision": "bf16", "global_batch_size": rows, "trains": trains},
         "optimizer": {"lr": 1e-5, **optimizer},
         "logging": {"tensorboard": False, "routing_interval": 1_000_000},
         "parallel": layout or {},
     }
-    return from_dict(RunConfig, tree | ({"moe": {} if moe is True else moe} if moe else {}))
+    return from_dict(RunConfig, tree | (vision or {}) | ({"moe": {} if moe is True else moe} if moe else {}))

@@ -15,6 +15,8 @@ padded   transformers' LlavaForConditionalGeneration in bf16 with DeepSpeed's Mo
          (StableLM-2 with 5,632 and 8 samples of about 1,000).
 recipe   the same with gradient checkpointing, which all of the original's recipes have
 eager    as "padded", but transformers' own experts, one after another, instead of DeepSpeed's
+bound    the products of our step alone (`costs/stage_work.py`: the packed positions, what stage 3 trains), each as a dense
+         product: no attention, no element-wise work, no optimizer, nothing between operations
 """
 
 import argparse
@@ -30,15 +32,20 @@ from benchmarks.moe_layer import SwiGLU, deepspeed_layer, import_deepspeed
 from benchmarks.reference import Sizes, write_reference
 from benchmarks.synthetic import QUARTER, make_samples, packed_rows, trainer_of, useful_tokens
 from megatron_moellava import parallel
+from megatron_moellava.backbones import get_backbone
 from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
 from megatron_moellava.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from megatron_moellava.conversion.imports import import_checkpoint
+from megatron_moellava.costs.flops import Product
+from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.shapes import model_from_json
+from megatron_moellava.costs.stage_work import stage_work
 from megatron_moellava.data.batch import Batch
 from megatron_moellava.data.encode import IGNORE_INDEX, IMAGE_TOKEN
 from megatron_moellava.data.modality import epoch_order
 from megatron_moellava.model.weights import load_weights
+from megatron_moellava.towers import get_tower
 from megatron_moellava.training.loop import Trainer
 
 SIZES = Sizes(
@@ -72,6 +79,34 @@ def our_trainer(folder: Path, rows: list[Batch]) -> Trainer:
     load_weights(checkpoint, trainer.chunks)
     trainer.optimizer.reload_model_params()
     return trainer
+
+
+def products_alone(trainer: Trainer, rows: list[Batch]):
+    """All products of one step, forward and backward, without autograd."""
+    backbone, tower = get_backbone(trainer.run.model.backbone), get_tower(trainer.run.model.tower)
+    layout = Layout(run=trainer.run, backbone=backbone, tower=tower, world_size=1)
+    images = sum(len(row.pixel_values_NCHW) for row in rows) / len(rows)
+    work = [item for item in stage_work(layout, 0, ROW, ROW, images) if isinstance(item, Product)]
+    operands = [
+        (item, *(torch.randn(round(size), round(other)).bfloat16() for size, other in sides(item))) for item in work
+    ]
+
+    def step() -> None:
+        for _ in rows:
+            for item, input_NI, weight_IO, grad_NO in operands:
+                for _ in range(item.times):
+                    input_NI @ weight_IO
+                    if item.input_gradient:
+                        grad_NO @ weight_IO.t()
+                    if item.weight_gradient:
+                        input_NI.t() @ grad_NO
+
+    return step
+
+
+def sides(item: Product) -> tuple[tuple[float, float], ...]:
+    """Shapes of input, weight and gradient of the output."""
+    return (item.rows, item.inner), (item.inner, item.columns), (item.rows, item.columns)
 
 
 # --- padded -----------------------------------------------------------------------------------------------------------
@@ -191,6 +226,7 @@ def main() -> None:
             "padded": lambda: losses["padded"].append(padded.step()),
             "recipe": lambda: losses["recipe"].append(recipe.step()),
             "eager": lambda: losses["eager"].append(eager.step()),
+            "bound": products_alone(trainer, rows),
         }
         seconds = take_turns(ways, args.rounds)
         parallel.shutdown()
@@ -207,6 +243,9 @@ def main() -> None:
         "step seconds": {name: median(values) for name, values in seconds.items()},
         "useful tokens per second": {name: useful / median(values) for name, values in seconds.items()},
         "times ours": {name: ratio(values, seconds["ours"]) for name, values in seconds.items() if name != "ours"},
+        "times the bound": {
+            name: ratio(values, seconds["bound"]) for name, values in seconds.items() if name != "bound"
+        },
     }
     say(str(result))
     finish(result)

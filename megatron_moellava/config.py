@@ -44,7 +44,7 @@ class DataError(MoELlavaError):
 # Legal values that have a name, because more than one field or a command has them; `typing.get_args` lists them.
 Stage = Literal[1, 2, 3, 4]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]  # auto: bf16 where the machine multiplies in it, else fp32
-Recompute = Literal["none", "full", "selective", "moe"]
+Recompute = Literal["none", "full", "selective", "moe_act", "moe"]
 Placement = Literal["first_half", "second_half", "sparse", "dense"]
 Role = Literal[
     "tower",
@@ -334,7 +334,7 @@ class TrainingConfig:
     trains: tuple[Role, ...] | None = None
     lora: LoraConfig | None = None  # low-rank adapters beside frozen matrices (below); null: none
     distillation: DistillationConfig | None = None  # from a teacher's logits (below); null: none
-    recompute: Recompute = "none"  # selective: the attention alone
+    recompute: Recompute = "none"  # selective: the attention alone; moe_act: the activation of grouped experts alone
     recompute_tower: bool = False  # the vision tower's activations too
     non_finite_patience: int = 5  # consecutive skipped steps before the run stops
     debug: DebugConfig | None = None  # switches that cost time, for a run that misbehaves (below); null: none

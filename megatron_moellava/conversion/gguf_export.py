@@ -81,6 +81,8 @@ def check_gguf(source: Checkpoint, tokenizer: Path | None) -> None:
         reason = reason or "tiled pictures"
     if tower and (tower.native or tower.shuffle > 1):
         reason = reason or f"{tower.name} has native resolution or a pixel shuffle"
+    if tower and tower.takes_videos:
+        reason = reason or f"{tower.name} attends across the frames of a video"
     if tower and tower.drop_first_feature != tower.class_token:
         reason = reason or f"llama.cpp drops a tower's class token and no other feature, unlike {tower.name}"
     if reason:

@@ -27,7 +27,7 @@ from megatron_moellava.conversion.writers import Progress
 from megatron_moellava.costs.shapes import OWN_TOWER, PROJECTOR, TOWER, UNUSED, Model, branch_tensors
 from megatron_moellava.towers import Tower, get_tower, without_rule
 from megatron_moellava.towers.branches import Branch
-from megatron_moellava.validation.modalities import NAME, projector_fits
+from megatron_moellava.validation.modalities import NAME, grids_apart, projector_fits
 
 Start = Literal["shared", "new", "copy"]  # how a projector begins: there is none of its own, drawn anew, the model's
 
@@ -112,12 +112,10 @@ def _branch(source: Checkpoint, modality: str, tower: str | None, copy_tower: bo
     own: Tower | None = main if copy_tower else get_tower(tower) if tower else None
     branch = Branch(modality=modality, tower=own, own_projector=projector != "shared")
     seen = branch.seen_by(main)
-    for found in (main, seen):
-        if found.has_grids:
-            raise ConfigError(
-                f"{found.name} gives pictures different numbers of visual tokens; beside what a modality has of its own "
-                "every tower must take pictures of one size"
-            )
+    if seen.has_grids:
+        raise ConfigError(grids_apart(seen))
+    if seen.takes_videos:
+        raise ConfigError(f"{seen.name} takes whole videos, and a modality has pictures; give it a tower for pictures")
     if projector in ("shared", "copy") and not projector_fits(seen, main):
         raise ConfigError(
             f"--projector {projector}: the features of {seen.name} are {seen.projector_input_size} wide, and those of "

@@ -186,9 +186,11 @@ def _published(config: dict) -> Tower:
     if Path(name).exists():
         return get_tower(name)
     stem = name.rstrip("/").split("/")[-1]
-    if stem not in TOWERS:
+    published = (tower for tower in TOWERS.values() if _hub_name(tower).split("/")[-1] == stem)
+    tower = TOWERS.get(stem) or next(published, None)
+    if tower is None:
         raise ConfigError(f"tower {name!r} is not a known one ({', '.join(TOWERS)}); give --tower a folder with it")
-    return TOWERS[stem]
+    return tower
 
 
 def _inside(config: dict) -> Tower:

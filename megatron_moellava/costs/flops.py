@@ -251,9 +251,10 @@ def tower_layers_work(
     mixture, sparse = sharding.run.mixtures.get("tower"), len(sharding.model.tower_moe_layers)
     if mixture is not None:
         yield from vision_moe_work(sharding, "tower", rows, (width, inner, width), mixture, sparse)
+    attentions = layers * (2 if tower.takes_videos else 1)
     for inputs, outputs, times in (
-        (width, 3 * width / tp, layers),
-        (width / tp, width, layers),
+        (width, 3 * width / tp, attentions),
+        (width / tp, width, attentions),
         (width, inner / tp, layers - sparse),
         (inner / tp, width, layers - sparse),
     ):
@@ -266,16 +267,11 @@ def tower_layers_work(
             input_gradient=trained,
             weight_gradient="tower" in sharding.trains,
         )
-    yield from [
-        Attention(
-            rows=rows,
-            length=tower.num_rows if reach is None else reach,
-            width=width / tp,
-            causal=False,
-            with_backward=trained,
-            part="tower",
-        )
-    ] * layers
+    lengths = [tower.num_rows if reach is None else reach] + [float(tower.num_frames)] * tower.takes_videos
+    for length in lengths:
+        yield from [
+            Attention(rows=rows, length=length, width=width / tp, causal=False, with_backward=trained, part="tower")
+        ] * layers
 
 
 def last_stage_work(sharding: Sharding, tokens: float) -> Iterator[Work]:

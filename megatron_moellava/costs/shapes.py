@@ -343,6 +343,12 @@ def tower_layer_tensors(tower: Tower, moe: TowerMoEConfig | None = None) -> Tens
         ("self_attention.linear_proj.", hidden, hidden, 1),
     ):
         tensors |= _prefixed(name, _linear(rows, columns, True, role, split))
+    if tower.takes_videos:
+        tensors |= {
+            name.replace("self_", "temporal_"): tensor for name, tensor in tensors.items() if name.startswith("self_")
+        }
+        tensors |= _prefixed("temporal_layernorm.", norm)
+        tensors["temporal_embedding"] = ModelTensor((1, tower.num_frames, hidden), role)
     mlp = _two_layers(hidden, ffn, hidden, role)
     return tensors | _prefixed("mlp.", _routed(moe, mlp, role) if moe else mlp)
 

@@ -71,9 +71,11 @@ class Sharding:
     @property
     def fullest_sample(self) -> tuple[int, int]:
         """(images that the tower encodes, visual tokens) of the sample that gives the tower most to do for its tokens: a
-        picture, or where frames are pooled a video, as much of it as a row holds. With each image comes one of every modality
-        that is apart (`branches`), whose visual tokens are not among these."""
+        picture, a video of a tower that takes such, or where frames are pooled as much of a video as a row holds. With each
+        image comes one of every modality that is apart (`branches`), whose visual tokens are not among these."""
         data, features = self.run.data, self.tower.num_features
+        if self.tower.takes_videos:
+            return self.tower.num_frames, self.tower.num_frames * features
         pooling = POOLINGS[data.video_pooling]
         if pooling == POOLINGS["none"]:
             return 1, features

@@ -21,6 +21,7 @@ from megatron_moellava.costs.layout import Layout
 RECOMPUTED: dict[str, tuple[str, ...] | None] = {
     "none": (),
     "selective": ("core attention",),
+    "moe_act": (),
     "moe": ("core attention", "router", "experts", "shared experts"),
     "full": None,
 }

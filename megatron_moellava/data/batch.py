@@ -60,7 +60,7 @@ class Batch:
     )  # float32, in the order of the image tokens; N may be 0. At native resolution: patches
     sample_ids: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
-    grids: tuple[tuple[int, ...], ...] = ()  # how each image's tokens lie (`Plan.grid`), of towers that have that
+    grids: tuple[tuple[int, ...], ...] = ()  # how the tokens of each lie (`Plan.grid`), of towers that have that
     # Pairs of answers (data/pairs.py): segments 2p and 2p + 1 are the chosen and the rejected one of pair p.
     pairs: list[int] = field(default_factory=list)  # their numbers in the data set
     reference_P2: torch.Tensor | None = None  # fp32, log-probabilities of the answers by the reference
@@ -187,7 +187,7 @@ def pack(
         **_pixels(samples if shown is None else shown, pixels, shape, apart),
         sample_ids=[sample.id for sample in samples],
         tags=[sample.tag for sample in samples],
-        grids=tuple(grid for sample in samples for grid in sample.grids),
+        grids=tuple(grid for sample in samples for grid in sample.grids if grid),
         pools=tuple(pool for sample in samples for pool in sample.pools),
         pictures=_pictures(samples),
     )
@@ -220,7 +220,7 @@ def pad(
         **_pixels(samples, pixels, shape, apart),
         sample_ids=[sample.id for sample in samples],
         tags=[sample.tag for sample in samples],
-        grids=tuple(grid for sample in samples for grid in sample.grids),
+        grids=tuple(grid for sample in samples for grid in sample.grids if grid),
         pools=tuple(pool for sample in samples for pool in sample.pools),
         pictures=_pictures(samples),
     )

@@ -35,14 +35,14 @@ _SEQUENCES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")  # formats whose further fra
 Image.MAX_IMAGE_PIXELS = None  # checked below, before decoding, with a message that names the row
 
 
-def open_image(data: bytes | str, where: str) -> tuple[Image.Image, tuple[str, ...]]:
-    """RGB image and notes, from bytes or a path. `where` is for messages. Raises BadSample."""
-    with opened(data, where) as image:
+def open_image(data: bytes | str, where: str, key: str = "image") -> tuple[Image.Image, tuple[str, ...]]:
+    """RGB image and notes, from bytes or a path. `where`, and the row's `key`, are for messages. Raises BadSample."""
+    with opened(data, where, key) as image:
         return to_rgb(image)
 
 
 @contextmanager
-def opened(data: bytes | str, where: str) -> Iterator[Image.Image]:
+def opened(data: bytes | str, where: str, key: str = "image") -> Iterator[Image.Image]:
     """The picture as Pillow opens it, from bytes or a path; whatever goes wrong with it inside of the block is a BadSample."""
     try:
         with warnings.catch_warnings():
@@ -57,7 +57,7 @@ def opened(data: bytes | str, where: str) -> Iterator[Image.Image]:
     except BadSample:
         raise
     except FileNotFoundError:
-        raise BadSample("missing image", f"{where}: no such file; check image_folder and the row's `image`") from None
+        raise BadSample("missing image", f"{where}: no such file; check image_folder and the row's `{key}`") from None
     except UnidentifiedImageError:  # its message names an address in memory
         raise BadSample(
             "unreadable image", f"{where}: cannot be decoded: no picture that Pillow knows; replace the file"
@@ -68,13 +68,13 @@ def opened(data: bytes | str, where: str) -> Iterator[Image.Image]:
         ) from None
 
 
-def image_size(data: bytes | str, where: str) -> tuple[int, int]:
+def image_size(data: bytes | str, where: str, key: str = "image") -> tuple[int, int]:
     """(width, height) as open_image would give it, from the header alone. BadSample for what is no picture."""
-    width, height = upright(data, where).size
+    width, height = upright(data, where, key).size
     return int(width), int(height)
 
 
-def upright(data: bytes | str, where: str) -> geometry.Map:
+def upright(data: bytes | str, where: str, key: str = "image") -> geometry.Map:
     """From the picture as stored to the one that open_image gives, from the header alone.
 
     BadSample for what is no picture.
@@ -83,7 +83,7 @@ def upright(data: bytes | str, where: str) -> geometry.Map:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
             return geometry.upright(image.size, image.getexif().get(ORIENTATION, 1))
     except FileNotFoundError:
-        raise BadSample("missing image", f"{where}: no such file; check image_folder and the row's `image`") from None
+        raise BadSample("missing image", f"{where}: no such file; check image_folder and the row's `{key}`") from None
     except UnidentifiedImageError:
         raise BadSample(
             "unreadable image", f"{where}: cannot be read: no picture that Pillow knows; replace it"

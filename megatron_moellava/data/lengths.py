@@ -141,14 +141,16 @@ def _length(pipeline: Pipeline, number: int) -> tuple[int, int]:
 def _work(encoded: EncodedSample | EncodedPair, tower) -> float:
     """`Tower.work` of a sample's pictures, in a pass through `tower`, the model's: a tower of another width or depth counts as
     much more or less."""
-    if tower.native:
-        return sum(tower.work(rows * columns) for rows, columns in encoded.grids)
     read = encoded.chosen if isinstance(encoded, EncodedPair) else encoded  # a pair shares its pictures
     kinds = list(zip(read.images, read.features, strict=True))
-    images = sum(images for images, _ in read.pools)
-    if not read.pools:
+    grids, images = [grid for grid in read.grids if grid], sum(images for images, _ in read.pools)
+    if tower.newline:
+        images = sum(1 + down * across for down, across, *_ in grids)
+    elif not read.pools:
         images = sum(tokens for ref, tokens in kinds if not ref.is_apart) // tower.num_features
     work = images * tower.work(tower.num_rows)
+    if tower.native:
+        work = sum(tower.work(rows * columns) for rows, columns in grids)
     for ref, tokens in kinds:
         if ref.is_apart:
             own = tower_for(ref.modality, tower)

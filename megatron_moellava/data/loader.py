@@ -19,7 +19,7 @@ from megatron_moellava.config import DataConfig, DataError
 from megatron_moellava.data.batch import Batch, from_wire
 from megatron_moellava.data.encode import check_template
 from megatron_moellava.data.encoder import Encoder
-from megatron_moellava.data.lengths import measured_lengths, tokens_of
+from megatron_moellava.data.lengths import counts_work, measured_lengths, tokens_of
 from megatron_moellava.data.micro_batches import MicroBatches
 from megatron_moellava.data.modality import check_sources, modality_plan
 from megatron_moellava.data.order import ORDER, Items, Stream, sample_order
@@ -316,16 +316,17 @@ def build_train_loader(
         return arranged(sample_order(shares, seed, epoch))
 
     group, arranged = 1, _alone
-    cost: Callable[[list[int]], float] | None = None
+    cost: Callable[[Items], float] | None = None
+    cache = cache_folder or Path(data.sources[0].path).expanduser().parent / ".moellava_index"
     if data.sampler == "modality_length":
         chunks = accumulation_steps * world_size
         plan = _modality(data, opened, seed, micro_batch_size, chunks, world_size)
         fingerprint |= {"micro_batch_size": micro_batch_size, "micro_batches_per_step": chunks}
     elif data.packing:
-        cache = cache_folder or Path(data.sources[0].path).expanduser().parent / ".moellava_index"
         arranged, cost = _packed(data, pipeline, content, cache, tower_weight)
     else:
-        group = micro_batch_size
+        group, cost = micro_batch_size, _cost_of_padded(pipeline, content, cache, tower_weight)
+        fingerprint |= {"cost": "padded rows and tower"} if cost else {}
     num_samples = len(sample_order(shares, seed, 0))
     if not num_samples:
         raise DataError("data.sources: an epoch holds no sample; raise the weights")
@@ -359,7 +360,7 @@ def _modality(data, opened: list[OpenSource], seed: int, micro_batch_size: int, 
 
 
 def _packed(data, pipeline: Pipeline, key: list, cache: str | Path, tower_weight: float):
-    """(rows of samples, what a row costs a rank or None where all that differs is attention)"""
+    """(rows of samples, what rows cost a rank or None where all that differs is attention)"""
     measured = measured_lengths(pipeline, key, cache)
     lengths = pipeline.measured = tokens_of(measured)
     costs = None if lengths is measured else lengths.astype(np.float64) ** 2 + tower_weight * measured[:, 1]
@@ -368,7 +369,20 @@ def _packed(data, pipeline: Pipeline, key: list, cache: str | Path, tower_weight
         own = None if costs is None else costs[samples].tolist()
         return pack_epoch(samples, lengths[samples].tolist(), data.seq_length, data.packing_buffer, own)
 
-    return arranged, None if costs is None else lambda row: float(costs[row].sum())
+    return arranged, None if costs is None else lambda rows: float(sum(costs[row].sum() for row in rows))
+
+
+def _cost_of_padded(pipeline: Pipeline, key: list, cache: str | Path, tower_weight: float):
+    """What rows that are padded to the longest of them cost a rank; None where the tower's work follows from their tokens."""
+    if not counts_work(pipeline):
+        return None
+    measured = measured_lengths(pipeline, key, cache).astype(np.float64)
+
+    def cost(rows: Items) -> float:
+        tokens, work = measured[[number for row in rows for number in row]].T
+        return float(len(tokens) * tokens.max() ** 2 + tower_weight * work.sum())
+
+    return cost
 
 
 def _length_key(fingerprint: dict, opened: list[OpenSource], data, tower) -> list:

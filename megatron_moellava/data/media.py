@@ -19,8 +19,8 @@ from megatron_moellava.data.pooling import Frame, pools, widths
 from megatron_moellava.data.regions import View, rewrite
 from megatron_moellava.data.sample import IMAGE_PLACEHOLDER, BadSample, ImageRef, Sample
 from megatron_moellava.data.video import FRAME, Video, last_video, open_video
-from megatron_moellava.towers import POOLINGS, Pooling
-from megatron_moellava.towers.branches import tower_for
+from megatron_moellava.towers import POOLINGS, Pooling, Tower
+from megatron_moellava.towers.branches import own_tower, tower_for
 
 
 def source(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> bytes | str:
@@ -31,8 +31,16 @@ def source(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> byt
         try:
             return base64.b64decode(ref.name.partition(",")[2], validate=True)
         except binascii.Error as error:
-            raise BadSample("unreadable image", f"{where}: broken base64 image ({error}); encode it again") from None
-    return locate(folder, ref.name, where, trusted)
+            raise BadSample(
+                "unreadable image", f"{where}: broken base64 {ref.key} ({error}); encode it again"
+            ) from None
+    return locate(folder, ref.name, where, trusted, ref.key)
+
+
+def _size(ref: ImageRef, folder: str, where: str, data) -> tuple[int, int]:
+    return images.image_size(
+        source(ref, folder, where, data.trust_paths), f"{where}, {ref.key} {ref.name[:80]!r}", ref.key
+    )
 
 
 def open_ref(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> tuple[Image.Image, tuple[str, ...]]:
@@ -40,7 +48,7 @@ def open_ref(ref: ImageRef, folder: str, where: str, trusted: bool = False) -> t
     if ref.frame is not None and not ref.is_still:
         video = last_video(source(ref, folder, where, trusted), f"{where}, video {ref.name[:80]!r}", trusted)
         return video.frame(video.clip.pick(*ref.frame))
-    where, origin = f"{where}, {'image' if ref.modality is None else ref.modality.name} {ref.name[:80]!r}", where
+    where, origin = f"{where}, {ref.key} {ref.name[:80]!r}", where
     data = source(ref, folder, origin, trusted)
     return (
         images.open_image(data, where) if ref.modality is None else quantities.open_picture(data, ref.modality, where)
@@ -55,29 +63,67 @@ def pixels(ref: ImageRef, folder: str, where: str, tower, aspect_ratio: str) -> 
 
 def plans(refs: Sequence[ImageRef], folder: str, where: str, tower, data) -> tuple[Plan, ...]:
     """What becomes of a sample's pictures, of a tower that `has_grids`, from the files' headers alone. Raises BadSample."""
-    sizes = [
-        None
-        if ref.frame is not None
-        else images.image_size(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
-        for ref in refs
-    ]
-    return plans_of_sizes(sizes, tower, data, where)
+    sizes = [None if ref.frame is not None else _size(ref, folder, where, data) for ref in refs]
+    return plans_of_sizes(sizes, tower, data, where, [ref.modality for ref in refs])
 
 
-def plans_of_sizes(sizes: Sequence[tuple[int, int] | None], tower, data, where: str) -> tuple[Plan, ...]:
-    """The same of their (width, height); None: a frame of a video."""
-    if tower.native:
-        return native.plans(sizes, tower, data, where)
-    return grid.plans(sizes, tower, data.image_grid)
+def plans_of_sizes(
+    sizes: Sequence[tuple[int, int] | None], tower, data, where: str, kinds: Sequence[Modality | None] = ()
+) -> tuple[Plan, ...]:
+    """The same of their (width, height); None: a frame of a video. `kinds`: the modality of each; empty: all are plain."""
+    owns = [None if kind is None else own_tower(kind) for kind in kinds] or [None] * len(sizes)
+    shared = [size for size, own in zip(sizes, owns, strict=True) if own is None]
+    found = iter(
+        native.plans(shared, tower, data, where) if tower.native else grid.plans(shared, tower, data.image_grid)
+    )
+    return tuple(
+        next(found) if own is None else _of_one_size(size, own, data) for size, own in zip(sizes, owns, strict=True)
+    )
+
+
+def _of_one_size(size: tuple[int, int] | None, own: Tower, data) -> Plan:
+    tiles = grid.num_tiles(*size, own.image_size, own.tiles) if data.image_grid and size else 1
+    return Plan(tiles * own.num_features, ())
+
+
+def check_videos(refs: Sequence[ImageRef], tower, where: str) -> None:
+    """Raises BadSample where a tower that takes whole videos would get anything else. `tower`: the model's."""
+    for modality in dict.fromkeys(ref.modality for ref in refs):
+        own = tower_for(modality, tower)
+        wrong = [place for ref in refs if ref.modality == modality for place in [ref.frame] if not _fits(place, own)]
+        if wrong:
+            found = "a picture" if wrong[0] is None else f"{wrong[0][1]} frames of a video"
+            raise BadSample(
+                "no whole video",
+                f"{where}: shows {found}, and {own.name} attends across the {own.num_frames} frames of a video; name videos in "
+                f"`video`, with data.video_frames={own.num_frames}, or use a tower for pictures such as "
+                "languagebind-image-large-patch14",
+            )
+
+
+def _fits(place: Frame, tower) -> bool:
+    return not tower.takes_videos or (place is not None and place[1] == tower.num_frames)
+
+
+def _check_cut(rest: Sequence[ImageRef], length: int, tower, where: str) -> None:
+    """Raises BadSample where the pictures that are cut off begin within a video that the tower takes whole."""
+    if rest and rest[0].frame and rest[0].frame[0] and tower_for(rest[0].modality, tower).takes_videos:
+        raise BadSample(
+            "too long",
+            f"{where}: {length} tokens with its videos, and the cut would go through one, which the tower takes whole; shorten "
+            "the row, or raise data.seq_length and data.max_sample_length",
+        )
 
 
 def encoded(encoder: Encoder, sample: Sample, folder: str, where: str, tower, data) -> EncodedSample:
     """Tokens and labels, with as much room for each picture as this tower needs. Raises BadSample."""
+    check_videos(sample.images, tower, where)
     if not tower.has_grids:
         counts = [num_tiles(ref, folder, where, tower, data) for ref in sample.images]
         frames, pooling = [ref.frame for ref in sample.images], POOLINGS[data.video_pooling]
         kinds = [ref.modality for ref in sample.images]
         found = encoder(sample, widths_of(kinds, frames, counts, tower, pooling))
+        _check_cut(sample.images[len(found.images) :], found.length, tower, where)
         shared = [number for number, ref in enumerate(found.images) if not ref.is_apart]
         return replace(found, pools=pools([frames[n] for n in shared], [counts[n] for n in shared], pooling))
     made = plans(sample.images, folder, where, tower, data)
@@ -114,7 +160,7 @@ def tiles(
     image, notes = open_ref(ref, folder, where, data.trust_paths)
     if plan is not None and tower.native:
         return native.patches(image, tower, plan, ref.frame is not None), notes
-    if data.image_grid and ref.frame is None and (plan is None or plan.grid[0]):
+    if data.image_grid and ref.frame is None and (plan is None or not plan.grid or plan.grid[0]):
         return grid.tile(image, tower), notes
     return images.preprocess(image, tower, data.image_aspect_ratio)[None], notes
 
@@ -123,7 +169,7 @@ def num_tiles(ref: ImageRef, folder: str, where: str, tower, data) -> int:
     """T of `tiles`, from the file's header alone."""
     if not data.image_grid or ref.frame is not None:
         return 1
-    size = images.image_size(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
+    size = _size(ref, folder, where, data)
     tower = tower_for(ref.modality, tower)
     return grid.num_tiles(*size, tower.image_size, tower.tiles)
 
@@ -132,7 +178,7 @@ def frame_texts(name: str, folder: str, where: str, data) -> Sequence[str]:
     """What the text says for each frame that is shown of a video. Raises BadSample where that depends on the video."""
     if not data.video_fps and data.video_times == "none":
         return [IMAGE_PLACEHOLDER] * data.video_frames
-    origin = source(ImageRef(name=name), folder, where, data.trust_paths)
+    origin = source(ImageRef(name=name, frame=(0, 1)), folder, where, data.trust_paths)
     return last_video(origin, f"{where}, video {name[:80]!r}", data.trust_paths).clip.texts(data)
 
 
@@ -167,7 +213,7 @@ def view(stored: geometry.Map, tower, data, plan: Plan | None = None, is_frame: 
         shown = geometry.padded(width, height) if is_frame else geometry.Map(size=(width, height))
         seen = shown.then(geometry.scaled(shown.size, (columns * tower.patch_size, rows * tower.patch_size)))
     else:
-        tiled = not is_frame and (data.image_grid if plan is None else bool(plan.grid[0]))
+        tiled = not is_frame and (bool(plan.grid[0]) if plan and plan.grid else data.image_grid)
         seen = geometry.seen(width, height, tower, aspect_ratio=data.image_aspect_ratio, grid=tiled)
     return View(stored=stored, seen=seen)
 
@@ -178,7 +224,7 @@ def write_regions(sample: Sample, folder: str, tower, data) -> Sample:
         return sample
     where = sample.origin
     stored = [
-        images.upright(source(ref, folder, where, data.trust_paths), f"{where}, image {ref.name[:80]!r}")
+        images.upright(source(ref, folder, where, data.trust_paths), f"{where}, {ref.key} {ref.name[:80]!r}", ref.key)
         for ref in sample.images
     ]
     made: tuple = plans(sample.images, folder, where, tower, data) if tower.has_grids else (None,) * len(stored)

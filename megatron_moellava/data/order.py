@@ -84,11 +84,11 @@ class Stream:
         group: int,
         rank: int,
         world_size: int,
-        cost: Callable[[list[int]], float] | None = None,
+        cost: Callable[[Items], float] | None = None,
         rounds: int = 1,
     ):
-        """`group`: items of a micro-batch. `cost`: of an item; then the micro-batches of a step, `rounds` for each rank, are
-        dealt by it."""
+        """`group`: items of a micro-batch. `cost`: of one; then the micro-batches of a step, `rounds` for each rank, are dealt
+        by it."""
         self.plan = functools.lru_cache(maxsize=2)(plan)  # the end of one epoch and the start of the next
         self.group, self.rank, self.world_size = group, rank, world_size
         self.cost, self.rounds = cost, rounds if cost else 1
@@ -109,7 +109,7 @@ class Stream:
         """Which micro-batches of a step are this rank's."""
         if self.cost is None:
             return [self.rank]
-        costs = [sum(map(self.cost, self._items(step, place))) for place in range(self.rounds * self.world_size)]
+        costs = [self.cost(self._items(step, place)) for place in range(self.rounds * self.world_size)]
         return deal(costs, self.world_size)[self.rank]
 
     def _items(self, step: tuple[int, int], place: int) -> Items:

@@ -91,7 +91,7 @@ def pack_pairs(
     return replace(
         batch,
         sample_ids=batch.sample_ids[::2],
-        grids=tuple(grid for pair in pairs for grid in pair.grids),
+        grids=tuple(grid for pair in pairs for grid in pair.grids if grid),
         pools=tuple(pool for pair in pairs for pool in pair.chosen.pools),
         pairs=numbers,
         reference_P2=None if reference_R2 is None else torch.from_numpy(reference_R2[numbers].astype(np.float32)),

@@ -7,23 +7,23 @@ import unicodedata
 from megatron_moellava.data.bad_sample import BadSample
 
 
-def locate(folder: str, name: str, where: str, trusted: bool = False) -> str:
+def locate(folder: str, name: str, where: str, trusted: bool = False, key: str = "image") -> str:
     """The file of an image name: below the folder, also after following symlinks, unless paths are `trusted`.
 
-    A name may be absolute. Raises BadSample.
+    A name may be absolute. `key`: of the row, for messages. Raises BadSample.
     """
     if "\0" in name:
-        raise BadSample("missing image", f"{where}: image name {name!r} holds a zero byte; correct it")
+        raise BadSample("missing image", f"{where}: {key} name {name!r} holds a zero byte; correct it")
     if name.startswith(("http://", "https://")):
         raise BadSample(
-            "missing image", f"{where}: image {name[:80]!r} is a web address; download it and name the file"
+            "missing image", f"{where}: {key} {name[:80]!r} is a web address; download it and name the file"
         )
     root = os.path.realpath(os.path.expanduser(folder or "."))
     path = _existing(os.path.realpath(os.path.join(root, name.removeprefix("file://"))))
     if not trusted and not path.startswith(root.rstrip(os.sep) + os.sep):
         raise BadSample(
             "outside image folder",
-            f"{where}: image {name!r} leads outside image_folder={folder!r}, to {path}; if you trust the data, set "
+            f"{where}: {key} {name!r} leads outside image_folder={folder!r}, to {path}; if you trust the data, set "
             "data.trust_paths=true (--trust-paths of prepare-data)",
         )
     return path

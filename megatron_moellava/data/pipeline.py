@@ -123,7 +123,7 @@ class Pipeline:
         for note in read.notes:
             events.notes.append((note, f"{origin}: {ADVICE[note].format(cut=len(read), length=read.length)}"))
         for ref, (_, notes) in zip(read.images, decoded, strict=True):
-            events.notes += [(note, f"{origin}, image {ref.name[:80]!r}: {ADVICE[note]}") for note in notes]
+            events.notes += [(note, f"{origin}, {ref.key} {ref.name[:80]!r}: {ADVICE[note]}") for note in notes]
         return encoded, [pixels for pixels, _ in decoded], taught
 
     def _taught(self, number: int, encoded: EncodedSample | EncodedPair, origin: str) -> Taught | None:

@@ -8,6 +8,7 @@ class Plan:
     """How many visual tokens a picture has, and how they lie."""
 
     tokens: int
-    # Native resolution: rows and columns of patches. Tiles with an end of line: rows and columns of tiles (0, 0: there is the
-    # overview alone), rows and columns of features that are kept of them, and those that they are reduced to, if they are.
+    # Empty: of a modality whose own tower has no grids. Native resolution: rows and columns of patches. Tiles with an end of
+    # line: rows and columns of tiles (0, 0: there is the overview alone), rows and columns of features that are kept of them,
+    # and those that they are reduced to, if they are.
     grid: tuple[int, ...]

@@ -30,7 +30,7 @@ CURVES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def open_picture(data: bytes | str, modality: Modality, where: str) -> tuple[Image.Image, tuple[str, ...]]:
     """RGB picture and notes, from bytes or a path. Raises BadSample where the file is not what the record declares."""
-    with images.opened(data, where) as image:
+    with images.opened(data, where, modality.name) as image:
         _check(image, modality, where)
         if modality.levels == COLOURS:
             picture, notes = images.to_rgb(image)
@@ -42,7 +42,7 @@ def open_picture(data: bytes | str, modality: Modality, where: str) -> tuple[Ima
 
 def check_picture(data: bytes | str, modality: Modality, where: str) -> None:
     """From the file's header alone: raises BadSample where it is not what the record declares."""
-    with images.opened(data, where) as image:
+    with images.opened(data, where, modality.name) as image:
         _check(image, modality, where)
 
 

@@ -66,6 +66,13 @@ class ImageRef:
     modality: Modality | None = None  # None: a plain picture
 
     @property
+    def key(self) -> str:
+        """Of the row that names its file."""
+        if self.frame is not None and not self.is_still:
+            return "video"
+        return "image" if self.modality is None else self.modality.name
+
+    @property
     def is_apart(self) -> bool:
         """Whether its modality has a tower or a projector of its own."""
         return self.modality is not None and self.modality.is_apart

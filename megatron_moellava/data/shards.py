@@ -222,7 +222,7 @@ def _members(plan: Plan, line: dict) -> tuple[dict, dict[str, bytes], list[str],
     sample = parse_record(line["record"], origin=origin, **limits)
     files, notes, sources = {}, list(sample.notes), []
     for number, ref in enumerate(sample.images):
-        found = media.source(ref, plan.image_folder, f"{origin}, image {ref.name[:80]!r}", plan.trust_paths)
+        found = media.source(ref, plan.image_folder, f"{origin}, {ref.key} {ref.name[:80]!r}", plan.trust_paths)
         data, kind, seen = _image_file(ref, plan, found, origin)
         files[f"{number}.{kind}"] = data
         notes += seen
@@ -236,7 +236,7 @@ def _image_file(ref: ImageRef, plan: Plan, found: bytes | str, origin: str) -> t
         image, notes = media.open_ref(ref, plan.image_folder, origin, plan.trust_paths)
         image.save(buffer, "PNG")
         return buffer.getvalue(), "png", notes
-    row, origin = origin, f"{origin}, image {ref.name[:80]!r}"
+    row, origin = origin, f"{origin}, {ref.key} {ref.name[:80]!r}"
     try:
         data = found if isinstance(found, bytes) else Path(found).read_bytes()
     except OSError as error:

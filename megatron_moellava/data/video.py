@@ -123,7 +123,9 @@ class Pictures(Video):
     def frame(self, number: int) -> tuple[Image.Image, tuple[str, ...]]:
         """See Video."""
         name = self.files[number].name
-        return images.open_image(locate(self.folder, name, self.where, self.trusted), f"{self.where}, frame {name!r}")
+        return images.open_image(
+            locate(self.folder, name, self.where, self.trusted), f"{self.where}, frame {name!r}", "video"
+        )
 
 
 class Animation(Video):

@@ -134,7 +134,7 @@ class Plan:
         return [packed[number % len(packed)] for number in range(rank, total, size)], own
 
     def _encoded(self, sample: Sample) -> EncodedSample:
-        if not self.tower.has_grids:
+        if not (self.tower.has_grids or self.tower.takes_videos):
             return self.encoder(sample)
         return media.encoded(self.encoder, sample, str(self.image_folder), sample.origin, self.tower, self.data)
 

@@ -47,10 +47,11 @@ def make_preferences(args: argparse.Namespace) -> str:
         said = answers(engine, questions, folder, args)
         if dist.get_rank():
             return ""
-        pairs = [pair_of(asked, texts, scorer, args.with_truth) for asked, texts in zip(questions, said, strict=True)]
+        made = [pair_of(asked, texts, scorer, args.with_truth) for asked, texts in zip(questions, said, strict=True)]
     finally:
         parallel.shutdown()
-    return _write(args, [pair for pair in pairs if pair is not None], len(questions))
+    unclear = sum(count for _, count in made)
+    return _write(args, [pair for pair, _ in made if pair is not None], len(questions), unclear)
 
 
 def answers(engine: Engine, questions: list[Asked], folder: str, args: argparse.Namespace) -> list[list[str]]:
@@ -86,13 +87,14 @@ def answers(engine: Engine, questions: list[Asked], folder: str, args: argparse.
     return [[merged[number, sample] for sample in range(args.samples)] for number in range(len(questions))]
 
 
-def _write(args: argparse.Namespace, pairs: list[dict], asked: int) -> str:
+def _write(args: argparse.Namespace, pairs: list[dict], asked: int, unclear: int) -> str:
+    said = f"{unclear:,} of {asked * args.samples:,} answers are neither yes nor no and in no pair; " if unclear else ""
     if not pairs:
         raise DataError(
-            f"none of the {asked} questions got answers that --scorer {args.scorer} tells apart; raise --samples or "
+            f"none of the {asked} questions got answers that --scorer {args.scorer} tells apart; {said}raise --samples or "
             "--temperature, or let the truth take part (--with-truth)"
         )
     args.save.parent.mkdir(parents=True, exist_ok=True)
     with args.save.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-    return f"{len(pairs):,} pairs of {asked:,} questions in {args.save}; the others' answers are all as good\n"
+    return f"{len(pairs):,} pairs of {asked:,} questions in {args.save}; {said}the others' answers are all as good\n"

@@ -42,7 +42,7 @@ class Asked:
     truth: str
 
 
-Scorer = Callable[[Asked, str], float]
+Scorer = Callable[[Asked, str], float | None]  # None: the answer cannot be read
 
 
 def exact(asked: Asked, answer: str) -> float:
@@ -50,12 +50,18 @@ def exact(asked: Asked, answer: str) -> float:
     return float(normalise(answer) == normalise(asked.truth))
 
 
-def poll(asked: Asked, answer: str) -> float:
-    """1 for a yes or no that is right, read as POPE reads it. DataError for a truth that is neither."""
+def poll(asked: Asked, answer: str) -> float | None:
+    """1 for a yes or no that is right, None for an answer that is neither. DataError for a truth that is neither.
+
+    POPE takes every answer without a no for a yes; chosen as one, words that mean nothing would be learnt.
+    """
     truth = normalise(asked.truth)
     if truth not in YES_OR_NO:
         raise DataError(f"{asked.id}: a poll asks for yes or no, and the truth is {asked.truth!r}; use --scorer exact")
-    return float(answers_yes(answer) == (truth == "yes"))
+    said_yes = answers_yes(answer.lower())
+    if said_yes and "yes" not in re.findall(r"\w+", answer.split(".")[0].lower()):
+        return None
+    return float(said_yes == (truth == "yes"))
 
 
 def judged(judge: Judge) -> Scorer:
@@ -77,7 +83,8 @@ def scorer_of(name: str, judge: Judge | None) -> Scorer:
     """By the name of --scorer. ConfigError for a judge that is not named, or one that nobody asks."""
     if (name == "judge") != (judge is not None):
         raise ConfigError("--scorer judge goes together with --judge-url and --judge-model: give all three or none")
-    return judged(judge) if judge is not None else {"exact": exact, "poll": poll}[name]
+    without_judge: dict[str, Scorer] = {"exact": exact, "poll": poll}
+    return judged(judge) if judge is not None else without_judge[name]
 
 
 # --- questions --------------------------------------------------------------------------------------------------------
@@ -151,21 +158,23 @@ def _turns_of(sample: Sample) -> Iterator[Asked]:
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-def pair_of(asked: Asked, answers: Sequence[str], scorer: Scorer, with_truth: bool = False) -> dict | None:
-    """A row of stage 4, or None where no answer is better than another.
+def pair_of(asked: Asked, answers: Sequence[str], scorer: Scorer, with_truth: bool = False) -> tuple[dict | None, int]:
+    """(a row of stage 4, or None where no answer is better than another; how many of `answers` the scorer cannot read).
 
     `with_truth`: the truth is among the answers, so that a model that is never right learns from its mistakes too.
     """
     counts = Counter(answer for answer in answers if answer.strip())
     if with_truth:
         counts.setdefault(asked.truth, 0)
-    scores = {answer: scorer(asked, answer) for answer in counts}
+    read = {answer: scorer(asked, answer) for answer in counts}
+    scores = {answer: score for answer, score in read.items() if score is not None}
+    unclear = sum(counts[answer] for answer, score in read.items() if score is None)
     if not scores or min(scores.values()) == max(scores.values()):
-        return None
+        return None, unclear
     chosen, rejected = (
         max((answer for answer in scores if scores[answer] == bound), key=lambda answer: counts[answer])
         for bound in (max(scores.values()), min(scores.values()))
     )
     prompt = [{"from": FROM[turn.role], "value": turn.text} for turn in asked.turns]
     images = {"images": [image.name for image in asked.images]} if asked.images else {}
-    return {"id": asked.id} | images | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"id": asked.id} | images | {"prompt": prompt, "chosen": chosen, "rejected": rejected}, unclear

@@ -158,7 +158,7 @@ def _images(prompt: Prompt, start: int) -> list[Picture]:
         if before > 0:
             before -= prompt.widths[number]
             continue
-        grid = prompt.grids[number] if prompt.grids else None
+        grid = (prompt.grids[number] or None) if prompt.grids else None
         block = prompt.blocks[number] if prompt.blocks else 1
         features, way = prompt.features[number] if grid else 0, prompt.way(number)
         found.append(Picture(prompt.digests[number], tiles_NCHW, grid, features, block, way))

@@ -4,8 +4,10 @@ One token per request makes decoding a matter of reading weights. oneDNN's own b
 twice as fast as the row-major one (8 rows x [32000, 512]: fp32 12.8 against 5.0 ms, bf16 5.6 against 3.0 ms, one core),
 and is nowhere slower, up to 512 rows. The price is a second copy of the decoder's weights, CPU memory only.
 
-oneDNN compiles a kernel for every number of rows that it meets, half a megabyte each, and a server meets all of them. It
-and torch's layer above it keep 1,024 each, which took hours to fill and looked like a leak; here both keep fewer.
+oneDNN compiles a kernel for every number of rows and shape of a weight that it meets, in a millisecond or two and for half a
+megabyte, and a server meets all of them. It and torch's layer above it keep 1,024 each, which took hours to fill and looked
+like a leak; here both keep fewer. 16 single tokens at a time through 5 shapes are 80 of them, so that 128 leave too few for
+prompts: `benchmarks/compiled_kernels.py` compares bounds.
 """
 
 import os
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from megatron_moellava import platform
 
 # Read by oneDNN and by torch when the process computes its first product with them; what the user says there stays.
-KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 
 
 def keep_fewer_kernels() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -95,28 +96,23 @@ class Prompter:
         placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
         if request.images and placeholders != len(request.images):
             raise DataError(f"request {request.id}: {placeholders} `<image>` for {len(request.images)} images")
-        plans = self.plans(request.images, f"request {request.id}")
         kinds = [self.kind(image) for image in request.images]
+        names = tuple(
+            ImageRef(name=str(number), frame=image.info.get(FRAME), modality=kind)
+            for number, (image, kind) in enumerate(zip(request.images, kinds, strict=True))
+        )
+        media.check_videos(names, self.tower, f"request {request.id}")
+        plans = self.plans(request.images, f"request {request.id}")
         towers = [self.tower_of(image) for image in request.images]
-        if self.tower.native:
-            pixels = [
-                native.patches(image, self.tower, plan, FRAME in image.info)
-                for image, plan in zip(request.images, plans, strict=True)
-            ]
-        else:
-            whole = [not plan.grid[0] for plan in plans] or [
-                not self.data.image_grid or FRAME in image.info for image in request.images
-            ]
-            pixels = [
-                self._pixels(image, request.image_aspect_ratio, alone, own)
-                for image, alone, own in zip(request.images, whole, towers, strict=True)
-            ]
+        pixels = [
+            self._pixels(image, request.image_aspect_ratio, plan, own)
+            for image, plan, own in zip(request.images, plans or [None] * len(towers), towers, strict=True)
+        ]
         frames, pooling = [image.info.get(FRAME) for image in request.images], POOLINGS[self.data.video_pooling]
         features = tuple(plan.tokens for plan in plans)
         if not plans:
             tiles = [len(part) for part in pixels]
             features = media.widths_of(kinds, frames, tiles, self.tower, pooling)
-        names = tuple(ImageRef(name=str(number)) for number in range(len(pixels)))
         ids, _ = encode(
             Sample(id=request.id, origin=request.id, turns=turns, images=names), self.template, self.tokenizer
         )
@@ -133,6 +129,8 @@ class Prompter:
             grids=tuple(plan.grid for plan in plans),
             modalities=kinds_of(image.info.get(MODALITY, PLAIN) for image in request.images),
         )
+        if self.tower.takes_videos:
+            return _together(found, frames, Pooling(1, self.tower.num_frames))
         return found if plans or pooling == POOLINGS["none"] else _together(found, frames, pooling)
 
     def plans(self, images: Sequence[Image.Image], where: str) -> tuple[Plan, ...]:
@@ -140,7 +138,7 @@ class Prompter:
         if not self.tower.has_grids:
             return ()
         sizes = [None if FRAME in image.info else image.size for image in images]
-        return media.plans_of_sizes(sizes, self.tower, self.data, where)
+        return media.plans_of_sizes(sizes, self.tower, self.data, where, [self.kind(image) for image in images])
 
     def kind(self, image: Image.Image) -> Modality | None:
         """The modality of an open picture; None: it is a plain one."""
@@ -151,9 +149,11 @@ class Prompter:
         """The tower that sees an open picture."""
         return tower_for(self.kind(image), self.tower)
 
-    def _pixels(self, image: Image.Image, aspect_ratio: str, whole: bool, tower: Tower) -> np.ndarray:
-        """`whole`: not cut into tiles."""
-        if not whole:
+    def _pixels(self, image: Image.Image, aspect_ratio: str, plan: Plan | None, tower: Tower) -> np.ndarray:
+        is_frame, lies = FRAME in image.info, plan.grid if plan else ()
+        if plan is not None and tower.native:
+            return native.patches(image, tower, plan, is_frame)
+        if lies[0] if lies else self.data.image_grid and not is_frame:
             return grid.tile(image, tower)
         shape = self.data.image_aspect_ratio if aspect_ratio == "model" else aspect_ratio
         return images.preprocess(image, tower, shape)[None]
@@ -170,13 +170,13 @@ class Prompter:
 
 
 def _together(prompt: Prompt, frames: Sequence[Frame], pooling: Pooling) -> Prompt:
-    """Frames that are pooled together as one image of the prompt."""
+    """Frames that are pooled together, or go through the tower together, as one image of the prompt."""
     starts = [number for number, frame in enumerate(frames) if frame is None or frame[0] % pooling.temporal == 0]
-    ends = [*starts[1:], len(frames)]
+    spans = list(pairwise([*starts, len(frames)]))
     return replace(
         prompt,
-        tiles=tuple(sum(prompt.tiles[start:end]) for start, end in zip(starts, ends, strict=True)),
-        features=tuple(prompt.features[start] for start in starts),
+        tiles=tuple(sum(prompt.tiles[start:end]) for start, end in spans),
+        features=tuple(sum(prompt.features[start:end]) for start, end in spans),
         blocks=tuple(1 if frames[start] is None else pooling.spatial for start in starts),
         modalities=tuple(prompt.modalities[start] for start in starts) if prompt.modalities else (),
         apart=tuple(prompt.apart[start] for start in starts) if prompt.apart else (),

@@ -66,8 +66,9 @@ def _names(prompt: Prompt, stream: TextStream) -> list[dict]:
 
 
 def _grids(prompt: Prompt) -> list[list[int]]:
-    sides = [
-        math.isqrt(rows * columns // features)
-        for (rows, columns), features in zip(prompt.grids, prompt.features, strict=True)
-    ]
-    return [[rows // side, columns // side] for (rows, columns), side in zip(prompt.grids, sides, strict=True)]
+    found = []
+    for grid, features in zip(prompt.grids, prompt.features, strict=True):
+        rows, columns = grid or (math.isqrt(features),) * 2  # of a modality's own tower: a square
+        side = math.isqrt(rows * columns // features) if grid else 1
+        found.append([rows // side, columns // side])
+    return found

@@ -29,6 +29,7 @@ RECOMPUTE = {  # config value -> (granularity, modules)
     "none": (None, None),
     "full": ("full", None),
     "selective": ("selective", ["core_attn"]),
+    "moe_act": ("selective", ["moe_act"]),
     "moe": ("selective", ["core_attn", "moe"]),
 }
 

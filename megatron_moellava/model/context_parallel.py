@@ -64,15 +64,16 @@ def whole_rows(share_BL: torch.Tensor) -> torch.Tensor:
     return gather_positions(share_BL.transpose(0, 1)).transpose(0, 1)
 
 
-def encode_share(encode, images_N: torch.Tensor) -> torch.Tensor:
+def encode_share(encode, images_N: torch.Tensor, together: int = 1) -> torch.Tensor:
     """`encode` of all images, each rank doing its part of them; zero images make the parts equal and are dropped.
 
-    `encode(images)`, or where some of them only fill up `encode(images, real=how many do not)`.
+    `together`: so many images, the frames of a video, stay on one rank. `encode(images)`, or where some of them only fill up
+    `encode(images, real=how many do not)`.
     """
     size, count = parallel.context_parallel_size(), len(images_N)
     if size == 1:
         return encode(images_N)
-    missing = -count % size
+    missing = -count % (size * together)
     images_N = torch.cat([images_N, images_N.new_zeros(missing, *images_N.shape[1:])])
     rank, part = parallel.context_parallel_rank(), len(images_N) // size
     real = min(max(count - rank * part, 0), part)

@@ -1,4 +1,4 @@
-"""Where a token meets an expert: grouped-GEMM linear layers over torch's grouped_mm.
+"""Where a token meets an expert: linear layers of all local experts over grouped products, and the MLP of two of them.
 
 Megatron-core's TEGroupedMLP accepts any pair of builders with the interface of Transformer Engine's GroupedLinear.
 Shapes: N tokens sorted by expert, E local experts, I input and O output features of this shard. Counts of tokens may lie on
@@ -7,11 +7,22 @@ the device: nothing here waits for them.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 
 import megatron_moellava.platform as platform
+from megatron_moellava.model.grouped_products import (
+    Counts,
+    counts_of,
+    for_each_row,
+    grouped_product,
+    on_device,
+    product_of_separate,
+)
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
@@ -22,45 +33,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
 
-BLOCK = 256  # rows whose activations stay in a core's cache
-
-
-def offsets(tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
-    """[E] int32 on the device, where each expert's rows end."""
-    return platform.on_device(tokens_per_expert_E).cumsum(0, dtype=torch.int32)
-
-
-def for_each_row(values_E: torch.Tensor, tokens_per_expert_E: torch.Tensor, rows: int) -> torch.Tensor:
-    """[E, ...] -> [N, ...] in fp32, in which the gradient adds up: to each row what belongs to its expert."""
-    return values_E.float().repeat_interleave(platform.on_device(tokens_per_expert_E), dim=0, output_size=rows)
-
-
-class ProductOfSeparate(torch.autograd.Function):
-    """[N, I] sorted by expert x E weights [O, I] -> [N, O], by the products that torch's own grouped_mm runs.
-
-    The weights are stacked when they are needed and kept as they are: torch would keep the stacked copy until the backward
-    pass, of every MoE layer at once (of Phi-2, 6.7 GB).
-    """
-
-    @staticmethod
-    def forward(ctx, input_NI: torch.Tensor, offsets_E: torch.Tensor, *weights_OI: torch.Tensor) -> torch.Tensor:
-        """The same as grouped_mm of the stacked weights."""
-        ctx.save_for_backward(input_NI, offsets_E, *weights_OI)
-        return F.grouped_mm(input_NI, torch.stack(weights_OI).transpose(1, 2), offs=offsets_E)
-
-    @staticmethod
-    def backward(ctx, *grads_NO: torch.Tensor) -> tuple:
-        """Gradients of the input and of each weight, as far as they are wanted."""
-        (grad_NO,) = grads_NO
-        input_NI, offsets_E, *weights_OI = ctx.saved_tensors
-        needs_input, _, *needs_weights = ctx.needs_input_grad
-        grad_NI = None
-        grads_OI: tuple = (None,) * len(weights_OI)
-        if needs_input:
-            grad_NI = F.grouped_mm(grad_NO, torch.stack(weights_OI), offs=offsets_E)
-        if any(needs_weights):
-            grads_OI = F.grouped_mm(grad_NO.t(), input_NI, offs=offsets_E).unbind()
-        return grad_NI, None, *grads_OI
+BLOCK = 2**17  # entries whose rows, in fp32 and with their gradients, stay in a core's second cache
 
 
 class GroupedLinear(MegatronModule):
@@ -71,8 +44,6 @@ class GroupedLinear(MegatronModule):
     """
 
     partition_dim: int
-    # A GPU's memory is short and its copies are fast; on a CPU a second stacking would take longer than it saves.
-    keeps_no_copy = platform.HAS_CUDA
 
     def __init__(
         self,
@@ -124,7 +95,7 @@ class GroupedLinear(MegatronModule):
         fc2's lie side by side, [O, E, I] in memory, so that all experts of a token are also one product over (E, I).
         """
         for name in ("weight", "bias") if self.use_bias else ("weight",):
-            self.fused[name] = self._stacked(name).detach()
+            self.fused[name] = self.stacked(name).detach()
             if self.partition_dim == 1 and name == "weight":
                 self.fused[name] = self.fused[name].transpose(0, 1).contiguous().transpose(0, 1)
             for index, part in enumerate(self.fused[name]):
@@ -132,30 +103,30 @@ class GroupedLinear(MegatronModule):
         side = self.fused["weight"]  # all experts as one matrix: [E O, I] of fc1, [O, E I] of fc2
         self.fused["matrix"] = side.flatten(0, 1) if self.partition_dim == 0 else side.transpose(0, 1).flatten(1)
 
-    def _stacked(self, name: str) -> torch.Tensor:
+    def stacked(self, name: str) -> torch.Tensor:
+        """[E, ...], the experts' `weight` or `bias` in one tensor."""
         if name in self.fused:
             return self.fused[name]
-        return torch.stack([getattr(self, f"{name}{index}") for index in range(self.num_experts)])
+        return torch.stack(self._separate(name))
 
-    def forward(
-        self, input_NI: torch.Tensor, tokens_per_expert_E: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _separate(self, name: str) -> list[torch.Tensor]:
+        return [getattr(self, f"{name}{index}") for index in range(self.num_experts)]
+
+    def forward(self, input_NI: torch.Tensor, tokens_per_expert: Counts) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[N, I] sorted by expert -> [N, O], and the biases [E, O] if the caller adds them (weighted by the router)."""
-        if self.keeps_no_copy and "weight" not in self.fused:
-            weights_OI = [getattr(self, f"weight{index}") for index in range(self.num_experts)]
-            output_NO = ProductOfSeparate.apply(input_NI, offsets(tokens_per_expert_E), *weights_OI)
-        else:
-            output_NO = self.product(input_NI, self._stacked("weight"), tokens_per_expert_E)
+        output_NO = self.product(input_NI, tokens_per_expert)
         if not self.use_bias:
             return output_NO, None
         if self.skip_bias_add:
-            return output_NO, self._stacked("bias")
-        bias_NO = for_each_row(self._stacked("bias"), tokens_per_expert_E, len(input_NI))
+            return output_NO, self.stacked("bias")
+        bias_NO = for_each_row(self.stacked("bias"), tokens_per_expert, len(input_NI))
         return (output_NO + bias_NO).to(output_NO.dtype), None
 
-    def product(self, input_NI: torch.Tensor, weight_EOI: torch.Tensor, tokens_per_expert_E) -> torch.Tensor:
-        """[N, I] sorted by expert x [E, O, I] -> [N, O]. `fp8_emulation.py` puts another one in its place."""
-        return grouped_product(input_NI, weight_EOI, tokens_per_expert_E)
+    def product(self, input_NI: torch.Tensor, counts_E: Counts) -> torch.Tensor:
+        """[N, I] sorted by expert -> [N, O], without biases. `fp8_emulation.py` puts another one in its place."""
+        if "weight" in self.fused:
+            return grouped_product(input_NI, self.fused["weight"], counts_E)
+        return product_of_separate(input_NI, self._separate("weight"), counts_E)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """One entry per expert under the key of the sequential experts, so that both read each other's checkpoints."""
@@ -178,13 +149,6 @@ class GroupedLinear(MegatronModule):
         return state
 
 
-def grouped_product(
-    input_NI: torch.Tensor, weight_EOI: torch.Tensor, tokens_per_expert_E: torch.Tensor
-) -> torch.Tensor:
-    """[N, I] sorted by expert x [E, O, I] -> [N, O]."""
-    return F.grouped_mm(input_NI, weight_EOI.transpose(1, 2), offs=offsets(tokens_per_expert_E))
-
-
 class GroupedColumnLinear(GroupedLinear):
     """fc1 of every local expert: the output features are split."""
 
@@ -201,30 +165,62 @@ class GroupedMLP(TEGroupedMLP):
     """fc1, activation times routing weight and fc2 of every local expert.
 
     Megatron-core's own forward, but for the activation, which works on all rows at once and whose fused form knows SwiGLU
-    alone, and for the counts, which it wants on the host.
+    alone, for its recomputation (`moe_act`), and for the counts, which it wants on the host.
     """
 
     def forward(
-        self, hidden_NH: torch.Tensor, tokens_per_expert: torch.Tensor, weights_N: torch.Tensor
+        self, hidden_NH: torch.Tensor, tokens_per_expert: Counts, weights_N: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """[N, H] sorted by expert -> [N, H], each row times its weight in fp32."""
-        counts_E, weights_N1 = torch.as_tensor(tokens_per_expert), weights_N.unsqueeze(-1)
+        counts_E, weights_N1 = counts_of(tokens_per_expert), weights_N.unsqueeze(-1)
         inner_NO, _ = self.linear_fc1(hidden_NH, counts_E)
+        activate = partial(weighted_activation, self.config.activation_func, self.config.gated_linear_unit)
         inner_NI = WeightedActivation.apply(
             inner_NO, weights_N1, self.config.activation_func, self.config.gated_linear_unit
         )
-        output_NH, bias_EH = self.linear_fc2(inner_NI, counts_E)
+        again = partial(activate, inner_NO.detach(), weights_N1.detach())
+        with made_again(inner_NI, again) if self.activation_recompute else nullcontext():
+            output_NH, bias_EH = self.linear_fc2(inner_NI, counts_E)
         if bias_EH is not None:
-            output_NH = WeightedBias.apply(output_NH, bias_EH, weights_N1, counts_E)
+            output_NH = WeightedBias.apply(output_NH, bias_EH, weights_N1, on_device(counts_E))
         return output_NH, None
 
 
-class WeightedActivation(torch.autograd.Function):
-    """activation(gate) * up * weight, or activation(inner) * weight: [N, O] and [N, 1] -> [N, I].
+def made_again(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> saved_tensors_hooks:
+    """Within this context autograd keeps `make` instead of `tensor`, and calls it in the backward pass."""
+    storage, shape = tensor.untyped_storage()._cdata, tensor.shape
 
-    In fp32, and on a CPU on `BLOCK` rows at a time: whole, its fp32 values went through the main memory several times and
-    took longer than the products around it. Only the inputs are kept for the backward pass.
+    def pack(kept: torch.Tensor) -> torch.Tensor | Callable[[], torch.Tensor]:
+        is_it = kept.untyped_storage()._cdata == storage and kept.shape == shape
+        return make if is_it else kept
+
+    def unpack(kept: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tensor:
+        return kept if isinstance(kept, torch.Tensor) else kept()
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def weighted_activation(
+    activation: Callable, is_gated: bool, inner_NO: torch.Tensor, weights_N1: torch.Tensor
+) -> torch.Tensor:
+    """activation(gate) * up * weight, or activation(inner) * weight: [N, O] (gated: gate and up, O = 2 I) and [N, 1] -> [N, I].
+
+    In fp32, and on a CPU as many rows at a time as its cache holds: whole, the fp32 values went through the main memory
+    several times and took longer than the products around it.
     """
+    parts = 2 if is_gated else 1
+    output_NI = inner_NO.new_empty(len(inner_NO), inner_NO.shape[1] // parts)
+    for rows in row_blocks(inner_NO):
+        gate_NI, *up_NI = inner_NO[rows].float().chunk(parts, dim=1)
+        active_NI = activation(gate_NI)
+        for up in up_NI:
+            active_NI.mul_(up)
+        output_NI[rows] = active_NI.mul_(weights_N1[rows])
+    return output_NI
+
+
+class WeightedActivation(torch.autograd.Function):
+    """`weighted_activation`, of which only the inputs are kept for the backward pass."""
 
     @staticmethod
     def forward(
@@ -233,12 +229,7 @@ class WeightedActivation(torch.autograd.Function):
         """[N, O] (gated: gate and up, O = 2 I) and weights [N, 1] -> [N, I]."""
         ctx.activation, ctx.parts = activation, 2 if is_gated else 1
         ctx.save_for_backward(inner_NO, weights_N1)
-        output_NI = inner_NO.new_empty(len(inner_NO), inner_NO.shape[1] // ctx.parts)
-        for rows in row_blocks(inner_NO):
-            gate_NI, *up_NI = (part.float() for part in inner_NO[rows].chunk(ctx.parts, dim=1))
-            active_NI = math.prod(up_NI, start=activation(gate_NI))
-            output_NI[rows] = active_NI * weights_N1[rows]
-        return output_NI
+        return weighted_activation(activation, is_gated, inner_NO, weights_N1)
 
     @staticmethod
     def backward(ctx, grad_NI: torch.Tensor):
@@ -246,15 +237,18 @@ class WeightedActivation(torch.autograd.Function):
         inner_NO, weights_N1 = ctx.saved_tensors
         grad_inner_NO, grad_weights_N1 = torch.empty_like(inner_NO), torch.empty_like(weights_N1)
         for rows in row_blocks(inner_NO):
-            gate_NI, *up_NI = (part.float() for part in inner_NO[rows].chunk(ctx.parts, dim=1))
-            to_gate_NI, *to_up_NI = grad_inner_NO[rows].chunk(ctx.parts, dim=1)
-            active_NI, grad = ctx.activation(gate_NI), grad_NI[rows].float()
-            grad_weights_N1[rows] = torch.linalg.vecdot(grad, math.prod(up_NI, start=active_NI)).unsqueeze(1)
-            grad = grad * weights_N1[rows]
-            if up_NI:
-                to_up_NI[0].copy_(grad * active_NI)
-                grad = grad * up_NI[0]
-            to_gate_NI.copy_(activation_gradient(ctx.activation, gate_NI, grad))
+            block_NO, grad = (item[rows].to(torch.float32, copy=True) for item in (inner_NO, grad_NI))
+            gate_NI, *up_NI = block_NO.chunk(ctx.parts, dim=1)
+            active_NI = ctx.activation(gate_NI)
+            product_NI = math.prod(up_NI, start=active_NI)
+            grad_weights_N1[rows] = (product_NI * grad).sum(dim=1, keepdim=True)
+            grad.mul_(weights_N1[rows])
+            for up in up_NI:  # its place in the block takes its gradient
+                to_gate = grad * up
+                torch.mul(grad, active_NI, out=up)
+                grad = to_gate
+            gate_NI.copy_(activation_gradient(ctx.activation, gate_NI, grad))
+            grad_inner_NO[rows] = block_NO
         return grad_inner_NO, grad_weights_N1, None, None
 
 
@@ -282,15 +276,15 @@ class WeightedBias(torch.autograd.Function):
 
 
 def activation_gradient(activation: Callable, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """grad * activation'(x)."""
+    """grad * activation'(x); may be written over `grad`."""
     if activation is F.silu:
-        return torch.ops.aten.silu_backward(grad, x)
+        return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         return torch.autograd.grad(activation(x), x, grad)[0]
 
 
 def row_blocks(x_NO: torch.Tensor) -> list[slice]:
-    """Slices that cover the rows of `x_NO`: small enough for a CPU's cache, one for all on a GPU."""
-    size = max(len(x_NO), 1) if platform.HAS_CUDA else BLOCK
+    """Slices that cover the rows of `x_NO`: `BLOCK` entries or a row on a CPU, all on a GPU."""
+    size = max(len(x_NO) if platform.HAS_CUDA else BLOCK // x_NO.shape[1], 1)
     return [slice(start, start + size) for start in range(0, len(x_NO), size)]

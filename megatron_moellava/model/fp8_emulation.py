@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from megatron_moellava.model.configuration import FP8_RECIPES, Fp8Recipe
 from megatron_moellava.model.experts import GroupedLinear
+from megatron_moellava.model.grouped_products import Counts
 
 from megatron.core import parallel_state
 from megatron.core.fp8_utils import is_first_last_bf16_layer
@@ -170,9 +171,14 @@ def padded_offsets(tokens_per_expert: list[int], multiple: int) -> tuple[int, ..
     return tuple(offsets)
 
 
-def grouped_product(scaling: Scaling, input_NI: torch.Tensor, weight_EOI, tokens_per_expert_E) -> torch.Tensor:
-    """The product of `GroupedLinear`, over rows that are padded per expert."""
-    tokens_per_expert = tokens_per_expert_E.tolist()
+def experts_product(scaling: Scaling, module: GroupedLinear, input_NI: torch.Tensor, counts_E: Counts) -> torch.Tensor:
+    """The product of `GroupedLinear`."""
+    return grouped_product(scaling, input_NI, module.stacked("weight"), counts_E)
+
+
+def grouped_product(scaling: Scaling, input_NI: torch.Tensor, weight_EOI, counts_E: Counts) -> torch.Tensor:
+    """[N, I] sorted by expert x [E, O, I] -> [N, O], over rows that are padded per expert."""
+    tokens_per_expert = counts_E if isinstance(counts_E, list) else counts_E.tolist()
     offsets = padded_offsets(tokens_per_expert, scaling.recipe.multiple)
     if offsets[-1] == len(input_NI):
         return Product.apply(input_NI, weight_EOI, offsets, scaling)
@@ -191,8 +197,7 @@ def linear_product(
     elif allreduce_dgrad:
         input = copy_to_tensor_model_parallel_region(input, group=tp_group)
     rows_NI = input.flatten(0, -2)
-    count_1 = torch.tensor([rows_NI.shape[0]])
-    output = grouped_product(scaling, rows_NI, weight[None], count_1).view(*input.shape[:-1], weight.shape[0])
+    output = grouped_product(scaling, rows_NI, weight[None], [len(rows_NI)]).view(*input.shape[:-1], weight.shape[0])
     return output if bias is None else output + bias
 
 
@@ -257,7 +262,7 @@ def _replace_product(module: torch.nn.Module, emulation: Emulation) -> None:
     is_trained = any(parameter.requires_grad for parameter in module.parameters())
     if isinstance(module, GroupedLinear):
         emulation.scalings.append(scaling := Scaling(emulation.recipe, module.num_experts, is_trained))
-        module.product = partial(grouped_product, scaling)  # type: ignore[method-assign]
+        module.product = partial(experts_product, scaling, module)  # type: ignore[method-assign]
     elif isinstance(module, ColumnParallelLinear | RowParallelLinear):
         emulation.scalings.append(scaling := Scaling(emulation.recipe, 1, is_trained))
         module._forward_impl = partial(linear_product, scaling)

@@ -16,6 +16,7 @@ from megatron_moellava.model.latent_attention import LatentSelfAttention
 from megatron_moellava.model.moe_layer import MoELayer, ResidualMoELayer, VisionMoELayer
 from megatron_moellava.model.norms import HeadsNorm, Norm
 from megatron_moellava.model.router_kinds import router_builder
+from megatron_moellava.model.temporal import TemporalLayer
 from megatron_moellava.routers import ROUTERS
 
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
@@ -130,17 +131,35 @@ def decoder_spec(
 
 
 def tower_spec(
-    config: TransformerConfig, adapted: bool = False, moe: MoEConfig | None = None
+    config: TransformerConfig, adapted: bool = False, moe: MoEConfig | None = None, num_frames: int = 1
 ) -> TransformerBlockSubmodules:
-    """Pre-norm blocks with full attention, as CLIP and SigLIP have them. `adapted`: see `modules`."""
+    """Pre-norm blocks with full attention, as CLIP and SigLIP have them. `adapted`: see `modules`.
+
+    `num_frames`: of a video, where layers attend across them.
+    """
     provider = modules(adapted=adapted)
     dense = _attention_layer(provider, AttnMaskType.no_mask, get_mlp_module_spec_for_backend(provider), fused=True)
+    dense = _across_frames(dense, provider, num_frames)
     if moe is None:
         return TransformerBlockSubmodules(layer_specs=[dense] * config.num_layers, layer_norm=None)
     mlp = partial(VisionMoELayer, submodules=vision_moe_submodules(moe, provider))
     sparse = _attention_layer(provider, AttnMaskType.no_mask, mlp, fused=True, is_moe=True)
+    sparse = _across_frames(sparse, provider, num_frames)
     specs = [sparse if is_moe else dense for is_moe in config.moe_layer_freq]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=None)
+
+
+def _across_frames(layer: ModuleSpec, provider, num_frames: int) -> ModuleSpec:
+    """The layer as one that first attends across the frames of a video, if there are several."""
+    if num_frames == 1:
+        return layer
+    other = _attention_layer(provider, AttnMaskType.no_mask, IdentityOp, fused=False)
+    params = {
+        "num_frames": num_frames,
+        "temporal_norm": provider.layer_norm(),
+        "temporal_attention": other.submodules.self_attention,
+    }
+    return ModuleSpec(TemporalLayer, params=params, submodules=layer.submodules)
 
 
 def vision_moe_submodules(moe: MoEConfig, provider=None) -> MoESubmodules:

@@ -24,7 +24,7 @@ from megatron_moellava.config import LoraConfig, RunConfig
 from megatron_moellava.costs.adapters import PREFIX, Adapted, adapted_matrices, b_name
 from megatron_moellava.costs.shapes import EXPERTS, LANGUAGE, ModelTensor
 from megatron_moellava.mapping import Shape
-from megatron_moellava.model.experts import grouped_product
+from megatron_moellava.model.grouped_products import grouped_product
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -118,10 +118,11 @@ class Adapter(MegatronModule):
             _expert_product, tokens_per_expert=torch.as_tensor(tokens_per_expert)
         )  # a list beside Transformer Engine
         a = self._whole_gradient("a").unflatten(-2, (len(self.adapted.parts), self.lora.rank))
-        a = F.pad(a, (0, 0, 0, -self.lora.rank % ALIGNMENT)).flatten(-3, -2)
+        missing = -self.lora.rank % ALIGNMENT
+        a = filled_up(a, (0, 0, 0, missing)).flatten(-3, -2)
         parts = product(input_NI, a).chunk(len(self.adapted.parts), dim=-1)
         names = [b_name(part) for part, _ in self.adapted.parts]
-        bs = [F.pad(self._whole_gradient(name), (0, -self.lora.rank % ALIGNMENT)) for name in names]
+        bs = [filled_up(self._whole_gradient(name), (0, missing)) for name in names]
         outputs = [product(part, b) for part, b in zip(parts, bs, strict=True)]
         return fused(self.adapted, outputs) * self.lora.scale
 
@@ -165,6 +166,11 @@ class Adapter(MegatronModule):
                 replica_id=(0, 0 if tensor.split is not None else group.rank(), copies),
             )
         return state
+
+
+def filled_up(matrix: torch.Tensor, missing: tuple[int, ...]) -> torch.Tensor:
+    """`matrix` with zeros beyond its last axes, as torch's pad counts them. Where nothing is missing pad would copy it."""
+    return F.pad(matrix, missing) if any(missing) else matrix
 
 
 def fused(adapted: Adapted, outputs: list[torch.Tensor]) -> torch.Tensor:

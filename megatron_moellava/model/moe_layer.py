@@ -5,6 +5,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
+import megatron_moellava.platform as platform
 from megatron_moellava.model.experts import GroupedMLP
 
 from megatron.core.tensor_parallel import (
@@ -35,6 +36,20 @@ class HereDispatcher(MoEAlltoAllTokenDispatcher):
     Its first permutation has sorted the tokens by expert; it would sort them again, chunk by chunk, for which the host has to
     know the counts. Only where a capacity cuts rows, or padding adds some, does the host have to ask how many there are.
     """
+
+    def dispatch_preprocess(self, hidden_SBH: torch.Tensor, map_TE: torch.Tensor, weights_TE: torch.Tensor):
+        """(tokens sorted by expert, their routing weights). Megatron-Core's, but that on a CPU it sorts no mask [E, T]."""
+        fills_up = self.drop_and_pad or self.config.moe_router_padding_for_quantization
+        if platform.HAS_CUDA or fills_up or self.shared_experts is not None:
+            return super().dispatch_preprocess(hidden_SBH, map_TE, weights_TE)
+        self.hidden_shape, self.probs, self.routing_map = hidden_SBH.shape, weights_TE, map_TE
+        hidden_TH = hidden_SBH.flatten(0, -2)
+        self.hidden_shape_before_permute = hidden_TH.shape
+        self.tokens_per_expert = self.preprocess(map_TE)
+        chosen_N = map_TE.t().flatten().nonzero_static(size=int(self.num_out_tokens)).squeeze(1)
+        tokens_N = chosen_N % len(hidden_TH)
+        self.reversed_local_input_permutation_mapping = tokens_N
+        return hidden_TH.index_select(0, tokens_N), weights_TE.t().flatten().index_select(0, chosen_N)
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: torch.Tensor | None = None):
         config = self.config

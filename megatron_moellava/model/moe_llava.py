@@ -112,7 +112,7 @@ class MoELlava(MegatronModule):
         `grids`: how each image's tokens lie, of towers that `has_grids`; the result then is [V, D], the visual tokens of all
         images, one after the other. At native resolution N are patches. `modality`: that the images are of, if it is apart.
         """
-        return self._laid_out(self._encode(pixels_NCHW, grids, modality), grids)
+        return self._laid_out(self._encode(pixels_NCHW, grids, modality), grids, modality)
 
     def _encode(
         self, pixels_NCHW: torch.Tensor, grids: Grids = (), modality: str = "", real: int | None = None
@@ -121,21 +121,16 @@ class MoELlava(MegatronModule):
         with torch.set_grad_enabled(self._trains(tower) and torch.is_grad_enabled()):
             features = tower(pixels_NCHW, grids, real)
         rows = merged(features, grids, tower.tower)
-        return projector(rows, None if real is None else self._filled_up(rows, real))
+        return projector(rows, None if real is None else _filled_up(rows, real, tower.tower))
 
     def _way(self, modality: str) -> tuple[VisionTower, Projector | MoEProjector]:
         """Of the pictures of a modality; "": of all that have nothing of their own."""
         own = getattr(self, f"{PREFIX}{modality}") if modality else None
         return (own and own.tower) or self.vision_tower, (own and own.projector) or self.projector
 
-    def _filled_up(self, rows: torch.Tensor, real: int) -> torch.Tensor:
-        """bool [N, V] (at native resolution [1, V]) of projector rows: True in images that are none."""
-        if self.tower.native:
-            return filled_up(len(rows), 1, real)
-        return filled_up(rows.shape[1], len(rows), real)
-
-    def _laid_out(self, features: torch.Tensor, grids: Grids) -> torch.Tensor:
-        return lines_of(features, grids, self.projector.image_newline.weight) if self.tower.newline else features
+    def _laid_out(self, features: torch.Tensor, grids: Grids, modality: str = "") -> torch.Tensor:
+        tower, projector = self._way(modality)
+        return lines_of(features, grids, projector.image_newline.weight) if tower.tower.newline else features
 
     def embed(
         self,
@@ -193,9 +188,10 @@ class MoELlava(MegatronModule):
 
     def _encode_together(self, pixels_NCHW: torch.Tensor, grids: Grids, modality: str = "") -> torch.Tensor:
         """`encode_images`; under context parallelism each rank does its part of the images."""
-        if self.tower.native:
-            return encode_share_of_grids(self._encode, pixels_NCHW, grids, self.tower)
-        return self._laid_out(encode_share(partial(self._encode, modality=modality), pixels_NCHW), grids)
+        tower, encode = self._way(modality)[0].tower, partial(self._encode, modality=modality)
+        if tower.native:
+            return encode_share_of_grids(encode, pixels_NCHW, grids, tower)
+        return self._laid_out(encode_share(encode, pixels_NCHW, tower.num_frames), grids, modality)
 
     def _scale_words(self, words_SBD: torch.Tensor, has_images: bool) -> torch.Tensor:
         multiplier = self.backbone.embedding_multiplier
@@ -211,7 +207,7 @@ class MoELlava(MegatronModule):
         newline = projector.image_newline.weight.sum() * 0.0 if tower.newline else 0.0
         if self._trains(module) or self.shares_experts_of("tower"):
             side = tower.shuffle  # at native resolution: the smallest picture
-            count, grids = (side**2, ((side, side),)) if tower.native else (1, ())
+            count, grids = (side**2, ((side, side),)) if tower.native else (tower.num_frames, ())
             pixels_NCHW = like.new_zeros(count, *tower.pixel_shape)
             return self._encode(pixels_NCHW, grids, modality, real=0).sum() * 0.0 + newline
         padding_11 = torch.ones(1, 1, dtype=torch.bool, device=like.device)
@@ -301,9 +297,11 @@ class MoELlava(MegatronModule):
     def _needs_differentiable_input(self) -> bool:
         """A recomputed part of the decoder has a backward pass only where one of its inputs requires a gradient: with tower,
         projector and embeddings frozen none would, and nothing would train (reentrant checkpointing,
-        megatron/core/tensor_parallel/random.py; Megatron-Bridge does the same for adapters)."""
+        megatron/core/tensor_parallel/random.py; Megatron-Bridge does the same for adapters). The experts' activation stands
+        behind a matrix, and needs no such input."""
         return (
             self.config.recompute_granularity is not None
+            and self.run.training.recompute != "moe_act"
             and torch.is_grad_enabled()
             and (
                 self.adapters is not None
@@ -347,6 +345,11 @@ class MoELlava(MegatronModule):
     def _of_sequence_parallel(self, item_BS: torch.Tensor) -> torch.Tensor:
         """This rank's positions of what every tensor-parallel rank has."""
         return sequence_share(item_BS, dim=1) if self.config.sequence_parallel else item_BS
+
+
+def _filled_up(rows: torch.Tensor, real: int, tower: Tower) -> torch.Tensor:
+    """bool [N, V] (at native resolution [1, V]) of projector rows: True in images that are none."""
+    return filled_up(len(rows), 1, real) if tower.native else filled_up(rows.shape[1], len(rows), real)
 
 
 class LanguageModel(GPTModel):

@@ -22,6 +22,8 @@ from megatron.core.transformer.moe.moe_utils import z_loss_func
 
 def reduced(counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum over the ranks of a group, without a gradient."""
+    if group.size() == 1:  # gloo would hand the numbers to a thread of its own
+        return counts.detach()
     counts = counts.detach().clone()
     dist.all_reduce(counts, group=group)
     return counts

@@ -57,7 +57,7 @@ class VisionTower(MegatronModule):
             self.ln_pre = self._norm()
         self.decoder = TransformerBlock(
             config,
-            tower_spec(config, adapted, moe),
+            tower_spec(config, adapted, moe, tower.num_frames),
             post_process=False,
             post_layer_norm=False,
             pg_collection=pg_collection,
@@ -73,7 +73,8 @@ class VisionTower(MegatronModule):
     def forward(self, pixels_NCHW: torch.Tensor, grids: Grids = (), real: int | None = None) -> torch.Tensor:
         """Visual features [N, V, D] of preprocessed images: hidden_states[feature_layer], less the first row if so set.
 
-        At native resolution [N, D], one for each patch. `real`: how many images are some; those after them only fill up, and
+        At native resolution [N, D], one for each patch. Of a tower that `takes_videos` the images are whole videos, frame by
+        frame; ValueError where they cannot be. `real`: how many images are some; those after them only fill up, and
         routers leave them out (at native resolution: all, or 0). None: all.
         """
         packed = None
@@ -83,6 +84,8 @@ class VisionTower(MegatronModule):
             packed = packed_seq_params(cu_seqlens, max(lengths), lengths=lengths)
             hidden_RND = self.embed_patches(pixels_NCHW, grids).unsqueeze(1)
         else:
+            if len(pixels_NCHW) % self.tower.num_frames:
+                raise ValueError(f"{len(pixels_NCHW)} images are no videos of {self.tower.num_frames} frames")
             hidden_RND = self.embed(pixels_NCHW).transpose(0, 1).contiguous()
         if self.config.recompute_granularity is not None and torch.is_grad_enabled():
             hidden_RND.requires_grad_()  # where only adapters are trained, see MoELlava._needs_differentiable_input

@@ -2,8 +2,7 @@
 
 `LOCAL` are the modules of a machine without Transformer Engine. The tests compare it with what autograd really saved on
 a CPU. `TE` are Transformer Engine's fused modules and flash attention; it follows from their sources and has not been
-measured, and neither have the rows of latents. A row applies when all its conditions hold, and is counted `times` the size
-it names.
+measured. A row applies when all its conditions hold, and is counted `times` the size it names.
 """
 
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ class Saved:
     """One kind of tensor that a backward pass needs."""
 
     what: str
-    part: str  # attention, core attention, residual, mlp norm, ffn, moe, residual moe, angles, start, end
+    part: str  # attention, core attention, residual, mlp norm, ffn, moe, moe act, residual moe, angles, start, end
     size: str  # a key of `sizes`
     times: int = 1
     bytes: int | None = None  # per element; None: the run's precision
@@ -35,10 +34,14 @@ COMMON = (
     Saved("keys after rotation", "attention", "key"),
     Saved("queries after rotation", "attention", "query"),
     Saved("qkv, kept alive by the values", "attention", "qkv"),
-    Saved("context, input of the output projection", "attention", "query", when=("language.attention", "!latent")),
-    Saved("context", "core attention", "query", when=("!language.attention", "!latent")),
-    Saved("context as wide as the keys", "core attention", "query", when=("latent",)),
-    Saved("context, input of the output projection", "attention", "value", when=("language.attention", "latent")),
+    Saved(
+        "context, input of the output projection", "attention", "query", when=("language.attention", "!narrow_values")
+    ),
+    Saved("context", "core attention", "query", when=("!language.attention", "!narrow_values")),
+    Saved("context as wide as the keys", "core attention", "query", when=("narrow_values",)),
+    Saved(
+        "context, input of the output projection", "attention", "value", when=("language.attention", "narrow_values")
+    ),
     Saved("latents, inputs of their projections", "attention", "latents", when=("language.attention", "latent")),
     Saved("log-sum-exp of the softmax", "core attention", "heads", bytes=FP32),
     Saved("queries in fp32 for a norm over all heads", "attention", "query", bytes=FP32, when=("heads_norm",)),
@@ -51,7 +54,7 @@ COMMON = (
     Saved("dropout mask of the embeddings", "start", "hidden", when=("dropout", "language.embedding")),
     Saved("dispatched tokens, input of fc1", "moe", "expert_hidden", when=("experts",)),
     Saved("fc1's output", "moe", "expert_inner_in"),
-    Saved("fc2's input", "moe", "expert_inner", when=("experts",)),
+    Saved("fc2's input", "moe act", "expert_inner", when=("experts",)),
     Saved("shared experts: fc1's output", "moe", "shared_inner_in", when=("shared",)),
     Saved("shared experts: fc2's input", "moe", "shared_inner", when=("shared", "experts")),
     Saved("shared experts: output before its gate", "moe", "hidden", when=("shared_gate",)),
@@ -97,9 +100,6 @@ LOCAL = (
     Saved("gate after its activation, linear half", "ffn", "inner", times=2, when=("gated",)),
     Saved("gate after its activation, linear half", "moe", "expert_inner", times=2, when=("gated", "!grouped")),
     Saved("activation before the router's weight", "moe", "expert_inner", when=("!grouped",)),
-    Saved("the experts' weights, stacked", "moe", "expert_weights", when=("grouped",)),
-    Saved("those of a trained tower", "start", "tower_expert_weights", when=("tower", "!recompute_tower")),
-    Saved("those of the projector", "start", "projector_expert_weights", when=("projector",)),
     Saved("gate after its activation, linear half", "moe", "shared_inner", times=2, when=("shared", "gated")),
     Saved("input of the last norm", "end", "hidden", when=("layernorm",)),
     Saved("input of the last norm in fp32", "end", "hidden", bytes=FP32, when=("rmsnorm",)),
@@ -121,7 +121,7 @@ TE = (
     Saved("dropout masks of attention and FFN", "residual", "hidden", times=2, bytes=MASK, when=("dropout",)),
     Saved("input of the norm", "mlp norm", "hidden", when=("!parallel_residual",)),
     Saved("input of fc1", "ffn", "hidden", when=("language.ffn", "!qkv_input_kept")),
-    Saved("activation before the router's weight", "moe", "expert_inner", when=("!gated",)),
+    Saved("activation before the router's weight", "moe act", "expert_inner", when=("!gated",)),
     Saved("input of the last norm", "end", "hidden"),
     Saved("residual experts: expert and dense outputs", "residual moe", "hidden", times=2),
 )
@@ -133,8 +133,9 @@ DROPPED = {
     "selective": (
         "core attention",
     ),  # little: queries, keys and values stay, and the context if its projection is trained
-    "moe": ("core attention", "moe"),
-    "full": ("attention", "core attention", "residual", "mlp norm", "ffn", "moe", "residual moe"),
+    "moe_act": ("moe act",),
+    "moe": ("core attention", "moe", "moe act"),
+    "full": ("attention", "core attention", "residual", "mlp norm", "ffn", "moe", "moe act", "residual moe"),
 }
 
 
@@ -157,7 +158,7 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
         "inner_in": gated * tokens * backbone.ffn_hidden_size / tp,
         "logits": tokens * layout.vocabulary / tp,
     }
-    values |= _tower_sizes(layout) | _vision_expert_weights(layout)
+    values |= _tower_sizes(layout)
     if latent is not None:
         values["value"] = tokens * backbone.num_attention_heads * latent.v_head_dim / tp
         values["latents"] = tokens * ((latent.q_lora_rank or 0) + latent.kv_lora_rank) / split
@@ -180,29 +181,18 @@ def _tower_sizes(layout: Layout) -> dict[str, float]:
     return found
 
 
-def _vision_expert_weights(layout: Layout) -> dict[str, float]:
-    """Of all layers of the tower with experts, and of the projector, on one rank."""
-    tower, hidden, run = layout.tower, layout.backbone.hidden_size, layout.run
-    found = {}
-    if run.tower_moe:
-        layers, width = len(layout.model.tower_moe_layers), 2 * tower.hidden_size * tower.ffn_hidden_size
-        found["tower_expert_weights"] = layers * run.tower_moe.num_moe_experts / layout.ep * width
-    if run.projector_moe:
-        width = (tower.projector_input_size + hidden) * hidden
-        found["projector_expert_weights"] = run.projector_moe.num_moe_experts / layout.ep * width
-    return found
-
-
 def tower_layer_elements(layout: Layout, tower: Tower, is_moe: bool = False) -> float:
     """What one layer of a tower makes for one micro-batch: residual stream and norms whole, products split.
 
-    Of experts top-k inner values and copies of each row, before and behind them.
+    Attention across the frames of videos has a norm of its own, too. Of experts top-k inner values and copies of each row,
+    before and behind them.
     """
     moe = layout.run.tower_moe
     routed = moe.moe_router_topk if moe and is_moe else 0
     inner = 3 if tower.activation == "quick_gelu" else 2  # x * sigmoid(1.7 x) keeps one more than a fused GELU
-    whole = 4 * tower.hidden_size
-    split = (4 + 2 * routed) * tower.hidden_size + inner * tower.ffn_hidden_size * max(routed, 1)
+    attentions = 2 if tower.takes_videos else 1
+    whole = (2 + 2 * attentions) * tower.hidden_size
+    split = (4 * attentions + 2 * routed) * tower.hidden_size + inner * tower.ffn_hidden_size * max(routed, 1)
     return layout.images * tower.num_rows * (whole + split / layout.tp)
 
 
@@ -215,7 +205,6 @@ def _expert_sizes(layout: Layout, imbalance: float, gated: int) -> dict[str, flo
         "expert_inner": rows * inner,
         "expert_inner_in": gated * rows * inner,
         "expert_columns": moe.num_moe_experts / layout.ep * gated * inner,
-        "expert_weights": moe.num_moe_experts / layout.ep * (gated + 1) * backbone.hidden_size * inner,
         "shared_inner": shared,
         "shared_inner_in": gated * shared,
     }
@@ -266,6 +255,7 @@ def conditions(layout: Layout) -> set[str]:
         "gated": backbone.gated_linear_unit,
         "qk_norm": backbone.qk_layernorm,
         "latent": backbone.multi_latent_attention is not None,
+        "narrow_values": backbone.value_channels < backbone.kv_channels,  # filled up for the kernels, and cut again
         "heads_norm": backbone.qk_layernorm and backbone.qk_layernorm_spans_heads,
         "dropout": backbone.hidden_dropout > 0,
         "parallel_residual": backbone.parallel_residual,
@@ -306,7 +296,7 @@ def layer_parts(layout: Layout, is_moe: bool) -> set[str]:
     parts = {"attention", "core attention", "residual", "mlp norm"}
     if not is_moe:
         return parts | {"ffn"}
-    return parts | {"moe"} | ({"residual moe", "ffn"} if layout.moe.use_residual else set())
+    return parts | {"moe", "moe act"} | ({"residual moe", "ffn"} if layout.moe.use_residual else set())
 
 
 def part_bytes(layout: Layout, modules: str, imbalance: float = 1.0) -> dict[str, float]:
@@ -339,6 +329,6 @@ def layer_bytes(layout: Layout, bytes_of: dict[str, float], is_moe: bool) -> tup
     """(kept, made again by the recomputation) of one decoder layer."""
     present, dropped = layer_parts(layout, is_moe), set(DROPPED[layout.run.training.recompute])
     kept = sum(bytes_of.get(part, 0.0) for part in present - dropped)
-    if present & (dropped - {"core attention"}):  # the input that the recomputation starts from
+    if present & (dropped - {"core attention", "moe act"}):  # the input that the recomputation starts from
         kept += sizes(layout)["hidden"] * layout.activation_bytes
     return kept, sum(bytes_of.get(part, 0.0) for part in present & dropped)

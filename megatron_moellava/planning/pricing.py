@@ -8,6 +8,7 @@ a step the pipeline's slowest rank over all micro-batches + the bubble + gradien
 from collections import Counter
 from dataclasses import dataclass
 
+from megatron_moellava.costs.exchange import vision_exchanges
 from megatron_moellava.costs.flops import CAUSAL, Attention, Work
 from megatron_moellava.costs.gpus import Gpu
 from megatron_moellava.costs.layout import Layout
@@ -142,7 +143,8 @@ def rank_time(layout: Layout, pipeline_rank: int, pricing: Pricing, load: Load) 
     return RankTime(
         compute=compute,
         tensor=_tensor_seconds(layout, pipeline_rank, pricing, load),
-        expert=_expert_seconds(layout, pipeline_rank, pricing, load),
+        expert=_expert_seconds(layout, pipeline_rank, pricing, load)
+        + (_vision_expert_seconds(layout, pricing, load) if pipeline_rank == 0 else 0.0),
     )
 
 
@@ -206,11 +208,27 @@ def _expert_seconds(layout: Layout, pipeline_rank: int, pricing: Pricing, load: 
     group = layout.ep * layout.etp
     rows = routed_tokens(layout) * load.tokens / layout.tokens
     bytes_moved = rows * layout.backbone.hidden_size * 2 * pricing.imbalance
+    passes = 3 if layout.run.training.recompute in ("full", "moe") else 2
+    return sum(layout.kinds_of(pipeline_rank)) * 2 * passes * _exchange_seconds(bytes_moved, group, pricing)
+
+
+def _vision_expert_seconds(layout: Layout, pricing: Pricing, load: Load) -> float:
+    """The same for the experts of tower and projector, which are whole; those of a recomputed tower get their rows twice."""
+    if layout.ep == 1:
+        return 0.0
+    element, bytes_moved = layout.activation_bytes, 0.0
+    for exchange in vision_exchanges(layout, *load.pictures):
+        again = exchange.part == "tower" and exchange.to_outputs and layout.run.training.recompute_tower
+        bytes_moved += exchange.forward(element) * (2 if again else 1) + exchange.backward(element)
+    return _exchange_seconds(bytes_moved * pricing.imbalance, layout.ep, pricing)
+
+
+def _exchange_seconds(bytes_moved: float, group: int, pricing: Pricing) -> float:
+    """All-to-all of `bytes_moved` of each rank, those for itself included: to ranks of the node and beyond at once."""
     near = min(group, pricing.gpu.gpus_per_node)
     inside = bytes_moved * (near - 1) / group / pricing.link(near)
     outside = bytes_moved * (group - near) / group / pricing.link(group) if group > near else 0.0
-    passes = 3 if layout.run.training.recompute in ("full", "moe") else 2
-    return sum(layout.kinds_of(pipeline_rank)) * 2 * passes * max(inside, outside)
+    return max(inside, outside)
 
 
 def _pipeline_seconds(layout: Layout, pricing: Pricing, load: Load) -> float:

@@ -41,7 +41,12 @@ class StageData:
     image_size: tuple[int, int] = (640, 480)  # width, height of a picture in pixels: COCO's most frequent
 
     def shown(self, tower: Tower, settings: DataConfig) -> Shown:
-        """What the tower and the language model see of the mean sample's pictures and videos under a run's settings."""
+        """What the tower and the language model see of the mean sample's pictures and videos under a run's settings.
+
+        A tower that takes videos alone sees one in the place of each picture.
+        """
+        if tower.takes_videos:
+            return of_video(self.video_seconds, tower, settings).times(self.images + self.videos)
         found, together = Shown(), math.ceil(self.images)  # pictures share a sample's budget
         if together:
             found += of_pictures([self.image_size] * together, tower, settings).times(self.images / together)

@@ -23,7 +23,22 @@ from megatron_moellava.inference.grammar import ANY_OBJECT
 from megatron_moellava.inference.requests import Request, Sampling
 from megatron_moellava.serving.pictures import PictureLimits, open_url, open_video_url
 
-REFUSED = ("tools", "tool_choice", "functions", "logit_bias", "audio")
+# What would change an answer and is not done here, of OpenAI's fields and of those that other servers add.
+ASKS_FOR_MORE = ("tools functions audio web_search_options logit_bias frequency_penalty presence_penalty min_p min_tokens "
+                 "ignore_eos stop_token_ids bad_words allowed_token_ids use_beam_search prompt_logprobs continue_final_message "
+                 "structured_outputs guided_json guided_regex guided_choice guided_grammar")  # fmt: skip
+# Field -> values that change nothing, beside null, false, zero and what is empty.
+REFUSED: dict[str, tuple] = {
+    **dict.fromkeys(ASKS_FOR_MORE.split(), ()),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "repetition_penalty": (1,),
+    "top_k": (-1,),
+    "typical_p": (1,),
+    "best_of": (1,),
+    "length_penalty": (1,),
+}
 ROLES = ("system", "developer", "user", "assistant")
 MEDIUM = "\0"  # stands for a picture or a video until it has been opened; no text holds it
 DEFAULT_DATA = DataConfig()
@@ -69,8 +84,10 @@ def parse_chat(
     """A checked request; `data` says which frames of a video are shown. Raises DataError."""
     if not isinstance(body, dict):
         raise DataError("the body must be a JSON object")
-    if refused := [name for name in REFUSED if body.get(name)]:
-        raise DataError(f"{refused[0]} is not supported by this server")
+    if refused := [name for name, neutral in REFUSED.items() if body.get(name) and body[name] not in neutral]:
+        raise DataError(
+            f"{refused[0]} is not supported by this server, and without it the answer would be another; leave it out"
+        )
     openers = _openers(data)
     turns, media = _turns(body.get("messages"), limits, openers)
     options, sampling = body.get("stream_options"), _sampling(body, limits)

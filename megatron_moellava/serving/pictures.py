@@ -16,8 +16,9 @@ from megatron_moellava.config import DataConfig, DataError, Modality
 from megatron_moellava.data.images import open_image
 from megatron_moellava.data.media import shown_frames
 from megatron_moellava.data.quantities import formats_of, open_picture
-from megatron_moellava.data.video import open_video
+from megatron_moellava.data.video import FOLDER_RATE, Clip, Video, open_video
 
+FRAMES = "data:video/jpeg;base64,"  # a video as frames with commas between them: vLLM's and SGLang's way
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow's other decoders start programs or are rarely looked at
 
 
@@ -27,6 +28,7 @@ class PictureLimits:
 
     max_bytes: int = 20_000_000  # of one encoded picture
     max_pixels: int = 50_000_000  # of one decoded picture
+    max_frames: int = 1000  # of a video that comes as frames
     allow_remote: bool = False  # fetch http and https URLs of public hosts
     remote_seconds: float = 10.0
 
@@ -59,13 +61,27 @@ def png_url(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
+class _Frames(Video):
+    """Frames that a client has taken out of a video, as a folder of pictures would hold them."""
+
+    def __init__(self, contents: list[bytes]):
+        self.contents = contents
+        self.clip, self.size = Clip(frames=len(contents), rate=FOLDER_RATE), (0, 0)
+
+    def frame(self, number: int) -> tuple[Image.Image, tuple[str, ...]]:
+        """See Video."""
+        return open_image(self.contents[number], f"the video, frame {number}")
+
+
 def open_video_url(url: str, limits: PictureLimits, data: DataConfig) -> tuple[str, list[Image.Image]]:
-    """(text with an `<image>` for each frame, frames) of a data URL with a video, as training shows it.
+    """(text with an `<image>` for each frame, frames) of a data URL with a video or its frames, as training shows it.
 
     Raises DataError that says what is wrong with it.
     """
     if not url.startswith("data:"):
         raise DataError("video_url must be a data: URL (data:video/mp4;base64,...)")
+    if url.startswith(FRAMES):
+        return shown_frames(_frames(url.removeprefix(FRAMES), limits), data)
     video = open_video(_from_data_url(url, limits, "video"), "the video", formats=FORMATS)
     if (pixels := video.size[0] * video.size[1]) > limits.max_pixels:
         raise DataError(
@@ -74,12 +90,30 @@ def open_video_url(url: str, limits: PictureLimits, data: DataConfig) -> tuple[s
     return shown_frames(video, data)
 
 
+def _frames(text: str, limits: PictureLimits) -> _Frames:
+    _check_length(text, limits, "video")
+    if (count := text.count(",") + 1) > limits.max_frames:
+        raise DataError(f"the video has {count:,} frames, more than {limits.max_frames:,}; send fewer of them")
+    contents = [_decoded(part, "video") for part in text.split(",")]
+    for content in contents:
+        _check(content, limits)
+    return _Frames(contents)
+
+
 def _from_data_url(url: str, limits: PictureLimits, kind: str = "image") -> bytes:
     head, comma, text = url.partition(",")
     if not comma or not head.startswith((f"data:{kind}/", "data:image/")) or not head.endswith(";base64"):
         raise DataError(f"{kind}_url must have the form data:{kind}/<type>;base64,<data>")
+    _check_length(text, limits, kind)
+    return _decoded(text, kind)
+
+
+def _check_length(text: str, limits: PictureLimits, kind: str) -> None:
     if len(text) > limits.max_bytes * 4 / 3 + 4:
         raise DataError(f"the {kind} has more than {limits.max_bytes:,} bytes; send a smaller one")
+
+
+def _decoded(text: str, kind: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_moellava.checkpoint.description import described_model
 from megatron_moellava.config import CheckpointError, ConfigError, RunConfig
-from megatron_moellava.towers import clip, siglip, siglip2
+from megatron_moellava.towers import clip, languagebind_image, languagebind_video, siglip, siglip2
 from megatron_moellava.towers.from_config import tower_fields, tower_from_fields, tower_from_hf_folder
 from megatron_moellava.towers.pooling import POOLINGS, Pooling
 from megatron_moellava.towers.projector import PROJECTORS, ProjectorKind
@@ -38,7 +38,7 @@ __all__ = [
     "without_rule",
 ]
 
-FAMILIES = (clip, siglip, siglip2)
+FAMILIES = (clip, siglip, siglip2, languagebind_image, languagebind_video)
 TOWERS: dict[str, Tower] = {size.name: size for family in FAMILIES for size in family.SIZES}
 ORIGINAL = "@original"
 RULES: dict[str, dict[str, Any]] = {
@@ -73,6 +73,8 @@ def checked(tower: Tower) -> Tower:
             f"{'no tiles' if tower.native else 'features that are no square'}; use it with a tower such as "
             "clip-vit-large-patch14-336 or siglip2-so400m-patch16-512"
         )
+    if tower.newline and tower.takes_videos:
+        raise ConfigError(f"model.tower={tower.name}: frames of a video are not cut into tiles; drop the rule")
     if tower.native and tower.drop_first_feature:
         raise ConfigError(
             f"model.tower={tower.name}: a tower at native resolution keeps all of its features; drop {ORIGINAL}"

@@ -31,6 +31,7 @@ LATER = {
     "newline": False,
     "tiling": "next",
     "max_num_patches": 0,
+    "num_frames": 1,
 }
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
@@ -57,8 +58,9 @@ def tower_from_hf_config(config: dict, families, *, name: str) -> Tower:
         problems = _with_image_size(settings)
     if problems:
         raise ConfigError(f"{name} (model_type {config['model_type']}) is not supported:\n" + "\n".join(problems))
-    values = {field: settings[key] for key, field in FIELDS.items() if key in settings}
-    if wrong := wrong_numbers(Tower, values, FIELDS):
+    keys = FIELDS | dict(hf.fields)
+    values = {field: settings[key] for key, field in keys.items() if key in settings}
+    if wrong := wrong_numbers(Tower, values, keys):
         raise ConfigError(f"{name}: config.json cannot be read:\n" + "\n".join(wrong))
     values["activation"] = ACTIVATIONS[values["activation"]]
     return replace(family.SIZES[0], name=name, source=name, **values)
@@ -78,12 +80,14 @@ def _family(model_type: str | None, families):
     for family in families:
         if model_type in (family.SIZES[0].hf.model_type, family.SIZES[0].hf.wrapper_model_type):
             return family
-    known = ", ".join(family.SIZES[0].hf.model_type for family in families)
+    own = (family.SIZES[0].hf for family in families)
+    known = ", ".join(hf.wrapper_model_type if hf.is_wrapped else hf.model_type for hf in own)
     raise ConfigError(f"model_type={model_type!r} is not a supported vision tower; supported: {known}")
 
 
 def _unsupported(settings: dict, hf) -> list[str]:
-    known = (INERT | FIELDS.keys() | hf.constants.keys() | set(hf.inert)) - {"image_size" if hf.counts_patches else ""}
+    own = FIELDS.keys() | hf.fields.keys()
+    known = (INERT | own | hf.constants.keys() | set(hf.inert)) - {"image_size" if hf.counts_patches else ""}
     known |= {"num_patches"} if hf.counts_patches else set()
     problems = [
         f"  {key}={settings[key]!r}: only {value!r} is supported"
@@ -150,11 +154,17 @@ def hf_config_of(tower: Tower) -> dict:
     """`config.json` of the tower as transformers reads it: the inverse of `tower_from_hf_config`."""
     config: dict = {"model_type": tower.hf.model_type, "architectures": [tower.hf.architecture], **tower.hf.constants}
     config.pop("dropout", None)
-    config |= {key: getattr(tower, field) for key, field in FIELDS.items()}
+    config |= {key: getattr(tower, field) for key, field in (FIELDS | dict(tower.hf.fields)).items()}
     config["hidden_act"] = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[tower.activation]
     if tower.hf.counts_patches:
         config["num_patches"] = (config.pop("image_size") // tower.patch_size) ** 2
     return config
+
+
+def published_config_of(tower: Tower) -> dict:
+    """`config.json` of the tower as its family is published: by itself, or as part of a config of two towers."""
+    config = hf_config_of(tower)
+    return {"model_type": tower.hf.wrapper_model_type, "vision_config": config} if tower.hf.is_wrapped else config
 
 
 def processor_config_of(tower: Tower) -> dict:

@@ -21,6 +21,8 @@ class TowerHuggingFace:
     inert: tuple[str, ...] = ()
     defaults: Dict[str, object] = field(default_factory=dict)  # what an absent key means
     counts_patches: bool = False  # the config has `num_patches`, those of the position table, instead of `image_size`
+    fields: Dict[str, str] = field(default_factory=dict)  # further keys of its config -> fields of `Tower`
+    is_wrapped: bool = False  # published as the `vision_config` of a config of image and text towers, never alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +55,9 @@ class Tower:
     tiling: str = "next"  # a name in TILINGS: how data.image_grid cuts large pictures
     newline: bool = False  # tiles are put together without their padding, and a learned row ends each line of features
     max_num_patches: int = 0  # native resolution: of one picture; 0: as many as the table has positions
+    num_frames: int = (
+        1  # of a video, which its layers attend across; more than one: it takes such videos and no pictures
+    )
     hf: TowerHuggingFace
     mapping: tuple[Mapping, ...]
     unused: tuple[str, ...]  # tensors (below `vision_model.`) that no feature needs; `{i}`: every layer not used
@@ -125,8 +130,14 @@ class Tower:
 
     def work(self, patches: int) -> float:
         """What an image costs in one layer, in units of 4 * hidden_size FLOPs: products of each patch, and attention between
-        all of them."""
-        return float(patches * (2 * self.hidden_size + self.ffn_hidden_size + patches))
+        all of them; of a frame also what it costs to attend across its video."""
+        across = 2 * self.hidden_size + self.num_frames if self.takes_videos else 0
+        return float(patches * (2 * self.hidden_size + self.ffn_hidden_size + patches + across))
+
+    @property
+    def takes_videos(self) -> bool:
+        """Whether its layers attend across the frames of a video, so that it takes whole videos alone."""
+        return self.num_frames > 1
 
     @property
     def num_used_layers(self) -> int:

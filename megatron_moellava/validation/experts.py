@@ -10,12 +10,14 @@ from megatron_moellava.costs.shapes import expert_ffn_hidden_size
 from megatron_moellava.machine import Machine
 from megatron_moellava.placement import moe_layers
 from megatron_moellava.routers import MODALITIES, ROUTERS, RouterKind, admissible_experts, experts_by_group
+from megatron_moellava.stages import adapted_roles
 from megatron_moellava.validation.layout import divisors
 
 
 def expert_problems(run: RunConfig, backbone: Backbone, machine: Machine) -> Iterator[str]:
     """What the experts need of the layout, of the backbone and of the kind of router."""
     moe, parallel = run.moe, run.parallel
+    yield from _recomputed(run)
     if moe is None and backbone.moe is not None:
         yield f"moe is null, and {backbone.name} has experts of its own; leave moe out, and the run takes them over"
         return
@@ -99,6 +101,21 @@ def _of_the_backbone(moe: MoEConfig, backbone: Backbone) -> Iterator[str]:
                 f"moe.{name}={asked[name]}: {backbone.name} has experts of its own, with {value}; leave it out, and the run "
                 "takes it over"
             )
+
+
+def _recomputed(run: RunConfig) -> Iterator[str]:
+    """What can be recomputed of experts is that of experts which are there, and which keep it."""
+    training, given = run.training, f"training.recompute={run.training.recompute}"
+    if training.recompute not in ("moe", "moe_act"):
+        return
+    if run.moe is None:
+        yield f"{given}: a dense model has no experts; use none, selective or full"
+    elif training.recompute == "moe_act" and not run.moe.moe_grouped_gemm:
+        yield f"{given} with moe.moe_grouped_gemm=false: experts one after the other keep their activation; use moe, or set it"
+    elif training.recompute == "moe_act" and training.lora and "experts" in adapted_roles(training.lora):
+        yield f"{given} with training.lora beside the experts: their adapters keep what the activation made; use moe"
+    elif training.recompute == "moe_act" and training.fp8_recipe == "delayed":
+        yield f"{given} with training.fp8_recipe=delayed, under which Megatron-Core recomputes no activation; use moe"
 
 
 def _weights(moe: MoEConfig) -> Iterator[str]:

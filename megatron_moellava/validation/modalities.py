@@ -42,18 +42,26 @@ def way_problems(data: DataConfig, tower: Tower) -> Iterator[str]:
         except MoELlavaError as error:
             yield str(error)
             continue
-        of_grids = [item.name for item in (own, tower) if item.has_grids]
-        if of_grids:
+        if own.has_grids:
+            yield f"{where}: {grids_apart(own)}"
+        elif own.takes_videos and modality.tower:
             yield (
-                f"{where} has a {'tower' if modality.tower else 'projector'} of its own, and {of_grids[0]} gives pictures "
-                "different numbers of visual tokens; beside such a modality every tower must take pictures of one size, as "
-                "CLIP, SigLIP and SigLIP 2 do"
+                f"{where}.tower={modality.tower}: it takes whole videos, and a modality has pictures; use it as model.tower, "
+                "or languagebind-image-large-patch14 here"
             )
         elif modality.projector == "shared" and not projector_fits(own, tower):
             yield (
                 f"{where}.tower={modality.tower}: its features are {own.projector_input_size} wide, and those of model.tower "
                 f"{tower.projector_input_size}, so that they cannot share a projector; set {where}.projector to own"
             )
+
+
+def grids_apart(tower: Tower) -> str:
+    """What to say of a modality with a tower or a projector of its own whose pictures go through a tower that has grids."""
+    return (
+        f"what a modality has of its own takes pictures of one size, and {tower.name} gives pictures different numbers of "
+        "visual tokens; give it a tower such as CLIP, SigLIP and SigLIP 2, beside which model.tower may be any"
+    )
 
 
 def projector_fits(tower: Tower, main: Tower) -> bool:

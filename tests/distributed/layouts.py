@@ -101,6 +101,10 @@ MODELS = {
     "own-tower": Model(
         moe=MOE, rows="modalities", run=apart(tower="clip-tiny", projector="own") | {"model.tower": "siglip-tiny"}
     ),
+    # ... beside pictures at their own resolution
+    "own-tower-native": Model(
+        moe=MOE, rows="modalities", run=apart(tower="clip-tiny", projector="own") | {"model.tower": "naflex-tiny"}
+    ),
     "own-projector": Model(moe=MOE, rows="modalities", run=apart(projector="own")),
     "own-tower-stage1": Model(
         moe=None, roles=None, rows="modalities", run=apart(tower="clip-tiny") | {"training.stage": 1}
@@ -109,6 +113,14 @@ MODELS = {
     "videos": Model(moe=MOE, rows="videos", run={"data.video_pooling": "2x2x2"}),
     "videos-stage3": Model(
         moe=MOE, rows="videos", roles=None, run={"data.video_pooling": "2x2x2", "training.stage": 3}
+    ),
+    # The tower attends across the frames of a video; frozen, too, and with adapters.
+    "across-frames": Model(moe=MOE, run={"model.tower": "languagebind-video-tiny", "data.video_frames": 4}),
+    "across-frames-stage1": Model(
+        roles=None, run={"model.tower": "languagebind-video-tiny", "data.video_frames": 4, "training.stage": 1}
+    ),
+    "across-frames-lora": Model(
+        moe=MOE, roles=[], run={"model.tower": "languagebind-video-tiny", "data.video_frames": 4} | LORA
     ),
     "text-only": Model(moe=MOE, rows="text"),
     "padded": Model(moe=MOE, rows="padded"),
@@ -283,6 +295,7 @@ LAYOUTS = [
     *_layouts("llama phi original-noise", "recompute-full", 1, recompute="full"),
     *_layouts("llama", "recompute-selective", 1, recompute="selective"),
     *_layouts("llama phi original-noise", "recompute-moe", 1, recompute="moe"),
+    *_layouts("llama phi", "recompute-moe-act", 1, recompute="moe_act"),
     *_layouts("llama", "recompute-tower", 1, recompute_tower=True),
     # two processes
     *_layouts("llama phi", "dp2", 2),
@@ -312,6 +325,7 @@ LAYOUTS = [
     *_layouts("llama", "tp2-etp2-sequential", 2, tp=2, etp=2, grouped=False),
     *_layouts("llama", "tp2-ep2-recompute-full", 2, tp=2, ep=2, recompute="full"),
     *_layouts("llama", "pp2-recompute-moe", 2, pp=2, recompute="moe"),
+    *_layouts("llama", "tp2-ep2-recompute-moe-act", 2, tp=2, ep=2, recompute="moe_act"),
     *_layouts("llama", "ep2-recompute-tower", 2, ep=2, recompute_tower=True),
     *_layouts("llama-stage1 phi-stage1 llama-stage2", "dp2", 2),
     *_layouts("llama-stage1 phi-stage1 llama-stage2", "tp2", 2, tp=2),
@@ -336,12 +350,21 @@ LAYOUTS = [
     *_layouts("own-tower own-projector own-tower-lora", "cp2", 2, cp=2),
     *_layouts("own-tower own-projector", "ep2", 2, ep=2),
     *_layouts("own-tower", "recompute-tower", 1, recompute_tower=True),
+    *_layouts("own-tower-native", "dp2", 2),
+    *_layouts("own-tower-native", "tp2", 2, tp=2),
+    *_layouts("own-tower-native", "pp2", 2, pp=2),
+    *_layouts("own-tower-native", "cp2", 2, cp=2),
     *_layouts("videos", "dp2", 2),
     *_layouts("videos", "tp2", 2, tp=2),
     *_layouts("videos videos-stage3", "pp2", 2, pp=2),
     *_layouts("videos videos-stage3", "cp2", 2, cp=2),
     *_layouts("videos-stage3", "ep2", 2, ep=2),
     *_layouts("videos", "recompute-tower", 1, recompute_tower=True),
+    *_layouts("across-frames", "dp2", 2),
+    *_layouts("across-frames across-frames-stage1 across-frames-lora", "tp2", 2, tp=2),
+    *_layouts("across-frames across-frames-stage1", "pp2", 2, pp=2),
+    *_layouts("across-frames across-frames-lora", "cp2", 2, cp=2),
+    *_layouts("across-frames", "recompute-tower", 1, recompute_tower=True),
     *_layouts("text-only", "dp2", 2),
     *_layouts("text-only", "tp2-ep2-etp1", 2, tp=2, ep=2),
     *_layouts("text-only", "pp2", 2, pp=2),
@@ -536,6 +559,7 @@ CONTINUATIONS = [
     ("own-tower:ep2", "own-tower:cp2"),
     ("own-tower-stage1:pp2", "own-tower-stage1:tp2"),
     ("own-tower-lora:tp2", "own-tower-lora:pp2"),
+    ("across-frames:tp2", "across-frames:pp2"),
     ("lora:ep2", "lora:tp2-etp2"),
     ("lora:tp2-etp2", "lora:pp2"),
     ("lora-shared:tp2-ep2-etp1", "lora-shared:ep2"),

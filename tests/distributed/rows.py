@@ -78,8 +78,8 @@ def _micro_batch(kind: str, vocab_size: int, tower: Tower, depth: Modality, seed
     shape, grids = tower.pixel_shape, [known[(seed + number) % len(known)] for number in range(images)]
     if kind == "videos":
         return _with_videos(draw, str(seed), vocab_size, tower, [POOLS[(seed + n) % len(POOLS)] for n in range(images)])
-    # Patches, tiles with their overview, or one tile.
-    counts = [grid[0] * grid[1] + tower.newline if grid else 1 for grid in grids]
+    # Patches, tiles with their overview, or one tile; the frames of a video.
+    counts = [grid[0] * grid[1] + tower.newline if grid else tower.num_frames for grid in grids]
     pixels = [draw.standard_normal((count, *shape), dtype=np.float32) for count in counts]
     if kind == "padded":
         per_sample = {0: (0, 0), 1: (0, 1), 2: (1, 1)}[images]
@@ -90,11 +90,18 @@ def _micro_batch(kind: str, vocab_size: int, tower: Tower, depth: Modality, seed
     if kind == "modalities":
         refs = (ImageRef(name=""), ImageRef(name="", modality=depth))[:: -1 if seed // 10 % 2 else 1][:images]
         towers = [tower_for(ref.modality, tower) for ref in refs]
-        pixels = [draw.standard_normal((1, *own.pixel_shape), dtype=np.float32) for own in towers]
-        features = tuple(own.num_features for own in towers)
+        lie = [GRIDS[(seed + number) % len(GRIDS)] if own.native else () for number, own in enumerate(towers)]
+        counts = [math.prod(grid) for grid in lie]  # of one image, or of its patches
+        pixels = [
+            draw.standard_normal((count, *own.pixel_shape), dtype=np.float32)
+            for count, own in zip(counts, towers, strict=True)
+        ]
+        features = tuple(
+            count if grid else own.num_features for count, grid, own in zip(counts, lie, towers, strict=True)
+        )
         sample = _sample(draw, f"{seed}.0", vocab_size, tower, images, 11, features=sum(features))
         samples = [
-            replace(sample, images=refs, features=features),
+            replace(sample, images=refs, features=features, grids=tuple(lie) if tower.native else ()),
             _sample(draw, f"{seed}.1", vocab_size, tower, 0, 13),
         ]
         return pack(samples, pixels, SEQ_LENGTH, 0, shape, (depth.name,) if depth.is_apart else ())
@@ -122,7 +129,7 @@ def _sample(
     """`words` random words after the images; the later two thirds are trained on. `features`: of all images together, where
     they differ."""
     text = draw.integers(3, vocab_size, words)
-    images, features = (1, features) if features else (images, tower.num_features)
+    images, features = (1, features) if features else (images, tower.num_frames * tower.num_features)
     if grid:
         features = grid[0] * grid[1] // tower.shuffle**2 if tower.native else features + (grid[2] * (grid[3] + 1) or 1)
     if pools:

@@ -1,6 +1,7 @@
 """A tiny random model with a real tokenizer, for the tests of the engine: fp32, one process."""
 
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -167,5 +168,16 @@ def uncached(engine, request, tokens) -> torch.Tensor:
     prompt = engine.prompter(request)
     tokens_1S = torch.tensor([[*prompt.tokens, *tokens[:-1]]])
     position_ids_1S = torch.arange(tokens_1S.shape[1])[None]
-    logits_1SV = engine.model(tokens_1S, position_ids_1S, pixels_NCHW=prompt.pixels_NCHW, grids=prompt.grids)
+    own = [part is not None for part in prompt.apart]
+    more: dict = {}
+    if any(own):  # those of one modality behind the plain ones
+        names = {prompt.way(number) for number in range(len(own))} - {""}
+        (name,) = names
+        order = sorted(range(len(own)), key=lambda number: own[number])
+        starts = dict(zip(order, [0, *accumulate(prompt.features[number] for number in order)], strict=False))
+        shown = [torch.arange(starts[n], starts[n] + count) for n, count in enumerate(prompt.features)]
+        pixels_NCHW = torch.cat([part for part in prompt.apart if part is not None])
+        more = {"shows_R": torch.cat(shown), "apart": {name: pixels_NCHW}}
+    grids = tuple(grid for grid in prompt.grids if grid)
+    logits_1SV = engine.model(tokens_1S, position_ids_1S, pixels_NCHW=prompt.pixels_NCHW, grids=grids, **more)
     return logits_1SV[0, len(prompt.tokens) - 1 :, : engine.prompter.tokenizer.vocab_size]

@@ -14,6 +14,7 @@ import pytest
 
 from tests.helpers.inference_models import picture, tiny_checkpoint
 from tests.helpers.paths import REPO
+from tests.helpers.videos import write_video
 
 QUESTIONS = (
     ("is there a red circle?", "existence"),
@@ -57,10 +58,16 @@ def ask_ours(where: Path, out: str) -> tuple[list[str], dict]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> tuple[Path, list[str], dict]:
+def where(tmp_path_factory) -> Path:
+    """The folder that lmms-eval is started in, with a checkpoint."""
+    folder = tmp_path_factory.mktemp("lmms")
+    tiny_checkpoint(folder / "stage3")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(where) -> tuple[Path, list[str], dict]:
     """(folder with checkpoint and data, our answers, our record)"""
-    where = tmp_path_factory.mktemp("lmms")
-    tiny_checkpoint(where / "stage3")
     data = where / "runs/quickstart/data"
     (data / "images").mkdir(parents=True)
     for number in range(7):
@@ -94,6 +101,47 @@ def test_answers_and_scores_equal_those_of_evaluate(place, layout):
     scores = json.loads(results.read_text())["results"]["moellava_quickstart"]
     assert scores["accuracy,none"] == pytest.approx(record["value"] / 100)
     assert 0 < record["value"] < 100
+
+
+FILMS = {"a.mp4": 20, "b.mp4": 40, "c.webm": 55}  # frames, ten a second
+ABOUT = ("how many stripes are white?", "what happens in the video?")
+
+
+@pytest.fixture(scope="module")
+def films(where) -> tuple[Path, list[str]]:
+    """(folder with checkpoint and films, our own answers): half of them are the truths of the task."""
+    (where / "films").mkdir()
+    for name, frames in FILMS.items():
+        write_video(where / "films" / name, frames=frames, codec="libvpx-vp9" if name.endswith("webm") else "mpeg4")
+    rows = [
+        {"question_id": number, "video": name, "text": text}
+        for number, (text, name) in enumerate((text, name) for text in ABOUT for name in FILMS)
+    ]
+    (where / "films/own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ("--questions", "films/own.jsonl", "--image-folder", "films", "--max-new-tokens", "12", "--out", "ours")
+    run(str(REPO / "tools/evaluate.py"), "--load", "stage3", *asked, "--answers", "said.jsonl", where=where)
+    said = [json.loads(line)["text"] for line in (where / "said.jsonl").open()]
+    truths = [text if number % 2 else "nothing of this" for number, text in enumerate(said)]
+    lines = [json.dumps(row | {"answer": truth}) for row, truth in zip(rows, truths, strict=True)]
+    (where / "films/test.jsonl").write_text("".join(line + "\n" for line in lines))
+    return where, said
+
+
+@pytest.mark.parametrize("layout", ["one process", "tp2"])
+def test_answers_about_videos_equal_those_of_evaluate(films, layout):
+    where, said = films
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", sys.executable]
+    out = f"films_{layout.replace(' ', '_')}"
+    command = ["-m", "lmms_eval", "--model", "megatron_moellava", "--tasks", "moellava_films", "--batch_size", "4"]
+    command += ["--model_args", ",".join(filter(None, ("pretrained=stage3", LAYOUTS[layout])))]
+    command += ["--include_path", str(REPO / "tests/lmms"), "--output_path", out, "--log_samples"]
+    output = run(*([] if layout == "one process" else launch), *command, where=where)
+    samples = [json.loads(line) for file in (where / out).rglob("*samples*.jsonl") for line in file.open()]
+    theirs = [sample["filtered_resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    assert theirs == said, output[-3000:]
+    assert len(set(said)) > len(ABOUT), "what the films show has a say"
+    (results,) = (where / out).rglob("*results.json")
+    assert json.loads(results.read_text())["results"]["moellava_films"]["accuracy,none"] == pytest.approx(0.5)
 
 
 def test_mistakes_name_the_argument(place):

@@ -43,6 +43,10 @@ RUNS = {
         8,
         "model.backbone=qwen3-4b training.stage=3 moe.num_moe_experts=8 training.recompute=moe",
     ),
+    "qwen3-4b, activation of the experts recomputed": (
+        8,
+        "model.backbone=qwen3-4b training.stage=3 moe.num_moe_experts=8 training.recompute=moe_act",
+    ),
     "qwen-1.8b with experts": (8, "model.backbone=qwen-1.8b training.stage=3 moe.num_moe_experts=4"),
     "stablelm-2-1.6b, stages level in cost": (
         8,

@@ -40,6 +40,10 @@ SHARED_TESTS = {
         ["training/schedule"],
     ),
     "tests/unit/experiments/test_nodes.py": ("a chain of stages, trained", ["experiments/stage"]),
+    "tests/parity/test_languagebind.py": (
+        "published folders in and out, and the numbers of their own code",
+        ["towers/languagebind_image", "towers/languagebind_video"],
+    ),
     "tests/parity/test_hf_conversion.py": ("runs inside transformers", ["conversion/modeling_moe_llava"]),
     "tests/parity/test_golden.py": (
         "they compare models with recordings, and a wrong number has to be seen",

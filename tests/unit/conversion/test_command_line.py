@@ -1,6 +1,7 @@
 """tools/convert.py as a person runs it."""
 
 import json
+import socket
 
 import pytest
 
@@ -36,6 +37,24 @@ def test_a_release_is_imported_upcycled_inspected_compared_and_exported(tmp_path
     assert code == 0, error
     text = json.loads((tmp_path / "out/config.json").read_text())["text_config"]
     assert text["model_type"] == "qwen2_moe" and text["mlp_only_layers"] == [0, 2]
+
+
+def test_a_dry_run_says_what_would_go_to_the_hub_and_asks_nobody(tmp_path, convert, monkeypatch):
+    monkeypatch.setattr(socket, "socket", None)  # whoever opens a connection fails
+    source = write_folder(tmp_path / "llama", original_state("llama", "dense"), original_config("llama", "dense"))
+    assert convert("import", source, "--tower", TOWER, "--save", tmp_path / "dense")[0] == 0
+    asked = ("export", tmp_path / "dense", "--layout", "transformers", "--save", tmp_path / "out")
+    code, out, error = convert(*asked, "--push", "me/model", "--dry-run")
+    assert code == 0, error
+    names = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    listed = [line.split() for line in out.partition(f"would upload {len(names)} files to me/model:\n")[2].splitlines()]
+    assert {name: int(size.replace(",", "")) for size, name in listed} == {
+        name: (tmp_path / "out" / name).stat().st_size for name in names
+    }
+    code, _, error = convert(
+        "export", tmp_path / "dense", "--layout", "original", "--save", tmp_path / "b", "--dry-run"
+    )
+    assert code == 2 and "belong to --push" in error and not (tmp_path / "b").exists()
 
 
 def test_errors_are_one_message_and_exit_code_2(tmp_path, convert):

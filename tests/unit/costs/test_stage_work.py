@@ -33,7 +33,7 @@ def test_only_the_first_stage_sees_images_and_only_the_last_the_vocabulary():
     assert ["output" in found for found in parts] == [False, False, False, True]
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "moe", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "moe_act", "moe", "full"])
 def test_more_recomputation_does_more_again(recompute):
     layout = layout_of(1, training__recompute=recompute)
     again = forward(recomputed_work(layout, 0, 4096, 512, 4))
@@ -41,6 +41,7 @@ def test_more_recomputation_does_more_again(recompute):
     parts = {work.part for work in recomputed_work(layout, 0, 4096, 512, 4)}
     assert {
         "none": again == 0,
+        "moe_act": again == 0,  # no product
         "selective": parts == {"core attention"},
         "moe": parts == {"core attention", "router", "experts"} and again < whole,
         "full": again == pytest.approx(whole),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_moellava.config import DataError, Source
+from megatron_moellava.data.batch import from_wire
 from megatron_moellava.data.lengths import measured_lengths, tokens_of
 from megatron_moellava.data.pipeline import Pipeline
 from megatron_moellava.data.sources import Reader, open_sources
@@ -131,3 +132,33 @@ def test_a_tower_of_a_modalitys_own_counts_as_much_as_it_does(tmp_path, tokenize
     one, own = TOWER.work(TOWER.num_rows), get_tower("siglip-tiny")
     times = own.hidden_size * own.num_used_layers / (TOWER.hidden_size * TOWER.num_used_layers)
     assert [*found.values()] == [2 * one, int(one + own.work(own.num_rows) * times)]
+
+
+@pytest.mark.parametrize("main", ["naflex-tiny", "siglip-tiny@newline"])
+def test_a_modalitys_own_tower_beside_one_with_grids(tmp_path, tokenizer, main):
+    """A depth map between two pictures: its tokens are its tower's, batches bring the grids of the others, work is of all."""
+    write_images(tmp_path)
+    write_pictures(tmp_path)
+    turns = conversation("<image>\n<depth>\n<image>\nwhich?", "the left one")
+    path = write_rows(tmp_path, [row(0, ["a.png", "b.png"], conversations=turns) | {"depth": "depth/0.png"}])
+    data = config(path, modalities=(replace(DEPTH, tower="clip-tiny", projector="own"),), seq_length=512)
+    reader, tower, own = (
+        Reader(open_sources(data.sources, tmp_path / "cache")[0]),
+        get_tower(main),
+        get_tower("clip-tiny"),
+    )
+    made = Pipeline(reader, encoder(tokenizer), tower, data, pad_multiple=4)
+    encoded, *_ = made.encode(0)
+    first, none, last = encoded.grids
+    assert none == () and encoded.features[1] == own.num_features and first and last
+    batch = from_wire(made[[0]]["batch"])
+    assert batch.grids == (first, last) and batch.apart["depth"].shape == (1, *own.pixel_shape)
+    assert len(batch.shows_R) == batch.counts.image_rows == sum(encoded.features)
+    begins = batch.shows_R[encoded.features[0] : encoded.features[0] + own.num_features]
+    assert begins[0] == encoded.features[0] + encoded.features[2], (
+        "its visual tokens are behind those of the model's tower"
+    )
+    times = own.hidden_size * own.num_used_layers / (tower.hidden_size * tower.num_used_layers)
+    patches = [rows * columns for rows, columns, *_ in (first, last)] if tower.native else [tower.num_rows] * 2
+    work = sum(map(tower.work, patches)) + own.work(own.num_rows) * times
+    assert measured_lengths(made, ["key"], tmp_path).tolist() == [[len(encoded), int(work)]]

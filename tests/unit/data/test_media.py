@@ -2,15 +2,34 @@
 
 import base64
 import io
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_moellava.data.media import frame_texts, num_tiles, open_ref, show_video, source, tiles
-from megatron_moellava.data.sample import BadSample, ImageRef
+from megatron_moellava.config import DataConfig
+from megatron_moellava.data.encode import IMAGE_TOKEN
+from megatron_moellava.data.media import encoded as media_encoded
+from megatron_moellava.data.media import frame_texts, num_tiles, open_ref, plans, show_video, source, tiles
+from megatron_moellava.data.sample import BadSample, ImageRef, parse_record
 from megatron_moellava.data.shards import make_shards
-from tests.helpers.data_files import TOWER, config, conversation, make_loader, take, write_images, write_rows
+from megatron_moellava.data.templates import get_template
+from megatron_moellava.data.tokenizer import load_tokenizer
+from megatron_moellava.towers import get_tower
+from tests.helpers.data_files import (
+    ASSETS,
+    TOWER,
+    config,
+    conversation,
+    encoder,
+    make_loader,
+    take,
+    write_images,
+    write_rows,
+)
+from tests.helpers.modalities import DEPTH
 from tests.helpers.videos import number_of, write_video
 
 
@@ -128,3 +147,56 @@ def test_the_seconds_are_what_the_model_reads(tmp_path):
     (batch,) = take(loader, 1)
     decode = loader.micro_batches.pipeline.encoder.tokenizer.decode
     assert "1.0 s: \n3.0 s: \n\nWhat?" in decode([int(token) for token in batch.tokens_BS[0] if token >= 0])
+
+
+WHOLE = "languagebind-video-tiny attends across the 4 frames of a video"
+
+
+@pytest.mark.parametrize(
+    ("record", "longest", "message"),
+    [
+        ({"video": ["film", "film"]}, 128, ""),
+        ({"image": "a.png"}, 128, f"row 3: shows a picture, and {WHOLE}; name videos in `video`"),
+        ({"image": ["a.png"] * 3, "frames": [3]}, 128, f"row 3: shows 3 frames of a video, and {WHOLE}"),
+        ({"image": ["a.png"] * 4, "frames": [4]}, 128, ""),
+        ({"video": ["film", "film"]}, 80, "the cut would go through one, which the tower takes whole"),
+    ],
+)
+def test_a_tower_for_videos_gets_whole_ones_or_the_row_is_named(record, longest, message):
+    """Sixteen visual tokens a video, in a row that may be cut behind its first answer."""
+    tokenizer, data = load_tokenizer(ASSETS / "tok_bpe"), DataConfig(video_frames=4)
+    marks = {"video": "<video>", "image": "<image>" * record.get("frames", [1])[0]}
+    mark = marks[next(iter(record))]
+    turns = conversation(f"{mark} what", "a", f"{mark if record.get('video') else ''} so", "b")
+    sample = parse_record({"conversations": turns} | record, origin="row 3", frames=lambda name: ["<image>"] * 4)
+    arguments = encoder(tokenizer, num_features=4, max_length=longest, template=get_template("v1")), sample
+    if message:
+        with pytest.raises(BadSample, match=re.escape(message)):
+            media_encoded(*arguments, "", "row 3", get_tower("languagebind-video-tiny"), data)
+    else:
+        found = media_encoded(*arguments, "", "row 3", get_tower("languagebind-video-tiny"), data)
+        assert len(found.images) % 4 == 0 and (found.tokens_S == IMAGE_TOKEN).sum() == 4 * len(found.images)
+
+
+@pytest.mark.parametrize("key", ["image", "depth", "video"])
+def test_what_is_wrong_with_a_file_is_said_of_the_rows_own_key(tmp_path, key):
+    """Missing when it is opened and when its size is read, outside the folder, on the web, broken."""
+    more = {"depth": {"modality": DEPTH}, "video": {"frame": (0, 8)}}.get(key, {})
+    tower, data = get_tower("siglip-tiny@newline"), DataConfig(image_grid=True)
+    gone, where = ImageRef(name="gone.png", **more), "row 1"
+    said = []
+    for call in (
+        lambda: open_ref(gone, str(tmp_path), where),
+        lambda: plans([gone], str(tmp_path), where, tower, data),
+        lambda: source(replace(gone, name="../x.png"), str(tmp_path), where),
+        lambda: source(replace(gone, name="https://a/x.png"), str(tmp_path), where),
+        lambda: source(replace(gone, name="data:image/png;base64,@@@"), str(tmp_path), where),
+    ):
+        try:
+            call()
+        except BadSample as error:
+            said.append(str(error))
+    assert len(said) == (4 if key == "video" else 5), "of a video no size is read"
+    for text in said:
+        assert key in text and all(other not in text for other in {"`image`", "`depth`", "`video`"} - {f"`{key}`"})
+    assert f"check image_folder and the row's `{key}`" in said[0] and f"row 1, {key} 'gone.png'" in said[0]

@@ -47,7 +47,7 @@ def test_the_position_is_that_of_what_was_delivered_not_of_what_is_on_its_way(nu
 def test_the_midst_of_a_dealt_step_is_a_position_as_well(num_workers):
     def dealt() -> MicroBatches:
         plan = lambda epoch: [[10 * epoch + item] for item in range(5)]  # noqa: E731
-        stream = Stream(plan, group=1, rank=1, world_size=2, cost=lambda item: float(item[0]), rounds=2)
+        stream = Stream(plan, group=1, rank=1, world_size=2, cost=lambda items: float(items[0][0]), rounds=2)
         return MicroBatches(Echo(), stream, num_workers=num_workers)
 
     first = dealt()

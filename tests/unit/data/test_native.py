@@ -133,14 +133,17 @@ def test_a_row_with_more_pictures_than_its_budget_has_tokens_is_bad(tmp_path):
 STEP = {"enlarge_images": False, "packing_buffer": 1}
 
 
-def ranks_of(folder, world_size: int) -> list:
+PADDED = {"enlarge_images": False, "packing": False}
+
+
+def ranks_of(folder, world_size: int, settings: dict) -> list:
     share = {
         "world_size": world_size,
         "micro_batch_size": 1,
         "accumulation_steps": 8 // world_size,
         "tower_weight": 100.0,
     }
-    return [loader_of(folder, share=share | {"rank": rank}, **STEP) for rank in range(world_size)]
+    return [loader_of(folder, share=share | {"rank": rank}, **settings) for rank in range(world_size)]
 
 
 def steps_of(loaders: list, count: int) -> list[list[list]]:
@@ -158,20 +161,22 @@ def busiest(shares: list[list]) -> float:
     return max(work) / np.mean(work)
 
 
-def test_rows_are_dealt_by_what_their_pictures_cost_and_a_step_stays_what_it_was(tmp_path):
-    one, two = (steps_of(ranks_of(tmp_path, world_size), 4) for world_size in (1, 2))
+@pytest.mark.parametrize("settings", [STEP, PADDED], ids=["packed", "padded"])
+def test_rows_are_dealt_by_what_their_pictures_cost_and_a_step_stays_what_it_was(tmp_path, settings):
+    one, two = (steps_of(ranks_of(tmp_path, world_size, settings), 4) for world_size in (1, 2))
     assert [samples(step) for step in two] == [samples(step) for step in one]
     in_turn = [busiest([step[0][rank::2] for rank in range(2)]) for step in one]
     assert np.mean([busiest(step) for step in two]) < 1.10 < np.mean(in_turn)
 
 
+@pytest.mark.parametrize("settings", [STEP, PADDED], ids=["packed", "padded"])
 @pytest.mark.parametrize("then, now", [(2, 4), (4, 1), (1, 2)])
-def test_another_number_of_ranks_continues_with_the_same_steps(tmp_path, then, now):
-    running = ranks_of(tmp_path, then)
+def test_another_number_of_ranks_continues_with_the_same_steps(tmp_path, then, now, settings):
+    running = ranks_of(tmp_path, then, settings)
     steps_of(running, 2)
     saved = {rank: json.loads(json.dumps(loader.state_dict())) for rank, loader in enumerate(running)}
     expected = [samples(step) for step in steps_of(running, 3)]
-    resumed = ranks_of(tmp_path, now)
+    resumed = ranks_of(tmp_path, now, settings)
     for loader in resumed:
         loader.load_states(saved)
     assert [samples(step) for step in steps_of(resumed, 3)] == expected

@@ -69,7 +69,7 @@ def dealt(world_size: int, rank: int) -> Stream:
         group=1,
         rank=rank,
         world_size=world_size,
-        cost=lambda item: float(item[0] % 10) ** 2,
+        cost=lambda items: float(items[0][0] % 10) ** 2,
         rounds=4 // world_size,
     )
 

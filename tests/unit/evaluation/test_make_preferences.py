@@ -41,6 +41,17 @@ def test_a_model_that_is_never_right_gives_no_pairs_and_says_so(folder, capsys):
     assert "none of the 3 questions" in capsys.readouterr().err
 
 
+def test_answers_that_a_poll_cannot_read_are_counted(folder, capsys):
+    record = {"id": "x", "image": "a.png"}
+    record |= {
+        "conversations": data_files.conversation("<image>\nis there a red shape?", "no", "is there a circle?", "yes")
+    }
+    (folder / "data" / "polls.json").write_text(json.dumps([record]))
+    options = ["--data", str(folder / "data" / "polls.json"), "--scorer", "poll", "--with-truth"]
+    assert made(folder, "polls.jsonl", *options) == (2, [])
+    assert "4 of 4 answers are neither yes nor no and in no pair" in capsys.readouterr().err
+
+
 def test_pictures_that_are_not_there_are_said_before_the_model_is_loaded(folder, capsys):
     assert made(folder, "lost.jsonl", "--image-folder", str(folder)) == (2, [])
     assert "picture a.png is not in" in capsys.readouterr().err

@@ -61,7 +61,8 @@ def test_a_poll_asks_of_objects_that_are_known_to_be_there_or_not():
 
 
 def test_the_best_and_the_worst_are_a_pair_that_stage_4_reads():
-    row = pair_of(ASKED, ["blue", "Red.", "green", "blue", "red", "red"], exact)
+    row, unclear = pair_of(ASKED, ["blue", "Red.", "green", "blue", "red", "red"], exact)
+    assert unclear == 0
     assert (row["chosen"], row["rejected"]) == ("red", "blue"), "the most frequent of each score"
     chosen, rejected = parse_pair(row, origin="pairs.jsonl row 0")
     assert [turn.text for turn in chosen.turns] == ["<image>\nwhat color is it?", "red"]
@@ -70,16 +71,35 @@ def test_the_best_and_the_worst_are_a_pair_that_stage_4_reads():
 
 def test_answers_that_are_all_as_good_are_no_pair():
     for answers in (["red", "Red"], ["blue", "green"], [], ["", " "]):
-        assert pair_of(ASKED, answers, exact) is None
-    assert pair_of(ASKED, ["blue", "green", "green"], exact, with_truth=True)["rejected"] == "green"
-    assert pair_of(ASKED, ["red"], exact, with_truth=True) is None
+        assert pair_of(ASKED, answers, exact) == (None, 0)
+    assert pair_of(ASKED, ["blue", "green", "green"], exact, with_truth=True)[0]["rejected"] == "green"
+    assert pair_of(ASKED, ["red"], exact, with_truth=True) == (None, 0)
 
 
-def test_polls_read_answers_as_pope_does():
-    there = Asked(id="p", turns=ASKED.turns, images=(), truth="Yes")
-    assert [poll(there, text) for text in ("yes", "Yes, there is.", "no", "there is not")] == [1.0, 1.0, 0.0, 0.0]
+THERE = Asked(id="p", turns=ASKED.turns, images=(), truth="Yes")
+
+
+def test_polls_read_yes_and_no_as_pope_does_and_nothing_else():
+    said = {
+        "yes": 1.0,
+        "Yes, there is.": 1.0,
+        "YES!": 1.0,
+        "no": 0.0,
+        "NO": 0.0,
+        "there is not": 0.0,
+        "yes and no": 0.0,
+    }
+    said |= {"red": None, "yesterday": None, "well. yes": None, "there isn't": None}
+    assert {text: poll(THERE, text) for text in said} == said
     with pytest.raises(DataError, match="use --scorer exact"):
         poll(ASKED, "yes")
+
+
+def test_an_answer_that_a_poll_cannot_read_is_in_no_pair_and_counted():
+    absent = Asked(id="p", turns=ASKED.turns, images=(), truth="no")
+    assert pair_of(absent, ["no", "red red", "red red", "the"], poll) == (None, 3)
+    row, unclear = pair_of(THERE, ["yes", "red", "red", "no"], poll)
+    assert (row["chosen"], row["rejected"], unclear) == ("yes", "no", 2)
 
 
 def test_a_judge_grades_each_answer_beside_the_truth():

@@ -87,4 +87,10 @@ def test_what_the_page_says_is_true_of_the_data(program):
     assert max(gained(anchored, program.ORDINARY)) < 0
     for metric, near in ((program.F1, 1), (program.ORDINARY, 0.5)):
         assert abs(statistics.fmean(gained(anchored, metric)) - statistics.fmean(gained(preferred, metric))) < near
-    assert all(2 * row["contrasts"] < row["pairs"] for row in rows if "pairs" in row)
+    more = "more pairs, 400 gentler steps"
+    few = [row["contrasts"] / row["pairs"] for row in rows if "pairs" in row and row["cell"] != more]
+    assert all(0.2 <= share < 0.3 for share in few)
+    assert min(gained(more, program.F1)) > 10
+    assert sorted(round(-4 * lost) for lost in gained(more, program.ORDINARY)) == [0, 4, 6]
+    assert statistics.fmean(seeds(more, there).values()) == pytest.approx(200 / 3, abs=3)
+    assert statistics.fmean(seeds(more, missing).values()) == pytest.approx(80, abs=3)

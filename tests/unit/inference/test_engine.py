@@ -8,11 +8,14 @@ import torch
 
 from megatron_moellava import parallel
 from megatron_moellava.config import DataError, MoEConfig
+from megatron_moellava.data.quantities import MODALITY
 from megatron_moellava.data.sample import Turn
+from megatron_moellava.data.video import FRAME
 from megatron_moellava.inference.packed_linear import PackedLinear, can_pack
 from megatron_moellava.inference.request_state import RequestState
 from megatron_moellava.inference.requests import Request, Sampling
 from tests.helpers.inference_models import GATES, ask, mixed_requests, picture, tiny_engine, uncached
+from tests.helpers.modalities import DEPTH
 
 TOLERANCE = 1e-5  # measured: 3e-6, logits of size 5
 
@@ -241,3 +244,59 @@ def test_a_request_that_cannot_be_answered_is_refused_before_it_is_queued(change
         engine.submit(request)
     assert not engine.busy
     assert isinstance(request, Request)
+
+
+def film(number: int, frames: int = 4) -> tuple:
+    """Frames of a video, as they are shown."""
+    found = tuple(picture(10 * number + index) for index in range(frames))
+    for index, frame in enumerate(found):
+        frame.info[FRAME] = (index, frames)
+    return found
+
+
+def test_videos_of_a_tower_that_takes_them_whole_are_answered_as_in_one_pass(seen):
+    """Two videos in a question, a text alone, and a second turn, whose video is not encoded again."""
+    engine = tiny_engine(MoEConfig(), tower="languagebind-video-tiny", max_batch_size=3, prefix_cache=2**20)
+    turns = (Turn(role="user", text=f"{'<image>' * 4} and {'<image>' * 4} are?"),)
+    first = Request(id="films", turns=turns, images=(*film(1), *film(2)), sampling=Sampling(max_new_tokens=4))
+    for request in (replace(ask(3, images=0), sampling=first.sampling), first):
+        (completion,) = engine.generate([request])
+        expected_TV = uncached(engine, request, completion.tokens)
+        assert torch.stack(seen[request.id]).sub(expected_TV).abs().max() < TOLERANCE
+    assert engine.forward.images_encoded == 2
+    again = (*turns, Turn(role="assistant", text="films"), Turn(role="user", text=f"{'<image>' * 4} too?"))
+    request = replace(first, id="again", turns=again, images=(*first.images, *film(3)))
+    (completion,) = engine.generate([request])
+    assert torch.stack(seen["again"]).sub(uncached(engine, request, completion.tokens)).abs().max() < TOLERANCE
+    assert engine.forward.images_encoded == 3
+    assert completion.num_cached_tokens > 8 * engine.model.tower.num_features, "the films of the first turn"
+
+
+@pytest.mark.parametrize(("images", "what"), [((picture(1),), "a picture"), (film(1, 3), "3 frames of a video")])
+def test_a_tower_for_videos_is_asked_of_nothing_else(images, what):
+    engine = tiny_engine(tower="languagebind-video-tiny")
+    request = Request(id="r1", turns=(Turn(role="user", text="<image>" * len(images)),), images=images)
+    with pytest.raises(DataError, match=f"request r1: shows {what}, and languagebind-video-tiny attends across the 4"):
+        engine.prompter(request)
+
+
+@pytest.mark.parametrize("tower", ["naflex-tiny", "siglip-tiny@newline"])
+def test_a_modalitys_own_tower_beside_pictures_of_different_lengths(tower, seen):
+    """A depth map between two pictures that have grids, and one alone."""
+    depth = replace(DEPTH, tower="clip-tiny", projector="own")
+    engine = tiny_engine(MoEConfig(), tower=tower, modalities=(depth,), max_batch_size=2)
+    maps = [picture(n, (50, 30)) for n in (3, 4)]
+    for shown in maps:
+        shown.info[MODALITY] = "depth"
+    pictures = (picture(1, (60, 20)), maps[0], picture(2, (20, 70)))
+    requests = [replace(ask(5, "Mixed.", images=3), images=pictures), replace(ask(6), images=(maps[1],))]
+    requests.append(replace(requests[0], id="record", record_routing=True))
+    for completion in engine.generate(requests):
+        request = next(request for request in requests if request.id == completion.request_id)
+        prompt = engine.prompter(request)
+        count = prompt.features[list(prompt.modalities).index("depth")]
+        assert count == (36 if engine.model.tower.native else 3 * 36), "those of its own tower, and of its own tiles"
+        expected_TV = uncached(engine, request, completion.tokens)
+        assert torch.stack(seen[request.id]).sub(expected_TV).abs().max() < TOLERANCE
+        if completion.routing and engine.model.tower.native:
+            assert completion.routing["grids"][1] == [6, 6]

@@ -1,5 +1,7 @@
 """A request as tokens and pixels, by the code of training."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,6 +42,15 @@ def test_every_picture_has_its_place_and_its_pixels(prompter):
 def test_a_text_alone_has_no_pixels(prompter):
     prompt = prompter(ask(1, images=0))
     assert len(prompt.pixels_NCHW) == 0 and prompt.tiles == () and IMAGE_TOKEN not in prompt.tokens
+
+
+@pytest.mark.parametrize(
+    ("tower", "settings"), [("clip-tiny", {"video_pooling": "2x2"}), ("languagebind-video-tiny", {"video_frames": 4})]
+)
+def test_a_text_alone_needs_no_frames(prompter, tower, settings):
+    data = replace(prompter.data, **settings)
+    prompt = replace(prompter, tower=get_tower(tower), data=data)(ask(1, images=0))
+    assert prompt.tiles == prompt.features == () and IMAGE_TOKEN not in prompt.tokens
 
 
 def test_a_picture_is_squeezed_or_padded_as_the_request_says(prompter):

@@ -6,6 +6,7 @@ import torch
 from megatron_moellava.config import MoEConfig
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.moe_layer import HereDispatcher, MoELayer, ResidualMoELayer
+from megatron_moellava.planning.counting import SavedTensors
 from tests.helpers.inference_models import tiny_run
 
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -50,3 +51,31 @@ def test_tokens_of_experts_that_are_all_here_need_no_second_order(world, more):
         output_SBH, _ = layer(trained[0])
         results.append((output_SBH, *torch.autograd.grad(output_SBH, trained, grad_SBH)))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backbone", ["llama-tiny", "phi-2-tiny"])
+def test_a_recomputed_activation_changes_no_bit_and_is_not_kept(world, backbone):
+    """Gated experts, and biased ones."""
+    (model,) = build_model(tiny_run(MoEConfig(), backbone=backbone))
+    layer = next(module for module in model.modules() if isinstance(module, MoELayer))
+    torch.manual_seed(1)
+    hidden_SBH, grad_SBH = torch.randn(2, 12, 2, layer.config.hidden_size).unbind()
+    results, kept = [], []
+    for recomputes in (False, True):
+        layer.experts.activation_recompute = recomputes
+        trained, saved = [hidden_SBH.clone().requires_grad_(), *layer.parameters()], SavedTensors(layer.parameters())
+        with saved:
+            output_SBH, _ = layer(trained[0])
+        kept.append(saved.bytes)
+        results.append((output_SBH, *torch.autograd.grad(output_SBH, trained, grad_SBH)))
+    assert all(torch.equal(again, plain) for plain, again in zip(*results, strict=True))
+    rows = 12 * 2 * layer.config.moe_router_topk
+    assert kept[0] - kept[1] == rows * layer.config.moe_ffn_hidden_size * hidden_SBH.itemsize
+
+
+def test_no_mask_of_all_experts_is_sorted_on_a_cpu(world):
+    (model,) = build_model(tiny_run(MoEConfig()))
+    layer = next(module for module in model.modules() if isinstance(module, MoELayer))
+    with torch.profiler.profile() as profile:
+        layer(torch.randn(12, 2, layer.config.hidden_size))
+    assert "aten::sort" not in {event.key for event in profile.key_averages()}

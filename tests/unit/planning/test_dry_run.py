@@ -84,6 +84,23 @@ def test_pooled_videos_are_counted_as_the_formulas_say(frames, pooling):
     assert predicted["activations"] == pytest.approx(counted.activations, rel=0.02)
 
 
+def test_a_tower_for_videos_is_counted_as_the_formulas_say():
+    settings = ["model.backbone=llama-tiny", "model.tower=languagebind-video-tiny", "training.stage=2"]
+    run = load_config(None, [*settings, "data.seq_length=128", "data.video_frames=4"])
+    layout = Layout(run=run, backbone=get_backbone("llama-tiny"), tower=tower_of_run(run), world_size=1)
+    assert layout.images == 16, "four videos of four frames"
+    for trained, missing in (
+        ("[projector]", 0.01),
+        ("[tower, projector]", 0.04),
+    ):  # as of other towers that are trained
+        run = load_config(None, [*settings, "data.seq_length=128", "data.video_frames=4", f"training.trains={trained}"])
+        layout = Layout(run=run, backbone=get_backbone("llama-tiny"), tower=tower_of_run(run), world_size=1)
+        counted, predicted = count_rank(layout, 0), predicted_counts(layout, 0)
+        for kind in ("num_parameters", "forward_flops", "backward_flops"):
+            assert getattr(counted, kind) == predicted[kind], kind
+        assert predicted["activations"] == pytest.approx(counted.activations, rel=missing)
+
+
 # Of activations 2.6 % are missing where towers are trained: what their first layers keep is in no formula.
 @pytest.mark.parametrize(
     "fields, trains, missing",

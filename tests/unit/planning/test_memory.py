@@ -54,6 +54,20 @@ SIZES = {
         "hidden_dropout": 0.1,
     },
 }
+for name, latent in (
+    # Values narrower than keys; queries of a latent of their own.
+    ("deepseek-v2-tiny", {"q_lora_rank": None, "v_head_dim": 32}),
+    ("deepseek-v3-tiny", {"q_lora_rank": 96, "v_head_dim": 48}),
+):
+    tiny = BACKBONES[name]
+    SIZES[name] = SIZES["llama-tiny"] | {
+        "num_query_groups": 8,
+        "kv_channels": 48,
+        "multi_latent_attention": replace(
+            tiny.multi_latent_attention, kv_lora_rank=128, qk_head_dim=32, qk_pos_emb_head_dim=16, **latent
+        ),
+        "moe": replace(tiny.moe, moe_ffn_hidden_size=256, placement=(1, 2, 3)),
+    }
 CASES = {
     "dense": ("llama-tiny", 2, None, "none", "bf16"),
     "dense, recomputed": ("llama-tiny", 2, None, "full", "bf16"),
@@ -61,9 +75,21 @@ CASES = {
     "experts": ("llama-tiny", 3, MoEConfig(), "none", "bf16"),
     "experts, all recomputed": ("llama-tiny", 3, MoEConfig(), "full", "bf16"),
     "experts, experts recomputed": ("llama-tiny", 3, MoEConfig(), "moe", "fp32"),
+    "experts, their activation recomputed": ("llama-tiny", 3, MoEConfig(), "moe_act", "bf16"),
+    "biased experts, their activation recomputed": ("phi-2-tiny", 3, MoEConfig(), "moe_act", "fp32"),
     "sequential experts": ("llama-tiny", 3, MoEConfig(moe_grouped_gemm=False), "none", "fp32"),
     "parallel residual": ("phi-2-tiny", 2, None, "none", "fp32"),
     "parallel residual, experts": ("phi-2-tiny", 3, MoEConfig(), "none", "bf16"),
+    "latent attention": ("deepseek-v2-tiny", 3, SIZES["deepseek-v2-tiny"]["moe"], "none", "bf16"),
+    "latent attention, language trained": (
+        "deepseek-v2-tiny",
+        2,
+        SIZES["deepseek-v2-tiny"]["moe"],
+        "none",
+        "bf16",
+    ),
+    "latent attention, latent queries": ("deepseek-v3-tiny", 2, SIZES["deepseek-v3-tiny"]["moe"], "none", "fp32"),
+    "latent attention, recomputed": ("deepseek-v3-tiny", 2, SIZES["deepseek-v3-tiny"]["moe"], "full", "bf16"),
     "adapters": ("llama-tiny", 2, None, "none", "bf16", LoraConfig()),
     "adapters, experts": ("phi-2-tiny", 3, MoEConfig(), "none", "bf16", LoraConfig()),
     "adapters with dropout, gated experts": ("llama-tiny", 3, MoEConfig(), "none", "fp32", LoraConfig(dropout=0.1)),
@@ -164,7 +190,8 @@ def test_recomputation_and_parallelism_save_memory():
     plain = worst_memory(layout_of())
     full = worst_memory(layout_of(training__recompute="full"))
     moe = worst_memory(layout_of(training__recompute="moe"))
-    assert full.activations < moe.activations < plain.activations
+    activation = worst_memory(layout_of(training__recompute="moe_act"))
+    assert full.activations < moe.activations < activation.activations < plain.activations
     split = worst_memory(layout_of(parallel__expert_model_parallel_size=4))
     assert split.weights < plain.weights and split.gradients < plain.gradients
     assert split.optimizer == pytest.approx(plain.optimizer), "a share of as many experts, among fewer ranks"

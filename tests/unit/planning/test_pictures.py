@@ -30,6 +30,7 @@ VIDEOS = {
     "pooled in time": (CLIP, {"video_frames": 5, "video_pooling": "2x2x2"}),
     "by rate": (CLIP, {"video_frames": 16, "video_fps": 0.5, "video_pooling": "2x2x2"}),
     "native": ("naflex-tiny", {"video_frames": 3}),
+    "a tower for videos": ("languagebind-video-tiny", {"video_frames": 4}),
 }
 
 

@@ -86,6 +86,25 @@ def test_bodies_that_cannot_be_served_are_refused(fields):
         parse_chat(body(**fields), ApiLimits(), LIMITS)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "neutral"),
+    [
+        ("frequency_penalty", 0.5, 0),
+        ("presence_penalty", -0.5, 0.0),
+        ("repetition_penalty", 1.2, 1.0),
+        ("top_k", 40, -1),
+        ("min_p", 0.1, None),
+        ("tool_choice", "required", "auto"),
+        ("modalities", ["text", "audio"], ["text"]),
+        ("guided_json", {"type": "object"}, {}),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_and_what_would_not_is_taken(name, value, neutral):
+    with pytest.raises(DataError, match=f"{name} is not supported.*leave it out"):
+        parse_chat(body(**{name: value}), ApiLimits(), LIMITS)
+    assert parse_chat(body(**{name: neutral}), ApiLimits(), LIMITS)
+
+
 def test_places_are_asked_for_by_name():
     assert parse_chat(body(regions=True), ApiLimits(), LIMITS).regions
     assert not parse_chat(body(), ApiLimits(), LIMITS).regions

@@ -7,7 +7,8 @@ import zlib
 import pytest
 
 from megatron_moellava.config import DataConfig, DataError
-from megatron_moellava.serving.pictures import PictureLimits, open_url, open_video_url
+from megatron_moellava.data.video import FRAME
+from megatron_moellava.serving.pictures import FRAMES, PictureLimits, open_url, open_video_url
 from tests.helpers.pictures import LIMITS, data_url, png
 from tests.helpers.videos import number_of, video_bytes
 
@@ -69,3 +70,22 @@ def test_a_video_is_frames_and_what_is_none_is_refused():
     ):
         with pytest.raises(DataError, match=message):
             open_video_url(bad, limits, DataConfig())
+
+
+def test_a_video_may_come_as_its_frames():
+    """`data:video/jpeg` with a comma between two frames, of any format that a picture may have."""
+    frames = [base64.b64encode(png(5 + number, 7)).decode() for number in range(4)]
+    url = FRAMES + ",".join(frames)
+    text, shown = open_video_url(url, LIMITS, DataConfig(video_frames=2))
+    assert text == "<image><image>" and [frame.size for frame in shown] == [(6, 7), (8, 7)]
+    assert [frame.info[FRAME] for frame in shown] == [(0, 2), (1, 2)]
+    bomb = base64.b64encode(png_header(60_000, 60_000)).decode()
+    for bad, limits, message in (
+        (f"{url},{bomb}", LIMITS, "3,600,000,000|60000 x 60000 pixels"),
+        (url + ",", LIMITS, "cannot be read"),
+        (url[:-9] + "@@@", LIMITS, "the video's base64 text is broken"),
+        (url, PictureLimits(max_bytes=100), "the video has more than 100 bytes"),
+        (FRAMES + 100_000 * ",", LIMITS, "the video has 100,001 frames, more than 1,000"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_video_url(bad, limits, DataConfig(video_frames=2))

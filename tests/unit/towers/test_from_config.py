@@ -8,12 +8,11 @@ import pytest
 from megatron_moellava.config import ConfigError
 from megatron_moellava.towers import FAMILIES as TOWER_FAMILIES
 from megatron_moellava.towers import TOWERS, get_tower, tower_fields, tower_from_fields
-from megatron_moellava.towers.from_config import hf_config_of as tower_config_of
-from megatron_moellava.towers.from_config import processor_config_of
+from megatron_moellava.towers.from_config import processor_config_of, published_config_of
 
 
 def folder_of(tower, tmp_path, **processor) -> str:
-    (tmp_path / "config.json").write_text(json.dumps(tower_config_of(tower)))
+    (tmp_path / "config.json").write_text(json.dumps(published_config_of(tower)))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor_config_of(tower) | processor))
     return str(tmp_path)
 
@@ -54,7 +53,7 @@ def test_the_interpolation_travels_with_the_tower(tmp_path):
 )
 def test_a_folder_at_native_resolution_says_what_is_wrong_with_it(config, processor, message, tmp_path):
     folder = folder_of(TOWERS["naflex-tiny"], tmp_path, **processor)
-    (tmp_path / "config.json").write_text(json.dumps(tower_config_of(TOWERS["naflex-tiny"]) | config))
+    (tmp_path / "config.json").write_text(json.dumps(published_config_of(TOWERS["naflex-tiny"]) | config))
     with pytest.raises(ConfigError, match=message):
         get_tower(folder)
 
@@ -77,7 +76,7 @@ def test_sizes_are_read_in_the_forms_of_older_files(form, tmp_path):
 @pytest.mark.parametrize("name", TOWERS)
 def test_tower_folder_and_fields_give_the_same_tower_back(name, tmp_path):
     tower = TOWERS[name]
-    (tmp_path / "config.json").write_text(json.dumps(tower_config_of(tower)))
+    (tmp_path / "config.json").write_text(json.dumps(published_config_of(tower)))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor_config_of(tower)))
     read = get_tower(f"{tmp_path}@original" if tower.drop_first_feature and not tower.class_token else str(tmp_path))
     assert replace(read, name=name, source=tower.source) == tower

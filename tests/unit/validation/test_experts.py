@@ -19,6 +19,27 @@ def test_deepep_is_a_matter_of_configuration():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"training__recompute": "moe", "moe": None, "training__stage": 2}, "a dense model has no experts"),
+        ({"training__recompute": "moe_act", "moe": None, "training__stage": 2}, "a dense model has no experts"),
+        (
+            {"training__recompute": "moe_act", "moe__moe_grouped_gemm": False},
+            "one after the other keep their activation",
+        ),
+        ({"training__recompute": "moe_act", "training__lora": {}}, "adapters keep what the activation made"),
+        ({"training__recompute": "moe_act", "training__fp8_recipe": "delayed"}, "recomputes no activation"),
+    ],
+)
+def test_what_cannot_be_recomputed_is_refused(fields, message):
+    assert message in problems(1, **fields)
+
+
+def test_the_activation_of_grouped_experts_can_be_recomputed():
+    assert "training.recompute" not in problems(1, training__recompute="moe_act", moe__moe_router_topk=9)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
         ({"expert_groups.image": 2, "expert_groups.text": 1}, "has 3 experts, and moe.num_moe_experts=4"),
         ({"expert_groups.image": 3, "expert_groups.text": 1}, "leaves 1 experts to text tokens"),
         ({"expert_groups.image": -1, "expert_groups.text": 5}, "moe.expert_groups.image=-1 must be 0 or more"),

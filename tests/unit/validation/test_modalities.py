@@ -57,14 +57,30 @@ WAYS = {
     "native": (
         {"tower": "naflex-tiny", "projector": "own"},
         "clip-tiny",
-        "has a tower of its own, and naflex-tiny gives",
+        "data.modalities[0]: what a modality has of its own takes pictures of one size, and naflex-tiny gives",
     ),
     "beside native": (
         {"projector": "own"},
         "naflex-tiny",
-        "has a projector of its own, and naflex-tiny gives pictures",
+        "takes pictures of one size, and naflex-tiny gives pictures",
+    ),
+    "beside tiles put together": (
+        {"projector": "own"},
+        "siglip-tiny@newline",
+        "and siglip-tiny@newline gives pictures",
+    ),
+    "for videos": (
+        {"tower": "languagebind-video-tiny", "projector": "own"},
+        "clip-tiny",
+        "tower=languagebind-video-tiny: it takes whole videos, and a modality has pictures",
     ),
 }
+
+
+@pytest.mark.parametrize("main", ["naflex-tiny", "siglip-tiny@newline", "languagebind-video-tiny"])
+def test_a_tower_of_ones_own_stands_beside_any_other(main):
+    record = replace(DEPTH, tower="clip-tiny", projector="own")
+    assert not [*way_problems(DataConfig(modalities=(record,)), get_tower(main))]
 
 
 @pytest.mark.parametrize("name", WAYS)

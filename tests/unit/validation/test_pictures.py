@@ -33,6 +33,16 @@ def test_a_picture_has_no_more_than_its_sample():
     )
 
 
+def test_a_tower_for_videos_takes_so_many_frames_of_each_and_nothing_else():
+    assert said("languagebind-video-tiny", video_frames=4) == ""
+    assert said("languagebind-video-large-patch14") == "", "eight frames are the default"
+    wrong = {"video_frames": 8, "video_fps": 1.0, "video_pooling": "2x2", "video_times": "seconds", "image_grid": True}
+    found = said("languagebind-video-tiny", **wrong).splitlines()
+    assert [line.split("=")[0] for line in found] == [f"data.{name}" for name in wrong]
+    assert all("languagebind-video-tiny attends across the 4 frames of a video, and " in line for line in found)
+    assert found[0].endswith("; set it to 4") and found[1].endswith("; leave it unset")
+
+
 def test_what_a_picture_has_for_certain():
     assert least_features(get_tower("naflex-tiny")) == 1
     assert least_features(get_tower("clip-tiny")) == get_tower("clip-tiny").num_features and least_features(None) == 0
