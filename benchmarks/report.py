@@ -381,21 +381,25 @@ def save(figure, name: str) -> None:
 
 
 def page(results: dict) -> str:
-    machine = results["machine"]
-    facts = ", ".join(f"{name} {value}" for name, value in machine.items() if not isinstance(value, list))
     parts = [
-        f"""# Performance
+        """# Performance
 
 Written by `benchmarks/report.py` from `benchmarks/results.json`; do not edit. `make bench` measures again (about half an hour; `make bench BENCH="moe_layer generation"` a part of it).
 
-Everything here ran on a CPU: {facts}; bf16 instructions: {", ".join(machine["bf16 units"]) or "none"}. What counts are the ratios, each within one run whose ways take turns; absolute times belong to this machine, which other work may have shared. Nothing has been measured on a GPU."""
+Everything here ran on CPUs; below each section stands on which. What counts are the ratios, each within one run whose ways take turns; absolute times belong to the machine, which other work may have shared. Nothing has been measured on a GPU."""
     ]
     for name, section in SECTIONS.items():
         entry = results["benchmarks"].get(name)
         text = section(entry["results"]) if entry else ""
         if text:
-            parts.append(f"{text}\n\n`{entry['command']}`, {entry['seconds']} s.")
+            parts.append(f"{text}\n\n`{entry['command']}`, {entry['seconds']} s; {facts_of(entry['machine'])}.")
     return "\n\n".join(parts) + "\n"
+
+
+def facts_of(machine: dict) -> str:
+    """Processor and versions in a line."""
+    facts = ", ".join(f"{name} {value}" for name, value in machine.items() if not isinstance(value, list))
+    return f"{facts}; bf16 instructions: {', '.join(machine['bf16 units']) or 'none'}"
 
 
 def main() -> None:

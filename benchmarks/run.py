@@ -65,6 +65,7 @@ def run(name: str, arguments: tuple[str, ...]) -> dict:
     return {
         "command": " ".join(shown),
         "seconds": round(time.perf_counter() - started),
+        "machine": describe_machine(),
         "results": json.loads(done.stdout[done.stdout.index("{") :]),
     }
 
@@ -83,7 +84,6 @@ def main() -> int:
             print(f"{name} failed with exit code {error.returncode}", file=sys.stderr)
             failed.append(name)
             continue
-        results["machine"] = describe_machine()
         results["benchmarks"] = {key: {**results["benchmarks"], name: entry}.get(key) for key in TABLE}
         results["benchmarks"] = {key: value for key, value in results["benchmarks"].items() if value}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
