@@ -22,7 +22,7 @@ def test_dry_run_counts_what_the_formulas_say(planned):
         for kind in ("weights", "gradients", "optimizer", "activations"):  # padded buckets, masks and indices
             assert rows[kind]["predicted"] == pytest.approx(rows[kind]["counted"], rel=2e-3), kind
     held = sum(rows[kind]["counted"] for rows in data["dry_run"] for kind in ("weights", "gradients", "activations"))
-    assert held > 29e9
+    assert held > 26e9
     assert peak < 2e9, "a full-size model must not take real memory"
 
 
