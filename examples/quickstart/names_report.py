@@ -90,6 +90,8 @@ def trained_rows(conversations: list[dict]) -> list[dict]:
 
 def example_of(answered: list[dict]) -> dict:
     """The held-out picture of which the model knows the most names, the surest first."""
+    from names import ALL_AT_ONCE
+
     from megatron_moellava.evaluation.quickstart.metrics import normalise
 
     pictures: dict[str, list[dict]] = {}
@@ -102,7 +104,7 @@ def example_of(answered: list[dict]) -> dict:
 
     best = min(pictures.values(), key=rank)
     said = {key: [row[key] for row in best] for key in ("answer", "prediction")}
-    return {key: best[0][key] for key in ("image", "question")} | said
+    return {"image": best[0]["image"], "question": ALL_AT_ONCE} | said
 
 
 def print_names_table(summary: dict, titles: dict[str, str], out: Path) -> None:

@@ -10,7 +10,7 @@ def answer(number, prediction, bits, language="en"):
     return {
         "question_id": number,
         "image": f"names/test/{number}-2.png",
-        "question": "what is this called?",
+        "question": f"what is this called? ({language})",
         "answer": "cat face",
         "type": f"name {language}",
         "prediction": prediction,
