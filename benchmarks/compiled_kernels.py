@@ -39,7 +39,7 @@ WARM_UP = 2  # rounds
 
 
 def varied_jobs(engine: Engine, number: int, requests: int) -> list[Job]:
-    """The requests of a round: the same for both ways."""
+    """The requests of a round: the same for all ways."""
     source, tower = random.Random(number), engine.model.tower
     jobs = []
     for index in range(requests):

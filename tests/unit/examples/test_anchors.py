@@ -67,14 +67,3 @@ def test_the_same_seed_draws_the_same(program, made, tmp_path):
         program.write_anchored(*made, tmp_path / name, seed=seed, share=2)
     first, again, other = ((tmp_path / name / "pairs.jsonl").read_bytes() for name in ("first", "again", "other"))
     assert first == again != other
-
-
-def test_what_the_quickstart_has_not_written_is_named(program, tmp_path, monkeypatch, capsys):
-    options = ["--pairs", "--images", "--data"]
-    given = [part for option in options for part in (option, str(tmp_path / "none"))]
-    monkeypatch.setattr("sys.argv", ["program", *given, "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as ended:
-        program.main()
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and "conversations.json missing; run `make quickstart PRESET=fast` first" in said
-    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Compositions of easy-VQA's shapes: what is written is what is there, and no picture of the test is of training pixels."""
 
 import hashlib
+import importlib
 import json
 import random
 from collections import Counter
@@ -124,12 +125,14 @@ def test_the_same_seed_gives_the_same_bytes(program, data, tmp_path):
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
-def test_what_the_quickstart_has_not_written_is_named(program, tmp_path, monkeypatch, capsys):
-    options = ["--data"]
+@pytest.mark.parametrize(
+    ("module", "options"), [("compositions", ["--data"]), ("anchors", ["--pairs", "--images", "--data"])]
+)
+def test_what_the_quickstart_has_not_written_is_named(module, options, program, tmp_path, monkeypatch, capsys):
     given = [part for option in options for part in (option, str(tmp_path / "none"))]
     monkeypatch.setattr("sys.argv", ["program", *given, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
-        program.main()
+        importlib.import_module(module).main()
     said = capsys.readouterr().err
     assert ended.value.code == 2 and "conversations.json missing; run `make quickstart PRESET=fast` first" in said
     assert not (tmp_path / "out").exists()
