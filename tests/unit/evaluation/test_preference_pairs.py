@@ -76,6 +76,10 @@ def test_answers_that_are_all_as_good_are_no_pair():
     assert pair_of(ASKED, ["red"], exact, with_truth=True) == (None, 0)
 
 
+def test_a_blank_answer_is_in_no_pair():
+    assert pair_of(ASKED, ["red", " ", "", "red"], exact) == (None, 0)
+
+
 THERE = Asked(id="p", turns=ASKED.turns, images=(), truth="Yes")
 
 
