@@ -59,7 +59,7 @@ _turns: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def rotated(heads_SBHD: torch.Tensor, angles: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-    """Megatron-Core's `fused_apply_rotary_pos_emb`: [S, B, H, D] with its first channels turned by `angles` [S, 1 or B, 1, <= D]."""
+    """Megatron-Core's `fused_apply_rotary_pos_emb`: [S, B, H, D], the first channels turned by `angles` [S, 1 or B, 1, <= D]."""
     assert not interleaved, "no backbone turns neighbouring channels"
     width = angles.shape[-1]
     if width == heads_SBHD.shape[-1]:
