@@ -59,7 +59,7 @@ _turns: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def rotated(heads_SBHD: torch.Tensor, angles: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-    """Megatron-Core's `fused_apply_rotary_pos_emb`: [S, B, H, D], the first channels turned by `angles` [S, 1 or B, 1, <= D]."""
+    """Megatron-Core's `fused_apply_rotary_pos_emb`: [S, B, H, D], the first channels turned by `angles` [S, 1 | B, 1, <= D]."""
     assert not interleaved, "no backbone turns neighbouring channels"
     width = angles.shape[-1]
     if width == heads_SBHD.shape[-1]:
@@ -86,7 +86,8 @@ def new_turns(angles: torch.Tensor, heads_SBHD: torch.Tensor) -> tuple[torch.Ten
     """See `turns`."""
     cosines, sines = angles.cos(), angles.sin()
     sines[..., : angles.shape[-1] // 2].neg_()
-    return tuple(item.to(heads_SBHD.dtype).expand(heads_SBHD.shape).contiguous() for item in (cosines, sines))
+    whole = [item.to(heads_SBHD.dtype).expand(heads_SBHD.shape).contiguous() for item in (cosines, sines)]
+    return whole[0], whole[1]
 
 
 class Rotation(torch.autograd.Function):
@@ -101,7 +102,8 @@ class Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_SBHD: torch.Tensor):
         """The gradient of the heads."""
-        return turned(grad_SBHD, *ctx.saved_tensors, -1), None, None
+        cosines, sines = ctx.saved_tensors
+        return turned(grad_SBHD, cosines, sines, -1), None, None
 
 
 def turned(heads_SBHD: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, direction: int) -> torch.Tensor:
