@@ -107,10 +107,11 @@ class SdpaCoreAttention(MegatronModule):
         groups = query_NHSD.shape[1] // key_NGSD.shape[1]
         key_NHSD, value_NHSD = key_NGSD.repeat_interleave(groups, 1), value_NGSD.repeat_interleave(groups, 1)
         length = query_NHSD.shape[2]
-        future_SS = torch.full((length, length), float("-inf"), device=query_NHSD.device).triu(1)
-        scores_NHSS = (query_NHSD * self.softmax_scale) @ key_NHSD.transpose(-1, -2)
-        probs_NHSS = (scores_NHSS.float() + future_SS).softmax(dim=-1).to(query_NHSD.dtype)
-        return F.dropout(probs_NHSS, self.dropout, self.training) @ value_NHSD
+        future_SS = query_NHSD.new_full((length, length), float("-inf")).triu_(1)
+        query, key = query_NHSD.flatten(0, 1), key_NHSD.flatten(0, 1).transpose(1, 2)
+        probs = torch.baddbmm(future_SS, query, key, alpha=self.softmax_scale).softmax(dim=-1)
+        context = F.dropout(probs, self.dropout, self.training) @ value_NHSD.flatten(0, 1)
+        return context.unflatten(0, query_NHSD.shape[:2])
 
     def _packed(self, query_TBHD, key_TBGD, value_TBGD, packed: PackedRow) -> torch.Tensor:
         """Block-diagonal causal attention. Rows of short samples are one batch; of others, each sample is its own."""

@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 
+from megatron_moellava.model.fused import RMSNorm
+
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-NORMS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+NORMS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": RMSNorm}
 
 
 class Norm:
-    """A builder with megatron-core's interface; the module is torch's own."""
+    """A builder with megatron-core's interface; the modules are torch's, and `RMSNorm`."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_) -> Any:
         norm = NORMS[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)

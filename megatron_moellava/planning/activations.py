@@ -23,7 +23,9 @@ class Saved:
     """One kind of tensor that a backward pass needs."""
 
     what: str
-    part: str  # attention, core attention, residual, mlp norm, ffn, moe, moe act, residual moe, angles, start, end
+    part: (
+        str  # attention, core attention, residual, mlp norm, ffn, moe, moe act, residual moe, angles, turns, start, end
+    )
     size: str  # a key of `sizes`
     times: int = 1
     bytes: int | None = None  # per element; None: the run's precision
@@ -78,32 +80,22 @@ LOCAL = (
     Saved("masks of the adapters' dropout", "attention", "attention_dropped"),
     Saved("masks of the adapters' dropout", "ffn", "ffn_dropped"),
     Saved("masks of the adapters' dropout", "moe", "expert_dropped"),
-    Saved("input of the norm", "attention", "hidden", when=("layernorm",)),
     # A tensor rank's share is a view: whoever keeps the first layer's input keeps the embeddings of all ranks.
-    Saved("embeddings of the other tensor ranks", "start", "unsplit", when=("layernorm",)),
-    Saved("embeddings of the other tensor ranks", "start", "unsplit", when=("rmsnorm", "recompute=full")),
-    Saved("input of the norm in fp32", "attention", "hidden", bytes=FP32, when=("rmsnorm",)),
-    Saved("normed input in fp32", "attention", "hidden", bytes=FP32, when=("rmsnorm", "language.norm")),
+    Saved("embeddings of the other tensor ranks", "start", "unsplit"),
+    Saved("input of the norm", "attention", "hidden"),
     Saved("input of qkv", "attention", "hidden", when=("language.attention",)),
-    Saved("rotary angles", "attention", "rotary", times=4),
-    Saved("latents in fp32 for their norms", "attention", "latents", bytes=FP32, when=("latent",)),
-    Saved("normed", "attention", "latents", bytes=FP32, when=("latent", "language.attention")),
-    Saved("queries in fp32 for their norm", "attention", "query", bytes=FP32, when=("qk_norm", "!heads_norm")),
-    Saved("keys in fp32 for their norm", "attention", "key", bytes=FP32, when=("qk_norm", "!heads_norm")),
-    Saved("normed", "attention", "query", bytes=FP32, when=("qk_norm", "!heads_norm", "language.attention")),
-    Saved("normed", "attention", "key", bytes=FP32, when=("qk_norm", "!heads_norm", "language.attention")),
+    Saved("rotary angles", "attention", "rotary", times=4, when=("latent",)),
+    Saved("cosines and sines, once per chunk", "turns", "turned", times=2, when=("!latent",)),
+    Saved("latents for their norms", "attention", "latents", when=("latent",)),
+    Saved("queries for their norm", "attention", "query", when=("qk_norm", "!heads_norm")),
+    Saved("keys for their norm", "attention", "key", when=("qk_norm", "!heads_norm")),
     Saved("dropout masks of attention and FFN", "residual", "hidden", times=2, when=("dropout",)),
-    Saved("input of the norm", "mlp norm", "hidden", when=("layernorm", "!parallel_residual")),
-    Saved("input of the norm in fp32", "mlp norm", "hidden", bytes=FP32, when=("rmsnorm",)),
-    Saved("normed input in fp32", "mlp norm", "hidden", bytes=FP32, when=("rmsnorm", "language.norm")),
+    Saved("input of the norm", "mlp norm", "hidden", when=("!parallel_residual",)),
     Saved("input of fc1", "ffn", "hidden", when=("language.ffn", "!qkv_input_kept")),
-    Saved("gate after its activation, linear half", "ffn", "inner", times=2, when=("gated",)),
     Saved("gate after its activation, linear half", "moe", "expert_inner", times=2, when=("gated", "!grouped")),
     Saved("activation before the router's weight", "moe", "expert_inner", when=("!grouped",)),
     Saved("gate after its activation, linear half", "moe", "shared_inner", times=2, when=("shared", "gated")),
-    Saved("input of the last norm", "end", "hidden", when=("layernorm",)),
-    Saved("input of the last norm in fp32", "end", "hidden", bytes=FP32, when=("rmsnorm",)),
-    Saved("normed input in fp32", "end", "hidden", bytes=FP32, when=("rmsnorm", "language.norm")),
+    Saved("input of the last norm", "end", "hidden"),
     Saved("residual experts: expert and dense outputs", "residual moe", "hidden", times=2),
 )
 
@@ -154,6 +146,8 @@ def sizes(layout: Layout, imbalance: float = 1.0) -> dict[str, float]:
         "qkv": query + 2 * key if latent is None else key,  # latent: the values, filled up to the width of the keys
         "heads": tokens * backbone.num_attention_heads / tp,
         "rotary": tokens * backbone.rotary_channels * backbone.rotary_percent,
+        "turned": (query if backbone.num_query_groups == backbone.num_attention_heads else query + key)
+        * backbone.rotary_percent,
         "inner": tokens * backbone.ffn_hidden_size / tp,
         "inner_in": gated * tokens * backbone.ffn_hidden_size / tp,
         "logits": tokens * layout.vocabulary / tp,
@@ -250,8 +244,6 @@ def conditions(layout: Layout) -> set[str]:
     """Everything that `Saved.when` may ask for and that holds."""
     backbone, moe = layout.backbone, layout.run.moe
     held = {
-        "layernorm": backbone.normalization == "LayerNorm",
-        "rmsnorm": backbone.normalization == "RMSNorm",
         "gated": backbone.gated_linear_unit,
         "qk_norm": backbone.qk_layernorm,
         "latent": backbone.multi_latent_attention is not None,
@@ -317,8 +309,8 @@ def activations_of(layout: Layout, pipeline_rank: int, modules: str, imbalance: 
     layer = {is_moe: layer_bytes(layout, bytes_of, is_moe) for is_moe in {kind for chunk in kinds for kind in chunk}}
     layers = tuple(tuple(layer[is_moe] for is_moe in chunk) for chunk in kinds)
     chunks = [sum(kept for kept, _ in chunk) for chunk in layers]
-    if layout.run.training.recompute == "full":
-        chunks = [kept + bytes_of["angles"] for kept in chunks]
+    of_all_layers = "angles" if layout.run.training.recompute == "full" else "turns"
+    chunks = [kept + bytes_of.get(of_all_layers, 0.0) for kept in chunks]
     end = bytes_of["end"] if pipeline_rank == layout.pp - 1 else 0.0
     chunks[0] += bytes_of.get("start", 0.0) if pipeline_rank == 0 else 0.0
     chunks[-1] += end
