@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 # Transformer Engine the rows keep their [S, B, H, D] shape, and the segments reach this module alone.
 SEGMENTED = "segmented_sbhd"
 SHORT = 256  # tokens of a packed row's longest sample up to which attention is spelt out
+ROUNDED_UP_TO = 8  # tokens: oneDNN compiles a product for every length that it meets, and of such lengths there are few
 
 
 @dataclass
@@ -145,12 +146,13 @@ class SdpaCoreAttention(MegatronModule):
         return self._attend(query_BHSD, key_BGSD, value_BGSD, None, is_causal=True)
 
     def _packed_batch(self, query_TBHD, key_TBGD, value_TBGD, packed: PackedRow) -> torch.Tensor:
-        """The samples of the row as a batch, right-padded to the longest.
+        """The samples of the row as a batch, right-padded to the longest, and to a length that comes again.
 
         Causal attention never looks to the right, so the padding needs no mask. Samples of 3 and 2 tokens:
         rows [0 1 2] and [3 4 4] of the packed row, of which position (1, 2) is thrown away.
         """
-        rows_NS, places_T = segment_rows(packed.cu_seqlens_q, packed.max_seqlen_q, query_TBHD.shape[0])
+        length = -(-packed.max_seqlen_q // ROUNDED_UP_TO) * ROUNDED_UP_TO
+        rows_NS, places_T = segment_rows(packed.cu_seqlens_q, length, query_TBHD.shape[0])
         query, key, value = (
             _Spread.apply(item.squeeze(1), rows_NS, places_T).transpose(1, 2)
             for item in (query_TBHD, key_TBGD, value_TBGD)

@@ -1,10 +1,12 @@
 """The products of grouped experts: rows sorted by expert, one weight per expert, three products each (output, gradients).
 
 On a GPU torch's grouped_mm, whose host must not wait for the counts. On a CPU one product per expert, which is what
-grouped_mm comes to there, but from the experts' own weights and into its place in the result: nothing is stacked.
+grouped_mm comes to there, but from the experts' own weights and into its place in the result: nothing is stacked; and of numbers
+of rows that come again, since each new one is compiled.
 Shapes: N rows sorted by expert, E local experts, I input and O output features of this shard.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,30 +56,83 @@ class ProductByExpert(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input_NI: torch.Tensor, counts: list[int], *weights_OI: torch.Tensor) -> torch.Tensor:
-        """Bit by bit grouped_mm of the stacked weights. `counts`: rows of each expert; they add up to N."""
-        ctx.counts = counts
+        """What grouped_mm of the stacked weights gives. `counts`: rows of each expert; they add up to N."""
+        ctx.blocks = row_blocks(counts, input_NI.dtype)
         ctx.save_for_backward(input_NI if any(ctx.needs_input_grad[2:]) else None, *weights_OI)
-        output_NO = input_NI.new_empty(len(input_NI), len(weights_OI[0]))
-        for rows, weight, output in zip(input_NI.split(counts), weights_OI, output_NO.split(counts), strict=True):
-            torch.mm(rows, weight.t(), out=output)
-        return output_NO
+        return multiplied(input_NI, [weight.t() for weight in weights_OI], ctx.blocks)
 
     @staticmethod
     def backward(ctx, *grads_NO: torch.Tensor) -> tuple:
         """Gradients of the input and of each weight, as far as they are wanted."""
         input_NI, *weights_OI = ctx.saved_tensors
         needs_input, _, *needs_weights = ctx.needs_input_grad
-        grads_E = grads_NO[0].split(ctx.counts)
-        grad_NI = None
-        if needs_input:
-            grad_NI = grads_NO[0].new_empty(len(grads_NO[0]), weights_OI[0].shape[1])
-            for grad, weight, place in zip(grads_E, weights_OI, grad_NI.split(ctx.counts), strict=True):
-                torch.mm(grad, weight, out=place)
+        grad_NI = multiplied(grads_NO[0], weights_OI, ctx.blocks) if needs_input else None
         if input_NI is None:
             return grad_NI, *(None,) * (1 + len(weights_OI))
-        rows_E = input_NI.split(ctx.counts)
-        wanted = zip(grads_E, rows_E, needs_weights, strict=True)
-        return grad_NI, None, *(grad.t() @ rows if is_needed else None for grad, rows, is_needed in wanted)
+        wanted = zip(ctx.blocks, needs_weights, strict=True)
+        return (
+            grad_NI,
+            None,
+            *(block.product(grads_NO[0], input_NI) if is_needed else None for block, is_needed in wanted),
+        )
+
+
+ROUNDED_UP_TO = 16  # rows: as many as an AMX tile has
+
+
+@dataclass(frozen=True, slots=True)
+class RowBlock:
+    """Rows of one expert, and `wide`, which has some of its neighbours' besides.
+
+    oneDNN, which multiplies 16-bit numbers on a CPU, compiles a kernel for every number of rows that it meets. Those of an
+    expert change from step to step, and for a small model compiling took longer than all products. Of numbers rounded up there
+    are few.
+    """
+
+    own: slice
+    wide: slice
+
+    @property
+    def within(self) -> slice:
+        """Where the own rows are in the wide ones."""
+        return slice(self.own.start - self.wide.start, self.own.stop - self.wide.start)
+
+    def product(self, first_NO: torch.Tensor, second_NI: torch.Tensor) -> torch.Tensor:
+        """[O, I], the sum over the own rows of first x second."""
+        if self.own == self.wide:
+            return first_NO[self.own].t() @ second_NI[self.own]
+        first, second = first_NO[self.wide], second_NI[self.wide]
+        if first.shape[1] < second.shape[1]:  # the smaller one is copied, with zeros for the neighbours
+            return self._alone(first).t() @ second
+        return first.t() @ self._alone(second)
+
+    def _alone(self, wide: torch.Tensor) -> torch.Tensor:
+        alone = torch.zeros_like(wide)
+        alone[self.within] = wide[self.within]
+        return alone
+
+
+def row_blocks(counts: list[int], dtype: torch.dtype) -> list[RowBlock]:
+    """Of experts that have so many rows each, one after the other."""
+    blocks, total, start = [], sum(counts), 0
+    for count in counts:
+        own = slice(start, start + count)
+        rounded = -(-count // ROUNDED_UP_TO) * ROUNDED_UP_TO if dtype != torch.float32 else count
+        first = min(start, total - rounded)
+        blocks.append(RowBlock(own, slice(first, first + rounded) if first >= 0 else own))
+        start = own.stop
+    return blocks
+
+
+def multiplied(input_NI: torch.Tensor, matrices_IO: list[torch.Tensor], blocks: list[RowBlock]) -> torch.Tensor:
+    """[N, I] x a matrix [I, O] for each block of rows -> [N, O]."""
+    output_NO = input_NI.new_empty(len(input_NI), matrices_IO[0].shape[1])
+    for block, matrix_IO in zip(blocks, matrices_IO, strict=True):
+        if block.own.start == block.wide.start:  # what is too much lies where the next expert's result comes
+            torch.mm(input_NI[block.wide], matrix_IO, out=output_NO[block.wide])
+        else:
+            output_NO[block.own] = (input_NI[block.wide] @ matrix_IO)[block.within]
+    return output_NO
 
 
 class StackedProduct(torch.autograd.Function):

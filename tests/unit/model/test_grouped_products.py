@@ -13,6 +13,7 @@ from megatron_moellava.model.grouped_products import (
     grouped_product,
     offsets,
     product_of_separate,
+    row_blocks,
 )
 from megatron_moellava.planning.counting import SavedTensors, flop_counter
 
@@ -37,6 +38,33 @@ def test_separate_experts_have_the_products_of_stacked_ones_bit_by_bit(product, 
     assert torch.equal(separate, stacked)
     pairs = (torch.autograd.grad(output, wanted, grad_NO) for output in (separate, stacked))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*pairs, strict=True))
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 14, 1], [40, 1, 0, 2], [0, 0, 0, 9], [17, 16, 15, 33], [0, 0, 0, 0]])
+@pytest.mark.parametrize("sizes", [(32, 64), (64, 32)])
+def test_neighbours_rows_change_nothing_whoever_has_few(counts, sizes):
+    torch.manual_seed(2)
+    inner, outer = sizes
+    input_NI = torch.randn(sum(counts), inner).bfloat16().requires_grad_()
+    weights = [torch.randn(outer, inner).bfloat16().requires_grad_() for _ in counts]
+    grad_NO = torch.randn(sum(counts), outer).bfloat16()
+    output = ProductByExpert.apply(input_NI, counts, *weights)
+    alone = torch.cat([rows @ weight.t() for rows, weight in zip(input_NI.split(counts), weights, strict=True)])
+    pairs = (torch.autograd.grad(result, [input_NI, *weights], grad_NO) for result in (output, alone))
+    for ours, theirs in zip((output, *next(pairs)), (alone, *next(pairs)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+
+
+def test_numbers_of_rows_in_16_bits_come_again():
+    """Else oneDNN would compile a product for each of them."""
+    counts = [5, 0, 25, 18, 100, 1]
+    blocks = row_blocks(counts, torch.bfloat16)
+    assert [block.own.stop - block.own.start for block in blocks] == counts
+    assert [block.wide.stop - block.wide.start for block in blocks] == [16, 0, 32, 32, 112, 16]
+    for block in blocks:
+        assert 0 <= block.wide.start <= block.own.start and block.own.stop <= block.wide.stop <= sum(counts)
+    assert all(block.own == block.wide for block in row_blocks(counts, torch.float32)), "fp32 is not compiled"
+    assert all(block.own == block.wide for block in row_blocks([5, 4], torch.bfloat16)), "too few rows in all"
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
