@@ -1,8 +1,8 @@
 """The products of grouped experts: rows sorted by expert, one weight per expert, three products each (output, gradients).
 
 On a GPU torch's grouped_mm, whose host must not wait for the counts. On a CPU one product per expert, which is what
-grouped_mm comes to there, but from the experts' own weights and into its place in the result: nothing is stacked; and of numbers
-of rows that come again, since each new one is compiled.
+grouped_mm comes to there, but from the experts' own weights and into its place in the result: nothing is stacked. And of
+numbers of rows that come again, since each new one is compiled.
 Shapes: N rows sorted by expert, E local experts, I input and O output features of this shard.
 """
 
