@@ -2,10 +2,10 @@
 #
 #   make test PYTHON=/path/to/python3.12   make .venv with this interpreter instead of searching for one
 #   make test VENV=/path/to/environment    use an environment that is already complete; nothing is installed
-#   make quickstart PRESET=full            see examples/quickstart
+#   make quickstart PRESET=fast            without names; see examples/quickstart
 #   make quickstart ARGS=parallel.expert_model_parallel_size=2
 
-PRESET ?= fast
+PRESET ?= names
 PYTHON ?=
 WORKERS ?= 2
 TESTS ?=
@@ -35,7 +35,7 @@ GPU_WHEELS = $(if $(WHEELS),$(BIN)/python -m pip install --quiet --no-index --no
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-quickstart: $(READY)  ## the three stages on a published benchmark, on the GPUs or this CPU (PRESET=fast, names or full)
+quickstart: $(READY)  ## the three stages on a published benchmark, on the GPUs or this CPU (PRESET=names, fast or full)
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) examples/quickstart/run.py --preset $(PRESET) --out runs/quickstart $(ARGS)
 
 names-full: $(READY)  ## the large names benchmark: four vendors, 28 languages, into runs/names-full/data (npm; 250 MB)

@@ -60,9 +60,9 @@ LESSONS = """## What it says
 - **A light weight on the pairs costs nothing that can be seen elsewhere.** At a fifth of the weight F1 gains as much, and of
   400 questions of easy-VQA none, one and two are lost, which three seeds cannot tell from none. At the whole weight it is
   none, four and six; twice the anchors do not mend that.
-- **What helps is the chosen answers, not what they are better than.** Trained alone, they gain more in every seed than with the
-  pairs beside them, and lose as little. So here stage 4 is worth its data rather than its loss: polls that the
-  model fails, with their true answers, among questions that it knows.
+- **What helps is the chosen answers, not what they are better than.** Trained alone, they gain more in every seed than with
+  the pairs beside them, and lose as little. So here stage 4 is worth its data rather than its loss: polls that the model
+  fails, with their true answers, among questions that it knows.
 - **What is mended is what the model overlooks.** Stage III invents little: it denies nearly all that is not there. It
   overlooks more than half of what is there, and says yes more often after stage 4, also to what is not there: with more pairs
   it finds about two thirds of what is there, and denies four fifths of what is not.
@@ -85,11 +85,11 @@ had been foretold.
 - **The 75 steps were added when the results of 25 were known**, and are asked the same held-out questions.
 - **The anchors came next**, to hold what the 75 steps had lost: one to each pair and 100 steps, taken with the results
   without anchors known.
-- **"More pairs" came after them**, with all of that known. Its settings were chosen on seed 1, by 60 other compositions of held-out
-  pictures and 1,855 other questions of easy-VQA (stage III: F1 54.4, easy-VQA 99.5). One anchor to each pair, 300 steps: F1
-  70.0 and easy-VQA 99.0 at a learning rate of 2e-4, 64.8 and 99.0 at 1e-4; at 4e-4 F1 67.2, and 98.3 of 400 other questions.
-  Three anchors, 400 steps, 2e-4: F1 66.0, easy-VQA 99.4. The last was taken, because it lost least, and all three seeds then
-  asked the questions of the table.
+- **"More pairs" came after them**, with all of that known. Its settings were chosen on seed 1, by 60 other compositions of
+  held-out pictures and 1,855 other questions of easy-VQA (stage III: F1 54.4, easy-VQA 99.5). One anchor to each pair, 300
+  steps: F1 70.0 and easy-VQA 99.0 at a learning rate of 2e-4, 64.8 and 99.0 at 1e-4; at 4e-4 F1 67.2, and 98.3 of 400 other
+  questions. Three anchors, 400 steps, 2e-4: F1 66.0, easy-VQA 99.4. The last was taken, because it lost least, and all three
+  seeds then asked the questions of the table.
 - **Six anchors, the chosen answers alone and plain DPO were run next, and last the fifth of the weight**, chosen because the
   chosen answers alone had just been seen to lose least; nothing else was tried in between. All were asked the questions of
   the table."""
