@@ -1,9 +1,9 @@
 """What the quickstart trains, preset by preset: the runs, what each starts from, and what it learns from.
 
-Perception is easy-VQA, which the dense model solves, so that experts have nothing to add. Knowledge (preset `names`, the default) is what a
-thing is called in eight languages: facts, of which there are more than the smaller model that learns them can hold. There the
-dense model is continued and, upcycled, an MoE: eight whole experts in every layer, one for each token, so that a token passes
-through as many FLOPs as in the dense model (but for the router's).
+Perception is easy-VQA, which the dense model solves, so that experts have nothing to add. Knowledge (preset `names`, the
+default) is what a thing is called in eight languages: facts, of which there are more than the smaller model that learns them
+can hold. There the dense model is continued and, upcycled, an MoE: eight whole experts in every layer, one for each token, so
+that a token passes through as many FLOPs as in the dense model (but for the router's).
 """
 
 from megatron_moellava.stages import STAGES
