@@ -3,8 +3,9 @@
   python -m benchmarks.quickstart [--steps 8]
 
 Each capability is a process of its own, since torch and oneDNN read it once. Milliseconds of a stage-2 and a stage-3 step
-of one row, of asking 100 questions, of a step of the tower's pretraining, and of a pass of the probe by which run.py says
-how long it will take; each also in passes. `bf16 over fp32`: a stage-2 step in bf16 where `auto` takes fp32.
+of one row, of those of the small model that learns names, of asking 100 questions, of a step of the tower's pretraining, and of
+a pass of the probe by which run.py says how long it will take; each also in passes. `bf16 over fp32`: a stage-2 step in bf16
+where `auto` takes fp32.
 """
 
 import argparse
@@ -26,6 +27,7 @@ CAPABILITIES: dict[str, dict[str, str]] = {
 }
 QUESTIONS = 100
 WARM_UP = 2
+STAGES = {"dense": "stage2", "moe": "stage3", "names dense": "names", "names moe": "names_moe"}  # -> run of plans.py
 QUIET = ("logging.tensorboard=false", "logging.log_interval=100000")
 
 
@@ -39,32 +41,35 @@ def milliseconds(action: Callable[[], object], rounds: int) -> float:
     return 1000 * (time.process_time() - started) / rounds
 
 
-def trainer_of(data: Path, stage: int, precision: str):
+def trainer_of(data: Path, plan: dict, precision: str):
     from megatron_moellava.model.precision import settled
     from megatron_moellava.training.run import build_trainer
     from megatron_moellava.validation.run import load_run
 
+    (file,) = plan["data"]
     flags = {
-        "model.backbone": "llama-tiny",
-        "training.stage": stage,
+        "model.backbone": plan.get("backbone", "llama-tiny"),
+        "training.stage": plan["stage"],
         "training.train_steps": 1000,
         "training.global_batch_size": 1,
         "training.precision": precision,
-        "data.sources": [{"path": str(data / "conversations.json"), "image_folder": str(data / "images")}],
+        "data.sources": [{"path": str(data / file), "image_folder": str(data / "images")}],
         "data.tokenizer": str(data / "tokenizer.model"),
     }
-    experts = {"moe.num_moe_experts": 4} if stage == 3 else {}
-    run = settled(load_run(config=str(QUICKSTART / "quickstart.yaml"), flags=flags | experts, overrides=QUIET)).run
+    experts = {"moe.num_moe_experts": 4} | {f"moe.{key}": value for key, value in plan.get("moe", {}).items()}
+    flags |= experts if plan["stage"] == 3 else {}
+    flags |= {"data.seq_length": plan["seq_length"]} if "seq_length" in plan else {}
+    run = settled(load_run(config=str(QUICKSTART / "quickstart.yaml"), flags=flags, overrides=QUIET)).run
     trainer = build_trainer(run)
     for wrapped in trainer.wrapped:
         wrapped.train()
     return trainer
 
 
-def measure_stage(data: Path, stage: int, precision: str, steps: int, questions: list[dict]) -> dict:
+def measure_stage(data: Path, plan: dict, precision: str, steps: int, questions: list[dict]) -> dict:
     from megatron_moellava.experiments.stage import ask_closed
 
-    trainer = trainer_of(data, stage, precision)
+    trainer = trainer_of(data, plan, precision)
     found = {"step": milliseconds(trainer.step, steps)}
     if questions:
         asked = lambda: ask_closed(trainer, trainer.run, questions, data / "images")  # noqa: E731
@@ -89,6 +94,7 @@ def measure_tower(data: Path, steps: int) -> float:
 
 def work(data: Path, steps: int) -> dict:
     """What one capability's process measures."""
+    from plans import PLANS
     from speed import seconds_of_a_pass
 
     from megatron_moellava import parallel
@@ -97,13 +103,15 @@ def work(data: Path, steps: int) -> dict:
     parallel.initialize(ParallelConfig(), 1)
     with (data / "test.jsonl").open() as file:
         questions = [json.loads(next(file)) for _ in range(QUESTIONS)]
-    stages = {name: measure_stage(data, stage, "auto", steps, questions) for name, stage in (("dense", 2), ("moe", 3))}
-    precision = stages["dense"].pop("precision")
-    stages["moe"].pop("precision")
+    stages = {}
+    for name, run in STAGES.items():
+        asked = questions if name in ("dense", "moe") else []
+        stages[name] = measure_stage(data, PLANS["names"][run], "auto", steps, asked)
+    (precision,) = {stage.pop("precision") for stage in stages.values()}
     found = {"precision": precision, **stages, "tower step": measure_tower(data, steps)}
     found["probe"] = 1000 * seconds_of_a_pass(precision, time.process_time)
     if precision == "fp32":
-        slow = measure_stage(data, 2, "bf16", 2, [])["step"]
+        slow = measure_stage(data, PLANS["names"]["stage2"], "bf16", 2, [])["step"]
         found["bf16 over fp32"] = slow / found["dense"]["step"]
     parallel.shutdown()
     return found
@@ -112,7 +120,7 @@ def work(data: Path, steps: int) -> dict:
 def in_passes(found: dict) -> dict:
     """The figures of one capability in passes of its probe."""
     probe = found["probe"]
-    of_stages = {name: {key: value / probe for key, value in found[name].items()} for name in ("dense", "moe")}
+    of_stages = {name: {key: value / probe for key, value in found[name].items()} for name in STAGES}
     return {**of_stages, "tower step": found["tower step"] / probe}
 
 
@@ -133,7 +141,7 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         sys.stdout, stdout = sys.stderr, sys.stdout
-        write_quickstart(Path(folder))
+        write_quickstart(Path(folder), preset="names")
         sys.stdout = stdout
         for name, variables in CAPABILITIES.items():
             say(f"--- {name}")

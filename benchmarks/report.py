@@ -205,6 +205,8 @@ def quickstart(results: dict) -> str:
     figures = {
         "stage-2 step, one row": ("dense", "step"),
         "stage-3 step, one row": ("moe", "step"),
+        "names, stage-2 step, one row": ("names dense", "step"),
+        "names, stage-3 step, one row": ("names moe", "step"),
         f"{results['questions']} questions, dense": ("dense", "questions"),
         f"{results['questions']} questions, MoE": ("moe", "questions"),
         "step of the tower's pretraining": ("tower step",),

@@ -8,13 +8,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from plans import SMALL
+
 TOKENS, HIDDEN, FFN = 2048, 128, 384  # of a row and of llama-tiny
 PROBE_SECONDS = 1.0
 ROWS = 2  # of a step, over all processes
-# In passes of the probe: a step of one row, and a question; of a dense model and of one with experts. The smaller llama-nano
-# saves next to nothing: its steps of half as long rows take half as long, since most of a step is what does not shrink.
-STEP = {False: 21.0, True: 29.0}
-QUESTION = {False: 0.33, True: 0.33}
+# In passes of the probe, which has no attention and no small operations, so that products without bf16 units weigh more in it:
+# a step of one row, of the run's own length, and a question; of a dense model and of one with experts.
+STEP = {
+    "bf16": {"llama-tiny": {False: 22.0, True: 34.0}, SMALL: {False: 7.5, True: 12.0}},
+    "fp32": {"llama-tiny": {False: 15.0, True: 19.0}, SMALL: {False: 3.5, True: 4.8}},
+}
+QUESTION = {"bf16": {False: 0.36, True: 0.54}, "fp32": {False: 0.24, True: 0.28}}
 TOWER_SECONDS = 0.06  # of a step of the tower's pretraining, in fp32 on all cores
 START_SECONDS = 6.0  # of a part, beside its steps: building and loading the model, saving
 
@@ -25,6 +30,7 @@ class Speed:
 
     seconds: float
     processes: int
+    precision: str
 
     @classmethod
     def of_this_machine(cls, precision: str) -> "Speed":
@@ -34,17 +40,18 @@ class Speed:
         from megatron_moellava import platform
 
         if platform.HAS_CUDA:
-            return cls(0.0, dist.get_world_size())
+            return cls(0.0, dist.get_world_size(), precision)
         slowest: list[float] = [0.0] * dist.get_world_size()
         dist.barrier()
         dist.all_gather_object(slowest, seconds_of_a_pass(precision))
-        return cls(max(slowest), dist.get_world_size())
+        return cls(max(slowest), dist.get_world_size(), precision)
 
     def training(self, steps: int, questions: int, plan: dict) -> float:
         """Seconds of a run of so many steps and of asking so many questions after it. `plan`: of plans.PLANS."""
-        is_moe = plan["stage"] == 3
-        rows = max(1, ROWS // self.processes) * plan.get("seq_length", TOKENS) / TOKENS
-        passes = steps * rows * STEP[is_moe] + questions / self.processes * QUESTION[is_moe]
+        is_moe, measured = plan["stage"] == 3, "fp32" if self.precision == "fp32" else "bf16"
+        size = SMALL if plan.get("backbone") == SMALL else "llama-tiny"
+        passes = steps * max(1, ROWS // self.processes) * STEP[measured][size][is_moe]
+        passes += questions / self.processes * QUESTION[measured][is_moe]
         return self._some(passes)
 
     def tower(self, steps: int) -> float:
