@@ -57,7 +57,8 @@ LESSONS = """## What it says
   65,504 within twenty steps, in every seed. From then on the loss is not finite, the loss scale falls to 1 in vain, and
   the run stops. It is not the routers: their logits stay below a hundred until then. Nor is it the backward pass of the
   stream, which reports from elsewhere name: behind the experts its gradients shrink as the stream grows, because the norms
-  divide by its size.
+  divide by its size. Before the first experts they are largest, and come within a factor of two of the end, which a smaller
+  loss scale moves.
 - **bf16 mends it; clipping does not.** With fp32's range the same run goes to its end with a stream of more than ten
   times what fp16 holds. It learns little at that rate: it ends knowing less than after stage II. A lower rate mends it as
   well. Clipped gradients do not, since Adam divides by their size anyway.
@@ -225,7 +226,8 @@ def findings(grid: Grid, rows: list[dict]) -> str:
             continue
         p = "" if corrected is None else f", p, Holm {chance(corrected)}"
         size = signed(comparison.mean, comparison.deviation)
-        lines.append(f"- {claim['says'].capitalize()}: **{size}** bits per fact ({comparison.seeds} seeds{p}).")
+        seeds = "1 seed" if comparison.seeds == 1 else f"{comparison.seeds} seeds"
+        lines.append(f"- {claim['says'].capitalize()}: **{size}** bits per fact ({seeds}{p}).")
     return "\n".join(lines)
 
 

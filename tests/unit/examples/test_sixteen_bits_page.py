@@ -128,6 +128,9 @@ def test_what_the_page_says_is_true_of_the_data(program):
         count, place = program.first_break(run)
         assert run["diverged"] and run["iterations"][count] <= 20 and ("mlp of" in place or "hidden of" in place)
         assert run["loss_scales"][-1] == 1.0 and program.top(run, program.LOGITS) < 100
+        before_experts = max(run["largest"]["attention_gradient"][0][:count])
+        assert before_experts == program.top(run, program.GRADIENTS)
+        assert program.top(run, program.GRADIENTS, scaled=True) < program.LARGEST_FP16
         stream, gradients = run["largest"]["hidden"][0][:count], run["largest"]["hidden_gradient"][0][:count]
         assert stream[-1] > 20 * stream[0] and gradients[-1] < gradients[0] / 20
     assert {row["seed"] for row in of["fp16-wild"]} == {1, 2, 3}
