@@ -538,9 +538,11 @@ class Trainer:
         self.log.say(f"step {self.state.iteration} skipped: {whose} is not finite; samples: {names}{first}")
         if in_a_row >= self.run.training.non_finite_patience:
             self._finish_save()
+            wider = "fp16 ends at 65,504: take training.precision=bf16, or " if self.loss_scale is not None else ""
+            patience = f"training.non_finite_patience={self.run.training.non_finite_patience}"
             raise TrainingDiverged(
-                f"{in_a_row} steps in a row without a finite gradient, the last with samples {names}; lower optimizer.lr, "
-                f"look at these samples, or raise training.non_finite_patience={self.run.training.non_finite_patience}"
+                f"{in_a_row} steps in a row without a finite gradient, the last with samples {names}; {wider}lower "
+                f"optimizer.lr, look at these samples, or raise {patience}"
             )
         return in_a_row
 

@@ -64,7 +64,7 @@ class MaxActivations:
         if values.numel():
             here = self.maxima_PL[POINTS.index(point), layer]
             # A maximum over ranks must not depend on how a library orders what is no number.
-            here.copy_(torch.maximum(here, values.abs().max().float().nan_to_num(nan=math.inf)))
+            here.copy_(torch.maximum(here, values.abs().max().float().nan_to_num(nan=math.inf, posinf=math.inf)))
 
     def collect(self, loss_scale: float) -> list[dict]:
         """For each decoder layer {"layer": number from 0, point: maximum over all ranks}; collective. Starts anew."""

@@ -76,10 +76,11 @@ def test_recomputed_layers_are_seen_with_their_gradients(tmp_path, recompute):
         assert two == pytest.approx(one, rel=1e-5)
 
 
-def test_what_is_no_number_is_recorded_as_infinite():
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_what_is_not_finite_is_recorded_as_infinite(value):
     trainer = started(ROLES)
     with torch.no_grad():
-        trainer.chunks[0].language_model.decoder.layers[1].self_attention.linear_proj.weight[0, 0] = float("nan")
+        trainer.chunks[0].language_model.decoder.layers[1].self_attention.linear_proj.weight[0, 0] = float(value)
     with trainer.max_activations.watch():
         trainer._forward_backward([trainer._next_batch() for _ in range(trainer.num_microbatches)], 1)
     rows = trainer.max_activations.collect(1.0)
