@@ -57,6 +57,17 @@ python examples/ablations/expert_groups.py --runs runs/ablations
 ```"""
 
 
+# What a test holds to the data (tests/unit/examples/test_expert_groups.py).
+LESSONS = """## What it says
+
+- **Experts of their own save copies, and cost hardly any loss.** Halves save more than a third of the copies on two ranks and a
+  seventh on four, for 0.5 % of held-out loss, the same direction in every seed and not told from noise by three (p = 0.09).
+- **In proportion to the tokens they save half as much on two ranks, more on four, and leave the ranks more level** on the mean than
+  experts for all, whose learned routers are far from even; what that costs in loss, these seeds cannot tell from nothing.
+- **Softly they save nothing here**: the routers pay the penalty, and fifty steps of a small model do not sort the tokens.
+- **On as many ranks as experts nothing is saved**, whoever may choose whom: a copy and a row are the same there."""
+
+
 def gather(runs: Path, grid: Grid) -> list[dict]:
     """What is finished below `runs`, with the traffic of its routes."""
     return [routed(grid, runs, row) for row in collect(grid, runs)]
@@ -171,7 +182,7 @@ def page(grid: Grid, rows: list[dict]) -> str:
     if rows:
         share = statistics.fmean(row["image_share"] for row in rows)
         note = f"{share:.0%} of the tokens are of an image. Pairs of numbers are counted / predicted."
-        parts += [RUNS, note, table(grid, rows), f"![Copies saved against held-out loss]({PICTURE})"]
+        parts += [RUNS, note, table(grid, rows), f"![Copies saved against held-out loss]({PICTURE})", LESSONS]
     return "\n\n".join(parts) + "\n"
 
 
@@ -182,7 +193,7 @@ def draw(grid: Grid, rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(RANKS), figsize=(13.5, 3.8), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(RANKS), figsize=(13.5, 4.8), sharey=True, squeeze=False)
     baseline = losses(rows, grid.baseline)
     for number, (axis, ranks) in enumerate(zip(axes.flat, RANKS, strict=True)):
         for cell in grid.cells:
@@ -195,7 +206,8 @@ def draw(grid: Grid, rows: list[dict], path: Path) -> None:
             axis.plot(at, differences, "o", alpha=0.7, label=f"{cell}: busiest rank {level:.2f} x mean")
         axis.axhline(0, color="0.7", linewidth=0.8)
         axis.set(xlabel="copies to other ranks saved, %", title=f"{ranks} expert-parallel ranks")
-        axis.legend(frameon=False, fontsize=7)
+        axis.margins(x=0.08)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize=8)
     axes[0, 0].set_ylabel(f"held-out loss, nats - that of {grid.baseline}")
     figure.tight_layout()
     figure.savefig(path, dpi=130, metadata={"Software": None})
