@@ -41,12 +41,16 @@ def test_what_the_page_says_is_true_of_the_data(program):
     assert min(saved("halves", 0)) > 1 / 3 and statistics.fmean(saved("halves", 1)) == pytest.approx(1 / 7, abs=0.01)
     plain = statistics.fmean(row[program.METRIC] for row in of("all").values())
     assert min(lost("halves")) > 0 and statistics.fmean(lost("halves")) / plain == pytest.approx(0.005, abs=5e-4)
-    assert statistics.fmean(saved("in-proportion", 0)) == pytest.approx(statistics.fmean(saved("halves", 0)) / 2, abs=0.03)
+    assert statistics.fmean(saved("in-proportion", 0)) == pytest.approx(
+        statistics.fmean(saved("halves", 0)) / 2, abs=0.03
+    )
     assert statistics.fmean(saved("in-proportion", 1)) > statistics.fmean(saved("halves", 1))
     assert all(level("in-proportion", number) < level("all", number) for number in (0, 1, 2))
     assert min(lost("in-proportion")) < 0 < max(lost("in-proportion"))
     assert all(abs(statistics.fmean(saved("halves-softly", number))) < 0.02 for number in (0, 1))
-    assert all(share == 0 for cell in ("halves", "halves-softly", "shared", "in-proportion") for share in saved(cell, 2))
+    assert all(
+        share == 0 for cell in ("halves", "halves-softly", "shared", "in-proportion") for share in saved(cell, 2)
+    )
 
 
 def test_a_run_is_a_line_with_its_difference_and_a_dot_with_what_it_saves(program, tmp_path):
