@@ -62,8 +62,8 @@ LESSONS = """## What it says
 
 - **Experts of their own save copies, and cost hardly any loss.** Halves save more than a third of the copies on two ranks and a
   seventh on four, for 0.5 % of held-out loss, the same direction in every seed and not told from noise by three (p = 0.09).
-- **In proportion to the tokens they save half as much on two ranks, more on four, and leave the ranks more level** on the mean than
-  experts for all, whose learned routers are far from even; what that costs in loss, these seeds cannot tell from nothing.
+- **In proportion to the tokens they save half as much on two ranks, more on four, and leave the ranks more level** on the mean
+  than experts for all, whose learned routers are far from even; what that costs in loss, these seeds cannot tell from nothing.
 - **Softly they save nothing here**: the routers pay the penalty, and fifty steps of a small model do not sort the tokens.
 - **On as many ranks as experts nothing is saved**, whoever may choose whom: a copy and a row are the same there."""
 
