@@ -257,6 +257,7 @@ class Quickstart:
         from megatron_moellava.experiments.stage import train_stage
 
         run = self.run_config(name, plan)
+        on_first_rank(partial(share_index, self.out, name))
         say(f"--- {plans.TITLES[name]}")
         return self.ask(name, run, train_stage(run))
 
@@ -292,6 +293,15 @@ class Quickstart:
         from report import write_report
 
         write_report(self.out, self.arguments, self.plan, plans.TITLES, self.results, self.parts.seconds)
+
+
+def share_index(out: Path, name: str) -> None:
+    """What runs find out about their data lies in one folder: those that learn from the same measure its samples once."""
+    (out / "index").mkdir(parents=True, exist_ok=True)
+    (out / name).mkdir(exist_ok=True)
+    link = out / name / "data_index"
+    if not link.exists():
+        link.symlink_to("../index")
 
 
 def experts(plan: dict):

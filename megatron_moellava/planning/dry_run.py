@@ -25,6 +25,7 @@ from megatron_moellava.config import ConfigError, RunConfig
 from megatron_moellava.costs.layout import Layout
 from megatron_moellava.data.pooling import Pools, pools
 from megatron_moellava.machine import GPU_CLUSTER
+from megatron_moellava.model import grouped_products
 from megatron_moellava.model.build import build_model
 from megatron_moellava.model.moe_llava import MoELlava
 from megatron_moellava.model.pooling import pooled
@@ -124,13 +125,14 @@ def _fake_world(layout: Layout, pipeline_rank: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_values() -> Iterator[None]:
-    """Step over what reads values or looks for peers: generators, moving parameters, gloo groups of the optimizer."""
+    """Step over what reads values, looks for peers or is a CPU's alone (generators, moving parameters, gloo, rounded rows)."""
     stand_ins = (
         (megatron_random.CudaRNGStatesTracker, "fork", lambda *_, **__: contextlib.nullcontext()),
         (megatron_random, "_get_all_rng_states", lambda: ()),
         (megatron_random, "_set_all_rng_states", lambda *_: None),
         (MoEAuxLossAutoScaler, "main_loss_backward_scale", None),  # it outlives the model, and would stay fake
         (MoELlava, "to", lambda self, *_: self),
+        (grouped_products, "ROUNDED_UP_TO", 1),  # products of an expert's own rows, as a GPU has them
         (dist, "all_gather_object", _everyone_says_the_same),
         (parallel_state, "get_data_parallel_group_gloo", lambda *_, **__: parallel_state.get_data_parallel_group()),
         (
