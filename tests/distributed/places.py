@@ -8,13 +8,18 @@ import torch
 
 from megatron_moellava import parallel
 from megatron_moellava.checkpoint.description import read_description
-from megatron_moellava.checkpoint.folders import require_checkpoint
+from megatron_moellava.checkpoint.folders import complete_iterations, require_checkpoint
+from megatron_moellava.config import RunConfig, from_dict, set_override
+from megatron_moellava.conversion.routing_log import PLACED_AT
 from megatron_moellava.routing.observer import RoutingObserver
 from megatron_moellava.training.loop import Trainer
+from megatron_moellava.training.run import train
 from tests.distributed.jobs import everywhere, gather_averages, pairs, run_config, start, worst
 from tests.distributed.layouts import BY_ID, MODELS, Layout
 from tests.distributed.rows import Rows
+from tests.distributed.runs import stage_settings
 from tests.distributed.shards import gather_parameters
+from tests.helpers import data_files
 
 BEFORE, AFTER = 1, 2  # steps
 
@@ -56,6 +61,29 @@ def run_places(job: dict, folder: Path) -> dict:
         "copies": found["copies"],
         "resumed_losses": [again["loss"], found["loss"][BEFORE:]],
         "resumed": {name: worst(pairs(again["final"][name], found["final"][name])) for name in again["final"]},
+    }
+
+
+def run_placed_run(job: dict, folder: Path) -> dict:
+    """A whole run on the real loader; by checkpoint, the step after which its experts last changed places."""
+    rows = folder / "rows of placed run" / "rows.json"
+    if torch.distributed.get_rank() == 0:
+        data_files.make_set(rows.parent, 40)
+    torch.distributed.barrier()
+    wanted = {
+        "moe.num_moe_experts": 4,
+        "parallel.expert_model_parallel_size": 2,
+        "checkpoint.place_experts": 1e-4,
+        "logging.routing_interval": 1,
+    }
+    tree = stage_settings(rows, folder / job["id"])
+    for name, value in wanted.items():
+        set_override(tree, name, value)
+    code = train(from_dict(RunConfig, tree))
+    checkpoints = complete_iterations(folder / job["id"])
+    return {
+        "exit": code,
+        "placed_at": {path.name: read_description(path).provenance.get(PLACED_AT) for path in checkpoints},
     }
 
 

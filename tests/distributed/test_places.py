@@ -9,6 +9,7 @@ LAYOUTS = ("expert-bias:ep2", "average:ep2-overlap", "muon:ep2")
 jobs = [
     {"id": f"places {layout}", "run": "run_places", "layout": layout, "world": 2, "share": 0.001} for layout in LAYOUTS
 ]
+whole = {"id": "placed run", "run": "run_placed_run", "world": 2}
 
 
 @pytest.mark.parametrize("job", jobs, ids=LAYOUTS)
@@ -30,3 +31,9 @@ def test_the_placed_checkpoint_continues_exactly(job, result):
     assert {name: difference for name, (difference, _) in result["resumed"].items()} == dict.fromkeys(
         result["resumed"], 0.0
     )
+
+
+@pytest.mark.parametrize("job", [whole], ids=["placed run"])
+def test_a_run_places_its_experts_at_every_checkpoint_but_the_last(job, result):
+    assert result["exit"] == 0
+    assert result["placed_at"] == {"iter_0000002": 2, "iter_0000004": 2}
