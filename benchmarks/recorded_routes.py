@@ -20,7 +20,7 @@ from benchmarks.measure import finish, median, ratio, say, take_turns
 from benchmarks.moe_layer import our_layer, trainer_of
 from megatron_moellava import parallel
 from megatron_moellava.config import ParallelConfig
-from megatron_moellava.conversion.routing_log import ROUTING, asked_for, records_until
+from megatron_moellava.conversion.routing_log import ROUTING, asked_for, records_of
 from megatron_moellava.costs.expert_places import busiest_over_mean, level_order
 
 ROUTES = Path(__file__).with_name("routes.json")
@@ -30,7 +30,7 @@ TOKENS, HIDDEN, FFN = 8192, 512, 1408
 
 def take(run: Path, name: str) -> None:
     """Sum the newest loads of a run by layer into routes.json."""
-    records = records_until(run / ROUTING, sys.maxsize)[-RECORDS:]
+    records = records_of(run / ROUTING, range(sys.maxsize))[-RECORDS:]
     if not records:
         raise SystemExit(f"{run} holds no {ROUTING} of a run with experts (logging.routing_interval writes it)")
     layers = {str(layer): loads_E for layer, loads_E in asked_for(records).items()}

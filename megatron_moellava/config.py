@@ -448,6 +448,8 @@ class CheckpointConfig:
     save_interval: int = 1000  # steps; the end of the run is always saved
     keep: int = 2  # newest complete checkpoints kept
     async_save: bool = False  # write while the training goes on; costs the host memory of one more state
+    # with a checkpoint, put experts where they take at least this share (0.05) off the busiest expert-parallel rank's load
+    place_experts: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -650,8 +650,9 @@ def run_place_experts(parsed: argparse.Namespace) -> int:
     """Print what other places would do for the busiest rank, and write them where --save is given."""
     from megatron_moellava.checkpoint.description import read_description
     from megatron_moellava.checkpoint.folders import require_checkpoint
-    from megatron_moellava.conversion.place_experts import find_places, note, place_experts
+    from megatron_moellava.conversion.place_experts import find_places, note, place_experts, saved_share
     from megatron_moellava.conversion.routing_log import ROUTING
+    from megatron_moellava.costs.shapes import model_from_json
 
     checkpoint = require_checkpoint(parsed.checkpoint)
     run = read_description(checkpoint)
@@ -661,14 +662,14 @@ def run_place_experts(parsed: argparse.Namespace) -> int:
             f"layer {placing.layer}: busiest of {placing.ranks} ranks {placing.before:.2f} x the mean, "
             f"{placing.after:.2f} with {placing.moved} experts on other ranks"
         )
-    before, after = (sum(getattr(placing, name) for placing in placings) for name in ("before", "after"))
-    print(f"the experts' share of a step would take {after / before:.0%} of its time, if routers go on as they did")
+    saved = saved_share(placings)
+    print(f"the experts' share of a step would take {1 - saved:.0%} of its time, if routers go on as they did")
     if parsed.save is None:
         return 0
     if not any(placing.moved for placing in placings):
         print("no place is better than today's; nothing was written")
         return 0
-    if hint := note(run):
+    if hint := note(model_from_json(run.model).moe):
         print(hint)
     print(f"wrote {place_experts(checkpoint, parsed.save, placings, verify=not parsed.no_verify)}")
     return 0

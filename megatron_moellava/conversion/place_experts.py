@@ -3,9 +3,13 @@
 With an expert go its weights, its adapters, their optimizer states and averages, its row in the router and its bias. In a
 sharded checkpoint an expert is a piece of its own: it changes its place in `.metadata`, and no byte of it moves. Only the
 routers' tensors, which hold all experts in one piece, are written anew.
+
+Between two jobs `place_experts` writes another checkpoint so; a run with `checkpoint.place_experts` lets `exchange` do it to
+one that it is writing.
 """
 
 import io
+import itertools
 import os
 import pickle
 import shutil
@@ -15,19 +19,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_moellava.checkpoint.description import RunDescription, write_description
-from megatron_moellava.checkpoint.folders import RUN_FILE, complete_iterations, require_checkpoint, write_tracker
+from megatron_moellava.checkpoint.folders import (
+    RUN_FILE,
+    complete_iterations,
+    require_checkpoint,
+    write_durably,
+    write_tracker,
+)
 from megatron_moellava.checkpoint.integrity import file_digests, files_below
 from megatron_moellava.checkpoint.safe_pickle import restricted_load
 from megatron_moellava.checkpoint.verification import verify_checkpoint
-from megatron_moellava.config import CheckpointError, ConfigError, ParallelConfig
-from megatron_moellava.conversion.routing_log import asked_for, fits, records_until
+from megatron_moellava.config import CheckpointError, ConfigError, MoEConfig, ParallelConfig
+from megatron_moellava.conversion.routing_log import PLACED_AT, asked_for, fits, records_of, steps_of
 from megatron_moellava.conversion.writers import staged
 from megatron_moellava.costs.expert_places import busiest_over_mean, kinds_of_places, level_order
 from megatron_moellava.costs.shapes import LANGUAGE, Model, model_from_json
 
 RECORDS = 20  # observations that the loads are taken from, the newest
-REWRITTEN = "__places_0.distcp"
+REWRITTEN = "__places_{}.distcp"
 METADATA = ".metadata"
+PLACES = "expert_places"  # in a checkpoint's provenance: every order so far
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,12 +92,22 @@ def find_places(
             f"--expert-parallel {ranks}{'' if expert_parallel_size else ', as the run has it'}: give a number of ranks above 1 "
             f"that divides the {model.moe.num_moe_experts} experts"
         )
-    loads = _loads(routing, run, model, records)
-    kinds = kinds_of_places(model.moe)
+    return placings_of(_loads(routing, run, model, records), model.moe, ranks)
+
+
+def placings_of(loads: dict[int, list[int]], moe: MoEConfig, ranks: int) -> list[Placing]:
+    """The best order that is known for each layer; `loads`: layer (from 0) -> choices of each expert."""
+    kinds = kinds_of_places(moe)
     return [
         Placing(layer=layer, loads_E=loads_E, order=level_order(loads_E, ranks, kinds), ranks=ranks)
         for layer, loads_E in sorted(loads.items())
     ]
+
+
+def saved_share(placings: Sequence[Placing]) -> float:
+    """Of the experts' time that goes by the busiest rank of each layer, what other places take off."""
+    before, after = (sum(getattr(placing, name) for placing in placings) for name in ("before", "after"))
+    return 1.0 - after / before
 
 
 def _parallel(run: RunDescription) -> int:
@@ -94,35 +115,54 @@ def _parallel(run: RunDescription) -> int:
     return parallel.get("expert_model_parallel_size", ParallelConfig().expert_model_parallel_size)
 
 
-def _loads(routing: Path, run: RunDescription, model: Model, records: int) -> dict[int, list[int]]:
-    """layer (from 0) -> choices of each expert, in the newest records before the checkpoint."""
-    if not routing.is_file():
-        raise CheckpointError(
-            f"{routing} does not exist; name the routing.jsonl of the run with --routing (logging.routing_interval writes it)"
-        )
-    newest, experts = records_until(routing, run.iteration)[-records:], model.required_moe.num_moe_experts
+def observed_loads(routing: Path, model: Model, steps: range, records: int = RECORDS) -> dict[int, list[int]]:
+    """layer (from 0) -> choices of each expert, in the newest records of `steps`; empty where a layer was not observed.
+
+    CheckpointError where the file is of another model.
+    """
+    newest = records_of(routing, steps)[-records:]
+    experts = model.required_moe.num_moe_experts
     if not all(fits(record, model.moe_layers, experts) for record in newest):
         layers = ", ".join(map(str, model.moe_layers))
         raise CheckpointError(
             f"{routing} is not of this model, with {experts} experts in layers {layers}; give its run's own"
         )
     loads = asked_for(newest)
-    if not loads or not all(map(sum, loads.values())):
+    return loads if all(map(sum, loads.values())) else {}
+
+
+def _loads(routing: Path, run: RunDescription, model: Model, records: int) -> dict[int, list[int]]:
+    """`observed_loads` before the checkpoint, or CheckpointError where there are none."""
+    if not routing.is_file():
         raise CheckpointError(
-            f"{routing} holds no observation of every layer up to step {run.iteration}; train on, or name another with "
+            f"{routing} does not exist; name the routing.jsonl of the run with --routing (logging.routing_interval writes it)"
+        )
+    steps = steps_of(run.provenance, run.iteration)
+    loads = observed_loads(routing, model, steps, records)
+    if not loads:
+        since = f" since experts changed places at step {steps.start - 1}" if steps.start else ""
+        raise CheckpointError(
+            f"{routing} holds no observation of every layer up to step {run.iteration}{since}; train on, or name another with "
             "--routing"
         )
     return loads
 
 
-def note(run: RunDescription) -> str:
+def placed(provenance: dict, orders: dict[int, list[int]], iteration: int) -> dict:
+    """The provenance of weights whose experts have changed places at a step."""
+    order = {str(layer): order for layer, order in orders.items()}
+    return provenance | {PLACES: [*provenance.get(PLACES, []), order], PLACED_AT: iteration}
+
+
+def note(moe: MoEConfig | None) -> str:
     """What does not stay the same, in words; empty where all does but for the order of sums."""
-    moe = model_from_json(run.model).moe
-    if moe is not None and moe.router == "original" and moe.moe_router_topk == 2 and moe.second_choice == "sampled":
-        return (
-            "moe.second_choice=sampled: the noise is drawn for places, not for experts, so the second choices of training are "
-            "other ones, as with another seed"
-        )
+    if moe is None or moe.router != "original":
+        return ""
+    drawn = "the noise is drawn for places, not for experts, so the"
+    if moe.moe_router_topk == 1:
+        return f"moe.moe_router_topk=1: {drawn} tokens that a full expert keeps are other ones, as with another seed"
+    if moe.second_choice == "sampled":
+        return f"moe.second_choice=sampled: {drawn} second choices of training are other ones, as with another seed"
     return ""
 
 
@@ -141,12 +181,10 @@ def place_experts(checkpoint: Path, save: Path, placings: Sequence[Placing], *, 
         for name in files_below(source):
             if name not in (RUN_FILE, METADATA):
                 _take_over(source / name, staging / name)
-        _exchange(source, staging, orders)
-        changed = [METADATA, *([REWRITTEN] if (staging / REWRITTEN).exists() else [])]
+        changed = exchange(source, staging, orders)
         kept = {name: digest for name, digest in run.sha256.items() if name not in changed}
         digests = kept | file_digests(staging, changed if kept else files_below(staging))
-        placed = {str(layer): order for layer, order in orders.items()}
-        provenance = run.provenance | {"expert_places": [*run.provenance.get("expert_places", []), placed]}
+        provenance = placed(run.provenance, orders, run.iteration)
         write_description(staging, replace(run, sha256=digests, provenance=provenance))
     write_tracker(Path(save), run.iteration)
     return folder
@@ -160,8 +198,12 @@ def _take_over(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _exchange(source: Path, staging: Path, orders: dict[int, list[int]]) -> None:
-    """Write `.metadata` with the pieces of experts exchanged, and the tensors that hold all experts in one piece anew."""
+def exchange(source: Path, target: Path, orders: dict[int, list[int]]) -> list[str]:
+    """Write `.metadata` with the pieces of experts exchanged, and the tensors that hold all experts in one piece anew.
+
+    `target`: a folder with the data files of the checkpoint `source`, or `source` itself while nobody reads it. Returns the
+    names of what was written.
+    """
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     with (source / METADATA).open("rb") as file:
@@ -181,10 +223,12 @@ def _exchange(source: Path, staging: Path, orders: dict[int, list[int]]) -> None
             storage |= _moved(key, order, metadata.storage_data)
         else:
             whole[key] = order
-    if whole:
-        storage |= _rewritten(source, staging, whole, metadata)
-    with (staging / METADATA).open("wb") as file:
-        pickle.dump(replace(metadata, storage_data=storage), file)
+    written = [METADATA]
+    if whole:  # into a file that `source` has none of that name: it may be of places changed before, and linked
+        written.append(next(name for name in map(REWRITTEN.format, itertools.count()) if not (source / name).exists()))
+        storage |= _rewritten(source, target / written[-1], whole, metadata)
+    write_durably(target / METADATA, pickle.dumps(replace(metadata, storage_data=storage)))
+    return written
 
 
 def _order_of(key: str, orders: dict[int, list[int]]) -> list[int] | None:
@@ -202,8 +246,8 @@ def _moved(key: str, order: list[int], storage: dict) -> dict:
     return {index: pieces[(order[offset[0]], *offset[1:])][1] for offset, (index, _) in pieces.items()}
 
 
-def _rewritten(source: Path, staging: Path, whole: dict[str, list[int]], metadata) -> dict:
-    """Write the tensors of `whole` with their rows in the new order; index of a piece -> where it lies."""
+def _rewritten(source: Path, target: Path, whole: dict[str, list[int]], metadata) -> dict:
+    """Write the tensors of `whole` with their rows in the new order into a file; index of a piece -> where it lies."""
     import torch
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -218,7 +262,7 @@ def _rewritten(source: Path, staging: Path, whole: dict[str, list[int]], metadat
         dcp.load(tensors, checkpoint_id=source, no_dist=True)
     storage = {}
     indices = {(index.fqn, tuple(index.offset)): index for index in metadata.storage_data if index.fqn in whole}
-    with (staging / REWRITTEN).open("wb") as file:
+    with target.open("wb") as file:
         for key, entry in entries.items():
             ordered = tensors[key][torch.tensor(whole[key])]
             for chunk in entry.chunks:
@@ -228,5 +272,7 @@ def _rewritten(source: Path, staging: Path, whole: dict[str, list[int]], metadat
                 start, content = file.tell(), io.BytesIO()
                 torch.save(ordered[region].clone(), content)
                 file.write(content.getbuffer())
-                storage[indices[key, tuple(chunk.offsets)]] = _StorageInfo(REWRITTEN, start, file.tell() - start)
+                storage[indices[key, tuple(chunk.offsets)]] = _StorageInfo(target.name, start, file.tell() - start)
+        file.flush()
+        os.fsync(file.fileno())
     return storage

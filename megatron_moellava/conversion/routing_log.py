@@ -4,18 +4,24 @@ import json
 from pathlib import Path
 
 ROUTING = "routing.jsonl"
+PLACED_AT = "experts_placed_at"  # in a checkpoint's provenance: the step after which experts last changed their places
 
 
-def records_until(file: Path, iteration: int) -> list[dict]:
-    """Records of steps up to `iteration`, oldest first, each step once, as training keeps them; none where there is no file. A
-    line that a kill cut off is passed over."""
+def steps_of(provenance: dict, iteration: int) -> range:
+    """The steps whose records have the experts where they lie in the checkpoint of step `iteration`."""
+    return range(provenance.get(PLACED_AT, -1) + 1, iteration + 1)
+
+
+def records_of(file: Path, steps: range) -> list[dict]:
+    """Records of `steps`, oldest first, each step once, as training keeps them; none where there is no file. A line that a
+    kill cut off is passed over."""
     found = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if record["iteration"] <= iteration:
+        if record["iteration"] in steps:
             found.append(record)
     return found
 

@@ -12,7 +12,7 @@ from megatron_moellava.config import CheckpointError
 from megatron_moellava.conversion.layout import MLP
 from megatron_moellava.conversion.megatron_checkpoint import Checkpoint
 from megatron_moellava.conversion.readers import open_megatron
-from megatron_moellava.conversion.routing_log import ROUTING, fits, records_until
+from megatron_moellava.conversion.routing_log import ROUTING, fits, records_of, steps_of
 from megatron_moellava.conversion.tensors import Files, Tensor
 from megatron_moellava.costs.shapes import EXPERTS, LANGUAGE
 
@@ -77,7 +77,8 @@ def _sums(files: Files, tensor: Tensor, experts: int) -> list[float]:
 def _chosen(source: Checkpoint) -> dict[int, list[float]]:
     """For each MoE layer how many tokens chose each expert in the last recorded step; empty without a fitting record."""
     layers, experts = source.model.moe_layers, source.model.required_moe.num_moe_experts
-    for record in reversed(records_until(source.folder.parent / ROUTING, source.run.iteration)):
+    steps = steps_of(source.run.provenance, source.run.iteration)
+    for record in reversed(records_of(source.folder.parent / ROUTING, steps)):
         if fits(record, layers, experts):
             return {row["layer"]: [float(count) for count in row["choices"]] for row in record["layers"]}
     return {}

@@ -41,6 +41,7 @@ from megatron_moellava.checkpoint.integrity import DamagedCheckpoint
 from megatron_moellava.checkpoint.resume_point import ResumePoint, resume_point
 from megatron_moellava.checkpoint.verification import digests_together, verify_checkpoint
 from megatron_moellava.config import CheckpointError, RunConfig, to_dict
+from megatron_moellava.conversion.place_experts import exchange
 from megatron_moellava.model.fp8_emulation import Emulation
 from megatron_moellava.model.fp8_engine import EngineHistories
 from megatron_moellava.model.moe_llava import MoELlava
@@ -92,10 +93,12 @@ def save_checkpoint(
     optimizer: ChainedOptimizer | None = None,
     keep: int = 2,
     background: BackgroundSave | None = None,
+    orders: dict[int, list[int]] | None = None,
 ) -> Path:
     """Write one iteration folder, on all ranks together. It gets its name only when it is complete.
 
-    With `background` the folder is planned and the state copied now; the caller polls it until it is complete.
+    With `background` the folder is planned and the state copied now; the caller polls it until it is complete. `orders`: by
+    layer (from 0) which expert of now each place gets in the checkpoint.
     """
     final = iteration_folder(folder, state.iteration)
     unfinished = final.with_name(final.name + UNFINISHED)
@@ -107,6 +110,8 @@ def save_checkpoint(
 
     def complete() -> Path:
         _together(writing.finish, unfinished)
+        if orders:
+            _together(lambda: exchange(unfinished, unfinished, orders), unfinished, on=0)
         digests = digests_together(unfinished, writing.digests)
         _together(lambda: finish(replace(description, sha256=digests)), unfinished, on=0)
         return final
@@ -233,13 +238,13 @@ def _serialized(value: dict) -> bytes:
     return buffer.getvalue()
 
 
-def _together(action: Callable[[], None], unfinished: Path, on: int | None = None) -> None:
+def _together(action: Callable[[], object], unfinished: Path, on: int | None = None) -> None:
     """Run `action` on rank `on`, or on all. If it fails on one, all raise CheckpointError instead of waiting for ever."""
     failure = None
     if on is None or on == dist.get_rank():
         try:
             action()
-        except (OSError, RuntimeError, AssertionError, CheckpointingException, CheckpointException) as error:
+        except _UNWRITTEN as error:
             failure = f"rank {dist.get_rank()}: {str(error).strip() or type(error).__name__}"
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
@@ -255,6 +260,9 @@ def _together(action: Callable[[], None], unfinished: Path, on: int | None = Non
         "checkpoint.save (space, permissions, mount) and give the same command again; "
         + (f"it continues from {left.name}" if left else "there is no earlier checkpoint, it starts anew")
     )
+
+
+_UNWRITTEN = (OSError, RuntimeError, AssertionError, CheckpointError, CheckpointingException, CheckpointException)
 
 
 def _space(folder: Path) -> str:

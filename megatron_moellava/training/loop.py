@@ -7,7 +7,7 @@ wherever the tokens are. `global_loss_scale` makes Megatron-Core's averages over
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,7 @@ from megatron_moellava.checkpoint.base import base_of, base_to_load, name_of_bas
 from megatron_moellava.checkpoint.description import RunDescription, read_description
 from megatron_moellava.checkpoint.folders import AVERAGE, require_checkpoint
 from megatron_moellava.config import Component, DataError, MoELlavaError, OptimizerConfig, RunConfig, from_dict
+from megatron_moellava.conversion.place_experts import Placing, placed
 from megatron_moellava.data.batch import Batch, Counts, counts_of, total
 from megatron_moellava.data.loader import Loader
 from megatron_moellava.exit_codes import INTERRUPTED
@@ -62,6 +63,7 @@ from megatron_moellava.training.optimizer import (
     role_rates,
     wrap_data_parallel,
 )
+from megatron_moellava.training.places import better_places, orders_of, said_of, take_places
 from megatron_moellava.training.preference import PairLoss, next_shift
 from megatron_moellava.training.profiling import Profiler, phase
 from megatron_moellava.training.run_record import run_record
@@ -297,7 +299,7 @@ class Trainer:
             if self.held_out is not None and (done or self.state.iteration % self.run.validation.interval == 0):
                 self._validate(self.held_out)
             if done or interrupted or self.state.iteration % self.run.checkpoint.save_interval == 0:
-                self.save()
+                self.save(may_place=not (done or interrupted))
                 interrupted = self._any_rank_interrupted()  # a save may take long enough to be interrupted itself
             if done or interrupted:
                 self._finish_save()
@@ -561,16 +563,34 @@ class Trainer:
         dist.all_gather_object(counters, self.loader.counters() if self.loader is not None else None)
         self.log.data_report([counter for counter in counters if counter is not None])
 
-    def save(self, data: dict | None = None) -> None:
-        """Write a checkpoint of this moment to `checkpoint.save`, if the run has one; in the background if it asks for it."""
+    def save(self, data: dict | None = None, may_place: bool = False) -> None:
+        """Write a checkpoint of this moment to `checkpoint.save`, if the run has one; in the background if it asks for it.
+
+        `may_place`: experts change their places with it, where the run wants that and it pays.
+        """
         options = self.run.checkpoint
         if options.save is None:
             return
         self._finish_save()
-        path = self._write(Path(options.save), options.keep, self.background, data)
+        model = self.chunks[0].sizes()
+        placings = better_places(self.run, model, self.log.folder, self.state) if may_place else []
+        if placings:
+            self.state.provenance = placed(self.state.provenance, orders_of(placings), self.state.iteration)
+        path = self._write(Path(options.save), options.keep, self.background, data, placings)
         self._saved(path if self.background is None else None)
+        if placings:
+            self._at("taking experts in their new places")
+            take_places(path, self.chunks, self.optimizer)
+            self.log.say(f"step {self.state.iteration}: {said_of(placings, model)}")
 
-    def _write(self, folder: Path, keep: int, background: BackgroundSave | None, data: dict | None = None) -> Path:
+    def _write(
+        self,
+        folder: Path,
+        keep: int,
+        background: BackgroundSave | None,
+        data: dict | None = None,
+        placings: Sequence[Placing] = (),
+    ) -> Path:
         self._at("writing a checkpoint")
         self.gather_parameters()
         if self.loader is not None and data is None:
@@ -584,7 +604,7 @@ class Trainer:
         try:
             with phase("save"):
                 return checkpoints.save_checkpoint(
-                    folder, self.run, self.chunks, state, self.optimizer, keep, background
+                    folder, self.run, self.chunks, state, self.optimizer, keep, background, orders_of(placings)
                 )
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting)

@@ -104,6 +104,10 @@ RULES: dict[str, Rule] = {
     "checkpoint.save_interval": (AT_LEAST_1[0], "must be at least 1 step"),
     "validation.interval": (AT_LEAST_1[0], "must be at least 1 step"),
     "validation.steps": (lambda value: value >= 0, "must not be negative; 0 reads all rows"),
+    "checkpoint.place_experts": (
+        lambda value: 0 < value < 1,
+        "must be a share above 0 and below 1, such as 0.05, or be left unset",
+    ),
     "checkpoint.keep": (AT_LEAST_1[0], "must be at least 1; the newest checkpoint is never deleted"),
     "logging.log_interval": (AT_LEAST_1[0], "must be at least 1 step"),
     "logging.routing_interval": (AT_LEAST_1[0], "must be at least 1 step"),

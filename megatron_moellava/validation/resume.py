@@ -45,6 +45,7 @@ FREE = {
     "checkpoint.save_interval": "",
     "checkpoint.keep": "",
     "checkpoint.async_save": "",
+    "checkpoint.place_experts": "the same experts in other places",
     "logging.log_interval": "",
     "logging.routing_interval": "",
     "logging.straggler_interval": "",

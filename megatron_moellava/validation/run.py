@@ -20,6 +20,7 @@ from megatron_moellava.validation.adapters import adapter_problems
 from megatron_moellava.validation.checkpoints import checkpoint_problems
 from megatron_moellava.validation.data import data_problems, length_problems
 from megatron_moellava.validation.distillation import distillation_problems
+from megatron_moellava.validation.expert_places import expert_place_problems
 from megatron_moellava.validation.experts import expert_problems
 from megatron_moellava.validation.layout import parallel_problems
 from megatron_moellava.validation.modalities import way_problems
@@ -173,6 +174,7 @@ def run_problems(run: RunConfig, world_size: int, machine: Machine | None = None
     found += checkpoint_problems(run, backbone, tower)
     found += preference_problems(run, backbone, tower)
     found += distillation_problems(run, template)
+    found += expert_place_problems(run)
     if backbone is None:
         return [*found, *batch_problems(run, world_size), *training_problems(run, machine)]
     if tower is not None:

@@ -23,10 +23,10 @@ PATIENCE = datetime.timedelta(minutes=60)  # for jobs of other ranks
 
 def main() -> None:
     folder, rank, jobs = Path(sys.argv[1]), int(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
-    from tests.distributed import allocations, balancing, runs
+    from tests.distributed import allocations, balancing, places, runs
     from tests.distributed import jobs as layout_jobs
 
-    functions = vars(layout_jobs) | vars(runs) | vars(allocations) | vars(balancing)
+    functions = vars(layout_jobs) | vars(runs) | vars(allocations) | vars(balancing) | vars(places)
     store = dist.FileStore(str(folder / "rendezvous"), -1)
     for number, job in enumerate(jobs):
         if rank >= job["world"]:

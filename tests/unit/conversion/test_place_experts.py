@@ -11,7 +11,7 @@ from megatron_moellava.checkpoint.description import read_description, write_des
 from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.checkpoint.verification import verify_checkpoint
 from megatron_moellava.commands.convert import main
-from megatron_moellava.config import CheckpointError
+from megatron_moellava.config import CheckpointError, MoEConfig
 from megatron_moellava.conversion.inspection import diff
 from megatron_moellava.conversion.place_experts import Placing, find_places, note, place_experts
 from megatron_moellava.conversion.routing_log import ROUTING
@@ -156,8 +156,12 @@ def test_the_command_says_what_it_would_do_and_does_it_where_told(tmp_path, caps
     assert written.name == "iter_0000002" and f"wrote {written}" in capsys.readouterr().out
     (orders,) = read_description(written).provenance["expert_places"]
     assert orders.keys() == {str(layer) for layer in layers}
-    log(tmp_path / "placed", [1, 1, 1, 1], layers)
-    assert main([*command[:1], str(tmp_path / "placed"), *command[2:], "--save", str(tmp_path / "again")]) == 0
+    log(tmp_path / "placed", [5, 4, 1, 1], layers)
+    again = [*command[:1], str(tmp_path / "placed"), *command[2:], "--save", str(tmp_path / "again")]
+    assert main(again) == 2
+    assert "up to step 2 since experts changed places at step 2" in capsys.readouterr().err
+    log(tmp_path / "run", [1, 1, 1, 1], layers)
+    assert main([*command, "--save", str(tmp_path / "again")]) == 0
     assert "no place is better than today's" in capsys.readouterr().out and not (tmp_path / "again").exists()
 
 
@@ -201,8 +205,19 @@ def test_what_cannot_be_placed_is_refused_in_a_sentence(tmp_path, capsys):
     assert "no experts" in capsys.readouterr().err
 
 
-def test_a_note_where_noise_is_drawn_for_places(tmp_path):
-    trained(tmp_path / "run", **KINDS["original"] | {"moe.second_choice": "sampled"})
-    assert "second choices" in note(read_description(newest_checkpoint(tmp_path / "run")))
-    trained(tmp_path / "other")
-    assert note(read_description(newest_checkpoint(tmp_path / "other"))) == ""
+def test_a_note_where_noise_is_drawn_for_places():
+    sampled = MoEConfig(router="original", moe_router_topk=2, second_choice="sampled")
+    assert "second choices of training are other ones" in note(sampled)
+    assert "tokens that a full expert keeps" in note(replace(sampled, moe_router_topk=1))
+    assert note(replace(sampled, second_choice="deterministic")) == note(MoEConfig()) == note(None) == ""
+
+
+def test_a_checkpoint_that_was_placed_before_stays_whole(tmp_path):
+    """Its rewritten routers are a data file that the next one links."""
+    trained(tmp_path / "run")
+    once = place_experts(tmp_path / "run", tmp_path / "once", placings(tmp_path / "run"))
+    twice = place_experts(tmp_path / "once", tmp_path / "twice", placings(tmp_path / "run"))
+    verify_checkpoint(once), verify_checkpoint(twice)
+    at_once = [ORDER[expert] for expert in ORDER]
+    place_experts(tmp_path / "run", tmp_path / "at once", placings(tmp_path / "run", at_once))
+    assert diff(tmp_path / "twice", tmp_path / "at once")[0] == []

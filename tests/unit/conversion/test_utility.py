@@ -8,6 +8,7 @@ import torch
 
 from megatron_moellava.config import CheckpointError, ConfigError, MoEConfig
 from megatron_moellava.conversion.megatron_checkpoint import open_checkpoint
+from megatron_moellava.conversion.routing_log import PLACED_AT
 from megatron_moellava.conversion.upcycle import upcycle_checkpoint
 from megatron_moellava.conversion.utility import GRADIENTS, TOKENS, greedy, sources_by_utility
 from tests.helpers.conversion_models import read
@@ -70,7 +71,11 @@ def test_without_gradients_the_recorded_load_counts(trained, tmp_path):
     other = [{"layer": 0, "choices": [7, 1]}]
     lines = [{"iteration": 0, "layers": rows}, {"iteration": 0, "layers": other}, {"iteration": 9, "layers": rows}]
     (bare / "routing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iterat')
-    assert sources_by_utility(open_checkpoint(bare), 7) == (TOKENS, {layer: [0, 1, 2, 3, 4, 2, 2] for layer in (0, 2)})
+    source = open_checkpoint(bare)
+    assert sources_by_utility(source, 7) == (TOKENS, {layer: [0, 1, 2, 3, 4, 2, 2] for layer in (0, 2)})
+    elsewhere = replace(source, run=replace(source.run, provenance={PLACED_AT: 0}))  # experts had other numbers then
+    with pytest.raises(CheckpointError, match=r"no routing.jsonl"):
+        sources_by_utility(elsewhere, 7)
 
 
 def test_there_must_be_something_to_choose(trained, dense, tmp_path):
