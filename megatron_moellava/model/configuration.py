@@ -6,6 +6,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+import megatron_moellava.model.fused  # noqa: F401 -- the rotation that `apply_rope_fusion` asks for
 import megatron_moellava.platform as platform
 from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoEConfig, RunConfig
