@@ -3,24 +3,23 @@
   python examples/ablations/expert_groups.py --runs runs/ablations     take what is finished there into the data, then write
   python examples/ablations/expert_groups.py                           write page and picture from the data alone
 
-The data: docs/measurements/data/modality_routing.json, a row for each cell and seed of expert_groups.yaml: held-out loss, and
+The data: docs/measurements/data/modality_routing.jsonl, a row for each cell and seed of expert_groups.yaml: held-out loss, and
 what the routes of its held-out questions send and wait for on 2, 4 and 8 expert-parallel ranks, beside what is predicted.
 """
 
-import argparse
-import json
 import statistics
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+
+from pages import HERE, page_options, rows_of
 
 from megatron_moellava.config import ExpertGroups, MoEConfig
 from megatron_moellava.costs.expert_traffic import busiest_rank, copies_to_others, rows_to_others
 from megatron_moellava.experiments.grid import Grid, load_grid
 from megatron_moellava.experiments.results import collect, compare
 
-HERE = Path(__file__).parent
-DOCS = HERE.parents[1] / "docs" / "measurements"
-DATA, PAGE, PICTURE = "data/modality_routing.json", "modality_routing.md", "images/modality_routing.png"
+DATA, PAGE, PICTURE = "data/modality_routing.jsonl", "modality_routing.md", "images/modality_routing.png"
 RANKS, METRIC, QUESTIONS = (2, 4, 8), "held_out_loss", 60
 
 EVEN = {  # experts of images, shared, of text
@@ -88,7 +87,7 @@ def routed(grid: Grid, runs: Path, row: dict) -> dict:
     image_share = float(routes.is_image_T.mean())
     counted = [asdict(traffic(routes.choices_TLK, routes.num_experts, ranks)) for ranks in RANKS]
     parallel.shutdown()
-    own = {key: row[key] for key in ("cell", "seed", METRIC, "accuracy") if key in row}
+    own = {key: row[key] for key in ("grid", "cell", "seed", METRIC, "accuracy") if key in row}
     return own | {"image_share": round(image_share, 4), "counted": [rounded(item) for item in counted]}
 
 
@@ -134,11 +133,6 @@ def table(grid: Grid, rows: list[dict]) -> str:
                 cells.append(f"{counted:.2f} / {even[what]:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def read_data(path: Path) -> list[dict]:
-    """The rows of the data file; none where there is no file."""
-    return json.loads(path.read_text()) if path.exists() else []
 
 
 def losses(rows: list[dict], cell: str) -> dict[int, float]:
@@ -215,19 +209,13 @@ def draw(grid: Grid, rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, help="take finished runs from there (of `moellava ablate --runs`)")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="docs/measurements")
-    args = parser.parse_args()
+    options = page_options(__doc__)
     grid = load_grid(HERE / "expert_groups.yaml")
-    if args.runs:
-        rows = gather(args.runs, grid)
-        (args.docs / DATA).write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    rows = read_data(args.docs / DATA)
-    (args.docs / PAGE).write_text(page(grid, rows))
+    rows = rows_of(options, DATA, partial(gather, grid=grid))
+    (options.docs / PAGE).write_text(page(grid, rows))
     if rows:
-        draw(grid, rows, args.docs / PICTURE)
-    print(f"{len(rows)} rows -> {args.docs / PAGE}")
+        draw(grid, rows, options.docs / PICTURE)
+    print(f"{len(rows)} rows -> {options.docs / PAGE}")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@
 The data: docs/measurements/data/preferences.jsonl, a row for each cell and seed of preferences.yaml.
 """
 
-import argparse
 import json
+from functools import partial
 from pathlib import Path
 
-from where_experts_pay import DOCS, HERE, chance, merged, read_data, signed
+from pages import HERE, chance, page_options, rows_of, signed
 
 from megatron_moellava.experiments.grid import Grid, load_grid
 from megatron_moellava.experiments.results import Comparison, Summary, collect, compare, summarise
@@ -180,17 +180,11 @@ def made_pairs(grid: Grid, rows: list[dict]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, help="take finished runs from there (of `moellava ablate --runs`)")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="docs/measurements")
-    args = parser.parse_args()
+    options = page_options(__doc__)
     grid = load_grid(HERE / "preferences.yaml")
-    rows = read_data(args.docs / DATA)
-    if args.runs:
-        rows = merged(rows, gather(args.runs, grid))
-        (args.docs / DATA).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (args.docs / PAGE).write_text(page(grid, rows))
-    print(f"{len(rows)} rows -> {args.docs / PAGE}")
+    rows = rows_of(options, DATA, partial(gather, grid=grid))
+    (options.docs / PAGE).write_text(page(grid, rows))
+    print(f"{len(rows)} rows -> {options.docs / PAGE}")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ The data: docs/measurements/data/sixteen_bits.jsonl, a row for each cell and see
 the largest activations and gradients of each layer.
 """
 
-import argparse
-import json
 import math
+from functools import partial
 from pathlib import Path
 
 from experts_picture import METRIC
+from pages import HERE, binned, chance, page_options, rows_of, signed
 from sixteen_bits_picture import LARGEST_FP16, draw
-from where_experts_pay import DOCS, HERE, binned, chance, merged, read_data, signed
 
 from megatron_moellava.experiments.curves import read_lines
 from megatron_moellava.experiments.grid import Grid, load_grid
@@ -253,18 +252,12 @@ def page(grid: Grid, rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, help="take finished runs from there (of `moellava ablate --runs`)")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="docs/measurements")
-    args = parser.parse_args()
+    options = page_options(__doc__)
     grid = load_grid(HERE / "sixteen_bits.yaml")
-    rows = read_data(args.docs / DATA)
-    if args.runs:
-        rows = merged(rows, gather(args.runs, grid))
-        (args.docs / DATA).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (args.docs / PAGE).write_text(page(grid, rows))
-    draw(grid, rows, args.docs / PICTURE)
-    print(f"{len(rows)} rows -> {args.docs / PAGE}")
+    rows = rows_of(options, DATA, partial(gather, grid=grid))
+    (options.docs / PAGE).write_text(page(grid, rows))
+    draw(grid, rows, options.docs / PICTURE)
+    print(f"{len(rows)} rows -> {options.docs / PAGE}")
 
 
 if __name__ == "__main__":

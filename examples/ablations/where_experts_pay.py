@@ -6,21 +6,17 @@
 The data: docs/measurements/data/where_experts_pay.jsonl, a row for each cell and seed of the grids below, with its curve.
 """
 
-import argparse
-import itertools
-import json
-import statistics
+from functools import partial
 from pathlib import Path
 
 from experts_picture import METRIC, draw
+from pages import HERE, binned, chance, page_options, rows_of, signed
 
 from megatron_moellava.experiments.curves import read_lines
 from megatron_moellava.experiments.grid import Grid, load_grid
 from megatron_moellava.experiments.results import LEVEL, collect, compare, holm, summarise, verdict
 from megatron_moellava.experiments.tables import plus_minus
 
-HERE = Path(__file__).parent
-DOCS = HERE.parents[1] / "docs" / "measurements"
 DATA, PAGE, PICTURE = "data/where_experts_pay.jsonl", "where_experts_pay.md", "images/where_experts_pay.png"
 GRIDS = (
     "knowledge",
@@ -47,8 +43,6 @@ KEPT = (  # of a run's numbers
     "steps",
     "diverged",
 )
-BINS = 30  # points of a curve
-
 
 HEAD = """# Where experts pay
 
@@ -126,26 +120,6 @@ def gather(runs: Path, grids: list[Grid]) -> list[dict]:
     return rows
 
 
-def binned(values: list[float], count: int = BINS) -> list[float]:
-    """Means of `count` equal stretches (fewer where there are fewer values)."""
-    count = min(count, len(values))
-    if not count:
-        return []
-    edges = [round(number * len(values) / count) for number in range(count + 1)]
-    return [statistics.fmean(values[start:end]) for start, end in itertools.pairwise(edges)]
-
-
-def merged(old: list[dict], new: list[dict]) -> list[dict]:
-    """New rows in the place of old ones of the same cell and seed; sorted."""
-    rows = {(row["grid"], row["cell"], row["seed"]): row for row in [*old, *new]}
-    return [rows[key] for key in sorted(rows)]
-
-
-def read_data(path: Path) -> list[dict]:
-    """The rows of the data file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 # --- the page -------------------------------------------------------------------------------------------------------------
 
 
@@ -175,16 +149,6 @@ def arms_table(grid: Grid, rows: list[dict]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def signed(mean: float, deviation: float | None) -> str:
-    """`-1.20 ± 0.10`"""
-    return f"{mean:+.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
-
-
-def chance(p: float) -> str:
-    """`= 0.0123`, `< 0.0001`"""
-    return f"= {p:.4f}" if p >= 1e-4 else "< 0.0001"
 
 
 def pairs_table(grid: Grid, rows: list[dict]) -> str:
@@ -257,18 +221,12 @@ def page(grids: list[Grid], rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, help="take finished runs from there (of `moellava ablate --runs`)")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="docs/measurements")
-    args = parser.parse_args()
+    options = page_options(__doc__)
     grids = [load_grid(HERE / f"{name}.yaml") for name in GRIDS if (HERE / f"{name}.yaml").exists()]
-    rows = read_data(args.docs / DATA)
-    if args.runs:
-        rows = merged(rows, gather(args.runs, grids))
-        (args.docs / DATA).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (args.docs / PAGE).write_text(page(grids, rows))
-    draw({grid.name: grid for grid in grids}, rows, args.docs / PICTURE)
-    print(f"{len(rows)} rows -> {args.docs / PAGE}")
+    rows = rows_of(options, DATA, partial(gather, grids=grids))
+    (options.docs / PAGE).write_text(page(grids, rows))
+    draw({grid.name: grid for grid in grids}, rows, options.docs / PICTURE)
+    print(f"{len(rows)} rows -> {options.docs / PAGE}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 from megatron_moellava.checkpoint.description import RunDescription, write_description
 from megatron_moellava.checkpoint.folders import (
@@ -104,9 +105,14 @@ def placings_of(loads: dict[int, list[int]], moe: MoEConfig, ranks: int) -> list
     ]
 
 
+def busiest_ranks(placings: Sequence[Placing]) -> tuple[float, float]:
+    """Busiest rank over the mean, now and with the experts in their new places: means over layers."""
+    return fmean(placing.before for placing in placings), fmean(placing.after for placing in placings)
+
+
 def saved_share(placings: Sequence[Placing]) -> float:
     """Of the experts' time that goes by the busiest rank of each layer, what other places take off."""
-    before, after = (sum(getattr(placing, name) for placing in placings) for name in ("before", "after"))
+    before, after = busiest_ranks(placings)
     return 1.0 - after / before
 
 

@@ -16,6 +16,7 @@ from megatron_moellava import parallel
 from megatron_moellava.config import CheckpointError, RunConfig
 from megatron_moellava.conversion.place_experts import (
     Placing,
+    busiest_ranks,
     note,
     observed_loads,
     placings_of,
@@ -72,9 +73,7 @@ def take_places(checkpoint: Path, chunks: list[MoELlava], optimizer: ChainedOpti
 
 def said_of(placings: Sequence[Placing], model: Model) -> str:
     """What the log says of experts that have changed places."""
-    before, after = (
-        sum(getattr(placing, name) for placing in placings) / len(placings) for name in ("before", "after")
-    )
+    before, after = busiest_ranks(placings)
     hint = note(model.moe)
     return (
         f"{sum(placing.moved for placing in placings)} experts have changed ranks: the busiest of {placings[0].ranks} has "

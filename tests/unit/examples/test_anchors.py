@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.helpers.paths import REPO
+PROGRAM = "anchors"
 
 PAIR = {
     "id": "p",
@@ -13,14 +13,6 @@ PAIR = {
     "chosen": "yes",
     "rejected": "no",
 }
-
-
-@pytest.fixture
-def program(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPO / "examples/ablations"))
-    import anchors
-
-    return anchors
 
 
 @pytest.fixture

@@ -10,18 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from tests.helpers.paths import REPO
+PROGRAM = "compositions"
 
 RGB = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0), "black": (0, 0, 0), "yellow": (255, 255, 0)}
 BACKGROUND = (240, 250, 245)
-
-
-@pytest.fixture
-def program(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPO / "examples/ablations"))
-    import compositions
-
-    return compositions
 
 
 @pytest.fixture

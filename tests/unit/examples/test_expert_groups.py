@@ -4,27 +4,15 @@ import statistics
 
 import pytest
 
-from megatron_moellava.experiments.grid import load_grid
-from tests.helpers.paths import REPO
+PROGRAM, GRID = "expert_groups", "expert_groups"
 
 
-@pytest.fixture
-def program(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPO / "examples/ablations"))
-    import expert_groups
-
-    return expert_groups
-
-
-def test_the_page_is_what_the_data_give(program):
-    grid = load_grid(program.HERE / "expert_groups.yaml")
-    rows = program.read_data(program.DOCS / program.DATA)
-    assert (program.DOCS / program.PAGE).read_text() == program.page(grid, rows)
+def test_the_page_is_what_the_data_give(program, grid, rows, written):
+    assert written == program.page(grid, rows)
     assert {row["cell"] for row in rows} <= set(grid.cells)
 
 
-def test_what_the_page_says_is_true_of_the_data(program):
-    rows = program.read_data(program.DOCS / program.DATA)
+def test_what_the_page_says_is_true_of_the_data(program, rows):
 
     def of(cell):
         return {row["seed"]: row for row in rows if row["cell"] == cell}
@@ -53,8 +41,7 @@ def test_what_the_page_says_is_true_of_the_data(program):
     )
 
 
-def test_a_run_is_a_line_with_its_difference_and_a_dot_with_what_it_saves(program, tmp_path):
-    grid = load_grid(program.HERE / "expert_groups.yaml")
+def test_a_run_is_a_line_with_its_difference_and_a_dot_with_what_it_saves(program, grid, tmp_path):
     rows = [
         {
             "cell": cell,

@@ -3,28 +3,11 @@
 import json
 import statistics
 
-import pytest
-
-from megatron_moellava.experiments.grid import load_grid
-from tests.helpers.paths import REPO
+PROGRAM, GRID = "preferences_page", "preferences"
 
 
-@pytest.fixture
-def program(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPO / "examples/ablations"))
-    import preferences_page
-
-    return preferences_page
-
-
-@pytest.fixture
-def grid(program):
-    return load_grid(program.HERE / "preferences.yaml")
-
-
-def test_the_page_is_what_the_data_give(program, grid):
-    rows = program.read_data(program.DOCS / program.DATA)
-    assert rows and (program.DOCS / program.PAGE).read_text() == program.page(grid, rows)
+def test_the_page_is_what_the_data_give(program, grid, rows, written):
+    assert rows and written == program.page(grid, rows)
     assert all(row["cell"] in grid.cells and 0 <= row[program.F1] <= 100 for row in rows)
 
 
@@ -61,8 +44,7 @@ def test_a_finding_is_the_paired_difference_of_its_two_cells(program, grid):
     assert "F1 +4.00 ± 0.00, easy-VQA +1.00 ± 0.00" in second and "3 seeds" in second
 
 
-def test_what_the_page_says_is_true_of_the_data(program):
-    rows = program.read_data(program.DOCS / program.DATA)
+def test_what_the_page_says_is_true_of_the_data(program, rows):
 
     def seeds(cell, metric):
         return {row["seed"]: row[metric] for row in rows if row["cell"] == cell}

@@ -5,21 +5,7 @@ import math
 
 import pytest
 
-from megatron_moellava.experiments.grid import load_grid
-from tests.helpers.paths import REPO
-
-
-@pytest.fixture
-def program(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPO / "examples/ablations"))
-    import sixteen_bits_page
-
-    return sixteen_bits_page
-
-
-@pytest.fixture
-def grid(program):
-    return load_grid(program.HERE / "sixteen_bits.yaml")
+PROGRAM, GRID = "sixteen_bits_page", "sixteen_bits"
 
 
 def record(iteration: int, **more: float) -> dict:
@@ -40,10 +26,9 @@ def row(program, cell: str, seed: int, bits: float, *records: dict) -> dict:
     }
 
 
-def test_the_page_is_what_the_data_give(program, grid):
-    rows = program.read_data(program.DOCS / program.DATA)
-    assert rows and (program.DOCS / program.PAGE).read_text() == program.page(grid, rows)
-    assert {row["cell"] for row in rows} <= set(grid.cells) and (program.DOCS / program.DATA).stat().st_size < 200_000
+def test_the_page_is_what_the_data_give(program, grid, rows, written):
+    assert rows and written == program.page(grid, rows)
+    assert {row["cell"] for row in rows} <= set(grid.cells) and len(json.dumps(rows)) < 200_000
     assert all(row["steps"] == 1000 and row["bits_per_fact"] > 0 for row in rows if not row["diverged"])
 
 
@@ -121,8 +106,7 @@ def test_all_comparisons_of_the_page_are_corrected_together(program, grid):
     )
 
 
-def test_what_the_page_says_is_true_of_the_data(program):
-    rows = program.read_data(program.DOCS / program.DATA)
+def test_what_the_page_says_is_true_of_the_data(program, rows):
     of = {name: [row for row in rows if row["cell"] == name] for name in {row["cell"] for row in rows}}
     for run in (*of["fp16-wild"], *of["fp16-wild-clipping"]):
         count, place = program.first_break(run)

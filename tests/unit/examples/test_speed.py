@@ -2,12 +2,9 @@
 
 import pytest
 
-from tests.helpers.paths import REPO
-
 
 @pytest.fixture
-def modules(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPO / "examples/quickstart"))
+def modules():
     import plans
     import speed
 
