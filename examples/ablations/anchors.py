@@ -18,6 +18,8 @@ from pathlib import Path
 
 from compositions import needs, training_questions
 
+from megatron_moellava.commands.program import number
+
 SHARE = 1.0  # anchors for each pair
 
 
@@ -63,7 +65,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="the pairs' image folder")
     parser.add_argument("--data", type=Path, required=True, help="the quickstart's data")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--share", type=float, default=SHARE, help=f"anchors for each pair ({SHARE})")
+    parser.add_argument("--share", type=number(float, above=0), default=SHARE, help=f"anchors for each pair ({SHARE})")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     args = parser.parse_args()
     needs(parser, args.pairs, args.data / "conversations.json")

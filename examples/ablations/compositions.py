@@ -22,6 +22,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_moellava.commands.program import COUNT, number
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 
 SIDE = 72  # pixels: what the quickstart's tower looks at
@@ -214,9 +216,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the quickstart's data")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=TRAIN, help=f"compositions of training pictures ({TRAIN})")
-    parser.add_argument("--test", type=int, default=TEST, help=f"compositions of held-out pictures ({TEST})")
-    parser.add_argument("--ordinary", type=int, default=ORDINARY, help=f"questions of easy-VQA's ({ORDINARY})")
+    parser.add_argument("--train", type=COUNT, default=TRAIN, help=f"compositions of training pictures ({TRAIN})")
+    parser.add_argument("--test", type=COUNT, default=TEST, help=f"compositions of held-out pictures ({TEST})")
+    parser.add_argument(
+        "--ordinary", type=number(int, least=0), default=ORDINARY, help=f"questions of easy-VQA's ({ORDINARY})"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     args = parser.parse_args()
     needs(parser, args.data / "test.jsonl", args.data / "conversations.json")

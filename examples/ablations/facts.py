@@ -18,6 +18,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from megatron_moellava.commands.program import COUNT
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 from names import (
     LANGUAGES,
@@ -167,11 +169,11 @@ def write_trained_tower(folder: Path, tower, data: Path, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--things", type=int, help="so many of the emoji (all, about 1,900); each has eight names")
-    parser.add_argument("--views", type=int, default=4, help="noisy pictures of each to train on (4)")
-    parser.add_argument("--layers", type=int, default=2, help="of the language model (2)")
-    parser.add_argument("--hidden", type=int, default=64, help="its hidden size (64)")
-    parser.add_argument("--ffn", type=int, default=128, help="the width of its FFNs (128)")
+    parser.add_argument("--things", type=COUNT, help="so many of the emoji (all, about 1,900); each has eight names")
+    parser.add_argument("--views", type=COUNT, default=4, help="noisy pictures of each to train on (4)")
+    parser.add_argument("--layers", type=COUNT, default=2, help="of the language model (2)")
+    parser.add_argument("--hidden", type=COUNT, default=64, help="its hidden size (64)")
+    parser.add_argument("--ffn", type=COUNT, default=128, help="the width of its FFNs (128)")
     parser.add_argument("--pictures", action="store_true", help="OpenMoji's pictures instead of patterns of noise")
     parser.add_argument("--seed", type=int, default=1, help="of the weights; the data are the same for every seed")
     args = parser.parse_args()

@@ -5,6 +5,8 @@ import json
 import random
 from pathlib import Path
 
+from megatron_moellava.commands.program import number
+
 
 def unbalanced(rows: list[dict], types: set[str], keep: float, seed: int) -> list[dict]:
     draw = random.Random(seed)
@@ -16,7 +18,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--types", nargs="+", required=True, help="question types that become rare")
-    parser.add_argument("--keep", type=float, default=0.1, help="share of their rows (0.1)")
+    parser.add_argument("--keep", type=number(float, above=0, most=1), default=0.1, help="share of their rows (0.1)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rows = json.loads(args.data.read_text())

@@ -15,6 +15,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tqdm import trange
 
+from megatron_moellava.commands.program import COUNT
+
 SIZE = (96, 72)
 COLORS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -92,8 +94,8 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=8000, help="pictures to train on (8000)")
-    parser.add_argument("--test", type=int, default=400, help="pictures that are held out (400)")
+    parser.add_argument("--train", type=COUNT, default=8000, help="pictures to train on (8000)")
+    parser.add_argument("--test", type=COUNT, default=400, help="pictures that are held out (400)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write(args.out, args.train, args.test, args.seed)

@@ -19,6 +19,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import trange
 
+from megatron_moellava.commands.program import COUNT
+
 SIZE, CARD = (96, 72), 32  # pixels of a scene, and of the side of a picture in front
 PLACES = {"left": (8, 20), "right": (56, 20)}  # left and top of each
 FAR, AMBIENT = 9, 15  # metres and degrees of what is behind
@@ -121,8 +123,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, required=True, help="a folder with pictures, at any depth")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=4000, help="scenes to train on (4000)")
-    parser.add_argument("--test", type=int, default=200, help="scenes that are held out (200)")
+    parser.add_argument("--train", type=COUNT, default=4000, help="scenes to train on (4000)")
+    parser.add_argument("--test", type=COUNT, default=200, help="scenes that are held out (200)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     pictures = sorted(path for path in args.pictures.rglob("*") if path.suffix.lower() in SUFFIXES)

@@ -19,6 +19,8 @@ from digits import write_digits
 from names import write_names
 from plans import THINGS, VIEWS
 
+from megatron_moellava.commands.program import COUNT, number
+
 COLORS = "black|blue|brown|gray|green|red|teal|yellow"
 SHAPES = "circle|rectangle|triangle"
 CAPTIONS = ("{}.", "the image shows {}.", "a picture of {}.", "this is {}.")
@@ -70,8 +72,8 @@ def write_easy_vqa(out: Path, rng: random.Random):
     for split, paths in splits:
         folder = out / "images" / "easy_vqa" / split
         folder.mkdir(parents=True, exist_ok=True)
-        for number, path in tqdm(sorted(paths.items()), desc=f"easy-VQA {split} images", unit=""):
-            shutil.copyfile(path, folder / f"{number}.png")
+        for index, path in tqdm(sorted(paths.items()), desc=f"easy-VQA {split} images", unit=""):
+            shutil.copyfile(path, folder / f"{index}.png")
     train = [
         (f"easy_vqa/train/{i}.png", q, a, kind(a)) for q, a, i in zip(*easy_vqa.get_train_questions(), strict=True)
     ]
@@ -170,8 +172,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", choices=("names", "fast", "full"), default="fast")
-    parser.add_argument("--turns", type=int, default=3, help="questions per conversation (3)")
-    parser.add_argument("--text-rows", type=int, default=400, help="rows without an image (400)")
+    parser.add_argument("--turns", type=COUNT, default=3, help="questions per conversation (3)")
+    parser.add_argument("--text-rows", type=number(int, least=0), default=400, help="rows without an image (400)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write_quickstart(args.out, preset=args.preset, turns=args.turns, text_rows=args.text_rows, seed=args.seed)

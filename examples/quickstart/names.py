@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from megatron_moellava.commands.program import COUNT
 from megatron_moellava.evaluation.quickstart.names import SEPARATOR
 
 # What the questions call a language. The first eight are those in Latin script that the `emoji` package has; the others are
@@ -291,11 +292,11 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--things", type=int, help="so many of the emoji, drawn by the seed (all, about 1,900)")
-    parser.add_argument("--views", type=int, default=2, help="training pictures of each thing (2)")
-    parser.add_argument("--turns", type=int, default=4, help="languages asked for in a row (4)")
+    parser.add_argument("--things", type=COUNT, help="so many of the emoji, drawn by the seed (all, about 1,900)")
+    parser.add_argument("--views", type=COUNT, default=2, help="training pictures of each thing (2)")
+    parser.add_argument("--turns", type=COUNT, default=4, help="languages asked for in a row (4)")
     parser.add_argument(
-        "--scenes", type=int, nargs=2, metavar=("TRAIN", "TEST"), help="also so many pictures of several things"
+        "--scenes", type=COUNT, nargs=2, metavar=("TRAIN", "TEST"), help="also so many pictures of several things"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -34,6 +34,8 @@ from names import (
     write_rows,
 )
 
+from megatron_moellava.commands.program import COUNT
+
 CLDR, NOTO, TWEMOJI, FLUENT = (
     "cldr-annotations-full",
     "emoji-datasource-google",
@@ -187,9 +189,9 @@ def main() -> int:
     parser.add_argument("--packages", type=Path, help="a node_modules with the packages (default: fetched with npm)")
     parser.add_argument("--fetch", type=Path, default=Path("build/names-full"), help="where npm puts them")
     parser.add_argument("--out", type=Path, default=Path("runs/names-full/data"))
-    parser.add_argument("--things", type=int, help="so many of the emoji, drawn by the seed (all, about 1,580)")
-    parser.add_argument("--views", type=int, default=1, help="training pictures of each thing by each vendor (1)")
-    parser.add_argument("--turns", type=int, default=4, help="languages asked for in a row (4)")
+    parser.add_argument("--things", type=COUNT, help="so many of the emoji, drawn by the seed (all, about 1,580)")
+    parser.add_argument("--views", type=COUNT, default=1, help="training pictures of each thing by each vendor (1)")
+    parser.add_argument("--turns", type=COUNT, default=4, help="languages asked for in a row (4)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     from megatron_moellava.config import MoELlavaError

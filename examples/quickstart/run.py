@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from megatron_moellava.commands.program import add_machine_options, choose_machine
+from megatron_moellava.commands.program import COUNT, add_machine_options, choose_machine, number
 
 sys.path.insert(0, str(Path(__file__).parent))
 import plans
@@ -50,10 +50,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the weights and the order of the data")
     parser.add_argument("--prepare-only", action="store_true", help="make data and starting weights, then stop")
     parser.add_argument(
-        "--steps-scale", type=float, default=1.0, help="multiplies the steps of every run, for a quick look"
+        "--steps-scale",
+        type=number(float, above=0),
+        default=1.0,
+        help="multiplies the steps of every run, for a quick look",
     )
     parser.add_argument(
-        "--questions", type=int, default=QUESTIONS, help=f"held-out questions to ask after each run ({QUESTIONS})"
+        "--questions", type=COUNT, default=QUESTIONS, help=f"held-out questions to ask after each run ({QUESTIONS})"
     )
     parser.add_argument("--fresh", action="store_true", help="begin anew, whatever OUT already has")
     parser.add_argument(
