@@ -24,7 +24,7 @@ PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "sente
 
 
 def write_report(out: Path, arguments, plan: dict, titles: dict, results: dict, seconds: dict) -> None:
-    """summary.json, curves.png, expert_load.png and the table on the screen."""
+    """summary.json, the pictures and the tables on the screen."""
     import numpy as np
 
     from megatron_moellava.analysis.plots import plot_expert_load
@@ -44,7 +44,8 @@ def write_report(out: Path, arguments, plan: dict, titles: dict, results: dict, 
     print_table(summary, titles)
     if "names" in summary:
         print_names_table(summary, titles, out)
-    print(f"\n{out}/summary.json  {out}/curves.png  {out}/expert_load.png")
+    names = ["names.png"] if "names" in summary else []
+    print("\n" + "  ".join(f"{out}/{file}" for file in ("summary.json", "curves.png", *names, "expert_load.png")))
     print(f"tensorboard --logdir {out}")
 
 
