@@ -2,8 +2,8 @@
 
 Megatron-core's own DotProductAttention refuses packed rows and context parallelism; this one takes them, grouped queries,
 padded batches and KV caches, with the same interface. Under context parallelism it serves GPUs as well. Shapes: S
-sequence, L positions of this rank, B batch, T packed tokens, N samples in a row, H heads, G query groups, D channels of a
-head.
+sequence, L positions of this rank, B batch, T packed tokens, N samples in a row, H heads, M = N x H, G query groups, D
+channels of a head.
 """
 
 import math
@@ -109,10 +109,10 @@ class SdpaCoreAttention(MegatronModule):
         key_NHSD, value_NHSD = key_NGSD.repeat_interleave(groups, 1), value_NGSD.repeat_interleave(groups, 1)
         length = query_NHSD.shape[2]
         future_SS = query_NHSD.new_full((length, length), float("-inf")).triu_(1)
-        query, key = query_NHSD.flatten(0, 1), key_NHSD.flatten(0, 1).transpose(1, 2)
-        probs = torch.baddbmm(future_SS, query, key, alpha=self.softmax_scale).softmax(dim=-1)
-        context = F.dropout(probs, self.dropout, self.training) @ value_NHSD.flatten(0, 1)
-        return context.unflatten(0, query_NHSD.shape[:2])
+        query_MSD, key_MSD, value_MSD = (item.flatten(0, 1) for item in (query_NHSD, key_NHSD, value_NHSD))
+        scores_MSS = torch.baddbmm(future_SS, query_MSD, key_MSD.transpose(1, 2), alpha=self.softmax_scale)
+        context_MSD = F.dropout(scores_MSS.softmax(dim=-1), self.dropout, self.training) @ value_MSD
+        return context_MSD.unflatten(0, query_NHSD.shape[:2])
 
     def _packed(self, query_TBHD, key_TBGD, value_TBGD, packed: PackedRow) -> torch.Tensor:
         """Block-diagonal causal attention. Rows of short samples are one batch; of others, each sample is its own."""

@@ -1,18 +1,16 @@
-"""Norm, rotary embedding and gated activation as one node each of autograd's graph, in few passes over their values.
+"""RMSNorm and rotary embedding as one node each of autograd's graph, in few passes over their values.
 
 Transformer Engine brings such kernels to a GPU. Without it torch and Megatron-Core spell them out, and what they spell costs a
 small model on a CPU more time than its products: a dozen temporaries each, casts in between, broadcasts over a few channels at
-a time. Shapes: S sequence, B batch, H heads or width of the norm, D channels of a head, R rows, I inner features.
+a time. Shapes: S sequence, B batch, H heads or width of the norm, D channels of a head, R rows.
 """
 
 import torch
-import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 import megatron_moellava.platform as platform
 
 from megatron.core.models.common.embeddings import rope_utils
-from megatron.core.transformer.mlp import MLP
 
 # --- RMSNorm --------------------------------------------------------------------------------------------------------------
 
@@ -114,38 +112,3 @@ def turned(heads_SBHD: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor,
 
 if not platform.HAS_TRANSFORMER_ENGINE:  # Megatron-Core takes Transformer Engine's, and has none of its own
     rope_utils.fused_apply_rotary_pos_emb = rotated
-
-
-# --- gated activation -----------------------------------------------------------------------------------------------------
-
-
-class GatedMLP(MLP):
-    """Megatron-Core's, whose silu(gate) * up is one node of the graph."""
-
-    def forward(self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_):
-        """[S, B, H] -> [S, B, H], and the bias that the caller adds."""
-        assert per_token_scale is None
-        inner, bias = self.linear_fc1(hidden_states)
-        return self.linear_fc2(SwiGLU.apply(inner if bias is None else inner + bias))
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of [..., gate and up]; both gradients are written where they belong."""
-
-    @staticmethod
-    def forward(ctx, inner: torch.Tensor) -> torch.Tensor:
-        """[..., 2 I] -> [..., I]."""
-        ctx.save_for_backward(inner)
-        gate, up = inner.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        """[..., 2 I]."""
-        (inner,) = ctx.saved_tensors
-        gate, up = inner.chunk(2, dim=-1)
-        grad_inner = torch.empty_like(inner)
-        to_gate, to_up = grad_inner.chunk(2, dim=-1)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
-        torch.mul(F.silu(gate), grad, out=to_up)
-        return grad_inner

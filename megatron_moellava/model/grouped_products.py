@@ -57,7 +57,7 @@ class ProductByExpert(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input_NI: torch.Tensor, counts: list[int], *weights_OI: torch.Tensor) -> torch.Tensor:
         """What grouped_mm of the stacked weights gives. `counts`: rows of each expert; they add up to N."""
-        ctx.blocks = row_blocks(counts, input_NI.dtype)
+        ctx.blocks = expert_blocks(counts, input_NI.dtype)
         ctx.save_for_backward(input_NI if any(ctx.needs_input_grad[2:]) else None, *weights_OI)
         return multiplied(input_NI, [weight.t() for weight in weights_OI], ctx.blocks)
 
@@ -112,7 +112,7 @@ class RowBlock:
         return alone
 
 
-def row_blocks(counts: list[int], dtype: torch.dtype) -> list[RowBlock]:
+def expert_blocks(counts: list[int], dtype: torch.dtype) -> list[RowBlock]:
     """Of experts that have so many rows each, one after the other."""
     blocks, total, start = [], sum(counts), 0
     for count in counts:

@@ -11,7 +11,6 @@ from megatron_moellava.backbones import Backbone
 from megatron_moellava.config import MoEConfig
 from megatron_moellava.model.attention import SdpaCoreAttention
 from megatron_moellava.model.experts import GroupedColumnLinear, GroupedMLP, GroupedRowLinear
-from megatron_moellava.model.fused import GatedMLP
 from megatron_moellava.model.kv_cache import CachedSelfAttention
 from megatron_moellava.model.latent_attention import LatentSelfAttention
 from megatron_moellava.model.moe_layer import MoELayer, ResidualMoELayer, VisionMoELayer
@@ -180,9 +179,7 @@ def mlp_submodules(provider=None, fused_norm: bool = False) -> MLPSubmodules:
 
 def _dense_mlp(provider, backbone: Backbone):
     fused = provider.fuse_layernorm_and_linear() and not backbone.parallel_residual
-    is_swiglu = backbone.activation == "silu" and backbone.gated_linear_unit
-    kind = GatedMLP if is_swiglu and not platform.HAS_CUDA else MLP  # a GPU has Megatron-Core's fused kernels
-    return partial(kind.as_mlp_submodule, submodules=mlp_submodules(provider, fused))
+    return partial(MLP.as_mlp_submodule, submodules=mlp_submodules(provider, fused))
 
 
 def _moe_mlp(provider, moe: MoEConfig):

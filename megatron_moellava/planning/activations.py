@@ -23,9 +23,8 @@ class Saved:
     """One kind of tensor that a backward pass needs."""
 
     what: str
-    part: (
-        str  # attention, core attention, residual, mlp norm, ffn, moe, moe act, residual moe, angles, turns, start, end
-    )
+    # attention, core attention, residual, mlp norm, ffn, moe, moe act, residual moe, angles, turns, start, end
+    part: str
     size: str  # a key of `sizes`
     times: int = 1
     bytes: int | None = None  # per element; None: the run's precision
@@ -92,6 +91,7 @@ LOCAL = (
     Saved("dropout masks of attention and FFN", "residual", "hidden", times=2, when=("dropout",)),
     Saved("input of the norm", "mlp norm", "hidden", when=("!parallel_residual",)),
     Saved("input of fc1", "ffn", "hidden", when=("language.ffn", "!qkv_input_kept")),
+    Saved("gate after its activation, linear half", "ffn", "inner", times=2, when=("gated",)),
     Saved("gate after its activation, linear half", "moe", "expert_inner", times=2, when=("gated", "!grouped")),
     Saved("activation before the router's weight", "moe", "expert_inner", when=("!grouped",)),
     Saved("gate after its activation, linear half", "moe", "shared_inner", times=2, when=("shared", "gated")),

@@ -98,12 +98,3 @@ def test_other_angles_of_the_same_shape_turn_otherwise():
     heads = drawn(5, 1, 2, 8, dtype=torch.float32)
     one, two = angles_of(5, 8), 2 * angles_of(5, 8)
     assert not torch.equal(fused.rotated(heads, one), fused.rotated(heads, two))
-
-
-def test_swiglu():
-    def spelled(inner):
-        gate, up = inner.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    compare(fused.SwiGLU.apply, spelled, drawn(4, 2, 10, dtype=torch.float32))
-    compare(fused.SwiGLU.apply, spelled, drawn(4, 2, 10, dtype=torch.bfloat16), rtol=2e-2, atol=2e-2)

@@ -9,11 +9,11 @@ from megatron_moellava.model.grouped_products import (
     ProductByExpert,
     StackedProduct,
     counts_of,
+    expert_blocks,
     for_each_row,
     grouped_product,
     offsets,
     product_of_separate,
-    row_blocks,
 )
 from megatron_moellava.planning.counting import SavedTensors, flop_counter
 
@@ -58,13 +58,13 @@ def test_neighbours_rows_change_nothing_whoever_has_few(counts, sizes):
 def test_numbers_of_rows_in_16_bits_come_again():
     """Else oneDNN would compile a product for each of them."""
     counts = [5, 0, 25, 18, 100, 1]
-    blocks = row_blocks(counts, torch.bfloat16)
+    blocks = expert_blocks(counts, torch.bfloat16)
     assert [block.own.stop - block.own.start for block in blocks] == counts
     assert [block.wide.stop - block.wide.start for block in blocks] == [16, 0, 32, 32, 112, 16]
     for block in blocks:
         assert 0 <= block.wide.start <= block.own.start and block.own.stop <= block.wide.stop <= sum(counts)
-    assert all(block.own == block.wide for block in row_blocks(counts, torch.float32)), "fp32 is not compiled"
-    assert all(block.own == block.wide for block in row_blocks([5, 4], torch.bfloat16)), "too few rows in all"
+    assert all(block.own == block.wide for block in expert_blocks(counts, torch.float32)), "fp32 is not compiled"
+    assert all(block.own == block.wide for block in expert_blocks([5, 4], torch.bfloat16)), "too few rows in all"
 
 
 @pytest.mark.parametrize("product", PRODUCTS)

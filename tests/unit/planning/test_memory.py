@@ -1,5 +1,6 @@
 """The memory formulas against real allocations: a model of tens of megabytes, one real step on a CPU, counted."""
 
+import gc
 import json
 from collections import Counter
 from dataclasses import replace
@@ -145,8 +146,11 @@ def inputs(layout: Layout) -> dict:
 
 def allocated_by(function) -> tuple[torch.Tensor, int]:
     """(result, bytes that torch's allocator handed out and did not get back while the result lives)."""
+    gc.collect()  # what tests before have left would be given back in the middle
+    gc.disable()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = function()
+    gc.enable()
     return result, sum(event.self_cpu_memory_usage for event in profile.key_averages())
 
 
