@@ -2,10 +2,11 @@
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+
+from megatron_moellava.experiments.results import with_kept, write_rows
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "measurements"
@@ -22,22 +23,11 @@ def page_options(description: str) -> argparse.Namespace:
 
 def rows_of(options: argparse.Namespace, data: str, gather: Callable[[Path], list[dict]]) -> list[dict]:
     """The rows of a data file, into which what `gather` finds below `options.runs` has been taken."""
-    rows = read_data(options.docs / data)
+    file = options.docs / data
+    rows = with_kept(gather(options.runs) if options.runs else [], file)
     if options.runs:
-        rows = merged(rows, gather(options.runs))
-        (options.docs / data).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(file, rows)
     return rows
-
-
-def read_data(path: Path) -> list[dict]:
-    """The rows of the data file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def merged(old: list[dict], new: list[dict]) -> list[dict]:
-    """New rows in the place of old ones of the same cell and seed; sorted."""
-    rows = {(row["grid"], row["cell"], row["seed"]): row for row in [*old, *new]}
-    return [rows[key] for key in sorted(rows)]
 
 
 def binned(values: list[float], count: int = BINS) -> list[float]:

@@ -5,6 +5,7 @@ moellava ablate examples/ablations/topk.yaml --list              its runs, numbe
 moellava ablate examples/ablations/topk.yaml --cell $SLURM_ARRAY_TASK_ID    one of them, with what it needs
 moellava ablate examples/ablations/*.yaml --report               tables of what is finished; trains nothing
 moellava ablate examples/ablations/*.yaml --docs docs/measurements/ablations.md          the same as a document
+    --data docs/measurements/data/ablations.jsonl                from results that are kept there, without their runs too
 
 Results go to RUNS/<grid>/: results.jsonl, table.md, plot.png, and curves.png where the grid asks for it. Runs that share
 their first stages share them, a finished one is never repeated, and the same command continues. Exit codes: 0, 1 something
@@ -24,8 +25,8 @@ Made by `moellava ablate --docs` from the results of the grids in `examples/abla
 run that has not been made is not mentioned. Numbers are mean ± standard deviation over seeds. Differences are paired: the
 same seed shares weights, stages 1 and 2 and the order of the data. Where cells have different numbers of seeds, compare the
 differences, which are of the seeds that both have, and not the means. p is a two-sided paired t-test without correction for
-the number of comparisons. The models are the quickstart's, a million parameters on a CPU: a direction that shows here need
-not show at the paper's size, and the reverse.
+the number of comparisons; "p, Holm" is corrected for all findings of the first table together. The models are the
+quickstart's, a million parameters on a CPU: a direction that shows here need not show at the paper's size, and the reverse.
 
 ```bash
 moellava ablate examples/ablations/topk.yaml --jobs 2               # run or continue a grid
@@ -40,8 +41,9 @@ have in common; a finished step is never repeated. `--steps-scale 0.1` shortens 
 
 CLAIMS_HEAD = """## What held
 
-"Held" and "the reverse" are differences with p < 0.05; the noise is the standard deviation of the paired difference between
-seeds. With three seeds a difference must be 2.5 times its noise to have p < 0.05, so that only large ones are told.
+"Held" and "the reverse" are differences with p < 0.05 after correction; the noise is the standard deviation of the paired
+difference between seeds. With three seeds a difference must be 2.5 times its noise to have p < 0.05 by itself, so that only
+large ones are told.
 
 """
 
@@ -63,6 +65,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shell", type=int, metavar="N", help="settings of run number N for examples/ablations.sh")
     parser.add_argument("--report", action="store_true", help="tables and plots of what is finished")
     parser.add_argument("--docs", type=Path, metavar="FILE.md", help="write the report of all grids as a document")
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE.jsonl", help="with --docs: keep results there, and use those it has"
+    )
     parser.add_argument("--node", default="", help=argparse.SUPPRESS)
     add_machine_options(parser)
     return parser.parse_args(arguments)
@@ -79,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         for option in ("jobs", "processes", "steps_scale"):
             if (value := getattr(args, option)) <= 0:
                 raise ConfigError(f"--{option.replace('_', '-')} {value} must be greater than 0")
+        if args.data and not args.docs:
+            raise ConfigError("--data keeps the results of a document: it needs --docs FILE.md")
         grids = [load_grid(path, seeds=args.seeds, steps_scale=args.steps_scale) for path in args.grids]
         for name in args.only:
             if not any(name in grid.cells for grid in grids):
@@ -219,18 +226,19 @@ def draw(args, grid, rows, folder: Path, prefix: str = "") -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{prefix}plot.png"]
     plot(grid, rows, folder / names[0])
-    if grid.curves:
-        names.append(f"{prefix}curves.png")
-        plot_curves(grid, rows, args.runs, folder / names[1])
+    curves = folder / f"{prefix}curves.png"
+    if grid.curves and any("node" in row for row in rows):  # of kept results the runs may be gone: the picture stays
+        plot_curves(grid, rows, args.runs, curves)
+    if grid.curves and curves.exists():
+        names.append(curves.name)
     return names
 
 
 def write_document(args, grids) -> int:
     """Write the report of all grids as one Markdown file, its pictures beside it in images/."""
-    from megatron_moellava.experiments.results import collect
     from megatron_moellava.experiments.tables import claims_table, report
 
-    results = [(grid, rows) for grid in grids if (rows := collect(grid, args.runs))]
+    results = [(grid, rows) for grid, rows in results_of(args, grids) if rows]
     claims = claims_table(results)
     parts = [DOCS_HEAD, *([CLAIMS_HEAD + claims + "\n"] if claims else [])]
     for grid, rows in results:
@@ -241,3 +249,16 @@ def write_document(args, grids) -> int:
     args.docs.write_text("\n".join(parts))
     print(f"wrote {args.docs}")
     return 0
+
+
+def results_of(args, grids) -> list[tuple]:
+    """(grid, rows) of what is finished below --runs, and with --data of what is kept there, which is written anew."""
+    from megatron_moellava.experiments.results import collect, with_kept, write_rows
+
+    rows = [row for grid in grids for row in collect(grid, args.runs)]
+    if args.data:
+        kept = with_kept([{key: value for key, value in row.items() if key != "node"} for row in rows], args.data)
+        args.data.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(args.data, kept)
+        rows = with_kept(rows, args.data)
+    return [(grid, [row for row in rows if row["grid"] == grid.name and row["cell"] in grid.cells]) for grid in grids]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_moellava.config import ConfigError
 from megatron_moellava.experiments.grid import Grid
 from megatron_moellava.experiments.nodes import finished
 
@@ -61,12 +62,33 @@ def collect(grid: Grid, runs: Path) -> list[dict]:
     return rows
 
 
+def with_kept(rows: Sequence[dict], file: Path) -> list[dict]:
+    """`rows` and those of a file of results (JSON lines) that they do not replace, by grid, cell and seed; sorted so.
+
+    Raises ConfigError where the file has anything else.
+    """
+    try:
+        kept = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        found = {(row["grid"], row["cell"], row["seed"]): row for row in [*kept, *rows]}
+    except (ValueError, TypeError, KeyError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{file} should have one result a line, as JSON with grid, cell and seed: {problem}"
+        ) from None
+    return [found[key] for key in sorted(found)]
+
+
+def write_rows(file: Path, rows: Sequence[dict]) -> None:
+    """As JSON lines, complete or not at all."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.rename(file)
+
+
 def write_results(folder: Path, rows: Sequence[dict]) -> None:
     """Write `rows` as results.jsonl, complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / (RESULTS + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.rename(folder / RESULTS)
+    write_rows(folder / RESULTS, rows)
 
 
 def summarise(grid: Grid, rows: Sequence[dict], metric: str) -> list[Summary]:
@@ -83,19 +105,44 @@ def summarise(grid: Grid, rows: Sequence[dict], metric: str) -> list[Summary]:
     return summaries
 
 
-def verdict(grid: Grid, rows: Sequence[dict], claim: dict) -> tuple[Comparison, str] | None:
-    """How a claim of the paper fares on the grid's first metric: (better - worse, a word). None without both cells."""
-    metric = grid.metrics[0]
-    better, worse = (_values(rows, claim[side], metric) for side in ("better", "worse"))
-    found = compare(claim["worse"], better, worse)
-    if found.mean == 0 and found.p is None and found.seeds > 1:
-        return found, "equal in every seed"
-    if found.mean is None or found.p is None:
-        return None
-    agrees = found.mean < 0 if metric in LOWER_IS_BETTER else found.mean > 0
-    if found.p < LEVEL:
-        return found, "held" if agrees else "the reverse"
-    return found, f"not told from noise ({'same' if agrees else 'other'} direction)"
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """How a claim of the paper fares on its grid's first metric."""
+
+    says: str
+    metric: str
+    comparison: Comparison  # better - worse
+    p: float | None  # corrected for all claims that were judged together; None where every seed is equal
+
+    @property
+    def word(self) -> str:
+        """`held`, `the reverse`, `equal in every seed` or `not told from noise`."""
+        if self.p is None:
+            return "equal in every seed"
+        if self.p >= LEVEL:
+            return "not told from noise"
+        return "held" if self.agrees else "the reverse"
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the mean lies on the side that the claim says."""
+        assert self.comparison.mean is not None
+        return self.comparison.mean < 0 if self.metric in LOWER_IS_BETTER else self.comparison.mean > 0
+
+
+def judge(results: Sequence[tuple[Grid, Sequence[dict]]]) -> list[Judged]:
+    """Every claim of the grids that has two seeds of both its cells, in their order; p corrected by Holm for all together."""
+    found = []
+    for grid, rows in results:
+        for claim in grid.claims:
+            better, worse = (_values(rows, claim[side], grid.metrics[0]) for side in ("better", "worse"))
+            compared = compare(claim["worse"], better, worse)
+            is_equal = compared.mean == 0 and compared.seeds > 1
+            if compared.p is not None or is_equal:
+                found.append((claim["says"], grid.metrics[0], compared))
+    tested = {number: compared.p for number, (_, _, compared) in enumerate(found) if compared.p is not None}
+    corrected = dict(zip(tested, holm([*tested.values()]), strict=True))
+    return [Judged(*parts, corrected.get(number)) for number, parts in enumerate(found)]
 
 
 def _values(rows: Sequence[dict], cell: str, metric: str) -> dict[int, float]:

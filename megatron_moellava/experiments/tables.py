@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_moellava.experiments.curves import read_lines
 from megatron_moellava.experiments.grid import Grid
-from megatron_moellava.experiments.results import LEVEL, Summary, summarise, verdict
+from megatron_moellava.experiments.results import LEVEL, Summary, judge, summarise
 
 # Numbers beside the grid's own metrics, where a run has them: (key, head, format)
 COLUMNS = (
@@ -80,7 +80,7 @@ def difference(summary: Summary | None, metric: str) -> tuple[str, str]:
         return "", ""
     text = f"{'+' if against.mean >= 0 else ''}{number(against.mean, metric)}"
     text += f" ± {number(against.deviation, metric)}" if against.deviation is not None else ""
-    return text, "" if against.p is None else f"{against.p:.3f}"
+    return text, _p(against.p)
 
 
 def findings(grid: Grid, rows: Sequence[dict]) -> list[str]:
@@ -121,21 +121,26 @@ def unknown_metrics(grid: Grid, rows: Sequence[dict]) -> str:
 
 def claims_table(results: Sequence[tuple[Grid, Sequence[dict]]]) -> str:
     """Every claim of the paper that the grids test, how it fared, and how many held; empty when there is none."""
-    words: list[str] = []
-    head = ["the paper finds", "here", "metric", "better - worse", "noise of seeds", "p"]
-    lines = []
-    for grid, rows in results:
-        for claim in grid.claims:
-            if (found := verdict(grid, rows, claim)) is None:
-                continue
-            (difference, word), metric = found, grid.metrics[0]
-            words.append(word)
-            cells = [claim["says"], f"**{word}**", metric, f"{difference.mean:+.4f}", f"{difference.deviation:.4f}"]
-            lines.append(_row([*cells, "" if difference.p is None else f"{difference.p:.3f}"]))
+    found = judge(results)
+    if not found:
+        return ""
+    words = [item.word for item in found]
     held, reverse = words.count("held"), words.count("the reverse")
     count = f"Of {len(words)} findings {held} held here, {reverse} came out the other way round, "
     count += f"{len(words) - held - reverse} could not be told from noise."
-    return "\n".join([count, "", _row(head), _row(["---"] * len(head)), *lines]) if lines else ""
+    head = ["the paper finds", "here", "metric", "better - worse", "noise of seeds", "p", "p, Holm"]
+    lines = [count, "", _row(head), _row(["---"] * len(head))]
+    for item in found:
+        side = f" ({'same' if item.agrees else 'other'} direction)" if item.word == "not told from noise" else ""
+        difference = item.comparison
+        cells = [item.says, f"**{item.word}{side}**", item.metric, f"{difference.mean:+.4f}"]
+        cells += [f"{difference.deviation:.4f}", *(_p(value) for value in (difference.p, item.p))]
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def paper_table(grid: Grid) -> str:
@@ -195,7 +200,7 @@ def plot_curves(grid: Grid, rows: Sequence[dict], runs: Path, path: Path) -> Non
     import matplotlib.pyplot as plt
 
     curves: dict[str, list[tuple[list, list]]] = {cell: [] for cell in grid.cells}
-    for row in rows:
+    for row in (row for row in rows if "node" in row):  # of results that were kept the runs may be gone
         steps = read_lines(runs / row["node"] / "steps.jsonl")
         curves[row["cell"]].append(([step["iteration"] for step in steps], [step["loss"] for step in steps]))
     shown = [cell for cell, own in curves.items() if own]

@@ -1,9 +1,11 @@
 """What `moellava ablate` writes into the document, and what its runs inherit."""
 
+import json
 import os
 
 from megatron_moellava.commands.ablate import CLAIMS_HEAD, DOCS_HEAD, main
 from megatron_moellava.machine import DEVICE, TRANSFORMER_IMPL
+from tests.helpers.grids import GRID, made
 from tests.helpers.paths import REPO
 
 
@@ -17,3 +19,24 @@ def test_runs_inherit_device_and_modules(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     assert main([str(tmp_path / "missing.yaml"), "--device", "cpu", "--transformer-impl", "local"]) == 2
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and os.environ[TRANSFORMER_IMPL] == "local"
+
+
+def test_a_document_is_made_of_kept_results_when_their_runs_are_gone(tmp_path, capsys):
+    grid = made(tmp_path, GRID + "curves: true\n")
+    runs, data = tmp_path / "runs", tmp_path / "data.jsonl"
+    for seed, accuracy in ((1, 60.0), (2, 61.0)):
+        node = grid.chain("four", seed)[-1]
+        (runs / node.name).mkdir(parents=True)
+        (runs / node.name / "done.json").write_text(json.dumps({"numbers": {"accuracy": accuracy}}))
+    words = [str(tmp_path / "grid.yaml"), "--docs", str(tmp_path / "page.md"), "--data", str(data), "--runs"]
+    assert main([*words, str(runs)]) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "| 2 | 60.50 ± 0.71 |" in page
+    assert [row["accuracy"] for row in map(json.loads, data.open())] == [60.0, 61.0]
+    assert main([*words, str(tmp_path / "none")]) == 0 and (tmp_path / "page.md").read_text() == page
+
+
+def test_results_are_kept_only_for_a_document(tmp_path, capsys):
+    made(tmp_path)
+    assert main([str(tmp_path / "grid.yaml"), "--report", "--data", str(tmp_path / "data.jsonl")]) == 2
+    assert "--docs" in capsys.readouterr().err
