@@ -17,7 +17,7 @@ from megatron_moellava.towers import Tower
 from megatron_moellava.validation.run import layout_problems
 
 POWERS = tuple(2**power for power in range(11))
-RECOMPUTE = ("none", "moe", "full")  # `selective` keeps what flash attention keeps anyway
+RECOMPUTE = ("none", "moe_act", "moe", "full")  # `selective` keeps what flash attention keeps anyway
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 VIRTUAL = (None, 2, 4)
 INDISTINCT = 0.05

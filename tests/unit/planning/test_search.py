@@ -6,8 +6,10 @@ import pytest
 
 from megatron_moellava.config import ConfigError, load_config
 from megatron_moellava.costs.gpus import GPUS
+from megatron_moellava.costs.layout import Layout
 from megatron_moellava.costs.pipeline_split import stage_layers
 from megatron_moellava.planning.command import plan, request_of, settings_of
+from megatron_moellava.planning.memory import worst_memory
 from megatron_moellava.planning.report import settings_line
 from megatron_moellava.planning.search import candidates, imbalance_of, search
 from megatron_moellava.validation.run import layout_problems, validate
@@ -67,6 +69,27 @@ def test_what_the_user_sets_stays():
     found = found_for(overrides=["parallel.expert_model_parallel_size=4", "training.recompute=full"])
     assert {item.layout.ep for item in found.plans} == {4}
     assert {item.layout.run.training.recompute for item in found.plans} == {"full"}
+
+
+def test_no_more_is_recomputed_than_the_memory_asks_for():
+    """On one GPU layouts differ in the recomputation alone; each drops more than the one before, and takes longer."""
+    options = arguments(backbone="stablelm-2-1.6b", gpus=1)
+    request = request_of(options, settings_of(options))
+    layouts = [
+        Layout(run=run, backbone=request.backbone, tower=request.tower, world_size=1) for run in candidates(request)
+    ]
+    assert [layout.run.training.recompute for layout in layouts] == ["none", "moe_act", "moe", "full"]
+    needed = [worst_memory(layout, imbalance=request.imbalance).total for layout in layouts]
+    assert needed == sorted(needed, reverse=True) and len(set(needed)) == 4
+    found = [search(replace(request, memory_limit=limit)).plans for limit in needed]
+    assert [plan.layout for (plan,) in found] == layouts
+
+
+def test_the_activation_alone_is_not_proposed_where_it_cannot_be_recomputed():
+    with_adapters = found_for(backbone="stablelm-2-1.6b", gpus=1, memory_limit=20.0, overrides=["training.lora.rank=8"])
+    tried = {item.layout.run.training.recompute for item in with_adapters.plans}
+    tried |= {layout.run.training.recompute for _, layout in with_adapters.too_big}
+    assert tried and "moe_act" not in tried
 
 
 def test_too_little_memory_says_what_is_missing(tmp_path):
