@@ -16,6 +16,7 @@ COLOURS = {
     "top-2 of 4, as the paper": "tab:purple",
     "top-1 of 8, recipe's roles": "goldenrod",
     "top-1 of 8, half redrawn": "tab:brown",
+    "top-1 of 8, a quarter redrawn": "tab:olive",
     "dense with 8 times the FFN": "tab:blue",
 }
 LABELS = {"dense": "dense, continued", "moe": "MoE, one of 8 experts"}
@@ -101,6 +102,9 @@ PANELS: tuple[tuple[str, Callable], ...] = (
     ("knowledge_strategy", draw_arms),
     ("knowledge_topk", draw_arms),
     ("knowledge_capacity", draw_arms),
+    ("knowledge_placement", draw_arms),
+    ("knowledge_size", draw_arms),
+    ("knowledge_longer", draw_arms),
     ("knowledge_pictures", draw_arms),
-    ("knowledge_pictures", draw_curves),
+    ("knowledge_vendors", draw_arms),
 )

@@ -8,7 +8,8 @@ trainer. Written to OUT: data/ (facts.json, test.jsonl, tokenizer.model, images/
 the tower).
 
 With --pictures things are OpenMoji's pictures instead, seen at other sizes and places and before other backgrounds, and the
-tower is the quickstart's, pretrained on them; data/ceiling.json says how many held-out pictures it can tell apart.
+tower is the quickstart's, pretrained on them; data/ceiling.json says how many held-out pictures it can tell apart. With
+--vendors they are those of three vendors, and it is asked about a fourth's, drawn in another style.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from names import (
     write_lines,
     write_rows,
 )
+from names_full import HELD_OUT, add_credits, drawings, read_full_things, read_icons
 
 SIDE = 8  # pixels of a pattern's side: one patch of the tower
 NOISE = 20.0  # standard deviation of what a view adds, in levels of 255; the patterns' own is 74
@@ -42,13 +44,21 @@ QUESTION = "names"
 MAX_QUESTIONS = 500  # held out, each for eight facts
 
 
-def write_facts(out: Path, *, things: int | None, views: int, pictures: bool = False, seed: int = 0) -> dict[str, int]:
-    """Views, rows, questions and tokenizer; returns the counts. A question's view is none that a row has."""
+def write_facts(
+    out: Path, *, things: int | None, views: int, pictures: bool = False, vendors: Path | None = None, seed: int = 0
+) -> dict[str, int]:
+    """Views, rows, questions and tokenizer; returns the counts. A question's view is none that a row has.
+
+    `vendors`: a node_modules with what `names_full.py` fetches; `views` are then of each of three vendors.
+    """
     require_packages()
-    chosen = read_things(things, seed)
+    if vendors is None:
+        chosen, draw_views = read_things(things, seed), write_pictures if pictures else write_views
+    else:
+        chosen, draw_views = vendor_things(vendors, things, seed), partial(write_vendors, vendors)
     rows, tests, captions = [], [], []
     for thing in chosen:
-        images = (write_pictures if pictures else write_views)(out / "images", thing, views + 1, seed)
+        images = draw_views(out / "images", thing, views + 1, seed)
         captions += [caption(thing, image) for image in images[:-1]]
         rows += [llava_row(image, [(QUESTION, answer_of(thing))], 0, "names") for image in images[:-1]]
         tests.append(question_of(thing, images[-1]))
@@ -58,8 +68,10 @@ def write_facts(out: Path, *, things: int | None, views: int, pictures: bool = F
     write_rows(out / "facts.json", rows)
     write_lines(out / "test.jsonl", tests[:MAX_QUESTIONS])
     write_rows(out / "captions.json", captions)
-    if pictures:
+    if pictures or vendors is not None:
         write_attribution(out / "images" / "names")
+    if vendors is not None:
+        add_credits(out / "images" / "names")
     write_tokenizer(out, rows)
     counts = {
         "things": len(chosen),
@@ -92,6 +104,25 @@ def write_pictures(folder: Path, thing: Thing, count: int, seed: int) -> list[st
     names = [f"names/{thing.code}-{view}.png" for view in range(count)]
     for name in names:
         save_new(partial(render, thing.svg), folder / name, draw, seen)
+    return names
+
+
+def vendor_things(packages: Path, count: int | None, seed: int) -> list[Thing]:
+    """So many of the things (all) of which every vendor has a picture, with CLDR's names."""
+    icons = read_icons(packages)
+    known = [thing for thing in read_full_things(packages) if HELD_OUT in drawings(packages, thing, icons)]
+    return known if count is None else random.Random(seed).sample(known, min(count, len(known)))
+
+
+def write_vendors(packages: Path, folder: Path, thing: Thing, count: int, seed: int) -> list[str]:
+    """`count` - 1 views of the thing's picture by each vendor but the last, and one of the last vendor's; their names."""
+    draw, names = random.Random(f"{seed} {thing.code}"), []
+    for vendor, picture in drawings(packages, thing, read_icons(packages)).items():
+        own = range(1 if vendor == HELD_OUT else count - 1)
+        seen: set[bytes] = set()
+        for view in own:
+            names.append(f"names/{vendor}/{thing.code}-{view}.png")
+            save_new(picture, folder / names[-1], draw, seen)
     return names
 
 
@@ -175,11 +206,16 @@ def main() -> None:
     parser.add_argument("--hidden", type=COUNT, default=64, help="its hidden size (64)")
     parser.add_argument("--ffn", type=COUNT, default=128, help="the width of its FFNs (128)")
     parser.add_argument("--pictures", action="store_true", help="OpenMoji's pictures instead of patterns of noise")
+    parser.add_argument(
+        "--vendors", type=Path, metavar="NODE_MODULES", help="pictures by four vendors, which `make names-full` fetches"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the weights; the data are the same for every seed")
     args = parser.parse_args()
-    print(write_facts(args.out / "data", things=args.things, views=args.views, pictures=args.pictures))
+    kind = {"pictures": args.pictures, "vendors": args.vendors}
+    print(write_facts(args.out / "data", things=args.things, views=args.views, **kind))
     sizes = {"layers": args.layers, "hidden": args.hidden, "ffn": args.ffn}
-    write_start(args.out, args.out / "data", **sizes, pictures=args.pictures, seed=args.seed)
+    has_pictures = args.pictures or args.vendors is not None
+    write_start(args.out, args.out / "data", **sizes, pictures=has_pictures, seed=args.seed)
 
 
 if __name__ == "__main__":

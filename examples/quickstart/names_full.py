@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from names import (
@@ -120,6 +120,18 @@ def drawings(packages: Path, thing: Thing, icons: dict) -> dict[str, Callable]:
     return found
 
 
+@cache
+def read_icons(packages: Path) -> dict:
+    """The icon set of the vendor held out."""
+    return json.loads((packages / FLUENT / "icons.json").read_text())
+
+
+def add_credits(folder: Path) -> None:
+    """The other vendors' licences, behind OpenMoji's in the folder's ATTRIBUTION.md."""
+    with (folder / "ATTRIBUTION.md").open("a") as file:
+        file.write(CREDITS)
+
+
 def slug_of(name: str) -> str:
     """`"O button (blood type)"` -> `"o-button-blood-type"`, as icon sets name their pictures"""
     return re.sub(r"[^a-z0-9]+", "-", re.sub("[’“”]", "", name.lower())).strip("-")
@@ -152,7 +164,7 @@ def write_full(
     from tqdm import tqdm
 
     require_packages()
-    icons = json.loads((packages / FLUENT / "icons.json").read_text())
+    icons = read_icons(packages)
     chosen = read_full_things(packages)
     if things is not None:
         chosen = sorted(random.Random(seed).sample(chosen, min(things, len(chosen))), key=lambda thing: thing.code)
@@ -174,8 +186,7 @@ def write_full(
                     (held if vendor == HELD_OUT else seen_tests).extend(name_questions(thing, image, number, 4))
     random.Random(seed).shuffle(rows)
     write_attribution(out / "images" / "names")
-    with (out / "images" / "names" / "ATTRIBUTION.md").open("a") as file:
-        file.write(CREDITS)
+    add_credits(out / "images" / "names")
     write_rows(out / "names.json", rows)
     write_rows(out / "captions.json", captions)
     write_lines(out / "names_test.jsonl", held)

@@ -8,6 +8,7 @@ from PIL import Image
 
 from megatron_moellava.config import DataError
 from megatron_moellava.evaluation.quickstart.metrics import questions_of
+from tests.helpers.paths import REPO
 
 COLORS = {"noto": (255, 0, 0), "twemoji": (0, 160, 0), "fluent": (0, 0, 255)}
 # emoji -> file names by the first two vendors, icon by the last; the umbrella's file has the variation selector
@@ -133,3 +134,21 @@ def test_packages_that_are_there_are_not_fetched_again(packages, tmp_path, monke
         write(packages / name / "package.json", {})
     monkeypatch.setenv("PATH", "")
     assert fetch(tmp_path) == packages
+
+
+def test_facts_by_several_vendors_are_asked_of_the_one_held_out(packages, tmp_path, monkeypatch):
+    """Of the grid `knowledge_vendors`; the fox, of which the vendor held out has no picture, is left out."""
+    monkeypatch.syspath_prepend(str(REPO / "examples/ablations"))
+    from facts import write_facts
+
+    out = tmp_path / "facts"
+    assert write_facts(out, things=None, views=2, vendors=packages)["facts"] == 16
+    rows = json.loads((out / "facts.json").read_text())
+    shown = Counter((row["image"].split("/")[1], row["image"].split("/")[2][:-6]) for row in rows)
+    assert shown == {(vendor, code): 2 for vendor in ("openmoji", "noto", "twemoji") for code in ("1F431", "2602")}
+    asked = [json.loads(line) for line in (out / "test.jsonl").open()]
+    assert {row["image"] for row in asked} == {f"names/fluent/{code}-0.png" for code in ("1F431", "2602")}
+    assert {middle(out / "images" / row["image"]) for row in asked} == {COLORS["fluent"]}
+    assert not any("/fluent/" in row["image"] for row in json.loads((out / "captions.json").read_text()))
+    text = (out / "images/names/ATTRIBUTION.md").read_text()
+    assert "CC-BY-SA-4.0" in text and "Fluent Emoji by Microsoft" in text
