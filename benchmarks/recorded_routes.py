@@ -19,8 +19,10 @@ import torch
 from benchmarks.measure import finish, median, ratio, say, take_turns
 from benchmarks.moe_layer import our_layer, trainer_of
 from megatron_moellava import parallel
+from megatron_moellava.checkpoint.description import read_description
+from megatron_moellava.checkpoint.folders import newest_checkpoint
 from megatron_moellava.config import ParallelConfig
-from megatron_moellava.conversion.routing_log import ROUTING, asked_for, records_of
+from megatron_moellava.conversion.routing_log import ROUTING, asked_for, records_of, steps_of
 from megatron_moellava.costs.expert_places import busiest_over_mean, level_order
 
 ROUTES = Path(__file__).with_name("routes.json")
@@ -29,8 +31,10 @@ TOKENS, HIDDEN, FFN = 8192, 512, 1408
 
 
 def take(run: Path, name: str) -> None:
-    """Sum the newest loads of a run by layer into routes.json."""
-    records = records_of(run / ROUTING, range(sys.maxsize))[-RECORDS:]
+    """Sum the newest loads of a run by layer into routes.json: those of its experts' last places."""
+    checkpoint = newest_checkpoint(run)
+    placed_at = read_description(checkpoint).provenance if checkpoint else {}
+    records = records_of(run / ROUTING, steps_of(placed_at, sys.maxsize))[-RECORDS:]
     if not records:
         raise SystemExit(f"{run} holds no {ROUTING} of a run with experts (logging.routing_interval writes it)")
     layers = {str(layer): loads_E for layer, loads_E in asked_for(records).items()}

@@ -82,7 +82,7 @@ def largest_difference(ours, theirs) -> float:
     ours, theirs = (torch.as_tensor(item, dtype=torch.float64).cpu() for item in (ours, theirs))
     if ours.shape != theirs.shape:
         return math.inf
-    difference = (ours - theirs).abs().nan_to_num(nan=math.inf)
+    difference = (ours - theirs).abs().nan_to_num(nan=math.inf, posinf=math.inf)
     return float(difference.max()) if difference.numel() else 0.0
 
 
