@@ -17,7 +17,7 @@ EXPERTS = {"num_moe_experts": 8, "moe_router_topk": 1, "placement": "dense", "no
 # sees each row. "backbone": another than --backbone; "moe": of its experts, the defaults where nothing is said.
 PERCEPTION = {
     "stage1": {"stage": 1, "from": "start", "steps": 25, "lr": 3e-3, "data": {CAPTIONS: 1.0}, "questions": 1000},
-    "stage2": {"stage": 2, "from": "stage1", "steps": 600, "lr": 2e-3, "data": {EASY: 1.0}},
+    "stage2": {"stage": 2, "from": "stage1", "steps": 700, "lr": 2e-3, "data": {EASY: 1.0}},
     "stage3": {"stage": 3, "from": "upcycled", "steps": 90, "lr": 1e-3, "data": {EASY: 1.0}},
     "dense": {"stage": 2, "from": "stage2", "steps": 90, "lr": 1e-3, "data": {EASY: 1.0}},
 }
