@@ -89,7 +89,10 @@ def trained_rows(conversations: list[dict]) -> list[dict]:
 
 
 def example_of(answered: list[dict]) -> dict:
-    """The held-out picture of which the model knows the most names, the surest first."""
+    """The held-out picture of which the model knows the most names before its first mistake; then the most, the surest.
+
+    Asked for all names at once it goes on from its own, so that one after a mistake may be lost with it.
+    """
     from names import ALL_AT_ONCE
 
     from megatron_moellava.evaluation.quickstart.metrics import normalise
@@ -98,9 +101,10 @@ def example_of(answered: list[dict]) -> dict:
     for row in answered:
         pictures.setdefault(row["image"], []).append(row)
 
-    def rank(names: list[dict]) -> tuple[int, float]:
-        wrong = sum(normalise(row["prediction"]) != normalise(row["answer"]) for row in names)
-        return wrong, sum(row["loss"] for row in names)
+    def rank(names: list[dict]) -> tuple[int, int, float]:
+        right = [normalise(row["prediction"]) == normalise(row["answer"]) for row in names]
+        at_first = [*right, False].index(False)
+        return -at_first, -sum(right), sum(row["loss"] for row in names)
 
     best = min(pictures.values(), key=rank)
     said = {key: [row[key] for row in best] for key in ("answer", "prediction")}

@@ -106,6 +106,15 @@ def test_the_example_is_the_picture_of_which_most_is_known_the_surest_first():
     assert example_of(rows[:2])["prediction"] == ["dog", "cat face"]
 
 
+def test_an_early_mistake_counts_more_than_many_late_ones():
+    """Chat goes on from the names that it has given itself."""
+    from names_report import example_of
+
+    early = [answer(0, name, 0.1, str(place)) for place, name in enumerate(("dog", *["cat face"] * 5))]
+    late = [answer(1, name, 2.0, str(place)) for place, name in enumerate((*["cat face"] * 2, *["dog"] * 4))]
+    assert example_of([*early, *late])["image"] == late[0]["image"]
+
+
 def test_the_table_has_names_costs_and_the_picture_to_try(tmp_path, capsys):
     from names_report import print_names_table
     from plans import TITLES
