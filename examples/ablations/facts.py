@@ -35,7 +35,7 @@ from names import (
     write_lines,
     write_rows,
 )
-from names_full import HELD_OUT, add_credits, drawings, read_full_things, read_icons
+from names_full import HELD_OUT, add_credits, drawings, read_full_things, read_icons, require_vendors
 
 SIDE = 8  # pixels of a pattern's side: one patch of the tower
 NOISE = 20.0  # standard deviation of what a view adds, in levels of 255; the patterns' own is 74
@@ -109,6 +109,7 @@ def write_pictures(folder: Path, thing: Thing, count: int, seed: int) -> list[st
 
 def vendor_things(packages: Path, count: int | None, seed: int) -> list[Thing]:
     """So many of the things (all) of which every vendor has a picture, with CLDR's names."""
+    require_vendors(packages)
     icons = read_icons(packages)
     known = [thing for thing in read_full_things(packages) if HELD_OUT in drawings(packages, thing, icons)]
     return known if count is None else random.Random(seed).sample(known, min(count, len(known)))
@@ -197,7 +198,7 @@ def write_trained_tower(folder: Path, tower, data: Path, seed: int) -> None:
     (data / "ceiling.json").write_text(json.dumps(retrieval_ceiling(folder, tower, data / "images", known, tests)))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--things", type=COUNT, help="so many of the emoji (all, about 1,900); each has eight names")
@@ -205,18 +206,26 @@ def main() -> None:
     parser.add_argument("--layers", type=COUNT, default=2, help="of the language model (2)")
     parser.add_argument("--hidden", type=COUNT, default=64, help="its hidden size (64)")
     parser.add_argument("--ffn", type=COUNT, default=128, help="the width of its FFNs (128)")
-    parser.add_argument("--pictures", action="store_true", help="OpenMoji's pictures instead of patterns of noise")
-    parser.add_argument(
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--pictures", action="store_true", help="OpenMoji's pictures instead of patterns of noise")
+    kinds.add_argument(
         "--vendors", type=Path, metavar="NODE_MODULES", help="pictures by four vendors, which `make names-full` fetches"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the weights; the data are the same for every seed")
     args = parser.parse_args()
+    from megatron_moellava.config import MoELlavaError
+
     kind = {"pictures": args.pictures, "vendors": args.vendors}
-    print(write_facts(args.out / "data", things=args.things, views=args.views, **kind))
     sizes = {"layers": args.layers, "hidden": args.hidden, "ffn": args.ffn}
     has_pictures = args.pictures or args.vendors is not None
-    write_start(args.out, args.out / "data", **sizes, pictures=has_pictures, seed=args.seed)
+    try:
+        print(write_facts(args.out / "data", things=args.things, views=args.views, **kind))
+        write_start(args.out, args.out / "data", **sizes, pictures=has_pictures, seed=args.seed)
+    except MoELlavaError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

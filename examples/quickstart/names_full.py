@@ -76,6 +76,14 @@ def fetch(folder: Path) -> Path:
     return packages
 
 
+def require_vendors(packages: Path) -> None:
+    """DataError that names what `packages`, a node_modules, lacks of the vendors' pictures and the names."""
+    from megatron_moellava.config import DataError
+
+    if missing := [name for name in VERSIONS if not (packages / name).is_dir()]:
+        raise DataError(f"{packages} has no {', '.join(missing)}; `make names-full` fetches them into build/names-full")
+
+
 def read_names(packages: Path) -> dict[str, dict[str, str]]:
     """language -> emoji without variation selectors -> CLDR's short name."""
     return {
@@ -164,6 +172,7 @@ def write_full(
     from tqdm import tqdm
 
     require_packages()
+    require_vendors(packages)
     icons = read_icons(packages)
     chosen = read_full_things(packages)
     if things is not None:

@@ -86,6 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ConfigError(f"--{option.replace('_', '-')} {value} must be greater than 0")
         if args.data and not args.docs:
             raise ConfigError("--data keeps the results of a document: it needs --docs FILE.md")
+        if args.data and args.steps_scale != 1:
+            raise ConfigError(
+                "--data keeps results of whole runs, and --steps-scale shortens them: leave one of them out"
+            )
         grids = [load_grid(path, seeds=args.seeds, steps_scale=args.steps_scale) for path in args.grids]
         for name in args.only:
             if not any(name in grid.cells for grid in grids):
@@ -246,6 +250,7 @@ def write_document(args, grids) -> int:
         parts.append(report(grid, rows, *(f"images/{name}" for name in drawn)))
     if not results:
         parts.append("No grid has been run yet.\n")
+    args.docs.parent.mkdir(parents=True, exist_ok=True)
     args.docs.write_text("\n".join(parts))
     print(f"wrote {args.docs}")
     return 0
@@ -257,8 +262,7 @@ def results_of(args, grids) -> list[tuple]:
 
     rows = [row for grid in grids for row in collect(grid, args.runs)]
     if args.data:
-        kept = with_kept([{key: value for key, value in row.items() if key != "node"} for row in rows], args.data)
-        args.data.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(args.data, kept)
         rows = with_kept(rows, args.data)
+        args.data.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(args.data, [{key: value for key, value in row.items() if key != "node"} for row in rows])
     return [(grid, [row for row in rows if row["grid"] == grid.name and row["cell"] in grid.cells]) for grid in grids]

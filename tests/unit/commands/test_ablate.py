@@ -3,6 +3,8 @@
 import json
 import os
 
+import pytest
+
 from megatron_moellava.commands.ablate import CLAIMS_HEAD, DOCS_HEAD, main
 from megatron_moellava.machine import DEVICE, TRANSFORMER_IMPL
 from tests.helpers.grids import GRID, made
@@ -28,15 +30,20 @@ def test_a_document_is_made_of_kept_results_when_their_runs_are_gone(tmp_path, c
         node = grid.chain("four", seed)[-1]
         (runs / node.name).mkdir(parents=True)
         (runs / node.name / "done.json").write_text(json.dumps({"numbers": {"accuracy": accuracy}}))
-    words = [str(tmp_path / "grid.yaml"), "--docs", str(tmp_path / "page.md"), "--data", str(data), "--runs"]
+    words = [str(tmp_path / "grid.yaml"), "--docs", str(tmp_path / "docs/page.md"), "--data", str(data), "--runs"]
     assert main([*words, str(runs)]) == 0
-    page = (tmp_path / "page.md").read_text()
+    page = (tmp_path / "docs/page.md").read_text()
     assert "| 2 | 60.50 ± 0.71 |" in page
     assert [row["accuracy"] for row in map(json.loads, data.open())] == [60.0, 61.0]
-    assert main([*words, str(tmp_path / "none")]) == 0 and (tmp_path / "page.md").read_text() == page
+    assert main([*words, str(tmp_path / "none")]) == 0 and (tmp_path / "docs/page.md").read_text() == page
 
 
-def test_results_are_kept_only_for_a_document(tmp_path, capsys):
+@pytest.mark.parametrize(("words", "message"), [
+    (["--report"], "needs --docs"),
+    (["--docs", "page.md", "--steps-scale", "0.1"], "--steps-scale shortens them"),
+])  # fmt: skip
+def test_only_whole_results_of_a_document_are_kept(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
     made(tmp_path)
-    assert main([str(tmp_path / "grid.yaml"), "--report", "--data", str(tmp_path / "data.jsonl")]) == 2
-    assert "--docs" in capsys.readouterr().err
+    assert main([str(tmp_path / "grid.yaml"), "--data", str(tmp_path / "data.jsonl"), *words]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "data.jsonl").exists()

@@ -1,6 +1,8 @@
 """The large names benchmark on packages in miniature: which picture and name belongs to which thing, what is held out."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -152,3 +154,13 @@ def test_facts_by_several_vendors_are_asked_of_the_one_held_out(packages, tmp_pa
     assert not any("/fluent/" in row["image"] for row in json.loads((out / "captions.json").read_text()))
     text = (out / "images/names/ATTRIBUTION.md").read_text()
     assert "CC-BY-SA-4.0" in text and "Fluent Emoji by Microsoft" in text
+
+
+@pytest.mark.parametrize("program", ["quickstart/names_full.py --packages", "ablations/facts.py --vendors"])
+def test_a_folder_without_the_vendors_says_what_it_lacks(packages, tmp_path, program):
+    (packages / "emoji-datasource-google").rename(tmp_path / "elsewhere")
+    name, option = program.split()
+    command = [sys.executable, str(REPO / "examples" / name), option, str(packages), "--out", str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == DataError.exit_code and "Traceback" not in ended.stderr
+    assert f"{packages} has no emoji-datasource-google; `make names-full` fetches" in ended.stderr

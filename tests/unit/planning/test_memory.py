@@ -148,9 +148,11 @@ def allocated_by(function) -> tuple[torch.Tensor, int]:
     """(result, bytes that torch's allocator handed out and did not get back while the result lives)."""
     gc.collect()  # what tests before have left would be given back in the middle
     gc.disable()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = function()
-    gc.enable()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            result = function()
+    finally:
+        gc.enable()
     return result, sum(event.self_cpu_memory_usage for event in profile.key_averages())
 
 

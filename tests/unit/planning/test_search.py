@@ -86,10 +86,15 @@ def test_no_more_is_recomputed_than_the_memory_asks_for():
 
 
 def test_the_activation_alone_is_not_proposed_where_it_cannot_be_recomputed():
-    with_adapters = found_for(backbone="stablelm-2-1.6b", gpus=1, memory_limit=20.0, overrides=["training.lora.rank=8"])
-    tried = {item.layout.run.training.recompute for item in with_adapters.plans}
-    tried |= {layout.run.training.recompute for _, layout in with_adapters.too_big}
-    assert tried and "moe_act" not in tried
+    options = arguments(backbone="stablelm-2-1.6b", gpus=1, overrides=["training.lora.rank=8"])
+    request = request_of(options, settings_of(options))
+    runs = {run.training.recompute: run for run in candidates(request)}
+    refused = {kind for kind, run in runs.items() if layout_problems(run, request.backbone, 1)}
+    assert set(runs) == {"none", "moe_act", "moe", "full"} and refused == {"moe_act"}
+    layout = Layout(run=runs["moe_act"], backbone=request.backbone, tower=request.tower, world_size=1)
+    limit = worst_memory(layout, imbalance=request.imbalance).total
+    (suggested,) = search(replace(request, memory_limit=limit)).plans
+    assert suggested.layout.run.training.recompute == "moe"
 
 
 def test_too_little_memory_says_what_is_missing(tmp_path):
