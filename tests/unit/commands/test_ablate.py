@@ -30,12 +30,12 @@ def test_a_document_is_made_of_kept_results_when_their_runs_are_gone(tmp_path, c
         node = grid.chain("four", seed)[-1]
         (runs / node.name).mkdir(parents=True)
         (runs / node.name / "done.json").write_text(json.dumps({"numbers": {"accuracy": accuracy}}))
-    words = [str(tmp_path / "grid.yaml"), "--docs", str(tmp_path / "docs/page.md"), "--data", str(data), "--runs"]
+    words = [str(tmp_path / "grid.yaml"), "--docs", str(tmp_path / "new/page.md"), "--data", str(data), "--runs"]
     assert main([*words, str(runs)]) == 0
-    page = (tmp_path / "docs/page.md").read_text()
+    page = (tmp_path / "new/page.md").read_text()
     assert "| 2 | 60.50 ± 0.71 |" in page
     assert [row["accuracy"] for row in map(json.loads, data.open())] == [60.0, 61.0]
-    assert main([*words, str(tmp_path / "none")]) == 0 and (tmp_path / "docs/page.md").read_text() == page
+    assert main([*words, str(tmp_path / "none")]) == 0 and (tmp_path / "new/page.md").read_text() == page
 
 
 @pytest.mark.parametrize(("words", "message"), [
