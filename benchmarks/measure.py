@@ -5,10 +5,17 @@ Every benchmark prints what it sees on stderr and one JSON object on stdout; run
 """
 
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+
+
+def keep_kernels() -> None:
+    """For ways that have more shapes of products together than oneDNN keeps kernels, 1,024: each would drive out the others',
+    which no training of one of them meets. To be called before anything is multiplied."""
+    os.environ.update(ONEDNN_PRIMITIVE_CACHE_CAPACITY="20000", LRU_CACHE_CAPACITY="20000")
 
 
 def take_turns(ways: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:

@@ -3,7 +3,8 @@
   python -m benchmarks.moe_layer [--hidden 512] [--ffn 1408] [--rounds 5] [--deepspeed FOLDER]
 
 ours          Megatron-Core's MoE layer with this package's router and grouped experts, as a training run builds it
-sequential    the same with one product per expert (`moe.moe_grouped_gemm=false`)
+compiled      the same with training.compile=true
+sequential    ours with one product per expert (`moe.moe_grouped_gemm=false`)
 transformers  Mixtral's sparse block, as `from_pretrained` gives it (grouped products) and eager (a loop over experts)
 DeepSpeed     its gate and dispatch: einsum over [tokens, experts, slots] (0.18, as in the original's 0.9), and its newest
               release, which no longer does so; capacity factor 1.5, as in the original's recipes
@@ -24,9 +25,10 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import finish, median, ratio, say, take_turns
+from benchmarks.measure import finish, keep_kernels, median, ratio, say, take_turns
 from megatron_moellava import parallel
 from megatron_moellava.backbones import get_backbone
+from megatron_moellava.compiled import compile_elementwise
 from megatron_moellava.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_moellava.model.configuration import transformer_config
 from megatron_moellava.model.moe_llava import LanguageModel
@@ -143,6 +145,17 @@ def trainer_of(layer, x: torch.Tensor, gradient: torch.Tensor):
     return step
 
 
+def compiled(step):
+    """The same step with its element-wise functions compiled."""
+
+    def run() -> None:
+        compile_elementwise(True)
+        step()
+        compile_elementwise(False)
+
+    return run
+
+
 def bound(tokens: int, hidden: int, ffn: int):
     """The six products of two dense layers over tokens x top-k rows, without autograd."""
     rows = tokens * TOP_K
@@ -220,6 +233,7 @@ def measure(tokens: int, experts: int, args, rivals: tuple[str, ...], deepspeed:
     }
     gradient = torch.randn_like(x)
     ways = {name: trainer_of(layer.train(), x, gradient) for name, layer in layers.items()}
+    ways["compiled"] = compiled(ways["ours"])
     if "bound" in rivals:
         ways["bound"] = bound(tokens, hidden, ffn)
         ways["by expert"] = bound_by_expert(tokens, hidden, ffn, experts)
@@ -259,6 +273,7 @@ def main() -> None:
     parser.add_argument("--most-tokens", type=int, default=16384)
     parser.add_argument("--deepspeed", type=Path, help="folder with a second deepspeed, whose dispatch is an einsum")
     args = parser.parse_args()
+    keep_kernels()
     parallel.initialize(ParallelConfig(), 1)
     deepspeed = {}
     if any(importlib.metadata.distributions(name="deepspeed")):

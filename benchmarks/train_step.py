@@ -8,6 +8,7 @@ recipe's global batch, 128 samples, on one process.
 
 ours     tools/train.py's trainer: samples packed into rows of 2,048 (8,192 divided by four; a padded batch has more),
          dropless grouped experts, distributed optimizer
+compiled the same with training.compile=true
 padded   transformers' LlavaForConditionalGeneration in bf16 with DeepSpeed's MoE layer (gate, einsum dispatch, experts,
          capacity factor 1.5), samples batched as the original does it on eight GPUs: grouped by modality, cut into 16
          micro-batches of 8 samples and as equal total lengths as possible, padded to the longest. Width over tokens per
@@ -27,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.measure import finish, median, ratio, say, take_turns
+from benchmarks.measure import finish, keep_kernels, median, ratio, say, take_turns
 from benchmarks.moe_layer import SwiGLU, deepspeed_layer, import_deepspeed
 from benchmarks.reference import Sizes, write_reference
 from benchmarks.synthetic import QUARTER, make_samples, packed_rows, trainer_of, useful_tokens
@@ -35,6 +36,7 @@ from megatron_moellava import parallel
 from megatron_moellava.backbones import get_backbone
 from megatron_moellava.checkpoint.description import read_description
 from megatron_moellava.checkpoint.folders import require_checkpoint
+from megatron_moellava.compiled import compile_elementwise
 from megatron_moellava.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from megatron_moellava.conversion.imports import import_checkpoint
 from megatron_moellava.costs.flops import Product
@@ -64,15 +66,16 @@ ROW = 4 * QUARTER.seq_length
 CHUNKS = 16  # micro-batches of a global batch: 8 GPUs, 2 steps of accumulation
 
 
-def our_trainer(folder: Path, rows: list[Batch]) -> Trainer:
-    import_checkpoint(folder, save=folder / "megatron", dtype="bfloat16", seed=1)
+def our_trainer(folder: Path, rows: list[Batch], compiled: bool = False) -> Trainer:
+    if not (folder / "megatron").exists():
+        import_checkpoint(folder, save=folder / "megatron", dtype="bfloat16", seed=1)
     checkpoint = require_checkpoint(folder / "megatron")
     model = model_from_json(read_description(checkpoint).model)
     run = RunConfig(
         model=ModelConfig(backbone=str(checkpoint), tower=str(checkpoint)),
         moe=replace(model.required_moe, moe_aux_loss_coeff=AUX_LOSS),
         data=DataConfig(seq_length=ROW),
-        training=TrainingConfig(stage=3, precision="bf16", global_batch_size=len(rows)),
+        training=TrainingConfig(stage=3, precision="bf16", global_batch_size=len(rows), compile=compiled),
         optimizer=OptimizerConfig(lr=1e-5),
     )
     trainer = trainer_of(run, rows)
@@ -150,6 +153,12 @@ class EagerExperts(torch.nn.Module):
 TRAINED = ("multi_modal_projector", ".mlp.")  # stage 3
 
 
+def our_step(trainer: Trainer) -> float:
+    """The loss of one."""
+    compile_elementwise(trainer.run.training.compile)
+    return trainer.step()[0]["loss"]
+
+
 class Padded:
     """Batches of the original's order, padded; a step accumulates their gradients and updates."""
 
@@ -211,18 +220,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--deepspeed", type=Path, help="folder with a deepspeed whose dispatch is an einsum")
     args = parser.parse_args()
+    keep_kernels()
     samples = make_samples(args.samples, QUARTER)
     rows = packed_rows(samples, QUARTER, ROW)
     with tempfile.TemporaryDirectory() as folder:
         models = [write_reference(Path(folder), SIZES) for _ in range(3)]
-        trainer = our_trainer(Path(folder), rows)
+        trainer, compiled = (our_trainer(Path(folder), rows, compiled=on) for on in (False, True))
         moe_class, version = import_deepspeed(args.deepspeed)
         padded = Padded(models[0], samples, args.batch, lambda block: DeepSpeedExperts(moe_class, block))
         recipe = Padded(models[1], samples, args.batch, lambda block: DeepSpeedExperts(moe_class, block), True)
         eager = Padded(models[2], samples, args.batch, EagerExperts)
-        losses: dict[str, list[float]] = {"ours": [], "padded": [], "recipe": [], "eager": []}
+        losses: dict[str, list[float]] = {"ours": [], "compiled": [], "padded": [], "recipe": [], "eager": []}
         ways = {
-            "ours": lambda: losses["ours"].append(trainer.step()[0]["loss"]),
+            "ours": lambda: losses["ours"].append(our_step(trainer)),
+            "compiled": lambda: losses["compiled"].append(our_step(compiled)),
             "padded": lambda: losses["padded"].append(padded.step()),
             "recipe": lambda: losses["recipe"].append(recipe.step()),
             "eager": lambda: losses["eager"].append(eager.step()),

@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ TRANSFORMER_IMPL = "MOELLAVA_TRANSFORMER_IMPL"  # environment variable, read whe
 DEVICE = "MOELLAVA_DEVICE"  # likewise
 # torch's caching allocator, read once torch is loaded: rows of changing lengths leave blocks of every size otherwise.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+COMPILER = os.environ.get("CXX", "g++")  # the one that torch.compile takes
 
 AMPERE = (8, 0)  # compute capability from which a GPU multiplies in bf16
 BEFORE_AMPERE = "fp16"  # what `auto` takes there
@@ -43,6 +46,7 @@ class Machine:
     has_transformer_engine: bool
     has_gradient_fusion: bool = False  # apex's kernel that adds weight gradients inside of the product
     has_deep_ep: bool | None = None
+    has_compiler: bool = True  # that torch.compile needs for the CPU
     compute_capability: tuple[int, int] | None = None  # of the GPU: (9, 0) is Hopper, (10, 0) Blackwell
 
 
@@ -77,6 +81,7 @@ def this_machine(device: Device = "auto", transformer_impl: TransformerImpl = "a
         has_transformer_engine=has_engine,
         has_gradient_fusion=has_engine and is_installed("fused_weight_gradient_mlp_cuda"),
         has_deep_ep=is_installed("deep_ep"),
+        has_compiler=has_gpu or shutil.which(COMPILER) is not None,
     )
 
 

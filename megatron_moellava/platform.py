@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy
 import torch
 
+from megatron_moellava.compiled import fusible
 from megatron_moellava.config import ConfigError
 from megatron_moellava.machine import DEVICE, TRANSFORMER_IMPL, Machine, engine_found, is_installed
 
@@ -408,9 +409,9 @@ class _CpuTorch(types.ModuleType):
     def __getattr__(self, name):
         return getattr(torch, name)
 
-    def compile(self, model=None, **kwargs):
-        """jit_fuser's compiler: on a CPU it costs seconds at first use and gains nothing."""
-        return model if model is not None else (lambda function: function)
+    compile = staticmethod(
+        fusible
+    )  # jit_fuser's compiler: on a CPU it takes seconds at first use, so that a run has to ask
 
 
 def _on_cpu(factory):

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,34 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 # Megatron-core takes the "thd" branch (a Python loop over samples for rotary embeddings) only for that very name. Without
 # Transformer Engine the rows keep their [S, B, H, D] shape, and the segments reach this module alone.
 SEGMENTED = "segmented_sbhd"
-SHORT = 256  # tokens of a packed row's longest sample up to which attention is spelt out
+SHORT = 256  # tokens of a sample up to which attention is spelt out
+SHORT_BF16 = 512  # on a CPU, whose matrix units torch's fused kernel leaves idle in its backward pass
+SPARED = 128**2  # scores of a head: samples that would be padded by more get a batch of their own
 ROUNDED_UP_TO = 8  # tokens: oneDNN compiles a product for every length that it meets, and of such lengths there are few
+
+
+@dataclass(frozen=True, slots=True)
+class SampleBatches:
+    """A packed row cut into batches of samples that are nearly as long as each other.
+
+    `shapes`: (samples, tokens) of each. `rows_P`: for every position of the batches, one batch after the other, its token in
+    the row. `places_T`: the other way round.
+    """
+
+    shapes: list[tuple[int, int]]
+    rows_P: torch.Tensor
+    places_T: torch.Tensor
+
+    def cut(self, row_TBHD: torch.Tensor) -> list[torch.Tensor]:
+        """[T, 1, H, D] -> [N, H, S, D] for each batch."""
+        positions_PHD = _Spread.apply(row_TBHD.squeeze(1), self.rows_P, self.places_T)
+        parts = positions_PHD.split([samples * tokens for samples, tokens in self.shapes])
+        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def joined(self, batches_NHSD: list[torch.Tensor]) -> torch.Tensor:
+        """[N, H, S, D] for each batch -> [T, 1, H * D]."""
+        positions_PHD = torch.cat([batch.transpose(1, 2).flatten(0, 1) for batch in batches_NHSD])
+        return _Gathered.apply(positions_PHD, self.places_T).flatten(1).unsqueeze(1)
 
 
 @dataclass
@@ -35,6 +62,13 @@ class PackedRow(PackedSeqParams):
     """A packed row for our own attention, which cuts it on the host: `lengths` of its samples."""
 
     lengths: list[int] = field(default_factory=list)
+    cuts: dict[int, SampleBatches] = field(default_factory=dict)
+
+    def batches(self, short: int) -> SampleBatches:
+        """Samples of more than `short` tokens are alone; every layer takes the same."""
+        if short not in self.cuts:
+            self.cuts[short] = sample_batches(self.lengths, short)
+        return self.cuts[short]
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -105,9 +139,10 @@ class SdpaCoreAttention(MegatronModule):
 
     def _attend_short(self, query_NHSD, key_NGSD, value_NGSD) -> torch.Tensor:
         """Causal attention spelt out: for many short samples several times as fast as torch's fused kernel on a CPU."""
-        groups = query_NHSD.shape[1] // key_NGSD.shape[1]
-        key_NHSD, value_NHSD = key_NGSD.repeat_interleave(groups, 1), value_NGSD.repeat_interleave(groups, 1)
-        length = query_NHSD.shape[2]
+        groups, length = query_NHSD.shape[1] // key_NGSD.shape[1], query_NHSD.shape[2]
+        key_NHSD, value_NHSD = (
+            item if groups == 1 else item.repeat_interleave(groups, 1) for item in (key_NGSD, value_NGSD)
+        )
         future_SS = query_NHSD.new_full((length, length), float("-inf")).triu_(1)
         query_MSD, key_MSD, value_MSD = (item.flatten(0, 1) for item in (query_NHSD, key_NHSD, value_NHSD))
         scores_MSS = torch.baddbmm(future_SS, query_MSD, key_MSD.transpose(1, 2), alpha=self.softmax_scale)
@@ -115,12 +150,16 @@ class SdpaCoreAttention(MegatronModule):
         return context_MSD.unflatten(0, query_NHSD.shape[:2])
 
     def _packed(self, query_TBHD, key_TBGD, value_TBGD, packed: PackedRow) -> torch.Tensor:
-        """Block-diagonal causal attention. Rows of short samples are one batch; of others, each sample is its own."""
-        if packed.max_seqlen_q <= SHORT:
-            return self._packed_batch(query_TBHD, key_TBGD, value_TBGD, packed)
-        samples = (item.permute(1, 2, 0, 3).split(packed.lengths, dim=2) for item in (query_TBHD, key_TBGD, value_TBGD))
-        context_BHTD = torch.cat([self._attend_sample(*sample) for sample in zip(*samples, strict=True)], dim=2)
-        return context_BHTD.permute(2, 0, 1, 3).flatten(2)
+        """Block-diagonal causal attention, one batch of samples after the other."""
+        short = SHORT_BF16 if query_TBHD.dtype == torch.bfloat16 and not platform.HAS_CUDA else SHORT
+        batches = packed.batches(short)
+        parts = zip(*(batches.cut(item) for item in (query_TBHD, key_TBGD, value_TBGD)), strict=True)
+        return batches.joined([self._attend_batch(query, key, value, short) for query, key, value in parts])
+
+    def _attend_batch(self, query_NHSD, key_NGSD, value_NGSD, short: int) -> torch.Tensor:
+        if query_NHSD.shape[2] <= short:
+            return self._attend_short(query_NHSD, key_NGSD, value_NGSD)
+        return self._attend(query_NHSD, key_NGSD, value_NGSD, None, is_causal=True)
 
     def _packed_whole(self, query_TBHD, key_TBGD, value_TBGD, packed: PackedRow) -> torch.Tensor:
         """Block-diagonal attention without a mask, as a tower's images have it: images of one size are a batch."""
@@ -140,26 +179,6 @@ class SdpaCoreAttention(MegatronModule):
                 parts[number] = context_SHD
         return torch.cat(parts).flatten(1).unsqueeze(1)
 
-    def _attend_sample(self, query_BHSD, key_BGSD, value_BGSD) -> torch.Tensor:
-        if query_BHSD.shape[2] <= SHORT:
-            return self._attend_short(query_BHSD, key_BGSD, value_BGSD)
-        return self._attend(query_BHSD, key_BGSD, value_BGSD, None, is_causal=True)
-
-    def _packed_batch(self, query_TBHD, key_TBGD, value_TBGD, packed: PackedRow) -> torch.Tensor:
-        """The samples of the row as a batch, right-padded to the longest, and to a length that comes again.
-
-        Causal attention never looks to the right, so the padding needs no mask. Samples of 3 and 2 tokens:
-        rows [0 1 2] and [3 4 4] of the packed row, of which position (1, 2) is thrown away.
-        """
-        length = -(-packed.max_seqlen_q // ROUNDED_UP_TO) * ROUNDED_UP_TO
-        rows_NS, places_T = segment_rows(packed.cu_seqlens_q, length, query_TBHD.shape[0])
-        query, key, value = (
-            _Spread.apply(item.squeeze(1), rows_NS, places_T).transpose(1, 2)
-            for item in (query_TBHD, key_TBGD, value_TBGD)
-        )
-        context_NSHD = self._attend_short(query, key, value).transpose(1, 2)
-        return _Gathered.apply(context_NSHD.flatten(0, 1), places_T).flatten(1).unsqueeze(1)
-
     def _share_of_row(self, query_LBHD, key_LBGD, value_LBGD, packed: PackedRow | None) -> torch.Tensor:
         """Causal attention of this rank's positions to the whole row, sample by sample (`context_parallel.py`)."""
         both_SBGD = gather_positions(torch.cat([key_LBGD, value_LBGD], -1))
@@ -178,24 +197,24 @@ class SdpaCoreAttention(MegatronModule):
 
 
 class _Spread(torch.autograd.Function):
-    """Packed row [T, ...] -> samples [N, S, ...]; its backward only copies, where an index would add up.
+    """Packed row [T, ...] -> positions of its batches [P, ...]; its backward only copies, where an index would add up.
 
     Right for causal attention alone: what pads a sample is seen by no token, so its gradient is zero.
     """
 
     @staticmethod
-    def forward(ctx, row_T, rows_NS, places_T):
+    def forward(ctx, row_T, rows_P, places_T):
         ctx.save_for_backward(places_T)
-        return row_T.index_select(0, rows_NS.flatten()).unflatten(0, rows_NS.shape)
+        return row_T.index_select(0, rows_P)
 
     @staticmethod
-    def backward(ctx, grad_NS):
+    def backward(ctx, grad_P):
         (places_T,) = ctx.saved_tensors
-        return grad_NS.flatten(0, 1).index_select(0, places_T), None, None
+        return grad_P.index_select(0, places_T), None, None
 
 
 class _Gathered(torch.autograd.Function):
-    """Padded samples [N * S, ...] -> the packed row [T, ...]; every place is read at most once."""
+    """Positions of the batches [P, ...] -> the packed row [T, ...]; every place is read at most once."""
 
     @staticmethod
     def forward(ctx, padded_P, places_T):
@@ -215,17 +234,33 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-def segment_rows(cu_seqlens: torch.Tensor, max_seqlen: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index [N, max_seqlen] of each sample's tokens in the packed row, and where each token lies in that, flattened [T].
+def sample_batches(lengths: list[int], short: int) -> SampleBatches:
+    """Samples of these lengths in batches, the longest first, right-padded to the longest of each, rounded up.
 
-    cu_seqlens [0, 3, 5] -> [[0, 1, 2], [3, 4, 4]] and [0, 1, 2, 3, 4]. `cu_seqlens` must end at num_tokens. No boolean index:
-    on a GPU the host would wait to learn how many are true.
+    Causal attention never looks to the right, so the padding needs no mask. Samples of 3 and 2 tokens, were nothing rounded
+    up: rows_P [0 1 2 3 4 4], places_T [0 1 2 3 4]; position 5 is thrown away. Samples of more than `short` tokens are batches
+    of their own, without padding. Made on the host, so that a GPU is waited for nowhere.
     """
-    starts_N = cu_seqlens[:-1].long()
-    rows_NS = starts_N[:, None] + torch.arange(max_seqlen, device=cu_seqlens.device)
-    tokens_T = torch.arange(num_tokens, device=cu_seqlens.device)
-    sample_T = torch.searchsorted(cu_seqlens[1:].long(), tokens_T, right=True)
-    return rows_NS.clamp(max=num_tokens - 1), sample_T * max_seqlen + tokens_T - starts_N[sample_T]
+    starts = [0, *accumulate(lengths)]
+    batches: list[list[int]] = []
+    for number in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and longest <= short and longest**2 - lengths[number] ** 2 <= SPARED:
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    shapes, rows, places_T, first = [], [], torch.empty(starts[-1], dtype=torch.int64), 0
+    for batch in batches:
+        longest = lengths[batch[0]]
+        tokens = longest if longest > short else -(-longest // ROUNDED_UP_TO) * ROUNDED_UP_TO
+        shapes.append((len(batch), tokens))
+        for number in batch:
+            start, length = starts[number], lengths[number]
+            rows.append(torch.arange(start, start + tokens))
+            places_T[start : start + length] = torch.arange(first, first + length)
+            first += tokens
+    rows_P = torch.cat(rows).clamp_(max=starts[-1] - 1)
+    return SampleBatches(shapes, platform.on_device(rows_P), platform.on_device(places_T))
 
 
 def packed_seq_params(
@@ -242,7 +277,12 @@ def packed_seq_params(
     if cu_seqlens is None:
         return None
     there = cu_seqlens.cpu() if is_shared else platform.on_device(cu_seqlens)
-    fields = {"cu_seqlens_q": there, "cu_seqlens_kv": there, "max_seqlen_q": max_seqlen, "max_seqlen_kv": max_seqlen}
+    fields: dict[str, Any] = {
+        "cu_seqlens_q": there,
+        "cu_seqlens_kv": there,
+        "max_seqlen_q": max_seqlen,
+        "max_seqlen_kv": max_seqlen,
+    }
     if platform.HAS_TRANSFORMER_ENGINE and not is_shared:
         return PackedSeqParams(qkv_format="thd", **fields)
     return PackedRow(qkv_format=SEGMENTED, lengths=lengths or cu_seqlens.diff().tolist(), **fields)

@@ -81,7 +81,7 @@ def transformer_config(backbone: Backbone, run: RunConfig) -> TransformerConfig:
         recompute_modules=recompute_modules,
         recompute_method="uniform" if granularity == "full" else None,
         recompute_num_layers=1 if granularity == "full" else None,
-        bias_activation_fusion=platform.HAS_CUDA and _fusable(backbone),
+        bias_activation_fusion=(platform.HAS_CUDA or run.training.compile) and _fusable(backbone),
         apply_rope_fusion=not latent,
         **latent,
         **_shared_fields(run, **({} if run.moe else {"expert_model_parallel_size": 1})),

@@ -5,7 +5,6 @@ Shapes: N tokens sorted by expert, E local experts, I input and O output feature
 the device: nothing here waits for them.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 import megatron_moellava.platform as platform
+from megatron_moellava.compiled import compiles, fusible
 from megatron_moellava.model.grouped_products import (
     Counts,
     counts_of,
@@ -208,14 +208,10 @@ def weighted_activation(
     In fp32, and on a CPU as many rows at a time as its cache holds: whole, the fp32 values went through the main memory
     several times and took longer than the products around it.
     """
-    parts = 2 if is_gated else 1
-    output_NI = inner_NO.new_empty(len(inner_NO), inner_NO.shape[1] // parts)
-    for rows in row_blocks(inner_NO):
-        gate_NI, *up_NI = inner_NO[rows].float().chunk(parts, dim=1)
-        active_NI = activation(gate_NI)
-        for up in up_NI:
-            active_NI.mul_(up)
-        output_NI[rows] = active_NI.mul_(weights_N1[rows])
+    output_NI = inner_NO.new_empty(len(inner_NO), inner_NO.shape[1] // (2 if is_gated else 1))
+    activate, blocks = in_blocks(activated, activation, inner_NO)
+    for rows in blocks:
+        activate(output_NI[rows], inner_NO[rows], weights_N1[rows], activation)
     return output_NI
 
 
@@ -227,7 +223,7 @@ class WeightedActivation(torch.autograd.Function):
         ctx, inner_NO: torch.Tensor, weights_N1: torch.Tensor, activation: Callable, is_gated: bool
     ) -> torch.Tensor:
         """[N, O] (gated: gate and up, O = 2 I) and weights [N, 1] -> [N, I]."""
-        ctx.activation, ctx.parts = activation, 2 if is_gated else 1
+        ctx.activation = activation
         ctx.save_for_backward(inner_NO, weights_N1)
         return weighted_activation(activation, is_gated, inner_NO, weights_N1)
 
@@ -236,20 +232,51 @@ class WeightedActivation(torch.autograd.Function):
         """Gradients of the inner products [N, O] and of the weights [N, 1]."""
         inner_NO, weights_N1 = ctx.saved_tensors
         grad_inner_NO, grad_weights_N1 = torch.empty_like(inner_NO), torch.empty_like(weights_N1)
-        for rows in row_blocks(inner_NO):
-            block_NO, grad = (item[rows].to(torch.float32, copy=True) for item in (inner_NO, grad_NI))
-            gate_NI, *up_NI = block_NO.chunk(ctx.parts, dim=1)
-            active_NI = ctx.activation(gate_NI)
-            product_NI = math.prod(up_NI, start=active_NI)
-            grad_weights_N1[rows] = (product_NI * grad).sum(dim=1, keepdim=True)
-            grad.mul_(weights_N1[rows])
-            for up in up_NI:  # its place in the block takes its gradient
-                to_gate = grad * up
-                torch.mul(grad, active_NI, out=up)
-                grad = to_gate
-            gate_NI.copy_(activation_gradient(ctx.activation, gate_NI, grad))
-            grad_inner_NO[rows] = block_NO
+        add_up, blocks = in_blocks(activated_gradients, ctx.activation, inner_NO)
+        for rows in blocks:
+            add_up(
+                grad_inner_NO[rows],
+                grad_weights_N1[rows],
+                inner_NO[rows],
+                weights_N1[rows],
+                grad_NI[rows],
+                ctx.activation,
+            )
         return grad_inner_NO, grad_weights_N1, None, None
+
+
+@fusible
+def activated(output_NI: torch.Tensor, inner_NO: torch.Tensor, weights_N1: torch.Tensor, activation: Callable) -> None:
+    """Into `output_NI`: activation(gate) * up * weight, or activation(inner) * weight where inner is as wide as the output."""
+    gate_NI, *up_NI = inner_NO.float().chunk(inner_NO.shape[1] // output_NI.shape[1], dim=1)
+    active_NI = activation(gate_NI)
+    for up in up_NI:
+        active_NI.mul_(up)
+    output_NI.copy_(active_NI.mul_(weights_N1))
+
+
+@fusible
+def activated_gradients(
+    grad_inner_NO: torch.Tensor,
+    grad_weights_N1: torch.Tensor,
+    inner_NO: torch.Tensor,
+    weights_N1: torch.Tensor,
+    grad_NI: torch.Tensor,
+    activation: Callable,
+) -> None:
+    """Into the first two: the gradients of inner and of the weights, from that of the output."""
+    parts = inner_NO.shape[1] // grad_NI.shape[1]
+    gate_NI, *up_NI = inner_NO.float().chunk(parts, dim=1)
+    to_gate_NI, *to_up_NI = grad_inner_NO.chunk(parts, dim=1)
+    grad = grad_NI.float()
+    active_NI = activation(gate_NI)
+    product_NI = active_NI * up_NI[0] if up_NI else active_NI
+    grad_weights_N1.copy_((product_NI * grad).sum(dim=1, keepdim=True))
+    grad = grad * weights_N1
+    for to_up, up in zip(to_up_NI, up_NI, strict=True):
+        to_up.copy_(active_NI.mul_(grad))
+        grad = grad * up
+    to_gate_NI.copy_(activation_gradient(activation, gate_NI, grad))
 
 
 class WeightedBias(torch.autograd.Function):
@@ -276,15 +303,20 @@ class WeightedBias(torch.autograd.Function):
 
 
 def activation_gradient(activation: Callable, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """grad * activation'(x); may be written over `grad`."""
+    """grad * activation'(x)."""
     if activation is F.silu:
-        return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
+        return torch.ops.aten.silu_backward(grad, x)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         return torch.autograd.grad(activation(x), x, grad)[0]
 
 
-def row_blocks(x_NO: torch.Tensor) -> list[slice]:
-    """Slices that cover the rows of `x_NO`: `BLOCK` entries or a row on a CPU, all on a GPU."""
-    size = max(len(x_NO) if platform.HAS_CUDA else BLOCK // x_NO.shape[1], 1)
-    return [slice(start, start + size) for start in range(0, len(x_NO), size)]
+def in_blocks(function: Callable, activation: Callable, x_NO: torch.Tensor) -> tuple[Callable, list[slice]]:
+    """`function` and the slices of rows it works on: `BLOCK` entries or a row on a CPU, all where it is one kernel or a GPU's.
+
+    Other activations than SiLU have autograd find their gradient, which does not compile.
+    """
+    whole = compiles() and activation is F.silu
+    size = max(len(x_NO) if whole or platform.HAS_CUDA else BLOCK // x_NO.shape[1], 1)
+    blocks = [slice(start, start + size) for start in range(0, len(x_NO), size)]
+    return function if whole else function.__wrapped__, blocks  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 import megatron_moellava.platform as platform
+from megatron_moellava.compiled import fusible
 
 from megatron.core.models.common.embeddings import rope_utils
 
@@ -29,25 +30,39 @@ class RootMeanSquare(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
         """[..., H] and [H] -> [..., H]."""
-        x_fp32 = x.float()
-        squares = torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True).square_()
-        scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+        output, scale = scaled_to_one(x, weight_H, eps)
         ctx.save_for_backward(x, weight_H, scale)
-        return (x_fp32 * scale).mul_(weight_H).to(x.dtype)
+        return output
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         """Gradients of x and of the weight."""
-        x, weight_H, scale = ctx.saved_tensors
-        width = x.shape[-1]
-        scale_R1 = scale.view(-1, 1)
-        normed_RH = x.reshape(-1, width).float() * scale_R1
-        grad_RH, weight_fp32_H = grad.reshape(-1, width).float(), weight_H.float()
-        product_RH = grad_RH * normed_RH
-        along_R1 = product_RH.mv(weight_fp32_H).div_(width).unsqueeze_(1)
-        grad_x_RH = (grad_RH * weight_fp32_H).addcmul_(normed_RH, along_R1, value=-1).mul_(scale_R1)
-        grad_weight_H = product_RH.sum(dim=0).to(weight_H.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x_RH.to(x.dtype).view_as(x), grad_weight_H, None
+        return *scaled_to_one_gradients(*ctx.saved_tensors, grad, ctx.needs_input_grad[1]), None
+
+
+@fusible
+def scaled_to_one(x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of [..., H], and 1 / root of each row [..., 1]."""
+    x_fp32 = x.float()
+    squares = torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True).square_()
+    scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x_fp32 * scale).mul_(weight_H).to(x.dtype), scale
+
+
+@fusible
+def scaled_to_one_gradients(
+    x: torch.Tensor, weight_H: torch.Tensor, scale: torch.Tensor, grad: torch.Tensor, of_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of x and, if wanted, of the weight."""
+    width = x.shape[-1]
+    scale_R1 = scale.view(-1, 1)
+    normed_RH = x.reshape(-1, width).float() * scale_R1
+    grad_RH, weight_fp32_H = grad.reshape(-1, width).float(), weight_H.float()
+    product_RH = grad_RH * normed_RH
+    along_R1 = product_RH.mv(weight_fp32_H).div_(width).unsqueeze_(1)
+    grad_x_RH = (grad_RH * weight_fp32_H).addcmul_(normed_RH, along_R1, value=-1).mul_(scale_R1)
+    grad_weight_H = product_RH.sum(dim=0).to(weight_H.dtype) if of_weight else None
+    return grad_x_RH.to(x.dtype).view_as(x), grad_weight_H
 
 
 # --- rotary embedding -----------------------------------------------------------------------------------------------------
@@ -104,6 +119,7 @@ class Rotation(torch.autograd.Function):
         return turned(grad_SBHD, cosines, sines, -1), None, None
 
 
+@fusible
 def turned(heads_SBHD: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, direction: int) -> torch.Tensor:
     """`direction`: 1, or -1 for the other way round."""
     first, second = heads_SBHD.chunk(2, dim=-1)

@@ -20,6 +20,7 @@ from megatron_moellava import parallel, platform
 from megatron_moellava.checkpoint.base import base_of, base_to_load, name_of_base
 from megatron_moellava.checkpoint.description import RunDescription, read_description
 from megatron_moellava.checkpoint.folders import AVERAGE, require_checkpoint
+from megatron_moellava.compiled import compile_elementwise
 from megatron_moellava.config import Component, DataError, MoELlavaError, OptimizerConfig, RunConfig, from_dict
 from megatron_moellava.conversion.place_experts import Placing, placed
 from megatron_moellava.data.batch import Batch, Counts, counts_of, total
@@ -105,6 +106,7 @@ class Trainer:
         """`loader` on the processes that read data (`parallel.reads_data`), None elsewhere. `reference`: the seal of that of
         stage 4. `teacher`: the digest of the logits that `training.distillation` names."""
         self.run, self.loader, self.train_steps, self.held_out = run, loader, train_steps, held_out
+        compile_elementwise(run.training.compile)
         self.chunks = build_model(run)
         self.roles = roles = trained_roles(run.training)
         self.trained: dict = {}

@@ -34,6 +34,7 @@ FREE = {
     "parallel.distributed_timeout_minutes": "",
     "training.device": "",
     "training.transformer_impl": "the same model of other modules",
+    "training.compile": "the same numbers but for their rounding",
     "training.non_finite_patience": "",
     "training.debug": "",
     "preference.log_probs": "their file says of which reference they are",

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 
 from megatron_moellava.config import OptimizerConfig, RunConfig
-from megatron_moellava.machine import TRANSFORMER_IMPL, Machine, is_installed
+from megatron_moellava.machine import COMPILER, TRANSFORMER_IMPL, Machine, is_installed
 from megatron_moellava.stages import part_of, trained_roles
 
 BLACKWELL = (10, 0)  # compute capability
@@ -52,6 +52,11 @@ def training_problems(run: RunConfig, machine: Machine) -> Iterator[str]:
         yield (
             "training.transformer_impl=local: this process has loaded Transformer Engine already; start it with "
             f"{TRANSFORMER_IMPL}=local as well"
+        )
+    if training.compile and not machine.has_compiler:
+        yield (
+            f"training.compile=true: there is no C++ compiler ({COMPILER}) here for torch.compile; install one (apt-get "
+            "install g++), name it in the variable CXX, or set training.compile=false"
         )
     if training.trains == () and training.lora is None:
         yield "training.trains is empty, so nothing would be trained; name roles, or leave it unset for the stage's own"

@@ -1,5 +1,7 @@
 """Settings of a training that cannot work."""
 
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,8 +13,9 @@ from megatron_moellava.config import (
     OptimizerConfig,
     ParallelConfig,
 )
+from megatron_moellava.machine import Machine, this_machine
 from megatron_moellava.validation.run import validate
-from megatron_moellava.validation.training import rate_problems
+from megatron_moellava.validation.training import rate_problems, training_problems
 from tests.helpers.inference_models import tiny_run
 from tests.helpers.runs import problems, tiny
 
@@ -68,3 +71,17 @@ def test_rates_of_parts_are_no_problem_where_the_parts_are_trained():
         {"training__stage": 2, "optimizer__projector_lr": 1e-3, "training__trains": ["experts"]},
     ):
         assert not list(rate_problems(tiny(**fields)))
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_torch_compile_needs_a_compiler_for_a_cpu(monkeypatch, has_gpu):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr("megatron_moellava.machine.sees_gpus", lambda: has_gpu)
+    assert this_machine().has_compiler == has_gpu  # a GPU's kernels are Triton's
+
+
+def test_to_compile_is_refused_without_a_compiler():
+    machine = Machine(has_gpu=False, has_transformer_engine=False, has_compiler=False)
+    said = " ".join(training_problems(tiny(training__compile=True), machine))
+    assert re.search(r"no C\+\+ compiler \(.+\) here.*apt-get install g\+\+.*training.compile=false", said)
+    assert "compiler" not in " ".join(training_problems(tiny(training__compile=False), machine))
