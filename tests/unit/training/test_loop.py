@@ -1,6 +1,7 @@
 """The trainer on a tiny model: its steps, its log, its end. Layouts and interruptions are in tests/distributed."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 
 from megatron_moellava import parallel
 from megatron_moellava.checkpoint.folders import TRACKER
+from megatron_moellava.compiled import compile_elementwise
 from megatron_moellava.config import (
     CheckpointConfig,
     CheckpointError,
@@ -23,6 +25,7 @@ from megatron_moellava.config import (
 )
 from megatron_moellava.data.loader import Batches
 from megatron_moellava.exit_codes import INTERRUPTED
+from megatron_moellava.machine import COMPILER
 from megatron_moellava.training.loop import Trainer, TrainingDiverged, global_token_mean
 from tests.helpers.batches import X, padded
 from tests.helpers.inference_models import tiny_run
@@ -87,6 +90,23 @@ def test_a_run_learns_logs_every_step_and_ends_with_a_checkpoint(world, tmp_path
     routing = [json.loads(line) for line in (tmp_path / "routing.jsonl").read_text().splitlines()]
     assert [record["iteration"] for record in routing] == [2, 4]
     assert sum(routing[0]["layers"][0]["choices"]) == 2 * 2 * 8  # rows, choices, positions
+
+
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"torch.compile needs a C++ compiler ({COMPILER})")
+def test_a_compiled_run_learns_the_same(world, tmp_path, monkeypatch):
+    compiled = []
+    compile_it = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(f.__name__) or compile_it(f, **how))
+    losses = {}
+    try:
+        for on in (False, True):
+            continued(run_in(tmp_path / str(on), compile=on)).train()
+            losses[on] = [step["loss"] for step in steps_of(tmp_path / str(on))]
+            assert bool(compiled) == on
+    finally:
+        compile_elementwise(False)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert {"scaled_to_one", "turned", "activated", "activated_gradients", "swiglu"} <= set(compiled)
 
 
 def test_an_interrupted_run_continues_as_if_it_had_not_stopped(world, tmp_path):
