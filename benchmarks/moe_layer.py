@@ -243,6 +243,7 @@ def measure(tokens: int, experts: int, args, rivals: tuple[str, ...], deepspeed:
         "experts": experts,
         "milliseconds": {name: 1000 * median(values) for name, values in seconds.items()},
         "times ours": {name: ratio(values, seconds["ours"]) for name, values in seconds.items() if name != "ours"},
+        "times compiled": {name: ratio(values, seconds["compiled"]) for name, values in seconds.items()},
         "relative error": error,
     }
     say(

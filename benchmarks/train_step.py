@@ -254,6 +254,7 @@ def main() -> None:
         "step seconds": {name: median(values) for name, values in seconds.items()},
         "useful tokens per second": {name: useful / median(values) for name, values in seconds.items()},
         "times ours": {name: ratio(values, seconds["ours"]) for name, values in seconds.items() if name != "ours"},
+        "times compiled": {name: ratio(values, seconds["compiled"]) for name, values in seconds.items()},
         "times the bound": {
             name: ratio(values, seconds["bound"]) for name, values in seconds.items() if name != "bound"
         },

@@ -7,17 +7,19 @@ compute. The functions are the same either way; compiled, what lies between thei
 import functools
 from collections.abc import Callable
 
-_state = {"on": False}
+_on = False
+_made: dict[Callable, Callable] = {}  # function -> compiled
 
 
 def compile_elementwise(on: bool) -> None:
     """Whether functions marked `fusible`, Megatron-Core's own among them, are compiled from now on."""
-    _state["on"] = on
+    global _on
+    _on = on
 
 
 def compiles() -> bool:
     """What was last said."""
-    return _state["on"]
+    return _on
 
 
 def fusible(function: Callable | None = None, **_) -> Callable:
@@ -25,14 +27,20 @@ def fusible(function: Callable | None = None, **_) -> Callable:
     if function is None:
         return fusible
 
-    @functools.cache
-    def compiled() -> Callable:
-        import torch
-
-        return torch.compile(function, dynamic=True)
-
     @functools.wraps(function)
     def call(*arguments, **options):
-        return (compiled() if _state["on"] else function)(*arguments, **options)
+        return _call_compiled(function, arguments, options) if _on else function(*arguments, **options)
 
     return call
+
+
+def _call_compiled(function: Callable, arguments: tuple, options: dict):
+    """Where autograd does not look, nobody needs to know what requires a gradient; torch.compile would make a kernel for
+    either case, and gives up after eight."""
+    import torch
+
+    if function not in _made:
+        _made[function] = torch.compile(function, dynamic=True)
+    if not torch.is_grad_enabled():
+        arguments = tuple(item.detach() if isinstance(item, torch.Tensor) else item for item in arguments)
+    return _made[function](*arguments, **options)

@@ -409,9 +409,8 @@ class _CpuTorch(types.ModuleType):
     def __getattr__(self, name):
         return getattr(torch, name)
 
-    compile = staticmethod(
-        fusible
-    )  # jit_fuser's compiler: on a CPU it takes seconds at first use, so that a run has to ask
+    # jit_fuser's compiler: on a CPU it takes seconds at first use, so that a run has to ask
+    compile = staticmethod(fusible)
 
 
 def _on_cpu(factory):

@@ -160,6 +160,7 @@ def plot_names(out: Path, steps: dict[str, list[dict]], summary: dict, titles: d
     bits = [score["bits_per_fact"] for score in results.values()]
     bars = right.bar([SHORT[name] for name in results], bits, color=[COLOURS[name] for name in results])
     right.bar_label(bars, [f"{value:.1f}" for value in bits])
+    right.margins(y=0.1)  # room for the number above the tallest
     right.set(ylabel="bits per fact, lower is better", title="what a held-out name still costs the model")
     figure.tight_layout()
     figure.savefig(out / "names.png", dpi=120)

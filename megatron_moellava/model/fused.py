@@ -30,39 +30,45 @@ class RootMeanSquare(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
         """[..., H] and [H] -> [..., H]."""
-        output, scale = scaled_to_one(x, weight_H, eps)
-        ctx.save_for_backward(x, weight_H, scale)
-        return output
+        output_RH, scale_R1 = scaled_to_one(rows(x), weight_H, eps)
+        ctx.save_for_backward(x, weight_H, scale_R1)
+        return output_RH.view_as(x)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         """Gradients of x and of the weight."""
-        return *scaled_to_one_gradients(*ctx.saved_tensors, grad, ctx.needs_input_grad[1]), None
+        x, weight_H, scale_R1 = ctx.saved_tensors
+        of_weight = ctx.needs_input_grad[1]
+        grad_x_RH, grad_weight_H = scaled_to_one_gradients(rows(x), weight_H, scale_R1, rows(grad), of_weight)
+        return grad_x_RH.view_as(x), grad_weight_H, None
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., H] -> [R, H]: of few strides, whatever those of x, so that torch.compile makes few kernels."""
+    return x.reshape(-1, x.shape[-1])
 
 
 @fusible
-def scaled_to_one(x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of [..., H], and 1 / root of each row [..., 1]."""
-    x_fp32 = x.float()
-    squares = torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True).square_()
-    scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x_fp32 * scale).mul_(weight_H).to(x.dtype), scale
+def scaled_to_one(x_RH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm, and 1 / root of each row [R, 1]."""
+    x_fp32_RH = x_RH.float()
+    squares_R1 = torch.linalg.vector_norm(x_fp32_RH, dim=-1, keepdim=True).square_()
+    scale_R1 = squares_R1.div_(x_RH.shape[-1]).add_(eps).rsqrt_()
+    return (x_fp32_RH * scale_R1).mul_(weight_H).to(x_RH.dtype), scale_R1
 
 
 @fusible
 def scaled_to_one_gradients(
-    x: torch.Tensor, weight_H: torch.Tensor, scale: torch.Tensor, grad: torch.Tensor, of_weight: bool
+    x_RH: torch.Tensor, weight_H: torch.Tensor, scale_R1: torch.Tensor, grad_RH: torch.Tensor, of_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Of x and, if wanted, of the weight."""
-    width = x.shape[-1]
-    scale_R1 = scale.view(-1, 1)
-    normed_RH = x.reshape(-1, width).float() * scale_R1
-    grad_RH, weight_fp32_H = grad.reshape(-1, width).float(), weight_H.float()
-    product_RH = grad_RH * normed_RH
-    along_R1 = product_RH.mv(weight_fp32_H).div_(width).unsqueeze_(1)
-    grad_x_RH = (grad_RH * weight_fp32_H).addcmul_(normed_RH, along_R1, value=-1).mul_(scale_R1)
+    normed_RH = x_RH.float() * scale_R1
+    grad_fp32_RH, weight_fp32_H = grad_RH.float(), weight_H.float()
+    product_RH = grad_fp32_RH * normed_RH
+    along_R1 = product_RH.mv(weight_fp32_H).div_(x_RH.shape[-1]).unsqueeze_(1)
+    grad_x_RH = (grad_fp32_RH * weight_fp32_H).addcmul_(normed_RH, along_R1, value=-1).mul_(scale_R1)
     grad_weight_H = product_RH.sum(dim=0).to(weight_H.dtype) if of_weight else None
-    return grad_x_RH.to(x.dtype).view_as(x), grad_weight_H
+    return grad_x_RH.to(x_RH.dtype), grad_weight_H
 
 
 # --- rotary embedding -----------------------------------------------------------------------------------------------------

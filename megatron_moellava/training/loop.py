@@ -85,6 +85,12 @@ NO_GRADIENT = (
 )
 
 
+COMPILING = {  # with Transformer Engine?
+    False: "the first step takes half a minute more, in which torch.compile makes kernels",
+    True: "of no effect, since Transformer Engine's modules have kernels of their own",
+}
+
+
 class TrainingDiverged(MoELlavaError):
     """Loss or gradient was not finite too often in a row."""
 
@@ -279,6 +285,8 @@ class Trainer:
             self.log.say(
                 f"training.fp8_recipe={self.run.training.fp8_recipe} is emulated here: FP8's rounding, not its speed"
             )
+        if self.run.training.compile:
+            self.log.say(f"training.compile=true: {COMPILING[platform.HAS_TRANSFORMER_ENGINE]}")
         skipped_in_a_row = 0
         for chunk in self.wrapped:
             chunk.train()

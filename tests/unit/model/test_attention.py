@@ -17,14 +17,18 @@ from megatron.core.transformer.enums import AttnMaskType
 @pytest.mark.parametrize(("groups", "channels"), [(4, 8), (2, 8), (4, 6)])
 def test_packed_attention_is_each_sample_by_itself(lengths, groups, channels):
     """`channels`: of the values, which multi-latent attention has fewer of."""
-    compare_with_single_samples(lengths, groups, channels, torch.float32, {"atol": 1e-5, "rtol": 1e-4})
+    packed = compare_with_single_samples(lengths, groups, channels, torch.float32, {"atol": 1e-5, "rtol": 1e-4})
+    assert list(packed.cuts) == [SHORT]
 
 
 def test_longer_samples_are_spelt_out_in_bf16():
-    compare_with_single_samples([SHORT_BF16 + 9, 5, SHORT + 99], 2, 8, torch.bfloat16, {"atol": 2e-2, "rtol": 2e-2})
+    lengths = [SHORT_BF16 + 9, 5, SHORT + 99]
+    packed = compare_with_single_samples(lengths, 2, 8, torch.bfloat16, {"atol": 2e-2, "rtol": 2e-2})
+    assert list(packed.cuts) == [SHORT_BF16]
 
 
 def compare_with_single_samples(lengths, groups, channels, dtype, tolerance):
+    """The row that was compared."""
     torch.manual_seed(1)
     config = SimpleNamespace(context_parallel_size=1, kv_channels=8, attention_dropout=0.0)
     module = SdpaCoreAttention(config, 1, AttnMaskType.causal, "self")
@@ -49,6 +53,7 @@ def compare_with_single_samples(lengths, groups, channels, dtype, tolerance):
         torch.autograd.grad(output, inputs, gradient), torch.autograd.grad(expected, inputs, gradient), strict=True
     ):
         torch.testing.assert_close(ours, other, atol=10 * tolerance["atol"], rtol=10 * tolerance["rtol"])
+    return packed
 
 
 @pytest.mark.parametrize(

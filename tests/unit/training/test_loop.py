@@ -93,20 +93,19 @@ def test_a_run_learns_logs_every_step_and_ends_with_a_checkpoint(world, tmp_path
 
 
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"torch.compile needs a C++ compiler ({COMPILER})")
-def test_a_compiled_run_learns_the_same(world, tmp_path, monkeypatch):
-    compiled = []
-    compile_it = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(f.__name__) or compile_it(f, **how))
+def test_a_compiled_run_learns_the_same_and_says_so(world, tmp_path, monkeypatch, capsys):
+    made: dict = {}
+    monkeypatch.setattr("megatron_moellava.compiled._made", made)
     losses = {}
     try:
         for on in (False, True):
             continued(run_in(tmp_path / str(on), compile=on)).train()
             losses[on] = [step["loss"] for step in steps_of(tmp_path / str(on))]
-            assert bool(compiled) == on
+            assert bool(made) == on == ("training.compile" in capsys.readouterr().out)
     finally:
         compile_elementwise(False)
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
-    assert {"scaled_to_one", "turned", "activated", "activated_gradients", "swiglu"} <= set(compiled)
+    assert {"scaled_to_one", "turned", "activated", "activated_gradients", "swiglu"} <= {f.__name__ for f in made}
 
 
 def test_an_interrupted_run_continues_as_if_it_had_not_stopped(world, tmp_path):
