@@ -35,12 +35,18 @@ def fusible(function: Callable | None = None, **_) -> Callable:
 
 
 def _call_compiled(function: Callable, arguments: tuple, options: dict):
-    """Where autograd does not look, nobody needs to know what requires a gradient; torch.compile would make a kernel for
-    either case, and gives up after eight."""
+    """One kernel for any number of rows and batches, but for one number of channels, which are the last axis.
+
+    Where autograd does not look, nobody needs to know what requires a gradient; torch.compile would make a kernel for either
+    case, and gives up after eight.
+    """
     import torch
 
     if function not in _made:
-        _made[function] = torch.compile(function, dynamic=True)
+        _made[function] = torch.compile(function)
     if not torch.is_grad_enabled():
         arguments = tuple(item.detach() if isinstance(item, torch.Tensor) else item for item in arguments)
+    for item in arguments:
+        for axis in range(item.dim() - 1 if isinstance(item, torch.Tensor) else 0):
+            torch._dynamo.maybe_mark_dynamic(item, axis)
     return _made[function](*arguments, **options)

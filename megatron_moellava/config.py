@@ -336,8 +336,8 @@ class TrainingConfig:
     distillation: DistillationConfig | None = None  # from a teacher's logits (below); null: none
     recompute: Recompute = "none"  # selective: the attention alone; moe_act: the activation of grouped experts alone
     recompute_tower: bool = False  # the vision tower's activations too
-    # torch.compile for norms, rotary embedding and activations: half a minute at first, less time per step. On a CPU it needs a
-    # C++ compiler; Transformer Engine's modules have kernels of their own
+    # torch.compile for norms, rotary embedding and activations: half a minute at first, 3 seconds in later runs of the
+    # same sizes, less time per step. On a CPU it needs a C++ compiler; Transformer Engine's modules have kernels of their own
     compile: bool = False
     non_finite_patience: int = 5  # consecutive skipped steps before the run stops
     debug: DebugConfig | None = None  # switches that cost time, for a run that misbehaves (below); null: none

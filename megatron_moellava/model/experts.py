@@ -208,10 +208,11 @@ def weighted_activation(
     In fp32, and on a CPU as many rows at a time as its cache holds: whole, the fp32 values went through the main memory
     several times and took longer than the products around it.
     """
+    if is_one_kernel(activation):
+        return activated(inner_NO, weights_N1, activation, is_gated)
     output_NI = inner_NO.new_empty(len(inner_NO), inner_NO.shape[1] // (2 if is_gated else 1))
-    activate, blocks = in_blocks(activated, activation, inner_NO)
-    for rows in blocks:
-        activate(output_NI[rows], inner_NO[rows], weights_N1[rows], activation)
+    for rows in blocks_of(inner_NO):
+        output_NI[rows] = active_rows(inner_NO[rows], weights_N1[rows], activation, is_gated)
     return output_NI
 
 
@@ -223,7 +224,7 @@ class WeightedActivation(torch.autograd.Function):
         ctx, inner_NO: torch.Tensor, weights_N1: torch.Tensor, activation: Callable, is_gated: bool
     ) -> torch.Tensor:
         """[N, O] (gated: gate and up, O = 2 I) and weights [N, 1] -> [N, I]."""
-        ctx.activation = activation
+        ctx.activation, ctx.is_gated = activation, is_gated
         ctx.save_for_backward(inner_NO, weights_N1)
         return weighted_activation(activation, is_gated, inner_NO, weights_N1)
 
@@ -231,52 +232,54 @@ class WeightedActivation(torch.autograd.Function):
     def backward(ctx, grad_NI: torch.Tensor):
         """Gradients of the inner products [N, O] and of the weights [N, 1]."""
         inner_NO, weights_N1 = ctx.saved_tensors
+        how = ctx.activation, ctx.is_gated
+        if is_one_kernel(ctx.activation):
+            return *activated_gradients(inner_NO, weights_N1, grad_NI, *how), None, None
         grad_inner_NO, grad_weights_N1 = torch.empty_like(inner_NO), torch.empty_like(weights_N1)
-        add_up, blocks = in_blocks(activated_gradients, ctx.activation, inner_NO)
-        for rows in blocks:
-            add_up(
-                grad_inner_NO[rows],
-                grad_weights_N1[rows],
-                inner_NO[rows],
-                weights_N1[rows],
-                grad_NI[rows],
-                ctx.activation,
-            )
+        for rows in blocks_of(inner_NO):
+            parts, grad_weights_N1[rows] = gradients_of_rows(inner_NO[rows], weights_N1[rows], grad_NI[rows], *how)
+            for place, part in zip(grad_inner_NO[rows].chunk(len(parts), dim=1), parts, strict=True):
+                place.copy_(part)
         return grad_inner_NO, grad_weights_N1, None, None
 
 
-@fusible
-def activated(output_NI: torch.Tensor, inner_NO: torch.Tensor, weights_N1: torch.Tensor, activation: Callable) -> None:
-    """Into `output_NI`: activation(gate) * up * weight, or activation(inner) * weight where inner is as wide as the output."""
-    gate_NI, *up_NI = inner_NO.float().chunk(inner_NO.shape[1] // output_NI.shape[1], dim=1)
+def active_rows(inner_NO: torch.Tensor, weights_N1: torch.Tensor, activation: Callable, is_gated: bool) -> torch.Tensor:
+    """[N, I] in fp32: activation(gate) * up * weight, or activation(inner) * weight."""
+    gate_NI, *up_NI = inner_NO.float().chunk(2 if is_gated else 1, dim=1)
     active_NI = activation(gate_NI)
     for up in up_NI:
         active_NI.mul_(up)
-    output_NI.copy_(active_NI.mul_(weights_N1))
+    return active_NI.mul_(weights_N1)
+
+
+def gradients_of_rows(
+    inner_NO: torch.Tensor, weights_N1: torch.Tensor, grad_NI: torch.Tensor, activation: Callable, is_gated: bool
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """In fp32: the gradients of gate and up, or of inner, [N, I] each, and of the weights [N, 1]."""
+    gate_NI, *up_NI = inner_NO.float().chunk(2 if is_gated else 1, dim=1)
+    grad = grad_NI.float()
+    active_NI = activation(gate_NI)
+    product_NI = active_NI * up_NI[0] if is_gated else active_NI
+    grad_weights_N1 = (product_NI * grad).sum(dim=1, keepdim=True)
+    grad = grad * weights_N1
+    if not is_gated:
+        return [activation_gradient(activation, gate_NI, grad)], grad_weights_N1
+    return [activation_gradient(activation, gate_NI, grad * up_NI[0]), active_NI.mul_(grad)], grad_weights_N1
+
+
+@fusible
+def activated(inner_NO: torch.Tensor, weights_N1: torch.Tensor, activation: Callable, is_gated: bool) -> torch.Tensor:
+    """`active_rows` in the type of `inner_NO`."""
+    return active_rows(inner_NO, weights_N1, activation, is_gated).to(inner_NO.dtype)
 
 
 @fusible
 def activated_gradients(
-    grad_inner_NO: torch.Tensor,
-    grad_weights_N1: torch.Tensor,
-    inner_NO: torch.Tensor,
-    weights_N1: torch.Tensor,
-    grad_NI: torch.Tensor,
-    activation: Callable,
-) -> None:
-    """Into the first two: the gradients of inner and of the weights, from that of the output."""
-    parts = inner_NO.shape[1] // grad_NI.shape[1]
-    gate_NI, *up_NI = inner_NO.float().chunk(parts, dim=1)
-    to_gate_NI, *to_up_NI = grad_inner_NO.chunk(parts, dim=1)
-    grad = grad_NI.float()
-    active_NI = activation(gate_NI)
-    product_NI = active_NI * up_NI[0] if up_NI else active_NI
-    grad_weights_N1.copy_((product_NI * grad).sum(dim=1, keepdim=True))
-    grad = grad * weights_N1
-    for to_up, up in zip(to_up_NI, up_NI, strict=True):
-        to_up.copy_(active_NI.mul_(grad))
-        grad = grad * up
-    to_gate_NI.copy_(activation_gradient(activation, gate_NI, grad))
+    inner_NO: torch.Tensor, weights_N1: torch.Tensor, grad_NI: torch.Tensor, activation: Callable, is_gated: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gradients_of_rows` as one tensor [N, O], and of the weights, in the types of `inner_NO` and `weights_N1`."""
+    parts, grad_weights_N1 = gradients_of_rows(inner_NO, weights_N1, grad_NI, activation, is_gated)
+    return torch.cat([part.to(inner_NO.dtype) for part in parts], dim=1), grad_weights_N1.to(weights_N1.dtype)
 
 
 class WeightedBias(torch.autograd.Function):
@@ -311,12 +314,13 @@ def activation_gradient(activation: Callable, x: torch.Tensor, grad: torch.Tenso
         return torch.autograd.grad(activation(x), x, grad)[0]
 
 
-def in_blocks(function: Callable, activation: Callable, x_NO: torch.Tensor) -> tuple[Callable, list[slice]]:
-    """`function` and the slices of rows it works on: `BLOCK` entries or a row on a CPU, all where it is one kernel or a GPU's.
+def is_one_kernel(activation: Callable) -> bool:
+    """Whether all rows are worked on at once. Other activations than SiLU have autograd find their gradient, which does not
+    compile."""
+    return compiles() and activation is F.silu
 
-    Other activations than SiLU have autograd find their gradient, which does not compile.
-    """
-    whole = compiles() and activation is F.silu
-    size = max(len(x_NO) if whole or platform.HAS_CUDA else BLOCK // x_NO.shape[1], 1)
-    blocks = [slice(start, start + size) for start in range(0, len(x_NO), size)]
-    return function if whole else function.__wrapped__, blocks  # type: ignore[attr-defined]
+
+def blocks_of(x_NO: torch.Tensor) -> list[slice]:
+    """The rows that are worked on at a time: `BLOCK` entries, at least one row; on a GPU all."""
+    size = max(len(x_NO) if platform.HAS_CUDA else BLOCK // x_NO.shape[1], 1)
+    return [slice(start, start + size) for start in range(0, len(x_NO), size)]

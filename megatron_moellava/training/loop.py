@@ -86,7 +86,7 @@ NO_GRADIENT = (
 
 
 COMPILING = {  # with Transformer Engine?
-    False: "the first step takes half a minute more, in which torch.compile makes kernels",
+    False: "the first step takes half a minute more, in which torch.compile makes kernels; later runs find them",
     True: "of no effect, since Transformer Engine's modules have kernels of their own",
 }
 
