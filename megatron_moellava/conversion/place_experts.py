@@ -121,11 +121,8 @@ def _parallel(run: RunDescription) -> int:
     return parallel.get("expert_model_parallel_size", ParallelConfig().expert_model_parallel_size)
 
 
-def observed_loads(routing: Path, model: Model, steps: range, records: int = RECORDS) -> dict[int, list[int]]:
-    """layer (from 0) -> choices of each expert, in the newest records of `steps`; empty where a layer was not observed.
-
-    CheckpointError where the file is of another model.
-    """
+def observations(routing: Path, model: Model, steps: range, records: int = RECORDS) -> list[dict]:
+    """The newest records of `steps`, oldest first; CheckpointError where the file is of another model."""
     newest = records_of(routing, steps)[-records:]
     experts = model.required_moe.num_moe_experts
     if not all(fits(record, model.moe_layers, experts) for record in newest):
@@ -133,18 +130,23 @@ def observed_loads(routing: Path, model: Model, steps: range, records: int = REC
         raise CheckpointError(
             f"{routing} is not of this model, with {experts} experts in layers {layers}; give its run's own"
         )
-    loads = asked_for(newest)
+    return newest
+
+
+def loads_of(records: list[dict]) -> dict[int, list[int]]:
+    """layer (from 0) -> choices of each expert; empty where a layer was not observed."""
+    loads = asked_for(records)
     return loads if all(map(sum, loads.values())) else {}
 
 
 def _loads(routing: Path, run: RunDescription, model: Model, records: int) -> dict[int, list[int]]:
-    """`observed_loads` before the checkpoint, or CheckpointError where there are none."""
+    """Of the newest records before the checkpoint, or CheckpointError where there are none."""
     if not routing.is_file():
         raise CheckpointError(
             f"{routing} does not exist; name the routing.jsonl of the run with --routing (logging.routing_interval writes it)"
         )
     steps = steps_of(run.provenance, run.iteration)
-    loads = observed_loads(routing, model, steps, records)
+    loads = loads_of(observations(routing, model, steps, records))
     if not loads:
         since = f" since experts changed places at step {steps.start - 1}" if steps.start else ""
         raise CheckpointError(

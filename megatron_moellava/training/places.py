@@ -8,6 +8,7 @@ biases are summed up with it.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,8 +18,9 @@ from megatron_moellava.config import CheckpointError, RunConfig
 from megatron_moellava.conversion.place_experts import (
     Placing,
     busiest_ranks,
+    loads_of,
     note,
-    observed_loads,
+    observations,
     placings_of,
     saved_share,
 )
@@ -50,10 +52,20 @@ def better_places(run: RunConfig, model: Model, log: Path | None, state: Trainin
 
 
 def _that_pay(run: RunConfig, share: float, model: Model, routing: Path, state: TrainingState) -> list[Placing]:
-    """Places that take at least `share` off the busiest rank's load."""
-    loads = observed_loads(routing, model, steps_of(state.provenance, state.iteration))
-    placings = placings_of(loads, model.required_moe, run.parallel.expert_model_parallel_size)
-    return placings if placings and saved_share(placings) >= share else []
+    """Places that take at least `share` off the busiest rank's load.
+
+    Judged by the newer half of the observations, of places found by the older: by those that they were found by, any noise
+    would be worth a move. One observation judges nothing.
+    """
+    records = observations(routing, model, steps_of(state.provenance, state.iteration))
+    older, newer, both = (
+        loads_of(part) for part in (records[: len(records) // 2], records[len(records) // 2 :], records)
+    )
+    if not older or not newer:
+        return []
+    moe, ranks = model.required_moe, run.parallel.expert_model_parallel_size
+    judged = [replace(placing, loads_E=newer[placing.layer]) for placing in placings_of(older, moe, ranks)]
+    return placings_of(both, moe, ranks) if saved_share(judged) >= share else []
 
 
 def orders_of(placings: Sequence[Placing]) -> dict[int, list[int]]:

@@ -19,10 +19,11 @@ def expert_place_problems(run: RunConfig) -> Iterator[str]:
         yield f"{given}: experts change places by a checkpoint, and checkpoint.save is not set; set it too"
     if checkpoint.async_save:
         yield f"{given} with checkpoint.async_save=true: the run would go on before experts have moved; drop one of the two"
-    if interval > checkpoint.save_interval:
+    if 2 * interval > checkpoint.save_interval:
         yield (
             f"{given}: loads are observed every logging.routing_interval={interval} steps, and a checkpoint every "
-            f"checkpoint.save_interval={checkpoint.save_interval} may have no new observation; lower the former to that at most"
+            f"checkpoint.save_interval={checkpoint.save_interval} may have fewer than two new observations, one to find places "
+            "by and one to judge them by; lower the former to half of that at most"
         )
     if run.training.lora is not None:
         yield f"{given} with training.lora: the experts lie in the adapter's base, which is not written; leave it out"

@@ -21,7 +21,7 @@ from tests.distributed.runs import stage_settings
 from tests.distributed.shards import gather_parameters
 from tests.helpers import data_files
 
-BEFORE, AFTER = 1, 2  # steps
+BEFORE, AFTER = 2, 2  # steps
 
 
 def run_places(job: dict, folder: Path) -> dict:
@@ -88,11 +88,13 @@ def run_placed_run(job: dict, folder: Path) -> dict:
 
 
 def _started(layout: Layout, **more) -> Trainer:
-    """With routers that prefer the experts of the first rank: a larger row has the larger of two positive logits."""
+    """With routers that choose both experts of one rank or both of the other, and so one rank more often than the other."""
     trainer, *_ = start(layout, **more)
     for router in RoutingObserver(trainer.chunks).routers.values():
         with torch.no_grad():
-            router.weight[: len(router.weight) // 2] *= 3
+            first, second = router.weight.chunk(2)
+            first.copy_(3 * first[:1] * torch.linspace(1.0, 1.1, len(first)).unsqueeze(1))
+            second.mul_(0.1)
     trainer.optimizer.reload_model_params()
     return trainer
 

@@ -156,11 +156,24 @@ def test_experts_move_where_the_run_asks_for_what_it_saves(tmp_path):
 
 
 def test_observations_of_other_places_do_not_count(tmp_path):
-    log(tmp_path, (10, [6, 4, 1, 1], [3, 3, 3, 3]), (20, [6, 1, 4, 1], [3, 3, 3, 3]))
-    since = placed({}, {0: [0, 2, 1, 3], 2: [0, 1, 2, 3]}, 10)
-    assert asked(tmp_path, 0.01)[0] != []
-    assert asked(tmp_path, 0.2, since)[0] == []  # 10 and 2, as 7 and 5 a moment before
-    assert asked(tmp_path, 0.01, since, iteration=19)[0] == [], "none since"
+    level = [3, 3, 3, 3]
+    before, since = ([6, 4, 1, 1], level), ([6, 1, 4, 1], level)
+    log(tmp_path, (5, *before), (10, *before), (20, *since), (30, *since))
+    moved = placed({}, {0: [0, 2, 1, 3], 2: [0, 1, 2, 3]}, 10)
+    assert asked(tmp_path, 0.1, iteration=19)[0] != []
+    assert asked(tmp_path, 0.01, moved)[0] == []  # 7 and 5, which no exchange levels
+    assert asked(tmp_path, 0.01, moved, iteration=19)[0] == [], "none since"
+
+
+def test_chance_moves_no_expert(tmp_path):
+    """Of even experts whose counts differ by what sampling does, the counts of one moment promise what the next takes back."""
+    level = [300, 300, 300, 300]
+    log(tmp_path, (10, [330, 320, 280, 270], level), (20, [280, 310, 330, 280], level))
+    assert asked(tmp_path, 0.01)[0] == []
+    log(tmp_path, (10, [330, 320, 280, 270], level), (20, [330, 310, 280, 280], level))
+    assert asked(tmp_path, 0.01)[0] != [], "what lasts"
+    log(tmp_path, (10, [600, 400, 100, 100], level))
+    assert asked(tmp_path, 0.01)[0] == [], "nothing to judge it by"
 
 
 def test_a_log_that_says_nothing_of_this_model_ends_no_run(tmp_path, capsys):
@@ -171,7 +184,7 @@ def test_a_log_that_says_nothing_of_this_model_ends_no_run(tmp_path, capsys):
 
 
 def test_a_note_goes_with_them_where_noise_is_drawn_for_places(tmp_path):
-    log(tmp_path, (10, [6, 4, 1, 1], [3, 3, 3, 3]))
+    log(tmp_path, *((step, [6, 4, 1, 1], [3, 3, 3, 3]) for step in (10, 20)))
     found, model = asked(tmp_path, 0.1)
     sampled = replace(model, moe=replace(model.moe, router="original", second_choice="sampled"))
     assert "second choices" in said_of(found, sampled)

@@ -17,8 +17,8 @@ BAD = {
     "not saved": ({"checkpoint__save": None}, "checkpoint.save is not set; set it too"),
     "in the background": ({"checkpoint__async_save": True}, "with checkpoint.async_save=true"),
     "seldom observed": (
-        {"logging__routing_interval": 30, "checkpoint__save_interval": 20},
-        "every logging.routing_interval=30 steps, and a checkpoint every checkpoint.save_interval=20",
+        {"logging__routing_interval": 11, "checkpoint__save_interval": 20},
+        "every logging.routing_interval=11 steps, and a checkpoint every checkpoint.save_interval=20",
     ),
     "adapters": ({"training__lora": {"rank": 4}}, "with training.lora"),
     "delayed scaling": (
@@ -34,7 +34,7 @@ def spoken(**changes) -> list[str]:
 
 def test_a_run_that_has_what_it_needs_is_right():
     assert spoken() == [] == list(number_problems(tiny(**GOOD)))
-    assert spoken(logging__routing_interval=20, checkpoint__save_interval=20) == []
+    assert spoken(logging__routing_interval=10, checkpoint__save_interval=20) == []
 
 
 @pytest.mark.parametrize("name", BAD)
