@@ -135,6 +135,7 @@ MODELS = {
     "experts-only": Model(moe=MOE, roles=["experts", "router"]),
     "attention-only": Model(moe=MOE, roles=["language.attention"], rows="padded"),
     "shared-experts": Model(moe=MOE | {"moe_shared_expert_intermediate_size": 64}),
+    "compiled": Model(moe=MOE, run={"training.compile": True}),
     "expert-bias": Model(moe=MOE | {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01}),
     # Experts of images, of text and of both, balanced apart; dealt, softly, with a bias; without groups, by whole batches.
     "by-modality": Model(
@@ -403,6 +404,9 @@ LAYOUTS = [
     *_layouts("bf16-params", "dp2", 2),
     *_layouts("bf16-params", "pp2", 2, pp=2),
     *_layouts("granular", "dp2", 2),
+    *_layouts("compiled", "tp2-ep2-etp1", 2, tp=2, ep=2),
+    *_layouts("compiled", "pp2", 2, pp=2),
+    *_layouts("compiled", "recompute-moe-act", 1, recompute="moe_act"),
     *_layouts("average", "dp2", 2),
     *_layouts("average", "tp2-etp2", 2, tp=2, etp=2),
     *_layouts("average", "pp2", 2, pp=2),
