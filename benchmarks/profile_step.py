@@ -1,4 +1,5 @@
-"""Where the time of the quickstart's stage-3 step goes: shares by kind, and the largest operations that are no products.
+"""Where the time of the quickstart's stage-3 step goes, spelt out and with `training.compile=true`: shares by kind, and the
+largest operations that are no products.
 
   python -m benchmarks.profile_step [--steps 20] [section.field=value ...]
 
@@ -96,24 +97,21 @@ def shares(profiler, steps: int, plain: float, profiled: float) -> dict:
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    args = parser.parse_args()
+def measure(steps: int, overrides: list[str]) -> dict:
+    """`shares` of that many steps after five others."""
     from torch.profiler import ProfilerActivity, profile
 
     from megatron_moellava import parallel
 
     def timed() -> float:
         started = time.perf_counter()
-        for _ in range(args.steps):
+        for _ in range(steps):
             trainer.step()
-        return (time.perf_counter() - started) / args.steps
+        return (time.perf_counter() - started) / steps
 
     with tempfile.TemporaryDirectory() as folder:
         sys.stdout, stdout = sys.stderr, sys.stdout
-        trainer = quickstart_trainer(Path(folder), args.overrides)
+        trainer = quickstart_trainer(Path(folder), overrides)
         for _ in range(5):
             trainer.step()
         plain = timed()
@@ -121,7 +119,16 @@ def main() -> None:
             profiled = timed()
         sys.stdout = stdout
         parallel.shutdown()
-    finish(shares(profiler, args.steps, plain, profiled))
+    return shares(profiler, steps, plain, profiled)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    args = parser.parse_args()
+    ways = {"spelt out": "training.compile=false", "compiled": "training.compile=true"}
+    finish({name: measure(args.steps, [*args.overrides, way]) for name, way in ways.items()})
 
 
 if __name__ == "__main__":

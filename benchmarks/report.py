@@ -208,17 +208,31 @@ def step_bound(times: dict | None) -> str:
 
 
 def profile_step(results: dict) -> str:
-    shares = [[name, percent(value)] for name, value in results["share"].items()]
-    others = [[f"`{name}`", percent(value)] for name, value in results["largest others"].items()]
+    spelt_out, compiled = results["spelt out"], results["compiled"]
+    of_step = {name: of_kinds(found) for name, found in results.items()}
+    kinds = dict.fromkeys(kind for found in of_step.values() for kind in found)
+    shares = [[kind, *(number(found.get(kind, 0.0)) for found in of_step.values())] for kind in kinds]
+    others = [[f"`{name}`", percent(value)] for name, value in spelt_out["largest others"].items()]
+    no_products = [sum(found.get(kind, 0.0) for kind in NO_PRODUCTS) for found in of_step.values()]
     return f"""## Where a step goes
 
-The quickstart's stage-3 step on one process takes {number(results["step milliseconds"])} ms ({number(results["profiled step milliseconds"])} ms under torch's profiler, {number(results["calls per step"])} operations). PackedLinear of a model this small are short: on larger models their share grows.
+The quickstart's stage-3 step on one process takes {number(spelt_out["step milliseconds"])} ms, and with `training.compile=true` {number(compiled["step milliseconds"])} ms ({number(spelt_out["profiled step milliseconds"])} and {number(compiled["profiled step milliseconds"])} ms under torch's profiler, {number(spelt_out["calls per step"])} and {number(compiled["calls per step"])} operations). Milliseconds under the profiler; products of a model this small are short, and on larger models their share grows.
 
-{table(["kind", "share"], shares)}
+{table(["kind", "spelt out", "compiled"], shares)}
 
-The largest operations that are no products:
+{", ".join(NO_PRODUCTS)} together: {number(no_products[0])} ms, compiled {number(no_products[1])} ms, {number(no_products[1] / no_products[0])} of it; beside the products of the same step {number(no_products[0] / of_step["spelt out"]["GEMM"])} and {number(no_products[1] / of_step["compiled"]["GEMM"])}.
+
+The largest operations that are no products, spelt out:
 
 {table(["operation", "share"], others)}"""
+
+
+NO_PRODUCTS = ("elementwise and other", "activation", "copies", "compiled kernels", "between operations")
+
+
+def of_kinds(found: dict) -> dict[str, float]:
+    """Milliseconds of a profiled step by kind."""
+    return {kind: share * found["profiled step milliseconds"] for kind, share in found["share"].items()}
 
 
 def quickstart(results: dict) -> str:

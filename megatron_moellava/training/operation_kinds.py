@@ -5,6 +5,7 @@ from collections.abc import Iterable
 OTHER = "elementwise and other"
 GPU_PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "cudnn::cnn")  # in the names of kernels
 KINDS = (  # parts of names; the first match counts
+    ("compiled kernels", ("compiledfxgraph", "triton_")),  # of torch.compile, on a CPU and on a GPU
     ("communication", ("gloo", "c10d", "nccl", "all_reduce", "all_gather", "reduce_scatter")),
     ("attention", ("scaled_dot_product", "flash_attention", "flash_fwd", "flash_bwd", "fmha", "sdpa")),
     ("GEMM", ("::mm", "::addmm", "::bmm", "::baddbmm", "grouped_mm", "mkldnn", "convolution", *GPU_PRODUCTS)),

@@ -12,6 +12,8 @@ def test_operations_and_kernels_have_the_kind_of_their_work():
         "aten::_index_put_impl_": "routing",
         "aten::silu_backward": "activation",
         "Memcpy HtoD": "copies",
+        "## Call CompiledFxGraph fbti5ovn4cut3cdcky5fc ##": "compiled kernels",
+        "triton_poi_fused_cat_silu_0": "compiled kernels",
         "aten::mul": OTHER,
     }
     assert {name: kind_of(name) for name in kinds} == kinds
