@@ -171,9 +171,12 @@ def test_chance_moves_no_expert(tmp_path):
     log(tmp_path, (10, [330, 320, 280, 270], level), (20, [280, 310, 330, 280], level))
     assert asked(tmp_path, 0.01)[0] == []
     log(tmp_path, (10, [330, 320, 280, 270], level), (20, [330, 310, 280, 280], level))
-    assert asked(tmp_path, 0.01)[0] != [], "what lasts"
+    lasting, _ = asked(tmp_path, 0.01)
+    assert [placing.loads_E for placing in lasting] == [[660, 630, 560, 550], [600] * 4], "found again by both"
     log(tmp_path, (10, [600, 400, 100, 100], level))
     assert asked(tmp_path, 0.01)[0] == [], "nothing to judge it by"
+    log(tmp_path, *((step, [600, 400, 100, 100], [0] * 4) for step in (10, 20)))
+    assert asked(tmp_path, 0.01)[0] == [], "a layer that nobody asked says nothing"
 
 
 def test_a_log_that_says_nothing_of_this_model_ends_no_run(tmp_path, capsys):
